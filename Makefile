@@ -1,0 +1,37 @@
+# make demo       the main job on a real teacher (downloads it once, about 90 MB)
+# make test       the tests (minutes); make test-slow: kills and other slow proofs
+# make check      lint, format and types
+# Everything installs itself into .venv; every target is safe to run again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ARGS ?=
+
+.PHONY: demo test test-slow check install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/distillcache demo $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,7 @@
+"""Stage 1: text to a cache.
+
+text.py      documents from files              prepare.py   documents to packed rows
+plan.py      what will be built                claims.py    who builds which piece
+write.py     objects and receipts              build.py     the loop: teacher, write, commit
+finish.py    index, statistics, manifest
+"""

@@ -1,0 +1,13 @@
+"""One config-driven, scan-mode decoder, used as teacher and as student.
+
+config.py       what a decoder is: sizes, rotary embedding, the plan of its layers
+rope.py         rotary position embedding and its scalings
+decoder.py      the decoder: stacked parameters, scanned blocks, taps
+recorder.py     the jitted teacher forward that returns encoded taps
+surgery.py      students cut out of teachers
+checkpoint.py   load_pretrained and save_pretrained
+huggingface.py  HF config.json in and out
+tensors.py      HF tensor names, shapes and safetensors files
+ggufs.py        GGUF files in
+tokenizer.py    the tokenizer that comes with a checkpoint
+"""

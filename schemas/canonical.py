@@ -1,0 +1,70 @@
+"""JSON on disk: one model has exactly one spelling, and the spelling carries its own digest.
+
+Keys are sorted and there is no white space, so equal models are equal bytes. The last key, `digest`, covers all
+that stands before it. A reader accepts these bytes and no others: any flipped, lost or added byte is damage.
+"""
+
+import json
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError
+
+ModelType = TypeVar("ModelType", bound=BaseModel)
+
+
+def to_canonical(model: BaseModel) -> bytes:
+    """The model's only spelling. The model has no field of its own named `digest`; NaN and infinity raise."""
+    body = json.dumps(
+        model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+    return _with_digest(body)
+
+
+def from_canonical(model_type: type[ModelType], data: bytes, where: str) -> ModelType:
+    """The model that `to_canonical` wrote.
+
+    Args:
+        model_type: what the bytes should hold.
+        data: the whole object.
+        where: how messages name the object.
+
+    Raises:
+        DamageError: the bytes are not what `to_canonical` writes, or belong to another version's model.
+    """
+    head, _, tail = data.rpartition(b',"digest":"')
+    body = head + b"}"
+    expected = digest_bytes(body)
+    if _with_digest(body) != data:
+        raise DamageError(
+            "a JSON object is not what was committed",
+            {
+                "object": where,
+                "found": f"{len(data)} bytes, digest {tail[:32].decode(errors='replace') or 'absent'}",
+                "expected": f"digest {expected}" if head else "a JSON object that ends in its digest",
+            },
+            "copy it again from where it came, or write it again",
+        )
+    try:
+        model = model_type.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(key) for key in first["loc"]) or "the whole object"
+        raise DamageError(
+            "a JSON object does not have the fields that this version writes",
+            {"object": where, "field": place, "found": first["msg"]},
+            "read it with the version that wrote it, or write it again",
+        ) from error
+    if to_canonical(model) != data:
+        raise DamageError(
+            "a JSON object is not in canonical form",
+            {"object": where, "expected": "sorted keys, no white space, every field present"},
+            "do not edit it by hand: write it again",
+        )
+    return model
+
+
+def _with_digest(body: bytes) -> bytes:
+    return body[:-1] + b',"digest":"' + digest_bytes(body).encode() + b'"}'

@@ -1,0 +1,77 @@
+"""What the bytes of a tap mean: codecs as pure JAX functions, run inside the jits of teacher and student.
+
+A codec turns numbers `[..., D]` into *parts*: arrays of codes (and, for some, scales) that are stored one zarr array
+each. Every part keeps the leading axes, so a row, a block or a token can be read alone.
+
+    codec = get_codec("int8", signs=make_signs("any text", 576))
+    parts = codec.encode(x)          # {"codes": int8 [..., 576], "scale": uint8 [..., 19]}
+    x = codec.decode(parts)          # float32 [..., 576]
+
+    bf16, f32    cast.py      the floats themselves
+    fp8          cast.py      eight-bit floats, one scale a token
+    int8, int4   quantise.py  integers, one scale a group; rotated first (rotate.py) where signs are given
+    delta=True   delta.py     int8 or int4 of the difference from the slot before
+
+In a scan over slots every codec is used alike: `start`, then `encode_slot` or `decode_slot` (parts.Codec).
+"""
+
+import numpy as np
+
+from schemas.codecs.cast import CastCodec, Fp8Codec
+from schemas.codecs.delta import DeltaCodec
+from schemas.codecs.parts import Carry, Codec, Part, take_slot
+from schemas.codecs.quantise import Int4Codec, Int8Codec
+from schemas.codecs.rotate import Rotation, make_signs
+from schemas.errors import ConfigError
+
+__all__ = ["CODECS", "Carry", "Codec", "Part", "default_group", "get_codec", "make_signs", "take_slot"]
+
+_FLOATS: dict[str, Codec] = {
+    "bf16": CastCodec("bf16", "bfloat16", "uint16"),
+    "f32": CastCodec("f32", "float32", "float32"),
+    "fp8": Fp8Codec(),
+}
+_INTEGERS = {"int8": Int8Codec, "int4": Int4Codec}
+CODECS = (*_FLOATS, *_INTEGERS)
+
+
+def get_codec(
+    name: str,
+    *,
+    group: int | None = None,
+    signs: np.ndarray | None = None,
+    delta: bool = False,
+    keyframe_every: int = 8,
+) -> Codec:
+    """The codec of this name.
+
+    Args:
+        group: numbers that share a scale (integer codecs); 0: the whole token; None: the codec's own choice.
+        signs: int8 [D], +1 and -1: rotate with them (integer codecs); None: no rotation.
+        delta: code each slot as its difference from the one before (integer codecs).
+        keyframe_every: with delta, slots from one keyframe to the next; 0: none.
+
+    Raises:
+        ConfigError: there is no such codec, or it has no such option.
+    """
+    if name not in CODECS:
+        raise ConfigError("there is no such codec", {"found": name, "expected": ", ".join(CODECS)})
+    if name in _FLOATS:
+        if delta or group is not None or signs is not None:
+            raise ConfigError(
+                "groups, rotation and delta are for integer codecs",
+                {"codec": name},
+                f"leave them out, or choose {' or '.join(_INTEGERS)}",
+            )
+        return _FLOATS[name]
+    kind = _INTEGERS[name]
+    codec = kind(kind.group if group is None else group, Rotation(signs))
+    return DeltaCodec(codec, keyframe_every) if delta else codec
+
+
+def default_group(name: str, hidden: int) -> int | None:
+    """The group that a plan writes down where the config names none; None for codecs without groups."""
+    if name not in _INTEGERS:
+        return None
+    preferred = _INTEGERS[name].group
+    return preferred if hidden % preferred == 0 else 0

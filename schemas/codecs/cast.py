@@ -1,0 +1,55 @@
+"""Codecs that store floats: as they are (bf16, f32), or narrowed to eight bits with a scale for each token (fp8)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from schemas.codecs.parts import Memoryless, Part
+from schemas.codecs.scales import from_bf16_bits, reciprocal, to_bf16_bits
+
+E4M3_MAX = 448.0  # the largest finite float8_e4m3fn (OCP 8-bit floating point, 2023)
+
+
+@dataclass(frozen=True)
+class CastCodec(Memoryless):
+    """Numbers stored as they are, in a float type. bf16 as its bits: zarr-python knows no bfloat16."""
+
+    name: str
+    dtype: str
+    stored: str
+
+    def parts(self, hidden: int) -> tuple[Part, ...]:
+        return (Part("codes", self.stored, hidden, self.dtype if self.stored != self.dtype else None),)
+
+    def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
+        return {"codes": jax.lax.bitcast_convert_type(x.astype(self.dtype), jnp.dtype(self.stored))}
+
+    def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]:
+        return jax.lax.bitcast_convert_type(parts["codes"], jnp.dtype(self.dtype))
+
+
+@dataclass(frozen=True)
+class Fp8Codec(Memoryless):
+    """float8_e4m3fn bits, scaled so that each token's largest magnitude is the type's largest."""
+
+    name: str = "fp8"
+
+    def parts(self, hidden: int) -> tuple[Part, ...]:
+        return Part("codes", "uint8", hidden, "float8_e4m3fn"), Part("scale", "uint16", 1, "bfloat16")
+
+    def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
+        wide = x.astype(jnp.float32)
+        stored = to_bf16_bits(jnp.max(jnp.abs(wide), -1, keepdims=True) / E4M3_MAX)
+        # Clamped: the scale is rounded, and e4m3fn turns what is above its largest number into NaN.
+        scaled = jnp.clip(wide * reciprocal(from_bf16_bits(stored)), -E4M3_MAX, E4M3_MAX)
+        return {
+            "codes": jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8),
+            "scale": stored,
+        }
+
+    def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]:
+        numbers = jax.lax.bitcast_convert_type(parts["codes"], jnp.float8_e4m3fn).astype(jnp.float32)
+        return numbers * from_bf16_bits(parts["scale"])

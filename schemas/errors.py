@@ -1,0 +1,65 @@
+"""What a user gets wrong ends in one of these: one message, exit code 2, no traceback.
+
+Every message says what is wrong, where it was found, what was found and expected, and what to do next.
+The command line prints `str(error)`; anything that is not a `DistillcacheError` is a bug of ours and keeps
+its traceback.
+"""
+
+from collections.abc import Mapping
+
+
+class DistillcacheError(Exception):
+    """A mistake in the input, the config or the environment, with what to do about it.
+
+    Args:
+        what: one line, no full stop: what is wrong.
+        facts: label -> value, in reading order: where it is, what was found, what was expected.
+        next: what the user can do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, facts: Mapping[str, object] | None = None, next: str = "") -> None:
+        self.what, self.facts, self.next = what, dict(facts or {}), next
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        rows = {**self.facts, **({"next": self.next} if self.next else {})}
+        width = max((len(label) for label in rows), default=0)
+        lines = [f"  {label.ljust(width)}  {value}" for label, value in rows.items()]
+        title = "stopped" if isinstance(self, Interrupted) else "error"
+        return "\n".join([f"{title}: {self.what}", *lines])
+
+
+class Interrupted(DistillcacheError):
+    """SIGTERM or SIGINT: work in flight was finished or dropped, and the same command goes on from here."""
+
+    exit_code = 143
+
+
+class ConfigError(DistillcacheError):
+    """A config file, a flag or their combination that cannot be used."""
+
+
+class InputError(DistillcacheError):
+    """Text, rows or a tokenizer that cannot be used."""
+
+
+class CheckpointError(DistillcacheError):
+    """A teacher or student checkpoint that is missing, damaged or not supported."""
+
+
+class PlanMismatchError(DistillcacheError):
+    """A directory that already holds the work of another config."""
+
+
+class StorageError(DistillcacheError):
+    """A read or write that the store refused or failed."""
+
+
+class DamageError(DistillcacheError):
+    """Stored bytes that are not what was committed."""
+
+
+class NonFiniteError(DistillcacheError):
+    """NaN or infinity where numbers must be finite."""

@@ -1,0 +1,60 @@
+"""index.bin: one fixed-width record a shard, so that any shard's digests are read by offset, never the whole file.
+
+A record holds what the shard's receipt held: the digest and length of its rows file, and for every array the
+digest of its codes, the length of each object, and the xxh3-64 of every inner chunk. It ends with the xxh3-64 of
+its own bytes. A short last shard leaves the rest of its record zero.
+"""
+
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from schemas.errors import DamageError
+from schemas.manifest import Plan, ShardReceipt
+
+
+def record_dtype(plan: Plan) -> np.dtype:
+    """The layout of one record; little-endian, no padding between fields."""
+    fields: list[tuple] = [("rows_digest", "V16"), ("rows_length", "<u8")]
+    for tap in plan.taps:
+        for part in tap.parts:
+            fields.append((f"{part.array}/digest", "V16"))
+            fields.append((f"{part.array}/lengths", "<u8", (len(tap.object_ranges()),)))
+            fields.append((f"{part.array}/objects", "V16", (len(tap.object_ranges()),)))
+            fields.append((f"{part.array}/chunks", "<u8", (plan.shard_rows, len(tap.slots))))
+    return np.dtype([*fields, ("check", "<u8")])
+
+
+def encode_record(plan: Plan, receipt: ShardReceipt) -> bytes:
+    """The record of a receipt."""
+    record: Any = np.zeros((), record_dtype(plan))
+    record["rows_digest"] = np.void(bytes.fromhex(receipt.rows_file.digest))
+    record["rows_length"] = receipt.rows_file.length
+    for array, part in receipt.parts.items():
+        record[f"{array}/digest"] = np.void(bytes.fromhex(part.digest))
+        record[f"{array}/lengths"] = [stored.length for stored in part.objects]
+        record[f"{array}/objects"] = [np.void(bytes.fromhex(stored.digest)) for stored in part.objects]
+        chunks = chunk_digests(part.chunks, record[f"{array}/chunks"].shape[1])
+        record[f"{array}/chunks"][: len(chunks)] = chunks
+    record["check"] = xxhash.xxh3_64_intdigest(record.tobytes()[:-8])
+    return record.tobytes()
+
+
+def decode_record(plan: Plan, data: bytes, where: str) -> np.ndarray:
+    """The record in these bytes, checked against its own digest.
+
+    Raises:
+        DamageError: the bytes are short, or not what was written.
+    """
+    dtype = record_dtype(plan)
+    if len(data) != dtype.itemsize or xxhash.xxh3_64_intdigest(data[:-8]) != int.from_bytes(data[-8:], "little"):
+        raise DamageError(
+            "a record of the cache's index is damaged", {"at": where}, "run `distillcache verify` on the cache"
+        )
+    return np.frombuffer(data, dtype)[0]
+
+
+def chunk_digests(text: str, slots: int) -> np.ndarray:
+    """The `[rows, slots]` uint64 digests in a receipt's string of 16 hex digits each."""
+    return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(-1, slots)

@@ -1,0 +1,193 @@
+"""What a cache says about itself: the plan, one receipt a shard, the statistics, the manifest.
+
+All are canonical JSON with a digest of their own (canonical.py): other bytes are damage. A segment exists once the
+manifest lists it; a shard is committed once its receipt exists (and, later, once `index.bin` holds its record).
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from schemas.config import Config
+from schemas.layout import ITEM_BYTES
+
+FORMAT: Literal["distillcache/1"] = "distillcache/1"
+
+
+class PartPlan(Config):
+    """One zarr array of a tap: its folder under taps/, its dtype, and its last axis."""
+
+    array: str
+    part: str
+    dtype: str
+    width: int
+    bits_of: str | None = None
+
+
+class TapPlan(Config):
+    """One tap: its codec, and the slots that are stored.
+
+    slots: for `resid`, l is the stream entering block l (and L the one leaving the last); for the others, block l.
+    slots_per_object: Lc, consecutive slots in one object.
+    """
+
+    name: str
+    codec: str
+    slots: tuple[int, ...]
+    slots_per_object: int
+    parts: tuple[PartPlan, ...]
+
+    def object_ranges(self) -> list[tuple[int, int]]:
+        """The stored-slot ranges `[start, stop)` of the objects of one shard."""
+        step, stop = self.slots_per_object, len(self.slots)
+        return [(start, min(start + step, stop)) for start in range(0, stop, step)]
+
+
+class TeacherPlan(Config):
+    """Which teacher: where it was read from, and what it is. Identity is `weights_digest`, not the path."""
+
+    path: str
+    weights_digest: str
+    num_blocks: int
+    hidden_size: int
+    vocab_size: int
+    family: str
+
+
+class NumericsPlan(Config):
+    """What pins the teacher's bits: XLA's results depend on all of these and on the plan's batch_rows."""
+
+    dtype: str
+    attention: str
+    mesh: tuple[int, ...]
+    platform: str
+    versions: dict[str, str]
+
+
+class RowsPlan(Config):
+    """Which rows: their number and size, and the digest of their contents and split.
+
+    eval_indices: the rows held out for evaluation, ascending; all others are for training.
+    text_digest: of the input files' bytes; with the config and the tokenizer it stands for the rows.
+    """
+
+    count: int
+    eval_indices: tuple[int, ...]
+    row_tokens: int
+    tokens: int
+    content_digest: str
+    text_digest: str
+    tokenizer_digest: str
+    vocab_size: int
+    eos_id: int
+
+
+class Plan(Config):
+    """Everything that a segment's bytes depend on; written first, once, and compared with at every resume.
+
+    `created` (when, where, by which version) and `config` (as the user gave it) inform people; they do not count in
+    the comparison.
+    """
+
+    format: Literal["distillcache/1"] = FORMAT
+    segment: str
+    teacher: TeacherPlan
+    rows: RowsPlan
+    taps: tuple[TapPlan, ...]
+    blocks: tuple[int, ...]
+    batch_rows: int
+    shard_rows: int
+    numerics: NumericsPlan
+    config: dict[str, Any]
+    created: dict[str, str]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.rows.count // self.shard_rows)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """The rows `[start, stop)` of a shard; the last one may be short."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows.count)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of all taps; the rows' own tokens not counted."""
+        return self.bytes_per_token * self.rows.row_tokens
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all taps, scales included."""
+        return sum(len(tap.slots) * part.width * ITEM_BYTES[part.dtype] for tap in self.taps for part in tap.parts)
+
+
+class ObjectReceipt(Config):
+    """One stored object: its length in bytes and the xxh3-128 of its bytes."""
+
+    length: int
+    digest: str
+
+
+class PartReceipt(Config):
+    """One array of one shard.
+
+    digest: xxh3-128 of its codes `[rows, slots, T, width]` in C order. chunks: the xxh3-64 of every inner chunk
+    (one row of one slot), row by row, 16 hex digits each. objects: one per range of slots, in order.
+    """
+
+    digest: str
+    chunks: str
+    objects: tuple[ObjectReceipt, ...]
+
+
+class TapStats(Config):
+    """Sums over the real tokens of a shard, one entry a slot: they add up across shards.
+
+    count is of numbers (tokens times hidden size); abs_max combines by maximum.
+    """
+
+    square_sum: tuple[float, ...]
+    abs_max: tuple[float, ...]
+    nonfinite: tuple[int, ...]
+    count: int
+
+
+class ShardReceipt(Config):
+    """Commits a shard: written after all of its objects are durable."""
+
+    shard: int
+    rows: tuple[int, int]
+    rows_file: ObjectReceipt
+    parts: dict[str, PartReceipt]
+    stats: dict[str, TapStats]
+    numerics: NumericsPlan | None = Field(
+        default=None, description="where they differ from the plan's (--accept-platform)"
+    )
+
+
+class Stats(Config):
+    """The receipts' statistics of a finished segment, summed over its shards."""
+
+    taps: dict[str, TapStats]
+
+
+class SegmentEntry(Config):
+    """A finished segment, as the manifest lists it: the digests of everything in it but its shards' objects.
+
+    index_digest is of the whole index.bin; files maps every other small file of the segment to its digest.
+    """
+
+    segment: str
+    rows: int
+    index_digest: str
+    index_length: int
+    files: dict[str, str]
+
+
+class Manifest(Config):
+    """The cache's list of finished segments. Written last. O(1) in the number of rows."""
+
+    format: Literal["distillcache/1"] = FORMAT
+    segments: tuple[SegmentEntry, ...]
+    tokenizer_digest: str
+    rows: int
+    tokens: int

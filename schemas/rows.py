@@ -1,0 +1,254 @@
+"""Rows: what one is, its bytes, and the folder of prepared rows.
+
+A *record* is one row as a safetensors byte string. A *file of rows* is an ArrayRecord file with one record a row.
+A *rows folder* is what `prepare` writes: files of rows, the tokenizer that made them, and `rows.json`, the index,
+written last: without it the folder holds nothing.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import IO, Literal
+
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Bool, Int32
+from pydantic import Field
+from safetensors import SafetensorError
+
+from schemas.canonical import from_canonical
+from schemas.config import Config, DataConfig, Positive
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError, InputError, StorageError
+from schemas.storage import Store
+
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")  # stored as the place in this tuple
+
+INDEX_KEY = "rows.json"
+TOKENIZER_KEY = "tokenizer.json"
+
+_DTYPES = {
+    "tokens": np.dtype(np.int32),
+    "positions": np.dtype(np.int32),
+    "segment_ids": np.dtype(np.int32),
+    "loss_mask": np.dtype(np.uint8),
+    "split": np.dtype(np.uint8),
+}
+_LOADED_FILES = 2  # a reader that goes forward crosses from one file into the next
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
+class Row:
+    """One packed training example of T tokens.
+
+    tokens: vocabulary ids; 0 in padding.
+    positions: the place of each token in its document's part of this row, from 0; 0 in padding.
+    segment_ids: which document of this row a token belongs to, numbered from 1; 0 = padding.
+    loss_mask: `loss_mask[t]` says whether token t counts where it is the target of a prediction.
+    split: whether the row is for training or held out.
+    """
+
+    tokens: Int32[np.ndarray, "T"]
+    positions: Int32[np.ndarray, "T"]
+    segment_ids: Int32[np.ndarray, "T"]
+    loss_mask: Bool[np.ndarray, "T"]
+    split: Split
+
+
+def encode_row(row: Row) -> bytes:
+    """The row as a record: equal rows give equal bytes."""
+    values = {
+        "tokens": row.tokens,
+        "positions": row.positions,
+        "segment_ids": row.segment_ids,
+        "loss_mask": row.loss_mask,
+        "split": [SPLITS.index(row.split)],
+    }
+    return safetensors.numpy.save({name: np.ascontiguousarray(values[name], dtype) for name, dtype in _DTYPES.items()})
+
+
+def decode_row(record: bytes, where: str = "a row") -> Row:
+    """The row in a record.
+
+    Raises:
+        DamageError: the bytes are not a record; `where` names them.
+    """
+    try:
+        found = safetensors.numpy.load(record)
+    except (SafetensorError, KeyError) as error:
+        raise _not_a_record(where, str(error), "a safetensors byte string") from error
+    if found.keys() != _DTYPES.keys():
+        raise _not_a_record(where, f"tensors {sorted(found)}", f"tensors {sorted(_DTYPES)}")
+    row_tokens = found["tokens"].size
+    for name, array in found.items():
+        shape = (1,) if name == "split" else (row_tokens,)
+        if array.shape != shape or array.dtype != _DTYPES[name]:
+            raise _not_a_record(where, f"{name} {array.dtype}{[*array.shape]}", f"{_DTYPES[name]}{[*shape]}")
+    for name in ("loss_mask", "split"):
+        if (found[name] > 1).any():
+            raise _not_a_record(where, f"{name} {found[name].max()}", f"{name} 0 or 1")
+    split = SPLITS[found.pop("split")[0]]
+    return Row(**{**found, "loss_mask": found["loss_mask"].astype(bool)}, split=split)
+
+
+def pack_rows(records: Sequence[bytes]) -> bytes:
+    """The bytes of an ArrayRecord file with one record a row; equal records give equal bytes."""
+    with _scratch_file() as scratch:
+        try:
+            # Groups of one: a row is read without its neighbours.
+            writer = ArrayRecordWriter(scratch.name, "group_size:1")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        except RuntimeError as error:
+            raise _scratch_failure(str(error)) from error
+        return scratch.read()
+
+
+def unpack_rows(data: bytes, count: int | None = None, where: str = "a file of rows") -> list[bytes]:
+    """The records in the bytes of an ArrayRecord file.
+
+    ArrayRecord's own checks miss some damage, so a caller who knows the bytes' digest compares it first.
+
+    Args:
+        data: the whole file.
+        count: how many records there must be; None: not known.
+        where: how messages name the file.
+
+    Raises:
+        DamageError: not an ArrayRecord file, or another number of records.
+    """
+    with _scratch_file() as scratch:
+        scratch.write(data)
+        scratch.flush()
+        try:
+            # No read-ahead: its 16 MiB buffers and threads cost more than these files.
+            reader = ArrayRecordReader(scratch.name, "readahead_buffer_size:0,max_parallelism:0")
+            records = reader.read_all()
+            reader.close()
+        except RuntimeError as error:
+            raise DamageError(
+                "a file of rows is damaged",
+                {"object": where, "length": f"{len(data)} bytes", "cause": str(error).split(";")[0]},
+                "copy it again from where it came, or write it again",
+            ) from error
+    if count is not None and len(records) != count:
+        raise DamageError(
+            "a file of rows holds another number of rows",
+            {"object": where, "found": len(records), "expected": count},
+            "copy it again from where it came, or write it again",
+        )
+    return records
+
+
+@contextmanager
+def _scratch_file() -> Iterator[IO[bytes]]:
+    """A temporary file with a name, since ArrayRecord opens nothing else."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix="distillcache-", suffix=".array_record") as scratch:
+            yield scratch
+    except OSError as error:
+        raise _scratch_failure(str(error)) from error
+
+
+def _scratch_failure(cause: str) -> StorageError:
+    return StorageError(
+        "a file of rows cannot pass through the temporary folder",
+        {"folder": tempfile.gettempdir(), "cause": cause},
+        "free some space there, or set TMPDIR to another folder",
+    )
+
+
+class RowsFile(Config):
+    """One file of rows, as the index knows it."""
+
+    name: str = Field(description="key below the rows folder")
+    rows: Positive = Field(description="records in the file")
+    length: Positive = Field(description="bytes")
+    digest: str = Field(description="of the file's bytes")
+
+
+class RowsIndex(Config):
+    """`rows.json`: what a rows folder holds and what made it."""
+
+    format: Literal["distillcache-rows/1"] = "distillcache-rows/1"
+    rows: Positive = Field(description="N")
+    row_tokens: Positive = Field(description="T")
+    eval_indices: tuple[int, ...] = Field(description="the rows that are held out, ascending")
+    documents: Positive = Field(description="documents in the text")
+    tokens: Positive = Field(description="tokens in the rows, padding not counted")
+    vocab_size: Positive = Field(description="the highest id that the tokenizer can give, plus one")
+    eos_id: int = Field(ge=0, description="the id that ends every document")
+    tokenizer_digest: str = Field(description="of the tokenizer that made the tokens")
+    text_digest: str = Field(description="of the input files' bytes, in reading order")
+    content_digest: str = Field(description="of all records in order: the same however they are split into files")
+    data: DataConfig = Field(description="the config that made the rows")
+    rows_per_file: Positive = Field(description="in every file but the last")
+    files: tuple[RowsFile, ...] = Field(description="in the order of their rows")
+
+    @property
+    def eval_rows(self) -> int:
+        """How many of the rows are held out."""
+        return len(self.eval_indices)
+
+
+class RowReader:
+    """The rows of a rows folder, by their number; every file is checked against its digest when it is loaded."""
+
+    def __init__(self, store: Store, prefix: str = "") -> None:
+        """`prefix` is the folder's key below the store: empty, or ending in a slash."""
+        self._store, self._prefix = store, prefix
+        where = store.where(prefix + INDEX_KEY)
+        data = store.read(prefix + INDEX_KEY)
+        if data is None:
+            raise InputError("there are no finished rows here", {"missing": where}, "run distillcache prepare")
+        self.index = from_canonical(RowsIndex, data, where)
+        self._records = lru_cache(maxsize=_LOADED_FILES)(self._load)
+
+    def __len__(self) -> int:
+        return self.index.rows
+
+    def __getitem__(self, number: int) -> Row:
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        return self.slice(number, number + 1)[0]
+
+    def slice(self, start: int, stop: int) -> list[Row]:
+        """Rows `start` to `stop - 1`."""
+        rows = []
+        for file, numbers in groupby(range(start, stop), lambda number: number // self.index.rows_per_file):
+            records = self._records(file)
+            first = file * self.index.rows_per_file
+            rows.extend(
+                decode_row(records[number - first], f"{self._where(file)} row {number - first}") for number in numbers
+            )
+        return rows
+
+    def _where(self, file: int) -> str:
+        return self._store.where(self._prefix + self.index.files[file].name)
+
+    def _load(self, file: int) -> list[bytes]:
+        entry, where = self.index.files[file], self._where(file)
+        data = self._store.read(self._prefix + entry.name)
+        found = "nothing" if data is None else f"{len(data)} bytes, digest {digest_bytes(data)}"
+        expected = f"{entry.length} bytes, digest {entry.digest}"
+        if data is None or found != expected:
+            raise DamageError(
+                "a file of rows is not what was committed",
+                {"object": where, "found": found, "expected": expected},
+                "copy it again from where it came, or prepare the rows again in another folder",
+            )
+        return unpack_rows(data, entry.rows, where)
+
+
+def _not_a_record(where: str, found: str, expected: str) -> DamageError:
+    return DamageError(
+        "the bytes of a row are damaged",
+        {"row": where, "found": found, "expected": expected},
+        "copy its file again from where it came, or write it again",
+    )

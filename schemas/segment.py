@@ -1,0 +1,171 @@
+"""Reading one segment of a cache: its plan, its arrays, its index records, its rows."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import xxhash
+
+from schemas import layout
+from schemas.canonical import from_canonical
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError, InputError
+from schemas.index import decode_record, encode_record, record_dtype
+from schemas.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
+from schemas.rows import Row, decode_row, unpack_rows
+from schemas.storage import Store
+
+RECORDS_KEPT = 64  # index records and rows files held in memory, a few megabytes
+
+DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
+
+
+class Segment:
+    """One finished or unfinished segment. Reads are checked: damaged bytes raise `DamageError`, never come back."""
+
+    def __init__(self, store: Store, plan: Plan, entry: SegmentEntry | None) -> None:
+        """`entry`: the manifest's line of a finished segment; None while it is being built (receipts are read)."""
+        self.store, self.plan, self.entry = store, plan, entry
+        self._prefix = layout.segment_prefix(plan.segment)
+        self._records: OrderedDict[int, Any] = OrderedDict()
+        self._rows: OrderedDict[int, list[Row]] = OrderedDict()
+
+    def tap(self, name: str) -> TapPlan:
+        """The plan of a tap, by name."""
+        for tap in self.plan.taps:
+            if tap.name == name:
+                return tap
+        found = ", ".join(tap.name for tap in self.plan.taps)
+        raise InputError(
+            "the cache does not hold this tap",
+            {"cache": self.store.url, "wanted": name, "found": found},
+            f"build a cache with taps.{name}",
+        )
+
+    def open_array(self, tap: TapPlan, part: PartPlan, context: ts.Context | None = None) -> ts.TensorStore:
+        """The zarr array `[N, slots, T, width]`, for reading; its metadata comes from the plan, not the disk."""
+        spec = layout.array_spec(
+            self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, tap, part)
+        )
+        return ts.open(spec, read=True, open=True, assume_metadata=True, context=context).result()
+
+    def record(self, shard: int) -> Any:
+        """The index record of a shard (a NumPy record of `index.record_dtype`)."""
+        found = self._records.get(shard)
+        if found is None:
+            # Another thread may drop or add entries meanwhile: at worst a record is read twice.
+            found = self._records[shard] = self._read_record(shard)
+            if len(self._records) > RECORDS_KEPT:
+                self._records.popitem(last=False)
+        return found
+
+    def rows(self, shard: int) -> list[Row]:
+        """The rows of a shard, in order, checked against the shard's digest."""
+        found = self._rows.get(shard)
+        if found is None:
+            found = self._rows[shard] = self._read_rows(shard)
+            if len(self._rows) > RECORDS_KEPT:
+                self._rows.popitem(last=False)
+        return found
+
+    def row(self, index: int) -> Row:
+        """One row, by its number in this segment."""
+        return self.rows(index // self.plan.shard_rows)[index % self.plan.shard_rows]
+
+    def check_chunk(self, array: str, row: int, slot: int, codes: np.ndarray) -> None:
+        """Raise unless these codes `[T, width]` are the ones that were committed for (row, stored slot)."""
+        shard, place = divmod(row, self.plan.shard_rows)
+        expected = int(self.record(shard)[f"{array}/chunks"][place, slot])
+        if xxhash.xxh3_64_intdigest(np.ascontiguousarray(codes).data) != expected:
+            raise DamageError(
+                "stored activations are not what was committed",
+                {"cache": self.store.url, "array": array, "shard": shard, "row": row, "slot": slot},
+                DAMAGE_NEXT,
+            )
+
+    def _read_record(self, shard: int) -> Any:
+        size = record_dtype(self.plan).itemsize
+        if self.entry is None:
+            return receipt_record(self.plan, self._read_receipt(shard))
+        key = f"{self._prefix}/index.bin"
+        data = self.store.read(key, slice(shard * size, (shard + 1) * size)) if self._index_is_whole(key) else None
+        return decode_record(self.plan, data or b"", f"{self.store.where(key)}, shard {shard}")
+
+    def _index_is_whole(self, key: str) -> bool:
+        return self.entry is not None and self.store.length_is(key, self.entry.index_length)
+
+    def _read_receipt(self, shard: int) -> ShardReceipt:
+        key = layout.receipt_key(self.plan.segment, shard)
+        data = self.store.read(key)
+        if data is None:
+            raise InputError(
+                "this shard is not committed yet",
+                {"cache": self.store.url, "shard": shard},
+                "finish the build: run the same `distillcache build` again",
+            )
+        return from_canonical(ShardReceipt, data, self.store.where(key))
+
+    def _read_rows(self, shard: int) -> list[Row]:
+        key = layout.rows_key(self.plan.segment, shard)
+        data, record = self.store.read(key), self.record(shard)
+        if data is None or digest_bytes(data) != bytes(record["rows_digest"]).hex():
+            raise DamageError(
+                "a file of rows is missing or damaged" if data else "a file of rows is missing",
+                {"file": self.store.where(key), "shard": shard},
+                DAMAGE_NEXT,
+            )
+        start, stop = self.plan.shard_range(shard)
+        return [decode_row(record) for record in unpack_rows(data, stop - start)]
+
+
+def receipt_record(plan: Plan, receipt: ShardReceipt) -> Any:
+    """A receipt as the index record that it will become."""
+    return np.frombuffer(encode_record(plan, receipt), record_dtype(plan))[0]
+
+
+def part_metadata(plan: Plan, tap: TapPlan, part: PartPlan) -> dict[str, Any]:
+    """The zarr3 metadata of one array of the segment."""
+    shape = (plan.rows.count, len(tap.slots), plan.rows.row_tokens, part.width)
+    return layout.array_metadata(shape, part.dtype, (plan.shard_rows, tap.slots_per_object), part.bits_of)
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The manifest of a cache, or None where there is none (no cache, or an unfinished one)."""
+    data = store.read(layout.MANIFEST)
+    return None if data is None else from_canonical(Manifest, data, store.where(layout.MANIFEST))
+
+
+def read_plan(store: Store, segment: str) -> Plan | None:
+    """The plan of a segment, or None where nobody has started it."""
+    key = layout.plan_key(segment)
+    data = store.read(key)
+    return None if data is None else from_canonical(Plan, data, store.where(key))
+
+
+def open_cache(store: Store) -> list[Segment]:
+    """The finished segments of a cache.
+
+    Raises:
+        InputError: there is no finished cache here.
+        DamageError: its manifest or a plan is damaged.
+    """
+    manifest = read_manifest(store)
+    if manifest is None:
+        unfinished = read_plan(store, "0000") is not None
+        raise InputError(
+            "the cache is not finished" if unfinished else "there is no cache here",
+            {"cache": store.url, "missing": layout.MANIFEST},
+            "run the same `distillcache build` again" if unfinished else "check the path, or build it first",
+        )
+    segments = []
+    for entry in manifest.segments:
+        plan = read_plan(store, entry.segment)
+        if plan is None or digest_bytes(store.read(layout.plan_key(entry.segment)) or b"") != entry.files["plan.json"]:
+            raise DamageError(
+                "the plan of a segment is missing or is not the one that the manifest names",
+                {"file": store.where(layout.plan_key(entry.segment))},
+                DAMAGE_NEXT,
+            )
+        segments.append(Segment(store, plan, entry))
+    return segments

@@ -1,0 +1,218 @@
+"""Configs from YAML files and dotted flags, and the help text that explains every field.
+
+`--teacher.path X`, `--teacher.path=X`; hyphen and underscore are the same; a value is read as YAML (`--blocks
+"[3, 7]"`), except where the field is text. Flags win over the file. Whatever is wrong with a file, a flag or a
+value is one `ConfigError`.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from schemas.errors import ConfigError
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+_MEMBER_NAMES = ("bool", "int", "float", "str")  # how pydantic names a union's members, where not `list[...]`
+
+
+class HelpRequested(Exception):
+    """`--help` was given; its text is the exception's text."""
+
+
+def parse(model: type[ConfigType], argv: Sequence[str], command: str, *, positional: Sequence[str] = ()) -> ConfigType:
+    """The config that a command line and, with `--config FILE.yaml`, a file describe.
+
+    Args:
+        model: the config's pydantic model.
+        argv: the words after the command's name.
+        command: the command as the user typed it, for help and messages.
+        positional: fields that may be given as bare words, in order.
+
+    Raises:
+        ConfigError: an unknown flag, a value that does not fit, a missing field, an unreadable file.
+        HelpRequested: `--help` or `-h` is among the words.
+    """
+    if "--help" in argv or "-h" in argv:
+        raise HelpRequested(help_text(model, command, positional))
+    values: dict[str, Any] = {}
+    overrides: list[tuple[list[str], str | None, str]] = []
+    words, bare = list(argv), list(positional)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if not bare:
+                raise ConfigError("an extra word on the command line", {"found": word}, f"see {command} --help")
+            overrides.append(([bare.pop(0)], word, word))
+            continue
+        flag, equals, text = word.partition("=")
+        value = text if equals else None
+        if value is None and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        name = flag[2:].replace("-", "_")
+        if name == "config":
+            values = merge(values, load_yaml(_given(value, flag, command)))
+        else:
+            overrides.append((name.split("."), value, flag))
+    for keys, value, flag in overrides:
+        annotation = _field_annotation(model, keys, flag, command)
+        if value is None and bool in _members(annotation):
+            value = "true"
+        _assign(values, keys, _parse_value(_given(value, flag, command), annotation, flag), flag)
+    return validate(model, values, command)
+
+
+def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
+    """The model of these values, with pydantic's findings as one `ConfigError`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        facts: dict[str, object] = {}
+        for finding in error.errors():
+            # Members of a union are tried one by one; their names in the path would only confuse.
+            keys = [str(key) for key in finding["loc"] if not ("[" in str(key) or key in _MEMBER_NAMES)]
+            message = finding["msg"][0].lower() + finding["msg"][1:]
+            given = "" if finding["type"] == "missing" else f" (found {finding['input']!r})"
+            facts.setdefault(".".join(keys) or "config", message + given)
+        raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the config file cannot be read", {"file": path, "cause": error}) from error
+    except yaml.YAMLError as error:
+        raise ConfigError("the config file is not YAML", {"file": path, "cause": str(error)}) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            "the config file holds no mapping",
+            {"file": path, "found": type(loaded).__name__},
+            "write `key: value` lines",
+        )
+    return loaded
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML, every field included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mappings key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def help_text(model: type[BaseModel], command: str, positional: Sequence[str] = ()) -> str:
+    """What `--help` prints: every field, its type, its default and what it means."""
+    usage = " ".join([command, *(f"<{name}>" for name in positional), "[--config FILE.yaml]", "[--field value ...]"])
+    lines = [f"usage: {usage}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+    for name, type_name, default, description in _fields(model, ""):
+        lines.append(f"  --{name.replace('_', '-')} {type_name}{default}")
+        lines.append(f"        {description}")
+    return "\n".join(lines)
+
+
+def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for name, field in model.model_fields.items():
+        nested = _nested_model(field.annotation)
+        if nested is not None:
+            rows.extend(_fields(nested, f"{prefix}{name}."))
+            continue
+        if field.is_required():
+            default = "  (required)"
+        elif field.default is PydanticUndefined:
+            default = "  (default: [])"
+        else:
+            default = f"  (default: {'none' if field.default is None else field.default})"
+        rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+    return rows
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types in a union (or the one type), without None."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    found = list(typing.get_args(annotation)) if union else [annotation]
+    return [member for member in found if member is not type(None)]
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    models = [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    return models[0] if models else None
+
+
+def _type_name(annotation: Any) -> str:
+    names = []
+    for member in _members(annotation):
+        if typing.get_origin(member) is typing.Annotated:
+            member = typing.get_args(member)[0]
+        if typing.get_origin(member) is typing.Literal:
+            names.append("|".join(str(value) for value in typing.get_args(member)))
+        elif typing.get_origin(member) is list:
+            names.append(f"[{_type_name(typing.get_args(member)[0])}, ...]")
+        elif isinstance(member, type) and issubclass(member, BaseModel):
+            names.append(
+                "{" + ", ".join(f"{n}: {_type_name(f.annotation)}" for n, f in member.model_fields.items()) + "}"
+            )
+        else:
+            names.append(getattr(member, "__name__", str(member)))
+    return " or ".join(names)
+
+
+def _field_annotation(model: type[BaseModel], keys: list[str], flag: str, command: str) -> Any:
+    current: type[BaseModel] | None = model
+    annotation: Any = None
+    for key in keys:
+        field = current.model_fields.get(key) if current is not None else None
+        if field is None:
+            known = [name for name, *_ in _fields(model, "")]
+            close = difflib.get_close_matches(".".join(keys), known, n=1, cutoff=0.5)
+            hint = f"did you mean --{close[0]}? See {command} --help" if close else f"see {command} --help"
+            raise ConfigError("there is no such flag", {"found": flag}, hint)
+        annotation = field.annotation
+        current = _nested_model(annotation)
+    return annotation
+
+
+def _given(value: str | None, flag: str, command: str) -> str:
+    if value is None:
+        raise ConfigError("a flag lacks its value", {"flag": flag}, f"see {command} --help")
+    return value
+
+
+def _parse_value(text: str, annotation: Any, flag: str) -> Any:
+    members = _members(annotation)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if str in members:
+            return text
+        raise ConfigError("a flag's value is not YAML", {"flag": flag, "found": text}) from error
+    if value is None or (isinstance(value, list | dict) and text.strip()[:1] in ("[", "{") and members != [str]):
+        return value
+    return text if str in members else value
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, flag: str) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError("a flag goes into something that is not a mapping", {"flag": flag, "found": inner})
+        values[key] = dict(inner or {})
+        values = values[key]
+    values[keys[-1]] = value

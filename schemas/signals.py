@@ -1,0 +1,35 @@
+"""SIGTERM and SIGINT as a question that a loop asks between two pieces of work."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether the process was asked to stop. A second SIGINT interrupts at once, as everywhere."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def watch_for_stop() -> Iterator[StopRequest]:
+    """SIGTERM and SIGINT set `.requested` while the context lasts. Outside the main thread nothing is watched."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request._on_signal) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,214 @@
+"""Configs from files and flags: what wins, how values are read, what is refused, and what help says."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+from schemas.config import BuildConfig, Config, DemoConfig, PrepareConfig, TrainConfig
+from schemas.errors import ConfigError
+from schemas.settings import HelpRequested, dump_yaml, help_text, load_yaml, merge, parse, validate
+
+
+class Inner(Config):
+    size: int = Field(8, gt=0, description="how large")
+    name: str | None = Field(None, description="what it is called")
+
+
+class Sample(Config):
+    """A sample of every kind of field."""
+
+    path: str | list[str] = Field(description="where")
+    blocks: Literal["all"] | list[int] = Field("all", description="which")
+    rate: float = Field(0.5, description="how fast")
+    row_tokens: int = Field(16, description="how long")
+    accept_platform: bool = Field(False, description="whether")
+    inner: Inner = Field(Inner(), description="inside")
+    maybe: Inner | None = Field(None, description="inside, or null")
+    items: list[Inner] = Field(default_factory=list, description="several")
+
+
+def read(*argv: str, **options: Any) -> Sample:
+    return parse(Sample, argv, "distillcache sample", **options)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "sample.yaml"
+    path.write_text("path: corpus\nrow_tokens: 32\ninner: {size: 4, name: file}\nmaybe: {size: 2}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("flag", ["--row-tokens", "--row_tokens"])
+def test_hyphen_and_underscore_are_the_same(flag: str) -> None:
+    assert read("--path", "x", flag, "8").row_tokens == 8
+    assert read("--path", "x", f"{flag}=8").row_tokens == 8
+    assert read("--path", "x", "--accept-platform", flag, "8").accept_platform
+
+
+def test_dotted_flags_reach_inside() -> None:
+    config = read("--path", "x", "--inner.size", "3", "--inner.name=deep", "--maybe.name", "there")
+    assert config.inner == Inner(size=3, name="deep")
+    assert config.maybe == Inner(name="there")  # a null becomes a mapping
+
+
+def test_flags_lie_on_the_file_wherever_they_stand(file: str) -> None:
+    for argv in (["--config", file, "--inner.size", "5"], ["--inner.size=5", f"--config={file}"]):
+        config = read(*argv)
+        assert (config.path, config.row_tokens, config.inner) == ("corpus", 32, Inner(size=5, name="file"))
+    assert read("--config", file, "--maybe", "null").maybe is None
+    assert read("--config", file, "--inner", "{size: 1}").inner == Inner(size=1)
+
+
+def test_a_second_file_lies_on_the_first(file: str, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("inner: {size: 7}\nmaybe: null\n")
+    config = read("--config", file, "--config", str(over))
+    assert (config.row_tokens, config.inner, config.maybe) == (32, Inner(size=7, name="file"), None)
+
+
+def test_the_last_of_two_flags_wins() -> None:
+    assert read("--path", "x", "--rate", "1", "--rate", "2").rate == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "expected"),
+    [
+        (["--rate", "1e-3"], "rate", 1e-3),  # YAML 1.1 takes this for text
+        (["--rate", "-1"], "rate", -1.0),
+        (["--blocks", "[3, 7]"], "blocks", [3, 7]),
+        (["--blocks", "all"], "blocks", "all"),
+        (["--path", "123"], "path", "123"),
+        (["--path", "true"], "path", "true"),
+        (["--path", "2024-01-01"], "path", "2024-01-01"),
+        (["--path", "[a, b]"], "path", ["a", "b"]),
+        (["--path", "data-[ab]*.txt"], "path", "data-[ab]*.txt"),
+        (["--path=a=b: c"], "path", "a=b: c"),
+        (["--inner.name", "null"], "inner", Inner(name=None)),
+        (["--accept-platform", "false"], "accept_platform", False),
+        (["--items", "[{size: 1}, {name: b}]"], "items", [Inner(size=1), Inner(name="b")]),
+    ],
+)
+def test_values_are_read_by_the_fields_type(argv: list[str], field: str, expected: object) -> None:
+    path = [] if field == "path" else ["--path", "x"]
+    assert getattr(read(*path, *argv), field) == expected
+
+
+def test_bare_words_fill_the_positional_fields() -> None:
+    assert read("corpus", positional=("path",)).path == "corpus"
+    with pytest.raises(ConfigError, match="extra word") as caught:
+        read("corpus", "more", positional=("path",))
+    assert caught.value.facts == {"found": "more"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--row-tokns", "8"], ["--row-tokns", "did you mean --row_tokens"]),
+        (["--inner.sise", "8"], ["--inner.sise", "did you mean --inner.size"]),
+        (["--row-tokens.size", "8"], ["--row-tokens.size"]),
+        (["--xyzzy"], ["--xyzzy", "distillcache sample --help"]),
+        (["--"], ["--"]),
+        (["--row-tokens"], ["lacks its value", "--row-tokens"]),
+        (["--path", "--rate", "1"], ["lacks its value", "--path"]),
+        (["--config"], ["lacks its value", "--config"]),
+        (["--rate", "[1"], ["not YAML", "--rate", "[1"]),
+        (["--path", "x", "--rate", "fast"], ["rate", "'fast'", "number"]),
+        (["--path", "x", "--inner.size", "0"], ["inner.size", "greater than 0", "found 0"]),
+        (["--path", "x", "--blocks", "[1, x]"], ["blocks.1", "'x'"]),
+        (["--path", "x", "--items", "[{size: 1}, {size: 0}]"], ["items.1.size", "found 0"]),
+        (["--path", "x", "--inner", "3", "--inner.size", "4"], ["--inner.size", "not a mapping"]),
+        (["--path", "{a: b}"], ["path", "{'a': 'b'}"]),
+        ([], ["path", "required"]),
+    ],
+)
+def test_what_is_wrong_is_named(argv: list[str], told: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*argv)
+    for part in told:
+        assert part in str(caught.value)
+
+
+def test_the_members_of_a_union_are_not_part_of_the_fields_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(Sample, {"path": 3, "blocks": [1.5]}, "build.yaml")
+    assert list(caught.value.facts) == ["in", "path", "blocks", "blocks.0"]
+    assert caught.value.facts["in"] == "build.yaml"
+
+
+@pytest.mark.parametrize("key", ["row_tokns", "row-tokens", "row tokens"])
+def test_an_unknown_key_of_a_file_is_named(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"path: x\n{key}: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(tmp_path / "a.yaml"))
+    assert key in caught.value.facts
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"a: [1", "is not YAML"),
+        (b"a: !!python/object:os.system x", "is not YAML"),
+        (b"- a\n", "found  list"),
+        (b"", "found  NoneType"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes | None, told: str) -> None:
+    path = tmp_path / "a.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(str(path))
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_merge_goes_into_mappings_and_changes_neither() -> None:
+    base, over = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}, {"a": {"c": {"f": 3}}, "e": [2]}
+    assert merge(base, over) == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [2]}
+    assert (base, over) == ({"a": {"b": 1, "c": {"d": 2}}, "e": [1]}, {"a": {"c": {"f": 3}}, "e": [2]})
+    assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
+
+
+def test_a_dumped_config_reads_back(tmp_path: Path) -> None:
+    config = read("--path", "[ü, b]", "--maybe.size", "3", "--items", "[{name: 'no'}]", "--rate", "1e-7")
+    (tmp_path / "a.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert read("--config", str(tmp_path / "a.yaml")) == config
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted name of every leaf, found in another way than help finds it."""
+    paths = []
+    for name, field in model.model_fields.items():
+        inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
+        models = [t for t in inner if issubclass(t, BaseModel)] if "list" not in str(field.annotation) else []
+        paths += field_paths(models[0], f"{prefix}{name}.") if models else [prefix + name]
+    return paths
+
+
+@pytest.mark.parametrize("model", [Sample, PrepareConfig, BuildConfig, TrainConfig, DemoConfig])
+def test_help_lists_every_field_with_its_meaning(model: type[BaseModel]) -> None:
+    lines = help_text(model, "distillcache x", ("path",)).split("\n")
+    flags = {line.split()[0]: meaning.strip() for line, meaning in pairwise(lines) if "--" in line}
+    assert {f"--{path.replace('_', '-')}" for path in field_paths(model)} == flags.keys() - {"usage:"}
+    assert all(meaning for flag, meaning in flags.items() if flag != "usage:")
+
+
+def test_help_states_types_and_defaults() -> None:
+    with pytest.raises(HelpRequested) as caught:
+        read("--row-tokens", "8", "--help")
+    text = str(caught.value)
+    assert text.startswith("usage: distillcache sample [--config FILE.yaml]")
+    assert "A sample of every kind of field." in text
+    for line in (
+        "--path str or [str, ...]  (required)",
+        "--blocks all or [int, ...]  (default: all)",
+        "--row-tokens int  (default: 16)",
+        "--inner.name str  (default: none)",
+        "--items [{size: int, name: str}, ...]  (default: [])",
+    ):
+        assert line in text

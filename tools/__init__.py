@@ -1,0 +1,1 @@
+"""The command line, and everything that looks at a cache or a run."""

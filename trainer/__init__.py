@@ -1,0 +1,12 @@
+"""Stage 2: a cache to a trained student.
+
+feed.py         cached rows and taps, by row number, and the Grain pipeline over them
+losses.py       pure losses, the same in the scan and in the tests
+step.py         one optimizer step: the blockwise gradient inside the scan
+optimizer.py    AdamW whose state and clipping are per block
+evaluate.py     held-out perplexity and per-block cosine distance
+checkpoints.py  Orbax: parameters, optimizer, step, feed
+metrics.py      JSONL and TensorBoard
+student.py      where a run's student comes from
+train.py        the loop
+"""
