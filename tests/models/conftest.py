@@ -1,0 +1,62 @@
+"""Small decoders and checkpoints that the tests of this folder share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.config import BlockKind, LayerGroup, ModelConfig
+from models.decoder import Decoder
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CACHED_TEACHER = Path("~/.cache/distillcache/SmolLM2-135M-Instruct.Q4_1.gguf").expanduser()
+
+
+def randomized(decoder: Decoder, seed: int = 0) -> Decoder:
+    """Norm weights and biases away from 1 and 0, where a missing one would not show."""
+    noise = np.random.default_rng(seed)
+    graph, state = nnx.split(decoder)
+    out = []
+    for path, value in nnx.to_flat_state(state):
+        old = np.asarray(value.get_value())
+        if str(path[-1]).endswith(("norm", "_bias")):
+            old = (old + 0.3 * noise.standard_normal(old.shape)).astype(old.dtype)
+        out.append((path, value.replace(jnp.asarray(old))))
+    return nnx.merge(graph, nnx.from_flat_state(out))
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """No two axes of one size, so that a swapped axis cannot pass."""
+    return ModelConfig(
+        vocab_size=61,
+        hidden_size=36,
+        intermediate_size=40,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        layers=(LayerGroup((BlockKind(),), 3),),
+        norm_eps=1e-5,
+        max_positions=64,
+    )
+
+
+@pytest.fixture
+def tiny(tiny_config: ModelConfig) -> Decoder:
+    return randomized(Decoder(tiny_config))
+
+
+@pytest.fixture
+def tiny_biased(tiny_config: ModelConfig) -> Decoder:
+    return randomized(Decoder(replace(tiny_config, attention_bias=True, mlp_bias=True)))
+
+
+@pytest.fixture
+def demo_teacher() -> Path:
+    """The quantised SmolLM2-135M-Instruct, where it has been fetched."""
+    if not CACHED_TEACHER.exists():
+        pytest.skip(f"the demo teacher is not at {CACHED_TEACHER}")
+    return CACHED_TEACHER
