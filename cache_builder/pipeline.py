@@ -1,0 +1,100 @@
+"""Shards on their way to the store: filled by the main thread, written by another, bounded in bytes."""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from cache_builder.write import ShardBuffer, commit_shard
+from models.recorder import SlotSums
+from schemas.manifest import NumericsPlan, Plan
+from schemas.rows import Row
+from schemas.storage import Store
+
+
+class ByteBudget:
+    """At most `limit` bytes at a time; a single request larger than the limit waits until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+
+    def acquire(self, count: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + count <= self._limit)
+            self._used += count
+
+    def release(self, count: int) -> None:
+        with self._changed:
+            self._used -= count
+            self._changed.notify_all()
+
+
+class ShardWriter:
+    """Collects rows into shards and commits full ones in the background, one at a time.
+
+    The first failure is kept: nothing is written after it, and `add`, `check` and `close` raise it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        *,
+        max_bytes: int,
+        numerics: NumericsPlan | None,
+        on_commit: Callable[[int], None],
+    ) -> None:
+        """`on_commit(shard)` is called in the writing thread, after the receipt."""
+        self._store, self._plan, self._numerics, self._on_commit = store, plan, numerics, on_commit
+        self._budget = ByteBudget(max_bytes)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._filling: dict[int, ShardBuffer] = {}
+        self._writing: list[Future[None]] = []
+        self._failed = threading.Event()
+
+    def add(self, shard: int, rows: list[Row], codes: Mapping[str, np.ndarray], sums: Mapping[str, SlotSums]) -> None:
+        """Append rows to their shard (arrays `[rows, S, T, W]`); waits while too much is in flight."""
+        self.check()
+        if shard not in self._filling:
+            self._budget.acquire(self._shard_bytes(shard))
+            self.check()
+            self._filling[shard] = ShardBuffer(shard, self._plan)
+        buffer = self._filling[shard]
+        buffer.put(rows, codes, sums)
+        if buffer.is_full:
+            self._writing.append(self._pool.submit(self._commit, self._filling.pop(shard)))
+
+    def check(self) -> None:
+        """Raise the failure of any write so far."""
+        done = [future for future in self._writing if future.done()]
+        self._writing = [future for future in self._writing if future not in done]
+        for future in done:
+            future.result()
+
+    def wait(self) -> None:
+        """Until everything that is full is committed."""
+        for future in self._writing:
+            future.result()
+        self._writing = []
+
+    def close(self) -> None:
+        """Finish the shards that are full, drop the ones that are not, and end the thread."""
+        self._pool.shutdown(wait=True)
+        self._filling.clear()
+
+    def _commit(self, buffer: ShardBuffer) -> None:
+        try:
+            if not self._failed.is_set():
+                commit_shard(self._store, buffer, self._numerics)
+                self._on_commit(buffer.shard)
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            self._budget.release(self._shard_bytes(buffer.shard))
+
+    def _shard_bytes(self, shard: int) -> int:
+        start, stop = self._plan.shard_range(shard)
+        return (stop - start) * self._plan.bytes_per_row

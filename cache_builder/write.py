@@ -1,0 +1,125 @@
+"""From a shard in memory to a shard in the store: objects, then the receipt.
+
+An object is encoded in memory by TensorStore's own zarr3 driver and stored by one write: no shard is ever read back
+to be completed, a stale object of a killed build is replaced whatever it holds, and its length and digest are known.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import tensorstore as ts
+import xxhash
+
+from models.recorder import SlotSums
+from schemas import layout
+from schemas.canonical import to_canonical
+from schemas.digest import digest_bytes
+from schemas.errors import DistillcacheError, StorageError
+from schemas.manifest import NumericsPlan, ObjectReceipt, PartPlan, PartReceipt, Plan, ShardReceipt, TapPlan, TapStats
+from schemas.rows import Row, encode_row, pack_rows
+from schemas.storage import Store
+
+
+@dataclass
+class ShardBuffer:
+    """One shard being filled: codes `[rows, S, T, W]` by array name, and the statistics of its rows."""
+
+    shard: int
+    plan: Plan
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
+    stats: dict[str, TapStats] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        start, stop = self.plan.shard_range(self.shard)
+        tokens = self.plan.rows.row_tokens
+        for tap in self.plan.taps:
+            for part in tap.parts:
+                self.codes[part.array] = np.empty((stop - start, len(tap.slots), tokens, part.width), part.dtype)
+
+    def put(self, rows: list[Row], codes: Mapping[str, np.ndarray], sums: Mapping[str, SlotSums]) -> None:
+        """Append consecutive rows: their codes (array name -> `[rows, S, T, W]`) and sums (`[rows, S]`)."""
+        place = len(self.rows)
+        for array, values in codes.items():
+            self.codes[array][place : place + len(rows)] = values
+        self.rows.extend(rows)
+        tokens = sum(int(np.count_nonzero(row.segment_ids)) for row in rows)
+        for name, new in sums.items():
+            added = TapStats(
+                square_sum=tuple(np.asarray(new.square_sum, np.float64).sum(axis=0).tolist()),
+                abs_max=tuple(np.asarray(new.abs_max, np.float64).max(axis=0).tolist()),
+                nonfinite=tuple(np.asarray(new.nonfinite).sum(axis=0).tolist()),
+                count=tokens * self.plan.teacher.hidden_size,
+            )
+            self.stats[name] = add_stats(self.stats[name], added) if name in self.stats else added
+
+    @property
+    def is_full(self) -> bool:
+        start, stop = self.plan.shard_range(self.shard)
+        return len(self.rows) == stop - start
+
+
+def add_stats(one: TapStats, other: TapStats) -> TapStats:
+    """The statistics of two disjoint sets of tokens together."""
+    return TapStats(
+        square_sum=tuple(a + b for a, b in zip(one.square_sum, other.square_sum, strict=True)),
+        abs_max=tuple(max(a, b) for a, b in zip(one.abs_max, other.abs_max, strict=True)),
+        nonfinite=tuple(a + b for a, b in zip(one.nonfinite, other.nonfinite, strict=True)),
+        count=one.count + other.count,
+    )
+
+
+def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None = None) -> ShardReceipt:
+    """Write a full shard's objects and rows, then its receipt, each awaited before the next kind.
+
+    Args:
+        numerics: where this process's platform differs from the plan's.
+
+    Raises:
+        StorageError: a write failed; the message names the shard, and there is no receipt.
+    """
+    plan, shard = buffer.plan, buffer.shard
+    try:
+        parts = {
+            part.array: _write_part(store, plan, tap, part, shard, buffer.codes[part.array])
+            for tap in plan.taps
+            for part in tap.parts
+        }
+        rows_file = pack_rows([encode_row(row) for row in buffer.rows])
+        store.write(layout.rows_key(plan.segment, shard), rows_file)
+        receipt = ShardReceipt(
+            shard=shard,
+            rows=plan.shard_range(shard),
+            rows_file=ObjectReceipt(length=len(rows_file), digest=digest_bytes(rows_file)),
+            parts=parts,
+            stats=buffer.stats,
+            numerics=numerics,
+        )
+        store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
+    except DistillcacheError as error:
+        start, stop = plan.shard_range(shard)
+        facts = {"shard": f"{shard} (rows {start} to {stop - 1}), not committed", **error.facts}
+        raise StorageError(f"the build stopped: {error.what}", facts, error.next) from error
+    return receipt
+
+
+def _write_part(store: Store, plan: Plan, tap: TapPlan, part: PartPlan, shard: int, codes: np.ndarray) -> PartReceipt:
+    objects = []
+    for group, (start, stop) in enumerate(tap.object_ranges()):
+        data = encode_object(plan, tap, part, codes[:, start:stop])
+        store.write(layout.object_key(plan.segment, part.array, shard, group), data)
+        objects.append(ObjectReceipt(length=len(data), digest=digest_bytes(data)))
+    chunks = "".join(xxhash.xxh3_64_hexdigest(chunk) for row in codes for chunk in row)
+    return PartReceipt(digest=digest_bytes(codes), chunks=chunks, objects=tuple(objects))
+
+
+def encode_object(plan: Plan, tap: TapPlan, part: PartPlan, codes: np.ndarray) -> bytes:
+    """The bytes of one outer zarr3 chunk that holds `[rows, slots, T, W]` codes."""
+    outer = (plan.shard_rows, tap.slots_per_object)
+    metadata = layout.array_metadata(codes.shape, part.dtype, outer, part.bits_of)  # type: ignore[arg-type]
+    context = ts.Context()
+    memory = {"driver": "memory", "path": "object/"}
+    array = ts.open(layout.array_spec(memory, metadata), create=True, open=True, context=context).result()
+    array.write(codes).result()
+    return ts.KvStore.open(memory, context=context).result().read("c/0/0/0/0").result().value

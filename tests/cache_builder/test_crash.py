@@ -1,0 +1,136 @@
+"""A build that is killed with SIGKILL, at drawn moments and at every write, and started again.
+
+The children are forked from a server that has imported everything but has not touched JAX yet, so that a trial takes
+two seconds instead of six. A child kills itself at its n-th operation on the store: before it, in the middle of it (a
+lock file half-written, as TensorStore's file driver leaves it), or after it.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+from cache_builder.build import build_cache
+from schemas.segment import read_manifest
+from schemas.storage import LOCK_SUFFIX, Store
+from tests.conftest import build_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+OPERATIONS = ("write", "replace", "delete")
+
+
+def build_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str, done: str) -> None:
+    """In the child: build, and die at the `kill_at`-th operation. A build that ends writes its count to `done`."""
+    count = 0
+
+    def dying(name: str):
+        real = getattr(Store, name)
+
+        def operation(self: Store, key: str, *values):
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                if moment == "after":
+                    real(self, key, *values)
+                if moment == "during" and name != "delete":
+                    path = Path(f"{self.local}/{key}{LOCK_SUFFIX}")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    # Longer than the value: what a later, shorter write would keep the tail of.
+                    path.write_bytes(b"x" * (len(values[0]) + 1000))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, key, *values)
+
+        return operation
+
+    for name in OPERATIONS:
+        setattr(Store, name, dying(name))
+    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16))
+    Path(done).write_text(str(count))
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """rows/, taps/ and what is derived from them; the plan and the manifest name the time and the place."""
+    files = {str(path.relative_to(cache)): path for path in cache.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if path.name not in ("plan.json", "manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "cache_builder.build", __name__])
+    return context
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> dict[str, bytes]:
+    """The bytes of a build that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("quiet") / "c"
+    build_cache(build_config(folder, teacher, corpus, shard_rows=16))
+    return contents(folder)
+
+
+def run_child(server: ForkServerContext, *arguments: object) -> int:
+    child = server.Process(target=build_until, args=tuple(map(str, arguments[:3])) + arguments[3:])
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def test_killed_at_every_durability_boundary(
+    tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path, quiet: dict[str, bytes]
+) -> None:
+    done = str(tmp_path / "count")
+    assert run_child(server, tmp_path / "count-run", teacher, corpus, 0, "never", done) == 0
+    operations = int(Path(done).read_text())
+    assert operations > 20
+    moments = ("before", "during", "after")
+    for kill_at in range(1, operations + 1):
+        cache = tmp_path / f"c{kill_at}"
+        moment = moments[kill_at % 3]
+        assert run_child(server, cache, teacher, corpus, kill_at, moment, done) == -signal.SIGKILL
+        # A second kill, close to the first, and then in peace.
+        run_child(server, cache, teacher, corpus, 1 + kill_at % 7, moments[(kill_at + 1) % 3], done)
+        build_cache(build_config(cache, teacher, corpus, shard_rows=16))
+        assert contents(cache) == quiet, f"killed {moment} operation {kill_at} of {operations}"
+
+
+def test_killed_at_drawn_moments(
+    tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path, quiet: dict[str, bytes]
+) -> None:
+    drawn = random.Random(0)
+    killed = 0
+    for trial in range(20):
+        cache = tmp_path / f"c{trial}"
+        arguments = (str(cache), str(teacher), str(corpus), 0, "never", str(tmp_path / "done"))
+        child = server.Process(target=build_until, args=arguments)
+        child.start()
+        time.sleep(drawn.uniform(0.2, 2.5))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        build_cache(build_config(cache, teacher, corpus, shard_rows=16))
+        assert contents(cache) == quiet, f"trial {trial}"
+    assert killed >= 5  # the others had finished
+
+
+def test_two_builders_of_one_plan(
+    tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path, quiet: dict[str, bytes]
+) -> None:
+    for trial in range(5):
+        cache = tmp_path / f"c{trial}"
+        arguments = (str(cache), str(teacher), str(corpus), 0, "never", str(tmp_path / "done"))
+        children = [server.Process(target=build_until, args=arguments) for _ in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0, 0]
+        assert contents(cache) == quiet
+        assert read_manifest(Store(str(cache))) is not None

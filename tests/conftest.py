@@ -1,0 +1,82 @@
+"""A tiny teacher with a tokenizer, a tiny corpus, and caches made from them: what most tests start from."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # small shapes: threads only cost
+
+import pytest
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cache_builder.build import build_cache
+from models.checkpoint import save_pretrained
+from models.config import BlockKind, LayerGroup, ModelConfig
+from models.decoder import Decoder
+from schemas.config import BuildConfig, DataConfig, TeacherConfig
+
+EOS = "<|end|>"
+
+TINY = ModelConfig(
+    vocab_size=263,  # more than the tokenizer has: padded vocabularies are usual
+    hidden_size=24,
+    intermediate_size=40,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    layers=(LayerGroup((BlockKind(),), 3),),
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and EOS: needs no training."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS])
+    return tokenizer
+
+
+def save_teacher(folder: Path, config: ModelConfig = TINY, seed: int = 0, dtype: str = "float32") -> Path:
+    """A random teacher of this config as an HF directory with a byte tokenizer."""
+    save_pretrained(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven documents of uneven length, some 640 bytes in all: 41 rows of 16 tokens, the last one padded."""
+    file = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    words = ["one", "two words", "three short words", "a", "longer text " * 30, "the end. " * 20, "last of all, a line"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    return file
+
+
+def build_config(cache: Path | str, teacher: Path, corpus: Path, **changes: object) -> BuildConfig:
+    """A build of the tiny teacher and corpus: four rows a call, eight a shard, so that the last of each is short."""
+    values: dict[str, object] = {
+        "cache": str(cache),
+        "teacher": TeacherConfig(path=str(teacher)),
+        "data": DataConfig(path=str(corpus), row_tokens=16, eval_rows=4),
+        "batch_rows": 4,
+        "shard_rows": 8,
+    }
+    return BuildConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    """A finished cache of the tiny teacher. Read only: tests that damage a cache copy it."""
+    folder = tmp_path_factory.mktemp("cache") / "tiny"
+    build_cache(build_config(folder, teacher, corpus))
+    return folder
