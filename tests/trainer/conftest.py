@@ -1,0 +1,82 @@
+"""Tiny students and random batches: what the tests of losses and steps start from."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cache_builder.build import build_cache
+from models.config import BlockKind, LayerGroup, ModelConfig
+from models.decoder import Decoder
+from schemas.codecs import get_codec
+from schemas.config import BuildConfig, DataConfig, TeacherConfig
+from trainer.step import TapTable
+
+# Two groups, one with a pattern of two kinds: every order of blocks that a plan can have.
+MIXED = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    layers=(LayerGroup((BlockKind(), BlockKind(window=3)), 2), LayerGroup((BlockKind(),), 1)),
+    attention_bias=True,
+)
+
+
+def random_batch(
+    config: ModelConfig, seed: int = 0, rows: int = 3, tokens: int = 10, codec: str = "bf16"
+) -> dict[str, Any]:
+    """A batch as a source gives it: packed rows with two documents and some padding, taps encoded, no row's alike."""
+    rng = np.random.default_rng(seed)
+    segments = np.ones((rows, tokens), np.int32)
+    segments[:, 6:] = 2
+    segments[1, 8:] = 0
+    positions = np.concatenate([np.arange(6), np.arange(tokens - 6)]).astype(np.int32)
+
+    def tap(slots: int) -> dict[str, Any]:
+        values = rng.normal(size=(slots, rows, tokens, config.hidden_size)).astype(np.float32)
+        return dict(get_codec(codec).encode(jnp.asarray(values)))
+
+    return {
+        "tokens": rng.integers(0, config.vocab_size, (rows, tokens)).astype(np.int32),
+        "positions": np.broadcast_to(positions, (rows, tokens)).copy(),
+        "segment_ids": segments,
+        "loss_mask": segments > 0,
+        "resid": tap(config.num_blocks),
+        "attn_out": tap(config.num_blocks),
+    }
+
+
+def full_table(config: ModelConfig, codec: str = "bf16") -> TapTable:
+    """All blocks recorded and trained."""
+    every = tuple(range(config.num_blocks))
+    return TapTable(every, every, (True,) * config.num_blocks, codec, codec)
+
+
+@pytest.fixture(scope="session")
+def student() -> Decoder:
+    """Read only: a test that changes it clones it."""
+    return nnx.jit(lambda: Decoder(MIXED, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="session")
+def sparse_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    """Blocks 0 and 2 of the tiny teacher, and no held-out rows."""
+    folder = tmp_path_factory.mktemp("cache") / "sparse"
+    data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)
+    build_cache(
+        BuildConfig(
+            cache=str(folder),
+            teacher=TeacherConfig(path=str(teacher)),
+            data=data,
+            blocks=[0, 2],
+            batch_rows=4,
+            shard_rows=8,
+        )
+    )
+    return folder

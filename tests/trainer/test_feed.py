@@ -1,0 +1,217 @@
+"""The source and the feed: right rows, right slots, found damage, a pure function of seed and step."""
+
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from models.checkpoint import load_pretrained
+from schemas.codecs import get_codec
+from schemas.errors import ConfigError, DamageError, InputError
+from schemas.segment import open_cache
+from schemas.storage import Store
+from trainer.feed import CacheSource, make_feed
+
+TAPS = ("resid", "attn_out")
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if isinstance(value, dict):
+            same(value, right[name])
+        else:
+            np.testing.assert_array_equal(value, right[name])
+
+
+def test_shapes_and_kinds(cache):
+    source = CacheSource(str(cache))
+    batch = source[[4, 0, 9]]
+    fields = ("tokens", "positions", "segment_ids", "loss_mask")
+    assert {name: (batch[name].shape, batch[name].dtype.name) for name in fields} == {
+        "tokens": ((3, 16), "int32"),
+        "positions": ((3, 16), "int32"),
+        "segment_ids": ((3, 16), "int32"),
+        "loss_mask": ((3, 16), "bool"),
+    }
+    hidden = source.plan.teacher.hidden_size
+    assert batch["resid"]["codes"].shape == (4, 3, 16, hidden)
+    assert batch["attn_out"]["codes"].shape == (3, 3, 16, hidden)
+    assert all(batch[tap]["codes"].dtype == np.uint16 for tap in TAPS)
+    assert "resid bf16 x 4" in repr(source)
+    assert source.bytes_per_row == 7 * 16 * hidden * 2
+
+
+def test_the_taps_are_the_teacher_s(cache, teacher):
+    source, model = CacheSource(str(cache)), load_pretrained(teacher)
+    batch = source[[7, 3, 7]]
+    out = model(batch["tokens"], batch["positions"], batch["segment_ids"], taps=TAPS, logits=False)
+    real = batch["segment_ids"] > 0
+    for tap in TAPS:
+        found = np.asarray(get_codec("bf16").decode(batch[tap]), np.float32)
+        expected = np.asarray(out.taps[tap], np.float32)
+        np.testing.assert_allclose(found[:, real], expected[:, real], rtol=1e-2, atol=1e-3)
+
+
+def test_the_splits_share_the_rows(cache):
+    whole, train, held_out = (CacheSource(str(cache), (), split=split) for split in (None, "train", "eval"))
+    assert len(whole) == len(train) + len(held_out)
+    assert len(held_out) == 4
+    numbers = [[source.row_number(index) for index in range(len(source))] for source in (train, held_out)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(len(whole)))
+    assert numbers[0] == sorted(numbers[0])
+    segment = open_cache(Store(str(cache)))[0]
+    assert {segment.row(number).split for number in numbers[0]} == {"train"}
+    assert {segment.row(number).split for number in numbers[1]} == {"eval"}
+
+
+def test_some_blocks_read_only_their_slots(cache):
+    whole, some = CacheSource(str(cache)), CacheSource(str(cache), blocks=[2, 0], leaving=False)
+    assert some.blocks == (0, 2)
+    assert some.slots == {"resid": (0, 2), "attn_out": (0, 2)}
+    full, part = whole[[1, 5]], some[[1, 5]]
+    for tap in TAPS:
+        np.testing.assert_array_equal(part[tap]["codes"], full[tap]["codes"][[0, 2]])
+    metric = "/tensorstore/kvstore/file/bytes_read"
+    before = ts.experimental_collect_matching_metrics(metric)[0]["values"][0]["value"]
+    some[[1, 5]]
+    read = ts.experimental_collect_matching_metrics(metric)[0]["values"][0]["value"] - before
+    codes = sum(part[tap]["codes"].nbytes for tap in TAPS)
+    assert codes <= read <= 1.2 * codes  # and the two shards' indexes
+
+
+def test_a_sparse_cache_has_the_slots_that_its_blocks_need(cache, sparse_cache):
+    sparse = CacheSource(str(sparse_cache))
+    assert sparse.slots == {"resid": (0, 1, 2, 3), "attn_out": (0, 2)}
+    with pytest.raises(InputError, match="does not hold these blocks"):
+        CacheSource(str(sparse_cache), blocks=[1])
+    with pytest.raises(InputError, match="does not hold this tap"):
+        CacheSource(str(sparse_cache), taps=("mlp_out",))
+
+
+def test_odd_indices(cache):
+    source = CacheSource(str(cache), split="eval")
+    empty = source[[]]
+    assert empty["tokens"].shape == (0, 16)
+    assert empty["resid"]["codes"].shape[:3] == (4, 0, 16)
+    for index in (4, -1):
+        with pytest.raises(IndexError, match=f"row {index} of 4"):
+            source[[index]]
+
+
+def test_no_cache_is_said(tmp_path):
+    with pytest.raises(InputError, match="no cache here"):
+        CacheSource(str(tmp_path))
+
+
+def flip(folder, pattern, at):
+    """Flip one bit of the first file that matches, `at` of its way through."""
+    path = sorted(folder.glob(pattern))[0]
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", ["taps/attn_out/c/0/*/0/0", "taps/resid/c/0/*/0/0", "rows/00000*", "index.bin"])
+def test_a_flipped_bit_is_found(cache, tmp_path, place):
+    broken = shutil.copytree(cache, tmp_path / "cache")
+    flip(broken, f"segments/0000/{place}", 0.2)
+    with pytest.raises(DamageError):
+        CacheSource(str(broken))[list(range(24))]
+
+
+def test_a_lost_object_is_found(cache, tmp_path):
+    broken = shutil.copytree(cache, tmp_path / "cache")
+    next(broken.glob("segments/0000/taps/resid/c/1/*/0/0")).unlink()
+    source = CacheSource(str(broken), integrity=False)
+    source[[0]]
+    with pytest.raises(DamageError, match="cannot be read") as caught:
+        source[[0, 8]]
+    assert caught.value.facts["row"] == 8
+
+
+def rows_of(batches):
+    return [tuple(batch["tokens"][:, :4].ravel().tolist()) for batch in batches]
+
+
+def take(feed, count):
+    with feed:
+        return [next(feed) for _ in range(count)]
+
+
+def test_a_batch_is_a_function_of_seed_and_step(cache):
+    source = CacheSource(str(cache), split="train")
+    plain = take(make_feed(source, global_batch_rows=5, seed=3, prefetch_batches=0), 20)
+    threaded = take(make_feed(source, global_batch_rows=5, seed=3, prefetch_batches=4, threads=3), 20)
+    late = take(make_feed(source, global_batch_rows=5, seed=3, start_step=11), 9)
+    other = take(make_feed(source, global_batch_rows=5, seed=4), 20)
+    for one, two in zip(plain, threaded, strict=True):
+        same(one, two)
+    for one, two in zip(plain[11:], late, strict=True):
+        same(one, two)
+    assert rows_of(plain) != rows_of(other)
+
+
+def test_every_epoch_has_every_row_in_another_order(cache):
+    source = CacheSource(str(cache), (), split="train")
+    count = len(source)
+    batches = take(make_feed(source, global_batch_rows=4, seed=0), count)  # four epochs; batches cross their ends
+    texts = [bytes(row) for batch in batches for row in batch["tokens"]]
+    epochs = [texts[start : start + count] for start in range(0, 4 * count, count)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_batch_may_be_larger_than_the_split(cache):
+    source = CacheSource(str(cache), (), split="eval")
+    (batch,) = take(make_feed(source, global_batch_rows=11, seed=0), 1)
+    assert batch["tokens"].shape == (11, 16)
+
+
+def test_the_state_is_seed_and_step(cache):
+    source = CacheSource(str(cache), split="train")
+    with make_feed(source, global_batch_rows=3, seed=7) as feed:
+        for _ in range(4):
+            next(feed)
+        state = feed.get_state()
+        expected = [next(feed) for _ in range(3)]
+        assert state == {"seed": 7, "next_step": 4}
+        feed.set_state(state)
+        found = [next(feed) for _ in range(3)]
+        assert feed.get_state() == {"seed": 7, "next_step": 7}
+        assert feed.wait_s > 0
+    for one, two in zip(found, expected, strict=True):
+        same(one, two)
+
+
+def test_threads_end_with_the_feed(cache):
+    source = CacheSource(str(cache), split="train")
+    with make_feed(source, global_batch_rows=3, seed=0, prefetch_batches=4) as feed:
+        next(feed)
+        assert prefetchers()
+    deadline = time.monotonic() + 5
+    while prefetchers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not prefetchers()
+
+
+def prefetchers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+
+
+def test_damage_in_a_thread_reaches_the_caller(cache, tmp_path):
+    broken = shutil.copytree(cache, tmp_path / "cache")
+    for path in broken.glob("segments/0000/taps/attn_out/c/*/0/0/0"):
+        path.unlink()
+    source = CacheSource(str(broken), split="train")
+    with make_feed(source, global_batch_rows=2, seed=0) as feed, pytest.raises(DamageError, match="cannot be read"):
+        next(feed)
+
+
+def test_nothing_to_train_on(cache):
+    source = CacheSource(str(cache), (), split="train")
+    with pytest.raises(ConfigError, match="seed"):
+        make_feed(source, global_batch_rows=2, seed=2**32)

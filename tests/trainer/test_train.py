@@ -1,0 +1,323 @@
+"""The loop: runs end to end, goes on to the same bits, refuses other work, says when it diverges."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.checkpoint import load_pretrained
+from schemas.config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp, TrainConfig
+from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
+from schemas.signals import StopRequest
+from trainer import __main__
+from trainer import train as loop
+from trainer.checkpoints import load_student
+from trainer.evaluate import held_out_perplexity
+from trainer.feed import CacheSource
+from trainer.metrics import MetricsLog, read_metrics
+from trainer.step import AttentionStack
+from trainer.train import read_evaluations, train
+
+TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share")
+
+
+def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "run": str(run),
+        "cache": str(cache),
+        "student": StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)]),
+        "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        "steps": 8,
+        "batch_rows": 4,
+        "checkpoint_every": 3,
+        "eval_batch_rows": 3,
+    }
+    return TrainConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run that was never interrupted. Read only."""
+    run = tmp_path_factory.mktemp("run") / "whole"
+    train(config(run, cache))
+    return run
+
+
+def timeless(run: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(run)]
+
+
+def parameters(run: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(load_student(str(run)).decoder))]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same losses, evaluations and parameters, bit for bit."""
+    assert timeless(found) == timeless(expected)
+    assert read_evaluations(found) == read_evaluations(expected)
+    for left, right in zip(parameters(found), parameters(expected), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_run_from_start_to_end(whole, cache, capsys):
+    result = train(config(whole, cache))
+    assert "nothing to do" in capsys.readouterr().err
+    assert (result.steps, result.resumed_from) == (8, 8)
+    assert result.after.mean_cosine < result.before.mean_cosine
+    assert result.loss < read_metrics(whole)[1]["distill/total_loss"]
+    assert result.tokens_per_s > 0
+    assert [line["step"] for line in read_metrics(whole)] == list(range(9))
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "eval.json",
+        "metrics.jsonl",
+        "run.json",
+        "student",
+        "tensorboard",
+    ]
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [6, 8]
+
+
+def test_the_names_of_the_metrics(whole):
+    training = {
+        "step",
+        "distill/total_loss",
+        "distill/out_proj_feature_loss",
+        "distill/beta_feature",
+        "learning/current_learning_rate",
+        *TIMED,
+        *(f"feature/block_{block:02d}" for block in range(3)),
+    }
+    evaluation = {
+        "distill/student_perplexity",
+        "eval/cosine",
+        *(f"eval/cosine_block_{block:02d}" for block in range(3)),
+    }
+    lines = read_metrics(whole)
+    assert set(lines[0]) == {"step", *evaluation}
+    assert all(set(line) == training for line in lines[1:-1])
+    assert set(lines[-1]) == training | evaluation
+
+
+def test_the_student_is_the_teacher_cut_and_trained(whole, teacher, cache):
+    trained, original = load_student(str(whole)), load_pretrained(teacher, dtype="float32")
+    assert (trained.step, trained.decoder.config.num_heads) == (8, 4)
+    assert (trained.tokenizer / "tokenizer.json").exists()
+    for name in ("embed", "final_norm", "head"):
+        np.testing.assert_array_equal(getattr(trained.decoder, name)[...], getattr(original, name)[...])
+    found = held_out_perplexity(trained.decoder, CacheSource(str(cache), (), split="eval"), 4)
+    assert found == pytest.approx(read_evaluations(whole)[-1].perplexity, rel=1e-5)
+
+
+def test_perplexity_against_numpy(teacher, cache):
+    decoder, source = load_pretrained(teacher, dtype="float32"), CacheSource(str(cache), (), split="eval")
+    batch = source[list(range(len(source)))]
+    logits = np.asarray(decoder(batch["tokens"], batch["positions"], batch["segment_ids"]).logits, np.float64)
+    chosen = np.take_along_axis(logits[:, :-1], batch["tokens"][:, 1:, None], -1)[..., 0]
+    loss = np.log(np.exp(logits[:, :-1]).sum(-1)) - chosen
+    segments = batch["segment_ids"]
+    counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & batch["loss_mask"][:, 1:]
+    assert held_out_perplexity(decoder, source, 3) == pytest.approx(np.exp(loss[counts].mean()), rel=1e-5)
+
+
+class Stop(StopRequest):
+    """Asked to stop after some steps, without a signal."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        super().__init__()
+        keep = loop._Run._keep
+
+        def counted(run, number, *rest):
+            run.stop.requested = number == after
+            keep(run, number, *rest)
+
+        monkeypatch.setattr(loop._Run, "_keep", counted)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        Stop(patch, after=4)
+        with pytest.raises(Interrupted, match="asked to stop"):
+            train(config(tmp_path / "run", cache))
+    assert load_student(str(tmp_path / "run")).step == 4
+    assert train(config(tmp_path / "run", cache)).resumed_from == 4
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkeypatch):
+    """As after a kill between two checkpoints: metrics and evaluations of lost steps are cut, a torn line too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_metrics", _failing_at(5))
+        with pytest.raises(RuntimeError, match="at step 5"):
+            train(config(tmp_path / "run", cache))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 5, "distill/to')
+    assert train(config(tmp_path / "run", cache, checkpoint_every=2, prefetch_batches=3)).resumed_from == 3
+    assert_same_run(tmp_path / "run", whole)
+
+
+def _failing_at(step):
+    metrics = loop._Run._metrics
+
+    def fail(run, number, *rest):
+        if number == step:
+            raise RuntimeError(f"at step {step}")
+        return metrics(run, number, *rest)
+
+    return fail
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path, cache, whole):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "trainer", "--run", str(run), "--cache", str(cache), "--steps", "8"]
+    command += ["--batch-rows", "4", "--checkpoint-every", "1", "--eval-batch-rows", "3"]
+    command += ["--student.surgery", "[{op: query_heads, to: 2}]"]
+    command += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2"]
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(30):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            _, errors = process.communicate(timeout=rng.uniform(3, 12) + kills)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors.decode()
+        break
+    assert kills
+    assert_same_run(run, whole)
+
+
+def test_sigterm_ends_with_a_checkpoint(tmp_path, cache, monkeypatch):
+    keep = loop._Run._keep
+
+    def send(run, number, *rest):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(run, number, *rest)
+
+    monkeypatch.setattr(loop._Run, "_keep", send)
+    run = tmp_path / "run"
+    words = ["--run", str(run), "--cache", str(cache), "--steps", "4", "--batch-rows", "2"]
+    assert __main__.main(words) == 143
+    assert load_student(str(run)).step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 9}, "steps"),
+        ({"seed": 1}, "seed"),
+        ({"optimizer": OptimizerConfig(learning_rate=1.0, warmup_steps=2)}, "optimizer.learning_rate"),
+    ],
+)
+def test_another_config_is_refused(whole, cache, change, named):
+    with pytest.raises(PlanMismatchError) as caught:
+        train(config(whole, cache, **change))
+    assert set(caught.value.facts) == {"run", named}
+
+
+def test_another_cache_is_refused(whole, sparse_cache):
+    with pytest.raises(PlanMismatchError, match="another config or cache"):
+        train(config(whole, sparse_cache))
+
+
+def test_a_moved_cache_is_the_same(tmp_path, whole, cache):
+    moved, run = shutil.copytree(cache, tmp_path / "moved"), shutil.copytree(whole, tmp_path / "run")
+    assert train(config(run, moved)).resumed_from == 8
+
+
+def test_some_blocks_without_evaluation(tmp_path, sparse_cache):
+    loss = LossConfig(feature=FeatureLossConfig(blocks=[2]))
+    result = train(config(tmp_path / "run", sparse_cache, loss=loss, steps=2))
+    assert result.before is None
+    assert result.after is None
+    student, start = load_student(str(tmp_path / "run")).decoder, load_pretrained(tmp_path / "run" / "student")
+    moved = jax.tree.map(
+        lambda x, y: (x != y).reshape(len(x), -1).any(1).tolist(),
+        AttentionStack.parameters(student),
+        AttentionStack.parameters(start),
+    )
+    assert all(leaf == [False, False, True] for leaf in map(list, _lists(moved)))
+
+
+def _lists(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, list))
+
+
+def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
+    settle = loop._Run._settle
+
+    def broken(run, number, sums):
+        return settle(run, number, sums._replace(total=sums.total.at[1].set(np.nan)) if number == 2 else sums)
+
+    monkeypatch.setattr(loop._Run, "_settle", broken)
+    with pytest.raises(NonFiniteError) as caught:
+        train(config(tmp_path / "run", cache))
+    assert (caught.value.facts["step"], caught.value.facts["block"]) == (2, "1")
+
+
+def test_nothing_to_train_is_refused(tmp_path, cache):
+    with pytest.raises(ConfigError, match="no loss has a weight"):
+        train(config(tmp_path / "run", cache, loss=LossConfig(feature=FeatureLossConfig(weight=0))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_folder_is_refused(tmp_path, cache):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert __main__.main(["--run", str(tmp_path), "--cache", str(cache)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_config_that_failed_at_the_start_may_be_corrected(tmp_path, cache):
+    wrong = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=7)])
+    with pytest.raises(ConfigError):
+        train(config(tmp_path / "run", cache, student=wrong, steps=1))
+    (tmp_path / "run" / ".student.killed").mkdir()
+    assert train(config(tmp_path / "run", cache, steps=1)).steps == 1
+    assert not (tmp_path / "run" / ".student.killed").exists()
+
+
+def test_a_teacher_that_changed_is_refused(tmp_path, cache, teacher, monkeypatch):
+    monkeypatch.setattr("trainer.student.weights_digest", lambda _: "0" * 32)
+    with pytest.raises(CheckpointError, match="not the one that the cache was built with"):
+        train(config(tmp_path / "run", cache))
+
+
+def test_a_student_of_another_width_is_refused(tmp_path, cache, teacher):
+    from dataclasses import replace
+
+    from models.checkpoint import read_config, save_pretrained
+    from models.decoder import Decoder
+
+    save_pretrained(Decoder(replace(read_config(teacher), hidden_size=32)), tmp_path / "wide")
+    with pytest.raises(ConfigError, match="disagree on the hidden size") as caught:
+        train(config(tmp_path / "run", cache, student=StudentConfig(init=str(tmp_path / "wide"))))
+    assert {"cache", "student"} == set(caught.value.facts)
+
+
+def test_the_summary_as_json(whole, cache, capsys):
+    argv = ["--config", str(whole / "config.yaml"), "--json"]
+    assert __main__.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 8
+    assert found["after"]["blocks"] == [0, 1, 2]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    log = MetricsLog(tmp_path, -1)
+    log.log(1, {"distill/total_loss": 0.5})
+    log.close()
+    data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"distill/total_loss" in data

@@ -1,0 +1,64 @@
+"""`python -m trainer` is `distillcache train`: stage 2 of the batch job."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from schemas import settings
+from schemas.config import TrainConfig
+from schemas.errors import DistillcacheError
+from trainer.train import TrainResult, train
+
+
+def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> None:
+    """Train what the command line describes, and say what came of it."""
+    result = train(settings.parse(TrainConfig, argv, command))
+    if as_json:
+        print(json.dumps(summary(result)))
+    else:
+        print("\n".join(_lines(result)), file=sys.stderr)
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """The result as one JSON object."""
+    evaluations = {"before": result.before, "after": result.after}
+    return {
+        "run": result.run,
+        "steps": result.steps,
+        "resumed_from": result.resumed_from,
+        "loss": result.loss,
+        "tokens_per_s": result.tokens_per_s,
+        **{name: found.model_dump() if found else None for name, found in evaluations.items()},
+    }
+
+
+def _lines(result: TrainResult) -> list[str]:
+    lines = [
+        f"run {result.run}: {result.steps} steps, loss {result.loss:.4g}, {result.tokens_per_s:,.0f} tokens/s",
+        f"write the student: distillcache export {result.run} <folder>",
+    ]
+    if result.before and result.after:
+        before, after = result.before, result.after
+        lines.insert(1, f"held-out perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after")
+        lines.insert(
+            2, f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        train_command([word for word in words if word != "--json"], "python -m trainer", "--json" in words)
+    except settings.HelpRequested as text:
+        print(text)
+    except DistillcacheError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What a run keeps: the student as it was made, and, at some steps, what training changed since.
+
+    <run>/student/           HF directory of the student before its first step, with its tokenizer
+    <run>/checkpoints/<n>/   Orbax: trained parameters, optimizer state and feed state after n steps
+
+A student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
+the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from models.checkpoint import load_pretrained
+from models.decoder import Decoder
+from schemas.errors import CheckpointError
+from trainer.step import AttentionStack, Places, TrainState
+
+STUDENT = "student"
+CHECKPOINTS = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest `keep` of them. Saving goes on in the background until `wait` or `close`."""
+
+    def __init__(self, run: Path, keep: int | None = None) -> None:
+        """`keep`: None to only read."""
+        self._folder = run / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None, create=keep is not None)
+        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, feed: dict[str, int]) -> None:
+        """Begin to save what was reached after `step` steps; a failure is raised by the next call."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardSave(_named(state.parameters)),
+                optimizer=ocp.args.StandardSave(_named(state.optimizer)),
+                feed=ocp.args.JsonSave(feed),
+            ),
+        )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """The state and the feed's state of a checkpoint; `like` gives the structure."""
+        found = self._restore(
+            step,
+            parameters=ocp.args.StandardRestore(_shapes(like.parameters)),
+            optimizer=ocp.args.StandardRestore(_shapes(like.optimizer)),
+            feed=ocp.args.JsonRestore(),
+        )
+        state = TrainState(_unnamed(found.parameters, like.parameters), _unnamed(found.optimizer, like.optimizer))
+        return state, found.feed
+
+    def restore_parameters(self, step: int, like: Places) -> Places:
+        """The trained parameters alone."""
+        found = self._restore(step, parameters=ocp.args.StandardRestore(_shapes(like)))
+        return _unnamed(found.parameters, like)
+
+    def wait(self) -> None:
+        """Return when all saves are durable; raises what failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then stop the background threads."""
+        self._manager.close()
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        if step not in self._manager.all_steps():
+            raise CheckpointError(
+                "the run has no such checkpoint",
+                {"run": self._folder.parent, "wanted": step, "found": sorted(self._manager.all_steps())},
+                "choose one of these steps",
+            )
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(
+                "a checkpoint cannot be read",
+                {"checkpoint": self._folder / str(step), "cause": str(error).split("\n")[0][:300]},
+                "remove this checkpoint: the run goes on from the one before it",
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedStudent:
+    """A run's student. tokenizer: the folder that holds its tokenizer's files; step: how long it was trained."""
+
+    decoder: Decoder
+    tokenizer: Path
+    step: int
+
+
+def load_student(run: str, step: int | None = None) -> TrainedStudent:
+    """The student of a run after `step` steps; default: at its newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no run, or it has no such checkpoint.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / STUDENT).is_dir() or not (folder / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
+        )
+    checkpoints = Checkpoints(folder)
+    try:
+        chosen = checkpoints.latest() if step is None else step
+        if chosen is None:
+            raise CheckpointError(
+                "the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again"
+            )
+        decoder = load_pretrained(folder / STUDENT, dtype="float32")
+        AttentionStack.install(decoder, checkpoints.restore_parameters(chosen, AttentionStack.parameters(decoder)))
+    finally:
+        checkpoints.close()
+    return TrainedStudent(decoder, folder / STUDENT, chosen)
+
+
+def _named(tree: Any) -> dict[str, jax.Array]:
+    """The leaves by their paths: `0/1/q` is the queries of group 0's second kind of block."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in _named(tree).items()
+    }
+
+
+def _unnamed(found: dict[str, jax.Array], like: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], like)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
