@@ -1,0 +1,64 @@
+"""`distillcache`: one program, one command for each thing that can be done.
+
+Commands that report take `--json`: one JSON object on standard output, and nothing else there. Progress and logs go to
+standard error. Exit codes: 0, 2 for a mistake of the user's (one message, no traceback), 143 when asked to stop.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from schemas.errors import ConfigError, DistillcacheError
+from schemas.settings import HelpRequested
+
+# command -> (module, function, what it does); imported when called, so that `--help` starts at once
+COMMANDS = {
+    "demo": ("tools.demo", "run", "the whole job on a real teacher, with a report"),
+    "prepare": ("tools.prepare", "run", "text to packed rows"),
+    "build": ("cache_builder.__main__", "build", "rows through the teacher into a cache (text is prepared first)"),
+    "train": ("trainer.__main__", "train_command", "a student from a cache"),
+    "export": ("tools.export", "run", "a trained student as an HF directory"),
+    "inspect": ("tools.inspect", "run", "what a cache holds"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    try:
+        _run(words)
+    except HelpRequested as text:
+        print(text)
+    except DistillcacheError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain again while it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise ConfigError(
+            "there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, "see distillcache --help"
+        )
+    module, function, _ = COMMANDS[name]
+    command = getattr(importlib.import_module(module), function)
+    command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, (_, _, what) in COMMANDS.items()]
+    usage = "usage: distillcache <command> [--config FILE.yaml] [--field value ...] [--json]"
+    return "\n".join([usage, "", *lines, "", "Every command explains its fields: distillcache build --help"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
