@@ -23,10 +23,10 @@ demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: install
 	$(BIN)/ruff check .

@@ -162,7 +162,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW")
     steps: Positive = Field(default=1000, description="optimizer steps")
     batch_rows: Positive = Field(default=8, description="rows in the global batch")
-    seed: int = Field(default=0, ge=0, description="of the shuffle")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the shuffle")
     checkpoint_every: Positive = Field(
         default=100, description="steps between checkpoints"
     )  # minutes of work at most are lost
@@ -206,7 +206,10 @@ class DemoConfig(Config):
 
     out: str = Field(default="distillcache-demo", description="folder for rows, cache, run and report")
     teacher: TeacherConfig | None = Field(default=None, description="default: SmolLM2-135M-Instruct, fetched once")
-    data: DataConfig | None = Field(default=None, description="default: the reference texts inside CPython's pydoc")
+    data: DataConfig | None = Field(
+        default=None,
+        description="default: the texts inside CPython's pydoc; at most 480 rows of 128 tokens, unless stated",
+    )
     surgery: list[SurgeryOp] | None = Field(
         default=None, description="default: two of three query heads of every KV group"
     )

@@ -78,7 +78,7 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     seconds: dict[str, float] = json.loads((out / MARKER).read_text())
     model = read_config(teacher)
     surgery = config.surgery or [default_surgery(model)]
-    data = config.data or default_data(out)
+    data = with_demo_sizes(config.data) if config.data else default_data(out)
     build = BuildConfig(
         cache=str(out / "cache"),
         teacher=TeacherConfig(path=teacher),
@@ -115,7 +115,13 @@ def default_data(out: Path) -> DataConfig:
     folder = out / "corpus"
     lines = [json.dumps({"topic": name, "text": text}) for name, text in sorted(topics.items())]
     (folder / "pydoc_topics.jsonl").write_text("\n".join(lines) + "\n")
-    return DataConfig(path=str(folder), row_tokens=ROW_TOKENS, eval_rows=EVAL_ROWS, max_rows=DEMO_ROWS)
+    return with_demo_sizes(DataConfig(path=str(folder)))
+
+
+def with_demo_sizes(data: DataConfig) -> DataConfig:
+    """The user's text with the demo's sizes, so that it stays a demo; what the user states goes first."""
+    sizes = {"row_tokens": ROW_TOKENS, "eval_rows": EVAL_ROWS, "max_rows": DEMO_ROWS}
+    return data.model_copy(update={name: size for name, size in sizes.items() if name not in data.model_fields_set})
 
 
 def default_surgery(model: ModelConfig) -> SurgeryOp:

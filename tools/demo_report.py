@@ -36,7 +36,7 @@ def make_report(
         "teacher": teacher,
         "surgery": [op.model_dump() for op in surgery],
         "perplexity": {"teacher": teacher_perplexity, "cut": cut, "recovered": recovered},
-        "gap_closed": (cut - recovered) / (cut - teacher_perplexity),
+        "gap_closed": (cut - recovered) / (cut - teacher_perplexity) if cut > teacher_perplexity else None,
         "cosine_distance": {
             "block": list(result.after.blocks),
             "cut": list(result.before.cosine),
@@ -81,7 +81,8 @@ def _perplexity_table(report: dict[str, Any]) -> Table:
     table.add_row("teacher", f"{perplexity['teacher']:.1f}")
     table.add_row("student, cut", f"{perplexity['cut']:.1f}")
     table.add_row("student, recovered", f"{perplexity['recovered']:.1f}")
-    table.add_row("gap closed", f"{report['gap_closed']:.1%}")
+    gap = report["gap_closed"]
+    table.add_row("gap closed", "none to close" if gap is None else f"{gap:.1%}")
     return table
 
 

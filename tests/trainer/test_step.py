@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.trainer.conftest import MIXED, full_table, random_batch
 from flax import nnx
 
 from models.config import BlockKind, LayerGroup
 from models.decoder import Decoder
 from schemas.codecs import get_codec
 from schemas.config import FeatureLossConfig, OptimizerConfig
+from tests.trainer.conftest import MIXED, full_table, random_batch
 from trainer.losses import feature_loss
 from trainer.optimizer import make_optimizer
 from trainer.step import AttentionStack, TapTable, init_state, make_step
