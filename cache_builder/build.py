@@ -7,38 +7,37 @@ teacher batches, which it claims one by one (claims.py), so that any number of p
 
 import shutil
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-import tensorstore as ts
 
 from cache_builder.claims import Claims
-from cache_builder.finish import committed_shards, finish_segment, tidy
+from cache_builder.finish import finish_segment, tidy
+from cache_builder.fixed import fixed_files
+from cache_builder.pieces import Batches, ClaimedPieces, Pieces, RowSource, keep_batch, work_through
 from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import describe_numerics, make_plan, settle_plan
+from cache_builder.plan import check_choices, describe_numerics, make_plan, settle_plan
 from cache_builder.prepare import open_rows, prepare_rows
 from cache_builder.text import inputs_digest
 from models.checkpoint import load_pretrained, read_config, weights_digest
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.recorder import Recording, make_recorder
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.config import BuildConfig, PrepareConfig
-from schemas.errors import InputError, Interrupted, NonFiniteError, PlanMismatchError
+from schemas.errors import ConfigError, DistillcacheError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan, RowsPlan, TeacherPlan
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader
-from schemas.segment import part_metadata, read_manifest, read_plan
+from schemas.segment import committed_shards, read_manifest, read_plan
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store
+from schemas.tap_codec import signs_of
 
 SEGMENT = "0000"
-POLL_S = 1.0  # how often to look whether other processes have finished their pieces
 
 
 def build_cache(config: BuildConfig) -> Manifest:
@@ -54,46 +53,68 @@ def build_cache(config: BuildConfig) -> Manifest:
         Interrupted: SIGTERM or SIGINT; likewise.
     """
     store = Store(config.cache)
+    read_config(config.teacher.path)  # first: a wrong path is the teacher's, not its tokenizer's
     tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
+    if config.repair:
+        from cache_builder.repair import repair_cache  # here, since it is made of this module's parts
+
+        repair_cache(store, config, tokenizer)
     manifest = read_manifest(store)
+    if config.extend:
+        from cache_builder.extend import extend_cache  # likewise
+
+        return extend_cache(store, config, tokenizer, manifest)
     if manifest is not None:
         return _check_finished(store, config, tokenizer, manifest)
+    model = checked_model(config, tokenizer)
+    check_choices(config, model)
+    _refuse_foreign_folder(store)
     with watch_for_stop() as stop:
-        decoder, plan, rows = _begin(store, config, tokenizer)
-        claims = Claims(store, plan.segment, config.claim_expiry_s)
-        try:
-            _build_pieces(_Job(config, store, plan, rows, decoder, claims, stop))
-        finally:
-            claims.close()
-        return finish_segment(store, plan)
+        decoder = load_pretrained(config.teacher.path, dtype=config.dtype)  # first: a long text is prepared for long
+        store.clear_stale_locks()
+        rows = open_or_prepare(store, config, tokenizer)
+        teacher = describe_teacher(config, model)
+        plan = make_plan(config, SEGMENT, model, teacher, describe_rows(rows), str(decoder.embed[...].dtype))
+        return build_segment(store, config, tokenizer, decoder, plan, rows, stop)
 
 
-@dataclass
-class _Job:
-    """What the loop needs; built once."""
+@dataclass(kw_only=True)
+class Work(Pieces):
+    """What the teacher's loop needs; built once."""
 
-    config: BuildConfig
-    store: Store
-    plan: Plan
-    rows: RowReader
     decoder: Decoder
-    claims: Claims
-    stop: StopRequest
-
-    @property
-    def piece_rows(self) -> int:
-        return max(self.plan.shard_rows, self.plan.batch_rows)
-
-    def shards_of(self, piece: int) -> list[int]:
-        first = piece * self.piece_rows // self.plan.shard_rows
-        return list(range(first, min(first + self.piece_rows // self.plan.shard_rows, self.plan.num_shards)))
-
-    def piece_of(self, shard: int) -> int:
-        return shard * self.plan.shard_rows // self.piece_rows
 
 
-def _begin(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> tuple[Decoder, Plan, RowReader]:
-    """Everything before the first teacher call: rows, plan, and the files that are known from the start."""
+@dataclass(kw_only=True)
+class _Job(ClaimedPieces, Work):
+    """A build."""
+
+
+def build_segment(
+    store: Store,
+    config: BuildConfig,
+    tokenizer: TextTokenizer,
+    decoder: Decoder,
+    plan: Plan,
+    rows: RowSource,
+    stop: StopRequest,
+) -> Manifest:
+    """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
+    plan = settle_plan(store, plan, config.accept_platform)
+    for key, value in fixed_files(plan, decoder, tokenizer).items():
+        if store.read(key) != value:
+            store.write(key, value)
+    _warn_if_small(store, plan)
+    claims = Claims(store, plan.segment, config.claim_expiry_s)
+    try:
+        _build_pieces(_Job(store=store, plan=plan, rows=rows, decoder=decoder, stop=stop, config=config, claims=claims))
+    finally:
+        claims.close()
+    return finish_segment(store, plan)
+
+
+def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
+    """The teacher's config, if the tokenizer can be its own."""
     model, named = read_config(config.teacher.path), config.data.tokenizer or config.teacher.path
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
@@ -104,10 +125,12 @@ def _begin(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> tuple
             },
             "leave out data.tokenizer to use the teacher's own",
         )
-    store.clear_stale_locks()
-    rows = _open_or_prepare(store, config, tokenizer)
-    decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
-    teacher = TeacherPlan(
+    return model
+
+
+def describe_teacher(config: BuildConfig, model: ModelConfig) -> TeacherPlan:
+    """What the plan says about the teacher."""
+    return TeacherPlan(
         path=config.teacher.path,
         weights_digest=weights_digest(config.teacher.path),
         num_blocks=model.num_blocks,
@@ -115,19 +138,14 @@ def _begin(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> tuple
         vocab_size=model.vocab_size,
         family=model.family,
     )
-    plan = make_plan(config, SEGMENT, model, teacher, _rows_plan(rows), str(decoder.embed[...].dtype))
-    plan = settle_plan(store, plan, config.accept_platform)
-    _write_fixed_files(store, plan, decoder, tokenizer)
-    _warn_if_small(store, plan)
-    return decoder, plan, rows
 
 
-def _open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> RowReader:
+def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str = SEGMENT) -> RowReader:
+    """The prepared rows that the config names; where it names text, they are prepared inside the segment first."""
     rows = open_rows(config.data)
     if rows is None:
-        out = f"{store.url}/{layout.segment_prefix(SEGMENT)}/prepared"
-        prepare_rows(PrepareConfig(out=out, data=config.data), tokenizer=tokenizer)
-        rows = RowReader(store, f"{layout.segment_prefix(SEGMENT)}/prepared/")
+        _prepare(store, config, tokenizer, segment)
+        rows = RowReader(store, f"{layout.segment_prefix(segment)}/prepared/")
     if rows.index.tokenizer_digest != tokenizer.digest:
         raise InputError(
             "the rows were made with another tokenizer than the teacher's",
@@ -137,7 +155,39 @@ def _open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer
     return rows
 
 
-def _rows_plan(rows: RowReader) -> RowsPlan:
+def _prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str) -> None:
+    """Prepare rows inside the segment. Without a plan, what lies there belongs to a build that never began."""
+    folder = f"{layout.segment_prefix(segment)}/prepared"
+    prepare = PrepareConfig(out=f"{store.url}/{folder}", data=config.data)
+    planned = read_plan(store, segment) is not None
+    try:
+        prepare_rows(prepare, tokenizer=tokenizer)
+    except PlanMismatchError:
+        if planned:
+            raise
+        store.delete_folder(folder)
+        prepare_rows(prepare, tokenizer=tokenizer)
+    except DistillcacheError:
+        if not planned:
+            store.delete_folder(folder)
+        raise
+
+
+def _refuse_foreign_folder(store: Store) -> None:
+    """A local folder that holds something else is no place for a cache."""
+    if store.local is None or not store.local.exists():
+        return
+    found = sorted(path.name for path in store.local.iterdir())
+    if found and "segments" not in found:
+        raise ConfigError(
+            "the cache's folder holds something else",
+            {"cache": store.url, "found": ", ".join(found[:5])},
+            "name a new or an empty folder with --cache",
+        )
+
+
+def describe_rows(rows: RowReader) -> RowsPlan:
+    """What the plan says about these rows."""
     index = rows.index
     return RowsPlan(
         count=index.rows,
@@ -154,10 +204,29 @@ def _rows_plan(rows: RowReader) -> RowsPlan:
 
 def _check_finished(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest) -> Manifest:
     """The manifest of a finished cache, if it is of this config; tidies up what a crash at the very end left."""
+    tidy(store, finished_plan(store, config, tokenizer))
+    return manifest
+
+
+def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> Plan:
+    """The plan of a finished cache.
+
+    Raises:
+        PlanMismatchError: the cache belongs to another config.
+    """
     plan = read_plan(store, SEGMENT)
     if plan is None:
         raise InputError("the cache has a manifest but no plan", {"cache": store.url}, "build it elsewhere")
-    ignored = {"cache", "teacher", "max_in_flight_mib", "claim_expiry_s", "process_id", "num_processes"}
+    ignored = {
+        "cache",
+        "teacher",
+        "max_in_flight_mib",
+        "claim_expiry_s",
+        "process_id",
+        "num_processes",
+        "repair",
+        "extend",
+    }
     then = {**plan.config, "weights": plan.teacher.weights_digest, "tokenizer": plan.rows.tokenizer_digest}
     now = {
         **config.model_dump(mode="json"),
@@ -176,34 +245,11 @@ def _check_finished(store: Store, config: BuildConfig, tokenizer: TextTokenizer,
     }
     if facts:
         raise PlanMismatchError(
-            "the cache is finished, and belongs to another config", {"cache": store.url, **facts}, "name another cache"
+            "the cache is finished, and belongs to another config",
+            {"cache": store.url, **facts},
+            "name another cache, or add to this one with --extend",
         )
-    tidy(store, plan)
-    return manifest
-
-
-def _write_fixed_files(store: Store, plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> None:
-    """What does not depend on the rows: the tokenizer, the arrays' metadata, the teacher's attention norms."""
-    prefix = layout.segment_prefix(plan.segment)
-    norms = np.concatenate([_attention_norms(group) for group in decoder.groups])
-    files = {layout.TOKENIZER: tokenizer.to_json().encode()}
-    files[f"{prefix}/side.safetensors"] = safetensors.numpy.save({"attention_norm": norms})
-    for tap in plan.taps:
-        for part in tap.parts:
-            context = ts.Context()
-            memory = {"driver": "memory", "path": "array/"}
-            ts.open(layout.array_spec(memory, part_metadata(plan, tap, part)), create=True, context=context).result()
-            metadata = ts.KvStore.open(memory, context=context).result().read("zarr.json").result().value
-            files[f"{layout.array_folder(plan.segment, part.array)}/zarr.json"] = metadata
-    for key, value in files.items():
-        if store.read(key) != value:
-            store.write(key, value)
-
-
-def _attention_norms(group: Any) -> np.ndarray:
-    """`[repeats * pattern, D]` float32, in block order."""
-    stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
-    return stacked.reshape(-1, stacked.shape[-1])
+    return plan
 
 
 def _warn_if_small(store: Store, plan: Plan) -> None:
@@ -213,105 +259,34 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
     free = shutil.disk_usage(store.local).free
     if missing > free:
         print(
-            f"warning: {store.url} has {free / 1e9:.1f} GB free, and {missing / 1e9:.1f} GB are still to be written",
+            f"warning: {store.url} has {free / 1e6:,.0f} MB free, and {missing / 1e6:,.0f} MB are still to be written",
             file=sys.stderr,
         )
 
 
 def _build_pieces(job: _Job) -> None:
     """Run the teacher over every piece that nobody has committed, and see all of them committed."""
-    record, parameters = make_recorder(job.decoder, job.plan.taps)
     numerics = describe_numerics(job.plan.numerics.dtype)
-    progress = Progress("build", job.plan.rows.count * job.plan.rows.row_tokens, unit="tokens")
-    left = {piece: set(job.shards_of(piece)) for piece in range(-(-job.plan.rows.count // job.piece_rows))}
-
-    def on_commit(shard: int) -> None:
-        piece = left[job.piece_of(shard)]
-        piece.discard(shard)
-        if not piece:
-            job.claims.done(job.piece_of(shard))
-
-    writer = ShardWriter(
-        job.store,
-        job.plan,
-        max_bytes=job.config.max_in_flight_mib << 20,
-        numerics=numerics if numerics != job.plan.numerics else None,
-        on_commit=on_commit,
-    )
-    with progress as bar:
-        try:
-            waiting: tuple[int, list[Row], Recording] | None = None
-            for first, rows in _claimed_batches(job, writer, bar):
-                recording = record(parameters, *_batch_arrays(rows, job.plan))  # returns before it is computed
-                if waiting is not None:
-                    _keep(job.plan, writer, bar, *waiting)
-                waiting = (first, rows, recording)
-                if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.piece_rows == 0:
-                    _keep(job.plan, writer, bar, *waiting)
-                    waiting = None
-            writer.wait()
-        finally:
-            writer.close()
+    other = numerics if numerics != job.plan.numerics else None
+    work_through(job, "build", other, lambda batches, writer, bar: record_batches(job, batches, writer, bar))
 
 
-def _claimed_batches(job: _Job, writer: ShardWriter, bar: Progress) -> Iterator[tuple[int, list[Row]]]:
-    """(first row, rows) of every teacher batch of the pieces that this process claims, until none is left."""
-    count = -(-job.plan.rows.count // job.piece_rows)
-    mine = [piece for piece in range(count) if piece % job.config.num_processes == job.config.process_id]
-    order = mine + [piece for piece in range(count) if piece not in set(mine)]
-    counted: set[int] = set()
-    while True:
-        committed = committed_shards(job.store, job.plan)
-        for shard in committed - counted:  # earlier runs' and other processes' work
-            start, stop = job.plan.shard_range(shard)
-            bar.skip((stop - start) * job.plan.rows.row_tokens)
-        counted |= committed
-        order = [piece for piece in order if not committed.issuperset(job.shards_of(piece))]
-        if not order or _is_finished(job):
-            return
-        took_any = False
-        for piece in order:
-            if not job.claims.take(piece):
-                continue
-            if all(_has_receipt(job, shard) for shard in job.shards_of(piece)):
-                job.claims.done(piece)
-                continue
-            if _is_finished(job):  # by another process, which took the receipts away
-                return
-            took_any = True
-            counted.update(job.shards_of(piece))
-            yield from _piece_batches(job, writer, piece)
-        if not took_any:
-            time.sleep(POLL_S)
-        _stop_if_asked(job)
+def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+    """Run the teacher over `(first row, rows)` batches and hand all of them to the writer, which is closed."""
+    record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan))
+    try:
+        waiting: tuple[int, list[Row], Recording] | None = None
+        for first, rows in batches:
+            recording = record(parameters, *_batch_arrays(rows, job.plan))  # returns before it is computed
+            if waiting is not None:
+                keep_batch(job.plan, writer, bar, *waiting)
+            waiting = (first, rows, recording)
+            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.piece_rows == 0:
+                keep_batch(job.plan, writer, bar, *waiting)
+                waiting = None
         writer.wait()
-
-
-def _piece_batches(job: _Job, writer: ShardWriter, piece: int) -> Iterator[tuple[int, list[Row]]]:
-    start = piece * job.piece_rows
-    stop = min(start + job.piece_rows, job.plan.rows.count)
-    for first in range(start, stop, job.plan.batch_rows):
-        _stop_if_asked(job)
-        writer.check()
-        yield first, job.rows.slice(first, min(first + job.plan.batch_rows, stop))
-
-
-def _has_receipt(job: _Job, shard: int) -> bool:
-    return job.store.read(layout.receipt_key(job.plan.segment, shard)) is not None
-
-
-def _is_finished(job: _Job) -> bool:
-    """Whether another process has finished the segment. Its manifest is there before any receipt goes."""
-    return job.store.read(layout.MANIFEST) is not None
-
-
-def _stop_if_asked(job: _Job) -> None:
-    if job.stop.requested:
-        raise Interrupted(
-            "the build was asked to stop",
-            {"cache": job.store.url, "kept": "every committed shard"},
-            "run the same command again to go on",
-        )
+    finally:
+        writer.close()
 
 
 def _batch_arrays(rows: list[Row], plan: Plan) -> list[Any]:
@@ -322,38 +297,3 @@ def _batch_arrays(rows: list[Row], plan: Plan) -> list[Any]:
         array[: len(rows)] = [getattr(row, name) for row in rows]
         arrays.append(jnp.asarray(array))
     return arrays
-
-
-def _keep(plan: Plan, writer: ShardWriter, bar: Progress, first: int, rows: list[Row], recording: Recording) -> None:
-    """Wait for a recording, check it, and hand its rows to their shards."""
-    codes = {part.array: np.asarray(recording.codes[tap.name][part.part]) for tap in plan.taps for part in tap.parts}
-    sums = {name: type(tap)(*(np.asarray(value) for value in tap)) for name, tap in recording.sums.items()}
-    for tap in plan.taps:
-        _raise_if_nonfinite(plan, tap.name, tap.slots, np.asarray(sums[tap.name].nonfinite)[: len(rows)], first)
-    for start in range(0, len(rows), plan.shard_rows):
-        part = slice(start, min(start + plan.shard_rows, len(rows)))
-        writer.add(
-            (first + start) // plan.shard_rows,
-            rows[part],
-            {array: values[part] for array, values in codes.items()},
-            {name: type(tap)(*(value[part] for value in tap)) for name, tap in sums.items()},
-        )
-    bar.advance(len(rows) * plan.rows.row_tokens)
-
-
-def _raise_if_nonfinite(plan: Plan, tap: str, slots: tuple[int, ...], counts: np.ndarray, first: int) -> None:
-    if not counts.any():
-        return
-    # The first block that went wrong is the one to look at; later ones only inherit.
-    row, slot = min(np.argwhere(counts).tolist(), key=lambda place: (place[1], place[0]))
-    raise NonFiniteError(
-        "the teacher gave numbers that are not finite",
-        {
-            "shard": (first + row) // plan.shard_rows,
-            "row": first + row,
-            "block": slots[slot],
-            "tap": tap,
-            "found": f"{counts[row, slot]} numbers that are NaN or infinite",
-        },
-        "check the teacher's weights, or compute in another dtype: --dtype float32",
-    )

@@ -19,19 +19,13 @@ from schemas.storage import Store
 BUILD_FOLDERS = ("receipts", "claims", "prepared")  # what only an unfinished segment has
 
 
-def committed_shards(store: Store, plan: Plan) -> set[int]:
-    """The shards that have a receipt."""
-    prefix = f"{layout.segment_prefix(plan.segment)}/receipts/"
-    return {int(key.removeprefix(prefix).removesuffix(".json")) for key in store.keys(prefix)}
-
-
 def finish_segment(store: Store, plan: Plan) -> Manifest:
     """Write index.bin, stats.json and the manifest of a segment whose shards are all committed, then tidy up."""
     prefix = layout.segment_prefix(plan.segment)
     receipts = _read_receipts(store, plan)
     if receipts is None:  # another process finished and tidied up meanwhile
         manifest = read_manifest(store)
-        if manifest is None:
+        if manifest is None or not lists_segment(manifest, plan.segment):
             raise DistillcacheError(
                 "a receipt vanished while the build was being finished",
                 {"cache": store.url},
@@ -41,23 +35,41 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
         return manifest
     index = b"".join(encode_record(plan, receipt) for receipt in receipts)
     store.write(f"{prefix}/index.bin", index)
-    store.write(f"{prefix}/stats.json", to_canonical(Stats(taps=_total_stats(receipts))))
+    store.write(f"{prefix}/stats.json", to_canonical(Stats(taps=total_stats(receipts))))
     entry = SegmentEntry(
         segment=plan.segment,
+        rows_of=plan.rows_of,
         rows=plan.rows.count,
         index_digest=digest_bytes(index),
         index_length=len(index),
         files=dict(_small_files(store, plan)),
     )
-    manifest = Manifest(
-        segments=(entry,),
-        tokenizer_digest=digest_bytes(store.read(layout.TOKENIZER) or b""),
-        rows=plan.rows.count,
-        tokens=plan.rows.tokens,
-    )
-    store.write(layout.MANIFEST, to_canonical(manifest))
+    manifest = _list_segment(store, plan, entry)
     tidy(store, plan)
     return manifest
+
+
+def lists_segment(manifest: Manifest, segment: str) -> bool:
+    """Whether the segment is finished."""
+    return any(entry.segment == segment for entry in manifest.segments)
+
+
+def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
+    """The manifest with the segment in it, put in the place of the one without, at once."""
+    while True:
+        data, generation = store.read_with_generation(layout.MANIFEST)
+        before = None if data is None else from_canonical(Manifest, data, store.where(layout.MANIFEST))
+        if before is not None and lists_segment(before, plan.segment):
+            return before  # another process was first: it wrote the same
+        own_rows = plan.rows_of is None
+        manifest = Manifest(
+            segments=(*(before.segments if before else ()), entry),
+            tokenizer_digest=digest_bytes(store.read(layout.TOKENIZER) or b""),
+            rows=(before.rows if before else 0) + (plan.rows.count if own_rows else 0),
+            tokens=(before.tokens if before else 0) + (plan.rows.tokens if own_rows else 0),
+        )
+        if store.replace_whole(layout.MANIFEST, to_canonical(manifest), generation):
+            return manifest
 
 
 def tidy(store: Store, plan: Plan) -> None:
@@ -82,7 +94,8 @@ def _read_receipts(store: Store, plan: Plan) -> list[ShardReceipt] | None:
     return receipts
 
 
-def _total_stats(receipts: list[ShardReceipt]) -> dict[str, TapStats]:
+def total_stats(receipts: list[ShardReceipt]) -> dict[str, TapStats]:
+    """The statistics of all shards together, in the shards' order: sums of floats depend on it."""
     total = dict(receipts[0].stats)
     for receipt in receipts[1:]:
         total = {name: add_stats(stats, receipt.stats[name]) for name, stats in total.items()}

@@ -45,8 +45,10 @@ class ShardWriter:
         max_bytes: int,
         numerics: NumericsPlan | None,
         on_commit: Callable[[int], None],
+        commit: Callable[[Store, ShardBuffer, NumericsPlan | None], object] = commit_shard,
     ) -> None:
-        """`on_commit(shard)` is called in the writing thread, after the receipt."""
+        """`on_commit(shard)` is called in the writing thread, after `commit`, which makes a full shard durable."""
+        self._commit_shard = commit
         self._store, self._plan, self._numerics, self._on_commit = store, plan, numerics, on_commit
         self._budget = ByteBudget(max_bytes)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
@@ -87,7 +89,7 @@ class ShardWriter:
     def _commit(self, buffer: ShardBuffer) -> None:
         try:
             if not self._failed.is_set():
-                commit_shard(self._store, buffer, self._numerics)
+                self._commit_shard(self._store, buffer, self._numerics)
                 self._on_commit(buffer.shard)
         except BaseException:
             self._failed.set()

@@ -2,6 +2,7 @@
 
 import platform
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -11,32 +12,45 @@ import jax
 from models.config import ModelConfig
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
-from schemas.codecs import get_codec
-from schemas.config import BuildConfig, TapsConfig
+from schemas.codecs import Codec, default_group, make_signs
+from schemas.config import BuildConfig, TapConfig, TapsConfig
 from schemas.errors import ConfigError, PlanMismatchError
 from schemas.manifest import NumericsPlan, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.storage import Store
+from schemas.tap_codec import tap_codec
 
 NUMERIC_LIBRARIES = ("jax", "jaxlib", "flax")  # what turns a plan into bits
 
 
 def make_plan(
-    config: BuildConfig, segment: str, model: ModelConfig, teacher: TeacherPlan, rows: RowsPlan, dtype: str
+    config: BuildConfig,
+    segment: str,
+    model: ModelConfig,
+    teacher: TeacherPlan,
+    rows: RowsPlan,
+    dtype: str,
+    rows_of: str | None = None,
+    taps: Sequence[TapPlan] | None = None,
 ) -> Plan:
     """The plan of a segment. Pure but for the machine's platform, versions, name and clock.
+
+    Args:
+        rows_of: the segment whose rows they are, if another one's.
+        taps: what to record, as `chosen_taps` gives it; default: all that the config asks for.
 
     Raises:
         ConfigError: the config asks for blocks, sizes or taps that cannot be.
     """
     blocks = _chosen_blocks(config.blocks, model.num_blocks)
-    taps = _choose_taps(config.taps, blocks, model.hidden_size)
-    row_bytes = sum(_slot_row_bytes(part, rows.row_tokens) * len(tap.slots) for tap in taps for part in tap.parts)
+    taps = chosen_taps(config, model) if taps is None else taps
+    row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * rows.row_tokens
     shard_rows = layout.choose_shard_rows(row_bytes, rows.count, config.batch_rows, config.shard_mib, config.shard_rows)
     return Plan(
         segment=segment,
+        rows_of=rows_of,
         teacher=teacher,
         rows=rows,
-        taps=tuple(_with_objects(tap, rows.row_tokens, shard_rows, config.object_mib) for tap in taps),
+        taps=with_objects(taps, rows.row_tokens, shard_rows, config.object_mib),
         blocks=blocks,
         batch_rows=config.batch_rows,
         shard_rows=shard_rows,
@@ -48,6 +62,54 @@ def make_plan(
             "distillcache": version("distillcache"),
         },
     )
+
+
+def chosen_taps(config: BuildConfig, model: ModelConfig) -> list[TapPlan]:
+    """The taps that a config asks for, with their slots and arrays; the objects are not divided yet.
+
+    Raises:
+        ConfigError: the config asks for blocks, codecs or taps that cannot be.
+    """
+    return _choose_taps(config.taps, _chosen_blocks(config.blocks, model.num_blocks), model.hidden_size)
+
+
+def tap_plan(name: str, config: TapConfig, slots: Sequence[int], hidden: int) -> TapPlan:
+    """A tap in the codec that a config asks for; the objects are not divided yet.
+
+    Raises:
+        ConfigError: there is no such codec.
+    """
+    if config.delta and name != "resid":
+        raise ConfigError(
+            "delta coding is for the residual stream",
+            {f"taps.{name}.delta": True, "why": "only the stream changes little from block to block"},
+            f"leave out taps.{name}.delta",
+        )
+    integer = config.codec in ("int8", "int4")
+    options = {
+        "group": default_group(hidden) if integer and config.group is None else config.group,
+        "rotate": config.rotate and integer,
+        "delta": config.delta,
+        "keyframe_every": config.keyframe_every if config.delta else 0,
+    }
+    return with_slots(TapPlan(name=name, codec=config.codec, slots=(), parts=(), **options), slots, hidden)
+
+
+def with_slots(tap: TapPlan, slots: Sequence[int], hidden: int) -> TapPlan:
+    """The tap with these slots alone; the objects are not divided yet."""
+    codec = tap_codec(tap, {f"signs.{tap.name}": make_signs(tap.name, hidden)})
+    return tap.model_copy(update={"slots": tuple(slots), "parts": _parts(tap.name, codec, hidden, len(slots))})
+
+
+def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:
+    """The taps with their objects divided."""
+    return tuple(_with_objects(tap, row_tokens, shard_rows, object_mib) for tap in taps)
+
+
+def check_choices(config: BuildConfig, model: ModelConfig) -> None:
+    """Raise `ConfigError` for blocks, taps or sizes that cannot be, before anything is prepared or written."""
+    _choose_taps(config.taps, _chosen_blocks(config.blocks, model.num_blocks), model.hidden_size)
+    layout.choose_shard_rows(1, 1, config.batch_rows, config.shard_mib, config.shard_rows)
 
 
 def describe_numerics(dtype: str) -> NumericsPlan:
@@ -116,34 +178,44 @@ def _chosen_blocks(blocks: str | list[int], num_blocks: int) -> tuple[int, ...]:
 
 
 def _choose_taps(taps: TapsConfig, blocks: tuple[int, ...], hidden: int) -> list[TapPlan]:
+    """The taps with their slots and arrays; the objects are not divided yet."""
     chosen = []
     for name in ("attn_out", "resid", "mlp_out"):
-        tap = getattr(taps, name)
-        if tap is None:
+        config = getattr(taps, name)
+        if config is None:
             continue
         # A block's mlp_out follows from the stream on both of its sides.
         slots = sorted({*blocks, *(block + 1 for block in blocks)}) if name == "resid" else blocks
-        parts = tuple(
-            PartPlan(
-                array=name if part.name == "codes" else f"{name}.{part.name}",
-                part=part.name,
-                dtype=part.dtype,
-                width=part.width,
-                bits_of=part.bits_of,
-            )
-            for part in get_codec(tap.codec).parts(hidden)
-        )
-        chosen.append(TapPlan(name=name, codec=tap.codec, slots=tuple(slots), slots_per_object=1, parts=parts))
+        chosen.append(tap_plan(name, config, slots, hidden))
     if not chosen:
         raise ConfigError("there is nothing to record", {"taps": "all are null"}, "set taps.attn_out or taps.resid")
     return chosen
 
 
-def _slot_row_bytes(part: PartPlan, row_tokens: int) -> int:
-    return layout.ITEM_BYTES[part.dtype] * part.width * row_tokens
+def _parts(tap: str, codec: Codec, hidden: int, slots: int) -> tuple[PartPlan, ...]:
+    return tuple(
+        PartPlan(
+            array=tap if part.name == "codes" else f"{tap}.{part.name}",
+            part=part.name,
+            dtype=part.dtype,
+            width=part.width,
+            bits_of=part.bits_of,
+            every=part.every,
+            slots=part.slots(slots),
+            slots_per_object=1,
+        )
+        for part in codec.parts(hidden)
+    )
 
 
 def _with_objects(tap: TapPlan, row_tokens: int, shard_rows: int, object_mib: int) -> TapPlan:
-    widest = max(_slot_row_bytes(part, row_tokens) for part in tap.parts) * shard_rows
+    """The tap with its objects divided: keyframes lie in the object that starts with them, or in one like it."""
+    slot_rows = row_tokens * shard_rows
+    widest = max(layout.ITEM_BYTES[part.dtype] * part.width for part in tap.parts) * slot_rows
     size = layout.choose_slots_per_object(widest, len(tap.slots), object_mib, tap.name)
-    return tap.model_copy(update={"slots_per_object": size})
+    if tap.keyframe_every:
+        size = -(-size // tap.keyframe_every) * tap.keyframe_every
+    parts = (
+        part.model_copy(update={"slots_per_object": min(part.slots, max(1, size // part.every))}) for part in tap.parts
+    )
+    return tap.model_copy(update={"parts": tuple(parts)})

@@ -4,7 +4,7 @@ An object is encoded in memory by TensorStore's own zarr3 driver and stored by o
 to be completed, a stale object of a killed build is replaced whatever it holds, and its length and digest are known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,11 @@ from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DistillcacheError, StorageError
-from schemas.manifest import NumericsPlan, ObjectReceipt, PartPlan, PartReceipt, Plan, ShardReceipt, TapPlan, TapStats
+from schemas.manifest import NumericsPlan, ObjectReceipt, PartPlan, PartReceipt, Plan, ShardReceipt, TapStats
 from schemas.rows import Row, encode_row, pack_rows
 from schemas.storage import Store
+
+Put = Callable[[str, bytes], None]
 
 
 @dataclass
@@ -36,7 +38,7 @@ class ShardBuffer:
         tokens = self.plan.rows.row_tokens
         for tap in self.plan.taps:
             for part in tap.parts:
-                self.codes[part.array] = np.empty((stop - start, len(tap.slots), tokens, part.width), part.dtype)
+                self.codes[part.array] = np.empty((stop - start, part.slots, tokens, part.width), part.dtype)
 
     def put(self, rows: list[Row], codes: Mapping[str, np.ndarray], sums: Mapping[str, SlotSums]) -> None:
         """Append consecutive rows: their codes (array name -> `[rows, S, T, W]`) and sums (`[rows, S]`)."""
@@ -81,21 +83,7 @@ def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | Non
     """
     plan, shard = buffer.plan, buffer.shard
     try:
-        parts = {
-            part.array: _write_part(store, plan, tap, part, shard, buffer.codes[part.array])
-            for tap in plan.taps
-            for part in tap.parts
-        }
-        rows_file = pack_rows([encode_row(row) for row in buffer.rows])
-        store.write(layout.rows_key(plan.segment, shard), rows_file)
-        receipt = ShardReceipt(
-            shard=shard,
-            rows=plan.shard_range(shard),
-            rows_file=ObjectReceipt(length=len(rows_file), digest=digest_bytes(rows_file)),
-            parts=parts,
-            stats=buffer.stats,
-            numerics=numerics,
-        )
+        receipt = encode_shard(buffer, store.write, numerics)
         store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
     except DistillcacheError as error:
         start, stop = plan.shard_range(shard)
@@ -104,19 +92,43 @@ def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | Non
     return receipt
 
 
-def _write_part(store: Store, plan: Plan, tap: TapPlan, part: PartPlan, shard: int, codes: np.ndarray) -> PartReceipt:
+def encode_shard(buffer: ShardBuffer, put: Put, numerics: NumericsPlan | None = None) -> ShardReceipt:
+    """The receipt of a full shard, after `put(key, bytes)` of its objects and its rows, one at a time."""
+    plan, shard = buffer.plan, buffer.shard
+    parts = {
+        part.array: _put_part(put, plan, part, shard, buffer.codes[part.array])
+        for tap in plan.taps
+        for part in tap.parts
+    }
+    return ShardReceipt(
+        shard=shard,
+        rows=plan.shard_range(shard),
+        rows_file=None if plan.rows_of else _put_rows(put, buffer),
+        parts=parts,
+        stats=buffer.stats,
+        numerics=numerics,
+    )
+
+
+def _put_rows(put: Put, buffer: ShardBuffer) -> ObjectReceipt:
+    data = pack_rows([encode_row(row) for row in buffer.rows])
+    put(layout.rows_key(buffer.plan.segment, buffer.shard), data)
+    return ObjectReceipt(length=len(data), digest=digest_bytes(data))
+
+
+def _put_part(put: Put, plan: Plan, part: PartPlan, shard: int, codes: np.ndarray) -> PartReceipt:
     objects = []
-    for group, (start, stop) in enumerate(tap.object_ranges()):
-        data = encode_object(plan, tap, part, codes[:, start:stop])
-        store.write(layout.object_key(plan.segment, part.array, shard, group), data)
+    for group, (start, stop) in enumerate(part.object_ranges()):
+        data = encode_object(plan, part, codes[:, start:stop])
+        put(layout.object_key(plan.segment, part.array, shard, group), data)
         objects.append(ObjectReceipt(length=len(data), digest=digest_bytes(data)))
     chunks = "".join(xxhash.xxh3_64_hexdigest(chunk) for row in codes for chunk in row)
     return PartReceipt(digest=digest_bytes(codes), chunks=chunks, objects=tuple(objects))
 
 
-def encode_object(plan: Plan, tap: TapPlan, part: PartPlan, codes: np.ndarray) -> bytes:
+def encode_object(plan: Plan, part: PartPlan, codes: np.ndarray) -> bytes:
     """The bytes of one outer zarr3 chunk that holds `[rows, slots, T, W]` codes."""
-    outer = (plan.shard_rows, tap.slots_per_object)
+    outer = (plan.shard_rows, part.slots_per_object)
     metadata = layout.array_metadata(codes.shape, part.dtype, outer, part.bits_of)  # type: ignore[arg-type]
     context = ts.Context()
     memory = {"driver": "memory", "path": "object/"}

@@ -38,13 +38,14 @@ from models.tensors import (
     weight_files,
 )
 from models.tokenizer import TOKENIZER_FILES, TextTokenizer, write_tokenizer
-from schemas.errors import CheckpointError
+from schemas.errors import CheckpointError, StorageError
 
 # transformers' own limit of a shard until version 5; a file below it can be copied by every tool.
 SHARD_BYTES = 5_000_000_000
 DIGEST_CHUNK_BYTES = 16 * 2**20
 # In the safetensors metadata: `format` is what transformers asks for, `producer` is how we know our own exports.
-FILE_METADATA = {"format": "pt", "producer": "distillcache"}
+FILE_METADATA = {"format": "pt"}  # one key only: safetensors writes several in no fixed order
+PRODUCER = "distillcache"  # in config.json: by this an export of ours is known
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old versions of transformers stored beside the weights; computed from the config, never trained.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -204,6 +205,7 @@ def save_pretrained(
         if tokenizer_from is not None:
             given = tokenizer_from if isinstance(tokenizer_from, TextTokenizer) else _local(tokenizer_from)
             config |= write_tokenizer(given, staging)
+        config["producer"] = PRODUCER
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _publish(staging, target)
     finally:
@@ -218,7 +220,14 @@ def _write_weights(decoder: Decoder, directory: Path, shard_bytes: int) -> None:
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {slot.name: slot.store(_slice(parameters[slot.path].get_value(), slot)) for slot in shard}
-        save_file(tensors, directory / file, metadata=FILE_METADATA)
+        try:
+            save_file(tensors, directory / file, metadata=FILE_METADATA)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise StorageError(
+                "the weights cannot be written",
+                {"file": directory.parent / file, "cause": error},
+                "free some space or name another place; nothing was kept",
+            ) from error
         # safetensors makes files that only their owner reads; an export is as open as its directory.
         (directory / file).chmod(directory.stat().st_mode & 0o666)
         names |= dict.fromkeys(tensors, file)
@@ -261,15 +270,14 @@ def _check_target(target: Path) -> None:
 
 
 def _is_ours(directory: Path) -> bool:
-    """An export of ours has our mark in its weights, and nothing beside what we write."""
+    """An export of ours has our mark in its config, and nothing beside what we write."""
     weights = sorted(directory.glob("model*.safetensors"))
     known = {"config.json", INDEX_NAME, *TOKENIZER_FILES, *(file.name for file in weights)}
     if not weights or any(file.name not in known for file in directory.iterdir()):
         return False
     try:
-        with safetensors.safe_open(weights[0], framework="numpy") as tensors:
-            return (tensors.metadata() or {}).get("producer") == FILE_METADATA["producer"]
-    except safetensors.SafetensorError:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("producer") == PRODUCER
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -47,7 +47,7 @@ HARMLESS_KEYS = frozenset(
     """_attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation bos_token_id
     chunk_size_feed_forward dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id
     model_type name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
-    problem_type return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
+    problem_type producer return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
     transformers.js_config transformers_version unk_token_id use_cache""".split()  # noqa: SIM905 - one a line would be two screens
 )
 # Keys that would change the forward pass, with the values under which they do not.
@@ -99,7 +99,7 @@ def config_from_hf(raw: Mapping[str, Any], file: Path) -> ModelConfig:
         file: where it came from, for messages.
     """
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
             "this model_type is not supported",
             {"file": file, "found": family, "supported": ", ".join(FAMILIES)},
@@ -162,7 +162,7 @@ def rope_from_hf(raw: Mapping[str, Any], max_positions: int, file: Path) -> Rope
     parameters = given["rope_parameters"] | given["rope_scaling"]
     kind = parameters.pop("rope_type", "default")
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0
-    if kind not in ROPE_PARAMETERS:
+    if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
         raise CheckpointError(
             "this rope_type is not supported",
             {"file": file, "found": kind, "supported": ", ".join(ROPE_PARAMETERS)},
@@ -203,6 +203,11 @@ def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Path) -> None:
     for key, value in parameters.items():
         if value is not None and not (isinstance(value, bool) if key == "truncate" else _is_number(value)):
             raise _bad_value(file, f"rope parameter {key}", value, "true or false" if key == "truncate" else "a number")
+    if kind != "default" and parameters["factor"] <= 0:
+        raise _bad_value(file, "rope parameter factor", parameters["factor"], "a number above 0")
+    if kind == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
+        found = parameters["low_freq_factor"]
+        raise _bad_value(file, "rope parameter high_freq_factor", found, "other than low_freq_factor")
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

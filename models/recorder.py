@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.decoder import BlockOutput, Decoder
-from schemas.codecs import get_codec
+from schemas.codecs import Codec
 from schemas.manifest import TapPlan
+from schemas.tap_codec import Signs, tap_codec
 
 
 class SlotSums(NamedTuple):
@@ -36,10 +37,49 @@ class Recording(NamedTuple):
     sums: dict[str, SlotSums]
 
 
+class _TapState(NamedTuple):
+    """One tap while the blocks are scanned: what is recorded so far, and the codec's carry."""
+
+    codes: dict[str, Array]
+    sums: SlotSums
+    carry: Any
+
+
+class _TapRecorder:
+    """Puts a tap's slots into place as they come by."""
+
+    def __init__(self, tap: TapPlan, codec: Codec, num_blocks: int) -> None:
+        self.tap, self.codec = tap, codec
+        # A slot that is not recorded rewrites what lies at place 0: cheaper than a conditional, and in place.
+        self._places, self._wanted = np.zeros(num_blocks + 1, np.int32), np.zeros(num_blocks + 1, bool)
+        self._places[list(tap.slots)], self._wanted[list(tap.slots)] = np.arange(len(tap.slots)), True
+
+    def start(self, batch: int, tokens: int, hidden: int) -> _TapState:
+        codes = {part.part: jnp.zeros((batch, part.slots, tokens, part.width), part.dtype) for part in self.tap.parts}
+        slots = len(self.tap.slots)
+        sums = SlotSums(jnp.zeros((batch, slots)), jnp.zeros((batch, slots)), jnp.zeros((batch, slots), jnp.int32))
+        return _TapState(codes, sums, self.codec.start((batch, tokens, hidden)))
+
+    def put(self, state: _TapState, value: Float[Array, "B T D"], slot: Array, real: Array) -> _TapState:
+        """The state with the value of a slot, where that slot is recorded."""
+        place, keep = jnp.asarray(self._places)[slot], jnp.asarray(self._wanted)[slot]
+        carry, encoded = self.codec.encode_slot(state.carry, value, place)
+        codes = {
+            part.part: _put(
+                state.codes[part.part], encoded[part.part], place // part.every, keep & (place % part.every == 0)
+            )
+            for part in self.tap.parts
+        }
+        new = slot_sums(value, real)
+        sums = SlotSums(*(_put(was, now, place, keep) for was, now in zip(state.sums, new, strict=True)))
+        carry = jax.tree.map(lambda now, was: jnp.where(keep, now, was), carry, state.carry)
+        return _TapState(codes, sums, carry)
+
+
 RecordFunction = Callable[[Any, Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]], Recording]
 
 
-def make_recorder(decoder: Decoder, taps: Sequence[TapPlan]) -> tuple[RecordFunction, Any]:
+def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tuple[RecordFunction, Any]:
     """The jitted recorder of these taps, and the parameters to call it with: `record(parameters, tokens, positions,
     segment_ids) -> Recording`.
 
@@ -47,61 +87,50 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan]) -> tuple[RecordFunc
     """
     graph, parameters = nnx.split(decoder)
     num_blocks = decoder.config.num_blocks
+    recorders = {tap.name: _TapRecorder(tap, tap_codec(tap, signs), num_blocks) for tap in taps}
 
     @jax.jit
     def record(
         parameters: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Recording:
+        """The encoded taps of a batch."""
         model = nnx.merge(graph, parameters)
         real = segment_ids > 0
+        batch, row_tokens = tokens.shape
 
-        def emit(carry: Recording, out: BlockOutput, block: Array) -> tuple[Recording, None]:
-            return _record_slot(carry, taps, block, num_blocks, real, lambda name: getattr(out, name)), None
+        def emit(states: dict[str, _TapState], out: BlockOutput, block: Array) -> tuple[dict[str, _TapState], None]:
+            return {
+                name: recorder.put(states[name], getattr(out, name), block, real)
+                for name, recorder in recorders.items()
+            }, None
 
-        last, recording, _ = model.scan_blocks(
+        last, states, _ = model.scan_blocks(
             model.embed_tokens(tokens),
             model.context(positions, segment_ids),
             emit,
-            _empty_recording(taps, tokens.shape[0], tokens.shape[1], decoder.config.hidden_size),
+            {
+                name: recorder.start(batch, row_tokens, decoder.config.hidden_size)
+                for name, recorder in recorders.items()
+            },
             skip_last_mlp=not _last_mlp_needed(taps, num_blocks),
         )
-        leaving = [tap for tap in taps if tap.name == "resid"]
-        return _record_slot(recording, leaving, jnp.asarray(num_blocks), num_blocks, real, lambda _: last)
+        if "resid" in recorders:
+            states["resid"] = recorders["resid"].put(states["resid"], last, jnp.asarray(num_blocks), real)
+        return Recording(
+            {name: state.codes for name, state in states.items()}, {name: state.sums for name, state in states.items()}
+        )
 
     return record, parameters
 
 
-def _record_slot(
-    carry: Recording,
-    taps: Sequence[TapPlan],
-    slot: Array,
-    num_blocks: int,
-    real: Array,
-    value_of: Callable[[str], Float[Array, "B T D"]],
-) -> Recording:
-    """The recording with the taps' values of one slot put in where that slot is recorded."""
-    codes, sums = dict(carry.codes), dict(carry.sums)
-    for tap in taps:
-        # A slot that is not recorded rewrites what lies at place 0: cheaper than a conditional, and in place.
-        places = np.zeros(num_blocks + 1, np.int32)
-        wanted = np.zeros(num_blocks + 1, bool)
-        places[list(tap.slots)], wanted[list(tap.slots)] = np.arange(len(tap.slots)), True
-        place, keep = jnp.asarray(places)[slot], jnp.asarray(wanted)[slot]
-        value = value_of(tap.name)
-        encoded = get_codec(tap.codec).encode(value)
-        codes[tap.name] = {part: _put(codes[tap.name][part], encoded[part], place, keep, 1) for part in encoded}
-        new = _slot_sums(value, real)
-        old = sums[tap.name]
-        sums[tap.name] = SlotSums(*(_put(was, now, place, keep, 1) for was, now in zip(old, new, strict=True)))
-    return Recording(codes, sums)
+def _put(buffer: Array | np.ndarray, value: Array | np.ndarray, place: Array, keep: Array) -> Array:
+    """`buffer` `[B, S, ...]` with `value` `[B, ...]` at slot `place`, or as it was."""
+    current = jax.lax.dynamic_index_in_dim(buffer, place, 1, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(buffer, jnp.where(keep, value, current), place, 1)
 
 
-def _put(buffer: Array | np.ndarray, value: Array | np.ndarray, place: Array, keep: Array, axis: int) -> Array:
-    current = jax.lax.dynamic_index_in_dim(buffer, place, axis, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(buffer, jnp.where(keep, value, current), place, axis)
-
-
-def _slot_sums(value: Float[Array, "B T D"], real: Array) -> SlotSums:
+def slot_sums(value: Float[Array, "B T D"], real: Array) -> SlotSums:
+    """The statistics of one slot over each row's real tokens, `[B]` each."""
     wide = jnp.where(real[..., None], value.astype(jnp.float32), 0)
     finite = jnp.isfinite(wide)
     clean = jnp.where(finite, wide, 0)
@@ -109,20 +138,6 @@ def _slot_sums(value: Float[Array, "B T D"], real: Array) -> SlotSums:
     return SlotSums(
         jnp.sum(jnp.square(clean), inner), jnp.max(jnp.abs(clean), inner), jnp.sum(~finite, inner, dtype=jnp.int32)
     )
-
-
-def _empty_recording(taps: Sequence[TapPlan], batch: int, tokens: int, hidden: int) -> Recording:
-    codes, sums = {}, {}
-    for tap in taps:
-        slots = len(tap.slots)
-        codes[tap.name] = {
-            part.name: jnp.zeros((batch, slots, tokens, part.width), part.dtype)
-            for part in get_codec(tap.codec).parts(hidden)
-        }
-        sums[tap.name] = SlotSums(
-            jnp.zeros((batch, slots)), jnp.zeros((batch, slots)), jnp.zeros((batch, slots), jnp.int32)
-        )
-    return Recording(codes, sums)
 
 
 def _last_mlp_needed(taps: Sequence[TapPlan], num_blocks: int) -> bool:

@@ -150,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
     if not (directory / INDEX_NAME).exists():
         raise _no_weights(directory)
     listed = read_json(directory / INDEX_NAME).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise CheckpointError(
             "the index of the shards has no weight_map",
             {"file": directory / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},

@@ -6,5 +6,6 @@ storage.py    paths and buckets                      digest.py     xxh3-128
 rows.py       packed rows and their files            layout.py     names and sizes inside a cache
 manifest.py   plan, receipt, manifest                index.py      the record of a shard in index.bin
 segment.py    reading one segment, checked           codecs/       what the bytes of a tap mean
+addressing.py rows and slots of several segments     tap_codec.py  from a plan's tap to its codec
 progress.py   how far a long piece of work is
 """

@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(gt=0)]
 class Config(BaseModel):
     """Frozen and closed: a key that we do not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Config):
@@ -25,7 +25,8 @@ class DataConfig(Config):
         default="text", description="the field of a .jsonl line that holds the text"
     )  # the usual name
     tokenizer: str | None = Field(
-        default=None, description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own"
+        default=None,
+        description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own (prepare needs one)",
     )
     eos_token: str | None = Field(
         default=None, description="ends every document; default: what the tokenizer's own files name"
@@ -50,9 +51,21 @@ class TeacherConfig(Config):
 
 
 class TapConfig(Config):
-    codec: Literal["bf16", "f32"] = Field(
+    codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
         default="bf16", description="how the numbers are stored"
     )  # lossless for the usual bf16 teacher
+    group: int | None = Field(
+        default=None, ge=0, description="numbers that share a scale, int8 and int4; 0: the whole token; default: 32"
+    )  # measured: finer groups gain more than their scales cost
+    rotate: bool = Field(
+        default=True, description="int8 and int4: spread outliers by a random rotation first"
+    )  # measured: an outlier would take the scale of its whole group
+    delta: bool = Field(
+        default=False, description="resid in int8 or int4: code the difference from block to block"
+    )  # six times closer, but one block is read with up to keyframe_every - 1 others
+    keyframe_every: int = Field(
+        default=8, ge=0, description="with delta: slots from one that needs no other to the next; 0: none"
+    )  # adds 7% of bf16's size; half a dozen reads at most for one block
 
 
 class TapsConfig(Config):
@@ -99,6 +112,57 @@ class BuildConfig(Config):
     accept_platform: bool = Field(
         default=False, description="go on although the platform or library versions differ from the plan's"
     )  # other versions may give other bits
+    extend: bool = Field(
+        default=False, description="add what is asked for to a finished cache: more rows, another tap, other blocks"
+    )  # otherwise another config in the same place is a mistake
+    repair: bool = Field(
+        default=False, description="check what is there, and compute again exactly what is damaged"
+    )  # reading everything back takes long
+
+
+KeptTap = TapConfig | Literal["keep"] | None
+
+
+class CopyTapsConfig(Config):
+    """Of each tap: `keep` (as it is stored), null (left out), or the codec of the copy."""
+
+    attn_out: KeptTap = Field(default="keep", description="what the attention sublayer adds to the stream")
+    resid: KeptTap = Field(default="keep", description="the stream entering each block, and leaving the last")
+    mlp_out: KeptTap = Field(default="keep", description="what the MLP sublayer adds to the stream")
+
+
+class CopyConfig(Config):
+    """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place."""
+
+    src: str = Field(description="the finished cache to copy")
+    dst: str = Field(description="where the copy goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
+    taps: CopyTapsConfig = Field(default=CopyTapsConfig(), description="keep, null or a codec, for every tap")
+    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to copy, as a list, or all")
+    rows: str = Field(
+        default="all", pattern=r"^(all|train|eval|\d+:\d+)$", description="all, train, eval, or START:STOP"
+    )
+    batch_rows: Positive | None = Field(
+        default=None, description="rows decoded at a time; default: as the cache was built"
+    )
+    object_mib: Positive = Field(default=256, description="target size of a stored object")  # as in a build
+    shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise
+    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
+    max_in_flight_mib: Positive = Field(
+        default=2048, description="bytes read and not yet stored, at most"
+    )  # one shard being filled, one being written
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    process_id: int = Field(default=0, ge=0, description="this process's number, where several copy one cache")
+    num_processes: Positive = Field(default=1, description="how many processes copy this cache")
+
+
+class PlanConfig(BuildConfig):
+    """What a build would take, before anything is written: sizes, objects, time, and what other choices would cost."""
+
+    measure: bool = Field(
+        default=True, description="run the teacher on a few batches of random tokens, to expect a time"
+    )  # without it there is nothing to expect a time from
 
 
 class SurgeryOp(Config):
@@ -172,6 +236,9 @@ class TrainConfig(Config):
     )  # an evaluation costs as much as many steps
     eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
     log_every: Positive = Field(default=1, description="steps between lines of metrics")
+    partial: bool = Field(
+        default=False, description="train on the committed shards of a cache that is still being built"
+    )  # a run that goes on needs the same rows again, and a cache that grows has others
     prefetch_batches: Positive = Field(
         default=2, description="batches read ahead of use"
     )  # one being moved to the device, one being read
@@ -191,6 +258,27 @@ class InspectConfig(Config):
     """Print what a cache holds."""
 
     cache: str = Field(description="the cache, finished or not")
+
+
+class VerifyConfig(Config):
+    """Compare every byte of a cache with what was committed. Exit code: 0 if all is well, 2 if anything is wrong."""
+
+    cache: str = Field(description="the cache, finished or not (then its committed shards are checked)")
+    quick: bool = Field(
+        default=False, description="check presence, lengths and shard indexes, without reading the data"
+    )  # damage inside the data is what one looks for
+
+
+class BenchConfig(Config):
+    """Measure fixed work against this machine's own limits and against other systems' formats."""
+
+    what: Literal["feed", "build", "codec"] = Field(description="feed, build or codec")
+    dir: str | None = Field(
+        default=None, description="where the data goes meanwhile, about 3 GB; default: the temporary folder"
+    )  # it is removed afterwards
+    rounds: Positive | None = Field(
+        default=None, description="how often everything is measured, by turns; medians count; default: feed 5, build 2"
+    )
 
 
 class ExportConfig(Config):

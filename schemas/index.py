@@ -1,6 +1,7 @@
 """index.bin: one fixed-width record a shard, so that any shard's digests are read by offset, never the whole file.
 
-A record holds what the shard's receipt held: the digest and length of its rows file, and for every array the
+A record holds what the shard's receipt held: the digest and length of its rows file (if the segment has rows of its
+own), and for every array the
 digest of its codes, the length of each object, and the xxh3-64 of every inner chunk. It ends with the xxh3-64 of
 its own bytes. A short last shard leaves the rest of its record zero.
 """
@@ -16,21 +17,22 @@ from schemas.manifest import Plan, ShardReceipt
 
 def record_dtype(plan: Plan) -> np.dtype:
     """The layout of one record; little-endian, no padding between fields."""
-    fields: list[tuple] = [("rows_digest", "V16"), ("rows_length", "<u8")]
+    fields: list[tuple] = [] if plan.rows_of else [("rows_digest", "V16"), ("rows_length", "<u8")]
     for tap in plan.taps:
         for part in tap.parts:
             fields.append((f"{part.array}/digest", "V16"))
-            fields.append((f"{part.array}/lengths", "<u8", (len(tap.object_ranges()),)))
-            fields.append((f"{part.array}/objects", "V16", (len(tap.object_ranges()),)))
-            fields.append((f"{part.array}/chunks", "<u8", (plan.shard_rows, len(tap.slots))))
+            fields.append((f"{part.array}/lengths", "<u8", (len(part.object_ranges()),)))
+            fields.append((f"{part.array}/objects", "V16", (len(part.object_ranges()),)))
+            fields.append((f"{part.array}/chunks", "<u8", (plan.shard_rows, part.slots)))
     return np.dtype([*fields, ("check", "<u8")])
 
 
 def encode_record(plan: Plan, receipt: ShardReceipt) -> bytes:
     """The record of a receipt."""
     record: Any = np.zeros((), record_dtype(plan))
-    record["rows_digest"] = np.void(bytes.fromhex(receipt.rows_file.digest))
-    record["rows_length"] = receipt.rows_file.length
+    if receipt.rows_file is not None:
+        record["rows_digest"] = np.void(bytes.fromhex(receipt.rows_file.digest))
+        record["rows_length"] = receipt.rows_file.length
     for array, part in receipt.parts.items():
         record[f"{array}/digest"] = np.void(bytes.fromhex(part.digest))
         record[f"{array}/lengths"] = [stored.length for stored in part.objects]

@@ -15,32 +15,46 @@ FORMAT: Literal["distillcache/1"] = "distillcache/1"
 
 
 class PartPlan(Config):
-    """One zarr array of a tap: its folder under taps/, its dtype, and its last axis."""
+    """One zarr array of a tap, `[N, slots, T, width]`.
+
+    array: its folder under taps/. part: the codec's name for it. every: it exists for the tap's stored slots 0, every,
+    2 * every, ... only. slots_per_object: Lc, consecutive slots in one object.
+    """
 
     array: str
     part: str
     dtype: str
     width: int
     bits_of: str | None = None
+    every: int = 1
+    slots: int
+    slots_per_object: int
+
+    def object_ranges(self) -> list[tuple[int, int]]:
+        """The stored-slot ranges `[start, stop)` of the objects of one shard."""
+        step = self.slots_per_object
+        return [(start, min(start + step, self.slots)) for start in range(0, self.slots, step)]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all its slots."""
+        return self.slots * self.width * ITEM_BYTES[self.dtype]
 
 
 class TapPlan(Config):
-    """One tap: its codec, and the slots that are stored.
+    """One tap: its codec with its options, and the slots that are stored.
 
     slots: for `resid`, l is the stream entering block l (and L the one leaving the last); for the others, block l.
-    slots_per_object: Lc, consecutive slots in one object.
     """
 
     name: str
     codec: str
+    group: int | None = None
+    rotate: bool = False
+    delta: bool = False
+    keyframe_every: int = 0
     slots: tuple[int, ...]
-    slots_per_object: int
     parts: tuple[PartPlan, ...]
-
-    def object_ranges(self) -> list[tuple[int, int]]:
-        """The stored-slot ranges `[start, stop)` of the objects of one shard."""
-        step, stop = self.slots_per_object, len(self.slots)
-        return [(start, min(start + step, stop)) for start in range(0, stop, step)]
 
 
 class TeacherPlan(Config):
@@ -85,12 +99,16 @@ class RowsPlan(Config):
 class Plan(Config):
     """Everything that a segment's bytes depend on; written first, once, and compared with at every resume.
 
+    rows_of: the segment whose rows these taps belong to, where this one brings no rows of its own.
+    copied_from: the digest of the manifest that a copy was made from.
     `created` (when, where, by which version) and `config` (as the user gave it) inform people; they do not count in
     the comparison.
     """
 
     format: Literal["distillcache/1"] = FORMAT
     segment: str
+    rows_of: str | None = None
+    copied_from: str | None = None
     teacher: TeacherPlan
     rows: RowsPlan
     taps: tuple[TapPlan, ...]
@@ -117,7 +135,7 @@ class Plan(Config):
     @property
     def bytes_per_token(self) -> int:
         """Of all taps, scales included."""
-        return sum(len(tap.slots) * part.width * ITEM_BYTES[part.dtype] for tap in self.taps for part in tap.parts)
+        return sum(part.bytes_per_token for tap in self.taps for part in tap.parts)
 
 
 class ObjectReceipt(Config):
@@ -152,11 +170,14 @@ class TapStats(Config):
 
 
 class ShardReceipt(Config):
-    """Commits a shard: written after all of its objects are durable."""
+    """Commits a shard: written after all of its objects are durable.
+
+    rows_file: None in a segment that adds to another one's rows.
+    """
 
     shard: int
     rows: tuple[int, int]
-    rows_file: ObjectReceipt
+    rows_file: ObjectReceipt | None
     parts: dict[str, PartReceipt]
     stats: dict[str, TapStats]
     numerics: NumericsPlan | None = Field(
@@ -173,10 +194,12 @@ class Stats(Config):
 class SegmentEntry(Config):
     """A finished segment, as the manifest lists it: the digests of everything in it but its shards' objects.
 
-    index_digest is of the whole index.bin; files maps every other small file of the segment to its digest.
+    rows: of the segment's own; with `rows_of`, of the segment that they belong to. index_digest is of the whole
+    index.bin; files maps every other small file of the segment to its digest.
     """
 
     segment: str
+    rows_of: str | None = None
     rows: int
     index_digest: str
     index_length: int

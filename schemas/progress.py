@@ -29,7 +29,7 @@ class Progress:
             stream: where to print; default: standard error.
         """
         self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self._skipped, self._note = 0, ""
+        self._skipped, self._note, self._printed = 0, "", -1
         self._stream = stream if stream is not None else sys.stderr
         self._bar: RichProgress | None = None
         self._task = None
@@ -42,7 +42,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._last_line > self._start:
+        elif self._last_line > self._start and self.done != self._printed:
             self._print_line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -84,6 +84,7 @@ class Progress:
             self._bar.update(self._task, completed=self.done, note=self._note)
 
     def _print_line(self) -> None:
+        self._printed = self.done
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         words = [f"{self.title}: {self.describe()}", f"{format_seconds(left)} left" if left > 0 else "", self._note]
         print(", ".join(word for word in words if word), file=self._stream, flush=True)

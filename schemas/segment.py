@@ -4,8 +4,8 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import tensorstore as ts
-import xxhash
 
 from schemas import layout
 from schemas.canonical import from_canonical
@@ -15,8 +15,9 @@ from schemas.index import decode_record, encode_record, record_dtype
 from schemas.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
 from schemas.rows import Row, decode_row, unpack_rows
 from schemas.storage import Store
+from schemas.tap_codec import Signs
 
-RECORDS_KEPT = 64  # index records and rows files held in memory, a few megabytes
+RECORDS_KEPT = 256  # shards' index records and rows held in memory: some 50 MB, and the rows of 256 GB of taps
 
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
 
@@ -27,9 +28,10 @@ class Segment:
     def __init__(self, store: Store, plan: Plan, entry: SegmentEntry | None) -> None:
         """`entry`: the manifest's line of a finished segment; None while it is being built (receipts are read)."""
         self.store, self.plan, self.entry = store, plan, entry
+        self.committed = None if entry is not None else frozenset(committed_shards(store, plan))  # None: all shards
         self._prefix = layout.segment_prefix(plan.segment)
         self._records: OrderedDict[int, Any] = OrderedDict()
-        self._rows: OrderedDict[int, list[Row]] = OrderedDict()
+        self._rows: OrderedDict[int, list[bytes]] = OrderedDict()
 
     def tap(self, name: str) -> TapPlan:
         """The plan of a tap, by name."""
@@ -43,12 +45,26 @@ class Segment:
             f"build a cache with taps.{name}",
         )
 
-    def open_array(self, tap: TapPlan, part: PartPlan, context: ts.Context | None = None) -> ts.TensorStore:
+    def open_array(self, part: PartPlan, context: ts.Context | None = None) -> ts.TensorStore:
         """The zarr array `[N, slots, T, width]`, for reading; its metadata comes from the plan, not the disk."""
         spec = layout.array_spec(
-            self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, tap, part)
+            self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, part)
         )
         return ts.open(spec, read=True, open=True, assume_metadata=True, context=context).result()
+
+    def signs(self) -> Signs:
+        """The sign vectors of the rotated taps, out of the segment's side file."""
+        return {name: value for name, value in self.side().items() if name.startswith("signs.")}
+
+    def side(self) -> dict[str, np.ndarray]:
+        """The arrays of the segment's side file."""
+        key = f"{self._prefix}/side.safetensors"
+        data = self.store.read(key)
+        if data is None or (self.entry is not None and digest_bytes(data) != self.entry.files["side.safetensors"]):
+            raise DamageError(
+                "the side file of a segment is missing or damaged", {"file": self.store.where(key)}, DAMAGE_NEXT
+            )
+        return safetensors.numpy.load(data)
 
     def record(self, shard: int) -> Any:
         """The index record of a shard (a NumPy record of `index.record_dtype`)."""
@@ -60,44 +76,45 @@ class Segment:
                 self._records.popitem(last=False)
         return found
 
-    def rows(self, shard: int) -> list[Row]:
-        """The rows of a shard, in order, checked against the shard's digest."""
+    def row(self, index: int) -> Row:
+        """One row, by its number in this segment, checked against its shard's digest."""
+        shard, place = divmod(index, self.plan.shard_rows)
         found = self._rows.get(shard)
         if found is None:
             found = self._rows[shard] = self._read_rows(shard)
             if len(self._rows) > RECORDS_KEPT:
                 self._rows.popitem(last=False)
-        return found
+        return decode_row(found[place])
 
-    def row(self, index: int) -> Row:
-        """One row, by its number in this segment."""
-        return self.rows(index // self.plan.shard_rows)[index % self.plan.shard_rows]
-
-    def check_chunk(self, array: str, row: int, slot: int, codes: np.ndarray) -> None:
-        """Raise unless these codes `[T, width]` are the ones that were committed for (row, stored slot)."""
+    def chunk_digests(self, array: str, row: int) -> list[int]:
+        """The xxh3-64 of a row's inner chunks, by stored slot."""
         shard, place = divmod(row, self.plan.shard_rows)
-        expected = int(self.record(shard)[f"{array}/chunks"][place, slot])
-        if xxhash.xxh3_64_intdigest(np.ascontiguousarray(codes).data) != expected:
-            raise DamageError(
-                "stored activations are not what was committed",
-                {"cache": self.store.url, "array": array, "shard": shard, "row": row, "slot": slot},
-                DAMAGE_NEXT,
-            )
+        return self.record(shard)[f"{array}/chunks"][place].tolist()
+
+    def chunk_damage(self, array: str, row: int, slot: int) -> DamageError:
+        """The error to raise where the codes `[T, width]` of (row, stored slot) have another digest."""
+        shard = row // self.plan.shard_rows
+        return DamageError(
+            "stored activations are not what was committed",
+            {"cache": self.store.url, "array": array, "shard": shard, "row": row, "slot": slot},
+            DAMAGE_NEXT,
+        )
 
     def _read_record(self, shard: int) -> Any:
         size = record_dtype(self.plan).itemsize
-        if self.entry is None:
-            return receipt_record(self.plan, self._read_receipt(shard))
+        receipt = self._read_receipt(shard) if self.entry is None else None
+        if receipt is not None:
+            return receipt_record(self.plan, receipt)
         key = f"{self._prefix}/index.bin"
-        data = self.store.read(key, slice(shard * size, (shard + 1) * size)) if self._index_is_whole(key) else None
+        whole = self.store.length_is(key, self.plan.num_shards * size)
+        data = self.store.read(key, slice(shard * size, (shard + 1) * size)) if whole else None
         return decode_record(self.plan, data or b"", f"{self.store.where(key)}, shard {shard}")
 
-    def _index_is_whole(self, key: str) -> bool:
-        return self.entry is not None and self.store.length_is(key, self.entry.index_length)
-
-    def _read_receipt(self, shard: int) -> ShardReceipt:
+    def _read_receipt(self, shard: int) -> ShardReceipt | None:
         key = layout.receipt_key(self.plan.segment, shard)
         data = self.store.read(key)
+        if data is None and self.committed is not None and shard in self.committed:
+            return None  # the build was finished meanwhile: the index holds it
         if data is None:
             raise InputError(
                 "this shard is not committed yet",
@@ -106,7 +123,7 @@ class Segment:
             )
         return from_canonical(ShardReceipt, data, self.store.where(key))
 
-    def _read_rows(self, shard: int) -> list[Row]:
+    def _read_rows(self, shard: int) -> list[bytes]:
         key = layout.rows_key(self.plan.segment, shard)
         data, record = self.store.read(key), self.record(shard)
         if data is None or digest_bytes(data) != bytes(record["rows_digest"]).hex():
@@ -116,7 +133,7 @@ class Segment:
                 DAMAGE_NEXT,
             )
         start, stop = self.plan.shard_range(shard)
-        return [decode_row(record) for record in unpack_rows(data, stop - start)]
+        return unpack_rows(data, stop - start)
 
 
 def receipt_record(plan: Plan, receipt: ShardReceipt) -> Any:
@@ -124,10 +141,10 @@ def receipt_record(plan: Plan, receipt: ShardReceipt) -> Any:
     return np.frombuffer(encode_record(plan, receipt), record_dtype(plan))[0]
 
 
-def part_metadata(plan: Plan, tap: TapPlan, part: PartPlan) -> dict[str, Any]:
+def part_metadata(plan: Plan, part: PartPlan) -> dict[str, Any]:
     """The zarr3 metadata of one array of the segment."""
-    shape = (plan.rows.count, len(tap.slots), plan.rows.row_tokens, part.width)
-    return layout.array_metadata(shape, part.dtype, (plan.shard_rows, tap.slots_per_object), part.bits_of)
+    shape = (plan.rows.count, part.slots, plan.rows.row_tokens, part.width)
+    return layout.array_metadata(shape, part.dtype, (plan.shard_rows, part.slots_per_object), part.bits_of)
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -143,14 +160,38 @@ def read_plan(store: Store, segment: str) -> Plan | None:
     return None if data is None else from_canonical(Plan, data, store.where(key))
 
 
-def open_cache(store: Store) -> list[Segment]:
+def committed_shards(store: Store, plan: Plan) -> set[int]:
+    """The shards of an unfinished segment that have a receipt."""
+    prefix = f"{layout.segment_prefix(plan.segment)}/receipts/"
+    return {int(key.removeprefix(prefix).removesuffix(".json")) for key in store.keys(prefix)}
+
+
+def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
     """The finished segments of a cache.
 
+    Args:
+        partial: also the segment that is being built, if any, with its committed shards.
+
     Raises:
-        InputError: there is no finished cache here.
+        InputError: there is no finished cache here; with `partial`, none at all.
         DamageError: its manifest or a plan is damaged.
     """
     manifest = read_manifest(store)
+    finished = _open_finished(store, manifest) if manifest is not None or not partial else []
+    if not partial:
+        return finished
+    plan = read_plan(store, segment_name(len(finished)))
+    if plan is None and not finished:
+        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+    return finished if plan is None else [*finished, Segment(store, plan, None)]
+
+
+def segment_name(number: int) -> str:
+    """Segments are numbered in the order in which they are added."""
+    return f"{number:04d}"
+
+
+def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
     if manifest is None:
         unfinished = read_plan(store, "0000") is not None
         raise InputError(

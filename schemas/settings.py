@@ -122,24 +122,42 @@ def help_text(model: type[BaseModel], command: str, positional: Sequence[str] = 
     for name, type_name, default, description in _fields(model, ""):
         lines.append(f"  --{name.replace('_', '-')} {type_name}{default}")
         lines.append(f"        {description}")
+    lines += ["  --config FILE.yaml", "        the same fields as a file; flags go first"]
+    lines += ["  --json", "        one JSON object on standard output, and nothing else there"]
     return "\n".join(lines)
 
 
-def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+def _fields(
+    model: type[BaseModel], prefix: str, values: BaseModel | None = None, optional: bool = False
+) -> list[tuple[str, str, str, str]]:
+    """Flag, type, default and description of every field, sections first.
+
+    Args:
+        values: a section's own default, whose values go before those of its type.
+        optional: the section may be left out, and with it what it requires.
+    """
     rows = []
     for name, field in model.model_fields.items():
+        given = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
         nested = _nested_model(field.annotation)
         if nested is not None:
-            rows.extend(_fields(nested, f"{prefix}{name}."))
+            if field.description:
+                rows.append(
+                    (prefix + name, "null or its fields:" if given is None else "its fields:", "", field.description)
+                )
+            inner = given if isinstance(given, BaseModel) else None
+            rows.extend(_fields(nested, f"{prefix}{name}.", inner, optional or given is None))
             continue
-        if field.is_required():
-            default = "  (required)"
-        elif field.default is PydanticUndefined:
-            default = "  (default: [])"
-        else:
-            default = f"  (default: {'none' if field.default is None else field.default})"
-        rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+        rows.append(
+            (prefix + name, _type_name(field.annotation), _default_text(given, optional), field.description or "")
+        )
     return rows
+
+
+def _default_text(given: Any, optional: bool) -> str:
+    if given is PydanticUndefined or given is ...:
+        return "  (required with its section)" if optional else "  (required)"
+    return f"  (default: {'none' if given is None else given})"
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -66,10 +66,7 @@ class Store:
     def create(self, key: str, value: bytes) -> bool:
         """Store the value if the key is absent; False where another writer was first."""
         found, generation = self.read_with_generation(key)
-        if found is not None or not self.replace(key, value, generation):
-            return False
-        self._check_length(key, len(value))
-        return True
+        return found is None and self.replace_whole(key, value, generation)
 
     def replace(self, key: str, value: bytes, generation: bytes) -> bool:
         """Store the value if the key's generation is still the one given; False where it is not."""
@@ -78,6 +75,13 @@ class Store:
         except (ValueError, OSError) as error:
             raise self._failure("cannot be written", key, error) from error
         return bool(stamp.generation)
+
+    def replace_whole(self, key: str, value: bytes, generation: bytes) -> bool:
+        """`replace`, and check the length that is stored: for a key that nobody writes again soon."""
+        if not self.replace(key, value, generation):
+            return False
+        self._check_length(key, len(value))
+        return True
 
     def delete(self, key: str) -> None:
         """Remove the key; nothing happens where it is absent."""
@@ -128,6 +132,17 @@ class Store:
             with _held(path) as descriptor:
                 if descriptor is not None:
                     path.unlink(missing_ok=True)
+
+    def delete_folder(self, key: str) -> None:
+        """Delete every key below the folder, and on a local disk the empty folders up to the store's own."""
+        for each in self.keys(f"{key}/"):
+            self.delete(each)
+        self.remove_empty_folders(key)
+        if self.local is not None:
+            for parent in [Path(key), *Path(key).parents]:
+                folder = self.local / parent
+                if folder.is_dir() and not os.listdir(folder):
+                    folder.rmdir()
 
     def remove_empty_folders(self, key: str) -> None:
         """Remove what deleting the last key of a folder leaves behind on a local disk."""

@@ -19,7 +19,11 @@ COMMANDS = {
     "build": ("cache_builder.__main__", "build", "rows through the teacher into a cache (text is prepared first)"),
     "train": ("trainer.__main__", "train_command", "a student from a cache"),
     "export": ("tools.export", "run", "a trained student as an HF directory"),
+    "plan": ("tools.plan", "run", "what a build would take, before anything is written"),
+    "copy": ("tools.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
     "inspect": ("tools.inspect", "run", "what a cache holds"),
+    "bench": ("tools.bench", "run", "speed, against this machine's limits and other formats"),
+    "verify": ("tools.verify", "run", "every byte of a cache against what was committed"),
 }
 
 
@@ -30,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else 2
     try:
-        _run(words)
+        return _run(words)
     except HelpRequested as text:
         print(text)
     except DistillcacheError as error:
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
+    """The exit code is the command's own, where it gives one."""
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         raise ConfigError(
@@ -50,7 +55,7 @@ def _run(words: list[str]) -> None:
         )
     module, function, _ = COMMANDS[name]
     command = getattr(importlib.import_module(module), function)
-    command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest)
+    return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest) or 0
 
 
 def _overview() -> str:

@@ -70,7 +70,7 @@ def _start(out: Path) -> None:
         (out / MARKER).unlink()
     (out / "corpus").mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
-        (out / MARKER).write_text("{}")
+        _write_json(out / MARKER, {})
 
 
 def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, Any]:
@@ -104,8 +104,15 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     report = make_report(out, teacher, surgery, perplexity, result, seconds, peak.gigabytes)
     write_chart(report, out / "run" / CHART)
     # Written last: its presence says that the demo is finished.
-    (out / "run" / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    _write_json(out / "run" / "report.json", report)
     return report
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: a killed demo must find what it can read."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    fresh.replace(path)
 
 
 def default_data(out: Path) -> DataConfig:
@@ -140,7 +147,7 @@ def _timed(seconds: dict[str, float], stage: str, out: Path) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
-        (out / MARKER).write_text(json.dumps(seconds))
+        _write_json(out / MARKER, seconds)
 
 
 def _teacher_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float:
@@ -148,5 +155,5 @@ def _teacher_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) ->
     kept = out / "corpus" / "teacher_perplexity.json"
     if not kept.exists():
         source = CacheSource(cache, taps=(), split="eval")
-        kept.write_text(json.dumps(held_out_perplexity(load_pretrained(teacher), source, batch_rows)))
+        _write_json(kept, held_out_perplexity(load_pretrained(teacher), source, batch_rows, "teacher's perplexity"))
     return json.loads(kept.read_text())

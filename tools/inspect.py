@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder.finish import committed_shards
 from schemas import layout, settings
+from schemas.addressing import row_groups
 from schemas.canonical import from_canonical
 from schemas.config import InspectConfig
-from schemas.errors import InputError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
-from schemas.segment import read_manifest, read_plan
+from schemas.segment import Segment, open_cache
 from schemas.storage import Store
 
 
@@ -35,49 +34,78 @@ def describe_cache(store: Store) -> dict[str, Any]:
         InputError: there is no cache here.
         DamageError: its plan, manifest or statistics are damaged.
     """
-    plan = read_plan(store, "0000")
-    if plan is None:
-        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
-    finished = read_manifest(store) is not None
-    shards_done = set(range(plan.num_shards)) if finished else committed_shards(store, plan)
-    stats = _read_stats(store, plan, finished, shards_done)
+    segments = open_cache(store, partial=True)
+    plan = segments[0].plan
+    own = [segment.plan.rows for segment in segments if segment.plan.rows_of is None]
+    count, held_out = sum(rows.count for rows in own), sum(len(rows.eval_indices) for rows in own)
     return {
         "cache": store.url,
-        "finished": finished,
+        "finished": all(segment.committed is None for segment in segments),
         "format": plan.format,
         "created": plan.created,
         "teacher": plan.teacher.model_dump(),
         "numerics": plan.numerics.model_dump(mode="json"),
         "rows": {
-            "count": plan.rows.count,
-            "train": plan.rows.count - len(plan.rows.eval_indices),
-            "eval": len(plan.rows.eval_indices),
+            "count": count,
+            "train": count - held_out,
+            "eval": held_out,
             "row_tokens": plan.rows.row_tokens,
-            "tokens": plan.rows.tokens,
+            "tokens": sum(rows.tokens for rows in own),
         },
-        "blocks": list(plan.blocks),
-        "shards": {"done": len(shards_done), "of": plan.num_shards, "rows_per_shard": plan.shard_rows},
-        "bytes": plan.bytes_per_row * plan.rows.count,
-        "bytes_per_token": plan.bytes_per_token,
-        "taps": [_describe_tap(plan, tap, stats.get(tap.name)) for tap in plan.taps],
+        "blocks": sorted({block for segment in segments for block in segment.plan.blocks}),
+        "shards": {
+            "done": sum(len(_shards_done(segment)) for segment in segments),
+            "of": sum(segment.plan.num_shards for segment in segments),
+            "rows_per_shard": plan.shard_rows,
+        },
+        "bytes": sum(segment.plan.bytes_per_row * segment.plan.rows.count for segment in segments),
+        "bytes_per_token": _bytes_per_token(segments),
+        "segments": [_describe_segment(segment) for segment in segments],
+        "taps": [
+            _describe_tap(segment.plan, tap, stats.get(tap.name))
+            for segment in segments
+            for stats in [_read_stats(segment)]
+            for tap in segment.plan.taps
+        ],
     }
 
 
+def _describe_segment(segment: Segment) -> dict[str, Any]:
+    plan, shards = segment.plan, len(_shards_done(segment))
+    return {
+        "segment": plan.segment,
+        "rows_of": plan.rows_of,
+        "rows": plan.rows.count,
+        "finished": segment.committed is None,
+        "shards": {"done": shards, "of": plan.num_shards, "rows_per_shard": plan.shard_rows},
+    }
+
+
+def _shards_done(segment: Segment) -> Collection[int]:
+    return range(segment.plan.num_shards) if segment.committed is None else segment.committed
+
+
+def _bytes_per_token(segments: Sequence[Segment]) -> int:
+    """Of the rows that have the most."""
+    return max(sum(member.plan.bytes_per_token for member in group.segments) for group in row_groups(segments))
+
+
 def _describe_tap(plan: Plan, tap: TapPlan, stats: TapStats | None) -> dict[str, Any]:
-    token_bytes = sum(len(tap.slots) * part.width * layout.ITEM_BYTES[part.dtype] for part in tap.parts)
+    token_bytes = sum(part.bytes_per_token for part in tap.parts)
     described: dict[str, Any] = {
         "name": tap.name,
-        "codec": tap.codec,
+        "segment": plan.segment,
+        "codec": describe_codec(tap),
         "slots": list(tap.slots),
         "arrays": {
             part.array: {
-                "shape": [plan.rows.count, len(tap.slots), plan.rows.row_tokens, part.width],
+                "shape": [plan.rows.count, part.slots, plan.rows.row_tokens, part.width],
                 "dtype": part.dtype,
                 "bits_of": part.bits_of,
             }
             for part in tap.parts
         },
-        "objects_per_shard": len(tap.object_ranges()) * len(tap.parts),
+        "objects_per_shard": sum(len(part.object_ranges()) for part in tap.parts),
         "bytes_per_token": token_bytes,
         "bytes": token_bytes * plan.rows.row_tokens * plan.rows.count,
     }
@@ -88,9 +116,22 @@ def _describe_tap(plan: Plan, tap: TapPlan, stats: TapStats | None) -> dict[str,
     return described
 
 
-def _read_stats(store: Store, plan: Plan, finished: bool, shards: set[int]) -> dict[str, TapStats]:
+def describe_codec(tap: TapPlan) -> str:
+    """`int8, groups of 32, rotated, delta with keyframes every 8`."""
+    words = [tap.codec]
+    if tap.group is not None:
+        words.append(f"groups of {tap.group}" if tap.group else "one group")
+    if tap.rotate:
+        words.append("rotated")
+    if tap.delta:
+        words.append(f"delta, keyframes every {tap.keyframe_every}" if tap.keyframe_every else "delta")
+    return ", ".join(words)
+
+
+def _read_stats(segment: Segment) -> dict[str, TapStats]:
     """Of the whole segment; of an unfinished one, of its first committed shard: a look, not a sum."""
-    if finished:
+    store, plan, shards = segment.store, segment.plan, _shards_done(segment)
+    if segment.committed is None:
         key = f"{layout.segment_prefix(plan.segment)}/stats.json"
         data = store.read(key)
         return from_canonical(Stats, data or b"", store.where(key)).taps
@@ -101,7 +142,7 @@ def _read_stats(store: Store, plan: Plan, finished: bool, shards: set[int]) -> d
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(soft_wrap=True)
     rows, shards, teacher, numerics = found["rows"], found["shards"], found["teacher"], found["numerics"]
     state = "finished" if found["finished"] else "not finished: run the same `distillcache build` again"
     facts = Table(show_header=False, box=None, pad_edge=False)
@@ -122,23 +163,22 @@ def _print(found: dict[str, Any]) -> None:
         ("shape", "left"),
         ("dtype", "left"),
         ("bytes/token", "right"),
-        ("GB", "right"),
-        ("rms first..last", "right"),
-        ("abs max", "right"),
+        ("rms", "right"),
+        ("max", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for tap in found["taps"]:
         rms = tap.get("rms")
         for number, (array, facts_of) in enumerate(tap["arrays"].items()):
+            first = number == 0
             table.add_row(
-                array,
-                tap["codec"],
-                str(facts_of["shape"]),
-                facts_of["dtype"] + (f" (bits of {facts_of['bits_of']})" if facts_of["bits_of"] else ""),
-                f"{tap['bytes_per_token']:,}" if number == 0 else "",
-                f"{tap['bytes'] / 1e9:.2f}" if number == 0 else "",
-                f"{rms[0]:.3g}..{rms[-1]:.3g}" if rms and number == 0 else "",
-                f"{max(tap['abs_max']):.3g}" if rms and number == 0 else "",
+                array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
+                tap["codec"] if first else "",
+                "x".join(map(str, facts_of["shape"])),
+                facts_of["bits_of"] or facts_of["dtype"],
+                f"{tap['bytes_per_token']:,}" if first else "",
+                f"{rms[0]:.2g} to {rms[-1]:.2g}" if rms and first else "",
+                f"{max(tap['abs_max']):.3g}" if rms and first else "",
             )
     console.print()
     console.print(table)

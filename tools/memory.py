@@ -30,15 +30,16 @@ class PeakMemory:
 
     @property
     def gigabytes(self) -> float:
-        self._peak_kib = max(self._peak_kib, _anonymous_kib())
+        self._peak_kib = max(self._peak_kib, anonymous_kib())
         return self._peak_kib * 1024 / 1e9
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL_S):
-            self._peak_kib = max(self._peak_kib, _anonymous_kib())
+            self._peak_kib = max(self._peak_kib, anonymous_kib())
 
 
-def _anonymous_kib() -> int:
+def anonymous_kib() -> int:
+    """Of this process, now."""
     if not os.path.exists("/proc/self/status"):
         unit = 1024 if sys.platform == "darwin" else 1  # macOS counts bytes, the others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit

@@ -1,6 +1,7 @@
 """Stage 2: a cache to a trained student.
 
 feed.py         cached rows and taps, by row number, and the Grain pipeline over them
+slots.py        which stored slots a batch needs, and where they lie
 losses.py       pure losses, the same in the scan and in the tests
 step.py         one optimizer step: the blockwise gradient inside the scan
 optimizer.py    AdamW whose state and clipping are per block

@@ -7,6 +7,7 @@ A student's untrained parameters are stored once. Nothing else is needed to go o
 the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
-from schemas.errors import CheckpointError
+from schemas.errors import CheckpointError, StorageError
 from trainer.step import AttentionStack, Places, TrainState
 
 STUDENT = "student"
@@ -29,7 +30,8 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int | None = None) -> None:
         """`keep`: None to only read."""
         self._folder = run / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=keep is None, create=keep is not None)
+        reading = {"read_only": True, "create": False, "save_interval_steps": 0, "enable_async_checkpointing": False}
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, **({} if keep else reading))
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -37,15 +39,17 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, feed: dict[str, int]) -> None:
-        """Begin to save what was reached after `step` steps; a failure is raised by the next call."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardSave(_named(state.parameters)),
-                optimizer=ocp.args.StandardSave(_named(state.optimizer)),
-                feed=ocp.args.JsonSave(feed),
-            ),
+        """Begin to save what was reached after `step` steps; a failure is raised by the next call.
+
+        Raises:
+            StorageError: this save or the one before it failed; earlier checkpoints stay.
+        """
+        items = ocp.args.Composite(
+            parameters=ocp.args.StandardSave(_named(state.parameters)),
+            optimizer=ocp.args.StandardSave(_named(state.optimizer)),
+            feed=ocp.args.JsonSave(feed),
         )
+        self._checked(lambda: self._manager.save(step, args=items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, int]]:
         """The state and the feed's state of a checkpoint; `like` gives the structure."""
@@ -64,12 +68,23 @@ class Checkpoints:
         return _unnamed(found.parameters, like)
 
     def wait(self) -> None:
-        """Return when all saves are durable; raises what failed."""
-        self._manager.wait_until_finished()
+        """Return when all saves are durable; raises `StorageError` where one failed."""
+        self._checked(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Wait, then stop the background threads."""
         self._manager.close()
+
+    def _checked(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (ValueError, OSError, RuntimeError) as error:  # Orbax passes on TensorStore's own
+            raise StorageError(
+                "a checkpoint cannot be written",
+                {"folder": self._folder, "cause": str(error).split(" [")[0].split("\n")[0][:300]},
+                "free some space or make the place writable, then run the same command again: it goes on from the "
+                "last whole checkpoint",
+            ) from error
 
     def _restore(self, step: int, **items: Any) -> Any:
         if step not in self._manager.all_steps():

@@ -36,11 +36,13 @@ class Evaluation(Config):
         return sum(self.cosine) / len(self.cosine)
 
 
-def held_out_perplexity(decoder: Decoder, source: CacheSource, batch_rows: int) -> float:
+def held_out_perplexity(
+    decoder: Decoder, source: CacheSource, batch_rows: int, title: str = "student's perplexity"
+) -> float:
     """exp of the mean cross-entropy of every next token in the source's rows."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
-    with Progress("perplexity", len(source), unit="rows") as bar:
+    with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows):
             sums = _token_loss(graph, parameters, *(batch[name] for name in _ROW_FIELDS))
             total, weight = total + float(sums.total), weight + float(sums.weight)

@@ -7,35 +7,44 @@ function of the seed and `s`, so the feed's whole state is `{"seed", "next_step"
 Taps stay encoded, as the codec's parts: they are decoded on the device, inside the scan over blocks.
 """
 
+import functools
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import grain
 import numpy as np
 import tensorstore as ts
 
+from schemas.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
 from schemas.digest import digest_bytes
 from schemas.errors import ConfigError, DamageError, DistillcacheError, InputError
-from schemas.layout import MANIFEST
-from schemas.manifest import PartPlan, TapPlan
+from schemas.layout import ITEM_BYTES, MANIFEST
+from schemas.manifest import PartPlan
 from schemas.rows import Row
 from schemas.segment import DAMAGE_NEXT, Segment, open_cache
 from schemas.storage import Store
+from schemas.tap_codec import tap_codec
+from trainer.arrays import ArrayReader, LocalArray, PendingRead, StoreArray
+from trainer.buffers import Buffers
+from trainer.slots import SegmentReads, TapReads, tap_reads
 
 Batch = dict[str, Any]
 SplitName = Literal["train", "eval"]
 
-ALIGNMENT = 64  # bytes; JAX's CPU client takes aligned host arrays over without a copy
+READ_THREADS = 4  # rows read at a time from a local disk: more than one keeps it busy, many would wait for Python
 MAX_SEED = 2**32 - 1  # Grain's shuffle takes 32 bits
 
 
 class CacheSource:
-    """Random access to one split of a finished cache.
+    """Random access to one split of a cache.
 
     `source[[i, j, ...]]` is a dict of `tokens`, `positions`, `segment_ids` int32 `[B, T]`, `loss_mask` bool `[B, T]`,
-    and for every tap a dict of its codec's parts, `[S, B, T, W]`, S as in `slots`.
+    and for every tap a dict of its codec's parts, `[S, B, T, W]`. `reads[tap].at` says where a slot lies on S;
+    `codecs[tap]` decodes. A cache of several segments reads like one that was built at once.
 
     Safe to use from several threads.
     """
@@ -49,6 +58,8 @@ class CacheSource:
         *,
         leaving: bool = True,
         integrity: bool = True,
+        direct: bool = True,
+        partial: bool = False,
     ) -> None:
         """
         Args:
@@ -58,32 +69,75 @@ class CacheSource:
             split: rows for training, held-out rows, or (None) all.
             leaving: read `resid` also behind the last block of every run of blocks, as `mlp_out` needs it.
             integrity: compare what is read with the cache's digests.
+            direct: read local files without TensorStore, which is faster (arrays.py); False: as a bucket is read.
+            partial: read a cache that is still being built: the rows of its shards that are committed by now.
 
         Raises:
             InputError: no finished cache, or it does not hold these taps or blocks.
         """
         self.url, self.split, self._integrity = url, split, integrity
         self._store = Store(url)
-        self._segment = _only_segment(open_cache(self._store), url)
-        self.plan = self._segment.plan
-        self.digest = digest_bytes(self._store.read(MANIFEST) or b"")  # says which cache this is, wherever it lies
-        self.blocks = _chosen_blocks(self.plan.blocks, blocks, url)
-        self.taps = {name: self._segment.tap(name) for name in taps}
+        segments = open_cache(self._store, partial=partial)
+        self._groups = row_groups(segments)
+        self.plan = self._groups[0].base.plan
+        self.blocks = _chosen_blocks(_recorded_blocks(self._groups, taps), blocks, url)
         self.slots = {name: _slots_of(name, self.blocks, leaving) for name in taps}
-        self._places = {name: _places(tap, self.slots[name], url) for name, tap in self.taps.items()}
-        held_out = np.asarray(self.plan.rows.eval_indices, np.int64)
-        self._held_out, self._train_before = held_out, held_out - np.arange(len(held_out))
-        context = _read_context(self._store)
+        self._open_taps(taps, direct)
+        used = [[source.segment for reads in tap.values() for source in reads.sources] for tap in self._reads]
+        self._rows = RowMap(self._groups, used)
+        self._train_before = self._rows.held_out - np.arange(len(self._rows.held_out))
+        self._buffers = Buffers()
+        self.partial = any(segment.committed is not None for segment in segments)
+        self.digest = _identity(self._store, segments)  # says which cache this is, wherever it lies
+        if self.partial:
+            print(f"{url} is not finished: reading {len(self._rows)} committed rows", file=sys.stderr)
+
+    def _open_taps(self, taps: Sequence[str], direct: bool) -> None:
+        """Codecs, addresses and arrays. One decoder serves all rows, so all segments must store a tap alike."""
+        self.taps, self.codecs = {}, {}
+        for name in taps:
+            located = [
+                (segment, tap) for group in self._groups for segment, tap, _ in group.locate(name, self.slots[name])
+            ]
+            check_same_codec(name, located)
+            segment, self.taps[name] = located[0]
+            self.codecs[name] = tap_codec(self.taps[name], segment.signs() if self.taps[name].rotate else {})
+        self._reads: list[dict[str, TapReads]] = [
+            {name: tap_reads(group, name, self.codecs[name], self.slots[name]) for name in taps}
+            for group in self._groups
+        ]
+        self.reads = self._reads[0]
+        for name, first in self.reads.items():
+            if any(reads[name].at != first.at for reads in self._reads):
+                raise InputError(
+                    "the segments of a cache hold a delta-coded tap's slots at different places",
+                    {"cache": self.url, "tap": name},
+                    "read a copy: distillcache copy joins the segments",
+                )
+        open_array = self._opener(direct)
         self._arrays = {
-            part.array: self._segment.open_array(tap, part, context) for tap in self.taps.values() for part in tap.parts
+            (source.segment.plan.segment, part.array): open_array(source.segment, part)
+            for group in self._reads
+            for reads in group.values()
+            for source in reads.sources
+            for part in source.tap.parts
         }
 
+    def _opener(self, direct: bool) -> Callable[[Segment, PartPlan], ArrayReader]:
+        if direct and LocalArray.serves(self._store):
+            pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="feed-read")
+            return functools.partial(LocalArray, integrity=self._integrity, pool=pool)
+        # Nothing is cached: a batch is read once.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        return functools.partial(StoreArray, integrity=self._integrity, context=context)
+
     def __len__(self) -> int:
-        total, held_out = self.plan.rows.count, len(self._held_out)
+        total, held_out = len(self._rows), len(self._rows.held_out)
         return {None: total, "train": total - held_out, "eval": held_out}[self.split]
 
     def __repr__(self) -> str:
         taps = "".join(f", {name} {tap.codec} x {len(self.slots[name])}" for name, tap in self.taps.items())
+        taps += ", partial: committed shards only" if self.partial else ""
         return (
             f"CacheSource({self.url!r}, {self.split or 'all'} rows {len(self)} x {self.plan.rows.row_tokens} tokens, "
             f"{len(self.blocks)} blocks{taps}, {self.bytes_per_row / 1e6:.3g} MB a row)"
@@ -93,7 +147,7 @@ class CacheSource:
     def bytes_per_row(self) -> int:
         """Of the taps as they are read."""
         return sum(
-            self._arrays[part.array].dtype.numpy_dtype.itemsize * part.width * len(self.slots[name])
+            ITEM_BYTES[part.dtype] * part.width * len(self.reads[name].of_part(part))
             for name, tap in self.taps.items()
             for part in tap.parts
         ) * (self.plan.rows.row_tokens)
@@ -103,7 +157,7 @@ class CacheSource:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in the {self.split or 'whole'} split of {self.url}")
         if self.split == "eval":
-            return int(self._held_out[index])
+            return int(self._rows.held_out[index])
         if self.split == "train":
             return int(index + np.searchsorted(self._train_before, index, side="right"))
         return int(index)
@@ -111,40 +165,68 @@ class CacheSource:
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         """The batch of these rows, in this order; a row may occur twice."""
         numbers = [self.row_number(int(index)) for index in indices]
-        pending = {name: self._start_tap(name, numbers) for name in self.taps}
-        batch = _stack_rows([self._segment.row(number) for number in numbers], self.plan.rows.row_tokens)
-        for name, parts in pending.items():
-            batch[name] = {part: self._finish_part(name, part, numbers, *read) for part, read in parts.items()}
-        return batch
+        places = [self._rows.locate(number) for number in numbers]
+        pending = {
+            name: {part.part: self._start_part(name, part, places) for part in self.taps[name].parts}
+            for name in self.taps
+        }
+        try:
+            batch = _stack_rows([self._groups[group].base.row(row) for group, row in places], self.plan.rows.row_tokens)
+            for name, tap in self.taps.items():
+                batch[name] = {
+                    part.part: self._finish_part(name, part, places, *pending[name][part.part]) for part in tap.parts
+                }
+            return batch
+        finally:
+            for parts in pending.values():
+                for _, reads in parts.values():
+                    _settle(read for row in reads for read in row)
 
-    def _start_tap(self, name: str, numbers: list[int]) -> dict[str, tuple[np.ndarray, list[ts.Future]]]:
-        """One destination `[S, B, T, W]` and one read a row, for every part of the tap; nothing is awaited."""
-        started = {}
-        for part in self.taps[name].parts:
-            array = self._arrays[part.array]
-            out = _aligned_empty((len(self.slots[name]), len(numbers), *array.shape[2:]), array.dtype.numpy_dtype)
-            target = ts.array(out)
-            with ts.Batch():  # the requests of one batch share the shards' indexes
-                futures = [target[:, k].write(array[row, self._places[name]]) for k, row in enumerate(numbers)]
-            started[part.part] = (out, futures)
-        return started
+    def _start_part(
+        self, name: str, part: PartPlan, places: list[tuple[int, int]]
+    ) -> tuple[np.ndarray, list[list[PendingRead]]]:
+        """A destination `[S, B, T, W]`, and every row's reads into it; nothing is awaited.
+
+        Args:
+            places: (group, row in it) of every row.
+        """
+        size = self.reads[name].size(part)
+        out = self._buffers.empty((size, len(places), self.plan.rows.row_tokens, part.width), np.dtype(part.dtype))
+        if len(self.reads[name].of_part(part)) < size:
+            out[...] = 0  # places that no decoder looks at
+        with ts.Batch():  # the requests of one batch share the shards' indexes
+            pending = [
+                [
+                    read
+                    for source in self._reads[group][name].sources
+                    for read in self._array(source, part).start(row, source.reads, out[:, k])
+                ]
+                for k, (group, row) in enumerate(places)
+            ]
+        return out, pending
 
     def _finish_part(
-        self, name: str, part_name: str, numbers: list[int], out: np.ndarray, futures: list[ts.Future]
+        self,
+        name: str,
+        part: PartPlan,
+        places: list[tuple[int, int]],
+        out: np.ndarray,
+        pending: list[list[PendingRead]],
     ) -> np.ndarray:
-        """Await every read, then compare each inner chunk with its digest."""
-        tap = self.taps[name]
-        part = next(part for part in tap.parts if part.part == part_name)
-        failures = [(row, future.exception()) for row, future in zip(numbers, futures, strict=True)]
-        for row, failure in failures:
-            if failure is not None:
-                raise _unreadable(self.url, part, row, failure) from failure
-        if self._integrity:
-            stored = np.arange(len(tap.slots))[self._places[name]]
-            for k, row in enumerate(numbers):
-                for s, slot in enumerate(stored):
-                    self._segment.check_chunk(part.array, row, int(slot), out[s, k])
+        """Await every row's reads; what the digests say of one row is found while others are still read."""
+        for k, (group, row) in enumerate(places):
+            for read in pending[k]:
+                failure = read.exception()
+                if isinstance(failure, DistillcacheError):
+                    raise failure
+                if failure is not None:
+                    raise _unreadable(self.url, part, row, failure) from failure
+            for source in self._reads[group][name].sources:
+                self._array(source, part).finish(row, source.reads, out[:, k])
         return out
+
+    def _array(self, source: SegmentReads, part: PartPlan) -> ArrayReader:
+        return self._arrays[source.segment.plan.segment, part.array]
 
 
 class Feed(Iterator[Batch]):
@@ -233,7 +315,7 @@ def make_feed(
     if len(source) == 0:
         raise InputError(
             "there are no rows to train on",
-            {"cache": source.url, "rows": source.plan.rows.count, "held out": len(source.plan.rows.eval_indices)},
+            {"cache": source.url, "split": source.split or "all"},
             "build a cache with more text, or hold out fewer rows (data.eval_rows)",
         )
     if not 0 <= seed <= MAX_SEED:
@@ -242,10 +324,19 @@ def make_feed(
     return Feed(source, global_batch_rows, seed, start_step, prefetch_batches, wanted)
 
 
-def _only_segment(segments: list[Segment], url: str) -> Segment:
-    if len(segments) != 1:
-        raise InputError("this version reads caches of one segment", {"cache": url, "segments": len(segments)})
-    return segments[0]
+def _identity(store: Store, segments: Sequence[Segment]) -> str:
+    """The digest of the manifest; where a segment is unfinished, also of its plan and the shards that it has by now."""
+    known = store.read(MANIFEST) or b""
+    for segment in segments:
+        if segment.committed is not None:
+            known += f"{segment.plan.model_dump_json()} {sorted(segment.committed)}".encode()
+    return digest_bytes(known)
+
+
+def _recorded_blocks(groups: Sequence[RowGroup], taps: Sequence[str]) -> tuple[int, ...]:
+    """The blocks that every group of rows has."""
+    first, *others = [group.blocks(taps) for group in groups]
+    return tuple(block for block in first if all(block in blocks for blocks in others))
 
 
 def _chosen_blocks(recorded: tuple[int, ...], wanted: Sequence[int] | None, url: str) -> tuple[int, ...]:
@@ -263,47 +354,25 @@ def _chosen_blocks(recorded: tuple[int, ...], wanted: Sequence[int] | None, url:
 
 def _slots_of(tap: str, blocks: tuple[int, ...], leaving: bool) -> tuple[int, ...]:
     """The slots that these blocks need: `resid` l enters block l, l + 1 leaves it."""
-    if tap != "resid" or not leaving:
-        return blocks
-    return tuple(sorted({*blocks, *(block + 1 for block in blocks)}))
+    return tuple(sorted(slots_of(tap, blocks))) if leaving else blocks
 
 
-def _places(tap: TapPlan, slots: tuple[int, ...], url: str) -> slice | list[int]:
-    """Where the slots lie on the array's block axis; a slice where they are consecutive, which reads faster."""
-    missing = sorted(set(slots) - set(tap.slots))
-    if missing:
-        raise InputError(
-            "the cache does not hold these slots of a tap",
-            {"cache": url, "tap": tap.name, "missing": missing},
-            "choose other blocks, or build a cache that has them",
-        )
-    places = [tap.slots.index(slot) for slot in slots]
-    consecutive = places == list(range(places[0], places[0] + len(places)))
-    return slice(places[0], places[-1] + 1) if consecutive else places
-
-
-def _read_context(store: Store) -> ts.Context:
-    """Nothing is cached: a batch is read once. Local files are memory-mapped, which is two to three times as fast."""
-    local = {"file_io_mode": {"mode": "memmap"}} if store.local is not None else {}
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **local})
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+def _settle(reads: Iterable[PendingRead]) -> None:
+    """Wait until none of these reads is under way, whether one failed or not: their memory will be lent again."""
+    for read in reads:
+        read.exception()
 
 
 def _stack_rows(rows: list[Row], row_tokens: int) -> Batch:
-    batch = {
-        name: np.asarray([getattr(row, name) for row in rows], np.int32).reshape(-1, row_tokens)
-        for name in ("tokens", "positions", "segment_ids")
-    }
-    return {**batch, "loss_mask": np.asarray([row.loss_mask for row in rows], bool).reshape(-1, row_tokens)}
+    kinds = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": bool}
+    batch = {name: np.empty((len(rows), row_tokens), kind) for name, kind in kinds.items()}
+    for place, row in enumerate(rows):
+        for name, stacked in batch.items():
+            stacked[place] = getattr(row, name)
+    return batch
 
 
-def _unreadable(url: str, part: PartPlan, row: int, cause: Exception) -> DistillcacheError:
+def _unreadable(url: str, part: PartPlan, row: int, cause: BaseException) -> DistillcacheError:
     return DamageError(
         "stored activations cannot be read",
         {"cache": url, "array": part.array, "row": row, "cause": str(cause).split(" [")[0]},

@@ -24,13 +24,14 @@ from jaxtyping import Array, Float
 from models.config import ModelConfig
 from models.decoder import BlockContext, Decoder
 from models.rope import rope_tables
-from schemas.codecs import get_codec
+from schemas.codecs import Codec, take_slot
 from schemas.config import FeatureLossConfig
-from schemas.manifest import TapPlan
+from trainer.feed import CacheSource
 from trainer.losses import MaskedSum, feature_loss
 from trainer.optimizer import init_blocks, update_blocks
 
 Places = tuple[tuple[Any, ...], ...]  # one entry for every place of every group's pattern
+StreamState = tuple[Array, Any]  # the next place to decode, and the codec's carry
 Visit = Callable[[Callable[[Any], Array], Any, Array, Array], Any]
 
 
@@ -44,8 +45,13 @@ class TapTable:
     resid: tuple[int, ...]
     attn_out: tuple[int, ...]
     trained: tuple[bool, ...]
-    resid_codec: str
-    attn_out_codec: str
+    resid_codec: Codec
+    attn_out_codec: Codec
+
+    @property
+    def in_step(self) -> bool:
+        """Whether block l's stream lies at place l: decoding then goes one place a block."""
+        return all(self.trained) and self.resid == tuple(range(len(self.resid)))
 
 
 class TrainState(NamedTuple):
@@ -98,17 +104,15 @@ class AttentionStack:
         return jnp.concatenate([jnp.stack(group, axis=1).reshape(-1) for group in places])
 
 
-def tap_table(
-    num_blocks: int, taps: Mapping[str, TapPlan], slots: Mapping[str, Sequence[int]], blocks: Sequence[int]
-) -> TapTable:
-    """The table of a source's stacks (`CacheSource.slots`), with `blocks` trained."""
-    chosen = set(blocks)
+def tap_table(num_blocks: int, source: CacheSource) -> TapTable:
+    """The table of a source's stacks, with its blocks trained."""
+    chosen = set(source.blocks)
 
     def places(tap: str) -> tuple[int, ...]:
-        return tuple(slots[tap].index(block) if block in chosen else 0 for block in range(num_blocks))
+        return tuple(source.reads[tap].at[block] if block in chosen else 0 for block in range(num_blocks))
 
     trained = tuple(block in chosen for block in range(num_blocks))
-    return TapTable(places("resid"), places("attn_out"), trained, taps["resid"].codec, taps["attn_out"].codec)
+    return TapTable(places("resid"), places("attn_out"), trained, source.codecs["resid"], source.codecs["attn_out"])
 
 
 def visit_blocks(
@@ -123,30 +127,67 @@ def visit_blocks(
     """
     context = stack.context(batch)
     inputs, targets, trained = (jnp.asarray(row) for row in (table.resid, table.attn_out, table.trained))
-    all_trained = all(table.trained)
+    stream = _Stream(table, batch["resid"], stack.config.hidden_size)
 
-    def visit_block(graph: Any, state: Any, block: Array) -> Any:
+    def visit_block(graph: Any, state: Any, block: Array, at: StreamState) -> tuple[StreamState, Any]:
         # Indexed here, not passed as scan inputs: slices of a stack given to a scan are copied whole, and XLA on CPU
         # would also lift their decoding out of the scan.
-        resid = _take(batch["resid"], table.resid_codec, inputs[block])
-        target = _take(batch["attn_out"], table.attn_out_codec, targets[block])
-        return visit(lambda state: nnx.merge(graph, state)(resid, context), state, resid, target)
+        at, resid = stream.decode(at, inputs[block])
+        target = _take(table.attn_out_codec, batch["attn_out"], targets[block], stack.config.hidden_size)
+        return at, visit(lambda state: nnx.merge(graph, state)(resid, context), state, resid, target)
 
-    results, start = [], 0
+    def skip(run: Callable[..., Any], state: Any, block: Array, at: StreamState) -> tuple[StreamState, Any]:
+        _, shapes = jax.eval_shape(run, state, block, at)
+        return at, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    at, results, start = stream.start(batch["positions"].shape), [], 0
     for graphs, states, layers in zip(stack.graphs, parameters, stack.config.layers, strict=True):
 
-        def body(carry: None, step: tuple[Any, Array], graphs: Any = graphs, start: int = start) -> tuple[None, Any]:
+        def body(at: StreamState, step: tuple[Any, Array], graphs: Any = graphs, start: int = start) -> Any:
             sliced, repeat = step
             visited = []
             for place, (graph, state) in enumerate(zip(graphs, sliced, strict=True)):
                 block, run = start + repeat * len(graphs) + place, partial(visit_block, graph)
-                visited.append(run(state, block) if all_trained else _run_if(trained[block], run, state, block))
-            return carry, tuple(visited)
+                if all(table.trained):
+                    at, found = run(state, block, at)
+                else:  # only one of the two is executed
+                    at, found = jax.lax.cond(trained[block], run, partial(skip, run), state, block, at)
+                visited.append(found)
+            return at, tuple(visited)
 
-        _, stacked = jax.lax.scan(body, None, (states, jnp.arange(layers.repeats)))
+        at, stacked = jax.lax.scan(body, at, (states, jnp.arange(layers.repeats)))
         results.append(stacked)
         start += len(graphs) * layers.repeats
     return tuple(results)
+
+
+class _Stream:
+    """Decodes the stream's slots in order; a delta codec needs what it decoded before."""
+
+    def __init__(self, table: TapTable, parts: Mapping[str, Array], hidden: int) -> None:
+        self._codec, self._stacks, self._hidden, self._in_step = table.resid_codec, parts, hidden, table.in_step
+
+    def start(self, rows: tuple[int, ...]) -> StreamState:
+        return jnp.zeros((), jnp.int32), self._codec.start((*rows, self._hidden))
+
+    def decode(self, at: StreamState, place: Array) -> tuple[StreamState, Float[Array, "B T D"]]:
+        """The slot at `place`, float32, and where decoding stands after it."""
+        ready, carry = at
+        if carry is None or self._in_step:
+            carry, value = self._slot(carry, place)
+            return (place + 1, carry), value
+
+        def one(place: Array, state: tuple[Any, Array]) -> tuple[Any, Array]:
+            return self._slot(state[0], place)
+
+        begin = jnp.maximum(ready, self._codec.first_slot(place))  # type: ignore[arg-type]
+        carry, value = jax.lax.fori_loop(begin, place + 1, one, (carry, jnp.zeros(carry.shape, jnp.float32)))
+        return (place + 1, carry), value
+
+    def _slot(self, carry: Any, place: Array) -> tuple[Any, Array]:
+        parts = take_slot(self._stacks, self._codec.parts(self._hidden), place)
+        carry, value = self._codec.decode_slot(carry, parts, place)
+        return carry, value.astype(jnp.float32)
 
 
 def block_gradients(
@@ -208,13 +249,5 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _take(parts: Mapping[str, Array], codec: str, place: Array) -> Float[Array, "B T D"]:
-    taken = {name: jax.lax.dynamic_index_in_dim(stack, place, keepdims=False) for name, stack in parts.items()}
-    return get_codec(codec).decode(taken).astype(jnp.float32)
-
-
-def _run_if(wanted: Array, run: Callable[..., Any], *operands: Any) -> Any:
-    """`run(*operands)`, or zeros of its shapes; only one of the two is executed."""
-    shapes = jax.eval_shape(run, *operands)
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.cond(wanted, run, lambda *_: zeros, *operands)
+def _take(codec: Codec, stacks: Mapping[str, Array], place: Array, hidden: int) -> Float[Array, "B T D"]:
+    return codec.decode(take_slot(stacks, codec.parts(hidden), place)).astype(jnp.float32)

@@ -41,7 +41,7 @@ TAPS = ("resid", "attn_out")
 # What may differ when a run goes on: no number of the training depends on it.
 FREE_FIELDS = frozenset(
     {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "log_every"}
-    | {"prefetch_batches"}
+    | {"prefetch_batches", "partial"}
 )
 EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
@@ -82,8 +82,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     folder = _run_folder(config.run)
     blocks = None if config.loss.feature.blocks == "all" else config.loss.feature.blocks
-    source = CacheSource(config.cache, TAPS, blocks, "train", leaving=False)
-    held_out = CacheSource(config.cache, TAPS, None, "eval", leaving=False)
+    source = CacheSource(config.cache, TAPS, blocks, "train", leaving=False, partial=config.partial)
+    held_out = CacheSource(config.cache, TAPS, None, "eval", leaving=False, partial=config.partial)
     _check_losses(config)
     _claim_folder(folder, config, source)
     with watch_for_stop() as stop:
@@ -233,7 +233,7 @@ class _Run:
         return found
 
     def _table(self, source: CacheSource) -> TapTable:
-        return tap_table(self.decoder.config.num_blocks, source.taps, source.slots, source.blocks)
+        return tap_table(self.decoder.config.num_blocks, source)
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:
@@ -269,7 +269,7 @@ def _check_losses(config: TrainConfig) -> None:
 def _claim_folder(folder: Path, config: TrainConfig, source: CacheSource) -> None:
     """Make the run's folder, or see that it holds this very run. A run has begun once its student is there."""
     identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=set(FREE_FIELDS))}
-    if not (folder / STUDENT).is_dir():
+    if not (folder / STUDENT).is_dir() or not (folder / IDENTITY).exists():
         if folder.exists() and (not folder.is_dir() or any(not _is_leftover(path) for path in folder.iterdir())):
             raise InputError(
                 "the run's folder holds something else", {"run": folder}, "name a new or an empty folder with --run"

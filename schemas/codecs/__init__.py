@@ -20,7 +20,7 @@ import numpy as np
 from schemas.codecs.cast import CastCodec, Fp8Codec
 from schemas.codecs.delta import DeltaCodec
 from schemas.codecs.parts import Carry, Codec, Part, take_slot
-from schemas.codecs.quantise import Int4Codec, Int8Codec
+from schemas.codecs.quantise import Int4Codec, Int8Codec, default_group
 from schemas.codecs.rotate import Rotation, make_signs
 from schemas.errors import ConfigError
 
@@ -46,7 +46,7 @@ def get_codec(
     """The codec of this name.
 
     Args:
-        group: numbers that share a scale (integer codecs); 0: the whole token; None: the codec's own choice.
+        group: numbers that share a scale (integer codecs); 0: the whole token; None: `default_group`.
         signs: int8 [D], +1 and -1: rotate with them (integer codecs); None: no rotation.
         delta: code each slot as its difference from the one before (integer codecs).
         keyframe_every: with delta, slots from one keyframe to the next; 0: none.
@@ -64,14 +64,8 @@ def get_codec(
                 f"leave them out, or choose {' or '.join(_INTEGERS)}",
             )
         return _FLOATS[name]
+    if keyframe_every < 0:
+        raise ConfigError("keyframe_every cannot be negative", {"found": keyframe_every}, "0 stands for no keyframes")
     kind = _INTEGERS[name]
-    codec = kind(kind.group if group is None else group, Rotation(signs))
+    codec = kind(group, Rotation(signs))
     return DeltaCodec(codec, keyframe_every) if delta else codec
-
-
-def default_group(name: str, hidden: int) -> int | None:
-    """The group that a plan writes down where the config names none; None for codecs without groups."""
-    if name not in _INTEGERS:
-        return None
-    preferred = _INTEGERS[name].group
-    return preferred if hidden % preferred == 0 else 0

@@ -71,9 +71,9 @@ class DeltaCodec:
             return coded + self._rest.restore(rest), {KEY_PARTS[name]: part for name, part in rest.items()}
 
         def without_rest() -> tuple[Array, dict[str, Array]]:
-            shapes = {part.name: (*coded.shape[:-1], part.width) for part in self._rest.parts(coded.shape[-1])}
-            dtypes = {part.name: part.dtype for part in self._rest.parts(coded.shape[-1])}
-            return coded, {KEY_PARTS[name]: jnp.zeros(shapes[name], dtypes[name]) for name in shapes}
+            rest = self._rest.parts(coded.shape[-1])
+            zeros = {KEY_PARTS[part.name]: jnp.zeros((*coded.shape[:-1], part.width), part.dtype) for part in rest}
+            return coded, zeros
 
         carry, key = jax.lax.cond(jnp.asarray(slot) % self.keyframe_every == 0, with_rest, without_rest)
         return carry, parts | key

@@ -11,18 +11,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+import xxhash
 from flax import nnx
 
 from cache_builder import build as build_module
 from cache_builder.build import build_cache
 from cache_builder.claims import Claims, this_process_claim
+from cache_builder.prepare import prepare_rows
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
+from models.tokenizer import load_tokenizer
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
-from schemas.config import DataConfig, TapConfig, TapsConfig
+from schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
 from schemas.digest import digest_bytes
-from schemas.errors import DamageError, InputError, Interrupted, NonFiniteError, PlanMismatchError, StorageError
+from schemas.errors import (
+    CheckpointError,
+    ConfigError,
+    DamageError,
+    DistillcacheError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    PlanMismatchError,
+    StorageError,
+)
 from schemas.manifest import Plan, Stats
 from schemas.segment import open_cache, read_manifest, read_plan
 from schemas.storage import Store
@@ -91,15 +104,15 @@ def test_every_object_is_covered_by_the_index(cache: Path) -> None:
     for shard in range(plan.num_shards):
         record = segment.record(shard)
         for tap in plan.taps:
-            for group in range(len(tap.object_ranges())):
+            for group in range(len(tap.parts[0].object_ranges())):
                 data = (cache / layout.object_key("0000", tap.name, shard, group)).read_bytes()
                 assert bytes(record[f"{tap.name}/objects"][group]).hex() == digest_bytes(data)
                 assert record[f"{tap.name}/lengths"][group] == len(data)
         start, stop = plan.shard_range(shard)
         for row in range(start, stop):
             for slot in range(len(plan.taps[0].slots)):
-                codes = segment.open_array(plan.taps[0], plan.taps[0].parts[0])[row, slot].read().result()
-                segment.check_chunk("attn_out", row, slot, codes)
+                codes = segment.open_array(plan.taps[0].parts[0])[row, slot].read().result()
+                assert xxhash.xxh3_64_intdigest(codes.copy()) == segment.chunk_digests("attn_out", row)[slot]
 
 
 @pytest.mark.parametrize("shard_rows", [2, 4, 8, 64])
@@ -308,3 +321,52 @@ def test_a_damaged_plan_is_named(cache: Path, tmp_path: Path) -> None:
     plan.write_bytes(plan.read_bytes().replace(b'"shard_rows":8', b'"shard_rows":9'))
     with pytest.raises(DamageError, match=r"not what was committed|plan of a segment"):
         open_cache(Store(str(copy)))
+
+
+def test_what_fails_at_the_start_leaves_nothing_and_may_be_corrected(
+    tmp_path: Path, teacher: Path, corpus: Path
+) -> None:
+    """Broken weights, an empty text, blocks that are not there: then the right command, with other sizes even."""
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    place = tmp_path / "c"
+    wrong = [
+        build_config(place, broken, corpus),
+        build_config(place, teacher, empty),
+        build_config(place, teacher, corpus, blocks=[9]),
+        build_config(place, teacher, corpus, shard_rows=3),
+        build_config(place, teacher, corpus, data=DataConfig(path=str(corpus), row_tokens=16, eval_rows=4000)),
+    ]
+    for config in wrong:
+        with pytest.raises(DistillcacheError):
+            build_cache(config)
+        assert not place.exists()
+    build_cache(build_config(place, teacher, corpus))
+
+
+def test_rows_of_a_build_that_never_began_are_replaced(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+    config = build_config(tmp_path / "c", teacher, corpus, data=DataConfig(path=str(corpus), row_tokens=32))
+    out = f"{config.cache}/segments/0000/prepared"
+    tokenizer = load_tokenizer(teacher)
+    other = DataConfig(path=str(corpus), row_tokens=16, eval_rows=4)
+    prepare_rows(PrepareConfig(out=out, data=other), tokenizer=tokenizer)
+    build_cache(config.model_copy(update={"data": config.data.model_copy(update={"eval_rows": 2})}))
+    plan = read_plan(Store(config.cache), "0000")
+    assert plan is not None
+    assert plan.rows.row_tokens == 32
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match="holds something else"):
+        build_cache(build_config(tmp_path, teacher, corpus))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_wrong_teacher_path_is_the_teachers(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        build_cache(build_config(tmp_path / "c", tmp_path / "nope", corpus))

@@ -181,12 +181,13 @@ def test_a_dumped_config_reads_back(tmp_path: Path) -> None:
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted name of every leaf, found in another way than help finds it."""
+    """The dotted name of every leaf and of every section that says what it is, found in another way than by help."""
     paths = []
     for name, field in model.model_fields.items():
         inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
         models = [t for t in inner if issubclass(t, BaseModel)] if "list" not in str(field.annotation) else []
-        paths += field_paths(models[0], f"{prefix}{name}.") if models else [prefix + name]
+        paths += field_paths(models[0], f"{prefix}{name}.") if models else []
+        paths += [prefix + name] if field.description or not models else []
     return paths
 
 
@@ -194,7 +195,11 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 def test_help_lists_every_field_with_its_meaning(model: type[BaseModel]) -> None:
     lines = help_text(model, "distillcache x", ("path",)).split("\n")
     flags = {line.split()[0]: meaning.strip() for line, meaning in pairwise(lines) if "--" in line}
-    assert {f"--{path.replace('_', '-')}" for path in field_paths(model)} == flags.keys() - {"usage:"}
+    assert {f"--{path.replace('_', '-')}" for path in field_paths(model)} == flags.keys() - {
+        "usage:",
+        "--config",
+        "--json",
+    }
     assert all(meaning for flag, meaning in flags.items() if flag != "usage:")
 
 

@@ -55,7 +55,7 @@ def random_batch(
 def full_table(config: ModelConfig, codec: str = "bf16") -> TapTable:
     """All blocks recorded and trained."""
     every = tuple(range(config.num_blocks))
-    return TapTable(every, every, (True,) * config.num_blocks, codec, codec)
+    return TapTable(every, every, (True,) * config.num_blocks, get_codec(codec), get_codec(codec))
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_sparse_stacks_are_indexed_by_slot(student):
     batch, stack = random_batch(MIXED), AttentionStack(student)
     few = {**batch, **{tap: {"codes": batch[tap]["codes"][jnp.array([1, 4])]} for tap in ("resid", "attn_out")}}
     trained = (False, True, False, False, True)
-    sparse = TapTable((0, 0, 0, 0, 1), (0, 0, 0, 0, 1), trained, "bf16", "bf16")
+    sparse = TapTable((0, 0, 0, 0, 1), (0, 0, 0, 0, 1), trained, get_codec("bf16"), get_codec("bf16"))
     parameters = stack.parameters(student)
     found = block_gradients(stack, parameters, few, sparse, LOSS)
     expected = block_gradients(stack, parameters, batch, replace(full_table(MIXED), trained=trained), LOSS)

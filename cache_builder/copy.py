@@ -1,0 +1,228 @@
+"""`distillcache copy`: a finished cache, of any number of segments, to one of a single segment.
+
+A copy is built like any cache: a plan that is settled first, claims, shards with receipts, a manifest at the end. Only
+that its numbers come from another cache (transcode.py), and no teacher runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+import xxhash
+
+from cache_builder.claims import Claims
+from cache_builder.finish import finish_segment, tidy
+from cache_builder.fixed import array_files
+from cache_builder.pieces import Batches, ClaimedPieces, keep_batch, work_through
+from cache_builder.pipeline import ShardWriter
+from cache_builder.plan import settle_plan, tap_plan, with_objects, with_slots
+from cache_builder.transcode import TapCopy, transcode
+from schemas import layout
+from schemas.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
+from schemas.config import CopyConfig
+from schemas.digest import digest_bytes
+from schemas.errors import ConfigError, InputError
+from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
+from schemas.progress import Progress
+from schemas.rows import Row, encode_row
+from schemas.segment import open_cache, read_manifest, segment_name
+from schemas.signals import watch_for_stop
+from schemas.storage import Store
+from schemas.tap_codec import signs_of
+
+TAPS = ("attn_out", "resid", "mlp_out")
+
+
+def copy_cache(config: CopyConfig) -> Manifest:
+    """Copy what `config` selects, or go on with a copy where it was stopped; a finished copy is left as it is.
+
+    Raises:
+        InputError, ConfigError: the source is no finished cache, or does not hold what is asked for.
+        PlanMismatchError: the place holds another cache, or a copy of another one.
+        DamageError: the source is damaged; nothing of the shard is committed.
+        StorageError, Interrupted: the copy stopped; the same command goes on.
+    """
+    source, store = Store(config.src), Store(config.dst)
+    if source.spec("") == store.spec(""):
+        raise ConfigError("a cache cannot be copied onto itself", {"src": config.src, "dst": config.dst})
+    groups = row_groups(open_cache(source))
+    rows = _SelectedRows(groups, config.rows)
+    with watch_for_stop() as stop:
+        store.clear_stale_locks()
+        plan = settle_plan(store, _make_plan(config, source, rows), accept_platform=False)
+        finished = read_manifest(store)
+        if finished is not None:
+            tidy(store, plan)
+            return finished
+        for key, value in _fixed_files(source, groups[0], plan).items():
+            if store.read(key) != value:
+                store.write(key, value)
+        claims = Claims(store, plan.segment, config.claim_expiry_s)
+        try:
+            job = ClaimedPieces(store=store, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
+            work_through(job, "copy", None, _Copying(plan, rows).run)
+        finally:
+            claims.close()
+        return finish_segment(store, plan)
+
+
+class _SelectedRows:
+    """The chosen rows of a cache, numbered anew from 0."""
+
+    def __init__(self, groups: Sequence[RowGroup], wanted: str) -> None:
+        self.groups, self.wanted = groups, wanted
+        self._map = RowMap(groups, [()] * len(groups))
+        self.numbers = self._choose(wanted)
+        self.eval_indices = tuple(np.flatnonzero(np.isin(self.numbers, self._map.held_out)).tolist())
+
+    def _choose(self, wanted: str) -> np.ndarray:
+        everything = np.arange(len(self._map))
+        held_out = np.isin(everything, self._map.held_out)
+        if wanted in ("train", "eval"):
+            chosen = everything[held_out == (wanted == "eval")]
+        elif wanted == "all":
+            chosen = everything
+        else:
+            start, stop = map(int, wanted.split(":"))
+            chosen = everything[start:stop] if stop <= len(everything) else everything[:0]
+        if not len(chosen):
+            raise InputError(
+                "the cache does not hold these rows",
+                {"cache": self.groups[0].base.store.url, "rows": wanted, "found": f"{len(everything)} rows"},
+                "choose rows that it has",
+            )
+        return chosen
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the one segment that brought any."""
+        return len(self.groups) == 1 and len(self.numbers) == len(self._map)
+
+    def slice(self, start: int, stop: int) -> list[Row]:
+        """Rows `start` to `stop - 1` of the copy."""
+        return [self.groups[group].base.row(row) for group, row in self.places(start, stop)]
+
+    def places(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(group, row in it) of rows `start` to `stop - 1` of the copy."""
+        return [self._map.locate(int(number)) for number in self.numbers[start:stop]]
+
+
+def _make_plan(config: CopyConfig, source: Store, rows: _SelectedRows) -> Plan:
+    base = rows.groups[0].base.plan
+    digest = digest_bytes(source.read(layout.MANIFEST) or b"")
+    kept = _describe_rows(rows, digest)
+    blocks = _chosen_blocks(config, rows.groups)
+    taps = _chosen_taps(config, rows.groups, blocks, base.teacher.hidden_size)
+    row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * kept.row_tokens
+    batch_rows = config.batch_rows or base.batch_rows
+    shard_rows = layout.choose_shard_rows(row_bytes, kept.count, batch_rows, config.shard_mib, config.shard_rows)
+    options = ("codec", "group", "rotate", "delta", "keyframe_every")
+    stored = {tap.name: {name: getattr(tap, name) for name in options} for tap in taps}
+    return base.model_copy(
+        update={
+            "segment": segment_name(0),
+            "copied_from": digest,
+            "rows": kept,
+            "taps": with_objects(taps, kept.row_tokens, shard_rows, config.object_mib),
+            "blocks": blocks,
+            "batch_rows": batch_rows,
+            "shard_rows": shard_rows,
+            "config": {
+                **base.config,
+                "taps": {name: stored.get(name) for name in TAPS},
+                "blocks": list(blocks),
+                "copy": config.model_dump(mode="json"),
+            },
+        }
+    )
+
+
+def _describe_rows(rows: _SelectedRows, source_digest: str) -> RowsPlan:
+    """What the plan says about the chosen rows. Other rows than one text gave are known by the cache they are from."""
+    base = rows.groups[0].base.plan.rows
+    if rows.is_whole:
+        return base
+    content, tokens = xxhash.xxh3_128(), 0
+    for number in range(len(rows.numbers)):
+        (row,) = rows.slice(number, number + 1)
+        content.update(encode_row(row))
+        tokens += int(np.count_nonzero(row.segment_ids))
+    return base.model_copy(
+        update={
+            "count": len(rows.numbers),
+            "eval_indices": rows.eval_indices,
+            "tokens": tokens,
+            "content_digest": content.hexdigest(),
+            "text_digest": digest_bytes(f"{source_digest} {rows.wanted}".encode()),
+        }
+    )
+
+
+def _wanted_taps(config: CopyConfig, groups: Sequence[RowGroup]) -> list[str]:
+    """The taps to copy. One that is kept by default may be absent; one with a codec must be there."""
+    there = {tap.name for segment in groups[0].segments for tap in segment.plan.taps}
+    wanted = [name for name in TAPS if getattr(config.taps, name) is not None]
+    found = [name for name in wanted if name in there or getattr(config.taps, name) != "keep"]
+    if not found:
+        raise ConfigError("there is nothing to copy", {"taps": "all are null"}, "keep one of the taps")
+    return found
+
+
+def _chosen_blocks(config: CopyConfig, groups: Sequence[RowGroup]) -> tuple[int, ...]:
+    taps = _wanted_taps(config, groups)
+    recorded = set.intersection(*(set(group.blocks(taps)) for group in groups))
+    wanted = recorded if config.blocks == "all" else set(config.blocks)
+    if not wanted or wanted - recorded:
+        raise InputError(
+            "the cache does not hold these blocks",
+            {"cache": groups[0].base.store.url, "blocks": config.blocks, "recorded": sorted(recorded), "taps": taps},
+            "choose recorded blocks, or leave out taps that lack them",
+        )
+    return tuple(sorted(wanted))
+
+
+def _chosen_taps(config: CopyConfig, groups: Sequence[RowGroup], blocks: tuple[int, ...], hidden: int) -> list[TapPlan]:
+    """The taps of the copy; their objects are not divided yet."""
+    chosen = []
+    for name in _wanted_taps(config, groups):
+        slots, codec = sorted(slots_of(name, blocks)), getattr(config.taps, name)
+        if codec != "keep":
+            chosen.append(tap_plan(name, codec, slots, hidden))
+            continue
+        located = [(segment, tap) for group in groups for segment, tap, _ in group.locate(name, slots, as_one=False)]
+        check_same_codec(name, located)
+        chosen.append(with_slots(located[0][1], slots, hidden))
+    return chosen
+
+
+def _fixed_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
+    """What does not depend on the rows, by key."""
+    tokenizer = source.read(layout.TOKENIZER)
+    if tokenizer is None:
+        raise InputError("the cache has lost its tokenizer", {"missing": source.where(layout.TOKENIZER)})
+    side = {name: value for name, value in group.base.side().items() if not name.startswith("signs.")}
+    return {
+        layout.TOKENIZER: tokenizer,
+        f"{layout.segment_prefix(plan.segment)}/side.safetensors": safetensors.numpy.save({**side, **signs_of(plan)}),
+        **array_files(plan),
+    }
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """Hands the source's rows, transcoded, to the writer."""
+
+    plan: Plan
+    rows: _SelectedRows
+
+    def run(self, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+        """Every batch: read, decoded where its codec changes, encoded, and handed on."""
+        signs = signs_of(self.plan)
+        copies = [
+            {tap.name: TapCopy(group, tap, signs) for tap in self.plan.taps} for group in self.rows.groups
+        ]  # by group
+        for first, rows in batches:
+            places = self.rows.places(first, first + len(rows))
+            keep_batch(self.plan, writer, bar, first, rows, transcode(copies, rows, places))
+        writer.wait()

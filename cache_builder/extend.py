@@ -1,0 +1,218 @@
+"""`distillcache build --extend`: a finished cache grows by one segment.
+
+The config says what the cache should hold. Rows that no segment has become a segment with rows of its own; rows that
+are there get the taps and blocks that they lack. What is there is neither written nor computed again, and the new
+segment exists once the manifest that lists it has replaced the one that does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cache_builder.build import (
+    build_segment,
+    checked_model,
+    describe_rows,
+    describe_teacher,
+    open_or_prepare,
+)
+from cache_builder.finish import tidy
+from cache_builder.pieces import RowSource
+from cache_builder.plan import chosen_taps, make_plan, plan_differences, with_slots
+from cache_builder.prepare import open_rows
+from cache_builder.text import inputs_digest
+from models.checkpoint import load_pretrained, weights_digest
+from models.tokenizer import TextTokenizer
+from schemas import layout
+from schemas.addressing import CODEC_FIELDS, RowGroup, row_groups
+from schemas.config import BuildConfig, DataConfig
+from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
+from schemas.rows import Row
+from schemas.segment import Segment, open_cache, segment_name
+from schemas.signals import watch_for_stop
+from schemas.storage import Store
+
+
+def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
+    """Add what the config asks for and the cache lacks; where it lacks nothing, nothing changes.
+
+    The same command goes on after any interruption.
+
+    Raises:
+        InputError: there is no finished cache, or what was given cannot be used.
+        PlanMismatchError: the teacher, its tokenizer or its numerics are not the cache's.
+        ConfigError: a tap is there in another codec.
+    """
+    if manifest is None:
+        raise InputError(
+            "there is no finished cache to add to",
+            {"cache": store.url, "missing": layout.MANIFEST},
+            "build it first: the same command without --extend, and with the first config",
+        )
+    model, groups = checked_model(config, tokenizer), row_groups(open_cache(store))
+    segment = segment_name(len(manifest.segments))
+    _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
+    with watch_for_stop() as stop:
+        store.clear_stale_locks()
+        addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
+        if not addition.taps:
+            return manifest
+        decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
+        plan = make_plan(
+            config,
+            segment,
+            model,
+            describe_teacher(config, model),
+            addition.plan,
+            str(decoder.embed[...].dtype),
+            rows_of=addition.rows_of,
+            taps=addition.taps,
+        )
+        _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
+        return build_segment(store, config, tokenizer, decoder, plan, addition.rows, stop)
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """What is to be recorded, of which rows. rows_of: the segment that has them, None for new ones."""
+
+    rows: RowSource
+    plan: RowsPlan
+    rows_of: str | None
+    taps: Sequence[TapPlan]
+
+
+def _choose_addition(
+    store: Store,
+    config: BuildConfig,
+    tokenizer: TextTokenizer,
+    groups: Sequence[RowGroup],
+    segment: str,
+    taps: Sequence[TapPlan],
+) -> _Addition:
+    """What the config asks for and the cache lacks; without taps, where it lacks nothing."""
+    group = _group_of_text(groups, config.data, tokenizer)
+    if group is None:
+        _check_new_rows(store, groups, config.data, taps)
+        rows = open_or_prepare(store, config, tokenizer, segment)
+        plan = describe_rows(rows)
+        # The same rows may come from other files, or from prepared ones.
+        group = next((each for each in groups if each.base.plan.rows == plan), None)
+        if group is None:
+            return _Addition(rows, plan, None, taps)
+    base = group.base.plan
+    missing = _missing_taps(group, taps, base.teacher.hidden_size)
+    if not missing:  # perhaps since a moment ago, when a crash kept the build from tidying up
+        for each in group.segments:
+            tidy(store, each.plan)
+        tidy(store, base.model_copy(update={"segment": segment}))
+    return _Addition(_SegmentRows(group.base), base.rows, base.segment, missing)
+
+
+class _SegmentRows:
+    """The rows of a finished segment."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+
+    def slice(self, start: int, stop: int) -> list[Row]:
+        """Rows `start` to `stop - 1`."""
+        return [self._segment.row(number) for number in range(start, stop)]
+
+
+def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: TextTokenizer) -> RowGroup | None:
+    """The rows that this very text gave, with these settings; None for prepared rows and other text."""
+    if open_rows(data) is not None:
+        return None
+    digest, settings = inputs_digest(data), _settings(data.model_dump(mode="json"))
+    for group in groups:
+        plan = group.base.plan
+        same = (plan.rows.text_digest, plan.rows.tokenizer_digest) == (digest, tokenizer.digest)
+        if same and _settings(plan.config["data"]) == settings:
+            return group
+    return None
+
+
+def _settings(data: dict[str, object]) -> dict[str, object]:
+    """What of a data config the rows depend on, beside the text and the tokenizer."""
+    return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
+
+
+def _missing_taps(group: RowGroup, taps: Sequence[TapPlan], hidden: int) -> list[TapPlan]:
+    """The slots that these rows lack. Delta-coded slots cannot lean on another segment's: they bring their keyframe."""
+    missing = []
+    for tap in taps:
+        _check_same_codec(group, tap)
+        held = {
+            slot
+            for segment in group.segments
+            for plan in segment.plan.taps
+            if plan.name == tap.name
+            for slot in plan.slots
+        }
+        slots = sorted(set(tap.slots) - held)
+        if slots and tap.delta:
+            first = min(slots)  # a block needs the stream on both of its sides, and both of one segment
+            slots = [slot for slot in tap.slots if first - 1 <= slot]
+        if slots:
+            missing.append(with_slots(tap, slots, hidden))
+    return missing
+
+
+def _check_same_codec(group: RowGroup, tap: TapPlan) -> None:
+    for segment in group.segments:
+        for there in segment.plan.taps:
+            differing = [name for name in CODEC_FIELDS if getattr(there, name) != getattr(tap, name)]
+            if there.name == tap.name and differing:
+                facts = {
+                    f"taps.{tap.name}.{name}": f"there {getattr(there, name)!r}, here {getattr(tap, name)!r}"
+                    for name in differing
+                }
+                raise ConfigError(
+                    "the cache holds this tap in another codec",
+                    {"cache": segment.store.url, "segment": segment.plan.segment, **facts},
+                    f"use the same codec, leave the tap out (taps.{tap.name}: null), or copy the cache to this codec",
+                )
+
+
+def _check_new_rows(store: Store, groups: Sequence[RowGroup], data: DataConfig, taps: Sequence[TapPlan]) -> None:
+    """New rows must be read together with those that are there."""
+    prepared, there = open_rows(data), groups[0].base.plan.rows.row_tokens
+    row_tokens = data.row_tokens if prepared is None else prepared.index.row_tokens
+    if row_tokens != there:
+        raise ConfigError(
+            "the rows of a cache have one length",
+            {"cache": f"{store.url}  {there} tokens", "data.row_tokens": row_tokens},
+            f"set data.row_tokens to {there}, or build another cache",
+        )
+    for group in groups:
+        for tap in taps:
+            _check_same_codec(group, tap)
+
+
+def _check_same_teacher(store: Store, there: Plan, config: BuildConfig, tokenizer: TextTokenizer) -> None:
+    pairs = {
+        "weights": (there.teacher.weights_digest, weights_digest(config.teacher.path)),
+        "tokenizer": (there.rows.tokenizer_digest, tokenizer.digest),
+    }
+    facts = {name: f"there {then!r}, here {now!r}" for name, (then, now) in pairs.items() if then != now}
+    if facts:
+        raise PlanMismatchError(
+            "the cache was built with another teacher",
+            {"cache": store.url, **facts},
+            "extend it with its own teacher and tokenizer, or build another cache",
+        )
+
+
+def _check_same_numerics(store: Store, there: Plan, plan: Plan, accept_platform: bool) -> None:
+    """Of one cache all numbers come from one computation; other platforms only where the user accepts them."""
+    found = plan_differences(there, plan)
+    facts = {
+        name: f"there {then!r}, here {now!r}" for name, (then, now) in found.items() if name.startswith("numerics.")
+    }
+    if facts and ("numerics.dtype" in facts or not accept_platform):
+        raise PlanMismatchError(
+            "the cache was computed in another way",
+            {"cache": store.url, **facts},
+            "extend it where it was built and in its dtype; accept other bits of a platform with --accept-platform",
+        )

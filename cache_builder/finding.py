@@ -1,0 +1,36 @@
+"""A finding: an object of a cache that is not as it should be, and the rows that cannot be trusted because of it.
+
+Its kinds:
+
+    missing     it is not there
+    truncated   it is shorter than what was committed
+    swapped     it is another object of this cache, in the wrong place
+    stale       it is whole, but of another build
+    damaged     anything else that differs
+    unreadable  the store failed to give it
+    foreign     it does not belong here
+"""
+
+from typing import Literal
+
+from schemas.config import Config
+
+What = Literal["missing", "truncated", "swapped", "stale", "damaged", "unreadable", "foreign"]
+
+
+class Finding(Config):
+    """One object that is not as it should be.
+
+    object: its key below the cache. detail: what was found and what was expected.
+    rows: the rows `[start, stop)` of the cache that it affects; None: no row's content depends on it.
+    tap, slots: whose numbers cannot be trusted, slots as in `TapPlan.slots`; None and empty where it is no tap's.
+    """
+
+    what: What
+    object: str
+    detail: str
+    segment: str | None = None
+    shard: int | None = None
+    rows: tuple[int, int] | None = None
+    tap: str | None = None
+    slots: tuple[int, ...] = ()

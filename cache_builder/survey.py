@@ -1,0 +1,180 @@
+"""What there is of a cache: its manifest, its plans, and a listing that shows what does not belong.
+
+The first half of checking (check.py is the other): no digest of an object is looked at yet.
+"""
+
+import re
+from collections.abc import Set
+from dataclasses import dataclass
+
+from cache_builder.finding import Finding, What
+from schemas import layout
+from schemas.canonical import from_canonical
+from schemas.errors import DamageError, InputError
+from schemas.manifest import Manifest, Plan, SegmentEntry
+from schemas.storage import Store
+
+_SHARD_FILE = re.compile(r"(rows|receipts|claims)/(\d+)\.(?:array_record|json)")
+_OBJECT = re.compile(r"taps/([^/]+)/c/(\d+)/(\d+)/0/0")
+
+
+NEXT = ""  # no segment's name
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    """A segment as it was found.
+
+    entry: the manifest's line; None while the segment is being built, or where the manifest is damaged.
+    first_row: the cache's number of its first row.
+    shards: those with a receipt; None: all, since the segment has an index.
+    """
+
+    plan: Plan
+    entry: SegmentEntry | None
+    first_row: int
+    shards: frozenset[int] | None
+
+    def key(self, name: str) -> str:
+        """The key of a file of the segment."""
+        return f"{layout.segment_prefix(self.plan.segment)}/{name}"
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of the cache."""
+        return self.first_row, self.first_row + self.plan.rows.count
+
+    @property
+    def num_objects(self) -> int:
+        """Objects and files of rows that are to be checked."""
+        shards = self.plan.num_shards if self.shards is None else len(self.shards)
+        files = 0 if self.plan.rows_of else 1
+        return shards * (files + sum(len(part.object_ranges()) for tap in self.plan.taps for part in tap.parts))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a listing of the cache, its manifest and its plans say; `findings` are those made so far."""
+
+    store: Store
+    manifest: Manifest | None
+    finished: bool
+    segments: tuple[SegmentView, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def num_objects(self) -> int:
+        """Objects and files of rows that are to be checked."""
+        return sum(view.num_objects for view in self.segments)
+
+
+def survey_cache(store: Store) -> Survey:
+    """Read the manifest and the plans, and list the cache.
+
+    Raises:
+        InputError: there is no cache here.
+    """
+    keys = frozenset(store.keys())
+    names = sorted({match[1] for key in keys if (match := re.match(r"segments/([^/]+)/plan\.json$", key))})
+    if not names and layout.MANIFEST not in keys:
+        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+    findings: list[Finding] = []
+    manifest = _read_manifest(store, keys, names, findings)
+    entries = {entry.segment: entry for entry in manifest.segments} if manifest is not None else {}
+    segments = []
+    first_rows = first_row_numbers(manifest.segments if manifest is not None else ())
+    for name in [*entries, *(name for name in names if name not in entries)]:
+        view = _view_segment(store, keys, name, entries.get(name), first_rows, findings)
+        if view is not None:
+            segments.append(view)
+    views = {view.plan.segment: view for view in segments}
+    findings += [found for key in sorted(keys) if (found := _foreign(key, views, set(entries))) is not None]
+    finished = layout.MANIFEST in keys or any(finding.object == layout.MANIFEST for finding in findings)
+    return Survey(store, manifest, finished, tuple(segments), tuple(findings))
+
+
+def _read_manifest(store: Store, keys: Set[str], names: list[str], findings: list[Finding]) -> Manifest | None:
+    """The manifest, if it is there and whole. Without receipts, an index without a manifest has lost it."""
+    data = store.read(layout.MANIFEST)
+    if data is None:
+        lost = f"segments/{names[0]}/index.bin" in keys and not any("/receipts/" in key for key in keys)
+        if lost:
+            findings.append(Finding(what="missing", object=layout.MANIFEST, detail="the cache cannot be opened"))
+        return None
+    try:
+        return from_canonical(Manifest, data, store.where(layout.MANIFEST))
+    except DamageError as error:
+        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=f"{error.what}: no row can be read"))
+        return None
+
+
+def _view_segment(
+    store: Store,
+    keys: Set[str],
+    name: str,
+    entry: SegmentEntry | None,
+    first_rows: dict[str, int],
+    findings: list[Finding],
+) -> SegmentView | None:
+    """The segment, unless its plan is lost: then nothing else of it can be understood."""
+    first_row = first_rows.get(name, 0)
+    key = layout.plan_key(name)
+    data = store.read(key) or b""
+    try:
+        plan = from_canonical(Plan, data, store.where(key))
+    except DamageError as error:
+        rows = (first_row, first_row + entry.rows) if entry is not None else None
+        what: What = "damaged" if data else "missing"
+        detail = f"{error.what if data else 'without it'}: nothing else of the segment can be checked or read"
+        findings.append(Finding(what=what, object=key, detail=detail, segment=name, rows=rows))
+        return None
+    if entry is None:
+        first_row = first_rows.get(plan.rows_of or NEXT, 0)
+    shards = frozenset(shard for shard in range(plan.num_shards) if layout.receipt_key(name, shard) in keys)
+    has_index = entry is not None or (not shards and f"{layout.segment_prefix(name)}/index.bin" in keys)
+    return SegmentView(plan, entry, first_row, None if has_index else shards)
+
+
+def first_row_numbers(entries: tuple[SegmentEntry, ...]) -> dict[str, int]:
+    """Segment -> the cache's number of its first row; under NEXT, of the rows that will be added."""
+    first, found = 0, {}
+    for entry in entries:
+        found[entry.segment] = found[entry.rows_of] if entry.rows_of else first
+        first += 0 if entry.rows_of else entry.rows
+    return {**found, NEXT: first}
+
+
+def _foreign(key: str, views: dict[str, SegmentView], listed: set[str]) -> Finding | None:
+    """The finding about a key that the cache has no use for."""
+    if key in (layout.MANIFEST, layout.TOKENIZER):
+        return None
+    top, _, rest = key.partition("/")
+    name, _, inner = rest.partition("/")
+    view = views.get(name) if top == "segments" else None
+    if view is not None and _belongs(inner, view):
+        return None
+    if view is None and top == "segments" and (name in listed or inner == "plan.json"):
+        return None  # of a segment whose plan is lost: nobody knows
+    build = view is not None and inner.split("/")[0] in ("receipts", "claims", "prepared")
+    detail = "left over from building: the same `distillcache build` removes it" if build else "not the cache's"
+    return Finding(what="foreign", object=key, detail=detail, segment=name if view is not None else None)
+
+
+def _belongs(name: str, view: SegmentView) -> bool:
+    """Whether a segment has a file of this name."""
+    plan, building = view.plan, view.shards is not None
+    arrays = {part.array: len(part.object_ranges()) for tap in plan.taps for part in tap.parts}
+    small = {"plan.json", "index.bin", "stats.json", "side.safetensors"}
+    small |= set(view.entry.files if view.entry is not None else ())
+    if name in small | {f"taps/{array}/zarr.json" for array in arrays}:
+        return True
+    if match := _OBJECT.fullmatch(name):
+        array, shard, group = match[1], int(match[2]), int(match[3])
+        known = shard < plan.num_shards and group < arrays.get(array, 0)
+        return known and view.key(name) == layout.object_key(plan.segment, array, shard, group)
+    if match := _SHARD_FILE.fullmatch(name):
+        number = int(match[2])
+        spelled = {"rows": layout.rows_key, "receipts": layout.receipt_key, "claims": layout.claim_key}[match[1]]
+        right = number < plan.num_shards and view.key(name) == spelled(plan.segment, number)
+        return right and (building or match[1] == "rows")
+    return building and name.startswith("prepared/")

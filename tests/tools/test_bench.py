@@ -1,0 +1,99 @@
+"""The benches at tiny sizes: that every figure and goal is there and means what it says; never how fast anything is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tools import bench_feed, cli
+from tools.bench import Goal, Measured, by_turns, make_report
+from tools.bench_build import BuildSizes, measure_build
+from tools.bench_feed import FeedSizes, batch_order, measure_feed, subset_bytes
+from tools.synthetic_cache import random_codes, synthetic_plan, write_cache
+from trainer.feed import CacheSource, make_feed
+
+SIZES = FeedSizes(
+    shape=(5, 16, 64), rows=12, distinct=6, batch_rows=2, batches=5, shard_rows=2, tf_rows=2, million=1000
+)
+
+
+def test_a_goal_has_a_direction():
+    assert Goal("x", 0.9, 0.9, "at_least").met
+    assert not Goal("x", 0.89, 0.9, "at_least").met
+    assert Goal("x", 1.0, 1.0, "at_most").met
+    assert not Goal("x", 1.1, 1.0, "at_most").met
+
+
+def test_paths_take_turns():
+    calls = []
+    rates = by_turns({"a": lambda n: calls.append(("a", n)) or n, "b": lambda n: calls.append(("b", n)) or 10 * n}, 3)
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert rates == {"a": 1, "b": 10}
+
+
+def test_the_feed_bench_has_all_figures_and_goals(tmp_path):
+    report = make_report(measure_feed(tmp_path, SIZES, rounds=1))
+    readers = ["memcpy", "memcpy_2_threads", "raw_mmap", "raw_mmap_2_threads", "safetensors", "tf_example"]
+    ours = ["feed_bf16", "feed_bf16_unchecked", "feed_bf16_device", "feed_int8", "feed_int4"]
+    assert all(report["figures"][f"{name}_rows_per_s"] > 0 for name in [*readers, *ours])
+    assert {goal["name"]: (goal["direction"], goal["goal"]) for goal in report["goals"]} == {
+        "bf16_unchecked_over_memcpy": ("at_least", 0.9),
+        "bf16_over_memcpy": ("at_least", 0.6),
+        "bf16_unchecked_over_raw_mmap": ("at_least", 1.0),
+        "int8_over_raw_mmap": ("at_least", 1.6),
+        "bf16_over_tf_example": ("at_least", 15),
+        "subset_bytes_read_over_own": ("at_most", 1.01),
+        "open_million_rows_s": ("at_most", 1.0),
+        "open_million_rows_mb": ("at_most", 300),
+    }
+    assert report["figures"]["open_million_rows_shards"] == 500
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_every_reader_gets_the_feeds_batches(tmp_path):
+    plan = synthetic_plan(SIZES.rows, SIZES.shape, {"attn_out": "int8"}, SIZES.shard_rows)
+    write_cache(tmp_path / "cache", plan, distinct=3)
+    source = CacheSource(str(tmp_path / "cache"), ("attn_out",))
+    with make_feed(source, global_batch_rows=SIZES.batch_rows, seed=3) as feed:
+        for numbers in batch_order(SIZES, 3):
+            batch = next(feed)["attn_out"]
+            for place, number in enumerate(numbers):
+                shard, row = divmod(number, SIZES.shard_rows)
+                stored = random_codes(plan, shard)
+                np.testing.assert_array_equal(batch["codes"][:, place], stored["attn_out"][row])
+                np.testing.assert_array_equal(batch["scale"][:, place], stored["attn_out.scale"][row])
+
+
+def test_some_blocks_cost_their_own_bytes(tmp_path):
+    sizes = FeedSizes(shape=(5, 64, 64), rows=4, distinct=4, batch_rows=2, batches=1, shard_rows=2)
+    write_cache(tmp_path, synthetic_plan(sizes.rows, sizes.shape, {"attn_out": "bf16"}, sizes.shard_rows))
+    index = 2 * (5 * 2 * 16 + 4)  # of two shards: 16 bytes a chunk and a checksum
+    assert subset_bytes(tmp_path, sizes) == pytest.approx(1 + index / (2 * 64 * 64 * 2), abs=1e-3)
+
+
+def test_the_build_bench_has_all_figures_and_goals(tmp_path, teacher):
+    choices = {"bf16": ("bf16", False), "int8_delta": ("int8", True), "int4": ("int4", False)}
+    sizes = BuildSizes(batch_rows=2, row_tokens=16, batches=3, choices=choices)
+    report = make_report(measure_build(tmp_path, str(teacher), sizes, rounds=1))
+    assert all(report["figures"][f"{name}_tokens_per_s"] > 0 for name in ["forward", *choices])
+    assert {goal["name"]: goal["goal"] for goal in report["goals"]} == {
+        "bf16_over_forward": 1.0,
+        "int8_delta_over_forward": 1.0,
+        "int4_over_forward": 0.9,
+    }
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_prints_one_json_object(capsys, monkeypatch):
+    found = Measured({"a_rows_per_s": 2.0}, [Goal("a_over_b", 0.5, 1.0, "at_least")])
+    monkeypatch.setattr(bench_feed, "measure", lambda config: found)
+    assert cli.main(["bench", "feed", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["figures"] == {"a_rows_per_s": 2.0}
+    assert report["goals"] == [
+        {"name": "a_over_b", "value": 0.5, "goal": 1.0, "direction": "at_least", "met": False},
+    ]
+    assert report["machine"]["cores"] > 0
+    assert cli.main(["bench", "feed"]) == 0
+    assert "not met" in capsys.readouterr().out
+    assert cli.main(["bench", "nothing"]) == 2

@@ -1,0 +1,347 @@
+"""`distillcache plan`: what a build would take, before anything is written.
+
+    distillcache plan --config build.yaml
+
+Takes the build's own config. Rows are counted by preparing them in a temporary folder; of a large corpus a sample is
+tokenised instead, and the report says that its numbers are estimates.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cache_builder.build import SEGMENT, describe_rows
+from cache_builder.plan import make_plan
+from cache_builder.prepare import open_rows, prepare_rows
+from cache_builder.text import documents, text_files
+from models.checkpoint import load_pretrained, read_config
+from models.config import ModelConfig
+from models.recorder import make_recorder
+from models.tokenizer import TextTokenizer, load_tokenizer
+from schemas import settings
+from schemas.config import BuildConfig, DataConfig, PlanConfig, PrepareConfig, TapsConfig
+from schemas.errors import ConfigError
+from schemas.index import record_dtype
+from schemas.layout import ITEM_BYTES
+from schemas.manifest import PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
+from schemas.progress import format_seconds
+from schemas.rows import RowReader
+from schemas.storage import Store, is_url
+from schemas.tap_codec import signs_of
+
+SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
+SAMPLE_FILES = 16  # the sample is drawn from so many files, evenly spaced
+PACKED_SAMPLE = 4 << 20  # packed bytes that tell how much longer a .gz file is unpacked
+MEASURED_BATCHES = 2
+ROW_BYTES_PER_TOKEN = 13  # tokens, positions, segments as int32, and the loss mask
+# label -> (codec, delta coding of `resid`): what the table compares
+CODEC_CHOICES = {
+    "bf16": ("bf16", False),
+    "fp8": ("fp8", False),
+    "int8": ("int8", False),
+    "int8, resid as differences": ("int8", True),
+    "int4": ("int4", False),
+    "int4, resid as differences": ("int4", True),
+}
+BLOCK_STEPS = (1, 2, 4)  # every block, every second, every fourth
+
+
+@dataclass(frozen=True)
+class CountedRows:
+    """The rows as a plan describes them; exact: counted, not estimated."""
+
+    plan: RowsPlan
+    exact: bool
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> None:
+    """Print what the build that the command line describes would take."""
+    report = describe_build(settings.parse(PlanConfig, argv, command))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+
+
+def describe_build(config: PlanConfig) -> dict[str, Any]:
+    """Everything that can be known of a build beforehand, as plain values; sizes in bytes, times in seconds.
+
+    Raises:
+        ConfigError, InputError: the build would be refused as well.
+    """
+    model = read_config(config.teacher.path)
+    tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
+    rows = count_rows(config.data, tokenizer)
+    build = BuildConfig.model_validate(config.model_dump(exclude={"measure"}))
+    plan = plan_for(build, model, rows.plan)
+    rate = measure_rate(config, plan) if config.measure else None
+    free = free_bytes(config.cache)
+    total = total_bytes(plan)
+    return {
+        "cache": config.cache,
+        "rows": {
+            "count": plan.rows.count,
+            "row_tokens": plan.rows.row_tokens,
+            "tokens": plan.rows.tokens,
+            "exact": rows.exact,
+        },
+        "blocks": len(plan.blocks),
+        "taps": [_describe_tap(plan, tap) for tap in plan.taps],
+        "bytes_per_token": plan.bytes_per_token,
+        "bytes": total,
+        "shards": {
+            "count": plan.num_shards,
+            "rows": plan.shard_rows,
+            "bytes": plan.shard_rows * plan.bytes_per_row,
+        },
+        "objects": sum(_objects(plan, part) for tap in plan.taps for part in tap.parts),
+        "memory_in_flight": memory_in_flight(config, plan),
+        "tokens_per_s": rate,
+        "seconds": None if rate is None else plan.rows.count * plan.rows.row_tokens / rate / config.num_processes,
+        "processes": config.num_processes,
+        "free_bytes": free,
+        "enough_room": None if free is None else total <= free,
+        "choices": compare_choices(build, model, rows.plan),
+    }
+
+
+def plan_for(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> Plan:
+    """The plan that a build would make, with the teacher's weights unread."""
+    teacher = TeacherPlan(
+        path=config.teacher.path,
+        weights_digest="",
+        num_blocks=model.num_blocks,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        family=model.family,
+    )
+    return make_plan(config, SEGMENT, model, teacher, rows, config.dtype or "")
+
+
+def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
+    """The rows that `data` stands for: prepared ones as they are, a small text counted, a large one estimated."""
+    prepared = open_rows(data)
+    if prepared is not None:
+        return CountedRows(describe_rows(prepared), exact=True)
+    total = sum(map(unpacked_bytes, text_files(data)))
+    if total <= SAMPLE_BYTES:
+        with tempfile.TemporaryDirectory(prefix="distillcache-plan-") as folder:
+            prepare_rows(PrepareConfig(out=folder, data=data), tokenizer=tokenizer)
+            return CountedRows(describe_rows(RowReader(Store(folder))), exact=True)
+    text, tokens = _count_sample(data, tokenizer)
+    # What surrounds the text of a .jsonl line is taken for text too: at most some percent too many.
+    tokens = round(tokens / text * total)
+    rows = -(-tokens // data.row_tokens)
+    if data.max_rows is not None and rows > data.max_rows:
+        rows, tokens = data.max_rows, data.max_rows * data.row_tokens
+    return CountedRows(_estimated_rows(data, tokenizer, rows, tokens), exact=False)
+
+
+def unpacked_bytes(file: Path) -> int:
+    """A text file's length once it is unpacked; of a long .gz file an estimate from its beginning."""
+    size = file.stat().st_size
+    if file.suffix.lower() != ".gz":
+        return size
+    with file.open("rb") as stream:
+        packed = stream.read(PACKED_SAMPLE)
+    unpacked = zlib.decompressobj(wbits=31).decompress(packed)  # 31: with gzip's header
+    return round(len(unpacked) * size / max(len(packed), 1))
+
+
+def measure_rate(config: BuildConfig, plan: Plan) -> float:
+    """Tokens a second of the teacher with its recorder, on random tokens; compiling is left out."""
+    decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
+    record, parameters = make_recorder(decoder, plan.taps, signs_of(plan))
+    shape = (plan.batch_rows, plan.rows.row_tokens)
+    tokens = np.random.default_rng(0).integers(0, plan.teacher.vocab_size, shape, np.int32)
+    inputs = (tokens, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape), np.ones(shape, np.int32))
+    jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
+    start = time.perf_counter()
+    for _ in range(MEASURED_BATCHES):
+        jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
+    return MEASURED_BATCHES * tokens.size / (time.perf_counter() - start)
+
+
+def free_bytes(cache: str) -> int | None:
+    """Free space where the cache would go; None for a bucket."""
+    if is_url(cache):
+        return None
+    folder = Path(cache.removeprefix("file://")).expanduser().absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+
+def total_bytes(plan: Plan) -> int:
+    """Of the finished cache: taps, rows and index."""
+    per_row = plan.bytes_per_row + ROW_BYTES_PER_TOKEN * plan.rows.row_tokens
+    return plan.rows.count * per_row + plan.num_shards * record_dtype(plan).itemsize
+
+
+def memory_in_flight(config: BuildConfig, plan: Plan) -> int:
+    """Host bytes at most between teacher and store: shards within their bound, and two batches on their way there."""
+    shards = max(config.max_in_flight_mib << 20, plan.shard_rows * plan.bytes_per_row)
+    return shards + 2 * plan.batch_rows * plan.bytes_per_row
+
+
+def compare_choices(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> list[dict[str, Any]]:
+    """What the same rows and taps would take with other codecs, and with fewer of the config's blocks."""
+    chosen = list(range(model.num_blocks)) if isinstance(config.blocks, str) else sorted(set(config.blocks))
+    found: list[dict[str, Any]] = []
+    whole = plan_for(_with_choice(config, "bf16", False, chosen), model, rows).bytes_per_token
+    for step in BLOCK_STEPS:
+        blocks = chosen[step - 1 :: step]
+        for label, (codec, delta) in CODEC_CHOICES.items() if blocks else ():
+            if delta and config.taps.resid is None:
+                continue
+            entry: dict[str, Any] = {"codec": label, "blocks": len(blocks)}
+            try:
+                plan = plan_for(_with_choice(config, codec, delta, blocks), model, rows)
+            except ConfigError as error:  # this choice does not fit this teacher: said, since others may
+                found.append({**entry, "impossible": error.what})
+                continue
+            share = plan.bytes_per_token / whole
+            found.append(
+                {**entry, "bytes_per_token": plan.bytes_per_token, "bytes": total_bytes(plan), "of_bf16": share}
+            )
+    return found
+
+
+def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]) -> BuildConfig:
+    taps = {
+        name: {"codec": codec, "delta": delta and name == "resid"} if getattr(config.taps, name) else None
+        for name in TapsConfig.model_fields
+    }
+    return config.model_copy(update={"taps": TapsConfig.model_validate(taps), "blocks": blocks, "shard_rows": None})
+
+
+def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int]:
+    """(bytes of text, tokens) of the beginnings of some files."""
+    files = text_files(data)
+    sampled = files[:: -(-len(files) // SAMPLE_FILES)]
+    text, tokens = 0, 0
+    for file in sampled:
+        for document in _beginning(data.model_copy(update={"path": str(file)}), SAMPLE_BYTES // len(sampled)):
+            text += len(document.encode())
+            tokens += len(tokenizer.encode_documents([document])[0])
+    return text, tokens
+
+
+def _beginning(data: DataConfig, limit: int) -> Iterator[str]:
+    """The texts of the first documents, of about `limit` characters; a longer one is cut."""
+    for document in documents(data):
+        yield document.text[:limit]
+        limit -= len(document.text)
+        if limit <= 0:
+            return
+
+
+def _estimated_rows(data: DataConfig, tokenizer: TextTokenizer, rows: int, tokens: int) -> RowsPlan:
+    return RowsPlan(
+        count=rows,
+        eval_indices=(),
+        row_tokens=data.row_tokens,
+        tokens=tokens,
+        content_digest="",
+        text_digest="",
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _describe_tap(plan: Plan, tap: TapPlan) -> dict[str, Any]:
+    per_token = sum(part.bytes_per_token for part in tap.parts)
+    return {
+        "name": tap.name,
+        "codec": tap.codec + (", differences" if tap.delta else ""),
+        "slots": len(tap.slots),
+        "bytes_per_token": per_token,
+        "bytes": per_token * plan.rows.row_tokens * plan.rows.count,
+        "arrays": {
+            part.array: {
+                "objects": _objects(plan, part),
+                "object_bytes": _object_bytes(plan, part),
+                "slots_per_object": part.slots_per_object,
+            }
+            for part in tap.parts
+        },
+    }
+
+
+def _objects(plan: Plan, part: PartPlan) -> int:
+    return plan.num_shards * len(part.object_ranges())
+
+
+def _object_bytes(plan: Plan, part: PartPlan) -> int:
+    """Of a full one; its index of chunks, 16 bytes each, is not counted."""
+    return plan.shard_rows * part.slots_per_object * plan.rows.row_tokens * part.width * ITEM_BYTES[part.dtype]
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    console, rows, shards = Console(), report["rows"], report["shards"]
+    facts = Table.grid(padding=(0, 2))
+    about = "" if rows["exact"] else "about "
+    facts.add_row("rows", f"{about}{rows['count']:,} of {rows['row_tokens']} tokens, {about}{rows['tokens']:,} tokens")
+    facts.add_row("size", f"{about}{_gb(report['bytes'])}, {report['bytes_per_token']:,} bytes a token")
+    facts.add_row("shards", f"{shards['count']:,} of {shards['rows']} rows, {_gb(shards['bytes'])} each")
+    facts.add_row("objects", f"{report['objects']:,}")
+    facts.add_row("memory", f"{_gb(report['memory_in_flight'])} between teacher and store, at most")
+    if report["seconds"] is not None:
+        speed = f"{report['tokens_per_s']:,.0f} tokens/s, {report['processes']} process(es) like this one"
+        facts.add_row("time", f"about {format_seconds(report['seconds'])}  ({speed})")
+    facts.add_row("free", "unknown: a bucket" if report["free_bytes"] is None else _gb(report["free_bytes"]))
+    console.print(facts)
+    if not rows["exact"]:
+        console.print("The text is large: a sample was tokenised, and the numbers above are estimates.")
+    if report["enough_room"] is False:
+        console.print(f"[bold red]There is too little room at {report['cache']}: choose another place or codec.[/]")
+    console.print()
+    console.print(_taps_table(report))
+    console.print()
+    console.print(_choices_table(report))
+
+
+def _taps_table(report: Mapping[str, Any]) -> Table:
+    table = _table("array", "codec", "bytes/token", "size", "objects", "an object", "blocks in it")
+    for tap in report["taps"]:
+        for number, (array, facts) in enumerate(tap["arrays"].items()):
+            sizes = (f"{tap['bytes_per_token']:,}", _gb(tap["bytes"])) if number == 0 else ("", "")
+            each = (f"{facts['objects']:,}", _gb(facts["object_bytes"]), str(facts["slots_per_object"]))
+            table.add_row(array, tap["codec"], *sizes, *each)
+    return table
+
+
+def _choices_table(report: Mapping[str, Any]) -> Table:
+    table = _table("other choices", "blocks", "bytes/token", "size", "of bf16, all blocks")
+    for choice in report["choices"]:
+        if "impossible" in choice:
+            table.add_row(choice["codec"], str(choice["blocks"]), choice["impossible"], "", "")
+            continue
+        sizes = (f"{choice['bytes_per_token']:,}", _gb(choice["bytes"]), f"{choice['of_bf16']:.3f}")
+        table.add_row(choice["codec"], str(choice["blocks"]), *sizes)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _gb(size: int) -> str:
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1000:,.1f} kB"
