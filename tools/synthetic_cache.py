@@ -119,9 +119,9 @@ def _link(store: Store, plan: Plan, shard: int, like: ShardReceipt) -> None:
             old, new = (layout.object_key(SEGMENT, part.array, each, group) for each in (like.shard, shard))
             keys.append((old, new))
     for old, new in keys:
-        assert store.local is not None
-        (store.local / new).parent.mkdir(parents=True, exist_ok=True)
-        os.link(store.local / old, store.local / new)
+        target = Path(store.url) / new  # a local folder
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(Path(store.url) / old, target)
     receipt = like.model_copy(update={"shard": shard, "rows": plan.shard_range(shard)})
     store.write(layout.receipt_key(SEGMENT, shard), to_canonical(receipt))
 
