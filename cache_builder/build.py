@@ -28,7 +28,7 @@ from models.recorder import Recording, make_recorder
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.config import BuildConfig, PrepareConfig
-from schemas.errors import ConfigError, DistillcacheError, InputError, PlanMismatchError
+from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan, RowsPlan, TeacherPlan
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader
@@ -167,7 +167,7 @@ def _prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segmen
             raise
         store.delete_folder(folder)
         prepare_rows(prepare, tokenizer=tokenizer)
-    except DistillcacheError:
+    except InputError:  # the text's fault, so no other process of this build gets further
         if not planned:
             store.delete_folder(folder)
         raise

@@ -5,6 +5,7 @@ of ours goes through it, so that one piece of code serves all of them and every 
 that names the key.
 """
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -140,17 +141,14 @@ class Store:
         self.remove_empty_folders(key)
         if self.local is not None:
             for parent in [Path(key), *Path(key).parents]:
-                folder = self.local / parent
-                if folder.is_dir() and not os.listdir(folder):
-                    folder.rmdir()
+                _remove_if_empty(self.local / parent)
 
     def remove_empty_folders(self, key: str) -> None:
         """Remove what deleting the last key of a folder leaves behind on a local disk."""
         if self.local is None:
             return
         for folder, _, _ in os.walk(self.local / key, topdown=False):
-            if not os.listdir(folder):
-                os.rmdir(folder)
+            _remove_if_empty(Path(folder))
 
     def _check_length(self, key: str, length: int) -> None:
         """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail."""
@@ -185,6 +183,9 @@ class _held:
         try:
             self._descriptor = os.open(self._path, os.O_RDWR)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A writer may have renamed it to its key between the two calls: then this is a committed file.
+            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                return None
         except (FileNotFoundError, BlockingIOError):
             return None
         return self._descriptor
@@ -192,6 +193,12 @@ class _held:
     def __exit__(self, *_: object) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # Another process may remove it, or put something in, at any moment: both are fine.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def is_url(path: str) -> bool:

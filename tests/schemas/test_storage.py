@@ -249,3 +249,21 @@ def test_a_place_that_is_none_is_named(url: str) -> None:
     with pytest.raises(StorageError, match="cannot be opened") as caught:
         Store(url)
     assert caught.value.facts["url"] == url
+
+
+def test_a_lock_that_became_its_key_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening a lock file and locking it, its writer may finish and rename it to the key."""
+    store = Store(str(tmp_path))
+    lock = tmp_path / "key.__lock"
+    lock.write_bytes(b"committed")
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if lock.exists():
+            lock.rename(tmp_path / "key")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    store.clear_stale_locks()
+    store.remove_stale_locks()
+    assert (tmp_path / "key").read_bytes() == b"committed"
