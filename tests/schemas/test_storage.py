@@ -1,6 +1,5 @@
 """The store: conditional writes, stale lock files, lengths, listings, and what a failing disk says."""
 
-import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from schemas import storage
 from schemas.errors import StorageError
-from schemas.storage import Store, is_url
+from schemas.storage import Store, is_url, lock_as_tensorstore
 
 
 @pytest.fixture(params=["local", "bucket"])
@@ -131,8 +131,8 @@ def test_cleared_lock_files_leave_no_tail(local: Store, tmp_path: Path, write: s
 
 def test_a_live_writers_lock_file_is_left_alone(local: Store, tmp_path: Path) -> None:
     live, dead = stale_lock(tmp_path / "live", b"writing"), stale_lock(tmp_path / "dead")
-    with open(live, "rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with open(live, "rb+") as held:
+        lock_as_tensorstore(held.fileno())
         local.clear_stale_locks()
         assert (live.read_bytes(), dead.read_bytes()) == (b"writing", b"")
         local.remove_stale_locks()
@@ -140,6 +140,18 @@ def test_a_live_writers_lock_file_is_left_alone(local: Store, tmp_path: Path) ->
         assert not dead.exists()
     local.remove_stale_locks()
     assert not live.exists()
+
+
+def test_the_lock_that_we_take_is_the_one_that_tensorstore_takes(local: Store, tmp_path: Path) -> None:
+    lock = stale_lock(tmp_path / "key", b"")
+    with open(lock, "rb+") as held, ThreadPoolExecutor(1) as threads:
+        lock_as_tensorstore(held.fileno())
+        writing = threads.submit(local.write, "key", b"value")
+        with pytest.raises(TimeoutError):
+            writing.result(timeout=0.3)
+        held.close()
+        writing.result(timeout=60)
+    assert local.read("key") == b"value"
 
 
 def test_a_store_that_does_not_exist_yet_has_no_locks(store: Store) -> None:
@@ -256,14 +268,14 @@ def test_a_lock_that_became_its_key_is_not_emptied(tmp_path: Path, monkeypatch: 
     store = Store(str(tmp_path))
     lock = tmp_path / "key.__lock"
     lock.write_bytes(b"committed")
-    real = fcntl.flock
+    real = storage.lock_as_tensorstore
 
-    def flock(descriptor: int, operation: int) -> None:
+    def renamed_first(descriptor: int) -> None:
         if lock.exists():
             lock.rename(tmp_path / "key")
-        real(descriptor, operation)
+        real(descriptor)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(storage, "lock_as_tensorstore", renamed_first)
     store.clear_stale_locks()
     store.remove_stale_locks()
     assert (tmp_path / "key").read_bytes() == b"committed"
