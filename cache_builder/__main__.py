@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cache_builder.build import build_cache
 from schemas import settings
@@ -12,7 +13,7 @@ from schemas.errors import DistillcacheError
 
 def build(argv: Sequence[str], command: str = "distillcache build", as_json: bool = False) -> None:
     """Build the cache that the command line describes, and say what it holds."""
-    config = settings.parse(BuildConfig, argv, command)
+    config = settings.parse(BuildConfig, argv, command, complete=_complete)
     manifest = build_cache(config)
     summary = {"cache": config.cache, "rows": manifest.rows, "tokens": manifest.tokens}
     if as_json:
@@ -20,6 +21,15 @@ def build(argv: Sequence[str], command: str = "distillcache build", as_json: boo
     else:
         print(f"cache {config.cache}: {manifest.rows} rows, {manifest.tokens} tokens, finished", file=sys.stderr)
         print(f"look at it: distillcache inspect {config.cache}", file=sys.stderr)
+
+
+def _complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A repair finds in the cache what the command line leaves out."""
+    if not values.get("repair"):
+        return values
+    from cache_builder.repair import complete_config
+
+    return complete_config(values)
 
 
 def main() -> int:

@@ -11,33 +11,47 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import fixed_files
 from cache_builder.pieces import Batches, ClaimedPieces, Pieces, RowSource, keep_batch, work_through
 from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import check_choices, describe_numerics, make_plan, settle_plan
+from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder, settle_plan
 from cache_builder.prepare import open_rows, prepare_rows
 from cache_builder.text import inputs_digest
 from models.checkpoint import load_pretrained, read_config, weights_digest
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.describe import describe_numerics, describe_rows, describe_teacher
 from models.recorder import Recording, make_recorder
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.config import BuildConfig, PrepareConfig
-from schemas.errors import ConfigError, InputError, PlanMismatchError
-from schemas.manifest import Manifest, Plan, RowsPlan, TeacherPlan
+from schemas.errors import InputError, PlanMismatchError
+from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
-from schemas.rows import Row, RowReader
+from schemas.rows import Row, RowReader, teacher_batch
 from schemas.segment import committed_shards, read_manifest, read_plan
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store
 from schemas.tap_codec import signs_of
 
 SEGMENT = "0000"
+
+# What of a config says how and where a build runs, not what it records. The teacher is known by its weights.
+OF_ONE_RUN = {
+    "cache",
+    "teacher",
+    "max_in_flight_mib",
+    "claim_expiry_s",
+    "process_id",
+    "num_processes",
+    "accept_platform",
+    "repair",
+    "extend",
+    "abandon",
+}
 
 
 def build_cache(config: BuildConfig) -> Manifest:
@@ -53,13 +67,19 @@ def build_cache(config: BuildConfig) -> Manifest:
         Interrupted: SIGTERM or SIGINT; likewise.
     """
     store = Store(config.cache)
-    read_config(config.teacher.path)  # first: a wrong path is the teacher's, not its tokenizer's
-    tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     if config.repair:
         from cache_builder.repair import repair_cache  # here, since it is made of this module's parts
 
-        repair_cache(store, config, tokenizer)
+        manifest = repair_cache(store, config)
+        if manifest is not None and not (config.extend or config.abandon):
+            return manifest  # whatever of its segments this config describes
+    read_config(config.teacher.path)  # first: a wrong path is the teacher's, not its tokenizer's
+    tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     manifest = read_manifest(store)
+    if config.abandon:
+        from cache_builder.abandon import abandon_extension
+
+        abandon_extension(store, manifest)
     if config.extend:
         from cache_builder.extend import extend_cache  # likewise
 
@@ -68,12 +88,12 @@ def build_cache(config: BuildConfig) -> Manifest:
         return _check_finished(store, config, tokenizer, manifest)
     model = checked_model(config, tokenizer)
     check_choices(config, model)
-    _refuse_foreign_folder(store)
+    refuse_foreign_folder(store, "--cache")
     with watch_for_stop() as stop:
         decoder = load_pretrained(config.teacher.path, dtype=config.dtype)  # first: a long text is prepared for long
         store.clear_stale_locks()
         rows = open_or_prepare(store, config, tokenizer)
-        teacher = describe_teacher(config, model)
+        teacher = describe_teacher(config.teacher.path, model)
         plan = make_plan(config, SEGMENT, model, teacher, describe_rows(rows), str(decoder.embed[...].dtype))
         return build_segment(store, config, tokenizer, decoder, plan, rows, stop)
 
@@ -128,18 +148,6 @@ def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
     return model
 
 
-def describe_teacher(config: BuildConfig, model: ModelConfig) -> TeacherPlan:
-    """What the plan says about the teacher."""
-    return TeacherPlan(
-        path=config.teacher.path,
-        weights_digest=weights_digest(config.teacher.path),
-        num_blocks=model.num_blocks,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        family=model.family,
-    )
-
-
 def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str = SEGMENT) -> RowReader:
     """The prepared rows that the config names; where it names text, they are prepared inside the segment first."""
     rows = open_rows(config.data)
@@ -173,35 +181,6 @@ def _prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segmen
         raise
 
 
-def _refuse_foreign_folder(store: Store) -> None:
-    """A local folder that holds something else is no place for a cache."""
-    if store.local is None or not store.local.exists():
-        return
-    found = sorted(path.name for path in store.local.iterdir())
-    if found and "segments" not in found:
-        raise ConfigError(
-            "the cache's folder holds something else",
-            {"cache": store.url, "found": ", ".join(found[:5])},
-            "name a new or an empty folder with --cache",
-        )
-
-
-def describe_rows(rows: RowReader) -> RowsPlan:
-    """What the plan says about these rows."""
-    index = rows.index
-    return RowsPlan(
-        count=index.rows,
-        eval_indices=index.eval_indices,
-        row_tokens=index.row_tokens,
-        tokens=index.tokens,
-        content_digest=index.content_digest,
-        text_digest=index.text_digest,
-        tokenizer_digest=index.tokenizer_digest,
-        vocab_size=index.vocab_size,
-        eos_id=index.eos_id,
-    )
-
-
 def _check_finished(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest) -> Manifest:
     """The manifest of a finished cache, if it is of this config; tidies up what a crash at the very end left."""
     tidy(store, finished_plan(store, config, tokenizer))
@@ -217,31 +196,14 @@ def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -
     plan = read_plan(store, SEGMENT)
     if plan is None:
         raise InputError("the cache has a manifest but no plan", {"cache": store.url}, "build it elsewhere")
-    ignored = {
-        "cache",
-        "teacher",
-        "max_in_flight_mib",
-        "claim_expiry_s",
-        "process_id",
-        "num_processes",
-        "repair",
-        "extend",
-    }
-    then = {**plan.config, "weights": plan.teacher.weights_digest, "tokenizer": plan.rows.tokenizer_digest}
-    now = {
-        **config.model_dump(mode="json"),
-        "weights": weights_digest(config.teacher.path),
-        "tokenizer": tokenizer.digest,
-    }
     rows = open_rows(config.data)
-    then["text"], now["text"] = plan.rows.text_digest, rows.index.text_digest if rows else inputs_digest(config.data)
-    for values in (then, now):
-        values["data"] = {key: value for key, value in values["data"].items() if key not in ("path", "tokenizer")}
-        values.pop("accept_platform")
-    facts = {
-        key: f"there {then.get(key)!r}, here {now[key]!r}"
-        for key in now
-        if key not in ignored and then.get(key) != now[key]
+    identities = {
+        "weights": (plan.teacher.weights_digest, weights_digest(config.teacher.path)),
+        "tokenizer": (plan.rows.tokenizer_digest, tokenizer.digest),
+        "text": (plan.rows.text_digest, rows.index.text_digest if rows else inputs_digest(config.data)),
+    }
+    facts = config_differences(plan, config) | {
+        name: f"there {then!r}, here {now!r}" for name, (then, now) in identities.items() if then != now
     }
     if facts:
         raise PlanMismatchError(
@@ -252,21 +214,40 @@ def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -
     return plan
 
 
+def config_differences(plan: Plan, config: BuildConfig) -> dict[str, str]:
+    """Field -> what the plan's config and this one say, where that decides what is recorded; places do not."""
+    now = config.model_dump(mode="json")
+    facts = {}
+    for name in now.keys() - OF_ONE_RUN:
+        then = plan.config.get(name)
+        if name == "data":
+            then, now[name] = _row_settings(then or {}), _row_settings(now[name])
+        if then != now[name]:
+            facts[name] = f"there {then!r}, here {now[name]!r}"
+    return dict(sorted(facts.items()))
+
+
+def _row_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """What of a data config the rows depend on, beside the text and the tokenizer."""
+    return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
+
+
 def _warn_if_small(store: Store, plan: Plan) -> None:
     if store.local is None:
         return
     missing = (plan.num_shards - len(committed_shards(store, plan))) * plan.shard_rows * plan.bytes_per_row
     free = shutil.disk_usage(store.local).free
     if missing > free:
+        size = f"{'up to ' if plan.is_compressed else ''}{missing / 1e6:,.0f} MB"
         print(
-            f"warning: {store.url} has {free / 1e6:,.0f} MB free, and {missing / 1e6:,.0f} MB are still to be written",
+            f"warning: {store.url} has {free / 1e6:,.0f} MB free, and {size} are still to be written",
             file=sys.stderr,
         )
 
 
 def _build_pieces(job: _Job) -> None:
     """Run the teacher over every piece that nobody has committed, and see all of them committed."""
-    numerics = describe_numerics(job.plan.numerics.dtype)
+    numerics = describe_numerics(job.plan.numerics.dtype, job.plan.taps)
     other = numerics if numerics != job.plan.numerics else None
     work_through(job, "build", other, lambda batches, writer, bar: record_batches(job, batches, writer, bar))
 
@@ -277,7 +258,8 @@ def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progre
     try:
         waiting: tuple[int, list[Row], Recording] | None = None
         for first, rows in batches:
-            recording = record(parameters, *_batch_arrays(rows, job.plan))  # returns before it is computed
+            arrays = teacher_batch(rows, job.plan.batch_rows, job.plan.rows.row_tokens)
+            recording = record(parameters, *map(jnp.asarray, arrays))  # returns before it is computed
             if waiting is not None:
                 keep_batch(job.plan, writer, bar, *waiting)
             waiting = (first, rows, recording)
@@ -287,13 +269,3 @@ def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progre
         writer.wait()
     finally:
         writer.close()
-
-
-def _batch_arrays(rows: list[Row], plan: Plan) -> list[Any]:
-    """tokens, positions, segment_ids as `[batch_rows, T]`; the last batch is padded with rows of padding."""
-    arrays = []
-    for name in ("tokens", "positions", "segment_ids"):
-        array = np.zeros((plan.batch_rows, plan.rows.row_tokens), np.int32)
-        array[: len(rows)] = [getattr(row, name) for row in rows]
-        arrays.append(jnp.asarray(array))
-    return arrays

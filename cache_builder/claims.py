@@ -50,7 +50,7 @@ class Claims:
             raise self._failure
         key = layout.claim_key(self._segment, piece)
         data, generation = self._store.read_with_generation(key)
-        if data is not None and self._is_live(data, key):
+        if data is not None and _is_live(data, self._store.where(key), time.time()):
             return False
         if not self._store.replace(key, to_canonical(self._claim()), generation):
             return False
@@ -74,13 +74,6 @@ class Claims:
     def _claim(self) -> Claim:
         return this_process_claim(time.time() + self._expiry_s)
 
-    def _is_live(self, data: bytes, key: str) -> bool:
-        try:
-            claim = from_canonical(Claim, data, self._store.where(key))
-        except DamageError:
-            return False  # half-written by a killed process: nobody's
-        return time.time() < claim.expires and not _owner_is_gone(claim)
-
     def _beat(self) -> None:
         while not self._stop.wait(self._expiry_s / 4):
             with self._lock:  # a claim must not come back after done()
@@ -101,6 +94,23 @@ def this_process_claim(expires: float) -> Claim:
         started=_process_start(os.getpid()),
         expires=expires,
     )
+
+
+def is_anothers_claim(store: Store, key: str) -> bool:
+    """Whether a live process other than this one holds the claim, or held it until less than the expiry ago."""
+    data = store.read(key)
+    if data is None or not _is_live(data, store.where(key), time.time()):
+        return False
+    claim = from_canonical(Claim, data, store.where(key))
+    return claim.model_copy(update={"expires": 0.0}) != this_process_claim(0.0)
+
+
+def _is_live(data: bytes, where: str, now: float) -> bool:
+    try:
+        claim = from_canonical(Claim, data, where)
+    except DamageError:
+        return False  # half-written by a killed process: nobody's
+    return now < claim.expires and not _owner_is_gone(claim)
 
 
 def _owner_is_gone(claim: Claim) -> bool:

@@ -4,8 +4,10 @@ A copy is built like any cache: a plan that is settled first, claims, shards wit
 that its numbers come from another cache (transcode.py), and no teacher runs.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -16,22 +18,24 @@ from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import array_files
 from cache_builder.pieces import Batches, ClaimedPieces, keep_batch, work_through
 from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import settle_plan, tap_plan, with_objects, with_slots
-from cache_builder.transcode import TapCopy, transcode
+from cache_builder.plan import refuse_foreign_folder, settle_plan, with_objects
+from cache_builder.transcode import TapCopy, recoded_taps, transcode
+from models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
 from schemas import layout
 from schemas.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
-from schemas.config import CopyConfig
+from schemas.config import CopyConfig, TapConfig
 from schemas.digest import digest_bytes
 from schemas.errors import ConfigError, InputError
-from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
+from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan, RowsPlan, TapPlan
 from schemas.progress import Progress
 from schemas.rows import Row, encode_row
 from schemas.segment import open_cache, read_manifest, segment_name
 from schemas.signals import watch_for_stop
 from schemas.storage import Store
 from schemas.tap_codec import signs_of
+from schemas.tap_plan import tap_plan, with_compression, with_slots
 
-TAPS = ("attn_out", "resid", "mlp_out")
+TAPS = ("attn_out", "resid", "mlp_out", TOPK_LOGITS)
 
 
 def copy_cache(config: CopyConfig) -> Manifest:
@@ -46,28 +50,45 @@ def copy_cache(config: CopyConfig) -> Manifest:
     source, store = Store(config.src), Store(config.dst)
     if source.spec("") == store.spec(""):
         raise ConfigError("a cache cannot be copied onto itself", {"src": config.src, "dst": config.dst})
+    refuse_foreign_folder(store, "DST")
+    if config.repair:
+        from cache_builder.copy_repair import repair_copy  # here, since it is made of this module's parts
+
+        config, repaired = repair_copy(config, source, store)
+        if repaired is not None:
+            return repaired
     groups = row_groups(open_cache(source))
-    rows = _SelectedRows(groups, config.rows)
+    rows = SelectedRows(groups, config.rows)
     with watch_for_stop() as stop:
+        plan = _make_plan(config, source, rows)
+        recoded = recoded_taps(groups, plan.taps, signs_of(plan))
         store.clear_stale_locks()
-        plan = settle_plan(store, _make_plan(config, source, rows), accept_platform=False)
+        plan = settle_plan(store, _with_recoded(plan, recoded), accept_platform=False)
         finished = read_manifest(store)
         if finished is not None:
             tidy(store, plan)
             return finished
-        for key, value in _fixed_files(source, groups[0], plan).items():
+        for tap, what in recoded.items():
+            print(f"{tap}: {what}", file=sys.stderr)
+        for key, value in copied_files(source, groups[0], plan).items():
             if store.read(key) != value:
                 store.write(key, value)
         claims = Claims(store, plan.segment, config.claim_expiry_s)
         try:
             job = ClaimedPieces(store=store, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
-            work_through(job, "copy", None, _Copying(plan, rows).run)
+            work_through(job, "copy", None, Copying(plan, rows).run)
         finally:
             claims.close()
         return finish_segment(store, plan)
 
 
-class _SelectedRows:
+def _with_recoded(plan: Plan, recoded: Mapping[str, str]) -> Plan:
+    """The plan with what is recoded, and with the machine that does it, whose arithmetic the codes depend on."""
+    here = describe_numerics("float32", plan.taps) if recoded else None
+    return plan.model_copy(update={"recoded_on": here, "config": {**plan.config, "recoded": dict(recoded)}})
+
+
+class SelectedRows:
     """The chosen rows of a cache, numbered anew from 0."""
 
     def __init__(self, groups: Sequence[RowGroup], wanted: str) -> None:
@@ -108,7 +129,7 @@ class _SelectedRows:
         return [self._map.locate(int(number)) for number in self.numbers[start:stop]]
 
 
-def _make_plan(config: CopyConfig, source: Store, rows: _SelectedRows) -> Plan:
+def _make_plan(config: CopyConfig, source: Store, rows: SelectedRows) -> Plan:
     base = rows.groups[0].base.plan
     digest = digest_bytes(source.read(layout.MANIFEST) or b"")
     kept = _describe_rows(rows, digest)
@@ -117,8 +138,7 @@ def _make_plan(config: CopyConfig, source: Store, rows: _SelectedRows) -> Plan:
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * kept.row_tokens
     batch_rows = config.batch_rows or base.batch_rows
     shard_rows = layout.choose_shard_rows(row_bytes, kept.count, batch_rows, config.shard_mib, config.shard_rows)
-    options = ("codec", "group", "rotate", "delta", "keyframe_every")
-    stored = {tap.name: {name: getattr(tap, name) for name in options} for tap in taps}
+    stored = {tap.name: _as_configured(tap) for tap in taps}
     return base.model_copy(
         update={
             "segment": segment_name(0),
@@ -128,17 +148,33 @@ def _make_plan(config: CopyConfig, source: Store, rows: _SelectedRows) -> Plan:
             "blocks": blocks,
             "batch_rows": batch_rows,
             "shard_rows": shard_rows,
+            "numerics": _describe_numerics(base.numerics, taps),
             "config": {
                 **base.config,
-                "taps": {name: stored.get(name) for name in TAPS},
+                "taps": {name: stored.get(name) for name in TAPS if name in stored or name != TOPK_LOGITS},
                 "blocks": list(blocks),
-                "copy": config.model_dump(mode="json"),
+                "copy": config.model_dump(mode="json", exclude_unset=True, exclude={"repair"}),
             },
         }
     )
 
 
-def _describe_rows(rows: _SelectedRows, source_digest: str) -> RowsPlan:
+def _as_configured(tap: TapPlan) -> dict[str, Any]:
+    """What the config of a build says of such a tap."""
+    compression = {} if tap.compress == "none" else {"compress": tap.compress}
+    if tap.k is not None:
+        return {"k": tap.k, "dtype": tap.codec} | compression
+    options = ("codec", "group", "rotate", "delta", "keyframe_every")
+    return {name: getattr(tap, name) for name in options} | compression
+
+
+def _describe_numerics(source: NumericsPlan, taps: Sequence[TapPlan]) -> NumericsPlan:
+    """What pinned the source's numbers, and what pins the bytes that they are compressed to here."""
+    versions = {name: value for name, value in source.versions.items() if name != COMPRESSING_LIBRARY}
+    return source.model_copy(update={"versions": versions | compressor_version(taps)})
+
+
+def _describe_rows(rows: SelectedRows, source_digest: str) -> RowsPlan:
     """What the plan says about the chosen rows. Other rows than one text gave are known by the cache they are from."""
     base = rows.groups[0].base.plan.rows
     if rows.is_whole:
@@ -188,15 +224,27 @@ def _chosen_taps(config: CopyConfig, groups: Sequence[RowGroup], blocks: tuple[i
     for name in _wanted_taps(config, groups):
         slots, codec = sorted(slots_of(name, blocks)), getattr(config.taps, name)
         if codec != "keep":
-            chosen.append(tap_plan(name, codec, slots, hidden))
-            continue
-        located = [(segment, tap) for group in groups for segment, tap, _ in group.locate(name, slots, as_one=False)]
-        check_same_codec(name, located)
-        chosen.append(with_slots(located[0][1], slots, hidden))
+            _check_codec_named(name, codec)
+            tap, says_how = tap_plan(name, codec, slots, hidden), "compress" in codec.model_fields_set
+        else:
+            pairs = [(segment, tap) for group in groups for segment, tap, _ in group.locate(name, slots, as_one=False)]
+            check_same_codec(name, pairs)
+            tap, says_how = with_slots(pairs[0][1], slots, hidden), False
+        chosen.append(tap if says_how or config.compress == "keep" else with_compression(tap, config.compress))
     return chosen
 
 
-def _fixed_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
+def _check_codec_named(name: str, codec: TapConfig) -> None:
+    """Raise `ConfigError` where only the compression is set: the default codec would replace the stored one."""
+    if codec.model_fields_set == {"compress"}:
+        raise ConfigError(
+            "a tap's compression is set without its codec",
+            {f"taps.{name}.compress": codec.compress, f"taps.{name}.codec": "not set"},
+            f"set taps.{name}.codec, or keep the codec and compress the copy: --compress {codec.compress}",
+        )
+
+
+def copied_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
     """What does not depend on the rows, by key."""
     tokenizer = source.read(layout.TOKENIZER)
     if tokenizer is None:
@@ -210,11 +258,11 @@ def _fixed_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]
 
 
 @dataclass(frozen=True)
-class _Copying:
+class Copying:
     """Hands the source's rows, transcoded, to the writer."""
 
     plan: Plan
-    rows: _SelectedRows
+    rows: SelectedRows
 
     def run(self, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Every batch: read, decoded where its codec changes, encoded, and handed on."""

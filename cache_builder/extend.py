@@ -5,22 +5,18 @@ are there get the taps and blocks that they lack. What is there is neither writt
 segment exists once the manifest that lists it has replaced the one that does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cache_builder.build import (
-    build_segment,
-    checked_model,
-    describe_rows,
-    describe_teacher,
-    open_or_prepare,
-)
+from cache_builder.build import build_segment, checked_model, open_or_prepare
 from cache_builder.finish import tidy
 from cache_builder.pieces import RowSource
-from cache_builder.plan import chosen_taps, make_plan, plan_differences, with_slots
+from cache_builder.plan import chosen_taps, make_plan, plan_differences
 from cache_builder.prepare import open_rows
 from cache_builder.text import inputs_digest
 from models.checkpoint import load_pretrained, weights_digest
+from models.describe import COMPRESSING_LIBRARY, describe_rows, describe_teacher
 from models.tokenizer import TextTokenizer
 from schemas import layout
 from schemas.addressing import CODEC_FIELDS, RowGroup, row_groups
@@ -28,9 +24,10 @@ from schemas.config import BuildConfig, DataConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
 from schemas.rows import Row
-from schemas.segment import Segment, open_cache, segment_name
+from schemas.segment import Segment, open_cache, read_plan, segment_name
 from schemas.signals import watch_for_stop
 from schemas.storage import Store
+from schemas.tap_plan import with_slots
 
 
 def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
@@ -54,7 +51,8 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
     _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
     with watch_for_stop() as stop:
         store.clear_stale_locks()
-        addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
+        with _naming_unfinished(store, segment):
+            addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
         if not addition.taps:
             return manifest
         decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
@@ -62,14 +60,30 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             config,
             segment,
             model,
-            describe_teacher(config, model),
+            describe_teacher(config.teacher.path, model),
             addition.plan,
             str(decoder.embed[...].dtype),
             rows_of=addition.rows_of,
             taps=addition.taps,
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
-        return build_segment(store, config, tokenizer, decoder, plan, addition.rows, stop)
+        with _naming_unfinished(store, segment):
+            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, stop)
+
+
+@contextmanager
+def _naming_unfinished(store: Store, segment: str) -> Iterator[None]:
+    """A plan that does not fit is an extension that another command began: say how to be rid of it."""
+    try:
+        yield
+    except PlanMismatchError as error:
+        if read_plan(store, segment) is None:
+            raise
+        raise PlanMismatchError(
+            "an extension with another config was begun and is not finished",
+            {"unfinished": store.where(layout.segment_prefix(segment)), **error.facts},
+            "finish it with the config that it was begun with, or delete it first: the same command with --abandon",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,8 @@ def _choose_addition(
     if not missing:  # perhaps since a moment ago, when a crash kept the build from tidying up
         for each in group.segments:
             tidy(store, each.plan)
-        tidy(store, base.model_copy(update={"segment": segment}))
+        if read_plan(store, segment) is None:  # only rows were prepared there, to find that the cache has them
+            tidy(store, base.model_copy(update={"segment": segment}))
     return _Addition(_SegmentRows(group.base), base.rows, base.segment, missing)
 
 
@@ -205,8 +220,12 @@ def _check_same_teacher(store: Store, there: Plan, config: BuildConfig, tokenize
 
 
 def _check_same_numerics(store: Store, there: Plan, plan: Plan, accept_platform: bool) -> None:
-    """Of one cache all numbers come from one computation; other platforms only where the user accepts them."""
+    """Of one cache all numbers come from one computation; other platforms only where the user accepts them.
+
+    What compresses a segment's bytes is its own: the numbers do not depend on it.
+    """
     found = plan_differences(there, plan)
+    found.pop(f"numerics.versions.{COMPRESSING_LIBRARY}", None)
     facts = {
         name: f"there {then!r}, here {now!r}" for name, (then, now) in found.items() if name.startswith("numerics.")
     }

@@ -36,7 +36,14 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
     index = b"".join(encode_record(plan, receipt) for receipt in receipts)
     store.write(f"{prefix}/index.bin", index)
     store.write(f"{prefix}/stats.json", to_canonical(Stats(taps=total_stats(receipts))))
-    entry = SegmentEntry(
+    manifest = _list_segment(store, plan, segment_entry(store, plan, index))
+    tidy(store, plan)
+    return manifest
+
+
+def segment_entry(store: Store, plan: Plan, index: bytes) -> SegmentEntry:
+    """The manifest's line of a segment whose files are all there."""
+    return SegmentEntry(
         segment=plan.segment,
         rows_of=plan.rows_of,
         rows=plan.rows.count,
@@ -44,9 +51,6 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
         index_length=len(index),
         files=dict(_small_files(store, plan)),
     )
-    manifest = _list_segment(store, plan, entry)
-    tidy(store, plan)
-    return manifest
 
 
 def lists_segment(manifest: Manifest, segment: str) -> bool:

@@ -1,12 +1,10 @@
 """The files of a segment that do not depend on its rows."""
 
-from typing import Any
-
-import numpy as np
 import safetensors.numpy
 import tensorstore as ts
 
 from models.decoder import Decoder
+from models.describe import attention_norms
 from models.tokenizer import TextTokenizer
 from schemas import layout
 from schemas.manifest import Plan
@@ -17,9 +15,8 @@ from schemas.tap_codec import signs_of
 def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[str, bytes]:
     """What does not depend on the rows, by key: the tokenizer, the arrays' metadata, the teacher's attention norms."""
     prefix = layout.segment_prefix(plan.segment)
-    norms = np.concatenate([_attention_norms(group) for group in decoder.groups])
     files = {layout.TOKENIZER: tokenizer.to_json().encode()} if plan.segment == segment_name(0) else {}
-    side = {"attention_norm": norms, **signs_of(plan)}
+    side = {"attention_norm": attention_norms(decoder), **signs_of(plan)}
     files[f"{prefix}/side.safetensors"] = safetensors.numpy.save(side)
     return files | array_files(plan)
 
@@ -35,9 +32,3 @@ def array_files(plan: Plan) -> dict[str, bytes]:
             metadata = ts.KvStore.open(memory, context=context).result().read("zarr.json").result().value
             files[f"{layout.array_folder(plan.segment, part.array)}/zarr.json"] = metadata
     return files
-
-
-def _attention_norms(group: Any) -> np.ndarray:
-    """`[repeats * pattern, D]` float32, in block order."""
-    stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
-    return stacked.reshape(-1, stacked.shape[-1])

@@ -17,7 +17,7 @@ from models.recorder import Recording
 from schemas import layout
 from schemas.config import BuildConfig, CopyConfig
 from schemas.errors import Interrupted, NonFiniteError
-from schemas.manifest import NumericsPlan, Plan
+from schemas.manifest import TOPK_LOGITS, NumericsPlan, Plan
 from schemas.progress import Progress
 from schemas.rows import Row
 from schemas.segment import committed_shards, read_manifest
@@ -189,7 +189,7 @@ def _raise_if_nonfinite(plan: Plan, tap: str, slots: tuple[int, ...], counts: np
         {
             "shard": (first + row) // plan.shard_rows,
             "row": first + row,
-            "block": slots[slot],
+            **({} if tap == TOPK_LOGITS else {"block": slots[slot]}),
             "tap": tap,
             "found": f"{counts[row, slot]} numbers that are NaN or infinite",
         },

@@ -1,25 +1,20 @@
 """What will be built: sizes, slots and fingerprints, from a config, a teacher's config and the rows."""
 
-import platform
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import jax
-
 from models.config import ModelConfig
+from models.describe import describe_numerics
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
-from schemas.codecs import Codec, default_group, make_signs
-from schemas.config import BuildConfig, TapConfig, TapsConfig
+from schemas.config import BuildConfig
 from schemas.errors import ConfigError, PlanMismatchError
-from schemas.manifest import NumericsPlan, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
+from schemas.manifest import Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.storage import Store
-from schemas.tap_codec import tap_codec
-
-NUMERIC_LIBRARIES = ("jax", "jaxlib", "flax")  # what turns a plan into bits
+from schemas.tap_plan import choose_taps, chosen_blocks
 
 
 def make_plan(
@@ -41,7 +36,7 @@ def make_plan(
     Raises:
         ConfigError: the config asks for blocks, sizes or taps that cannot be.
     """
-    blocks = _chosen_blocks(config.blocks, model.num_blocks)
+    blocks = chosen_blocks(config.blocks, model.num_blocks)
     taps = chosen_taps(config, model) if taps is None else taps
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * rows.row_tokens
     shard_rows = layout.choose_shard_rows(row_bytes, rows.count, config.batch_rows, config.shard_mib, config.shard_rows)
@@ -54,7 +49,7 @@ def make_plan(
         blocks=blocks,
         batch_rows=config.batch_rows,
         shard_rows=shard_rows,
-        numerics=describe_numerics(dtype),
+        numerics=describe_numerics(dtype, taps),
         config=config.model_dump(mode="json"),
         created={
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,35 +65,8 @@ def chosen_taps(config: BuildConfig, model: ModelConfig) -> list[TapPlan]:
     Raises:
         ConfigError: the config asks for blocks, codecs or taps that cannot be.
     """
-    return _choose_taps(config.taps, _chosen_blocks(config.blocks, model.num_blocks), model.hidden_size)
-
-
-def tap_plan(name: str, config: TapConfig, slots: Sequence[int], hidden: int) -> TapPlan:
-    """A tap in the codec that a config asks for; the objects are not divided yet.
-
-    Raises:
-        ConfigError: there is no such codec.
-    """
-    if config.delta and name != "resid":
-        raise ConfigError(
-            "delta coding is for the residual stream",
-            {f"taps.{name}.delta": True, "why": "only the stream changes little from block to block"},
-            f"leave out taps.{name}.delta",
-        )
-    integer = config.codec in ("int8", "int4")
-    options = {
-        "group": default_group(hidden) if integer and config.group is None else config.group,
-        "rotate": config.rotate and integer,
-        "delta": config.delta,
-        "keyframe_every": config.keyframe_every if config.delta else 0,
-    }
-    return with_slots(TapPlan(name=name, codec=config.codec, slots=(), parts=(), **options), slots, hidden)
-
-
-def with_slots(tap: TapPlan, slots: Sequence[int], hidden: int) -> TapPlan:
-    """The tap with these slots alone; the objects are not divided yet."""
-    codec = tap_codec(tap, {f"signs.{tap.name}": make_signs(tap.name, hidden)})
-    return tap.model_copy(update={"slots": tuple(slots), "parts": _parts(tap.name, codec, hidden, len(slots))})
+    blocks = chosen_blocks(config.blocks, model.num_blocks)
+    return choose_taps(config.taps, blocks, model.hidden_size, model.vocab_size)
 
 
 def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:
@@ -108,21 +76,21 @@ def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, obje
 
 def check_choices(config: BuildConfig, model: ModelConfig) -> None:
     """Raise `ConfigError` for blocks, taps or sizes that cannot be, before anything is prepared or written."""
-    _choose_taps(config.taps, _chosen_blocks(config.blocks, model.num_blocks), model.hidden_size)
+    chosen_taps(config, model)
     layout.choose_shard_rows(1, 1, config.batch_rows, config.shard_mib, config.shard_rows)
 
 
-def describe_numerics(dtype: str) -> NumericsPlan:
-    """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it."""
-    device = jax.devices()[0]
-    kind = f"cpu:{platform.machine()}" if device.platform == "cpu" else device.device_kind
-    return NumericsPlan(
-        dtype=dtype,
-        attention="xla",
-        mesh=(1,),
-        platform=kind,
-        versions={name: version(name) for name in NUMERIC_LIBRARIES},
-    )
+def refuse_foreign_folder(store: Store, flag: str) -> None:
+    """A local folder that holds something else is no place for a cache; `flag` names the place."""
+    if store.local is None or not store.local.exists():
+        return
+    found = sorted(path.name for path in store.local.iterdir())
+    if found and "segments" not in found:
+        raise ConfigError(
+            "the cache's folder holds something else",
+            {"cache": store.url, "found": ", ".join(found[:5])},
+            f"name a new or an empty folder with {flag}",
+        )
 
 
 def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
@@ -142,6 +110,8 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
         advice = (
             "go on where it was begun, or accept other bits with --accept-platform"
             if platform_only
+            else "go on on the machine where it was begun, or copy to another place"
+            if all(name.startswith("recoded_on") for name in differences)
             else "use the config that it was begun with, or another cache"
         )
         raise PlanMismatchError("the cache belongs to another plan", {"cache": store.url, **facts}, advice)
@@ -163,49 +133,6 @@ def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
     compare("", stored.model_dump(mode="json", exclude=ignored), wanted.model_dump(mode="json", exclude=ignored))
     differences.pop("teacher.path", None)  # identity is the weights, wherever they lie
     return differences
-
-
-def _chosen_blocks(blocks: str | list[int], num_blocks: int) -> tuple[int, ...]:
-    if isinstance(blocks, str):
-        return tuple(range(num_blocks))
-    chosen = tuple(sorted(set(blocks)))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= num_blocks:
-        raise ConfigError(
-            "the blocks to record are not the teacher's",
-            {"blocks": blocks, "expected": f"some of 0 to {num_blocks - 1}"},
-        )
-    return chosen
-
-
-def _choose_taps(taps: TapsConfig, blocks: tuple[int, ...], hidden: int) -> list[TapPlan]:
-    """The taps with their slots and arrays; the objects are not divided yet."""
-    chosen = []
-    for name in ("attn_out", "resid", "mlp_out"):
-        config = getattr(taps, name)
-        if config is None:
-            continue
-        # A block's mlp_out follows from the stream on both of its sides.
-        slots = sorted({*blocks, *(block + 1 for block in blocks)}) if name == "resid" else blocks
-        chosen.append(tap_plan(name, config, slots, hidden))
-    if not chosen:
-        raise ConfigError("there is nothing to record", {"taps": "all are null"}, "set taps.attn_out or taps.resid")
-    return chosen
-
-
-def _parts(tap: str, codec: Codec, hidden: int, slots: int) -> tuple[PartPlan, ...]:
-    return tuple(
-        PartPlan(
-            array=tap if part.name == "codes" else f"{tap}.{part.name}",
-            part=part.name,
-            dtype=part.dtype,
-            width=part.width,
-            bits_of=part.bits_of,
-            every=part.every,
-            slots=part.slots(slots),
-            slots_per_object=1,
-        )
-        for part in codec.parts(hidden)
-    )
 
 
 def _with_objects(tap: TapPlan, row_tokens: int, shard_rows: int, object_mib: int) -> TapPlan:

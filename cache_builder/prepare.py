@@ -168,10 +168,11 @@ def draw_eval_rows(rows: int, eval_rows: int, seed: int) -> tuple[int, ...]:
         InputError: no row would be left to train on.
     """
     if eval_rows >= rows:
+        most = f"{rows - 1} or less" if rows > 1 else "0"
         raise InputError(
             "the text is too short to hold out so many rows",
             {"data.eval_rows": eval_rows, "found": f"{rows} rows in all", "expected": f"{eval_rows + 1} or more"},
-            f"set data.eval_rows to {rows - 1} or less, or name more text, or make data.row_tokens smaller",
+            f"set data.eval_rows to {most}, or name more text, or make data.row_tokens smaller",
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, eval_rows, replace=False)
     return tuple(sorted(drawn.tolist()))

@@ -1,229 +1,296 @@
-"""`distillcache build --repair`: compute again exactly what is damaged.
+"""`distillcache build --repair`: compute again exactly what is damaged, in every segment.
 
-An unfinished cache loses the receipts of its damaged shards, and the build goes on: they are built like any other.
+What is repaired is described by the plans: each segment's taps, batches and text are its own plan's. Of the command
+line count the cache, and where teacher, tokenizer and text lie now. Rows come from the cache where they are whole
+(mend.py), and otherwise from the text. A segment that adds to another one's rows is repaired after that one.
 
-A finished one keeps its manifest, which stays true throughout: readers find the committed bytes or an
-error. The teacher runs over the batches that hold damaged shards, on the cache's own rows where these are
-whole. A shard whose index record is lost leaves a receipt, and every shard does if stats.json is lost (it is a sum
-over all of them); so an interrupted repair goes on. The index and the statistics are written last, each at once.
-
-The plan and the manifest alone say what was built: they cannot be computed again.
+An unfinished segment loses the receipts of its damaged shards, and the build goes on: they are built like any other.
+A copied segment has its source, not the teacher: `distillcache copy --repair` (copy_repair.py) makes it again.
 """
 
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
+from typing import Any
 
-from cache_builder.build import (
-    Work,
-    describe_rows,
-    finished_plan,
-    open_or_prepare,
-    record_batches,
-)
-from cache_builder.check import check_cache, receipt_records
-from cache_builder.check_shard import check_object, stored_objects
+from cache_builder.build import OF_ONE_RUN, Work, config_differences, open_or_prepare, record_batches
+from cache_builder.check import check_cache
 from cache_builder.finding import Finding
-from cache_builder.finish import BUILD_FOLDERS, total_stats
+from cache_builder.finish import BUILD_FOLDERS, tidy
 from cache_builder.fixed import fixed_files
-from cache_builder.pieces import RowSource, piece_batches
+from cache_builder.lost_manifest import lost_files, rebuild_manifest
+from cache_builder.mend import Damage, mend_segment
+from cache_builder.pieces import Batches, Pieces, RowSource
 from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import describe_numerics
-from cache_builder.survey import SegmentView, Survey, survey_cache
-from cache_builder.write import ShardBuffer, encode_shard
-from models.checkpoint import load_pretrained
+from cache_builder.prepare import open_rows
+from cache_builder.survey import Survey, survey_cache
+from cache_builder.text import inputs_digest
+from models.checkpoint import load_pretrained, weights_digest
 from models.decoder import Decoder
-from models.tokenizer import TextTokenizer
+from models.describe import describe_rows
+from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
-from schemas.canonical import from_canonical, to_canonical
-from schemas.config import BuildConfig
-from schemas.digest import digest_bytes
-from schemas.errors import DamageError, PlanMismatchError
-from schemas.index import encode_record, record_dtype
-from schemas.manifest import Manifest, NumericsPlan, Plan, SegmentEntry, ShardReceipt, Stats
+from schemas.config import BuildConfig, DataConfig
+from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
-from schemas.signals import StopRequest, watch_for_stop
-from schemas.storage import Store
+from schemas.segment import read_plan, segment_name
+from schemas.settings import merge
+from schemas.signals import watch_for_stop
+from schemas.storage import LOCK_SUFFIX, Store
 
 FILES_KEPT = 4  # files of rows in memory: a teacher batch may span some
 
 
-def repair_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> None:
-    """Check a cache, and make it whole, or ready for the build to go on.
+def complete_config(values: dict[str, Any]) -> dict[str, Any]:
+    """For `--repair`, the settings of a command that names places only, from the cache's first built plan.
+
+    Raises:
+        InputError: there is no cache here.
+        ConfigError: the cache is a copy.
+        DamageError: the plan is damaged.
+    """
+    if not isinstance(values.get("cache"), str) or _states_settings(values):
+        return values
+    store = Store(values["cache"])
+    plans, number = [], 0
+    while (plan := read_plan(store, segment_name(number))) is not None:
+        plans.append(plan)
+        number += 1
+    if not plans:
+        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+    built = [plan for plan in plans if plan.copied_from is None]
+    if not built:
+        raise _is_a_copy(store, plans[0])
+    then = {name: value for name, value in built[0].config.items() if name == "teacher" or name not in OF_ONE_RUN}
+    return merge({**then, "data": _stated(then["data"])}, values)
+
+
+def _states_settings(values: dict[str, Any]) -> bool:
+    """Whether these values are a whole config, not only places and how to run."""
+    data = values.get("data")
+    inner = data.keys() - {"path", "tokenizer"} if isinstance(data, dict) else set()
+    return {"teacher", "data"} <= values.keys() and bool(values.keys() - OF_ONE_RUN - {"data"} or inner)
+
+
+def _stated(data: dict[str, Any]) -> dict[str, Any]:
+    """A data config without its defaults: stating them would contradict prepared rows that were made with others."""
+    return {name: value for name, value in data.items() if value != DataConfig.model_fields[name].default}
+
+
+def repair_cache(store: Store, config: BuildConfig) -> Manifest | None:
+    """Check a cache, and make its finished segments whole, and an unfinished one ready for the build to go on.
+
+    Returns: the manifest; None where the cache is not finished.
 
     Raises:
         InputError: there is no cache here, or the text is needed and cannot be used.
-        PlanMismatchError: the cache belongs to another config, or this machine computes other bits.
-        DamageError: the manifest or a plan is lost.
+        ConfigError: what is damaged is a copy.
+        PlanMismatchError: the cache belongs to another config or teacher, or this machine computes other bits.
+        DamageError: a plan is lost, or a manifest that cannot be made again.
         Interrupted: SIGTERM or SIGINT; the same command goes on.
     """
+    survey, findings = check_whole(store)
+    built = [view.plan for view in survey.segments if view.plan.copied_from is None]
+    if survey.segments and not built:
+        raise _is_a_copy(store, survey.segments[0].plan)
+    if built and not config.extend:
+        _check_describes_one(store, built, config)
+    teacher = _Teacher(config)
+    lost = lost_files(findings)
+    if lost:
+        rebuild_manifest(survey, findings, lambda view: _FromTeacher(store, view.plan, None, teacher).fixed_files())
+        survey, findings = survey_cache(store), []
+    drop_receipts(survey, findings)
+    if survey.manifest is None:
+        return None
+    with watch_for_stop() as stop:
+        store.clear_stale_locks()
+        plans = {view.plan.segment: view.plan for view in survey.segments}
+        damages = damages_of(survey, findings)
+        for damage in damages:
+            if damage.plan.copied_from is not None:
+                raise _is_a_copy(store, damage.plan)
+        for damage in damages:
+            base = plans[damage.plan.rows_of or damage.plan.segment]
+            maker = _FromTeacher(store, base, damage, teacher)
+            mend_segment(damage, maker, stop, config.max_in_flight_mib << 20)
+    tell_repaired(survey, findings, damages)
+    return survey.manifest
+
+
+def check_whole(store: Store) -> tuple[Survey, list[Finding]]:
+    """Everything that is wrong with a cache, every byte of which is read."""
     survey = survey_cache(store)
     with Progress("verify", survey.num_objects, unit="objects") as bar:
-        findings = list(check_cache(survey, on_checked=lambda what, count: _advance(bar, what, count)))
-    _refuse_lost_plans(store, findings)
+
+        def on_checked(what: str, count: int) -> None:
+            if what in ("objects", "rows_files"):
+                bar.advance(count)
+
+        return survey, list(check_cache(survey, on_checked=on_checked))
+
+
+def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
+    """Make damaged shards of an unfinished segment uncommitted, so that the build takes them up again."""
     for view in survey.segments:
-        if view.shards is not None:
-            _drop_receipts(store, view, findings)
-    if survey.manifest is not None:
-        plan = finished_plan(store, config, tokenizer)
-        view = next(view for view in survey.segments if view.plan.segment == plan.segment)
+        plan = view.plan
+        mine = [each.shard for each in findings if each.segment == plan.segment and view.shards is not None]
+        for shard in {shard for shard in mine if shard is not None}:
+            survey.store.delete(layout.receipt_key(plan.segment, shard))
+            # Its builder may be alive and hold it as done; that would have to expire first.
+            piece = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
+            survey.store.delete(layout.claim_key(plan.segment, piece))
+
+
+def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
+    """What is damaged in the finished segments, in the manifest's order: rows before what is added to them."""
+    manifest = survey.manifest
+    found = [
+        Damage.of(survey.store, view, view.entry, manifest, findings)
+        for view in survey.segments
+        if manifest is not None and view.entry is not None
+    ]
+    return [damage for damage in found if damage.keys]
+
+
+def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequence[Damage]) -> None:
+    """Remove what building left behind, and say on standard error what was repaired and what stays as it is."""
+    for view in survey.segments:
         if view.entry is not None:
-            damage = _Damage.of(store, view, view.entry, survey.manifest, findings)
-            with watch_for_stop() as stop:
-                _repair_segment(damage, config, tokenizer, stop)
-        _tell(survey, findings, plan.segment)
+            tidy(survey.store, view.plan)
+    keys, shards = sum(len(damage.keys) for damage in repaired), sum(len(damage.shards) for damage in repaired)
+    print(f"repaired: {keys} files, {shards} shards", file=sys.stderr)
+    for finding in findings:
+        leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
+        if finding.what == "foreign" and not leftover and not finding.object.endswith(LOCK_SUFFIX):
+            print(f"left there: {survey.store.where(finding.object)} is not the cache's", file=sys.stderr)
+    for view in survey.segments:
+        if view.entry is None:
+            print(
+                f"not finished: segment {view.plan.segment}; go on with `build --extend` and the config it was begun "
+                "with, or delete it: --abandon",
+                file=sys.stderr,
+            )
 
 
-def _advance(bar: Progress, what: str, count: int) -> None:
-    if what in ("objects", "rows_files"):
-        bar.advance(count)
+def _is_a_copy(store: Store, plan: Plan) -> ConfigError:
+    return ConfigError(
+        "a copy is repaired from what it was copied from, not by the teacher",
+        {"cache": store.url, "segment": plan.segment},
+        f"distillcache copy {plan.config['copy']['src']} {store.url} --repair",
+    )
 
 
-def _refuse_lost_plans(store: Store, findings: list[Finding]) -> None:
-    lost = [finding for finding in findings if finding.object.rpartition("/")[2] in (layout.MANIFEST, "plan.json")]
-    lost = [finding for finding in lost if finding.what != "foreign"]
-    if lost:
-        names = " and ".join(finding.object for finding in lost)
-        raise DamageError(
-            "what says how the cache was built is lost, and cannot be computed again",
-            {"cache": store.url, **{finding.object: f"{finding.what}: {finding.detail}" for finding in lost}},
-            f"copy {names} back, or delete the cache's manifest.json, delete {names}, and build without --repair: "
-            "then every shard is computed again",
+def _check_describes_one(store: Store, plans: Sequence[Plan], config: BuildConfig) -> None:
+    """Settings that no segment was built with are a mistake, though none of them would count here."""
+    found = [config_differences(plan, config) for plan in plans]
+    if all(found):
+        raise PlanMismatchError(
+            "the cache belongs to another config",
+            {"cache": store.url, **min(found, key=len)},
+            f"repair it by its own: distillcache build --repair --cache {store.url}",
         )
 
 
-def _drop_receipts(store: Store, view: SegmentView, findings: list[Finding]) -> None:
-    """Make damaged shards of an unfinished segment uncommitted, so that the build takes them up again."""
-    plan = view.plan
-    for shard in {finding.shard for finding in findings if finding.segment == plan.segment}:
-        if shard is not None:
-            store.delete(layout.receipt_key(plan.segment, shard))
-            # Its builder may be alive and hold it as done; that would have to expire first.
-            piece = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
-            store.delete(layout.claim_key(plan.segment, piece))
+class _Teacher:
+    """The teacher and the tokenizers on this machine, each loaded when the first damaged segment asks for it."""
 
+    def __init__(self, config: BuildConfig) -> None:
+        self.config = config
+        self.decoder = cache(self._load_decoder)
+        self.tokenizer = cache(self._load_tokenizer)
 
-def _tell(survey: Survey, findings: list[Finding], repaired: str) -> None:
-    """On standard error: what was repaired, and what is left as it is."""
-    damaged = [finding for finding in findings if finding.what != "foreign" and finding.segment in (None, repaired)]
-    shards = {finding.shard for finding in damaged if finding.shard is not None}
-    print(f"repaired: {len(damaged)} findings, {len(shards)} shards", file=sys.stderr)
-    for finding in findings:
-        leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
-        if finding.what == "foreign" and not leftover:
-            print(f"left there: {survey.store.where(finding.object)} is not the cache's", file=sys.stderr)
-    entries = survey.manifest.segments if survey.manifest is not None else ()
-    others = {finding.segment for finding in findings} & {entry.segment for entry in entries} - {repaired}
-    for segment in sorted(others - {None}, key=str):
-        print(f"left damaged: segment {segment}; repair it with the config that added it", file=sys.stderr)
+    @cached_property
+    def weights(self) -> str:
+        """The digest of its weights."""
+        return weights_digest(self.config.teacher.path)
+
+    def check(self, store: Store, plan: Plan) -> None:
+        """Raise unless this is the teacher of the plan."""
+        if self.weights != plan.teacher.weights_digest:
+            raise PlanMismatchError(
+                "the cache was built with another teacher",
+                {
+                    "cache": f"{store.url}, segment {plan.segment}",
+                    "weights": f"there {plan.teacher.weights_digest}, here {self.weights}",
+                    "teacher": self.config.teacher.path,
+                    "then": plan.teacher.path,
+                },
+                "name the same weights with --teacher.path",
+            )
+
+    def _load_decoder(self, dtype: str) -> Decoder:
+        return load_pretrained(self.config.teacher.path, dtype=dtype)
+
+    def _load_tokenizer(self, path: str, eos_token: str | None) -> TextTokenizer:
+        return load_tokenizer(path, eos_token=eos_token)
 
 
 @dataclass(frozen=True)
-class _Damage:
-    """What is wrong with a finished segment, sorted by what it takes to repair it.
+class _FromTeacher:
+    """Makes a built segment again.
 
-    keys: the damaged objects. shards: those whose objects, rows or index records are damaged.
-    unindexed: shards whose index records are lost, all where the index is another one's. stats: whether stats.json is.
+    base: the plan of the segment whose files hold the rows. damage: None where only fixed files are asked for.
     """
 
     store: Store
-    view: SegmentView
-    entry: SegmentEntry
-    manifest: Manifest
-    keys: frozenset[str]
-    shards: frozenset[int]
-    unindexed: frozenset[int]
-    stats: bool
-
-    @classmethod
-    def of(
-        cls, store: Store, view: SegmentView, entry: SegmentEntry, manifest: Manifest, findings: list[Finding]
-    ) -> "_Damage":
-        mine = [
-            finding
-            for finding in findings
-            if finding.what != "foreign" and finding.segment in (None, view.plan.segment)
-        ]
-        index = [finding for finding in mine if finding.object == view.key("index.bin")]
-        unindexed = frozenset(finding.shard for finding in index if finding.shard is not None)
-        if any(finding.what == "stale" for finding in index):
-            unindexed = frozenset(range(view.plan.num_shards))
-        return cls(
-            store,
-            view,
-            entry,
-            manifest,
-            keys=frozenset(finding.object for finding in mine),
-            shards=frozenset(finding.shard for finding in mine if finding.shard is not None),
-            unindexed=unindexed,
-            stats=any(finding.object == view.key("stats.json") for finding in mine),
-        )
+    base: Plan
+    damage: Damage | None
+    teacher: _Teacher
 
     @property
-    def plan(self) -> Plan:
-        return self.view.plan
+    def _plan(self) -> Plan:
+        return self.base if self.damage is None else self.damage.plan
 
     @property
-    def needing_receipts(self) -> frozenset[int]:
-        """Shards of which more must be known than their index records say."""
-        return frozenset(range(self.plan.num_shards)) if self.stats else self.unindexed
+    def _decoder(self) -> Decoder:
+        self.teacher.check(self.store, self._plan)
+        return self.teacher.decoder(self._plan.numerics.dtype)
 
-    def committed_record(self, shard: int) -> bytes:
-        """The index record of a shard that has one."""
-        size = record_dtype(self.plan).itemsize
-        return self.store.read(self.view.key("index.bin"), slice(shard * size, (shard + 1) * size)) or b""
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        """The one that made the rows.
 
-    def receipt(self, shard: int) -> ShardReceipt:
-        """The receipt that this or an earlier repair left."""
-        key = layout.receipt_key(self.plan.segment, shard)
-        return from_canonical(ShardReceipt, self.store.read(key) or b"", self.store.where(key))
+        Raises:
+            PlanMismatchError: what is there now is another one.
+        """
+        config, own, rows = self.teacher.config, self._plan.config["data"], self._plan.rows
+        path = config.data.tokenizer or own["tokenizer"] or config.teacher.path
+        found = self.teacher.tokenizer(path, own["eos_token"])
+        if found.digest != rows.tokenizer_digest:
+            raise PlanMismatchError(
+                "the rows of the cache were made with another tokenizer",
+                {"cache": self.store.url, "there": rows.tokenizer_digest, "here": f"{found.digest}  {path}"},
+                "name the same one with --data.tokenizer",
+            )
+        return found
 
+    def fixed_files(self) -> dict[str, bytes]:
+        """The tokenizer, the arrays' metadata, the teacher's norms."""
+        return fixed_files(self._plan, self._decoder, self._tokenizer)
 
-def _repair_segment(damage: _Damage, config: BuildConfig, tokenizer: TextTokenizer, stop: StopRequest) -> None:
-    """Everything that is damaged in one finished segment, from the smallest to the index."""
-    if not damage.keys:
-        return
-    damage.store.clear_stale_locks()
-    decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
-    _restore_fixed_files(damage, decoder, tokenizer)
-    shards = damage.shards | damage.needing_receipts
-    shards -= {shard for shard in damage.needing_receipts if _is_repaired(damage, shard)}
-    if shards:
-        rows = _CacheRows(damage.store, damage.plan)
-        work = Work(store=damage.store, plan=damage.plan, rows=rows, stop=stop, decoder=decoder)
-        pieces = sorted({work.piece_of(shard) for shard in shards})
-        work.rows = _choose_rows(damage, config, tokenizer, {s for piece in pieces for s in work.shards_of(piece)})
-        _compute_again(damage, work, pieces, shards, config.max_in_flight_mib << 20)
-    _restore_index(damage)
-    _restore_stats(damage)
+    def rows(self, shards: Set[int]) -> RowSource:
+        """The cache's rows if those of all these shards are whole; otherwise the text's, prepared again."""
+        self.teacher.check(self.store, self._plan)
+        damage = self.damage
+        lost = damage is not None and damage.plan.rows_of is None and damage.lost_rows(shards)
+        return _prepared_again(self.store, self.base, self.teacher.config, self._tokenizer) if lost else self._whole
 
+    @property
+    def _whole(self) -> "_CacheRows":
+        return _CacheRows(self.store, self.base)
 
-def _restore_fixed_files(damage: _Damage, decoder: Decoder, tokenizer: TextTokenizer) -> None:
-    prefix = layout.segment_prefix(damage.plan.segment) + "/"
-    digests = {prefix + name: digest for name, digest in damage.entry.files.items()}
-    digests[layout.TOKENIZER] = damage.manifest.tokenizer_digest
-    for key, value in fixed_files(damage.plan, decoder, tokenizer).items():
-        if key in damage.keys:
-            _require_same(damage, key, digest_bytes(value) == digests[key])
-            damage.store.write(key, value)
-
-
-def _is_repaired(damage: _Damage, shard: int) -> bool:
-    """Whether an interrupted repair has left this shard's receipt, and its objects are what the receipt says."""
-    store, view = damage.store, damage.view
-    if store.read(layout.receipt_key(view.plan.segment, shard)) is None:
-        return False
-    _, record = next(receipt_records(store, view, [shard]))
-    if isinstance(record, Finding):
-        return False
-    stored = stored_objects(view.plan, view.first_row, shard, record)
-    return all(check_object(store, view.plan, one, quick=False) is None for one in stored)
+    def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+        """Run the teacher over these batches."""
+        work = Work(store=job.store, plan=job.plan, rows=job.rows, stop=job.stop, decoder=self._decoder)
+        record_batches(work, batches, writer, bar)
 
 
 class _CacheRows:
-    """The rows in the cache's own files, which were found whole."""
+    """The rows in a segment's own files, which were found whole."""
 
     def __init__(self, store: Store, plan: Plan) -> None:
         self._store, self._plan = store, plan
@@ -241,110 +308,35 @@ class _CacheRows:
         return [decode_row(record, f"{self._store.where(key)} row {place}") for place, record in enumerate(records)]
 
 
-def _choose_rows(damage: _Damage, config: BuildConfig, tokenizer: TextTokenizer, shards: Set[int]) -> RowSource:
-    """The cache's rows if those of all these shards are whole; otherwise the text's, prepared again.
+def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: TextTokenizer) -> RowSource:
+    """The rows of the text that the plan names, or that the command does.
 
     Raises:
-        PlanMismatchError: the text gives other rows now.
+        PlanMismatchError: neither is the text that the rows are of, or it gives other rows now.
     """
-    plan = damage.plan
-    lost = {shard for shard in shards if layout.rows_key(plan.segment, shard) in damage.keys}
-    if not lost | (damage.unindexed & shards):
-        return _CacheRows(damage.store, plan)
-    rows = open_or_prepare(damage.store, config, tokenizer)
+    own = DataConfig.model_validate(_stated(plan.config["data"]))
+    places = [own, own.model_copy(update={"path": config.data.path})]
+    found = {str(data.path): _text_digest(data) for data in places}
+    there = [data for data in places if found[str(data.path)] == plan.rows.text_digest]
+    facts: dict[str, object] = {"cache": f"{store.url}, segment {plan.segment}"}
+    advice = "bring back the text that the cache was built from, or name where it is with --data.path"
+    if not there:
+        facts |= {"text then": plan.rows.text_digest, **{f"now {path}": digest for path, digest in found.items()}}
+        raise PlanMismatchError("rows of the cache are damaged, and their text is not there now", facts, advice)
+    rows = open_or_prepare(store, config.model_copy(update={"data": there[0]}), tokenizer, plan.segment)
     if describe_rows(rows) != plan.rows:
-        raise PlanMismatchError(
-            "rows of the cache are damaged, and the text gives other rows now",
-            {
-                "cache": damage.store.url,
-                "rows then": f"{plan.rows.count}, digest {plan.rows.content_digest}",
-                "rows now": f"{rows.index.rows}, digest {rows.index.content_digest}",
-            },
-            "use the text, the tokenizer and the version that the cache was built with",
-        )
+        facts |= {
+            "rows then": f"{plan.rows.count}, digest {plan.rows.content_digest}",
+            "rows now": f"{rows.index.rows}, digest {rows.index.content_digest}",
+        }
+        raise PlanMismatchError("rows of the cache are damaged, and the text gives other rows now", facts, advice)
     return rows
 
 
-def _compute_again(damage: _Damage, work: Work, pieces: list[int], shards: Set[int], max_bytes: int) -> None:
-    """Run the teacher over whole pieces, and put back what is damaged of these shards."""
-
-    def commit(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None) -> None:
-        if buffer.shard in shards:
-            _put_back(damage, buffer)
-
-    writer = ShardWriter(
-        damage.store, damage.plan, max_bytes=max_bytes, numerics=None, on_commit=lambda shard: None, commit=commit
-    )
-
-    def batches() -> Iterator[tuple[int, list[Row]]]:
-        for piece in pieces:
-            yield from piece_batches(work, writer, piece)
-
-    ranges = [damage.plan.shard_range(shard) for piece in pieces for shard in work.shards_of(piece)]
-    tokens = sum(stop - start for start, stop in ranges) * damage.plan.rows.row_tokens
-    with Progress("repair", tokens, unit="tokens") as bar:
-        record_batches(work, batches(), writer, bar)
-
-
-def _put_back(damage: _Damage, buffer: ShardBuffer) -> None:
-    """Write the damaged objects of a shard, once all of it is known to be what was committed.
-
-    Where the index record is lost nothing tells which objects are damaged, so all are written: nobody can read the
-    shard before the index is back, and that is compared with the manifest.
-    """
-    store, plan, shard = damage.store, damage.plan, buffer.shard
-    receipt = encode_shard(buffer, lambda key, data: None)
-    unindexed = shard in damage.unindexed
-    if not unindexed:
-        same = encode_record(plan, receipt) == damage.committed_record(shard)
-        _require_same(damage, f"shard {shard}", same)
-
-    def put(key: str, data: bytes) -> None:
-        if unindexed or key in damage.keys:
-            store.write(key, data)
-
-    encode_shard(buffer, put)
-    if shard in damage.needing_receipts:
-        store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
-
-
-def _restore_index(damage: _Damage) -> None:
-    key = damage.view.key("index.bin")
-    if key not in damage.keys:
-        return
-    index = b"".join(
-        encode_record(damage.plan, damage.receipt(shard))
-        if shard in damage.unindexed
-        else damage.committed_record(shard)
-        for shard in range(damage.plan.num_shards)
-    )
-    _require_same(damage, key, digest_bytes(index) == damage.entry.index_digest)
-    damage.store.write(key, index)
-
-
-def _restore_stats(damage: _Damage) -> None:
-    if not damage.stats:
-        return
-    key = damage.view.key("stats.json")
-    receipts = [damage.receipt(shard) for shard in range(damage.plan.num_shards)]
-    stats = to_canonical(Stats(taps=total_stats(receipts)))
-    _require_same(damage, key, digest_bytes(stats) == damage.entry.files["stats.json"])
-    damage.store.write(key, stats)
-
-
-def _require_same(damage: _Damage, what: str, same: bool) -> None:
-    """Raise unless what was computed again is what was committed."""
-    if same:
-        return
-    then = damage.plan.numerics
-    now = describe_numerics(then.dtype)
-    raise PlanMismatchError(
-        "what was computed again is not what was committed",
-        {
-            "cache": damage.store.url,
-            "what": what,
-            "built on": f"{then.platform}, {then.versions}",
-            "this is": f"{now.platform}, {now.versions}",
-        },
-        "repair it on the platform and with the library versions that built it, or build another cache",
-    )
+def _text_digest(data: DataConfig) -> str:
+    """The digest of the text, or why there is none."""
+    try:
+        rows = open_rows(data)
+        return inputs_digest(data) if rows is None else rows.index.text_digest
+    except (InputError, ConfigError) as error:
+        return error.what

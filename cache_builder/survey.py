@@ -89,6 +89,7 @@ def survey_cache(store: Store) -> Survey:
             segments.append(view)
     views = {view.plan.segment: view for view in segments}
     findings += [found for key in sorted(keys) if (found := _foreign(key, views, set(entries))) is not None]
+    findings += _stale_locks(store, manifest, [view for view in segments if view.entry is None])
     finished = layout.MANIFEST in keys or any(finding.object == layout.MANIFEST for finding in findings)
     return Survey(store, manifest, finished, tuple(segments), tuple(findings))
 
@@ -97,7 +98,8 @@ def _read_manifest(store: Store, keys: Set[str], names: list[str], findings: lis
     """The manifest, if it is there and whole. Without receipts, an index without a manifest has lost it."""
     data = store.read(layout.MANIFEST)
     if data is None:
-        lost = f"segments/{names[0]}/index.bin" in keys and not any("/receipts/" in key for key in keys)
+        first = f"segments/{names[0]}" if names else ""
+        lost = f"{first}/index.bin" in keys and not any(key.startswith(f"{first}/receipts/") for key in keys)
         if lost:
             findings.append(Finding(what="missing", object=layout.MANIFEST, detail="the cache cannot be opened"))
         return None
@@ -158,6 +160,16 @@ def _foreign(key: str, views: dict[str, SegmentView], listed: set[str]) -> Findi
     build = view is not None and inner.split("/")[0] in ("receipts", "claims", "prepared")
     detail = "left over from building: the same `distillcache build` removes it" if build else "not the cache's"
     return Finding(what="foreign", object=key, detail=detail, segment=name if view is not None else None)
+
+
+def _stale_locks(store: Store, manifest: Manifest | None, unfinished: list[SegmentView]) -> list[Finding]:
+    """Lock files of dead writers in a finished cache. What is being built clears its own before it writes."""
+    building = tuple(view.key("") for view in unfinished)
+    return [
+        Finding(what="foreign", object=key, detail="the lock file of a writer that was killed; nothing holds it now")
+        for key in (store.stale_locks() if manifest is not None else ())
+        if not building or not key.startswith(building)
+    ]
 
 
 def _belongs(name: str, view: SegmentView) -> bool:

@@ -15,6 +15,7 @@ import xxhash
 
 from models.recorder import Recording, SlotSums, slot_sums
 from schemas.addressing import CODEC_FIELDS, RowGroup
+from schemas.codecs import TopK
 from schemas.errors import DamageError
 from schemas.manifest import TapPlan
 from schemas.rows import Row
@@ -36,6 +37,13 @@ class TapCopy:
         self._as_it_is &= len(located) == 1 or not wanted.delta
         self._encode = jax.jit(tap_codec(wanted, signs).encode)
 
+    @property
+    def change(self) -> str:
+        """From which codecs to which the tap is recoded; empty where the codes are kept as they are."""
+        if self._as_it_is:
+            return ""
+        return f"{' and '.join(sorted({stack.codec for stack in self._stacks}))} -> {self._wanted.codec}"
+
     def read(self, rows: Sequence[int], real: np.ndarray) -> tuple[Parts, SlotSums]:
         """The copy's parts of these rows, and their statistics; `real` `[B, T]`: which tokens are no padding."""
         stored = [stack.read(rows) for stack in self._stacks]
@@ -51,10 +59,26 @@ class TapCopy:
         return {name: np.moveaxis(np.asarray(part), 0, 1) for name, part in self._encode(numbers).items()}, sums
 
 
+def recoded_taps(groups: Sequence[RowGroup], taps: Sequence[TapPlan], signs: Signs) -> dict[str, str]:
+    """Of a copy's taps those that are decoded and encoded again, with a word on what that does."""
+    found = {}
+    for tap in taps:
+        changes = {TapCopy(group, tap, signs).change for group in groups} - {""}
+        if changes:
+            effect = "as the source decodes" if tap.codec == "f32" else "not bit-equal to the source"
+            found[tap.name] = f"recoded {', '.join(sorted(changes))}, {effect}"
+    return found
+
+
 @jax.jit
 def _sums(numbers: jax.Array, real: jax.Array) -> SlotSums:
     """`[B, S]` each, of numbers `[S, B, T, D]`."""
     return jax.vmap(slot_sums, in_axes=(0, None), out_axes=1)(numbers, real)
+
+
+def _numbers(decoded: jax.Array | TopK) -> jax.Array:
+    """What statistics are of: of logits, their values. A copy never encodes logits again."""
+    return decoded.values if isinstance(decoded, TopK) else decoded
 
 
 class _StoredStack:
@@ -68,7 +92,13 @@ class _StoredStack:
         self._read = list(range(first, self._at[-1] + 1)) if tap.delta else self._at
         self._arrays = {part.part: segment.open_array(part) for part in tap.parts}
         picked = np.asarray([self._read.index(place) for place in self._at])
-        self._decode: Callable[[Mapping[str, Any]], jax.Array] = jax.jit(lambda parts: codec.decode(parts)[picked])
+        self._decode: Callable[[Mapping[str, Any]], jax.Array] = jax.jit(
+            lambda parts: _numbers(codec.decode(parts))[picked]
+        )
+
+    @property
+    def codec(self) -> str:
+        return self._tap.codec
 
     def is_kept_by(self, wanted: TapPlan, signs: Signs) -> bool:
         """Whether the copy's codec would read these codes as they are."""

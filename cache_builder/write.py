@@ -47,12 +47,13 @@ class ShardBuffer:
             self.codes[array][place : place + len(rows)] = values
         self.rows.extend(rows)
         tokens = sum(int(np.count_nonzero(row.segment_ids)) for row in rows)
+        numbers = {tap.name: tap.numbers_per_token(self.plan.teacher.hidden_size) for tap in self.plan.taps}
         for name, new in sums.items():
             added = TapStats(
                 square_sum=tuple(np.asarray(new.square_sum, np.float64).sum(axis=0).tolist()),
                 abs_max=tuple(np.asarray(new.abs_max, np.float64).max(axis=0).tolist()),
                 nonfinite=tuple(np.asarray(new.nonfinite).sum(axis=0).tolist()),
-                count=tokens * self.plan.teacher.hidden_size,
+                count=tokens * numbers[name],
             )
             self.stats[name] = add_stats(self.stats[name], added) if name in self.stats else added
 
@@ -129,7 +130,7 @@ def _put_part(put: Put, plan: Plan, part: PartPlan, shard: int, codes: np.ndarra
 def encode_object(plan: Plan, part: PartPlan, codes: np.ndarray) -> bytes:
     """The bytes of one outer zarr3 chunk that holds `[rows, slots, T, W]` codes."""
     outer = (plan.shard_rows, part.slots_per_object)
-    metadata = layout.array_metadata(codes.shape, part.dtype, outer, part.bits_of)  # type: ignore[arg-type]
+    metadata = layout.array_metadata(codes.shape, part.dtype, outer, part.bits_of, part.compress)  # type: ignore[arg-type]
     context = ts.Context()
     memory = {"driver": "memory", "path": "object/"}
     array = ts.open(layout.array_spec(memory, metadata), create=True, open=True, context=context).result()

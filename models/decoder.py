@@ -94,7 +94,10 @@ class Attention(nnx.Module):
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
         """What the sublayer adds to the residual stream."""
-        x = rms_norm(resid, self.norm[...], self.config.norm_eps)
+        return self.attend(rms_norm(resid, self.norm[...], self.config.norm_eps), context)
+
+    def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
+        """The same, of the normed stream."""
         q = jnp.einsum("btd,dhk->bthk", x, self.q[...])
         k = jnp.einsum("btd,dhk->bthk", x, self.k[...])
         v = jnp.einsum("btd,dhk->bthk", x, self.v[...])
@@ -149,6 +152,7 @@ class Group(nnx.Module):
 
 
 type_of_emit = Callable[[Any, BlockOutput, Array], tuple[Any, Any]]
+Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Decoder(nnx.Module):
@@ -208,6 +212,7 @@ class Decoder(nnx.Module):
         carry: Any,
         *,
         skip_last_mlp: bool = False,
+        remat: Remat | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Run every block on the stream of the one before it.
 
@@ -217,6 +222,7 @@ class Decoder(nnx.Module):
                 in the form in which it is kept, so that no wider stack ever exists.
             carry: what `emit` hands on from block to block.
             skip_last_mlp: leave out the last block's MLP; its `mlp_out` is zeros.
+            remat: wraps the scan's body, to have the backward pass compute some of it again.
 
         Returns:
             the stream that leaves the last block, the last carry, and the `y` of all blocks stacked on axis 0.
@@ -249,7 +255,7 @@ class Decoder(nnx.Module):
                 return (x, carry), jax.tree.map(_stack, *outputs)
 
             firsts = start + size * jnp.arange(group.repeats)
-            (x, carry), ys = jax.lax.scan(body, (x, carry), (parameters, firsts))
+            (x, carry), ys = jax.lax.scan(remat(body) if remat else body, (x, carry), (parameters, firsts))
             stacks.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
             start += size * group.repeats
         return x, carry, jax.tree.map(_join, *stacks)

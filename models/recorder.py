@@ -1,7 +1,7 @@
 """The teacher's jitted forward that returns encoded taps: what `build` runs, and `train` with the teacher in the loop.
 
 Encoding runs inside the scan over blocks, so that only codes ever exist as stacks and only codes cross the bus. The
-LM head is never run; the last block's MLP only where a recorded slot needs it.
+LM head runs only where `topk_logits` are recorded; the last block's MLP only where a recorded slot or they need it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from models.decoder import BlockOutput, Decoder
+from models.topk import topk_logits
 from schemas.codecs import Codec
-from schemas.manifest import TapPlan
+from schemas.manifest import TOPK_LOGITS, TapPlan
 from schemas.tap_codec import Signs, tap_codec
 
 
@@ -87,7 +88,10 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
     """
     graph, parameters = nnx.split(decoder)
     num_blocks = decoder.config.num_blocks
-    recorders = {tap.name: _TapRecorder(tap, tap_codec(tap, signs), num_blocks) for tap in taps}
+    recorders = {
+        tap.name: _TapRecorder(tap, tap_codec(tap, signs), num_blocks) for tap in taps if tap.name != TOPK_LOGITS
+    }
+    topk = next((tap for tap in taps if tap.name == TOPK_LOGITS), None)
 
     @jax.jit
     def record(
@@ -116,11 +120,24 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
         )
         if "resid" in recorders:
             states["resid"] = recorders["resid"].put(states["resid"], last, jnp.asarray(num_blocks), real)
-        return Recording(
-            {name: state.codes for name, state in states.items()}, {name: state.sums for name, state in states.items()}
-        )
+        codes = {name: state.codes for name, state in states.items()}
+        sums = {name: state.sums for name, state in states.items()}
+        if topk is not None:
+            codes[TOPK_LOGITS], sums[TOPK_LOGITS] = _record_topk(model, topk, last, real)
+        return Recording(codes, sums)
 
     return record, parameters
+
+
+def _record_topk(
+    decoder: Decoder, tap: TapPlan, stream: Float[Array, "B T D"], real: Bool[Array, "B T"]
+) -> tuple[dict[str, Array], SlotSums]:
+    """The encoded logits of the stream that leaves the last block, and the statistics of their values; one slot."""
+    found = topk_logits(decoder, stream, tap.numbers_per_token(decoder.config.hidden_size))
+    parts = tap_codec(tap, {}).encode(found)  # type: ignore[arg-type]
+    return {name: part[:, None] for name, part in parts.items()}, SlotSums(
+        *(value[:, None] for value in slot_sums(found.values, real))
+    )
 
 
 def _put(buffer: Array | np.ndarray, value: Array | np.ndarray, place: Array, keep: Array) -> Array:
@@ -142,4 +159,4 @@ def slot_sums(value: Float[Array, "B T D"], real: Array) -> SlotSums:
 
 def _last_mlp_needed(taps: Sequence[TapPlan], num_blocks: int) -> bool:
     needed: Mapping[str, int] = {"resid": num_blocks, "mlp_out": num_blocks - 1}
-    return any(needed.get(tap.name) in tap.slots for tap in taps)
+    return any(tap.name == TOPK_LOGITS or needed.get(tap.name) in tap.slots for tap in taps)

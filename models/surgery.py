@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from models.config import ModelConfig
 from models.decoder import Attention, Decoder
 from models.huggingface import config_to_hf
-from schemas.config import SurgeryOp
 from schemas.errors import CheckpointError, ConfigError
+from schemas.train_config import SurgeryOp
 
 # Axis of the heads in each parameter of an attention sublayer, the stack's axis included.
 QUERY_AXES = {"q": 2, "o": 1, "q_bias": 1}

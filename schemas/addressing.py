@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from schemas.errors import DamageError, InputError
-from schemas.manifest import TapPlan
+from schemas.manifest import TOPK_LOGITS, TOPK_SLOTS, TapPlan
 from schemas.segment import Segment
 
-CODEC_FIELDS = ("codec", "group", "rotate", "delta", "keyframe_every")  # what says how a tap's bytes are read
+CODEC_FIELDS = ("codec", "group", "rotate", "delta", "keyframe_every", "k")  # what says how a tap's bytes are read
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def row_groups(segments: Sequence[Segment]) -> tuple[RowGroup, ...]:
 
 
 def slots_of(tap: str, blocks: Sequence[int]) -> set[int]:
-    """The slots that these blocks need: of `resid`, the stream entering and leaving each."""
+    """The slots that these blocks need: of `resid`, the stream entering and leaving each; of `topk_logits`, its one."""
+    if tap == TOPK_LOGITS:
+        return set(TOPK_SLOTS)
     return {*blocks, *(block + 1 for block in blocks)} if tap == "resid" else set(blocks)
 
 

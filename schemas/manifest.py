@@ -9,16 +9,19 @@ from typing import Any, Literal
 from pydantic import Field
 
 from schemas.config import Config
-from schemas.layout import ITEM_BYTES
+from schemas.layout import ITEM_BYTES, Compression
 
 FORMAT: Literal["distillcache/1"] = "distillcache/1"
+TOPK_LOGITS = "topk_logits"  # the tap that belongs to no block
+TOPK_SLOTS = (0,)  # its only one
 
 
 class PartPlan(Config):
     """One zarr array of a tap, `[N, slots, T, width]`.
 
     array: its folder under taps/. part: the codec's name for it. every: it exists for the tap's stored slots 0, every,
-    2 * every, ... only. slots_per_object: Lc, consecutive slots in one object.
+    2 * every, ... only. slots_per_object: Lc, consecutive slots in one object. compress: of every inner chunk, without
+    loss; a plan without compression does not name it, as plans did before there was any.
     """
 
     array: str
@@ -29,6 +32,7 @@ class PartPlan(Config):
     every: int = 1
     slots: int
     slots_per_object: int
+    compress: Compression = Field(default="none", exclude_if=lambda value: value == "none")
 
     def object_ranges(self) -> list[tuple[int, int]]:
         """The stored-slot ranges `[start, stop)` of the objects of one shard."""
@@ -37,14 +41,16 @@ class PartPlan(Config):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all its slots."""
+        """Of all its slots, before compression."""
         return self.slots * self.width * ITEM_BYTES[self.dtype]
 
 
 class TapPlan(Config):
     """One tap: its codec with its options, and the slots that are stored.
 
-    slots: for `resid`, l is the stream entering block l (and L the one leaving the last); for the others, block l.
+    k: of `topk_logits`, how many logits a token has; a plan of any other tap does not name it.
+    slots: for `resid`, l is the stream entering block l (and L the one leaving the last); for `topk_logits`, which
+    belongs to no block, 0 alone; for the others, block l.
     """
 
     name: str
@@ -53,8 +59,18 @@ class TapPlan(Config):
     rotate: bool = False
     delta: bool = False
     keyframe_every: int = 0
+    k: int | None = Field(default=None, exclude_if=lambda value: value is None)
     slots: tuple[int, ...]
     parts: tuple[PartPlan, ...]
+
+    @property
+    def compress(self) -> Compression:
+        """Of its arrays, which are all compressed alike."""
+        return self.parts[0].compress if self.parts else "none"
+
+    def numbers_per_token(self, hidden: int) -> int:
+        """How many numbers one slot has for a token, given the teacher's hidden size."""
+        return hidden if self.k is None else self.k
 
 
 class TeacherPlan(Config):
@@ -100,7 +116,8 @@ class Plan(Config):
     """Everything that a segment's bytes depend on; written first, once, and compared with at every resume.
 
     rows_of: the segment whose rows these taps belong to, where this one brings no rows of its own.
-    copied_from: the digest of the manifest that a copy was made from.
+    copied_from: the digest of the manifest that a copy was made from. recoded_on: where a copy decoded and encoded
+    taps again, the machine that did; `numerics` are those of the teacher's run.
     `created` (when, where, by which version) and `config` (as the user gave it) inform people; they do not count in
     the comparison.
     """
@@ -109,6 +126,7 @@ class Plan(Config):
     segment: str
     rows_of: str | None = None
     copied_from: str | None = None
+    recoded_on: NumericsPlan | None = Field(default=None, exclude_if=lambda value: value is None)
     teacher: TeacherPlan
     rows: RowsPlan
     taps: tuple[TapPlan, ...]
@@ -133,8 +151,13 @@ class Plan(Config):
         return self.bytes_per_token * self.rows.row_tokens
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether any tap is: then sizes that follow from the plan are upper limits."""
+        return any(tap.compress != "none" for tap in self.taps)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Of all taps, scales included."""
+        """Of all taps, scales included, before compression."""
         return sum(part.bytes_per_token for tap in self.taps for part in tap.parts)
 
 
@@ -160,7 +183,7 @@ class PartReceipt(Config):
 class TapStats(Config):
     """Sums over the real tokens of a shard, one entry a slot: they add up across shards.
 
-    count is of numbers (tokens times hidden size); abs_max combines by maximum.
+    count is of numbers (tokens times hidden size, or times k); abs_max combines by maximum.
     """
 
     square_sum: tuple[float, ...]

@@ -164,6 +164,17 @@ def _scratch_failure(cause: str) -> StorageError:
     )
 
 
+def teacher_batch(rows: Sequence[Row], batch_rows: int, row_tokens: int) -> list[Int32[np.ndarray, "B T"]]:
+    """tokens, positions, segment_ids of one call of the teacher; rows of padding fill the last batch up."""
+    arrays = []
+    for name in ("tokens", "positions", "segment_ids"):
+        array = np.zeros((batch_rows, row_tokens), np.int32)
+        for place, row in enumerate(rows):
+            array[place] = getattr(row, name)
+        arrays.append(array)
+    return arrays
+
+
 class RowsFile(Config):
     """One file of rows, as the index knows it."""
 
@@ -200,15 +211,19 @@ class RowsIndex(Config):
 class RowReader:
     """The rows of a rows folder, by their number; every file is checked against its digest when it is loaded."""
 
-    def __init__(self, store: Store, prefix: str = "") -> None:
-        """`prefix` is the folder's key below the store: empty, or ending in a slash."""
+    def __init__(self, store: Store, prefix: str = "", files_kept: int = _LOADED_FILES) -> None:
+        """
+        Args:
+            prefix: the folder's key below the store: empty, or ending in a slash.
+            files_kept: how many files of rows stay in memory; more than the default are for rows in random order.
+        """
         self._store, self._prefix = store, prefix
         where = store.where(prefix + INDEX_KEY)
         data = store.read(prefix + INDEX_KEY)
         if data is None:
             raise InputError("there are no finished rows here", {"missing": where}, "run distillcache prepare")
         self.index = from_canonical(RowsIndex, data, where)
-        self._records = lru_cache(maxsize=_LOADED_FILES)(self._load)
+        self._records = lru_cache(maxsize=files_kept)(self._load)
 
     def __len__(self) -> int:
         return self.index.rows

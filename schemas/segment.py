@@ -94,9 +94,11 @@ class Segment:
     def chunk_damage(self, array: str, row: int, slot: int) -> DamageError:
         """The error to raise where the codes `[T, width]` of (row, stored slot) have another digest."""
         shard = row // self.plan.shard_rows
+        (part,) = (part for tap in self.plan.taps for part in tap.parts if part.array == array)
+        key = layout.object_key(self.plan.segment, array, shard, slot // part.slots_per_object)
         return DamageError(
             "stored activations are not what was committed",
-            {"cache": self.store.url, "array": array, "shard": shard, "row": row, "slot": slot},
+            {"file": self.store.where(key), "array": array, "shard": shard, "row": row, "slot": slot},
             DAMAGE_NEXT,
         )
 
@@ -144,7 +146,8 @@ def receipt_record(plan: Plan, receipt: ShardReceipt) -> Any:
 def part_metadata(plan: Plan, part: PartPlan) -> dict[str, Any]:
     """The zarr3 metadata of one array of the segment."""
     shape = (plan.rows.count, part.slots, plan.rows.row_tokens, part.width)
-    return layout.array_metadata(shape, part.dtype, (plan.shard_rows, part.slots_per_object), part.bits_of)
+    outer = (plan.shard_rows, part.slots_per_object)
+    return layout.array_metadata(shape, part.dtype, outer, part.bits_of, part.compress)
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -161,9 +164,14 @@ def read_plan(store: Store, segment: str) -> Plan | None:
 
 
 def committed_shards(store: Store, plan: Plan) -> set[int]:
-    """The shards of an unfinished segment that have a receipt."""
-    prefix = f"{layout.segment_prefix(plan.segment)}/receipts/"
-    return {int(key.removeprefix(prefix).removesuffix(".json")) for key in store.keys(prefix)}
+    """The shards of an unfinished segment that have a receipt. Files of other names are foreign, and say nothing."""
+    found = set()
+    for key in store.keys(f"{layout.segment_prefix(plan.segment)}/receipts/"):
+        number = key.rpartition("/")[2].removesuffix(".json")
+        shard = int(number) if number.isascii() and number.isdigit() else plan.num_shards
+        if shard < plan.num_shards and key == layout.receipt_key(plan.segment, shard):
+            found.add(shard)
+    return found
 
 
 def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:

@@ -8,7 +8,7 @@ value is one `ConfigError`.
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,14 @@ class HelpRequested(Exception):
     """`--help` was given; its text is the exception's text."""
 
 
-def parse(model: type[ConfigType], argv: Sequence[str], command: str, *, positional: Sequence[str] = ()) -> ConfigType:
+def parse(
+    model: type[ConfigType],
+    argv: Sequence[str],
+    command: str,
+    *,
+    positional: Sequence[str] = (),
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values,
+) -> ConfigType:
     """The config that a command line and, with `--config FILE.yaml`, a file describe.
 
     Args:
@@ -35,6 +42,7 @@ def parse(model: type[ConfigType], argv: Sequence[str], command: str, *, positio
         argv: the words after the command's name.
         command: the command as the user typed it, for help and messages.
         positional: fields that may be given as bare words, in order.
+        complete: fills in what was not given, before the values are checked.
 
     Raises:
         ConfigError: an unknown flag, a value that does not fit, a missing field, an unreadable file.
@@ -66,7 +74,7 @@ def parse(model: type[ConfigType], argv: Sequence[str], command: str, *, positio
         if value is None and bool in _members(annotation):
             value = "true"
         _assign(values, keys, _parse_value(_given(value, flag, command), annotation, flag), flag)
-    return validate(model, values, command)
+    return validate(model, complete(values), command)
 
 
 def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
@@ -142,11 +150,13 @@ def _fields(
         nested = _nested_model(field.annotation)
         if nested is not None:
             if field.description:
-                rows.append(
-                    (prefix + name, "null or its fields:" if given is None else "its fields:", "", field.description)
-                )
+                words = _words_instead(field.annotation)
+                default = f"  (default: {given})" if isinstance(given, str) else ""
+                kinds = " or ".join([*words, "its fields:"]) if default or given is None else "its fields:"
+                rows.append((prefix + name, kinds, default, field.description))
             inner = given if isinstance(given, BaseModel) else None
-            rows.extend(_fields(nested, f"{prefix}{name}.", inner, optional or given is None))
+            unset = given is None or isinstance(given, str)  # no field of it counts until one is given
+            rows.extend(_fields(nested, f"{prefix}{name}.", inner, optional or unset))
             continue
         rows.append(
             (prefix + name, _type_name(field.annotation), _default_text(given, optional), field.description or "")
@@ -154,10 +164,21 @@ def _fields(
     return rows
 
 
+def _words_instead(annotation: Any) -> list[str]:
+    """What a section may be set to instead of its fields: the words of its type, and null."""
+    words = [
+        str(word)
+        for member in _members(annotation)
+        if typing.get_origin(member) is typing.Literal
+        for word in typing.get_args(member)
+    ]
+    return [*words, "null"]
+
+
 def _default_text(given: Any, optional: bool) -> str:
     if given is PydanticUndefined or given is ...:
         return "  (required with its section)" if optional else "  (required)"
-    return f"  (default: {'none' if given is None else given})"
+    return f"  (default{' with its section' if optional else ''}: {'none' if given is None else given})"
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -6,6 +6,7 @@ that names the key.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -135,6 +136,15 @@ class Store:
                 if descriptor is not None:
                     path.unlink(missing_ok=True)
 
+    def stale_locks(self, prefix: str = "") -> list[str]:
+        """The keys of the lock files of dead writers, sorted. One that may not be opened for writing is left out."""
+        found = []
+        for path in self._lock_files():
+            with _held(path) as descriptor:
+                if descriptor is not None:
+                    found.append(path.relative_to(self.local or path).as_posix())
+        return sorted(key for key in found if key.startswith(prefix))
+
     def delete_folder(self, key: str) -> None:
         """Delete every key below the folder, and on a local disk the empty folders up to the store's own."""
         for each in self.keys(f"{key}/"):
@@ -175,7 +185,9 @@ class Store:
 
 
 class _held:
-    """`with _held(path) as descriptor`: the file opened and locked, or None where a live process holds it."""
+    """`with _held(path) as descriptor`: the file opened and locked; None where a live process holds it, or where
+    this one may not write: nothing can be told then, and a write will say so itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, -1
@@ -187,8 +199,12 @@ class _held:
             # A writer may have renamed it to its key between the two calls: then this is a committed file.
             if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                 return None
-        except (FileNotFoundError, BlockingIOError):
+        except (FileNotFoundError, BlockingIOError, PermissionError):
             return None
+        except OSError as error:
+            if error.errno == errno.EROFS:
+                return None
+            raise
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:

@@ -1,10 +1,11 @@
 """From a plan's words about a tap to the codec that reads and writes it."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
-from schemas.codecs import Codec, get_codec, make_signs
+from schemas.codecs import Codec, get_codec, get_topk_codec, make_signs
 from schemas.manifest import Plan, TapPlan
 
 Signs = Mapping[str, np.ndarray]  # `signs.<tap>` -> int8 [D], as the segment's side file holds them
@@ -17,7 +18,12 @@ def signs_of(plan: Plan) -> dict[str, np.ndarray]:
 
 
 def tap_codec(tap: TapPlan, signs: Signs) -> Codec:
-    """The tap's codec."""
+    """The tap's codec.
+
+    That of `topk_logits` is a `TopKCodec`: used like any other, but what it encodes and decodes is a `TopK`.
+    """
+    if tap.k is not None:
+        return cast("Codec", get_topk_codec(tap.k, tap.codec))
     if not tap.rotate and not tap.delta and tap.group is None:
         return get_codec(tap.codec)
     return get_codec(

@@ -6,7 +6,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Small shapes, each run a few times: threads only cost, and half of the time would go into optimising the code.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0")
+# Eight devices, for the tests of meshes; all others use the first.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
+)
 
 import pytest
 from flax import nnx

@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec`: fixed work, measured against this machine's own limits and against peers.
+"""`distillcache bench feed|build|codec|student`: fixed work, against this machine's own limits and against peers.
 
     distillcache bench feed --json
 
@@ -28,7 +28,7 @@ from rich.table import Table
 from schemas import settings
 from schemas.config import BenchConfig
 
-MODULES = {"feed": "tools.bench_feed", "build": "tools.bench_build"}
+MODULES = {"feed": "tools.bench_feed", "build": "tools.bench_build", "student": "tools.bench_student"}
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
 LIBRARIES = ("jax", "tensorstore", "grain", "numpy")
 
@@ -70,14 +70,17 @@ def measure_codec(config: BenchConfig) -> Measured:
     """All figures of `bench codec`."""
     from models.checkpoint import load_pretrained
     from tools.bench_build import BuildSizes, reference_rows
-    from tools.bench_codec import check_goals, measure_codecs
+    from tools.bench_codec import check_goals, collect_taps, measure_codecs
+    from tools.bench_compress import ROWS, measure_compression
     from tools.teacher import fetch_teacher
 
     teacher = str(fetch_teacher())
+    decoder = load_pretrained(teacher)
     with scratch_folder(config.dir) as folder:
         rows = reference_rows(folder, teacher, BuildSizes().row_tokens, CODEC_ROWS)
         tokens = np.stack([row.tokens for row in rows.slice(0, CODEC_ROWS)])
-    figures = measure_codecs(load_pretrained(teacher), tokens)
+        figures = measure_compression(collect_taps(decoder, tokens[:ROWS]), folder)
+    figures |= measure_codecs(decoder, tokens)
     goals = [Goal(found["name"], found["value"], found["goal"], "at_most") for found in check_goals(figures)]
     return Measured(figures, goals)
 

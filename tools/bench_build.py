@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cache_builder.build import SEGMENT, Work, describe_rows, record_batches
+from cache_builder.build import SEGMENT, Work, record_batches
 from cache_builder.pipeline import ShardWriter
 from cache_builder.plan import make_plan
 from cache_builder.prepare import prepare_rows
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
+from models.describe import describe_rows
 from models.tokenizer import load_tokenizer
-from schemas.config import BenchConfig, BuildConfig, PrepareConfig, TapConfig, TapsConfig, TeacherConfig
+from schemas.config import BenchConfig, BuildConfig, PrepareConfig, TapsConfig, TeacherConfig
 from schemas.manifest import TeacherPlan
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader
@@ -148,7 +149,7 @@ def _build_rate(
         cache=str(folder),
         teacher=TeacherConfig(path=teacher),
         data=rows.index.data,
-        taps=TapsConfig(**{name: TapConfig.model_validate(tap) for name, tap in taps.items()}),
+        taps=TapsConfig.model_validate(taps),
         batch_rows=len(batches[0][1]),
     )
     model = decoder.config

@@ -22,7 +22,7 @@ COMMANDS = {
     "plan": ("tools.plan", "run", "what a build would take, before anything is written"),
     "copy": ("tools.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
     "inspect": ("tools.inspect", "run", "what a cache holds"),
-    "bench": ("tools.bench", "run", "speed, against this machine's limits and other formats"),
+    "bench": ("tools.bench", "run", "speed against this machine's limits and other formats; what codecs keep"),
     "verify": ("tools.verify", "run", "every byte of a cache against what was committed"),
 }
 

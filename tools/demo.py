@@ -19,17 +19,9 @@ from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
 from schemas import settings
-from schemas.config import (
-    BuildConfig,
-    DataConfig,
-    DemoConfig,
-    OptimizerConfig,
-    StudentConfig,
-    SurgeryOp,
-    TeacherConfig,
-    TrainConfig,
-)
-from schemas.errors import ConfigError
+from schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
+from schemas.errors import ConfigError, PlanMismatchError
+from schemas.train_config import OptimizerConfig, StudentConfig, SurgeryOp
 from tools.demo_report import CHART, make_report, print_report, write_chart
 from tools.memory import PeakMemory
 from tools.teacher import fetch_teacher
@@ -79,33 +71,58 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     model = read_config(teacher)
     surgery = config.surgery or [default_surgery(model)]
     data = with_demo_sizes(config.data) if config.data else default_data(out)
-    build = BuildConfig(
-        cache=str(out / "cache"),
-        teacher=TeacherConfig(path=teacher),
-        data=data,
-        batch_rows=config.batch_rows,
-        shard_mib=SHARD_MIB,
-    )
-    with _timed(seconds, "build", out):
+    build = build_config(out / "cache", teacher, data, config.batch_rows)
+    with _timed(seconds, "build", out), _other_flags_explained(out):
         build_cache(build)
-    training = TrainConfig(
-        run=str(out / "run"),
-        cache=build.cache,
-        student=StudentConfig(surgery=surgery),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
-        steps=config.steps,
-        batch_rows=config.batch_rows,
-        checkpoint_every=20,  # half a minute of work at most is lost
-    )
     with _timed(seconds, "evaluate_teacher", out):
-        perplexity = _teacher_perplexity(out, teacher, build.cache, config.batch_rows)
-    with _timed(seconds, "train", out):
-        result = train(training)
+        perplexity = _kept_perplexity(out, teacher, build.cache, config.batch_rows)
+    with _timed(seconds, "train", out), _other_flags_explained(out):
+        result = train(train_config(out / "run", build.cache, surgery, config.steps, config.batch_rows))
     report = make_report(out, teacher, surgery, perplexity, result, seconds, peak.gigabytes)
     write_chart(report, out / "run" / CHART)
     # Written last: its presence says that the demo is finished.
     _write_json(out / "run" / "report.json", report)
     return report
+
+
+def build_config(
+    cache: Path, teacher: str, data: DataConfig, batch_rows: int, taps: TapsConfig | None = None
+) -> BuildConfig:
+    """The demo's build; taps: default: the build's own."""
+    return BuildConfig(
+        cache=str(cache),
+        teacher=TeacherConfig(path=teacher),
+        data=data,
+        taps=taps or TapsConfig(),
+        batch_rows=batch_rows,
+        shard_mib=SHARD_MIB,
+    )
+
+
+def train_config(run: Path, cache: str, surgery: list[SurgeryOp], steps: int, batch_rows: int) -> TrainConfig:
+    """The demo's training."""
+    return TrainConfig(
+        run=str(run),
+        cache=cache,
+        student=StudentConfig(surgery=surgery),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        steps=steps,
+        batch_rows=batch_rows,
+        checkpoint_every=20,  # half a minute of work at most is lost
+    )
+
+
+@contextmanager
+def _other_flags_explained(out: Path) -> Iterator[None]:
+    """What a stage says of an unfinished demo with other flags, with advice in the demo's own flags."""
+    try:
+        yield
+    except PlanMismatchError as error:
+        raise PlanMismatchError(
+            "the demo's folder holds an unfinished demo with other flags",
+            {"folder": out, **error.facts},
+            "use the flags that it was begun with, or another folder: --out FOLDER",
+        ) from error
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -150,10 +167,15 @@ def _timed(seconds: dict[str, float], stage: str, out: Path) -> Iterator[None]:
         _write_json(out / MARKER, seconds)
 
 
-def _teacher_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float:
-    """The teacher's perplexity on the held-out rows; kept, so that a demo that goes on need not repeat it."""
+def _kept_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float:
+    """The teacher's perplexity; kept, so that a demo that goes on need not repeat it."""
     kept = out / "corpus" / "teacher_perplexity.json"
     if not kept.exists():
-        source = CacheSource(cache, taps=(), split="eval")
-        _write_json(kept, held_out_perplexity(load_pretrained(teacher), source, batch_rows, "teacher's perplexity"))
+        _write_json(kept, teacher_perplexity(teacher, cache, batch_rows))
     return json.loads(kept.read_text())
+
+
+def teacher_perplexity(teacher: str, cache: str, batch_rows: int) -> float:
+    """The teacher's perplexity on the cache's held-out rows."""
+    source = CacheSource(cache, taps=(), split="eval")
+    return held_out_perplexity(load_pretrained(teacher), source, batch_rows, "teacher's perplexity")

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from schemas.config import SurgeryOp
 from schemas.errors import InputError
 from schemas.segment import open_cache
 from schemas.storage import Store
+from schemas.train_config import SurgeryOp
 from trainer.train import TrainResult
 
 CHART = "cosine_distance.png"

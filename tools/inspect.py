@@ -1,10 +1,14 @@
-"""`distillcache inspect`: what a cache holds, finished or not, from its plan and receipts alone."""
+"""`distillcache inspect`: what a cache holds, finished or not, from its plan and receipts alone.
+
+How large compressed taps came out is known shard by shard: it is taken from some of them.
+"""
 
 import json
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +19,8 @@ from schemas.config import InspectConfig
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from schemas.segment import Segment, open_cache
 from schemas.storage import Store
+
+SAMPLED_SHARDS = 64  # whose sizes are looked up, evenly drawn: a large cache has hundreds of thousands
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -60,9 +66,10 @@ def describe_cache(store: Store) -> dict[str, Any]:
         },
         "bytes": sum(segment.plan.bytes_per_row * segment.plan.rows.count for segment in segments),
         "bytes_per_token": _bytes_per_token(segments),
+        "stored_bytes": sum(_stored_bytes(segment, tap) for segment in segments for tap in segment.plan.taps),
         "segments": [_describe_segment(segment) for segment in segments],
         "taps": [
-            _describe_tap(segment.plan, tap, stats.get(tap.name))
+            _describe_tap(segment, tap, stats.get(tap.name))
             for segment in segments
             for stats in [_read_stats(segment)]
             for tap in segment.plan.taps
@@ -90,8 +97,27 @@ def _bytes_per_token(segments: Sequence[Segment]) -> int:
     return max(sum(member.plan.bytes_per_token for member in group.segments) for group in row_groups(segments))
 
 
-def _describe_tap(plan: Plan, tap: TapPlan, stats: TapStats | None) -> dict[str, Any]:
-    token_bytes = sum(part.bytes_per_token for part in tap.parts)
+def _tap_bytes(plan: Plan, tap: TapPlan) -> int:
+    """Of all its rows, before compression."""
+    return sum(part.bytes_per_token for part in tap.parts) * plan.rows.row_tokens * plan.rows.count
+
+
+def _stored_bytes(segment: Segment, tap: TapPlan) -> int:
+    """Of all its rows, as they are compressed; with more than `SAMPLED_SHARDS` shards an estimate from some of them.
+
+    Rows that are not committed yet count like those that are.
+    """
+    plan, shards = segment.plan, sorted(_shards_done(segment))
+    if tap.compress == "none" or not shards:
+        return _tap_bytes(plan, tap)
+    drawn = [shards[place] for place in sorted({*np.linspace(0, len(shards) - 1, SAMPLED_SHARDS).round().astype(int)})]
+    stored = sum(int(segment.record(shard)[f"{part.array}/lengths"].sum()) for shard in drawn for part in tap.parts)
+    rows = sum(stop - start for start, stop in map(plan.shard_range, drawn))
+    return round(stored / rows * plan.rows.count)
+
+
+def _describe_tap(segment: Segment, tap: TapPlan, stats: TapStats | None) -> dict[str, Any]:
+    plan, token_bytes = segment.plan, sum(part.bytes_per_token for part in tap.parts)
     described: dict[str, Any] = {
         "name": tap.name,
         "segment": plan.segment,
@@ -107,7 +133,9 @@ def _describe_tap(plan: Plan, tap: TapPlan, stats: TapStats | None) -> dict[str,
         },
         "objects_per_shard": sum(len(part.object_ranges()) for part in tap.parts),
         "bytes_per_token": token_bytes,
-        "bytes": token_bytes * plan.rows.row_tokens * plan.rows.count,
+        "bytes": _tap_bytes(plan, tap),
+        "compress": tap.compress,
+        "stored_bytes": _stored_bytes(segment, tap),
     }
     if stats is not None and stats.count:
         described["rms"] = [math.sqrt(total / stats.count) for total in stats.square_sum]
@@ -117,14 +145,18 @@ def _describe_tap(plan: Plan, tap: TapPlan, stats: TapStats | None) -> dict[str,
 
 
 def describe_codec(tap: TapPlan) -> str:
-    """`int8, groups of 32, rotated, delta with keyframes every 8`."""
+    """`int8, groups of 32, rotated, delta, keyframes every 8, zstd`."""
     words = [tap.codec]
+    if tap.k is not None:
+        words.append(f"the largest {tap.k}")
     if tap.group is not None:
         words.append(f"groups of {tap.group}" if tap.group else "one group")
     if tap.rotate:
         words.append("rotated")
     if tap.delta:
         words.append(f"delta, keyframes every {tap.keyframe_every}" if tap.keyframe_every else "delta")
+    if tap.compress != "none":
+        words.append(tap.compress)
     return ", ".join(words)
 
 
@@ -141,6 +173,10 @@ def _read_stats(segment: Segment) -> dict[str, TapStats]:
     return from_canonical(ShardReceipt, store.read(key) or b"", store.where(key)).stats
 
 
+def _is_compressed(found: dict[str, Any]) -> bool:
+    return any(tap["compress"] != "none" for tap in found["taps"])
+
+
 def _print(found: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     rows, shards, teacher, numerics = found["rows"], found["shards"], found["teacher"], found["numerics"]
@@ -153,7 +189,8 @@ def _print(found: dict[str, Any]) -> None:
     facts.add_row("rows", f"{rows['train']} train + {rows['eval']} eval of {rows['row_tokens']} tokens")
     facts.add_row("tokens", f"{rows['tokens']:,} without padding")
     facts.add_row("shards", f"{shards['done']} of {shards['of']} done, {shards['rows_per_shard']} rows each")
-    facts.add_row("size", f"{found['bytes'] / 1e9:.2f} GB, {found['bytes_per_token']:,} bytes a token")
+    stored = f"  (compressed to about {found['stored_bytes'] / 1e9:.2f} GB)" if _is_compressed(found) else ""
+    facts.add_row("size", f"{found['bytes'] / 1e9:.2f} GB, {found['bytes_per_token']:,} bytes a token{stored}")
     facts.add_row("made", f"{found['created'].get('at')} on {found['created'].get('host')}")
     console.print(facts)
     table = Table(box=None, pad_edge=False, header_style="bold")

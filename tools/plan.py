@@ -21,12 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cache_builder.build import SEGMENT, describe_rows
+from cache_builder.build import SEGMENT
 from cache_builder.plan import make_plan
 from cache_builder.prepare import open_rows, prepare_rows
 from cache_builder.text import documents, text_files
 from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
+from models.describe import describe_rows
 from models.recorder import make_recorder
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import settings
@@ -34,7 +35,7 @@ from schemas.config import BuildConfig, DataConfig, PlanConfig, PrepareConfig, T
 from schemas.errors import ConfigError
 from schemas.index import record_dtype
 from schemas.layout import ITEM_BYTES
-from schemas.manifest import PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
+from schemas.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.progress import format_seconds
 from schemas.rows import RowReader
 from schemas.storage import Store, is_url
@@ -77,6 +78,9 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
 def describe_build(config: PlanConfig) -> dict[str, Any]:
     """Everything that can be known of a build beforehand, as plain values; sizes in bytes, times in seconds.
 
+    at_most: taps are compressed, by how much nobody can know beforehand; sizes are those before compression.
+    enough_room: None where that is unknown.
+
     Raises:
         ConfigError, InputError: the build would be refused as well.
     """
@@ -86,8 +90,8 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
     build = BuildConfig.model_validate(config.model_dump(exclude={"measure"}))
     plan = plan_for(build, model, rows.plan)
     rate = measure_rate(config, plan) if config.measure else None
-    free = free_bytes(config.cache)
-    total = total_bytes(plan)
+    free, total = free_bytes(config.cache), total_bytes(plan)
+    unsure = free is None or (plan.is_compressed and total > free)
     return {
         "cache": config.cache,
         "rows": {
@@ -100,6 +104,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
         "taps": [_describe_tap(plan, tap) for tap in plan.taps],
         "bytes_per_token": plan.bytes_per_token,
         "bytes": total,
+        "at_most": plan.is_compressed,
         "shards": {
             "count": plan.num_shards,
             "rows": plan.shard_rows,
@@ -111,7 +116,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
         "seconds": None if rate is None else plan.rows.count * plan.rows.row_tokens / rate / config.num_processes,
         "processes": config.num_processes,
         "free_bytes": free,
-        "enough_room": None if free is None else total <= free,
+        "enough_room": None if unsure or free is None else total <= free,
         "choices": compare_choices(build, model, rows.plan),
     }
 
@@ -220,7 +225,8 @@ def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]
     taps = {
         name: {"codec": codec, "delta": delta and name == "resid"} if getattr(config.taps, name) else None
         for name in TapsConfig.model_fields
-    }
+        if name != TOPK_LOGITS
+    } | {TOPK_LOGITS: config.taps.topk_logits}
     return config.model_copy(update={"taps": TapsConfig.model_validate(taps), "blocks": blocks, "shard_rows": None})
 
 
@@ -263,7 +269,8 @@ def _describe_tap(plan: Plan, tap: TapPlan) -> dict[str, Any]:
     per_token = sum(part.bytes_per_token for part in tap.parts)
     return {
         "name": tap.name,
-        "codec": tap.codec + (", differences" if tap.delta else ""),
+        "codec": tap.codec + (", differences" if tap.delta else "") + (f", the largest {tap.k}" if tap.k else ""),
+        "compress": tap.compress,
         "slots": len(tap.slots),
         "bytes_per_token": per_token,
         "bytes": per_token * plan.rows.row_tokens * plan.rows.count,
@@ -292,8 +299,10 @@ def _print(report: Mapping[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     about = "" if rows["exact"] else "about "
     facts.add_row("rows", f"{about}{rows['count']:,} of {rows['row_tokens']} tokens, {about}{rows['tokens']:,} tokens")
-    facts.add_row("size", f"{about}{_gb(report['bytes'])}, {report['bytes_per_token']:,} bytes a token")
-    facts.add_row("shards", f"{shards['count']:,} of {shards['rows']} rows, {_gb(shards['bytes'])} each")
+    most = "at most " if report["at_most"] else ""
+    size = f"{most}{about}{_gb(report['bytes'])}, {report['bytes_per_token']:,} bytes a token"
+    facts.add_row("size", size + (" before compression" if most else ""))
+    facts.add_row("shards", f"{shards['count']:,} of {shards['rows']} rows, {most}{_gb(shards['bytes'])} each")
     facts.add_row("objects", f"{report['objects']:,}")
     facts.add_row("memory", f"{_gb(report['memory_in_flight'])} between teacher and store, at most")
     if report["seconds"] is not None:
@@ -305,6 +314,8 @@ def _print(report: Mapping[str, Any]) -> None:
         console.print("The text is large: a sample was tokenised, and the numbers above are estimates.")
     if report["enough_room"] is False:
         console.print(f"[bold red]There is too little room at {report['cache']}: choose another place or codec.[/]")
+    if report["enough_room"] is None and report["free_bytes"] is not None:
+        console.print(f"There may be too little room at {report['cache']}: it depends on how far the taps compress.")
     console.print()
     console.print(_taps_table(report))
     console.print()
@@ -315,9 +326,11 @@ def _taps_table(report: Mapping[str, Any]) -> Table:
     table = _table("array", "codec", "bytes/token", "size", "objects", "an object", "blocks in it")
     for tap in report["taps"]:
         for number, (array, facts) in enumerate(tap["arrays"].items()):
-            sizes = (f"{tap['bytes_per_token']:,}", _gb(tap["bytes"])) if number == 0 else ("", "")
-            each = (f"{facts['objects']:,}", _gb(facts["object_bytes"]), str(facts["slots_per_object"]))
-            table.add_row(array, tap["codec"], *sizes, *each)
+            most = "" if tap["compress"] == "none" else "≤ "
+            sizes = (f"{most}{tap['bytes_per_token']:,}", most + _gb(tap["bytes"])) if number == 0 else ("", "")
+            each = (f"{facts['objects']:,}", most + _gb(facts["object_bytes"]), str(facts["slots_per_object"]))
+            codec = tap["codec"] + (f", {tap['compress']}" if most else "")
+            table.add_row(array, codec, *sizes, *each)
     return table
 
 

@@ -32,17 +32,20 @@ Codes = Mapping[str, np.ndarray]  # array name -> [rows, S, T, W], as the disk h
 
 
 def synthetic_plan(
-    rows: int, shape: tuple[int, int, int], taps: Mapping[str, str], shard_rows: int, object_mib: int = 256
+    rows: int, shape: tuple[int, int, int], taps: Mapping[str, str | TapConfig], shard_rows: int, object_mib: int = 256
 ) -> Plan:
     """The plan of such a cache.
 
     Args:
         rows: N.
         shape: (L, T, D) of a tap.
-        taps: tap -> codec.
+        taps: tap -> codec, by its name or with its options.
     """
     blocks, row_tokens, hidden = shape
-    chosen = {name: TapConfig.model_validate({"codec": codec}) for name, codec in taps.items()}
+    chosen = {
+        name: codec if isinstance(codec, TapConfig) else TapConfig.model_validate({"codec": codec})
+        for name, codec in taps.items()
+    }
     config = BuildConfig(
         cache="synthetic",
         teacher=TeacherConfig(path="none"),

@@ -84,5 +84,7 @@ def _print(found: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {what}" for what, count in Counter(f["what"] for f in findings).items())
     print(f"found: {kinds}", file=sys.stderr)
     print(
-        "compute what is damaged again: distillcache build --repair, with the config it was built with", file=sys.stderr
+        f"make what is damaged again: distillcache build --repair --cache {found['cache']} "
+        "(a copy: distillcache copy SRC DST --repair)",
+        file=sys.stderr,
     )

@@ -1,24 +1,26 @@
 """What a run keeps: the student as it was made, and, at some steps, what training changed since.
 
     <run>/student/           HF directory of the student before its first step, with its tokenizer
-    <run>/checkpoints/<n>/   Orbax: trained parameters, optimizer state and feed state after n steps
+    <run>/checkpoints/<n>/   Orbax: all parameters trained so far, projectors among them; optimizer state; feed state
 
-A student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
+Parameters go by their names (parameters.py), without what a mesh adds, so a run may go on on another mesh. A
+student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
 the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
 from schemas.errors import CheckpointError, StorageError
-from trainer.step import AttentionStack, Places, TrainState
+from trainer.parameters import Parameters, install
 
 STUDENT = "student"
 CHECKPOINTS = "checkpoints"
@@ -28,44 +30,50 @@ class Checkpoints:
     """The checkpoints of one run, newest `keep` of them. Saving goes on in the background until `wait` or `close`."""
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
-        """`keep`: None to only read."""
+        """`keep`: how many of the newest stay; None to only read."""
         self._folder = run / CHECKPOINTS
-        reading = {"read_only": True, "create": False, "save_interval_steps": 0, "enable_async_checkpointing": False}
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, **({} if keep else reading))
+        self._kept = _Kept(keep or 0)
+        if keep:
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0, enable_async_checkpointing=False
+            )
         self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+
+    def keep_best(self, step: int) -> None:
+        """From now on the checkpoint of this step stays, whatever its age, and no older best one."""
+        self._kept.best = step
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, feed: dict[str, int]) -> None:
+    def save(self, step: int, parameters: Parameters, moments: Mapping[str, Any], feed: dict[str, int]) -> None:
         """Begin to save what was reached after `step` steps; a failure is raised by the next call.
 
         Raises:
             StorageError: this save or the one before it failed; earlier checkpoints stay.
         """
         items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(_named(state.parameters)),
-            optimizer=ocp.args.StandardSave(_named(state.optimizer)),
+            parameters=ocp.args.StandardSave(parameters),
+            optimizer=ocp.args.StandardSave(_named(moments)),
             feed=ocp.args.JsonSave(feed),
         )
         self._checked(lambda: self._manager.save(step, args=items))
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, int]]:
-        """The state and the feed's state of a checkpoint; `like` gives the structure."""
-        found = self._restore(
-            step,
-            parameters=ocp.args.StandardRestore(_shapes(like.parameters)),
-            optimizer=ocp.args.StandardRestore(_shapes(like.optimizer)),
-            feed=ocp.args.JsonRestore(),
-        )
-        state = TrainState(_unnamed(found.parameters, like.parameters), _unnamed(found.optimizer, like.optimizer))
-        return state, found.feed
+    def restore_parameters(self, step: int) -> Parameters:
+        """All parameters that were trained."""
+        return self._restore(step, parameters=ocp.args.StandardRestore()).parameters
 
-    def restore_parameters(self, step: int, like: Places) -> Places:
-        """The trained parameters alone."""
-        found = self._restore(step, parameters=ocp.args.StandardRestore(_shapes(like)))
-        return _unnamed(found.parameters, like)
+    def restore_moments(self, step: int, like: Any) -> Any:
+        """The optimizer's state; `like` gives the structure."""
+        found = self._restore(step, optimizer=ocp.args.StandardRestore(_shapes(like))).optimizer
+        return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], like)
+
+    def restore_feed(self, step: int) -> dict[str, int]:
+        """Where the feed stood."""
+        return self._restore(step, feed=ocp.args.JsonRestore()).feed
 
     def wait(self) -> None:
         """Return when all saves are durable; raises `StorageError` where one failed."""
@@ -103,6 +111,23 @@ class Checkpoints:
             ) from error
 
 
+@dataclass
+class _Kept(checkpoint_managers.PreservationPolicy):
+    """Which checkpoints stay: the newest, and the best by evaluation."""
+
+    newest: int
+    best: int | None = None
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        return [step in steps[-self.newest :] or step == self.best for step in steps]
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedStudent:
     """A run's student. tokenizer: the folder that holds its tokenizer's files; step: how long it was trained."""
@@ -131,26 +156,19 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
                 "the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again"
             )
         decoder = load_pretrained(folder / STUDENT, dtype="float32")
-        AttentionStack.install(decoder, checkpoints.restore_parameters(chosen, AttentionStack.parameters(decoder)))
+        install(decoder, checkpoints.restore_parameters(chosen))
     finally:
         checkpoints.close()
     return TrainedStudent(decoder, folder / STUDENT, chosen)
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:
-    """The leaves by their paths: `0/1/q` is the queries of group 0's second kind of block."""
+    """The leaves by their paths."""
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in _named(tree).items()
-    }
-
-
-def _unnamed(found: dict[str, jax.Array], like: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], like)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _named(tree).items()}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -5,7 +5,7 @@ once; sums travel from batch to batch, in Python's own double precision.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,28 +16,67 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from models.decoder import Decoder
-from schemas.config import Config
+from schemas.base import Config
 from schemas.progress import Progress
-from trainer.feed import Batch, CacheSource
-from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss
-from trainer.step import AttentionStack, Places, TapTable, visit_blocks
+from schemas.train_config import TrainConfig
+from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss
+from trainer.open import Sources
+from trainer.parameters import Parameters, Place, install, of_place
+from trainer.source import Batch, Source
+from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
+from trainer.tables import Table, TapReading, evaluation_table, student_spans
 
 
 class Evaluation(Config):
-    """What one evaluation found. blocks are the recorded ones; cosine is each one's mean distance, in their order."""
+    """What one evaluation found.
+
+    blocks: the student's that can be compared with the cache; cosine: each one's mean distance, in their order.
+    kl: to the teacher's recorded top k, nats a token; None where none is recorded.
+    """
 
     step: int
     perplexity: float
     blocks: tuple[int, ...]
     cosine: tuple[float, ...]
+    kl: float | None = None
 
     @property
     def mean_cosine(self) -> float:
-        return sum(self.cosine) / len(self.cosine)
+        return sum(self.cosine) / max(len(self.cosine), 1)
+
+
+class Evaluator:
+    """Evaluates a run's student on the cache's held-out rows."""
+
+    def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder) -> None:
+        self._config, self._decoder, self._source = config, decoder, sources.held_out
+        self._stack = StudentStack(decoder)
+        if not self._source:
+            return
+        spans = student_spans(decoder.config, self._source.plan.teacher.num_blocks, config.student.layer_map)
+        self._blocks: tuple[int, ...] = ()
+        if "attn_out" in self._source.codecs:
+            norms = sources.norms() if config.inject == "attn_in" else None
+            self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
+        self._rules = BlockRules(config.inject, config.mlp_input, False, config.compute_dtype)
+
+    def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
+        """What these parameters, all of the student's, are worth after `step` steps."""
+        rows, source = self._config.eval_batch_rows, self._source
+        install(self._decoder, parameters)
+        perplexity = held_out_perplexity(self._decoder, source, rows)
+        kl = None
+        if "topk_logits" in source.codecs:
+            kl = teacher_divergence(self._decoder, source, rows, rest_bucket=self._config.loss.rest_bucket)
+        cosine: tuple[float, ...] = ()
+        if self._blocks:
+            found = blockwise_cosine(self._stack, parameters, source, self._table, self._reading, self._rules, rows)
+            cosine = tuple(float(found[block]) for block in self._blocks)
+        return Evaluation(step=step, perplexity=perplexity, blocks=self._blocks, cosine=cosine, kl=kl)
 
 
 def held_out_perplexity(
-    decoder: Decoder, source: CacheSource, batch_rows: int, title: str = "student's perplexity"
+    decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
 ) -> float:
     """exp of the mean cross-entropy of every next token in the source's rows."""
     graph, parameters = nnx.split(decoder)
@@ -51,14 +90,34 @@ def held_out_perplexity(
 
 
 def blockwise_cosine(
-    stack: AttentionStack, parameters: Places, source: CacheSource, table: TapTable, batch_rows: int
+    stack: StudentStack,
+    parameters: Parameters,
+    source: Source,
+    table: Table,
+    reading: TapReading,
+    rules: BlockRules,
+    batch_rows: int,
 ) -> np.ndarray:
-    """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`."""
+    """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
+    table trains none."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
     with Progress("cosine", len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows):
-            sums = _block_cosines(stack, table, parameters, batch)
+            sums = _block_cosines(stack, reading, rules, parameters, batch, table)
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
+            bar.advance(rows)
+    return total / max(weight, 1.0)
+
+
+def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool) -> float:
+    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
+    graph, parameters = nnx.split(decoder)
+    codec, total, weight = source.codecs["topk_logits"], 0.0, 0.0
+    with Progress("KL", len(source), unit="rows") as bar:
+        for batch, rows in _batches(source, batch_rows):
+            fields = tuple(batch[name] for name in _ROW_FIELDS)
+            sums = _divergence(graph, codec, rest_bucket, parameters, batch["topk_logits"], *fields)
+            total, weight = total + float(sums.total), weight + float(sums.weight)
             bar.advance(rows)
     return total / max(weight, 1.0)
 
@@ -75,31 +134,68 @@ def _token_loss(
     segment_ids: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
 ) -> MaskedSum:
-    decoder: Decoder = nnx.merge(graph, parameters)
+    def row_loss(logits: Array, fields: Sequence[Array], _: Any) -> MaskedSum:
+        return next_token_loss(logits, *fields)
+
+    return _over_rows(nnx.merge(graph, parameters), positions, (tokens, segment_ids, loss_mask), None, row_loss)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _divergence(
+    graph: Any,
+    codec: Any,
+    rest_bucket: bool,
+    parameters: Any,
+    parts: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> MaskedSum:
+    def row_loss(logits: Array, fields: Sequence[Array], parts: Any) -> MaskedSum:
+        return topk_kl_loss(logits, *codec.decode(parts), *fields, tau=1.0, rest_bucket=rest_bucket)
+
+    stored = {name: value[0] for name, value in parts.items()}
+    return _over_rows(nnx.merge(graph, parameters), positions, (tokens, segment_ids, loss_mask), stored, row_loss)
+
+
+def _over_rows(
+    decoder: Decoder,
+    positions: Array,
+    fields: tuple[Array, Array, Array],
+    parts: Any,
+    row_loss: Callable[[Array, Sequence[Array], Any], MaskedSum],
+) -> MaskedSum:
+    """The loss of a batch, row by row: logits of all of it would be the largest array by far (`[B, T, V]`)."""
+    tokens, segment_ids, _ = fields
     context = decoder.context(positions, segment_ids)
     stream, _, _ = decoder.scan_blocks(decoder.embed_tokens(tokens), context, lambda carry, *_: (carry, None), None)
 
-    def row_loss(row: tuple[Array, Array, Array, Array]) -> MaskedSum:
-        x, *fields = (value[None] for value in row)
-        return next_token_loss(decoder.logits(x), *fields)
+    def one(row: Any) -> MaskedSum:
+        x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
+        return row_loss(decoder.logits(x), fields, parts)
 
-    # Row by row: logits of a whole batch would be the largest array by far ([B, T, V] float32).
-    sums = jax.lax.map(row_loss, (stream, tokens, segment_ids, loss_mask))
+    sums = jax.lax.map(one, (stream, fields, parts))
     return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _block_cosines(stack: AttentionStack, table: TapTable, parameters: Places, batch: Batch) -> MaskedSum:
-    mask = batch["segment_ids"] > 0
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _block_cosines(
+    stack: StudentStack, reading: TapReading, rules: BlockRules, parameters: Parameters, batch: Batch, table: Table
+) -> MaskedSum:
+    mask, context, places = batch["segment_ids"] > 0, stack.context(batch), stack.places()
 
-    def visit(attend: Any, state: Any, resid: Array, target: Array) -> Array:
-        return blockwise_cosine_loss(attend(state), target, mask).total
+    def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Array]:
+        out = stack.run(place, kept, given, context, rules, row.get("norm"))
+        return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total
 
-    totals = stack.in_block_order(visit_blocks(stack, parameters, batch, table, visit))
-    return MaskedSum(totals, jnp.sum(mask, dtype=jnp.float32))
+    taps = {name: batch[name] for name in reading.codecs}
+    nothing, fixed = dict.fromkeys(places, ()), {place: of_place(parameters, place) for place in places}
+    _, totals = scan_blocks(stack, table, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
+    return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
 
 
-def _batches(source: CacheSource, batch_rows: int) -> Iterator[tuple[Batch, int]]:
+def _batches(source: Source, batch_rows: int) -> Iterator[tuple[Batch, int]]:
     """All rows in order, as batches of `batch_rows` and how many of these rows count; the others are masked."""
     for start in range(0, len(source), batch_rows):
         indices = list(range(start, min(start + batch_rows, len(source))))

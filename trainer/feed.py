@@ -7,44 +7,36 @@ function of the seed and `s`, so the feed's whole state is `{"seed", "next_step"
 Taps stay encoded, as the codec's parts: they are decoded on the device, inside the scan over blocks.
 """
 
-import functools
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
 
 import grain
 import numpy as np
 import tensorstore as ts
 
-from schemas.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
+from schemas.addressing import row_groups
 from schemas.digest import digest_bytes
 from schemas.errors import ConfigError, DamageError, DistillcacheError, InputError
-from schemas.layout import ITEM_BYTES, MANIFEST
+from schemas.layout import MANIFEST
 from schemas.manifest import PartPlan
-from schemas.rows import Row
 from schemas.segment import DAMAGE_NEXT, Segment, open_cache
 from schemas.storage import Store
-from schemas.tap_codec import tap_codec
 from trainer.arrays import ArrayReader, LocalArray, PendingRead, StoreArray
 from trainer.buffers import Buffers
-from trainer.slots import SegmentReads, TapReads, tap_reads
-
-Batch = dict[str, Any]
-SplitName = Literal["train", "eval"]
+from trainer.slots import SegmentReads
+from trainer.source import Batch as Batch
+from trainer.source import Rows, Source
+from trainer.source import SplitName as SplitName
 
 READ_THREADS = 4  # rows read at a time from a local disk: more than one keeps it busy, many would wait for Python
 MAX_SEED = 2**32 - 1  # Grain's shuffle takes 32 bits
 
 
-class CacheSource:
-    """Random access to one split of a cache.
-
-    `source[[i, j, ...]]` is a dict of `tokens`, `positions`, `segment_ids` int32 `[B, T]`, `loss_mask` bool `[B, T]`,
-    and for every tap a dict of its codec's parts, `[S, B, T, W]`. `reads[tap].at` says where a slot lies on S;
-    `codecs[tap]` decodes. A cache of several segments reads like one that was built at once.
+class CacheSource(Source):
+    """One split of a cache; taps are read from it, onto the host. A cache of several segments reads like one.
 
     Safe to use from several threads.
     """
@@ -75,45 +67,9 @@ class CacheSource:
         Raises:
             InputError: no finished cache, or it does not hold these taps or blocks.
         """
-        self.url, self.split, self._integrity = url, split, integrity
-        self._store = Store(url)
+        self._integrity, self._store = integrity, Store(url)
         segments = open_cache(self._store, partial=partial)
-        self._groups = row_groups(segments)
-        self.plan = self._groups[0].base.plan
-        self.blocks = _chosen_blocks(_recorded_blocks(self._groups, taps), blocks, url)
-        self.slots = {name: _slots_of(name, self.blocks, leaving) for name in taps}
-        self._open_taps(taps, direct)
-        used = [[source.segment for reads in tap.values() for source in reads.sources] for tap in self._reads]
-        self._rows = RowMap(self._groups, used)
-        self._train_before = self._rows.held_out - np.arange(len(self._rows.held_out))
-        self._buffers = Buffers()
-        self.partial = any(segment.committed is not None for segment in segments)
-        self.digest = _identity(self._store, segments)  # says which cache this is, wherever it lies
-        if self.partial:
-            print(f"{url} is not finished: reading {len(self._rows)} committed rows", file=sys.stderr)
-
-    def _open_taps(self, taps: Sequence[str], direct: bool) -> None:
-        """Codecs, addresses and arrays. One decoder serves all rows, so all segments must store a tap alike."""
-        self.taps, self.codecs = {}, {}
-        for name in taps:
-            located = [
-                (segment, tap) for group in self._groups for segment, tap, _ in group.locate(name, self.slots[name])
-            ]
-            check_same_codec(name, located)
-            segment, self.taps[name] = located[0]
-            self.codecs[name] = tap_codec(self.taps[name], segment.signs() if self.taps[name].rotate else {})
-        self._reads: list[dict[str, TapReads]] = [
-            {name: tap_reads(group, name, self.codecs[name], self.slots[name]) for name in taps}
-            for group in self._groups
-        ]
-        self.reads = self._reads[0]
-        for name, first in self.reads.items():
-            if any(reads[name].at != first.at for reads in self._reads):
-                raise InputError(
-                    "the segments of a cache hold a delta-coded tap's slots at different places",
-                    {"cache": self.url, "tap": name},
-                    "read a copy: distillcache copy joins the segments",
-                )
+        super().__init__(url, row_groups(segments), taps, blocks, split, leaving)
         open_array = self._opener(direct)
         self._arrays = {
             (source.segment.plan.segment, part.array): open_array(source.segment, part)
@@ -122,56 +78,33 @@ class CacheSource:
             for source in reads.sources
             for part in source.tap.parts
         }
+        self._buffers = Buffers()
+        self.partial = any(segment.committed is not None for segment in segments)
+        self.digest = cache_identity(self._store, segments)
+        if self.partial:
+            print(f"{url} is not finished: reading {len(self._rows)} committed rows", file=sys.stderr)
 
     def _opener(self, direct: bool) -> Callable[[Segment, PartPlan], ArrayReader]:
-        if direct and LocalArray.serves(self._store):
-            pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="feed-read")
-            return functools.partial(LocalArray, integrity=self._integrity, pool=pool)
+        pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="feed-read")  # starts no thread before it is used
         # Nothing is cached: a batch is read once.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-        return functools.partial(StoreArray, integrity=self._integrity, context=context)
 
-    def __len__(self) -> int:
-        total, held_out = len(self._rows), len(self._rows.held_out)
-        return {None: total, "train": total - held_out, "eval": held_out}[self.split]
+        def open_array(segment: Segment, part: PartPlan) -> ArrayReader:
+            if direct and LocalArray.serves(self._store, part):
+                return LocalArray(segment, part, integrity=self._integrity, pool=pool)
+            return StoreArray(segment, part, integrity=self._integrity, context=context)
 
-    def __repr__(self) -> str:
-        taps = "".join(f", {name} {tap.codec} x {len(self.slots[name])}" for name, tap in self.taps.items())
-        taps += ", partial: committed shards only" if self.partial else ""
-        return (
-            f"CacheSource({self.url!r}, {self.split or 'all'} rows {len(self)} x {self.plan.rows.row_tokens} tokens, "
-            f"{len(self.blocks)} blocks{taps}, {self.bytes_per_row / 1e6:.3g} MB a row)"
-        )
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Of the taps as they are read."""
-        return sum(
-            ITEM_BYTES[part.dtype] * part.width * len(self.reads[name].of_part(part))
-            for name, tap in self.taps.items()
-            for part in tap.parts
-        ) * (self.plan.rows.row_tokens)
-
-    def row_number(self, index: int) -> int:
-        """The cache's number of the split's row `index`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} in the {self.split or 'whole'} split of {self.url}")
-        if self.split == "eval":
-            return int(self._rows.held_out[index])
-        if self.split == "train":
-            return int(index + np.searchsorted(self._train_before, index, side="right"))
-        return int(index)
+        return open_array
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         """The batch of these rows, in this order; a row may occur twice."""
-        numbers = [self.row_number(int(index)) for index in indices]
-        places = [self._rows.locate(number) for number in numbers]
+        places = self._places(indices)
         pending = {
             name: {part.part: self._start_part(name, part, places) for part in self.taps[name].parts}
             for name in self.taps
         }
         try:
-            batch = _stack_rows([self._groups[group].base.row(row) for group, row in places], self.plan.rows.row_tokens)
+            batch = self._row_batch(places)
             for name, tap in self.taps.items():
                 batch[name] = {
                     part.part: self._finish_part(name, part, places, *pending[name][part.part]) for part in tap.parts
@@ -232,9 +165,7 @@ class CacheSource:
 class Feed(Iterator[Batch]):
     """Batches in training order, read ahead by threads of its own; see `make_feed`."""
 
-    def __init__(
-        self, source: CacheSource, rows: int, seed: int, next_step: int, prefetch_batches: int, threads: int
-    ) -> None:
+    def __init__(self, source: Rows, rows: int, seed: int, next_step: int, prefetch_batches: int, threads: int) -> None:
         self.source, self.wait_s = source, 0.0
         self._rows, self._options = rows, grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch_batches)
         self._reading, self._idle = 0, threading.Condition()
@@ -288,7 +219,7 @@ class Feed(Iterator[Batch]):
 
 
 def make_feed(
-    source: CacheSource,
+    source: Rows,
     *,
     global_batch_rows: int,
     seed: int,
@@ -324,7 +255,7 @@ def make_feed(
     return Feed(source, global_batch_rows, seed, start_step, prefetch_batches, wanted)
 
 
-def _identity(store: Store, segments: Sequence[Segment]) -> str:
+def cache_identity(store: Store, segments: Sequence[Segment]) -> str:
     """The digest of the manifest; where a segment is unfinished, also of its plan and the shards that it has by now."""
     known = store.read(MANIFEST) or b""
     for segment in segments:
@@ -333,43 +264,10 @@ def _identity(store: Store, segments: Sequence[Segment]) -> str:
     return digest_bytes(known)
 
 
-def _recorded_blocks(groups: Sequence[RowGroup], taps: Sequence[str]) -> tuple[int, ...]:
-    """The blocks that every group of rows has."""
-    first, *others = [group.blocks(taps) for group in groups]
-    return tuple(block for block in first if all(block in blocks for blocks in others))
-
-
-def _chosen_blocks(recorded: tuple[int, ...], wanted: Sequence[int] | None, url: str) -> tuple[int, ...]:
-    if wanted is None:
-        return recorded
-    missing = sorted(set(wanted) - set(recorded))
-    if missing or not wanted:
-        raise InputError(
-            "the cache does not hold these blocks" if missing else "no block is asked for",
-            {"cache": url, "missing": missing, "recorded": list(recorded)},
-            "choose recorded blocks, or build a cache that has them",
-        )
-    return tuple(sorted(set(wanted)))
-
-
-def _slots_of(tap: str, blocks: tuple[int, ...], leaving: bool) -> tuple[int, ...]:
-    """The slots that these blocks need: `resid` l enters block l, l + 1 leaves it."""
-    return tuple(sorted(slots_of(tap, blocks))) if leaving else blocks
-
-
 def _settle(reads: Iterable[PendingRead]) -> None:
     """Wait until none of these reads is under way, whether one failed or not: their memory will be lent again."""
     for read in reads:
         read.exception()
-
-
-def _stack_rows(rows: list[Row], row_tokens: int) -> Batch:
-    kinds = {"tokens": np.int32, "positions": np.int32, "segment_ids": np.int32, "loss_mask": bool}
-    batch = {name: np.empty((len(rows), row_tokens), kind) for name, kind in kinds.items()}
-    for place, row in enumerate(rows):
-        for name, stacked in batch.items():
-            stacked[place] = getattr(row, name)
-    return batch
 
 
 def _unreadable(url: str, part: PartPlan, row: int, cause: BaseException) -> DistillcacheError:

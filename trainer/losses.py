@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 COSINE_EPSILON = 1e-6  # floor of a squared norm, as in MaxText (optax.cosine_distance(..., epsilon=1e-6))
 RELATIVE_EPSILON = 1e-6  # the same floor for the teacher's squared norm
+NO_MASS = -1e30  # the logit of an empty rest: no mass, and unlike -inf no NaN in any gradient
+FLOAT32_EPSILON = 2.0**-23
 
 
 class MaskedSum(NamedTuple):
@@ -94,10 +96,138 @@ def next_token_loss(
     `loss_mask[t + 1]` holds. `exp(mean)` is the perplexity.
     """
     targets = tokens[:, 1:]
-    counts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0) & loss_mask[:, 1:]
+    counts = counted_predictions(segment_ids, loss_mask)[:, :-1]
     wide = _real(logits[:, :-1], counts)
     chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
     return _masked_sum(jax.nn.logsumexp(wide, axis=-1) - chosen, counts)
+
+
+def counted_predictions(segment_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether position t's prediction of token t + 1 counts, as in `next_token_loss`; the last position's never does.
+
+    The mask is the target's, so it is shifted with it (SpecForge issue 885 was a mask that was not).
+    """
+    nexts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0) & loss_mask[:, 1:]
+    return jnp.pad(nexts, ((0, 0), (0, 1)))
+
+
+class SupportLogits(NamedTuple):
+    """Teacher's and student's logits over one support, float32 `[B, T, k]`, or `[B, T, k + 1]` with the rest last."""
+
+    teacher: Float[Array, "B T s"]
+    student: Float[Array, "B T s"]
+
+
+def topk_kl_loss(
+    student_logits: Float[Array, "B T V"],
+    values: Float[Array, "B T k"],
+    ids: Int[Array, "B T k"],
+    logsumexp: Float[Array, "B T"],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+    *,
+    tau: Float[Array, ""] | float,
+    rest_bucket: bool,
+) -> MaskedSum:
+    """KL(teacher || student) at temperature tau > 0 of every prediction that counts, in nats, without a factor tau².
+
+    Both sides are normalised over the same support: the teacher's top k, and with `rest_bucket` one more class for all
+    that lies outside (`support_logits`). To spare memory call it row by row, as `next_token_loss` is called; for
+    several temperatures call its two halves, `support_logits` and `support_kl`.
+
+    Args:
+        values, ids, logsumexp: as recorded; logsumexp is of the teacher's whole vocabulary, at temperature 1.
+        tokens: not used, since a divergence has no target; here so that all token losses are called alike.
+
+    Source: Hinton et al. 2015. MaxText issue 4056: teacher and student normalised over different supports.
+    """
+    counts = counted_predictions(segment_ids, loss_mask)
+    support = support_logits(student_logits, values, ids, logsumexp, counts, rest_bucket=rest_bucket)
+    return support_kl(support, counts, tau)
+
+
+def support_logits(
+    student_logits: Float[Array, "B T V"],
+    values: Float[Array, "B T k"],
+    ids: Int[Array, "B T k"],
+    logsumexp: Float[Array, "B T"],
+    counts: Bool[Array, "B T"],
+    *,
+    rest_bucket: bool,
+) -> SupportLogits:
+    """Both sides' logits over the teacher's top k, zeros where nothing counts: all that a KL at any tau needs.
+
+    The rest, if asked for, is one pseudo-logit: log(exp(logsumexp) - sum exp(values)) for the teacher, the logsumexp of
+    all other logits for the student. At tau = 1 that is each one's exact mass outside the top k. At another tau the
+    teacher's logits there are unknown, so the pseudo-logits are divided by tau like any logit, on both sides: the rest
+    counts as one class with its mass at tau = 1.
+
+    The teacher's rest is a small difference: its mass is known to about 1e-6, and where a float32 teacher's values were
+    rounded to bfloat16, to about 2e-2 (record them as f32 then). A rest that cannot be told from none, or that the
+    rounding made negative, is none: `NO_MASS`. With k = V there is none on either side. An id that the student's
+    vocabulary lacks gives NaN.
+    """
+    wide, values = _real(student_logits, counts), _real(values, counts)
+    chosen = jnp.take_along_axis(wide, ids, axis=-1)
+    if not rest_bucket or values.shape[-1] == wide.shape[-1]:
+        return SupportLogits(values, chosen)
+    teacher_rest = _rest_logit(values, jnp.where(counts, logsumexp.astype(jnp.float32), 0.0))
+    others = jnp.put_along_axis(wide, ids, NO_MASS, axis=-1, inplace=False)
+    student_rest = jax.nn.logsumexp(others, axis=-1)
+    return SupportLogits(
+        jnp.concatenate([values, teacher_rest[..., None]], axis=-1),
+        jnp.concatenate([chosen, student_rest[..., None]], axis=-1),
+    )
+
+
+def support_kl(support: SupportLogits, counts: Bool[Array, "B T"], tau: Float[Array, ""] | float) -> MaskedSum:
+    """KL(teacher || student) at temperature tau over one support, of every prediction that counts."""
+    teacher, student = (jax.nn.log_softmax(logits / tau, axis=-1) for logits in support)
+    share = jnp.exp(teacher)
+    terms = jnp.where(share > 0, share * (teacher - student), 0.0)  # what has no mass adds nothing, whatever its log
+    return _masked_sum(jnp.sum(terms, axis=-1), counts)
+
+
+class TopKCrossEntropy(NamedTuple):
+    """What the recorded logits tell of the teacher's own cross-entropy on next tokens, in nats.
+
+    covered: over the targets among the teacher's top k; exact. These are the easy ones: its mean is no perplexity.
+    share: how many of all targets that are (`share.mean` lies in [0, 1]).
+    at_least: over all targets. One outside the top k counts as if it had the k-th logit, the most that it can have, so
+        the teacher's cross-entropy is this or more.
+    """
+
+    covered: MaskedSum
+    share: MaskedSum
+    at_least: MaskedSum
+
+
+def topk_cross_entropy(
+    values: Float[Array, "B T k"],
+    ids: Int[Array, "B T k"],
+    logsumexp: Float[Array, "B T"],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> TopKCrossEntropy:
+    """The teacher's cross-entropy on the targets that `next_token_loss` counts, as far as the record goes."""
+    counts = counted_predictions(segment_ids, loss_mask)
+    values, logsumexp = _real(values, counts), jnp.where(counts, logsumexp.astype(jnp.float32), 0.0)
+    is_target = ids == jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))[..., None]
+    covered = counts & jnp.any(is_target, axis=-1)
+    loss = logsumexp - jnp.sum(jnp.where(is_target, values, 0.0), axis=-1)
+    least = jnp.where(covered, loss, logsumexp - values[..., -1])
+    return TopKCrossEntropy(
+        _masked_sum(loss, covered), MaskedSum(_count(covered), _count(counts)), _masked_sum(least, counts)
+    )
+
+
+def _rest_logit(values: Float[Array, "B T k"], logsumexp: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """log(exp(logsumexp) - sum exp(values)), or `NO_MASS`."""
+    inside = jax.nn.logsumexp(values, axis=-1) - logsumexp  # the log of the top k's mass
+    some = inside < -FLOAT32_EPSILON * jnp.maximum(jnp.abs(logsumexp), 1.0)
+    return jnp.where(some, logsumexp + jnp.log(-jnp.expm1(jnp.where(some, inside, -1.0))), NO_MASS)
 
 
 def _real(x: Float[Array, "*A D"], mask: Bool[Array, "B T"]) -> Float[Array, "*A D"]:

@@ -4,7 +4,9 @@ Names are MaxText's where MaxText has one, so that its dashboards fit; `feature/
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from trainer.evaluate import Evaluation
 
 LINES = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+MAX_EXPONENT = 700.0  # exp of more is no float
 
 
 class MetricsLog:
@@ -41,44 +44,114 @@ class MetricsLog:
         self._tensorboard.close()
 
 
-def training_metrics(
-    losses: np.ndarray,
-    trained: Sequence[int],
-    *,
-    beta: float,
-    learning_rate: float,
-    tokens_per_s: float,
-    step_s: float,
-    wait_share: float,
+@dataclass(frozen=True)
+class StepTimes:
+    """What a step took. wait_share: share of the time spent waiting for data; flops: of all devices, 0 if unknown."""
+
+    seconds: float
+    tokens: int
+    wait_share: float
+    flops: float = 0.0
+    peak_flops: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        found = {
+            "perf/step_time_seconds": self.seconds,
+            "perf/tokens_per_second": self.tokens / self.seconds,
+            "perf/data_wait_share": self.wait_share,
+            "perf/tflops_per_second": self.flops / self.seconds / 1e12,
+        }
+        if self.peak_flops:
+            found["perf/mfu"] = self.flops / self.seconds / self.peak_flops
+        return found
+
+
+def blockwise_metrics(
+    losses: Mapping[str, np.ndarray], block_weights: Mapping[int, float], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """The metrics of one training step.
+    """The losses of a blockwise step.
 
     Args:
-        losses: float `[L]`, each block's feature loss after beta, a mean over tokens.
-        trained: the blocks that count.
-        wait_share: share of the step's time spent waiting for data.
+        losses: `feature` and `mlp`, float `[L]`: each block's mean over tokens, before beta and gamma.
+        block_weights: of the trained blocks.
+        weights: beta (`feature`) and gamma (`mlp`) at this step.
     """
-    feature = float(np.mean(losses[list(trained)]))
-    return {
-        "distill/total_loss": feature,
+    blocks = list(block_weights)
+    own = np.asarray([block_weights[block] for block in blocks])
+    feature = float(np.mean(losses["feature"][blocks] * own)) * weights["feature"]
+    mlp = float(np.mean(losses["mlp"][blocks])) * weights["mlp"]
+    found = {
+        "distill/total_loss": feature + mlp,
         "distill/out_proj_feature_loss": feature,
-        "distill/beta_feature": beta,
-        "learning/current_learning_rate": learning_rate,
-        "perf/step_time_seconds": step_s,
-        "perf/tokens_per_second": tokens_per_s,
-        "perf/data_wait_share": wait_share,
-        **{f"feature/block_{block:02d}": float(losses[block]) for block in trained},
+        "distill/beta_feature": weights["feature"],
+        "feature/mean": float(np.mean(losses["feature"][blocks])),
+        **{f"feature/block_{block:02d}": float(losses["feature"][block]) for block in blocks},
     }
+    if weights["mlp"] or losses["mlp"].any():
+        found |= {"distill/mlp_loss": mlp, "distill/gamma_mlp": weights["mlp"]}
+        found |= {f"mlp/block_{block:02d}": float(losses["mlp"][block]) for block in blocks}
+    return found
 
 
-def evaluation_metrics(found: Evaluation) -> dict[str, float]:
-    """The metrics of one evaluation on held-out rows."""
+def feature_metrics(
+    losses: Mapping[str, Any], block_weights: Mapping[int, float], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The losses of a step in feature mode.
+
+    Args:
+        losses: `feature`, float `[L]`; the others means over next tokens, in nats: `ce`, and with recorded logits `kl`
+            (at tau), `kl_1` (at 1), `teacher` (where a target lies outside the top k: the least that it can be) and
+            `covered` (share of targets inside).
+        weights: alpha, tau and beta (`feature`) at this step.
+    """
+    alpha, tau, beta = weights["alpha"], weights["tau"], weights["feature"]
+    blocks, hard = list(block_weights), losses["ce"]
+    own = np.asarray([block_weights[block] for block in blocks])
+    feature = beta * float(np.mean(losses["feature"][blocks] * own)) if blocks else 0.0
+    soft = tau * tau * losses.get("kl", 0.0)
+    found = {
+        "distill/total_loss": alpha * soft + (1 - alpha) * hard + feature,
+        "distill/hard_loss": hard,
+        "distill/student_perplexity": _perplexity(hard),
+        "distill/alpha": alpha,
+    }
+    if "kl" in losses:
+        found |= {
+            "distill/soft_loss": soft,
+            "distill/kl_div_at_T": losses["kl"],
+            "distill/kl_div_T1": losses["kl_1"],
+            "distill/temperature": tau,
+            "distill/teacher_loss": losses["teacher"],
+            "distill/teacher_perplexity": _perplexity(losses["teacher"]),
+            "logits/targets_covered": losses["covered"],
+        }
+    if blocks:
+        found |= {"distill/out_proj_feature_loss": feature, "distill/beta_feature": beta}
+        found |= {"feature/mean": float(np.mean(losses["feature"][blocks]))}
+        found |= {f"feature/block_{block:02d}": float(losses["feature"][block]) for block in blocks}
+    return found
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, MAX_EXPONENT))
+
+
+def evaluation_metrics(found: Evaluation, first: Evaluation | None) -> dict[str, float]:
+    """The metrics of one evaluation on held-out rows.
+
+    Args:
+        first: the student's before its first step: `eval/relative_recovery` is the share of its cosine distance that
+            is gone.
+    """
+    metrics = {"distill/student_perplexity": found.perplexity}
+    if found.blocks:
+        metrics["eval/cosine"] = found.mean_cosine
+        if first is not None and first.mean_cosine > 0:
+            metrics["eval/relative_recovery"] = 1.0 - found.mean_cosine / first.mean_cosine
+    if found.kl is not None:
+        metrics["eval/kl_div_T1"] = found.kl
     blocks = zip(found.blocks, found.cosine, strict=True)
-    return {
-        "distill/student_perplexity": found.perplexity,
-        "eval/cosine": found.mean_cosine,
-        **{f"eval/cosine_block_{block:02d}": cosine for block, cosine in blocks},
-    }
+    return metrics | {f"eval/cosine_block_{block:02d}": cosine for block, cosine in blocks}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

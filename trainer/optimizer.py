@@ -1,8 +1,8 @@
 """AdamW whose state, count and clipping are per block.
 
-The transformation is written for one block and mapped over the stacked block axis: every leaf of the state has that
-axis, the counts too (`count[L]`). So one bad block is clipped alone, a block that is not trained stands still, and
-the update could move into the scan over blocks without another checkpoint format.
+The transformation is written for one block, and every leaf of the state has the block axis, the counts too
+(`count[L]`). So one bad block is clipped alone, a block that is not trained stands still, and the update may happen
+inside the scan over blocks or after it, with the same checkpoints.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from schemas.config import OptimizerConfig
+from schemas.train_config import OptimizerConfig
 
 Blocks = Any  # a pytree whose leaves have the block axis in front
 
@@ -30,8 +30,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation of one block's parameters."""
+def make_optimizer(config: OptimizerConfig, steps: int, *, clips: bool = True) -> optax.GradientTransformation:
+    """The transformation of one block's parameters; `clips`: to `clip_norm`, each block's gradient for itself."""
     adam = optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.b1,
@@ -40,12 +40,24 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    return (
+        adam
+        if config.clip_norm is None or not clips
+        else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    )
 
 
 def init_blocks(optimizer: optax.GradientTransformation, parameters: Blocks) -> Blocks:
     """The optimizer state of stacked blocks."""
     return jax.vmap(optimizer.init)(parameters)
+
+
+def update_one(
+    optimizer: optax.GradientTransformation, gradients: Blocks, state: Blocks, parameters: Blocks
+) -> tuple[Blocks, Blocks]:
+    """New parameters and state of one block (or of what belongs to none)."""
+    steps, state = optimizer.update(gradients, state, parameters)
+    return optax.apply_updates(parameters, steps), state
 
 
 def update_blocks(
@@ -55,14 +67,43 @@ def update_blocks(
     parameters: Blocks,
     trained: Bool[Array, "L"],
 ) -> tuple[Blocks, Blocks]:
-    """New parameters and state of stacked blocks; a block that is not `trained` keeps both, weight decay included."""
+    """New parameters and state of stacked blocks; a block that is not `trained` keeps both, weight decay included.
 
-    def update(gradient: Blocks, state: Blocks, parameters: Blocks, trained: Array) -> tuple[Blocks, Blocks]:
-        steps, new_state = optimizer.update(gradient, state, parameters)
-        moved = (optax.apply_updates(parameters, steps), new_state)
-        return jax.tree.map(lambda new, old: jnp.where(trained, new, old), moved, (parameters, state))
+    One block after the other, in place: over whole stacks XLA would copy both moments first.
+    """
 
-    return jax.vmap(update)(gradients, state, parameters, trained)
+    def body(stacks: tuple[Blocks, Blocks], block: Array) -> tuple[tuple[Blocks, Blocks], None]:
+        mine = take_block(stacks, block)
+        # A branch, so that what it takes and gives are arrays of their own: XLA would otherwise read the stacks again
+        # after it has written to them, and copy them whole for that, in every iteration.
+        mine = jax.lax.cond(
+            trained[block],
+            lambda gradient, mine: update_one(optimizer, gradient, mine[1], mine[0]),
+            lambda gradient, mine: mine,
+            take_block(gradients, block),
+            mine,
+        )
+        return put_block(stacks, mine, block), None
+
+    (parameters, state), _ = jax.lax.scan(body, (parameters, state), jnp.arange(trained.shape[0]))
+    return parameters, state
+
+
+def take_block(stacks: Blocks, block: Array) -> Blocks:
+    """A block's own of stacked leaves."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, block, keepdims=False), stacks)
+
+
+def put_block(stacks: Blocks, mine: Blocks, block: Array) -> Blocks:
+    """The stacks with a block's own in its place."""
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, block, 0), stacks, mine)
+
+
+def clip_all(gradients: Blocks, norm: float | None) -> Blocks:
+    """Gradients scaled so that the norm of all of them together is at most `norm`."""
+    if norm is None:
+        return gradients
+    return optax.clip_by_global_norm(norm).update(gradients, optax.EmptyState())[0]
 
 
 def _decayed(parameters: Blocks) -> Blocks:

@@ -1,253 +1,166 @@
-"""One blockwise training step: every block's gradient is computed inside its own iteration of the scan over blocks.
+"""The training step: what it changes, and the jitted function that changes it, on one device or on a mesh.
 
-Every student block gets the teacher's `resid[l]` as its input, so no block's loss depends on another block. The scan's
-body takes block l's codes out of the stacks, decodes them, and differentiates block l's loss by block l's parameters:
-what is alive at a time is one block's, whatever L is.
-
-*Trained parameters* are the attention sublayers: for every group of the decoder and every place of its pattern, the
-`nnx.State` of that stacked `Attention`. Nothing else of the student is touched, nor needed here.
-
-Source: NVIDIA Puzzle (arXiv 2411.19146), blockwise local distillation; MaxText's parallel blockwise distillation.
+A step is `(state, frozen, batch, table) -> (state, sums)`; the state's memory is given away. With a mesh axis `block`
+each group of devices holds a run of every layer group's repeats (padded to equal lengths with blocks that are not
+trained) and works on them alone: `shard_map` over `block` around the whole step, and no collective along it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
 
-from models.config import ModelConfig
-from models.decoder import BlockContext, Decoder
-from models.rope import rope_tables
-from schemas.codecs import Codec, take_slot
-from schemas.config import FeatureLossConfig
-from trainer.feed import CacheSource
-from trainer.losses import MaskedSum, feature_loss
-from trainer.optimizer import init_blocks, update_blocks
+from trainer.blockwise import BlockSums, BlockwiseStep, StepSums
+from trainer.optimizer import init_blocks
+from trainer.parameters import Parameters, of_place, outer, place_prefix
+from trainer.sharding import state_shardings
+from trainer.stack import StudentStack
+from trainer.tables import Table
 
-Places = tuple[tuple[Any, ...], ...]  # one entry for every place of every group's pattern
-StreamState = tuple[Array, Any]  # the next place to decode, and the codec's carry
-Visit = Callable[[Callable[[Any], Array], Any, Array, Array], Any]
-
-
-@dataclass(frozen=True)
-class TapTable:
-    """Where block l's tensors lie in a batch: places on the stacks' slot axis, and the codecs.
-
-    trained: whether block l has both tensors and counts; the places of the others are 0 and mean nothing.
-    """
-
-    resid: tuple[int, ...]
-    attn_out: tuple[int, ...]
-    trained: tuple[bool, ...]
-    resid_codec: Codec
-    attn_out_codec: Codec
-
-    @property
-    def in_step(self) -> bool:
-        """Whether block l's stream lies at place l: decoding then goes one place a block."""
-        return all(self.trained) and self.resid == tuple(range(len(self.resid)))
+OUTER = "outer"  # the optimizer's unit of what belongs to no block
+StepFunction = Callable[["TrainState", Parameters, Mapping[str, Any], Table], tuple["TrainState", Any]]
 
 
 class TrainState(NamedTuple):
-    """What a step changes: trained parameters, and the optimizer's state of each block."""
+    """What a step changes; as a tree of shardings, where it lies.
 
-    parameters: Places
-    optimizer: Places
-
-
-class AttentionStack:
-    """The static part of a student's attention sublayers: graphs, sizes, and the order of the blocks."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.config: ModelConfig = decoder.config
-        self.graphs = tuple(tuple(nnx.graphdef(block.attention) for block in group.blocks) for group in decoder.groups)
-
-    @staticmethod
-    def parameters(decoder: Decoder) -> Places:
-        """Copies of the decoder's attention parameters, each leaf with the repeats in front.
-
-        Copies, because a step gives its state's memory away.
-        """
-        states = [[nnx.state(block.attention) for block in group.blocks] for group in decoder.groups]
-        return jax.tree.map(jnp.copy, tuple(tuple(group) for group in states))
-
-    @staticmethod
-    def install(decoder: Decoder, parameters: Places) -> None:
-        """Put copies of trained parameters into the decoder."""
-        for group, states in zip(decoder.groups, parameters, strict=True):
-            for block, state in zip(group.blocks, states, strict=True):
-                nnx.update(block.attention, jax.tree.map(jnp.copy, state))
-
-    def context(self, batch: Mapping[str, Any]) -> BlockContext:
-        """What the blocks need to know of the rows; computed once, outside the scan."""
-        config = self.config
-        cos, sin = rope_tables(config.rope, config.head_dim, batch["positions"], config.max_positions)
-        return BlockContext(cos, sin, batch["segment_ids"])
-
-    def numbers(self) -> tuple[tuple[list[int], ...], ...]:
-        """Block numbers by group, place and repeat."""
-        found, start = [], 0
-        for group, layers in zip(self.graphs, self.config.layers, strict=True):
-            size, repeats = len(group), layers.repeats
-            found.append(tuple([start + repeat * size + place for repeat in range(repeats)] for place in range(size)))
-            start += size * repeats
-        return tuple(found)
-
-    def in_block_order(self, places: Sequence[Sequence[Array]]) -> Float[Array, "L"]:
-        """Values `[repeats]` of every place as one `[L]`."""
-        return jnp.concatenate([jnp.stack(group, axis=1).reshape(-1) for group in places])
-
-
-def tap_table(num_blocks: int, source: CacheSource) -> TapTable:
-    """The table of a source's stacks, with its blocks trained."""
-    chosen = set(source.blocks)
-
-    def places(tap: str) -> tuple[int, ...]:
-        return tuple(source.reads[tap].at[block] if block in chosen else 0 for block in range(num_blocks))
-
-    trained = tuple(block in chosen for block in range(num_blocks))
-    return TapTable(places("resid"), places("attn_out"), trained, source.codecs["resid"], source.codecs["attn_out"])
-
-
-def visit_blocks(
-    stack: AttentionStack, parameters: Places, batch: Mapping[str, Any], table: TapTable, visit: Visit
-) -> Places:
-    """Call `visit(attend, block_parameters, resid, target)` for every trained block, inside scans over the blocks.
-
-    `attend(block_parameters)` is the block's attention output `[B, T, D]` on the teacher's stream; `resid` and `target`
-    are the teacher's, decoded, float32. For other blocks the results are zeros.
-
-    Returns: what `visit` returns, stacked over the repeats, for every place of every group.
+    moments: the optimizer's state by unit: `groups/<g>/blocks/<p>/`, stacked, and `outer`.
+    step: how many were done in this stage, int32 `[]`.
     """
-    context = stack.context(batch)
-    inputs, targets, trained = (jnp.asarray(row) for row in (table.resid, table.attn_out, table.trained))
-    stream = _Stream(table, batch["resid"], stack.config.hidden_size)
 
-    def visit_block(graph: Any, state: Any, block: Array, at: StreamState) -> tuple[StreamState, Any]:
-        # Indexed here, not passed as scan inputs: slices of a stack given to a scan are copied whole, and XLA on CPU
-        # would also lift their decoding out of the scan.
-        at, resid = stream.decode(at, inputs[block])
-        target = _take(table.attn_out_codec, batch["attn_out"], targets[block], stack.config.hidden_size)
-        return at, visit(lambda state: nnx.merge(graph, state)(resid, context), state, resid, target)
-
-    def skip(run: Callable[..., Any], state: Any, block: Array, at: StreamState) -> tuple[StreamState, Any]:
-        _, shapes = jax.eval_shape(run, state, block, at)
-        return at, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-    at, results, start = stream.start(batch["positions"].shape), [], 0
-    for graphs, states, layers in zip(stack.graphs, parameters, stack.config.layers, strict=True):
-
-        def body(at: StreamState, step: tuple[Any, Array], graphs: Any = graphs, start: int = start) -> Any:
-            sliced, repeat = step
-            visited = []
-            for place, (graph, state) in enumerate(zip(graphs, sliced, strict=True)):
-                block, run = start + repeat * len(graphs) + place, partial(visit_block, graph)
-                if all(table.trained):
-                    at, found = run(state, block, at)
-                else:  # only one of the two is executed
-                    at, found = jax.lax.cond(trained[block], run, partial(skip, run), state, block, at)
-                visited.append(found)
-            return at, tuple(visited)
-
-        at, stacked = jax.lax.scan(body, at, (states, jnp.arange(layers.repeats)))
-        results.append(stacked)
-        start += len(graphs) * layers.repeats
-    return tuple(results)
+    parameters: Any
+    moments: Any
+    step: Any
 
 
-class _Stream:
-    """Decodes the stream's slots in order; a delta codec needs what it decoded before."""
+class Update(Protocol):
+    """A step on one device, or on one group of them."""
 
-    def __init__(self, table: TapTable, parts: Mapping[str, Array], hidden: int) -> None:
-        self._codec, self._stacks, self._hidden, self._in_step = table.resid_codec, parts, hidden, table.in_step
-
-    def start(self, rows: tuple[int, ...]) -> StreamState:
-        return jnp.zeros((), jnp.int32), self._codec.start((*rows, self._hidden))
-
-    def decode(self, at: StreamState, place: Array) -> tuple[StreamState, Float[Array, "B T D"]]:
-        """The slot at `place`, float32, and where decoding stands after it."""
-        ready, carry = at
-        if carry is None or self._in_step:
-            carry, value = self._slot(carry, place)
-            return (place + 1, carry), value
-
-        def one(place: Array, state: tuple[Any, Array]) -> tuple[Any, Array]:
-            return self._slot(state[0], place)
-
-        begin = jnp.maximum(ready, self._codec.first_slot(place))  # type: ignore[arg-type]
-        carry, value = jax.lax.fori_loop(begin, place + 1, one, (carry, jnp.zeros(carry.shape, jnp.float32)))
-        return (place + 1, carry), value
-
-    def _slot(self, carry: Any, place: Array) -> tuple[Any, Array]:
-        parts = take_slot(self._stacks, self._codec.parts(self._hidden), place)
-        carry, value = self._codec.decode_slot(carry, parts, place)
-        return carry, value.astype(jnp.float32)
+    def __call__(
+        self, state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
+    ) -> tuple[TrainState, Any]: ...
 
 
-def block_gradients(
-    stack: AttentionStack, parameters: Places, batch: Mapping[str, Any], table: TapTable, loss: FeatureLossConfig
-) -> tuple[Places, MaskedSum]:
-    """The gradient of every block's mean loss by its own parameters, and the losses' `[L]` sums.
+def init_state(stack: StudentStack, trained: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step of a stage."""
+    moments = {place_prefix(place): init_blocks(optimizer, of_place(trained, place)) for place in stack.places()}
+    if rest := outer(trained):
+        moments[OUTER] = optimizer.init(rest)
+    return TrainState(trained, moments, jnp.zeros((), jnp.int32))
 
-    The loss is `weight * (relative_l2 * ... + cosine * ... + l2 * ...)`, a mean over real tokens; blocks that are not
-    trained have zero loss and zero gradient.
+
+def blockwise_update(step: BlockwiseStep) -> Update:
+    """The blockwise step on a state."""
+
+    def update(
+        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
+    ) -> tuple[TrainState, StepSums]:
+        moments = {place: state.moments[place_prefix(place)] for place in step.stack.places()}
+        parameters, moments, sums, tokens = step.update(state.parameters, moments, frozen, batch, table, state.step)
+        groups = [range(len(layers.pattern)) for layers in step.stack.config.layers]
+        arranged = tuple(
+            jax.tree.map(lambda *of_places: jnp.stack(of_places, 1), *(sums[g, p] for p in places))
+            for g, places in enumerate(groups)
+        )
+        named = {place_prefix(place): value for place, value in moments.items()}
+        return TrainState(parameters, named, state.step + 1), StepSums(arranged, tokens, step.weights(state.step))
+
+    return update
+
+
+def jit_step(update: Update, state: TrainState, mesh: Mesh | None, blocks: int = 1) -> StepFunction:
+    """The compiled step.
+
+    Args:
+        state: of the shapes that it will be called with.
+        blocks: size of the mesh axis `block`.
     """
-    mask = batch["segment_ids"] > 0
-    tokens = jnp.sum(mask, dtype=jnp.float32)
-    shares = {name: loss.weight * getattr(loss, name) for name in ("relative_l2", "cosine", "l2")}
-
-    def visit(attend: Callable[[Any], Array], state: Any, resid: Array, target: Array) -> tuple[Any, Array]:
-        def mean(state: Any) -> tuple[Array, Array]:
-            sums = feature_loss(attend(state), target, mask, **shares)
-            # Divided here: a division of the stacked gradients afterwards would be a second stack.
-            return sums.mean, sums.total
-
-        gradient, total = jax.grad(mean, has_aux=True)(state)
-        return gradient, total
-
-    visited = visit_blocks(stack, parameters, batch, table, visit)
-    gradients = tuple(tuple(place[0] for place in group) for group in visited)
-    totals = stack.in_block_order([[place[1] for place in group] for group in visited])
-    return gradients, MaskedSum(totals, tokens)
+    if mesh is None:
+        return jax.jit(update, donate_argnums=0)
+    parameters, moments = state_shardings(mesh, state.parameters, state.moments)
+    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
+    out = (TrainState(parameters, moments, everywhere), None)
+    whole = over_blocks(update, mesh) if blocks > 1 else update
+    return jax.jit(whole, donate_argnums=0, out_shardings=out)
 
 
-def init_state(stack: AttentionStack, decoder: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    parameters = stack.parameters(decoder)
-    return TrainState(
-        parameters, tuple(tuple(init_blocks(optimizer, place) for place in group) for group in parameters)
-    )
+def over_blocks(update: Update, mesh: Mesh) -> Update:
+    """The same step, each group of devices on its own blocks; taps come as `[groups, S, B, T, W]`."""
+
+    def local(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+        own = {name: {part: x[0] for part, x in value.items()} if isinstance(value, Mapping) else value
+               for name, value in batch.items()}  # fmt: skip
+        return update(state, frozen, own, table)
+
+    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+        split, same = PartitionSpec("block"), PartitionSpec()
+        states = TrainState(*(split, split, same))
+        rows = {name: split if isinstance(value, Mapping) else same for name, value in batch.items()}
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(states, split, rows, split),
+            out_specs=(states, StepSums(split, same, same)),  # type: ignore[arg-type]
+            axis_names={"block"},
+            check_vma=False,  # nothing is exchanged, so there is nothing whose sameness could be checked
+        )(state, frozen, batch, table)
+
+    return apply
 
 
-def make_step(
-    stack: AttentionStack, optimizer: optax.GradientTransformation, loss: FeatureLossConfig, table: TapTable
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, MaskedSum]]:
-    """The jitted step `(state, batch) -> (state, feature loss [L])`; the state's memory is given away.
+def padded(tree: Any, stack: StudentStack, groups: int) -> Any:
+    """`tree` of stacked leaves, keyed by names that begin with a place's prefix, with repeats filled up to a multiple
+    of `groups`: the last block again, which is never trained there."""
+    return _by_place(tree, stack, lambda leaf, repeats: _filled(leaf, -(-repeats // groups) * groups))
 
-    What is minimised is the sum of the blocks' means over tokens, so a block's gradient does not depend on L.
-    """
-    trained = [[[table.trained[block] for block in place] for place in group] for group in stack.numbers()]
 
-    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, MaskedSum]:
-        gradients, sums = block_gradients(stack, state.parameters, batch, table, loss)
-        updated = [
+def unpadded(tree: Any, stack: StudentStack) -> Any:
+    """The reverse."""
+    return _by_place(tree, stack, lambda leaf, repeats: leaf[:repeats])
+
+
+def padded_table(table: Table, groups: int) -> Table:
+    """A table filled up alike, with rows that are not trained."""
+
+    def fill(name: str, rows: np.ndarray) -> np.ndarray:
+        missing = -rows.shape[0] % groups
+        filled = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+        if name == "trained" and missing:
+            filled[-missing:] = False
+        return filled
+
+    return tuple({name: fill(name, rows) for name, rows in group.items()} for group in table)
+
+
+def block_sums(sums: StepSums, stack: StudentStack) -> dict[str, np.ndarray]:
+    """A step's sums by name, float64 `[L]`, on the host."""
+    layers = stack.config.layers
+    return {
+        name: np.concatenate(
             [
-                update_blocks(optimizer, gradient, moments, parameters, jnp.asarray(mask))
-                for gradient, moments, parameters, mask in zip(*group, strict=True)
+                np.asarray(getattr(group, name), np.float64)[: layer.repeats].reshape(-1)
+                for group, layer in zip(sums.blocks, layers, strict=True)
             ]
-            for group in zip(gradients, state.optimizer, state.parameters, trained, strict=True)
-        ]
-        parameters, moments = (tuple(tuple(place[k] for place in group) for group in updated) for k in (0, 1))
-        return TrainState(parameters, moments), sums
-
-    return jax.jit(step, donate_argnums=0)
+        )
+        for name in BlockSums._fields
+    }
 
 
-def _take(codec: Codec, stacks: Mapping[str, Array], place: Array, hidden: int) -> Float[Array, "B T D"]:
-    return codec.decode(take_slot(stacks, codec.parts(hidden), place)).astype(jnp.float32)
+def _filled(leaf: Array, repeats: int) -> Array:
+    missing = repeats - leaf.shape[0]
+    return jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf
+
+
+def _by_place(tree: Any, stack: StudentStack, change: Callable[[Array, int], Array]) -> Any:
+    sizes = {place_prefix(place): repeats for place, repeats in stack.places().items()}
+
+    def one(name: str, value: Any) -> Any:
+        repeats = next((size for prefix, size in sizes.items() if name.startswith(prefix)), None)
+        return value if repeats is None else jax.tree.map(lambda leaf: change(leaf, repeats), value)
+
+    return {name: one(name, value) for name, value in tree.items()}

@@ -6,16 +6,22 @@ from pathlib import Path
 from models.checkpoint import load_pretrained, save_pretrained, weights_digest
 from models.decoder import Decoder
 from models.surgery import apply_surgery
-from schemas.config import StudentConfig
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.storage import Store
+from schemas.train_config import StudentConfig
 from trainer.checkpoints import STUDENT
-from trainer.feed import CacheSource
+from trainer.parameters import Parameters, all_parameters, make_projectors
+from trainer.source import Source
+from trainer.stack import StudentStack
+from trainer.tables import student_spans
 
 
-def open_student(run: Path, config: StudentConfig, source: CacheSource) -> Decoder:
+def open_student(run: Path, config: StudentConfig, source: Source, teacher_path: str | None = None) -> Decoder:
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
+
+    Args:
+        teacher_path: where the source's teacher lies, if not where its plan says.
 
     Raises:
         CheckpointError: its checkpoint is missing, or is not the teacher that the cache was built with.
@@ -26,19 +32,29 @@ def open_student(run: Path, config: StudentConfig, source: CacheSource) -> Decod
         return load_pretrained(kept, dtype="float32")
     for unfinished in run.glob(f".{STUDENT}.*"):  # of a killed process
         shutil.rmtree(unfinished)
-    path = _checked_teacher(source) if config.init == "teacher" else config.init
+    path = _checked_teacher(source, teacher_path) if config.init == "teacher" else config.init
     student = apply_surgery(load_pretrained(path, dtype="float32"), config.surgery)
-    _check_fit(student, path, source)
+    _check_fit(student, path, config, source)
     save_pretrained(student, kept, tokenizer_from=_tokenizer(Path(path).expanduser(), run, source))
     return student
 
 
-def _checked_teacher(source: CacheSource) -> str:
+def start_parameters(student: Decoder, config: StudentConfig, teacher_width: int, seed: int) -> Parameters:
+    """All parameters of a student before its first step, with projectors where it has them."""
+    found = all_parameters(student)
+    if config.projector == "linear":
+        places = StudentStack(student).places()
+        found |= make_projectors(places, student.config.hidden_size, teacher_width, seed)
+    return found
+
+
+def _checked_teacher(source: Source, path: str | None) -> str:
     """The teacher's path, if the very teacher of the cache is still there."""
     teacher = source.plan.teacher
     advice = "set student.init to the path of the teacher's checkpoint"
     try:
-        found = weights_digest(teacher.path)
+        path = path or teacher.path
+        found = weights_digest(path)
     except CheckpointError as error:
         raise CheckpointError(
             f"the cache's teacher cannot be opened: {error.what}", {"cache": source.url, **error.facts}, advice
@@ -46,29 +62,31 @@ def _checked_teacher(source: CacheSource) -> str:
     if found != teacher.weights_digest:
         raise CheckpointError(
             "the checkpoint at the teacher's path is not the one that the cache was built with",
-            {"path": teacher.path, "found": f"digest {found}", "expected": f"digest {teacher.weights_digest}"},
+            {"path": path, "found": f"digest {found}", "expected": f"digest {teacher.weights_digest}"},
             advice,
         )
-    return teacher.path
+    return path
 
 
-def _check_fit(student: Decoder, path: str, source: CacheSource) -> None:
-    teacher, config = source.plan.teacher, student.config
+def _check_fit(student: Decoder, path: str, config: StudentConfig, source: Source) -> None:
+    teacher, found = source.plan.teacher, student.config
+    student_spans(found, teacher.num_blocks, config.layer_map)
     sizes = {
-        "hidden size": (teacher.hidden_size, config.hidden_size),
-        "number of blocks": (teacher.num_blocks, config.num_blocks),
-        "vocabulary": (teacher.vocab_size, config.vocab_size),
+        "hidden size": (teacher.hidden_size, found.hidden_size, "set student.projector: linear"),
+        "vocabulary": (teacher.vocab_size, found.vocab_size, "choose a student with the teacher's vocabulary"),
     }
-    for name, (expected, found) in sizes.items():
-        if found != expected:
+    if config.projector == "linear":
+        del sizes["hidden size"]
+    for name, (expected, here, advice) in sizes.items():
+        if here != expected:
             raise ConfigError(
                 f"the cache and the student disagree on the {name}",
-                {"cache": f"{source.url}/{MANIFEST}   {expected}", "student": f"{path}   {found}"},
-                f"choose a student.init whose {name} is {expected}, or build a cache with another teacher",
+                {"cache": f"{source.url}/{MANIFEST}   {expected}", "student": f"{path}   {here}"},
+                f"{advice}, or build a cache with another teacher",
             )
 
 
-def _tokenizer(path: Path, run: Path, source: CacheSource) -> Path:
+def _tokenizer(path: Path, run: Path, source: Source) -> Path:
     """The checkpoint's own tokenizer, or, where it has none, a copy of the one that made the cache's tokens."""
     if path.is_file() or (path / TOKENIZER).exists():
         return path

@@ -8,11 +8,13 @@ The same command goes on where an interrupted run was, to the same bits as a run
 the step and the schedule are pure functions of the config and the step's number.
 """
 
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,29 +25,39 @@ import numpy as np
 from models.decoder import Decoder
 from schemas import settings
 from schemas.config import TrainConfig
-from schemas.errors import ConfigError, InputError, Interrupted, NonFiniteError, PlanMismatchError
+from schemas.errors import (
+    ConfigError,
+    DistillcacheError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    PlanMismatchError,
+)
 from schemas.layout import TOKENIZER
 from schemas.progress import Progress
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import is_url
 from trainer.checkpoints import STUDENT, Checkpoints
-from trainer.evaluate import Evaluation, blockwise_cosine, held_out_perplexity
-from trainer.feed import CacheSource, Feed, make_feed
-from trainer.losses import MaskedSum
-from trainer.metrics import MetricsLog, evaluation_metrics, read_metrics, training_metrics
-from trainer.optimizer import learning_rate_schedule, make_optimizer
-from trainer.step import AttentionStack, TapTable, TrainState, init_state, make_step, tap_table
-from trainer.student import open_student
+from trainer.evaluate import Evaluation, Evaluator
+from trainer.feed import Feed, make_feed
+from trainer.flops import peak_flops, step_flops
+from trainer.metrics import MetricsLog, StepTimes, evaluation_metrics, read_metrics
+from trainer.open import Sources
+from trainer.parameters import Parameters
+from trainer.sharding import check_rows, make_mesh
+from trainer.source import Batch, Source
+from trainer.stage import Stage, StageRun, resolve_stages
+from trainer.student import open_student, start_parameters
 
-TAPS = ("resid", "attn_out")
 # What may differ when a run goes on: no number of the training depends on it.
 FREE_FIELDS = frozenset(
     {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "log_every"}
-    | {"prefetch_batches", "partial"}
+    | {"prefetch_batches", "partial", "profile", "mesh"}
 )
 EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
 RESOLVED = "config.yaml"
+TRACES = "traces"
 
 
 @dataclass(frozen=True)
@@ -81,19 +93,32 @@ def train(config: TrainConfig) -> TrainResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint of the last step was written, and the same command goes on.
     """
     folder = _run_folder(config.run)
-    blocks = None if config.loss.feature.blocks == "all" else config.loss.feature.blocks
-    source = CacheSource(config.cache, TAPS, blocks, "train", leaving=False, partial=config.partial)
-    held_out = CacheSource(config.cache, TAPS, None, "eval", leaving=False, partial=config.partial)
-    _check_losses(config)
-    _claim_folder(folder, config, source)
+    stages = resolve_stages(config)
+    make_mesh(config.mesh)
+    check_rows(config.mesh, config.batch_rows, "batch_rows")
+    check_rows(config.mesh, config.batch_rows // config.micro_batches, "batch_rows / micro_batches")
+    if config.batch_rows % config.micro_batches:
+        raise ConfigError(
+            "a batch cannot be cut into so many parts",
+            {"batch_rows": config.batch_rows, "micro_batches": config.micro_batches},
+            "make batch_rows a multiple of micro_batches",
+        )
+    sources = Sources(config)
+    began = not (folder / STUDENT).is_dir()
+    _claim_folder(folder, config, sources.rows)
     with watch_for_stop() as stop:
-        decoder = open_student(folder, config.student, source)
+        try:
+            decoder = open_student(folder, config.student, sources.rows, teacher_path=_teacher_path(config))
+        except DistillcacheError:
+            if began:  # nothing was made but what says what would have been
+                _remove_claim(folder)
+            raise
         checkpoints = Checkpoints(folder, config.keep_checkpoints)
         try:
-            first = _Run(config, folder, source, held_out, decoder, checkpoints, stop).go()
+            first = _Run(config, stages, folder, sources, decoder, checkpoints, stop).go()
         finally:
             checkpoints.close()
-    return _result(config, folder, first)
+    return _result(config, stages[-1].last, folder, first)
 
 
 class _Run:
@@ -102,138 +127,186 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        stages: Sequence[Stage],
         folder: Path,
-        source: CacheSource,
-        held_out: CacheSource,
+        sources: Sources,
         decoder: Decoder,
         checkpoints: Checkpoints,
         stop: StopRequest,
     ) -> None:
-        self.config, self.folder, self.source, self.held_out = config, folder, source, held_out
+        self.config, self.stages, self.folder, self.sources = config, stages, folder, sources
         self.decoder, self.checkpoints, self.stop = decoder, checkpoints, stop
-        self.stack = AttentionStack(decoder)
-        self.table = self._table(source)
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        self.schedule = learning_rate_schedule(config.optimizer, config.steps)
-        self.state: TrainState = init_state(self.stack, decoder, optimizer)
-        self.step = make_step(self.stack, optimizer, config.loss.feature, self.table)
+        width = sources.rows.plan.teacher.hidden_size
+        self.parameters: Parameters = start_parameters(decoder, config.student, width, config.seed)
+        self.kept: set[str] = set()  # names of what was trained so far
+        self.steps = stages[-1].last
+        self.evaluator = Evaluator(config, sources, decoder)
 
     def go(self) -> int:
         """Run to the end; returns the step at which this process began."""
         first = self.checkpoints.latest() or 0
-        feed_state = {"seed": self.config.seed, "next_step": first}
         if first:
-            self.state, feed_state = self.checkpoints.restore(first, self.state)
-        if first == self.config.steps:
+            restored = self.checkpoints.restore_parameters(first)
+            self.parameters |= restored
+            self.kept = set(restored)
+        if first == self.steps:
             print(f"{self.config.run} is finished: nothing to do", file=sys.stderr)
             return first
         _cut_evaluations(self.folder, first)
+        self._keep_best()
         log = MetricsLog(self.folder, first if first else -1)
-        feed = make_feed(
-            self.source,
-            global_batch_rows=self.config.batch_rows,
-            seed=feed_state["seed"],
-            start_step=feed_state["next_step"],
-            prefetch_batches=self.config.prefetch_batches,
-        )
         try:
-            if not first and self.held_out:
-                log.log(0, evaluation_metrics(self._evaluate(0)))
-            with feed, Progress("train", self.config.steps, unit="steps") as bar:
+            if not first and self.sources.held_out:
+                log.log(0, self._evaluate(0))
+            with Progress("train", self.steps, unit="steps") as bar:
                 bar.skip(first)
-                self._steps(first, feed, log, bar)
+                for stage in self.stages:
+                    if first < stage.last:
+                        self._run_stage(stage, max(first, stage.first), log, bar)
         finally:
             log.close()
         return first
 
-    def _steps(self, first: int, feed: Feed, log: MetricsLog, bar: Progress) -> None:
-        batch = _on_device(next(feed))
-        for number in range(first + 1, self.config.steps + 1):
-            start, waited, tokens = time.perf_counter(), feed.wait_s, batch.pop("real_tokens")
-            self.state, sums = self.step(self.state, batch)  # returns before it is computed
-            if number < self.config.steps:
-                batch = _on_device(next(feed))
-            losses = self._settle(number, sums)
-            seconds = time.perf_counter() - start
-            metrics = self._metrics(number, losses, tokens, seconds, feed.wait_s - waited)
-            bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}")
-            self._keep(number, metrics, log, {**feed.get_state(), "next_step": number})
+    def _run_stage(self, stage: Stage, first: int, log: MetricsLog, bar: Progress) -> None:
+        """The steps of one stage that are not done yet."""
+        run = StageRun(self.config, stage, self.decoder, self.parameters, self.sources.open, self.sources.norms)
+        if first > stage.first:
+            run.restore(self.checkpoints.restore_moments(first, run.moments()), first - stage.first)
+        self.kept |= run.trained_names
+        # The whole run is one walk over the rows, whatever its stages and restarts: batch s is a function of s.
+        feed = make_feed(
+            run.source,
+            global_batch_rows=self.config.batch_rows,
+            seed=self.config.seed,
+            start_step=first,
+            prefetch_batches=self.config.prefetch_batches,
+        )
+        flops = FlopCount(run, self.config, self.sources.rows.plan.rows.row_tokens)
+        trace = Trace(self.config.profile, self.folder)
+        with feed, trace:
+            self._steps(run, first, feed, log, bar, flops, trace)
+        self.parameters |= run.parameters()
 
-    def _settle(self, number: int, sums: MaskedSum) -> np.ndarray:
-        """The step's losses per block, once computed.
+    def _steps(
+        self, run: StageRun, first: int, feed: Feed, log: MetricsLog, bar: Progress, flops: "FlopCount", trace: "Trace"
+    ) -> None:
+        host = next(feed)
+        batch, tokens = run.place(host), _real_tokens(host)
+        for number in range(first + 1, run.stage.last + 1):
+            trace.before(number)
+            start, waited, counted = time.perf_counter(), feed.wait_s, tokens
+            sums = run.advance(batch)  # returns before it is computed
+            if number < run.stage.last:
+                host = next(feed)
+                batch, tokens = run.place(host), _real_tokens(host)
+            metrics = self._settle(run, number, sums)
+            seconds = time.perf_counter() - start
+            times = StepTimes(seconds, counted, (feed.wait_s - waited) / seconds, flops.of_step, flops.peak)
+            metrics |= times.metrics()
+            metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
+            wait = f"{100 * times.wait_share:.0f}% waiting"
+            bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s, {wait}")
+            self._keep(run, number, metrics, log, {**feed.get_state(), "next_step": number})
+
+    def _settle(self, run: StageRun, number: int, sums: Any) -> dict[str, float]:
+        """The step's losses, once computed.
 
         Raises:
             NonFiniteError: one of them is not a number; nothing of this step is kept.
         """
-        losses = np.asarray(sums.total, np.float64) / max(float(sums.weight), 1.0)
-        broken = np.flatnonzero(~np.isfinite(losses))
-        if broken.size:
-            saved = self.checkpoints.latest()
+        losses = run.losses(sums)
+        bad = {name: np.flatnonzero(~np.isfinite(np.atleast_1d(value))) for name, value in losses.items()}
+        if broken := [name for name, at in bad.items() if at.size]:
+            saved, name = self.checkpoints.latest(), broken[0]
+            value = np.atleast_1d(losses[name])[bad[name][0]]
+            by_block = np.ndim(losses[name]) == 1
             raise NonFiniteError(
-                "the training has diverged: a block's loss is not finite",
+                f"the training has diverged: {'the loss of a block' if by_block else 'the loss'} is not finite",
                 {
                     "run": self.config.run,
                     "step": number,
-                    "block": ", ".join(map(str, broken)),
-                    "found": losses[broken[0]],
+                    "loss": name,
+                    **({"block": ", ".join(map(str, bad[name]))} if by_block else {}),
+                    "found": value,
                     "last checkpoint": "none" if saved is None else f"step {saved}",
                 },
                 "start another run with a lower optimizer.learning_rate or optimizer.clip_norm",
             )
-        return losses
+        return run.metrics(losses, sums)
 
-    def _metrics(self, number: int, losses: np.ndarray, tokens: int, seconds: float, waited: float) -> dict[str, float]:
-        return training_metrics(
-            losses,
-            self.source.blocks,
-            beta=self.config.loss.feature.weight,
-            learning_rate=float(np.asarray(self.schedule(number - 1))),
-            tokens_per_s=tokens / seconds,
-            step_s=seconds,
-            wait_share=waited / seconds,
-        )
-
-    def _keep(self, number: int, metrics: dict[str, float], log: MetricsLog, feed: dict[str, int]) -> None:
+    def _keep(
+        self, run: StageRun, number: int, metrics: dict[str, float], log: MetricsLog, feed: dict[str, int]
+    ) -> None:
         """Everything that happens between two steps: evaluation, metrics, checkpoint, and the question to stop."""
-        config, last = self.config, number == self.config.steps
-        evaluates = bool(self.held_out) and (last or (config.eval_every and number % config.eval_every == 0))
+        config, last = self.config, number == run.stage.last
+        evaluates = bool(self.sources.held_out) and (last or (config.eval_every and number % config.eval_every == 0))
+        saves = last or self.stop.requested or number % config.checkpoint_every == 0
+        if evaluates or saves:
+            self.parameters |= run.parameters()
         if evaluates:
-            metrics = {**metrics, **evaluation_metrics(self._evaluate(number))}
+            metrics = {**metrics, **self._evaluate(number)}
         if evaluates or last or number % config.log_every == 0:
             log.log(number, metrics)
-        if last or self.stop.requested or number % config.checkpoint_every == 0:
-            self.checkpoints.save(number, self.state, feed)
+        if saves or evaluates:  # the best by evaluation is kept, so what was evaluated is saved
+            trained = {name: self.parameters[name] for name in self.kept}
+            self._keep_best()
+            self.checkpoints.save(number, trained, run.moments(), feed)
         if last or self.stop.requested:
             self.checkpoints.wait()
-        if self.stop.requested and not last:
+        if self.stop.requested and number < self.steps:
             raise Interrupted(
                 "the training was asked to stop",
-                {"run": config.run, "kept": f"a checkpoint at step {number} of {config.steps}"},
+                {"run": config.run, "kept": f"a checkpoint at step {number} of {self.steps}"},
                 "run the same command again to go on",
             )
 
-    def _evaluate(self, number: int) -> Evaluation:
+    def _keep_best(self) -> None:
+        """Tell the checkpoints which one is the best by perplexity on the held-out rows."""
+        found = [entry for entry in read_evaluations(self.folder) if entry.step]
+        if found:
+            self.checkpoints.keep_best(min(found, key=lambda entry: entry.perplexity).step)
+
+    def _evaluate(self, number: int) -> dict[str, float]:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
         kept = read_evaluations(self.folder)
-        for evaluation in kept:
-            if evaluation.step == number:
-                return evaluation
-        rows, blocks = self.config.eval_batch_rows, self.held_out.blocks
-        self.stack.install(self.decoder, self.state.parameters)
-        perplexity = held_out_perplexity(self.decoder, self.held_out, rows)
-        table = self._table(self.held_out)
-        cosine = blockwise_cosine(self.stack, self.state.parameters, self.held_out, table, rows)
-        found = Evaluation(
-            step=number,
-            perplexity=perplexity,
-            blocks=blocks,
-            cosine=tuple(float(cosine[block]) for block in blocks),
-        )
-        _write_json(self.folder / EVALUATIONS, [entry.model_dump() for entry in [*kept, found]])
-        return found
+        found = next((entry for entry in kept if entry.step == number), None)
+        if found is None:
+            found = self.evaluator.evaluate(number, self.parameters)
+            kept = [*kept, found]
+            _write_json(self.folder / EVALUATIONS, [entry.model_dump() for entry in kept])
+        return evaluation_metrics(found, next((entry for entry in kept if entry.step == 0), None))
 
-    def _table(self, source: CacheSource) -> TapTable:
-        return tap_table(self.decoder.config.num_blocks, source)
+
+class FlopCount:
+    """What a step of a stage computes, and what the devices could in a second."""
+
+    def __init__(self, run: StageRun, config: TrainConfig, row_tokens: int) -> None:
+        self.of_step = step_flops(run.stack.config, run.used_parameters(), config.batch_rows * row_tokens, row_tokens)
+        self.peak = peak_flops(1 if run.mesh is None else run.mesh.size)
+
+
+class Trace:
+    """Writes a profile of the steps that `profile` names (`steps=10:13`: 10, 11 and 12) to the run's folder."""
+
+    def __init__(self, profile: str | None, folder: Path) -> None:
+        first, _, stop = (profile or "steps=0:0").removeprefix("steps=").partition(":")
+        self._first, self._stop, self._folder, self._runs = int(first), int(stop), folder, False
+
+    def before(self, number: int) -> None:
+        """Called before each step."""
+        if number == self._stop:
+            self.__exit__()
+        if self._first <= number < self._stop and not self._runs:
+            jax.profiler.start_trace(str(self._folder / TRACES))
+            self._runs = True
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:
@@ -242,10 +315,13 @@ def read_evaluations(run: Path) -> list[Evaluation]:
     return [Evaluation.model_validate(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
-def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the step needs of a host batch, on its way to the device; `real_tokens` is counted on the host."""
-    needed = {name: batch[name] for name in ("positions", "segment_ids", *TAPS)}
-    return {**jax.device_put(needed), "real_tokens": int(np.count_nonzero(batch["segment_ids"]))}
+def _teacher_path(config: TrainConfig) -> str | None:
+    """Where the teacher lies now, if the config says so."""
+    return config.online.teacher.path if config.source == "online" and config.online.teacher else None
+
+
+def _real_tokens(batch: Batch) -> int:
+    return int(np.count_nonzero(batch["segment_ids"]))
 
 
 def _run_folder(run: str) -> Path:
@@ -256,17 +332,7 @@ def _run_folder(run: str) -> Path:
     return Path(run.removeprefix("file://")).expanduser()
 
 
-def _check_losses(config: TrainConfig) -> None:
-    loss = config.loss.feature
-    if not loss.weight or not (loss.relative_l2 or loss.cosine or loss.l2):
-        raise ConfigError(
-            "no loss has a weight, so nothing would be trained",
-            {"loss.feature": loss.model_dump()},
-            "give loss.feature.weight and one of relative_l2, cosine and l2 a value above zero",
-        )
-
-
-def _claim_folder(folder: Path, config: TrainConfig, source: CacheSource) -> None:
+def _claim_folder(folder: Path, config: TrainConfig, source: Source) -> None:
     """Make the run's folder, or see that it holds this very run. A run has begun once its student is there."""
     identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=set(FREE_FIELDS))}
     if not (folder / STUDENT).is_dir() or not (folder / IDENTITY).exists():
@@ -284,6 +350,14 @@ def _claim_folder(folder: Path, config: TrainConfig, source: CacheSource) -> Non
             "use the config that it was begun with, or another --run",
         )
     (folder / RESOLVED).write_text(settings.dump_yaml(config))
+
+
+def _remove_claim(folder: Path) -> None:
+    """Leave nothing of a run that could not be begun."""
+    for name in (IDENTITY, RESOLVED, TOKENIZER):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the user's own folder may hold what we do not know
+        folder.rmdir()
 
 
 def _is_leftover(path: Path) -> bool:
@@ -312,15 +386,15 @@ def _write_json(path: Path, value: Any) -> None:
     os.replace(staging, path)
 
 
-def _result(config: TrainConfig, folder: Path, first: int) -> TrainResult:
+def _result(config: TrainConfig, steps: int, folder: Path, first: int) -> TrainResult:
     lines = [line for line in read_metrics(folder) if "distill/total_loss" in line]
     found = {entry.step: entry for entry in read_evaluations(folder)}
     return TrainResult(
         run=config.run,
-        steps=config.steps,
+        steps=steps,
         resumed_from=first,
         metrics=lines[-1],
         tokens_per_s=statistics.median(line["perf/tokens_per_second"] for line in lines),
         before=found.get(0),
-        after=found.get(config.steps),
+        after=found.get(steps),
     )

@@ -11,6 +11,7 @@ each. Every part keeps the leading axes, so a row, a block or a token can be rea
     fp8          cast.py      eight-bit floats, one scale a token
     int8, int4   quantise.py  integers, one scale a group; rotated first (rotate.py) where signs are given
     delta=True   delta.py     int8 or int4 of the difference from the slot before
+    get_topk_codec  topk.py   a token's largest logits: bf16 or f32 values, ids, logsumexp
 
 In a scan over slots every codec is used alike: `start`, then `encode_slot` or `decode_slot` (parts.Codec).
 """
@@ -22,15 +23,28 @@ from schemas.codecs.delta import DeltaCodec
 from schemas.codecs.parts import Carry, Codec, Part, take_slot
 from schemas.codecs.quantise import Int4Codec, Int8Codec, default_group
 from schemas.codecs.rotate import Rotation, make_signs
+from schemas.codecs.topk import TopK, TopKCodec
 from schemas.errors import ConfigError
 
-__all__ = ["CODECS", "Carry", "Codec", "Part", "default_group", "get_codec", "make_signs", "take_slot"]
+__all__ = [
+    "CODECS",
+    "Carry",
+    "Codec",
+    "Part",
+    "TopK",
+    "TopKCodec",
+    "default_group",
+    "get_codec",
+    "get_topk_codec",
+    "make_signs",
+    "take_slot",
+]
 
-_FLOATS: dict[str, Codec] = {
+_CASTS = {
     "bf16": CastCodec("bf16", "bfloat16", "uint16"),
     "f32": CastCodec("f32", "float32", "float32"),
-    "fp8": Fp8Codec(),
 }
+_FLOATS: dict[str, Codec] = {**_CASTS, "fp8": Fp8Codec()}
 _INTEGERS = {"int8": Int8Codec, "int4": Int4Codec}
 CODECS = (*_FLOATS, *_INTEGERS)
 
@@ -69,3 +83,17 @@ def get_codec(
     kind = _INTEGERS[name]
     codec = kind(group, Rotation(signs))
     return DeltaCodec(codec, keyframe_every) if delta else codec
+
+
+def get_topk_codec(k: int, dtype: str) -> TopKCodec:
+    """The codec of a token's `k` largest logits.
+
+    Args:
+        dtype: of the values, bf16 or f32.
+
+    Raises:
+        ConfigError: logits are not stored so.
+    """
+    if dtype not in _CASTS:
+        raise ConfigError("logits are not stored so", {"found": dtype, "expected": " or ".join(_CASTS)})
+    return TopKCodec(k, _CASTS[dtype])

@@ -1,6 +1,9 @@
 """A copy: the same codes where the codec stays, what a build would have given where it does not."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +15,7 @@ from cache_builder.copy import copy_cache
 from schemas import layout
 from schemas.config import CopyConfig, DataConfig, TapConfig, TapsConfig
 from schemas.errors import ConfigError, DamageError, InputError, PlanMismatchError, StorageError
-from schemas.segment import read_manifest
+from schemas.segment import read_manifest, read_plan
 from schemas.storage import Store
 from tests.conftest import build_config, save_teacher
 from tools.cli import main
@@ -197,3 +200,142 @@ def test_the_command_line(tmp_path: Path, cache: Path, capsys: pytest.CaptureFix
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 38
     assert CacheSource(str(tmp_path / "c"), ("resid",)).taps["resid"].codec == "fp8"
+
+
+def damage(path: Path, place: int | None = 9) -> None:
+    """Turn one byte over; without a place, delete the file."""
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if place is not None:
+        data[place] ^= 0x40
+        path.write_bytes(bytes(data))
+
+
+def everything(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("taps", [{}, {**CODED["int8"], "attn_out": None}], ids=["kept", "recoded"])
+def test_a_damaged_copy_is_made_again_from_its_source(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, taps: dict
+) -> None:
+    """By the two places alone: what was copied, and how, is in the plan."""
+    copy(cache, tmp_path / "c", taps=taps, rows="3:30", shard_rows=8)
+    expected = everything(tmp_path / "c")
+    prefix = tmp_path / "c/segments/0000"
+    damage(prefix / "taps/resid/c/2/0/0/0")
+    damage(prefix / "rows/00001.array_record", None)
+    before = {path: path.stat().st_mtime_ns for path in prefix.rglob("*/0") if path.is_file()}
+    copy(cache, tmp_path / "c", repair=True)
+    assert everything(tmp_path / "c") == expected
+    assert {str(path) for path, when in before.items() if path.stat().st_mtime_ns != when} == {
+        str(prefix / "taps/resid/c/2/0/0/0")
+    }
+    for name in ("index.bin", "stats.json", "side.safetensors", "taps/resid/zarr.json", "../../tokenizer.json"):
+        damage(prefix / name, None)
+    copy(cache, tmp_path / "c", repair=True)
+    assert everything(tmp_path / "c") == expected
+    damage(tmp_path / "c/manifest.json", None)
+    copy(cache, tmp_path / "c", repair=True)
+    assert everything(tmp_path / "c") == expected
+    monkeypatch.setattr("cache_builder.copy_repair.open_cache", lambda store: pytest.fail("the copy is whole"))
+    copy(tmp_path / "gone", tmp_path / "c", repair=True)
+
+
+def test_a_repair_takes_the_source_as_it_was(tmp_path: Path, cache: Path, lossless: Path, teacher: Path) -> None:
+    """It may have grown; another cache, other settings and a cache that is no copy are refused."""
+    source = shutil.copytree(cache, tmp_path / "source")
+    copy(source, tmp_path / "c")
+    expected = everything(tmp_path / "c")
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"text": "some more text " * 12}) + "\n")
+    data = DataConfig(path=str(more), row_tokens=16, eval_rows=2)
+    build_cache(build_config(source, teacher, more, data=data, extend=True))
+    damage(tmp_path / "c/segments/0000/taps/resid/c/0/0/0/0")
+    broken = everything(tmp_path / "c")
+    with pytest.raises(PlanMismatchError, match="not the cache that the copy was made from"):
+        copy(lossless, tmp_path / "c", repair=True)
+    with pytest.raises(PlanMismatchError, match="other settings"):
+        copy(source, tmp_path / "c", repair=True, taps={"resid": INT8})
+    with pytest.raises(ConfigError, match="not a copy"):
+        copy(lossless, source, repair=True)
+    assert everything(tmp_path / "c") == broken
+    copy(source, tmp_path / "c", repair=True)
+    assert everything(tmp_path / "c") == expected
+
+
+def test_an_unfinished_copy_is_repaired_by_going_on(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(cache, tmp_path / "one", taps=CODED["int8"])
+    with monkeypatch.context() as patch:
+        patch.setattr("cache_builder.copy.finish_segment", lambda store, plan: None)
+        copy(cache, tmp_path / "two", taps=CODED["int8"])
+    damage(tmp_path / "two/segments/0000/taps/resid/c/0/0/0/0")
+    copy(cache, tmp_path / "two", repair=True)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+def test_what_is_recoded_is_said_and_recorded(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody asked for it: differences that begin behind their keyframe are coded anew."""
+    copy(cache, tmp_path / "kept")
+    assert "recoded" not in capsys.readouterr().err
+    delta = {"resid": {**INT8, "delta": True, "keyframe_every": 2}}
+    copy(cache, tmp_path / "delta", taps=delta)
+    assert "resid: recoded bf16 -> int8, not bit-equal" in capsys.readouterr().err
+    copy(tmp_path / "delta", tmp_path / "first", blocks=[0])
+    assert "recoded" not in capsys.readouterr().err
+    copy(tmp_path / "delta", tmp_path / "later", blocks=[1])
+    said = capsys.readouterr().err
+    assert "resid: recoded int8 -> int8, not bit-equal" in said
+    assert "attn_out" not in said
+    copy(cache, tmp_path / "wide", taps={"resid": {"codec": "f32"}})
+    assert "resid: recoded bf16 -> f32, as the source decodes" in capsys.readouterr().err
+    plans = {name: read_plan(Store(str(tmp_path / name)), "0000") for name in ("kept", "first", "later")}
+    assert {name: plan is not None and plan.recoded_on is not None for name, plan in plans.items()} == {
+        "kept": False,
+        "first": False,
+        "later": True,
+    }
+    later = plans["later"]
+    assert later is not None
+    assert later.recoded_on is not None
+    assert later.recoded_on.platform == later.numerics.platform
+    assert later.config["recoded"] == {"resid": "recoded int8 -> int8, not bit-equal to the source"}
+    elsewhere = later.recoded_on.model_copy(update={"platform": "another"})
+    monkeypatch.setattr("cache_builder.copy.describe_numerics", lambda *_: elsewhere)
+    with pytest.raises(PlanMismatchError, match=r"recoded_on\.platform[\s\S]*machine where it was begun"):
+        copy(tmp_path / "delta", tmp_path / "later", blocks=[1])
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"sea")
+    (folder / "photo.jpg.__lock").write_bytes(b"not ours")
+    before = everything(folder)
+    with pytest.raises(ConfigError, match="holds something else"):
+        copy(cache, folder)
+    assert everything(folder) == before
+
+
+def test_help_says_that_taps_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["copy", "--help"]) == 0
+    text = capsys.readouterr().out
+    for tap in ("attn-out", "resid", "mlp-out"):
+        assert f"--taps.{tap} keep or null or its fields:  (default: keep)" in text
+        assert f"--taps.{tap}.codec bf16|f32|fp8|int8|int4  (default with its section: bf16)" in text
+
+
+def test_two_processes_copy_one_cache(tmp_path: Path, cache: Path) -> None:
+    """Whichever way their race falls, the bytes are those of one."""
+    words = ["--taps.resid.codec", "int8", "--shard-rows", "4", "--batch-rows", "4", "--num-processes", "2"]
+    command = [sys.executable, "-m", "tools.cli", "copy", str(cache), str(tmp_path / "two"), *words]
+    children = [subprocess.Popen([*command, "--process-id", str(number)], stderr=subprocess.PIPE) for number in (0, 1)]
+    said = [child.communicate()[1].decode() for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    copy(cache, tmp_path / "one", taps={"resid": {"codec": "int8"}}, shard_rows=4, batch_rows=4)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert verify_cache(Store(str(tmp_path / "two")))["findings"] == []

@@ -8,14 +8,17 @@ lock file half-written, as TensorStore's file driver leaves it), or after it.
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
 from cache_builder.build import build_cache
+from schemas.config import TapConfig, TapsConfig
 from schemas.segment import read_manifest
 from schemas.storage import LOCK_SUFFIX, Store
 from tests.conftest import build_config
@@ -27,6 +30,20 @@ OPERATIONS = ("write", "replace", "delete")
 
 def build_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str, done: str) -> None:
     """In the child: build, and die at the `kill_at`-th operation. A build that ends writes its count to `done`."""
+    count = die_at(kill_at, moment)
+    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16))
+    Path(done).write_text(str(count()))
+
+
+def repair_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str, done: str) -> None:
+    """In the child: repair, likewise."""
+    count = die_at(kill_at, moment)
+    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16, repair=True))
+    Path(done).write_text(str(count()))
+
+
+def die_at(kill_at: int, moment: str) -> Callable[[], int]:
+    """Kill this process at its `kill_at`-th operation on a store; how many there were, to be asked at the end."""
     count = 0
 
     def dying(name: str):
@@ -50,8 +67,7 @@ def build_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str
 
     for name in OPERATIONS:
         setattr(Store, name, dying(name))
-    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16))
-    Path(done).write_text(str(count))
+    return lambda: count
 
 
 def contents(cache: Path) -> dict[str, bytes]:
@@ -63,7 +79,7 @@ def contents(cache: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "cache_builder.build", __name__])
+    context.set_forkserver_preload(["tests.conftest", "cache_builder.build", "cache_builder.repair", __name__])
     return context
 
 
@@ -75,8 +91,8 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path)
     return contents(folder)
 
 
-def run_child(server: ForkServerContext, *arguments: object) -> int:
-    child = server.Process(target=build_until, args=tuple(map(str, arguments[:3])) + arguments[3:])
+def run_child(server: ForkServerContext, *arguments: object, work: Callable[..., None] = build_until) -> int:
+    child = server.Process(target=work, args=tuple(map(str, arguments[:3])) + arguments[3:])
     child.start()
     child.join()
     assert child.exitcode is not None
@@ -134,3 +150,37 @@ def test_two_builders_of_one_plan(
         assert [child.exitcode for child in children] == [0, 0]
         assert contents(cache) == quiet
         assert read_manifest(Store(str(cache))) is not None
+
+
+def everything(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+
+def test_a_repair_that_is_killed(tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path) -> None:
+    """Twice, at drawn operations, of a cache of two segments whose every kind of file is damaged; then in peace."""
+    broken, done = tmp_path / "broken", str(tmp_path / "count")
+    build_cache(build_config(broken, teacher, corpus, shard_rows=16))
+    mlp = TapsConfig(attn_out=None, resid=None, mlp_out=TapConfig())
+    build_cache(build_config(broken, teacher, corpus, shard_rows=16, taps=mlp, extend=True))
+    expected = everything(broken)
+    for name in expected:
+        if name.endswith(("manifest.json", "plan.json", "/rows/00000.array_record", "/c/0/0/0/0")):
+            continue
+        (broken / name).write_bytes(expected[name][:-1] + b"?")
+        if sum(name.encode()) % 2:
+            (broken / name).unlink()
+    shutil.copytree(broken, tmp_path / "counted")
+    assert run_child(server, tmp_path / "counted", teacher, corpus, 0, "never", done, work=repair_until) == 0
+    operations = int(Path(done).read_text())
+    assert everything(tmp_path / "counted") == expected
+    assert operations > 15
+    drawn = random.Random(0)
+    moments = ("before", "during", "after")
+    for trial, kill_at in enumerate(sorted(drawn.sample(range(1, operations + 1), 8))):
+        cache = shutil.copytree(broken, tmp_path / f"c{trial}")
+        arguments = (cache, teacher, corpus)
+        killed = run_child(server, *arguments, kill_at, moments[trial % 3], done, work=repair_until)
+        assert killed == -signal.SIGKILL
+        run_child(server, *arguments, 1 + trial, moments[(trial + 1) % 3], done, work=repair_until)
+        build_cache(build_config(cache, teacher, corpus, shard_rows=16, repair=True))
+        assert everything(cache) == expected, f"killed {moments[trial % 3]} operation {kill_at} of {operations}"

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cache_builder import claims as claims_module
 from cache_builder import finish as finish_module
 from cache_builder.build import build_cache
 from schemas import layout
+from schemas.canonical import to_canonical
 from schemas.config import BuildConfig, DataConfig, TapConfig, TapsConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError, StorageError
 from schemas.segment import open_cache, read_manifest
@@ -216,3 +220,100 @@ def test_what_does_not_belong_is_refused(
     with pytest.raises(PlanMismatchError, match="--extend"):
         build_cache(build_config(grown, teacher, corpus, taps=THREE))
     assert files(grown) == before
+
+
+@pytest.fixture
+def abandoned(grown: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache whose extension by a tap was killed after some shards."""
+    real = Store.write
+
+    def write(store: Store, key: str, value: bytes) -> None:
+        if key.startswith("segments/0001/taps/mlp_out/c/3/"):
+            raise Killed
+        real(store, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", write)
+        with pytest.raises(Killed):
+            build_cache(with_mlp(grown, teacher, corpus))
+    (grown / "segments/0001/taps/mlp_out/c/3/0/0").mkdir(parents=True, exist_ok=True)
+    (grown / "segments/0001/taps/mlp_out/c/3/0/0/0.__lock").write_bytes(b"half")
+    return grown
+
+
+def test_an_unwanted_extension_is_named_and_deleted(
+    abandoned: Path, cache: Path, tmp_path: Path, teacher: Path, corpus: Path, more_text: Path
+) -> None:
+    data = DataConfig(path=str(more_text), row_tokens=16, eval_rows=2)
+    other = build_config(abandoned, teacher, corpus, data=data, extend=True)
+    before = files(abandoned)
+    for config in (other, with_mlp(abandoned, teacher, corpus, shard_rows=4)):
+        with pytest.raises(PlanMismatchError, match=r"segments/0001[\s\S]*--abandon"):
+            build_cache(config)
+        after = files(abandoned)
+        assert {name: after[name] for name in before if not name.endswith("__lock")} == {
+            name: found for name, found in before.items() if not name.endswith("__lock")
+        }
+    manifest = build_cache(other.model_copy(update={"abandon": True}))
+    assert [entry.rows_of for entry in manifest.segments] == [None, None]
+    assert verify_cache(Store(str(abandoned)))["findings"] == []
+    build_cache(build_config(tmp_path / "clean", teacher, corpus))
+    build_cache(other.model_copy(update={"cache": str(tmp_path / "clean")}))
+    assert set(files(abandoned)) == set(files(tmp_path / "clean"))
+
+
+def test_the_first_config_does_away_with_an_extension(
+    abandoned: Path, cache: Path, teacher: Path, corpus: Path
+) -> None:
+    """Without adding anything; until then `--extend` by what is there leaves its receipts alone."""
+    before = files(abandoned)
+    build_cache(build_config(abandoned, teacher, corpus, extend=True))
+    assert {name for name in before if "/receipts/" in name} <= set(files(abandoned))
+    build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+    assert {name: data for name, (_, data) in files(abandoned).items()} == {
+        name: data for name, (_, data) in files(cache).items()
+    }
+    assert not (abandoned / "segments/0001").exists()
+    build_cache(build_config(abandoned, teacher, corpus, abandon=True))  # nothing left to delete
+    with pytest.raises(InputError, match="no finished cache"):
+        build_cache(build_config(abandoned / "nowhere", teacher, corpus, abandon=True))
+
+
+def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teacher: Path, corpus: Path) -> None:
+    builder = subprocess.Popen(["sleep", "60"])
+    started = claims_module._process_start(builder.pid)
+    claim = claims_module.this_process_claim(time.time() + 60)
+    claim = claim.model_copy(update={"pid": builder.pid, "started": started})
+    Store(str(abandoned)).write(layout.claim_key("0001", 3), to_canonical(claim))
+    before = files(abandoned)
+    with pytest.raises(ConfigError, match="at work on the extension"):
+        build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+    assert files(abandoned) == before
+    builder.kill()
+    builder.wait()
+    build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+    assert not (abandoned / "segments/0001").exists()
+
+
+def test_a_deletion_that_is_killed_is_gone_on_with(
+    abandoned: Path, cache: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment what is left is an unfinished segment whose receipts are true."""
+    real = Store.delete
+    for allowed in (1, 3, 2):
+        left = [allowed]
+
+        def delete(store: Store, key: str, left: list[int] = left) -> None:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            real(store, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "delete", delete)
+            with pytest.raises(Killed):
+                build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+        assert (abandoned / "segments/0001/plan.json").exists()
+        assert [one for one in verify_cache(Store(str(abandoned)))["findings"] if one["what"] != "foreign"] == []
+    build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+    assert set(files(abandoned)) == set(files(cache))

@@ -181,8 +181,14 @@ def test_a_row_must_be_left_to_train_on(tmp_path: Path, eval_rows: int) -> None:
     with pytest.raises(InputError, match="too short") as caught:
         prepare_rows(config, tokenizer=make_tokenizer())
     assert "5 rows in all" in str(caught.value)
-    assert "data.eval_rows to 4" in str(caught.value)
+    assert "data.eval_rows to 4 or less" in str(caught.value)
     assert not Path(config.out, "rows.json").exists()
+
+
+def test_of_a_single_row_none_can_be_held_out() -> None:
+    with pytest.raises(InputError, match="text is too short") as caught:
+        draw_eval_rows(1, 64, 0)
+    assert "set data.eval_rows to 0, or name more text" in str(caught.value)
 
 
 def test_documents_know_how_much_of_the_input_is_read(tmp_path: Path) -> None:

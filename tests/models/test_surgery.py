@@ -10,8 +10,8 @@ from flax import nnx
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.surgery import apply_surgery
-from schemas.config import SurgeryOp
 from schemas.errors import ConfigError
+from schemas.train_config import SurgeryOp
 from tests.models.conftest import randomized
 
 HEADS = {"q": 2, "o": 1, "q_bias": 1, "k": 2, "v": 2, "k_bias": 1, "v_bias": 1}

@@ -1,13 +1,18 @@
 """The benches at tiny sizes: that every figure and goal is there and means what it says; never how fast anything is."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from tools import bench_feed, cli
+from schemas.config import DemoConfig
+from schemas.errors import StorageError
+from tools import bench_feed, bench_student, cli, demo
 from tools.bench import Goal, Measured, by_turns, make_report
 from tools.bench_build import BuildSizes, between_forwards, measure_build
 from tools.bench_feed import FeedSizes, batch_order, measure_feed, subset_bytes
+from tools.bench_student import StudentSizes, make_builds, measure_student
 from tools.synthetic_cache import random_codes, synthetic_plan, write_cache
 from trainer.feed import CacheSource, make_feed
 
@@ -88,6 +93,46 @@ def test_the_build_bench_has_all_figures_and_goals(tmp_path, teacher):
         "int8_delta_over_forward": 1.0,
         "int4_over_forward": 0.9,
     }
+    assert not (tmp_path / "cache").exists()
+
+
+STUDENT = StudentSizes(row_tokens=16, rows=24, eval_rows=8, steps=3, batch_rows=4)
+
+
+def test_the_student_bench_has_all_figures_and_goals(tmp_path, teacher):
+    report = make_report(measure_student(tmp_path, str(teacher), STUDENT))
+    names = ["teacher_perplexity", "cut_perplexity"]
+    names += [f"{name}_{what}" for name in ("bf16", "int8", "int4") for what in ("perplexity", "bytes_per_token")]
+    figures, goals = report["figures"], {goal["name"]: goal for goal in report["goals"]}
+    assert list(figures) == names
+    # attn_out in 3 slots and resid in 4, of 24 bf16 numbers each
+    assert figures["bf16_bytes_per_token"] == (3 + 4) * 24 * 2
+    assert figures["bf16_bytes_per_token"] > figures["int8_bytes_per_token"] > figures["int4_bytes_per_token"]
+    assert figures["teacher_perplexity"] != figures["cut_perplexity"] != figures["bf16_perplexity"]
+    assert {name: (goal["direction"], goal["goal"]) for name, goal in goals.items()} == {
+        "int8_worse_than_bf16": ("at_most", 0.005),
+        "int4_worse_than_bf16": ("at_most", 0.04),
+    }
+    for name in ("int8", "int4"):
+        worse = figures[f"{name}_perplexity"] / figures["bf16_perplexity"] - 1
+        assert goals[f"{name}_worse_than_bf16"]["value"] == pytest.approx(worse, abs=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
+
+
+def test_the_student_bench_does_the_demos_work(tmp_path, teacher):
+    builds = make_builds(tmp_path, str(teacher), StudentSizes())
+    datas = [build.data for build in builds.values()]
+    assert all(data == demo.default_data(tmp_path) for data in datas)
+    assert builds["bf16"] == demo.build_config(tmp_path / "cache", str(teacher), datas[0], DemoConfig().batch_rows)
+    resid = {name: (build.taps.resid.codec, build.taps.resid.delta) for name, build in builds.items()}
+    assert resid == {"bf16": ("bf16", False), "int8": ("int8", True), "int4": ("int4", True)}
+    assert [build.taps.attn_out.codec for build in builds.values()] == ["bf16", "int8", "int4"]
+
+
+def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(bench_student.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"too little room[\s\S]*--dir"):
+        measure_student(tmp_path, str(teacher), STUDENT)
     assert not (tmp_path / "cache").exists()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas.errors import ConfigError, DistillcacheError
+from schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
 from tools import cli, demo, teacher
 from tools.memory import PeakMemory
 
@@ -60,8 +60,31 @@ def test_an_interrupted_demo_goes_on(
         with pytest.raises(KeyboardInterrupt):
             cli.main(words(out, teacher, long_corpus))
     manifest = (out / "cache" / "manifest.json").stat().st_mtime_ns
+    assert_refused_with_other_flags(out, ["--data.eval-seed", "5"], words(out, teacher, long_corpus))
     assert cli.main(words(out, teacher, long_corpus)) == 0
     assert (out / "cache" / "manifest.json").stat().st_mtime_ns == manifest
+
+
+def test_an_unfinished_training_with_other_steps_is_refused_in_the_demos_words(
+    tmp_path: Path, teacher: Path, long_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(words(out, teacher, long_corpus))
+    assert_refused_with_other_flags(out, ["--steps", "7"], words(out, teacher, long_corpus))
+
+
+def assert_refused_with_other_flags(out: Path, flags: list[str], first: list[str]) -> None:
+    with pytest.raises(PlanMismatchError) as caught:
+        demo.run([*first[1:], *flags], "distillcache demo", False)
+    message = str(caught.value)
+    name = flags[0].rpartition(".")[2].lstrip("-").replace("-", "_")
+    assert name in message
+    assert "--out FOLDER" in message
+    assert "--run" not in message
+    assert "--cache" not in message
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from schemas.canonical import to_canonical
 from schemas.config import TapConfig, TapsConfig
 from schemas.errors import DamageError, InputError, Interrupted, StorageError
 from schemas.segment import open_cache, read_plan
-from schemas.storage import Store
+from schemas.storage import Store, lock_as_tensorstore
 from tests.conftest import build_config, save_teacher
 from tools.cli import main
 from tools.verify import verify_cache
@@ -303,3 +303,40 @@ def test_memory_and_order_do_not_depend_on_the_threads(copy: Path, monkeypatch: 
     monkeypatch.setattr("cache_builder.check.WORKERS", 1)
     assert found == findings_of(copy)
     assert len(found) == 10
+
+
+def test_a_foreign_receipt_is_named_and_ignored(unfinished: Path, teacher: Path, corpus: Path) -> None:
+    """Neither `verify` nor readers nor the build that goes on take it for a shard's."""
+    names = ["notes.txt", "00000.json.bak", "x.json", "1.json", "00099.json", "-0001.json"]
+    for name in names:
+        (unfinished / f"{SEGMENT}/receipts/{name}").write_text("?")
+    found = verify_cache(Store(str(unfinished)))
+    assert sorted((one["what"], one["object"]) for one in found["findings"]) == sorted(
+        ("foreign", f"{SEGMENT}/receipts/{name}") for name in names
+    )
+    assert found["checked"]["shards"] == 2
+    (segment,) = open_cache(Store(str(unfinished)), partial=True)
+    assert segment.committed == {0, 1}
+    build_cache(build_config(unfinished, teacher, corpus))
+    assert findings_of(unfinished) == []
+
+
+def test_lock_files_of_a_build_are_its_own(unfinished: Path) -> None:
+    """It clears them before it writes."""
+    (unfinished / f"{ATTN_OUT}/c/0/0/0/0.__lock").write_bytes(b"half")
+    assert findings_of(unfinished) == []
+
+
+def test_lock_files_of_dead_writers_are_foreign(copy: Path) -> None:
+    """Those that a live writer holds are not."""
+    dead = [f"{ATTN_OUT}/c/0/0/0/0.__lock", "manifest.json.__lock"]
+    held = copy / f"{SEGMENT}/stats.json.__lock"
+    for path in (*(copy / name for name in dead), held):
+        path.write_bytes(b"half")
+    with held.open("r+b") as file:
+        lock_as_tensorstore(file.fileno())
+        for quick in (False, True):
+            found = findings_of(copy, quick=quick)
+            assert sorted(one[:2] for one in found) == sorted(("foreign", name) for name in dead)
+    assert len(findings_of(copy)) == 3
+    assert held.read_bytes() == b"half"

@@ -1,5 +1,6 @@
 """Tiny students and random batches: what the tests of losses and steps start from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from models.config import BlockKind, LayerGroup, ModelConfig
 from models.decoder import Decoder
 from schemas.codecs import get_codec
 from schemas.config import BuildConfig, DataConfig, TeacherConfig
-from trainer.step import TapTable
+from schemas.train_config import LossConfig, OptimizerConfig
+from trainer.blockwise import BlockwiseStep
+from trainer.optimizer import make_optimizer
+from trainer.parameters import Parameters, all_parameters, choose_trained
+from trainer.stack import BlockRules, StudentStack
+from trainer.tables import Table, TapReading, make_table, student_spans
 
 # Two groups, one with a pattern of two kinds: every order of blocks that a plan can have.
 MIXED = ModelConfig(
@@ -26,6 +32,8 @@ MIXED = ModelConfig(
     layers=(LayerGroup((BlockKind(), BlockKind(window=3)), 2), LayerGroup((BlockKind(),), 1)),
     attention_bias=True,
 )
+
+PLAIN, ADAM = BlockRules(), OptimizerConfig()
 
 
 def random_batch(
@@ -47,15 +55,42 @@ def random_batch(
         "positions": np.broadcast_to(positions, (rows, tokens)).copy(),
         "segment_ids": segments,
         "loss_mask": segments > 0,
-        "resid": tap(config.num_blocks),
+        "resid": tap(config.num_blocks + 1),
         "attn_out": tap(config.num_blocks),
     }
 
 
-def full_table(config: ModelConfig, codec: str = "bf16") -> TapTable:
-    """All blocks recorded and trained."""
-    every = tuple(range(config.num_blocks))
-    return TapTable(every, every, (True,) * config.num_blocks, get_codec(codec), get_codec(codec))
+def blockwise(
+    decoder: Decoder,
+    loss: LossConfig,
+    *,
+    blocks: Sequence[int] | None = None,
+    codec: str = "bf16",
+    rules: BlockRules = PLAIN,
+    optimizer: OptimizerConfig = ADAM,
+    steps: int = 20,
+    **options: Any,
+) -> tuple[BlockwiseStep, Table]:
+    """The step on batches of `random_batch`, whose stacks hold every slot at its own number."""
+    depth = decoder.config.num_blocks
+    spans = student_spans(decoder.config, depth, None)
+    places = {"resid": {at: at for at in range(depth + 1)}, "attn_out": {at: at for at in range(depth)}}
+    weights = dict.fromkeys(range(depth) if blocks is None else blocks, 1.0)
+    table = make_table(decoder.config, spans, places, weights, needs_leaving=rules.runs_mlp)
+    codecs = {"resid": get_codec(codec), "attn_out": get_codec(codec)}
+    reading = TapReading(codecs, decoder.config.hidden_size, in_step=False)
+    made = make_optimizer(optimizer, steps)
+    return BlockwiseStep(StudentStack(decoder), reading, rules, loss, made, steps, **options), table
+
+
+def parameters_of(decoder: Decoder, *patterns: str) -> tuple[Parameters, Parameters]:
+    """The blocks' parameters that match, to be trained, and the others."""
+    everything = {name: value for name, value in all_parameters(decoder).items() if name.startswith("groups/")}
+    chosen = choose_trained(everything, None, patterns)
+    return (
+        {name: value for name, value in everything.items() if name in chosen},
+        {name: value for name, value in everything.items() if name not in chosen},
+    )
 
 
 @pytest.fixture(scope="session")

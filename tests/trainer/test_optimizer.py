@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from schemas.config import OptimizerConfig
+from schemas.train_config import OptimizerConfig
 from trainer.optimizer import init_blocks, learning_rate_schedule, make_optimizer, update_blocks
 
 

@@ -15,7 +15,8 @@ from schemas.config import TapConfig, TapsConfig
 from schemas.errors import ConfigError
 from tests.conftest import TINY, build_config, save_teacher
 from trainer.feed import CacheSource
-from trainer.step import AttentionStack, tap_table, visit_blocks
+from trainer.stack import StudentStack, scan_blocks
+from trainer.tables import evaluation_table, student_spans
 
 DEEP = replace(TINY, layers=(LayerGroup((BlockKind(),), 11),))
 CODECS = {
@@ -55,16 +56,20 @@ def teacher_resid(teacher: Path, batch: dict) -> np.ndarray:
 
 def given_streams(decoder: Decoder, source: CacheSource, batch: dict) -> np.ndarray:
     """The stream that each block's visit is given, `[L, B, T, D]`."""
-    stack = AttentionStack(decoder)
-    table = tap_table(decoder.config.num_blocks, source)
+    stack = StudentStack(decoder)
+    spans = student_spans(decoder.config, decoder.config.num_blocks, None)
+    table, reading, _ = evaluation_table(decoder.config, spans, source, None)
 
-    def visit(attend, state, resid, target):
-        return resid
+    def visit(place, mine, kept, given, row):
+        return mine, given.resid
 
-    visited = jax.jit(lambda parameters, batch: visit_blocks(stack, parameters, batch, table, visit))(
-        stack.parameters(decoder), batch
-    )
-    return np.asarray(visited[0][0])
+    nothing = dict.fromkeys(stack.places(), ())
+    visited = jax.jit(
+        lambda batch: scan_blocks(
+            stack, table, reading, batch, batch["segment_ids"].shape, visit, nothing, nothing, needs_mlp=False
+        )
+    )(batch)
+    return np.asarray(visited[1][0, 0])
 
 
 @pytest.mark.parametrize("blocks", [None, [3, 10]])

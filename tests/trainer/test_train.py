@@ -14,19 +14,20 @@ import pytest
 from flax import nnx
 
 from models.checkpoint import load_pretrained
-from schemas.config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp, TrainConfig
+from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
 from schemas.signals import StopRequest
+from schemas.train_config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
 from trainer import __main__
 from trainer import train as loop
 from trainer.checkpoints import load_student
 from trainer.evaluate import held_out_perplexity
 from trainer.feed import CacheSource
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.step import AttentionStack
+from trainer.parameters import all_parameters, of_place
 from trainer.train import read_evaluations, train
 
-TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share")
+TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share", "perf/tflops_per_second")
 
 
 def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
@@ -93,6 +94,7 @@ def test_the_names_of_the_metrics(whole):
         "distill/total_loss",
         "distill/out_proj_feature_loss",
         "distill/beta_feature",
+        "feature/mean",
         "learning/current_learning_rate",
         *TIMED,
         *(f"feature/block_{block:02d}" for block in range(3)),
@@ -100,6 +102,7 @@ def test_the_names_of_the_metrics(whole):
     evaluation = {
         "distill/student_perplexity",
         "eval/cosine",
+        "eval/relative_recovery",
         *(f"eval/cosine_block_{block:02d}" for block in range(3)),
     }
     lines = read_metrics(whole)
@@ -136,9 +139,9 @@ class Stop(StopRequest):
         super().__init__()
         keep = loop._Run._keep
 
-        def counted(run, number, *rest):
+        def counted(run, stage, number, *rest):
             run.stop.requested = number == after
-            keep(run, number, *rest)
+            keep(run, stage, number, *rest)
 
         monkeypatch.setattr(loop._Run, "_keep", counted)
 
@@ -156,7 +159,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypa
 def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkeypatch):
     """As after a kill between two checkpoints: metrics and evaluations of lost steps are cut, a torn line too."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_metrics", _failing_at(5))
+        patch.setattr(loop._Run, "_settle", _failing_at(5))
         with pytest.raises(RuntimeError, match="at step 5"):
             train(config(tmp_path / "run", cache))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
@@ -166,12 +169,12 @@ def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkey
 
 
 def _failing_at(step):
-    metrics = loop._Run._metrics
+    settle = loop._Run._settle
 
-    def fail(run, number, *rest):
+    def fail(run, stage, number, sums):
         if number == step:
             raise RuntimeError(f"at step {step}")
-        return metrics(run, number, *rest)
+        return settle(run, stage, number, sums)
 
     return fail
 
@@ -202,10 +205,10 @@ def test_killed_again_and_again(tmp_path, cache, whole):
 def test_sigterm_ends_with_a_checkpoint(tmp_path, cache, monkeypatch):
     keep = loop._Run._keep
 
-    def send(run, number, *rest):
+    def send(run, stage, number, *rest):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        keep(run, number, *rest)
+        keep(run, stage, number, *rest)
 
     monkeypatch.setattr(loop._Run, "_keep", send)
     run = tmp_path / "run"
@@ -246,21 +249,22 @@ def test_some_blocks_without_evaluation(tmp_path, sparse_cache):
     student, start = load_student(str(tmp_path / "run")).decoder, load_pretrained(tmp_path / "run" / "student")
     moved = jax.tree.map(
         lambda x, y: (x != y).reshape(len(x), -1).any(1).tolist(),
-        AttentionStack.parameters(student),
-        AttentionStack.parameters(start),
+        of_place(all_parameters(student), (0, 0)),
+        of_place(all_parameters(start), (0, 0)),
     )
-    assert all(leaf == [False, False, True] for leaf in map(list, _lists(moved)))
-
-
-def _lists(tree):
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, list))
+    for name, blocks in moved.items():
+        assert blocks == [False, False, name.startswith("attention/")]
 
 
 def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
     settle = loop._Run._settle
 
-    def broken(run, number, sums):
-        return settle(run, number, sums._replace(total=sums.total.at[1].set(np.nan)) if number == 2 else sums)
+    def poisoned(sums):
+        (group,) = sums.blocks
+        return sums._replace(blocks=(group._replace(feature=group.feature.at[1].set(np.nan)),))
+
+    def broken(run, stage, number, sums):
+        return settle(run, stage, number, poisoned(sums) if number == 2 else sums)
 
     monkeypatch.setattr(loop._Run, "_settle", broken)
     with pytest.raises(NonFiniteError) as caught:
@@ -284,7 +288,8 @@ def test_a_config_that_failed_at_the_start_may_be_corrected(tmp_path, cache):
     wrong = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=7)])
     with pytest.raises(ConfigError):
         train(config(tmp_path / "run", cache, student=wrong, steps=1))
-    (tmp_path / "run" / ".student.killed").mkdir()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run" / ".student.killed").mkdir(parents=True)
     assert train(config(tmp_path / "run", cache, steps=1)).steps == 1
     assert not (tmp_path / "run" / ".student.killed").exists()
 

@@ -1,0 +1,103 @@
+"""A manifest that is lost, made again from the plans and the indexes.
+
+The manifest holds the digests of files that exist. Where every object is what the indexes say, every record of them
+is whole, the rows are the plans', and what the teacher decides is what it decides now, writing it anew guesses nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import xxhash
+
+from cache_builder.finding import Finding
+from cache_builder.finish import segment_entry
+from cache_builder.survey import SegmentView, Survey
+from schemas import layout
+from schemas.canonical import from_canonical, to_canonical
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError
+from schemas.index import record_dtype
+from schemas.manifest import Manifest, Stats
+from schemas.rows import unpack_rows
+from schemas.segment import segment_name
+from schemas.storage import Store
+
+
+def lost_files(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings about the manifest and plans: what says how the cache was built."""
+    names = (layout.MANIFEST, "plan.json")
+    return [each for each in findings if each.object.rpartition("/")[2] in names and each.what != "foreign"]
+
+
+def rebuild_manifest(
+    survey: Survey, findings: Sequence[Finding], fixed_files: Callable[[SegmentView], Mapping[str, bytes]]
+) -> None:
+    """Write the manifest anew. Nothing is written unless everything else is whole.
+
+    Args:
+        fixed_files: what a segment's files that do not depend on the rows must be, by key.
+
+    Raises:
+        DamageError: a plan is lost, or something is damaged that only the manifest could vouch for.
+    """
+    lost = lost_files(findings)
+    damaged = [finding for finding in findings if finding.what != "foreign" and finding not in lost]
+    if any(finding.object != layout.MANIFEST for finding in lost):
+        raise _cannot_be_made_again(survey.store, lost)
+    if damaged:
+        raise _cannot_be_made_again(survey.store, [*lost, *damaged[:5]])
+    views = [view for view in survey.segments if view.shards is None]
+    for number, view in enumerate(views):
+        wrong = _wrong_file(survey.store, number, view, fixed_files)
+        if wrong:
+            found = Finding(what="damaged", object=wrong, detail="not what the plan and the teacher give")
+            raise _cannot_be_made_again(survey.store, [*lost, found])
+    manifest = _manifest_of(survey.store, views)
+    survey.store.write(layout.MANIFEST, to_canonical(manifest))
+
+
+def _manifest_of(store: Store, views: Sequence[SegmentView]) -> Manifest:
+    own = [view.plan.rows for view in views if view.plan.rows_of is None]
+    return Manifest(
+        segments=tuple(segment_entry(store, view.plan, store.read(view.key("index.bin")) or b"") for view in views),
+        tokenizer_digest=digest_bytes(store.read(layout.TOKENIZER) or b""),
+        rows=sum(rows.count for rows in own),
+        tokens=sum(rows.tokens for rows in own),
+    )
+
+
+def _wrong_file(
+    store: Store, number: int, view: SegmentView, fixed_files: Callable[[SegmentView], Mapping[str, bytes]]
+) -> str:
+    """A file of the segment that is not what it must be, of those that no index record vouches for; empty: none."""
+    plan = view.plan
+    if plan.segment != segment_name(number):
+        return layout.plan_key(segment_name(number))
+    if not store.length_is(view.key("index.bin"), plan.num_shards * record_dtype(plan).itemsize):
+        return view.key("index.bin")
+    for key, value in fixed_files(view).items():
+        if store.read(key) != value:
+            return key
+    try:
+        from_canonical(Stats, store.read(view.key("stats.json")) or b"", view.key("stats.json"))
+    except DamageError:
+        return view.key("stats.json")
+    return "" if plan.rows_of is not None or _rows_digest(store, view) == plan.rows.content_digest else view.key("rows")
+
+
+def _rows_digest(store: Store, view: SegmentView) -> str:
+    """As `RowsPlan.content_digest`."""
+    content = xxhash.xxh3_128()
+    for shard in range(view.plan.num_shards):
+        for record in unpack_rows(store.read(layout.rows_key(view.plan.segment, shard)) or b""):
+            content.update(record)
+    return content.hexdigest()
+
+
+def _cannot_be_made_again(store: Store, findings: Sequence[Finding]) -> DamageError:
+    names = " and ".join(finding.object for finding in findings if finding in lost_files(findings))
+    return DamageError(
+        "what says how the cache was built is lost, and cannot be made again",
+        {"cache": store.url, **{finding.object: f"{finding.what}: {finding.detail}" for finding in findings}},
+        f"copy {names} back, or delete the cache's manifest.json, delete {names}, and build without --repair: "
+        "then every shard is computed again, of each segment with the config that added it",
+    )

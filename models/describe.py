@@ -1,0 +1,76 @@
+"""What a plan says of the teacher, of the rows and of the machine: the facts that its numbers depend on."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from models.checkpoint import weights_digest
+from models.config import ModelConfig
+from models.decoder import Decoder
+from schemas.manifest import NumericsPlan, RowsPlan, TapPlan, TeacherPlan
+from schemas.rows import RowReader
+
+NUMERIC_LIBRARIES = ("jax", "jaxlib", "flax")  # what turns a plan into bits
+COMPRESSING_LIBRARY = "tensorstore"  # it brings its own zstd and blosc
+
+
+def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
+    """What the plan says about the teacher."""
+    return TeacherPlan(
+        path=path,
+        weights_digest=weights_digest(path),
+        num_blocks=model.num_blocks,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        family=model.family,
+    )
+
+
+def attention_norms(decoder: Decoder) -> Float[np.ndarray, "L D"]:
+    """The weights of every block's attention norm, float32."""
+
+    def of_group(group: Any) -> np.ndarray:
+        stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
+        return stacked.reshape(-1, stacked.shape[-1])
+
+    return np.concatenate([of_group(group) for group in decoder.groups])
+
+
+def describe_rows(rows: RowReader) -> RowsPlan:
+    """What the plan says about these rows."""
+    index = rows.index
+    return RowsPlan(
+        count=index.rows,
+        eval_indices=index.eval_indices,
+        row_tokens=index.row_tokens,
+        tokens=index.tokens,
+        content_digest=index.content_digest,
+        text_digest=index.text_digest,
+        tokenizer_digest=index.tokenizer_digest,
+        vocab_size=index.vocab_size,
+        eos_id=index.eos_id,
+    )
+
+
+def describe_numerics(dtype: str, taps: Sequence[TapPlan]) -> NumericsPlan:
+    """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it."""
+    device = jax.devices()[0]
+    kind = f"cpu:{platform.machine()}" if device.platform == "cpu" else device.device_kind
+    return NumericsPlan(
+        dtype=dtype,
+        attention="xla",
+        mesh=(1,),
+        platform=kind,
+        versions={name: version(name) for name in NUMERIC_LIBRARIES} | compressor_version(taps),
+    )
+
+
+def compressor_version(taps: Sequence[TapPlan]) -> dict[str, str]:
+    """What pins the bytes of compressed chunks; empty where nothing is compressed, which any version stores alike."""
+    compressed = any(tap.compress != "none" for tap in taps)
+    return {COMPRESSING_LIBRARY: version(COMPRESSING_LIBRARY)} if compressed else {}

@@ -1,0 +1,210 @@
+"""What a user can set of a training: the student, the losses, the optimizer, the mesh, and the run itself.
+
+A *weight* is a number, or a ramp from one number to another over the stage's steps.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from schemas.base import Config, Positive
+from schemas.teacher_config import OnlineConfig
+
+
+class Ramp(Config):
+    """A weight that changes with the step, from `start` at the first step of a stage to `end` at its last."""
+
+    start: float = Field(ge=0, description="at the first step")
+    end: float = Field(ge=0, description="at the last step")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="the way between; constant: start throughout"
+    )
+
+
+Weight = Annotated[float, Field(ge=0)] | Ramp
+Blocks = Literal["all"] | list[int]
+
+
+class SurgeryOp(Config):
+    op: Literal["query_heads", "kv_heads"] = Field(description="what is cut")
+    to: Positive = Field(description="how many stay: query heads in each KV group, or KV heads in all")
+    by: Literal["index", "weight_norm"] = Field(
+        default="index", description="which ones stay: the first, or those of the largest output weights"
+    )  # needs no data and is easy to compare
+
+
+class StudentConfig(Config):
+    init: str = Field(
+        default="teacher", description="teacher, or the path of a checkpoint to start from"
+    )  # the usual start: the teacher itself, cut
+    surgery: list[SurgeryOp] = Field(
+        default_factory=list, description="cuts, in order: [{op: query_heads, to: 2, by: index}]"
+    )
+    layer_map: list[int] | None = Field(
+        default=None,
+        description="the teacher's blocks at which the student's begin, ascending: student block i stands for those "
+        "from layer_map[i] to the next entry; default: block for block",
+    )
+    projector: Literal["none", "linear"] = Field(
+        default="none", description="linear: learned maps between the student's width and the teacher's, in each block"
+    )  # widths are usually equal; projectors are left out of the export
+
+
+class FeatureLossConfig(Config):
+    weight: Weight = Field(default=1.0, description="beta, the weight of the whole term")
+    relative_l2: float = Field(
+        default=1.0, ge=0, description="share of ||s - t||^2 / ||t||^2"
+    )  # scale-free, and it sees the norm, which cosine does not
+    cosine: float = Field(default=0.0, ge=0, description="share of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="share of mean (s - t)^2, as MaxText computes it")
+    blocks: Blocks = Field(default="all", description="the student's blocks that count")
+    block_weights: list[float] | None = Field(
+        default=None, description="one for every block that counts, in their order; default: 1 each"
+    )
+
+
+class MlpLossConfig(Config):
+    weight: Weight = Field(default=0.0, description="gamma, the weight of the whole term")
+    relative_l2: float = Field(default=1.0, ge=0, description="share of ||s - t||^2 / ||t||^2")
+    cosine: float = Field(default=0.0, ge=0, description="share of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="share of mean (s - t)^2")
+
+
+class LoadBalanceConfig(Config):
+    weight: Weight = Field(default=0.0, description="lambda; for students with routers")
+    scope: Literal["layer"] = Field(default="layer", description="over which the load is balanced")
+
+
+class LossConfig(Config):
+    """alpha tau^2 KL + (1 - alpha) CE + beta feature + gamma mlp + lambda load_balance + zeta router_z."""
+
+    alpha: Weight = Field(default=0.0, description="KL against CE, feature mode")
+    tau: Weight = Field(default=1.0, description="temperature of the KL")
+    rest_bucket: bool = Field(
+        default=False, description="KL: what lies outside the teacher's top k counts as one more class"
+    )  # as MaxText and most others compute it: over the top k alone
+    feature: FeatureLossConfig = Field(
+        default=FeatureLossConfig(), description="attention output against the teacher's"
+    )
+    mlp: MlpLossConfig = Field(default=MlpLossConfig(), description="MLP output against the teacher's, blockwise mode")
+    load_balance: LoadBalanceConfig = Field(default=LoadBalanceConfig(), description="of routers")
+    router_z: Weight = Field(default=0.0, description="zeta; for students with routers")
+
+
+class OptimizerConfig(Config):
+    """AdamW with linear warm-up and cosine decay; state is per block, and in blockwise mode clipping as well."""
+
+    learning_rate: float = Field(default=1e-3, gt=0, description="at its highest")
+    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")  # Adam's moments need a few
+    final_fraction: float = Field(default=0.0, ge=0, le=1, description="of learning_rate, at the last step")
+    b1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first decay")
+    b2: float = Field(default=0.95, ge=0, lt=1, description="Adam's second decay")  # short runs: a shorter memory
+    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled")  # students start near the answer
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="clip each block's gradient (feature mode: the whole) to this norm; null: never"
+    )  # one bad block must not slow the others
+    inside_scan: bool = Field(
+        default=True, description="blockwise mode: update a block as soon as its gradient is known"
+    )  # the gradients of one block only are alive; the same numbers to rounding
+
+
+class MeshConfig(Config):
+    """How many devices along each axis; their product is the number of devices used."""
+
+    block: Positive = Field(default=1, description="groups of devices that hold different blocks, blockwise mode")
+    data: Positive = Field(default=1, description="copies that work on different rows")
+    fsdp: Positive = Field(default=1, description="rows and parameters split")
+    tensor: Positive = Field(default=1, description="heads and MLP widths split")
+    expert: Positive = Field(default=1, description="experts split; for students with routers")
+
+
+class StageConfig(Config):
+    """One part of a run. What is not stated is as the run states it."""
+
+    mode: Literal["blockwise", "feature"] = Field(description="as the run's")
+    steps: Positive = Field(description="optimizer steps of this stage")
+    loss: LossConfig | None = Field(default=None, description="as the run's")
+    optimizer: OptimizerConfig | None = Field(default=None, description="as the run's")
+    train_only: list[str] | None = Field(default=None, description="as the run's")
+
+
+class TrainConfig(Config):
+    """A cache in, a trained student out."""
+
+    run: str = Field(description="folder of the run: checkpoints, metrics, the student")
+    cache: str = Field(default="", description="the cache to train from")
+    source: Literal["cache", "online"] = Field(
+        default="cache", description="cache: its recorded taps; online: its rows, through the teacher in every step"
+    )  # online is for comparison: it costs the teacher's memory and time
+    online: OnlineConfig = Field(default=OnlineConfig(), description="source online: which teacher, on which rows")
+    student: StudentConfig = Field(default=StudentConfig(), description="what is trained")
+    mode: Literal["blockwise", "feature"] = Field(
+        default="blockwise",
+        description="blockwise: every block gets the teacher's stream; feature: the student runs as a whole",
+    )
+    inject: Literal["resid", "attn_in"] = Field(
+        default="resid",
+        description="what a block is given in blockwise mode: the teacher's stream, or its normed attention input",
+    )  # so the student's own norm is trained too
+    mlp_input: Literal["teacher", "student"] = Field(
+        default="teacher", description="the MLP's input: the teacher's stream, or the student's attention output on it"
+    )  # then attention and MLP do not depend on each other
+    loss: LossConfig = Field(default=LossConfig(), description="what is compared, with which weight")
+    train_only: list[str] | None = Field(
+        default=None,
+        description="parameters that are trained, by parts of their paths: [attention], [mlp/down]; default: all that "
+        "a loss reaches",
+    )
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW")
+    stages: list[StageConfig] | None = Field(
+        default=None, description="parts of the run, one after the other; default: one, as the run states it"
+    )
+    steps: Positive = Field(default=1000, description="optimizer steps")
+    batch_rows: Positive = Field(default=8, description="rows in the global batch")
+    micro_batches: Positive = Field(
+        default=1, description="parts that a batch is computed in, one after the other"
+    )  # for memory; the gradient is the whole batch's
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the student's forward and backward; parameters stay float32"
+    )  # CPUs have no fast bfloat16
+    remat: Literal["none", "block", "dots"] = Field(
+        default="block",
+        description="feature mode, what the backward pass computes again: nothing, whole blocks, or all but products",
+    )  # the least memory
+    mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the shuffle and of projectors")
+    checkpoint_every: Positive = Field(
+        default=100, description="steps between checkpoints"
+    )  # minutes of work at most are lost
+    keep_checkpoints: Positive = Field(default=2, description="how many stay")  # one may be half-written
+    eval_every: int = Field(
+        default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end of a stage only"
+    )  # an evaluation costs as much as many steps
+    eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
+    log_every: Positive = Field(default=1, description="steps between lines of metrics")
+    partial: bool = Field(
+        default=False, description="train on the committed shards of a cache that is still being built"
+    )  # a run that goes on needs the same rows again, and a cache that grows has others
+    prefetch_batches: Positive = Field(
+        default=2, description="batches read ahead of use"
+    )  # one being moved to the device, one being read
+    profile: str | None = Field(
+        default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
+    )
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> Self:
+        if not (self.cache or (self.source == "online" and self.online.rows)):
+            raise ValueError("give cache; with source: online, online.rows will do")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understand_maxtext(cls, values: Any) -> Any:
+        """MaxText's `blockwise_distill: true` means `mode: blockwise`, with feature losses only."""
+        if isinstance(values, dict) and "blockwise_distill" in values:
+            values = dict(values)
+            if values.pop("blockwise_distill"):
+                values["mode"] = "blockwise"
+        return values

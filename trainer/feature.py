@@ -1,0 +1,269 @@
+"""One step in feature mode: the student runs as a whole, from tokens.
+
+    total = alpha * tau^2 * KL + (1 - alpha) * CE + beta * feature
+
+KL and CE are means over next tokens that count (losses.next_token_loss), feature is the mean over the blocks that count
+of a mean over real tokens, all of the whole batch, however it is cut into micro-batches. Logits exist for one row at a
+time, forward and backward.
+
+Source: Hinton et al. 2015 (tau^2), MaxText distillation_utils (the sum and its names).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from models.decoder import BlockOutput, Decoder, Remat
+from schemas.train_config import LossConfig
+from trainer.blockwise import shares
+from trainer.losses import (
+    counted_predictions,
+    feature_loss,
+    next_token_loss,
+    support_kl,
+    support_logits,
+    topk_cross_entropy,
+)
+from trainer.optimizer import clip_all, update_blocks, update_one
+from trainer.parameters import PROJECTOR, Parameters, of_place, of_places, outer, place_prefix
+from trainer.schedules import may_count, weight_at
+from trainer.stack import StudentStack, TapDecoder
+from trainer.step import OUTER, TrainState, Update
+from trainer.tables import Table, TapReading
+
+REMAT: dict[str, Remat | None] = {
+    "none": None,
+    "block": jax.checkpoint,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+ROW_FIELDS = ("tokens", "segment_ids", "loss_mask")
+
+
+class FeatureSums(NamedTuple):
+    """What a step reports: sums, their counts, and the terms' weights at this step.
+
+    feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`; with recorded logits `kl` (at
+    tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets among its top k).
+    """
+
+    feature: Array
+    tokens: Array
+    token_losses: dict[str, Array]
+    targets: Array
+    weights: dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStep:
+    """The static side of a step. See `TrainConfig` for remat and compute_dtype, `BlockwiseStep` for the others."""
+
+    graph: nnx.GraphDef[Decoder]
+    stack: StudentStack
+    reading: TapReading
+    loss: LossConfig
+    optimizer: optax.GradientTransformation
+    clip_norm: float | None
+    steps: int
+    micro_batches: int = 1
+    remat: str = "block"
+    compute_dtype: str = "float32"
+
+    def weights(self, step: Array) -> dict[str, Array]:
+        """alpha, tau and beta at a step."""
+        terms = {"alpha": self.loss.alpha, "tau": self.loss.tau, "feature": self.loss.feature.weight}
+        return {name: weight_at(weight, step, self.steps) for name, weight in terms.items()}
+
+    def gradients(
+        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], table: Table, step: Array
+    ) -> tuple[Parameters, FeatureSums]:
+        """The gradient of the whole batch's loss, and its sums."""
+        weights, counts = self.weights(step), _Counts.of(batch)
+        rows = {name: value for name, value in batch.items() if not isinstance(value, Mapping)}
+        taps = {name: value for name, value in batch.items() if isinstance(value, Mapping)}
+        gradient = jax.grad(partial(self._loss, frozen, flat_table(table), weights, counts), has_aux=True)
+        if self.micro_batches == 1:
+            return gradient(trained, rows, taps)
+
+        def one(total: Any, number: Array) -> tuple[Any, None]:
+            found = gradient(
+                trained, _part(rows, 0, self.micro_batches, number), _part(taps, 1, self.micro_batches, number)
+            )
+            return jax.tree.map(jnp.add, total, found), None
+
+        shapes = jax.eval_shape(gradient, trained, rows, taps)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        gradients, sums = jax.lax.scan(one, zeros, jnp.arange(self.micro_batches))[0]
+        return gradients, sums._replace(tokens=counts.tokens, targets=counts.targets, weights=weights)
+
+    def _loss(
+        self,
+        frozen: Parameters,
+        rows_of_table: Mapping[str, Array],
+        weights: Mapping[str, Array],
+        counts: "_Counts",
+        trained: Parameters,
+        rows: Mapping[str, Array],
+        taps: Mapping[str, Any],
+    ) -> tuple[Array, FeatureSums]:
+        parameters = {name: value.astype(self.compute_dtype) for name, value in {**frozen, **trained}.items()}
+        decoder = merge_decoder(self.graph, parameters)
+        stream, feature = self._run(decoder, parameters, rows_of_table, rows, taps)
+        losses = self._token_losses(decoder, stream, weights["tau"], rows, taps)
+        counted = jnp.sum(rows_of_table["trained"])
+        per_block = feature * rows_of_table["weight"]
+        total = (
+            weights["alpha"] * jnp.square(weights["tau"]) * losses.get("kl", 0.0) / counts.targets
+            + (1.0 - weights["alpha"]) * losses["ce"] / counts.targets
+            + weights["feature"] * jnp.sum(per_block) / jnp.maximum(counted, 1) / counts.tokens
+        )
+        return total, FeatureSums(feature, counts.tokens, losses, counts.targets, dict(weights))
+
+    def _run(
+        self,
+        decoder: Decoder,
+        parameters: Mapping[str, Array],
+        table: Mapping[str, Array],
+        rows: Mapping[str, Array],
+        taps: Mapping[str, Any],
+    ) -> tuple[Array, Array]:
+        """The stream that leaves the last block, and every block's feature loss, `[L]` sums."""
+        mask, depth = rows["segment_ids"] > 0, self.stack.config.num_blocks
+        context = decoder.context(rows["positions"], rows["segment_ids"])
+        compares = may_count(self.loss.feature.weight)
+        reader = TapDecoder(self.reading, taps, needs_mlp=False)
+        outward = self._projectors(parameters)
+
+        def emit(carry: None, out: BlockOutput, block: Array) -> tuple[None, Array]:
+            if not compares:
+                return carry, jnp.zeros(())
+            row = {name: values[block] for name, values in table.items()}
+            own = out.attn_out if outward is None else out.attn_out @ outward[block]
+            found = feature_loss(own, reader.target(row), mask, **shares(self.loss.feature)).total
+            return carry, jnp.where(row["trained"], found, 0.0)
+
+        x = decoder.embed_tokens(rows["tokens"])
+        stream, _, feature = decoder.scan_blocks(x, context, emit, None, remat=REMAT[self.remat])
+        return stream, feature.reshape(depth)
+
+    def _token_losses(
+        self, decoder: Decoder, stream: Array, tau: Array, rows: Mapping[str, Array], taps: Mapping[str, Any]
+    ) -> dict[str, Array]:
+        """Sums of the losses that need logits; these exist for one row at a time."""
+        codec: Any = self.reading.codecs.get("topk_logits")
+
+        @jax.checkpoint
+        def row_losses(row: tuple[Array, Mapping[str, Array], Any]) -> dict[str, Array]:
+            x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
+            logits = decoder.logits(x)
+            losses = {"ce": next_token_loss(logits, **fields).total}
+            if codec is None:
+                return losses
+            recorded = codec.decode(parts)
+            counts = counted_predictions(fields["segment_ids"], fields["loss_mask"])
+            support = support_logits(
+                logits,
+                recorded.values,
+                recorded.ids,
+                recorded.logsumexp,
+                counts,
+                rest_bucket=self.loss.rest_bucket,
+            )
+            teacher = topk_cross_entropy(*recorded, **fields)
+            return losses | {
+                "kl": support_kl(support, counts, tau).total,
+                "kl_1": support_kl(jax.lax.stop_gradient(support), counts, 1.0).total,
+                "teacher": teacher.at_least.total,
+                "covered": teacher.share.total,
+            }
+
+        fields = {name: rows[name] for name in ROW_FIELDS}
+        parts = None if codec is None else {name: value[0] for name, value in taps["topk_logits"].items()}
+        found = jax.lax.map(row_losses, (stream, fields, parts))
+        return {name: jnp.sum(value) for name, value in found.items()}
+
+    def _projectors(self, parameters: Mapping[str, Array]) -> Array | None:
+        """`out` of every block, `[L, Ds, Dt]`."""
+        found = {
+            place: parameters[f"{place_prefix(place)}{PROJECTOR}/out"]
+            for place in self.stack.places()
+            if f"{place_prefix(place)}{PROJECTOR}/out" in parameters
+        }
+        if not found:
+            return None
+        groups = [
+            jnp.stack([found[g, p] for p in range(len(layers.pattern))], axis=1)
+            for g, layers in enumerate(self.stack.config.layers)
+        ]
+        return jnp.concatenate([group.reshape(-1, *group.shape[2:]) for group in groups])
+
+
+class _Counts(NamedTuple):
+    """What the whole batch's sums are divided by, at least 1."""
+
+    tokens: Array
+    targets: Array
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "_Counts":
+        real = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+        nexts = jnp.sum(counted_predictions(batch["segment_ids"], batch["loss_mask"]), dtype=jnp.float32)
+        return cls(jnp.maximum(real, 1.0), jnp.maximum(nexts, 1.0))
+
+
+def feature_update(step: FeatureStep) -> Update:
+    """The feature step on a state: one norm of all gradients, then AdamW, per block as in blockwise mode."""
+
+    def update(
+        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
+    ) -> tuple[TrainState, FeatureSums]:
+        gradients, sums = step.gradients(state.parameters, frozen, batch, table, state.step)
+        gradients = clip_all(gradients, step.clip_norm)
+        new, moments = {}, {}
+        for place, repeats in step.stack.places().items():
+            unit = place_prefix(place)
+            mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
+            every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
+            new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
+        parameters = of_places(new)
+        if OUTER in state.moments:
+            rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
+            moved, moments[OUTER] = update_one(step.optimizer, *rest)
+            parameters |= moved
+        return TrainState(parameters, moments, state.step + 1), sums
+
+    return update
+
+
+def merge_decoder(graph: nnx.GraphDef[Decoder], parameters: Mapping[str, Array]) -> Decoder:
+    """The decoder with these parameters; projectors are left aside."""
+    flat = [
+        (tuple(int(part) if part.isdigit() else part for part in name.split("/")), value)
+        for name, value in parameters.items()
+        if f"/{PROJECTOR}/" not in name
+    ]
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(value)) for path, value in flat]))
+
+
+def flat_table(table: Table) -> dict[str, Array]:
+    """A table's rows in the order of the blocks, `[L, ...]`."""
+    return {
+        name: jnp.concatenate([jnp.asarray(group[name]).reshape(-1, *group[name].shape[2:]) for group in table])
+        for name in table[0]
+    }
+
+
+def _part(tree: Any, axis: int, count: int, number: Array) -> Any:
+    """Every count-th row, not a run of rows: the rows of every device stay there."""
+
+    def take(x: Array) -> Array:
+        split = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+        return jax.lax.dynamic_index_in_dim(split, number, axis + 1, keepdims=False)
+
+    return jax.tree.map(take, tree)

@@ -1,0 +1,53 @@
+"""Where a run's batches come from: the cache, or the teacher in the loop on the cache's rows."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from schemas.config import TrainConfig
+from trainer.feed import CacheSource
+from trainer.online import OnlineSource
+from trainer.source import Source, SplitName
+from trainer.teacher import OnlineTeacher, open_teacher
+
+
+class Sources:
+    """The sources of a run. rows: all training rows, without taps."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self.rows = self._open((), None, "train", False)
+
+    @cached_property
+    def held_out(self) -> Source:
+        """The rows for evaluation, with what evaluation compares: as much of it as is recorded."""
+        recorded = {tap.name for segment in self.rows.segments() for tap in segment.plan.taps}
+        compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded else ()
+        taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
+        return self._open(taps, None, "eval", False)
+
+    @cached_property
+    def _teacher(self) -> OnlineTeacher:
+        config, online = self._config, self._config.online
+        return open_teacher(
+            online.rows or config.cache,
+            path=online.teacher.path if online.teacher else None,
+            taps=online.taps,
+            dtype=online.dtype,
+            batch_rows=online.batch_rows,
+            exact=online.exact,
+        )
+
+    def open(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
+        """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded)."""
+        return self._open(taps, blocks, "train", leaving)
+
+    def norms(self) -> np.ndarray:
+        """The weights of the teacher's attention norms, float32 `[L, D]`."""
+        return self.rows.attention_norms()
+
+    def _open(self, taps: Sequence[str], blocks: Sequence[int] | None, split: SplitName, leaving: bool) -> Source:
+        if self._config.source == "online":
+            return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving)
+        return CacheSource(self._config.cache, taps, blocks, split, leaving=leaving, partial=self._config.partial)

@@ -1,0 +1,398 @@
+"""One stage of a run, ready to step: what it reads, what it trains, and its compiled step.
+
+A run has one stage, or several, one after the other (`stages`): blockwise first and feature mode after it is the
+usual recipe. A stage begins with a fresh optimizer, from the parameters that the one before it left.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.decoder import Decoder
+from schemas.errors import ConfigError
+from schemas.train_config import LossConfig, OptimizerConfig, TrainConfig
+from trainer.block_groups import GroupedSource, blocks_of_groups, place_batch
+from trainer.blockwise import BlockwiseStep, StepSums
+from trainer.feature import FeatureStep, feature_update
+from trainer.metrics import blockwise_metrics, feature_metrics
+from trainer.optimizer import learning_rate_schedule, make_optimizer
+from trainer.parameters import Parameters, choose_trained
+from trainer.schedules import all_positive, may_count
+from trainer.sharding import make_mesh, parameter_sharding, state_shardings, table_sharding
+from trainer.source import Batch, Source
+from trainer.stack import BlockRules, StudentStack
+from trainer.step import (
+    TrainState,
+    block_sums,
+    blockwise_update,
+    init_state,
+    jit_step,
+    padded,
+    padded_table,
+    unpadded,
+)
+from trainer.tables import Span, Table, TapReading, is_in_step, make_table, student_spans, with_column
+
+# `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
+# all that are recorded).
+OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a run is. first: the run's step at which it begins."""
+
+    number: int
+    mode: str
+    first: int
+    steps: int
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    train_only: list[str] | None
+
+    @property
+    def last(self) -> int:
+        """The run's step at which it ends."""
+        return self.first + self.steps
+
+    @property
+    def compares_attention(self) -> bool:
+        return may_count(self.loss.feature.weight)
+
+    @property
+    def compares_mlp(self) -> bool:
+        return self.mode == "blockwise" and may_count(self.loss.mlp.weight)
+
+    @property
+    def uses_logits(self) -> bool:
+        return self.mode == "feature" and may_count(self.loss.alpha)
+
+
+def resolve_stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """The stages of a run, what they leave out filled in.
+
+    Raises:
+        ConfigError: a stage has nothing to train on, or asks for what its mode has not.
+    """
+    found: list[Stage] = []
+    if config.stages is None:
+        found = [Stage(0, config.mode, 0, config.steps, config.loss, config.optimizer, config.train_only)]
+    for number, stage in enumerate(config.stages or []):
+        found.append(
+            Stage(
+                number,
+                stage.mode,
+                found[-1].last if found else 0,
+                stage.steps,
+                stage.loss or config.loss,
+                stage.optimizer or config.optimizer,
+                config.train_only if stage.train_only is None else stage.train_only,
+            )
+        )
+    if not found:
+        raise ConfigError("stages is empty", {"stages": []}, "leave it out, or list at least one")
+    for stage in found:
+        _check_stage(stage, config)
+    return tuple(found)
+
+
+def _check_stage(stage: Stage, config: TrainConfig) -> None:
+    loss, where = stage.loss, f"stage {stage.number}, mode {stage.mode}"
+    if may_count(loss.load_balance.weight) or may_count(loss.router_z):
+        raise ConfigError(
+            "the student has no routers to balance",
+            {"stage": where, "loss.load_balance.weight": loss.load_balance.weight, "loss.router_z": loss.router_z},
+            "leave both at 0",
+        )
+    if stage.mode == "feature" and not all_positive(loss.tau):
+        raise ConfigError("a temperature must be above zero", {"stage": where, "loss.tau": loss.tau})
+    for name, term in (("feature", loss.feature), ("mlp", loss.mlp)):
+        if may_count(term.weight) and not (term.relative_l2 or term.cosine or term.l2):
+            raise ConfigError(
+                "a loss has a weight and compares nothing",
+                {"stage": where, f"loss.{name}": term.model_dump()},
+                "give one of relative_l2, cosine and l2 a value above zero",
+            )
+    if stage.mode == "blockwise" and not (stage.compares_attention or stage.compares_mlp):
+        raise ConfigError(
+            "no loss has a weight, so nothing would be trained",
+            {"stage": where, "loss.feature.weight": loss.feature.weight, "loss.mlp.weight": loss.mlp.weight},
+            "give one of them a value above zero",
+        )
+    if stage.mode == "feature" and config.mesh.block > 1:
+        raise ConfigError(
+            "in feature mode blocks depend on each other, so devices cannot hold different ones",
+            {"stage": where, "mesh.block": config.mesh.block},
+            "use the axes data, fsdp and tensor, or a run of its own for the blockwise stage",
+        )
+
+
+class StageRun:
+    """A stage with its source, its state and its compiled step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        decoder: Decoder,
+        parameters: Parameters,
+        open_source: OpenSource,
+        norms: Callable[[], np.ndarray],
+    ) -> None:
+        """
+        Args:
+            decoder: the student; its structure alone counts here.
+            parameters: all of the student's, projectors included, as the stage finds them.
+            norms: the weights of the teacher's attention norms, `[L, D]`.
+        """
+        self.stage, self.stack, self.mesh = stage, StudentStack(decoder), make_mesh(config.mesh)
+        self.groups = config.mesh.block
+        self._config, self._norms = config, norms
+        self._select(open_source)
+        self._trained = choose_trained(parameters, stage.train_only, self._reached(parameters))
+        self._build(decoder, parameters)
+
+    @property
+    def schedule(self) -> Callable[[int], Any]:
+        """The learning rate by step of the stage."""
+        return learning_rate_schedule(self.stage.optimizer, self.stage.steps)
+
+    def used_parameters(self) -> Parameters:
+        """All that a step computes with."""
+        return {**self._frozen, **self.state.parameters}
+
+    def losses(self, sums: Any) -> dict[str, Any]:
+        """A step's means, once computed: `[L]` by block, or a number."""
+        if isinstance(sums, StepSums):
+            tokens = max(float(sums.tokens), 1.0)
+            return {name: total / tokens for name, total in block_sums(sums, self.stack).items()}
+        feature = np.asarray(sums.feature, np.float64) / float(sums.tokens)
+        return {"feature": feature} | {
+            name: float(total) / float(sums.targets) for name, total in sums.token_losses.items()
+        }
+
+    def metrics(self, losses: dict[str, Any], sums: Any) -> dict[str, float]:
+        """The same under the names of metrics.py."""
+        weights = {name: float(value) for name, value in sums.weights.items()}
+        if isinstance(sums, StepSums):
+            return blockwise_metrics(losses, self.weights, weights)
+        return feature_metrics(losses, self.weights, weights)
+
+    @property
+    def trained_names(self) -> frozenset[str]:
+        return self._trained
+
+    def place(self, batch: Batch) -> Batch:
+        """A host batch of `self.source`, on its way to the devices."""
+        return place_batch({name: batch[name] for name in self._fields}, self.mesh, self.groups)
+
+    def advance(self, batch: Batch) -> Any:
+        """One step; returns its sums before they are computed."""
+        self.state, sums = self._step(self.state, self._frozen, batch, self._table)
+        return sums
+
+    def compiled(self, batch: Batch) -> Any:
+        """The step compiled for such batches, to look at."""
+        return self._step.lower(self.state, self._frozen, batch, self._table).compile()
+
+    def parameters(self) -> Parameters:
+        """The trained parameters, without what the mesh added."""
+        return unpadded(self.state.parameters, self.stack)
+
+    def moments(self) -> dict[str, Any]:
+        """The optimizer's state, likewise."""
+        return unpadded(self.state.moments, self.stack)
+
+    def restore(self, moments: dict[str, Any], done: int) -> None:
+        """Go on after `done` steps of the stage, with this optimizer state."""
+        step = jnp.asarray(done, jnp.int32)
+        self.state = self._placed(TrainState(self.state.parameters, padded(moments, self.stack, self.groups), step))
+
+    # How it is made ready.
+
+    def _select(self, open_source: OpenSource) -> None:
+        """The blocks that are trained, and the source of what they are trained with."""
+        stage, config = self.stage, self._config
+        taps = self._taps()
+        recorded = open_source(taps, None, False)
+        self.spans = student_spans(self.stack.config, recorded.plan.teacher.num_blocks, config.student.layer_map)
+        self.weights = _block_weights(stage, self.spans, recorded)
+        derives = stage.compares_mlp and not _records_mlp(recorded)
+        if stage.compares_mlp and not derives:
+            taps = (*taps, "mlp_out")
+        shares = blocks_of_groups(self.stack.config, self.groups)
+        self._sources = [open_source(taps, self._teacher_blocks(share), derives) for share in shares]
+        self.source: Source | GroupedSource = self._sources[0] if self.groups == 1 else GroupedSource(self._sources)
+        self._fields = ("tokens", "loss_mask") if stage.mode == "feature" else ()
+        self._fields = ("positions", "segment_ids", *self._fields, *taps)
+        self._derives = derives
+        self._table = self._make_table(shares)
+
+    def _taps(self) -> tuple[str, ...]:
+        if self.stage.mode == "blockwise":
+            return ("resid", "attn_out")
+        wanted = {"attn_out": self.stage.compares_attention, "topk_logits": self.stage.uses_logits}
+        return tuple(name for name, needed in wanted.items() if needed)
+
+    def _teacher_blocks(self, share: Sequence[int]) -> list[int]:
+        """The teacher's blocks behind the trained ones of these student blocks; of a share without any, one."""
+        found = [
+            block for at in share if at in self.weights for block in range(self.spans[at].first, self.spans[at].last)
+        ]
+        if not found:
+            anyone = self.spans[min(self.weights)] if self.weights else Span(0, 1)
+            return list(range(anyone.first, anyone.last))
+        return found
+
+    def _make_table(self, shares: Sequence[Sequence[int]]) -> Table:
+        tables = []
+        for share, source in zip(shares, self._sources, strict=True):
+            places = {name: source.reads[name].at for name in source.reads}
+            mine = {block: self.weights[block] for block in share if block in self.weights}
+            tables.append(make_table(self.stack.config, self.spans, places, mine, needs_leaving=self._derives))
+        table = _joined(tables, shares, self.stack)
+        if self.stage.mode == "blockwise" and self._config.inject == "attn_in":
+            norms = self._norms()[[span.first for span in self.spans]]
+            table = with_column(table, "norm", norms)
+        return padded_table(table, self.groups)
+
+    def _reached(self, parameters: Parameters) -> list[str]:
+        """Patterns of the parameters that a loss has a gradient for."""
+        stage, student = self.stage, self._config.mlp_input == "student"
+        if stage.mode == "feature":
+            return sorted(name for name in parameters if not name.endswith("projector/in"))
+        attention = stage.compares_attention or (stage.compares_mlp and student)
+        found = [*(["attention"] if attention else []), *(["mlp"] if stage.compares_mlp else [])]
+        return [*found, "projector"]
+
+    def _build(self, decoder: Decoder, parameters: Parameters) -> None:
+        """The state, what stays as it is, and the compiled step."""
+        config, stage = self._config, self.stage
+        trained = {name: value for name, value in parameters.items() if name in self._trained}
+        blocks_only = stage.mode == "blockwise"
+        frozen = {
+            name: value
+            for name, value in parameters.items()
+            if name not in self._trained and (name.startswith("groups/") or not blocks_only) and self._needs(name)
+        }
+        source = self._sources[0]
+        codecs = {name: source.codecs[name] for name in source.reads}
+        places = {name: source.reads[name].at for name in source.reads}
+        reading = TapReading(
+            codecs,
+            source.plan.teacher.hidden_size,
+            in_step=self.groups == 1 and is_in_step(self.spans, places, sorted(self.weights)),
+        )
+        optimizer = make_optimizer(stage.optimizer, stage.steps, clips=blocks_only)
+        if blocks_only:
+            rules = BlockRules(config.inject, config.mlp_input, stage.compares_mlp, config.compute_dtype)
+            step = BlockwiseStep(
+                self.stack, reading, rules, stage.loss, optimizer, stage.steps, config.micro_batches,
+                stage.optimizer.inside_scan,
+            )  # fmt: skip
+            update = blockwise_update(step)
+        else:
+            update = feature_update(
+                FeatureStep(
+                    nnx.graphdef(decoder),
+                    self.stack,
+                    reading,
+                    stage.loss,
+                    optimizer,
+                    stage.optimizer.clip_norm,
+                    stage.steps,
+                    config.micro_batches,
+                    config.remat,
+                    config.compute_dtype,
+                )
+            )
+        state = init_state(self.stack, trained, optimizer)
+        self.state = self._placed(
+            TrainState(
+                padded(state.parameters, self.stack, self.groups),
+                padded(state.moments, self.stack, self.groups),
+                state.step,
+            )
+        )
+        self._frozen = self._placed_frozen(padded(frozen, self.stack, self.groups))
+        self._table = jax.device_put(self._table, table_sharding(self.mesh) if self.mesh else None)
+        self._step = jit_step(update, self.state, self.mesh, self.groups)
+
+    def _needs(self, name: str) -> bool:
+        """Whether the step uses a parameter at all: without a loss on MLPs, blockwise mode never runs them."""
+        return self.stage.mode == "feature" or self.stage.compares_mlp or "/mlp/" not in name
+
+    def _placed(self, state: TrainState) -> TrainState:
+        if self.mesh is None:
+            return state
+        parameters, moments = state_shardings(self.mesh, state.parameters, state.moments)
+        return jax.device_put(state, TrainState(parameters, moments, _everywhere(self.mesh)))  # type: ignore[arg-type]
+
+    def _placed_frozen(self, frozen: Parameters) -> Parameters:
+        if self.mesh is None:
+            return frozen
+        return {n: jax.device_put(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in frozen.items()}
+
+
+def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[int, float]:
+    """The student blocks that are trained, with their weights in the feature loss.
+
+    Raises:
+        ConfigError: blocks that the student has not, or that the cache does not hold; weights that do not fit.
+    """
+    loss, there = stage.loss.feature, set(source.blocks)
+    uses = stage.mode == "blockwise" or stage.compares_attention
+    if not uses:
+        return {}
+    whole = [at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= there]
+    blocks = whole if loss.blocks == "all" else list(loss.blocks)
+    if missing := sorted(set(blocks) - set(whole)):
+        raise ConfigError(
+            "the cache does not hold what these blocks are compared with",
+            {"cache": source.url, "loss.feature.blocks": missing, "found": whole},
+            "choose other blocks, or add them: distillcache build --extend",
+        )
+    if not blocks:
+        raise ConfigError(
+            "no block of the student can be compared with the cache",
+            {"cache": source.url, "the cache's blocks": sorted(there)},
+            "choose another student.layer_map, or add blocks: distillcache build --extend",
+        )
+    given = loss.block_weights
+    if given is not None and (len(given) != len(blocks) or min(given) < 0):
+        raise ConfigError(
+            "loss.feature.block_weights does not fit",
+            {"found": given, "expected": f"{len(blocks)} numbers, none below 0, one for each of blocks {blocks}"},
+        )
+    return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
+
+
+def _records_mlp(source: Source) -> bool:
+    return any(tap.name == "mlp_out" for segment in source.segments() for tap in segment.plan.taps)
+
+
+def _joined(tables: Sequence[Table], shares: Sequence[Sequence[int]], stack: StudentStack) -> Table:
+    """Each group's own rows out of its own table: a row is its group's whose blocks it is."""
+    if len(tables) == 1:
+        return tables[0]
+    owner = {block: number for number, share in enumerate(shares) for block in share}
+    joined = []
+    for g in range(len(stack.config.layers)):
+        numbers = tables[0][g]["block"][:, 0]
+        joined.append(
+            {
+                name: np.stack([tables[owner[int(block)]][g][name][at] for at, block in enumerate(numbers)])
+                for name in tables[0][g]
+            }
+        )
+    return tuple(joined)
+
+
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
