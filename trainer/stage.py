@@ -144,19 +144,26 @@ class StageRun:
         parameters: Parameters,
         open_source: OpenSource,
         norms: Callable[[], np.ndarray],
+        *,
+        prepare: bool = True,
     ) -> None:
         """
         Args:
             decoder: the student; its structure alone counts here.
             parameters: all of the student's, projectors included, as the stage finds them.
             norms: the weights of the teacher's attention norms, `[L, D]`.
+            prepare: False to only see whether the stage is possible.
+
+        Raises:
+            ConfigError, InputError: what the stage asks for is not in the cache or the student.
         """
         self.stage, self.stack, self.mesh = stage, StudentStack(decoder), make_mesh(config.mesh)
         self.groups = config.mesh.block
         self._config, self._norms = config, norms
         self._select(open_source)
         self._trained = choose_trained(parameters, stage.train_only, self._reached(parameters))
-        self._build(decoder, parameters)
+        if prepare:
+            self._build(decoder, parameters)
 
     @property
     def schedule(self) -> Callable[[int], Any]:

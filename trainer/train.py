@@ -11,6 +11,7 @@ the step and the schedule are pure functions of the config and the step's number
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -27,7 +28,6 @@ from schemas import settings
 from schemas.config import TrainConfig
 from schemas.errors import (
     ConfigError,
-    DistillcacheError,
     InputError,
     Interrupted,
     NonFiniteError,
@@ -109,13 +109,16 @@ def train(config: TrainConfig) -> TrainResult:
     with watch_for_stop() as stop:
         try:
             decoder = open_student(folder, config.student, sources.rows, teacher_path=_teacher_path(config))
-        except DistillcacheError:
-            if began:  # nothing was made but what says what would have been
-                _remove_claim(folder)
+            parameters = start_parameters(decoder, config.student, sources.rows.plan.teacher.hidden_size, config.seed)
+            for stage in stages:  # what a later stage lacks is better said now
+                StageRun(config, stage, decoder, parameters, sources.open, sources.norms, prepare=False)
+        except BaseException:
+            if began:
+                _remove_beginning(folder)
             raise
         checkpoints = Checkpoints(folder, config.keep_checkpoints)
         try:
-            first = _Run(config, stages, folder, sources, decoder, checkpoints, stop).go()
+            first = _Run(config, stages, folder, sources, decoder, parameters, checkpoints, stop).go()
         finally:
             checkpoints.close()
     return _result(config, stages[-1].last, folder, first)
@@ -131,13 +134,13 @@ class _Run:
         folder: Path,
         sources: Sources,
         decoder: Decoder,
+        parameters: Parameters,
         checkpoints: Checkpoints,
         stop: StopRequest,
     ) -> None:
         self.config, self.stages, self.folder, self.sources = config, stages, folder, sources
         self.decoder, self.checkpoints, self.stop = decoder, checkpoints, stop
-        width = sources.rows.plan.teacher.hidden_size
-        self.parameters: Parameters = start_parameters(decoder, config.student, width, config.seed)
+        self.parameters = parameters  # all of the student's, as they are by now
         self.kept: set[str] = set()  # names of what was trained so far
         self.steps = stages[-1].last
         self.evaluator = Evaluator(config, sources, decoder)
@@ -352,10 +355,11 @@ def _claim_folder(folder: Path, config: TrainConfig, source: Source) -> None:
     (folder / RESOLVED).write_text(settings.dump_yaml(config))
 
 
-def _remove_claim(folder: Path) -> None:
+def _remove_beginning(folder: Path) -> None:
     """Leave nothing of a run that could not be begun."""
-    for name in (IDENTITY, RESOLVED, TOKENIZER):
-        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / STUDENT, ignore_errors=True)
+    for path in [path for path in folder.iterdir() if _is_leftover(path)] if folder.is_dir() else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with contextlib.suppress(OSError):  # the user's own folder may hold what we do not know
         folder.rmdir()
 

@@ -128,6 +128,7 @@ def test_segments_become_one(tmp_path: Path, teacher: Path, corpus: Path, cache:
     assert verify_cache(Store(str(tmp_path / "copy")))["findings"] == []
 
 
+@pytest.mark.slow
 def test_delta_coded_segments_are_joined(tmp_path: Path, teacher: Path, corpus: Path, cache: Path) -> None:
     """Coded anew, since the second segment's slots cannot lean on the first one's; the error stays the codec's."""
     taps = TapsConfig.model_validate({"resid": {**INT8, "delta": True}, "attn_out": None})
@@ -264,6 +265,7 @@ def test_a_repair_takes_the_source_as_it_was(tmp_path: Path, cache: Path, lossle
     assert everything(tmp_path / "c") == expected
 
 
+@pytest.mark.slow
 def test_an_unfinished_copy_is_repaired_by_going_on(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +331,7 @@ def test_help_says_that_taps_are_kept(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--taps.{tap}.codec bf16|f32|fp8|int8|int4  (default with its section: bf16)" in text
 
 
+@pytest.mark.slow
 def test_two_processes_copy_one_cache(tmp_path: Path, cache: Path) -> None:
     """Whichever way their race falls, the bytes are those of one."""
     words = ["--taps.resid.codec", "int8", "--shard-rows", "4", "--batch-rows", "4", "--num-processes", "2"]

@@ -12,7 +12,7 @@ from models.config import BlockKind, LayerGroup
 from models.decoder import Decoder, rms_norm
 from schemas.codecs import get_codec
 from schemas.train_config import FeatureLossConfig, LossConfig, MlpLossConfig, OptimizerConfig, Ramp
-from tests.trainer.conftest import MIXED, blockwise, parameters_of, random_batch
+from tests.trainer.conftest import EVEN, MIXED, blockwise, parameters_of, random_batch
 from trainer.losses import feature_loss
 from trainer.parameters import all_parameters, install, make_projectors, of_place, sublayer
 from trainer.stack import BlockRules, StudentStack
@@ -83,15 +83,15 @@ def assert_close(found, expected):
     ],
     ids=["attention", "attn_in", "mlp", "mlp of student"],
 )
-def test_gradients_equal_the_unrolled_ones(student, rules, blocks):
+def test_gradients_equal_the_unrolled_ones(mixed, rules, blocks):
     batch, loss = random_batch(MIXED), BOTH if rules.runs_mlp else LOSS
-    trained, frozen = parameters_of(student, "attention", *(["mlp"] if rules.runs_mlp else []))
-    step, table = blockwise(student, loss, blocks=blocks, rules=rules)
+    trained, frozen = parameters_of(mixed, "attention", *(["mlp"] if rules.runs_mlp else []))
+    step, table = blockwise(mixed, loss, blocks=blocks, rules=rules)
     norms = np.random.default_rng(3).uniform(0.5, 2, (5, MIXED.hidden_size)).astype(np.float32)
     if rules.inject == "attn_in":
         table = with_column(table, "norm", norms)
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
-    oracle = unrolled(student, batch, blocks, rules, loss, norms)
+    oracle = unrolled(mixed, batch, blocks, rules, loss, norms)
     expected, found = jax.jit(jax.grad(lambda p: oracle({**frozen, **p}), has_aux=True))(trained)
     assert_close(gradients, expected)
     for block in range(5):
@@ -99,15 +99,15 @@ def test_gradients_equal_the_unrolled_ones(student, rules, blocks):
         np.testing.assert_allclose((sums["feature"][block], sums["mlp"][block]), wanted, rtol=1e-5)
 
 
-def test_the_blocks_are_those_of_the_decoder(student):
+def test_the_blocks_are_those_of_the_decoder(mixed):
     """Fed with the student's own taps, every block reproduces its own outputs: zero loss, zero gradient, float32."""
     batch = random_batch(MIXED, codec="f32")
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids"))
-    out = nnx.jit(lambda model, *rows: model(*rows, taps=("resid", "attn_out"), logits=False))(student, *rows)
+    out = nnx.jit(lambda model, *rows: model(*rows, taps=("resid", "attn_out"), logits=False))(mixed, *rows)
     batch |= {"resid": {"codes": out.taps["resid"]}, "attn_out": {"codes": out.taps["attn_out"]}}
     loss = LossConfig(feature=FeatureLossConfig(l2=1.0), mlp=MlpLossConfig(weight=1.0, l2=1.0))
-    trained, frozen = parameters_of(student, "attention", "mlp")
-    step, table = blockwise(student, loss, codec="f32", rules=BlockRules(runs_mlp=True))
+    trained, frozen = parameters_of(mixed, "attention", "mlp")
+    step, table = blockwise(mixed, loss, codec="f32", rules=BlockRules(runs_mlp=True))
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
     assert max(np.abs(value).max() for value in sums.values()) < 1e-7
     assert max(float(jnp.abs(leaf).max()) for leaf in gradients.values()) < 1e-4
@@ -115,19 +115,23 @@ def test_the_blocks_are_those_of_the_decoder(student):
 
 @pytest.mark.parametrize("tap", ["resid", "attn_out"])
 def test_changing_one_block_s_tensors_changes_that_block_alone(student, tap):
-    batch = random_batch(MIXED)
+    batch = random_batch(EVEN)
     trained, frozen = parameters_of(student, "attention")
     step, table = blockwise(student, LOSS)
     changed = {**batch, tap: {"codes": batch[tap]["codes"].at[2].set(get_codec("bf16").encode(jnp.ones(1))["codes"])}}
     (before, sums), (after, other) = (gradients_of(step, table, trained, frozen, each) for each in (batch, changed))
-    assert [bool(equal) for equal in sums["feature"] == other["feature"]] == [True, True, False, True, True]
-    for number, (place, repeat) in enumerate(ORDER):
-        for left, right in zip(of_place(before, place).values(), of_place(after, place).values(), strict=True):
-            assert bool((left[repeat] == right[repeat]).all()) == (number != 2)
+    assert [bool(equal) for equal in sums["feature"] == other["feature"]] == [True, True, False, True]
+    for name in before:
+        assert [bool((left == right).all()) for left, right in zip(before[name], after[name], strict=True)] == [
+            True,
+            True,
+            False,
+            True,
+        ]
 
 
 def test_ce_and_kl_do_nothing(student):
-    batch, other = random_batch(MIXED), LossConfig(feature=FEATURE, alpha=0.7, tau=3.0)
+    batch, other = random_batch(EVEN), LossConfig(feature=FEATURE, alpha=0.7, tau=3.0)
     trained, frozen = parameters_of(student, "attention")
     found = [gradients_of(*blockwise(student, loss), trained, frozen, batch) for loss in (LOSS, other)]
     for name in trained:
@@ -135,7 +139,7 @@ def test_ce_and_kl_do_nothing(student):
 
 
 def test_padding_alone_gives_zero(student):
-    batch = random_batch(MIXED)
+    batch = random_batch(EVEN)
     batch["segment_ids"][:] = 0
     trained, frozen = parameters_of(student, "attention", "mlp")
     step, table = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True))
@@ -145,7 +149,7 @@ def test_padding_alone_gives_zero(student):
 
 
 def test_what_is_in_padding_changes_nothing(student):
-    batch = random_batch(MIXED)
+    batch = random_batch(EVEN)
     padding = (batch["segment_ids"] == 0)[None, ..., None]
     other = {**batch, **{tap: {"codes": jnp.where(padding, 7, batch[tap]["codes"])} for tap in ("resid", "attn_out")}}
     trained, frozen = parameters_of(student, "attention")
@@ -157,7 +161,7 @@ def test_what_is_in_padding_changes_nothing(student):
 
 def test_uneven_micro_batches_give_the_whole_batch_s_gradient(student):
     """Rows with few real tokens weigh as they do in the whole batch."""
-    batch = random_batch(MIXED, rows=4)
+    batch = random_batch(EVEN, rows=4)
     batch["segment_ids"][2, 1:] = 0
     batch["segment_ids"][3] = 0
     trained, frozen = parameters_of(student, "attention", "mlp")
@@ -172,7 +176,7 @@ def test_uneven_micro_batches_give_the_whole_batch_s_gradient(student):
 
 
 def test_bfloat16_compute_keeps_float32_masters(student):
-    batch = random_batch(MIXED)
+    batch = random_batch(EVEN)
     trained, frozen = parameters_of(student, "attention")
     exact, _ = gradients_of(*blockwise(student, LOSS), trained, frozen, batch)
     rules = BlockRules(compute_dtype="bfloat16")
@@ -184,7 +188,7 @@ def test_bfloat16_compute_keeps_float32_masters(student):
 
 
 def test_weights_follow_the_step(student):
-    batch = random_batch(MIXED)
+    batch = random_batch(EVEN)
     ramp = LossConfig(feature=FeatureLossConfig(weight=Ramp(start=0.0, end=3.0)))
     trained, frozen = parameters_of(student, "attention")
     step, table = blockwise(student, ramp, steps=11)
@@ -229,7 +233,7 @@ def test_spans_and_projectors_against_numpy(student):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside the scan", "after it"])
 def test_steps_lower_the_loss_of_trained_blocks_only(student, inside):
-    batch, blocks = random_batch(MIXED), [0, 2, 3, 4]
+    batch, blocks = random_batch(EVEN), [0, 2, 3]
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1)
     step, table = blockwise(student, LOSS, blocks=blocks, optimizer=optimizer, inside_scan=inside)
     trained, frozen = parameters_of(student, "attention")
@@ -242,14 +246,13 @@ def test_steps_lower_the_loss_of_trained_blocks_only(student, inside):
     assert (losses[-1][blocks] < 0.8 * losses[0][blocks]).all()
     assert all(loss[1] == 0 for loss in losses)
     for name, value in before.items():
-        if name.startswith("groups/0/blocks/1/"):  # block 1 is its first repeat
-            np.testing.assert_array_equal(value[0], state.parameters[name][0])
+        np.testing.assert_array_equal(value[1], state.parameters[name][1])
     assert int(state.step) == 20
     assert run._cache_size() == 1
 
 
 def test_both_places_of_the_update_agree(student):
-    batch, found = random_batch(MIXED), []
+    batch, found = random_batch(EVEN), []
     for inside in (True, False):
         step, table = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True), inside_scan=inside)
         trained, frozen = parameters_of(student, "attention", "mlp")
@@ -265,7 +268,7 @@ def test_both_places_of_the_update_agree(student):
 
 def test_training_leaves_the_decoder_alone_until_installed(student):
     student = nnx.clone(student)
-    batch, (step, table) = random_batch(MIXED), blockwise(student, LOSS)
+    batch, (step, table) = random_batch(EVEN), blockwise(student, LOSS)
     trained, frozen = parameters_of(student, "attention")
     state = init_state(step.stack, trained, step.optimizer)
     run, before = jit_step(blockwise_update(step), state, None), jax.tree.map(np.asarray, all_parameters(student))
@@ -282,7 +285,7 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(left[name], right[name])
 
 
-@pytest.mark.parametrize(("codec", "inside"), [("bf16", True), ("f32", False), ("int8", True)])
+@pytest.mark.parametrize(("codec", "inside"), [("bf16", True), ("f32", False)])
 def test_temporaries_do_not_grow_with_depth(codec, inside):
     """XLA's own memory analysis of the step, a stacked gradient subtracted where there is one: 24 blocks against 6."""
     rest = []

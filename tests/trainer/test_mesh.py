@@ -64,7 +64,11 @@ def assert_close(found, expected):
         np.testing.assert_allclose(left, right, rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("mesh", [{"block": 2}, {"block": 4, "data": 2}, {"block": 2, "fsdp": 2, "tensor": 2}], ids=str)
+MESHES = [pytest.param({"block": 2}, marks=pytest.mark.slow), {"block": 4, "data": 2}]
+MESHES += [pytest.param({"block": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_blockwise_on_a_mesh(tmp_path, deep, alone, mesh):
     train(config(tmp_path / "run", deep, mesh=mesh, micro_batches=2, **BLOCKWISE))
     assert_close(numbers(tmp_path / "run"), alone["blockwise"])
@@ -75,6 +79,7 @@ def test_feature_mode_on_a_mesh(tmp_path, deep, alone):
     assert_close(numbers(tmp_path / "run"), alone["feature"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path, deep, alone):
     run = tmp_path / "run"
     first = config(run, deep, mesh={"block": 2, "data": 2}, checkpoint_every=1, **BLOCKWISE)

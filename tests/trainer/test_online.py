@@ -20,11 +20,16 @@ from schemas.errors import CheckpointError, ConfigError, InputError, NonFiniteEr
 from schemas.manifest import TapPlan
 from schemas.segment import Segment
 from tests.conftest import build_config, save_teacher
+from tests.trainer.test_train import config as train_config
+from tests.trainer.test_train import timeless
 from trainer import teacher as teacher_module
+from trainer.checkpoints import load_student
 from trainer.feed import CacheSource, make_feed
 from trainer.online import OnlineSource
+from trainer.parameters import all_parameters
 from trainer.source import Source
 from trainer.teacher import open_teacher
+from trainer.train import read_evaluations, train
 
 INT8_DELTA = TapsConfig(
     attn_out=TapConfig(codec="int8", group=8),
@@ -82,8 +87,15 @@ def delta_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus:
     return folder
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("name", ["bf16_cache", "f32_cache", "delta_cache"])
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("bf16_cache", False),
+        ("f32_cache", False),
+        ("delta_cache", False),
+        pytest.param("delta_cache", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_bits_are_the_cache_s(
     name: str, exact: bool, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +130,7 @@ def test_splits_and_feeds_are_the_cache_s(bf16_cache: Path) -> None:
             same(one, two)
 
 
+@pytest.mark.slow
 def test_a_cache_of_several_segments(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     three = TapsConfig(mlp_out=TapConfig())
     folder = tmp_path / "grown"
@@ -322,3 +335,18 @@ def test_other_bits_than_the_cache_s_are_told_once(
     assert said.count("warning") == 1
     # Two rows of four slots of stream and its scales, two keyframes in two parts, three blocks of output and scales.
     assert f"1 of the first {2 * (4 + 4 + 2 + 2 + 3 + 3)} chunks differ" in said
+
+
+def test_a_run_online_is_the_run_from_the_cache(tmp_path: Path, bf16_cache: Path) -> None:
+    """Losses, evaluations and parameters of both modes, bit for bit; the cache's taps are gone for the online run."""
+    stages = [{"mode": "blockwise", "steps": 2}, {"mode": "feature", "steps": 2}]
+    values = {"loss": {"mlp": {"weight": 0.5}}, "stages": stages, "batch_rows": 6}
+    found = {}
+    rows_alone = shutil.copytree(bf16_cache, tmp_path / "rows", ignore=shutil.ignore_patterns("taps"))
+    for source, cache in (("cache", bf16_cache), ("online", rows_alone)):
+        run = tmp_path / source
+        train(train_config(run, cache, source=source, **values))
+        found[source] = timeless(run), read_evaluations(run), all_parameters(load_student(str(run)).decoder)
+    assert found["online"][:2] == found["cache"][:2]
+    for name, value in found["cache"][2].items():
+        np.testing.assert_array_equal(value, found["online"][2][name], err_msg=name)

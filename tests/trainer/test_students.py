@@ -1,0 +1,95 @@
+"""Students that are not the teacher, cut: another width, another depth, few trained parameters; end to end."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.checkpoint import load_pretrained, save_pretrained
+from models.config import BlockKind, LayerGroup
+from models.decoder import Decoder
+from schemas.errors import ConfigError, Interrupted
+from schemas.train_config import StudentConfig
+from tests.conftest import TINY
+from tests.trainer.test_train import Stop, assert_same_run, config
+from tools import export
+from trainer.checkpoints import load_student
+from trainer.metrics import read_metrics
+from trainer.parameters import all_parameters
+from trainer.train import read_evaluations, train
+
+NARROW = replace(TINY, hidden_size=16, num_heads=4, layers=(LayerGroup((BlockKind(),), 2),))
+STAGES = [{"mode": "blockwise", "steps": 3}, {"mode": "feature", "steps": 2}]
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
+    """Two blocks of width 16 for the teacher's three of width 24: blocks 0 and 1, and block 2."""
+    folder = tmp_path_factory.mktemp("narrow") / "student"
+    save_pretrained(Decoder(NARROW, rngs=nnx.Rngs(4)), folder)
+    return StudentConfig(init=str(folder), projector="linear", layer_map=[0, 2])
+
+
+def test_a_narrow_shallow_student(tmp_path, cache, narrow, monkeypatch):
+    """Both stages, stopped in the second and gone on; projectors are trained, kept and left out of the export."""
+    values = {"student": narrow, "stages": STAGES, "loss": {"mlp": {"weight": 0.5}}, "checkpoint_every": 1}
+    result = train(config(tmp_path / "whole", cache, **values))
+    assert result.steps == 5
+    evaluations = read_evaluations(tmp_path / "whole")
+    assert [entry.step for entry in evaluations] == [0, 3, 5]
+    assert evaluations[0].blocks == (0, 1)
+    with monkeypatch.context() as patch:
+        Stop(patch, after=4)
+        with pytest.raises(Interrupted):
+            train(config(tmp_path / "cut", cache, **values))
+    assert train(config(tmp_path / "cut", cache, **values)).resumed_from == 4
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    export.run([str(tmp_path / "whole"), str(tmp_path / "out")], "export", False)
+    exported, trained = load_pretrained(tmp_path / "out"), load_student(str(tmp_path / "whole")).decoder
+    assert exported.config.hidden_size == 16
+    for name, value in all_parameters(exported).items():
+        np.testing.assert_array_equal(value, all_parameters(trained)[name])
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector": "none"}, "disagree on the hidden size"),
+        ({"layer_map": None}, "disagree on the number of blocks"),
+        ({"layer_map": [0, 3]}, "layer_map does not fit"),
+        ({"layer_map": [2, 0]}, "layer_map does not fit"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(tmp_path, cache, narrow, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "run", cache, student=narrow.model_copy(update=change)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_named_is_trained(tmp_path, cache):
+    train(config(tmp_path / "run", cache, train_only=["attention/o", "groups/0/blocks/0/attention/q"], steps=2))
+    student = load_student(str(tmp_path / "run")).decoder
+    start = all_parameters(load_pretrained(tmp_path / "run" / "student", dtype="float32"))
+    moved = {name for name, value in all_parameters(student).items() if not np.array_equal(value, start[name])}
+    assert moved == {"groups/0/blocks/0/attention/o", "groups/0/blocks/0/attention/q"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["attn"], "names no parameter"), (["embed"], "no loss reaches")],
+    ids=["unknown", "unreached"],
+)
+def test_names_that_train_nothing_are_refused(tmp_path: Path, cache: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "run", cache, stages=[*STAGES, {**STAGES[0], "train_only": names}]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_is_written_where_it_is_asked_for(tmp_path, cache):
+    train(config(tmp_path / "run", cache, profile="steps=2:3", steps=3))
+    assert list((tmp_path / "run" / "traces").rglob("*.xplane.pb"))
+    assert len(read_metrics(tmp_path / "run")) == 4
