@@ -26,7 +26,7 @@ from trainer.losses import feature_loss
 from trainer.optimizer import update_blocks, update_one
 from trainer.parameters import Parameters, Place, of_place, of_places
 from trainer.schedules import weight_at
-from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
+from trainer.stack import BlockRules, Cross, Given, StudentStack, scan_blocks
 from trainer.tables import Table, TapReading
 
 SHARES = ("relative_l2", "cosine", "l2")
@@ -79,9 +79,13 @@ class BlockwiseStep:
             gradient, sums = turn.gradient(place, kept[0], kept[1], given, row)
             return mine, (gradient, sums)
 
+        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(place, kept[0], kept[1], stream)
+
         places = self.stack.places()
         fixed = {place: (of_place(trained, place), of_place(frozen, place)) for place in places}
-        _, found = self._scan(batch, table, visit, dict.fromkeys(places, ()), fixed)
+        nothing = dict.fromkeys(places, ())
+        _, found = self._scan(batch, table, visit, nothing, fixed, turn.own_stream(batch, frozen, cross))
         gradients = of_places({place: y[0] for place, y in found.items()})
         return gradients, {place: y[1] for place, y in found.items()}, turn.tokens
 
@@ -110,14 +114,17 @@ class BlockwiseStep:
             gradient, sums = turn.gradient(place, parameters, kept, given, row)
             return update_one(self.optimizer, gradient, state, parameters), sums
 
+        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(place, mine[0], kept, stream)
+
         places = self.stack.places()
         carried = {place: (of_place(trained, place), moments[place]) for place in places}
         fixed = {place: of_place(frozen, place) for place in places}
-        carried, sums = self._scan(batch, table, visit, carried, fixed)
+        carried, sums = self._scan(batch, table, visit, carried, fixed, turn.own_stream(batch, frozen, cross))
         parameters = of_places({place: mine[0] for place, mine in carried.items()})
         return parameters, {place: mine[1] for place, mine in carried.items()}, sums, turn.tokens
 
-    def _scan(self, batch: Mapping[str, Any], table: Table, visit: Any, carried: Any, fixed: Any) -> Any:
+    def _scan(self, batch: Mapping[str, Any], table: Table, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
         return scan_blocks(
             self.stack,
             table,
@@ -128,6 +135,7 @@ class BlockwiseStep:
             carried,
             fixed,
             needs_mlp=self.rules.runs_mlp,
+            own=own,
         )
 
 
@@ -139,6 +147,14 @@ class _Turn:
         self._mask = batch["segment_ids"] > 0
         self._context = step.stack.context(batch)
         self.tokens = jnp.sum(self._mask, dtype=jnp.float32)
+
+    def own_stream(self, batch: Mapping[str, Any], frozen: Parameters, cross: Cross) -> tuple[Array, Cross] | None:
+        """The student's own stream before block 0, where no stream is recorded."""
+        return (frozen["embed"][batch["tokens"]], cross) if self._step.rules.own_stream else None
+
+    def cross(self, place: Place, trained: Mapping[str, Array], frozen: Mapping[str, Array], stream: Array) -> Array:
+        """The stream behind a block, as its parameters were before this step."""
+        return self._step.stack.cross(place, {**frozen, **trained}, stream, self._context, self._step.rules)
 
     def gradient(
         self,

@@ -44,14 +44,20 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockRules:
-    """How a block is run. See `TrainConfig.inject` and `mlp_input`; compute_dtype is of parameters and activations."""
+    """How a block is run. See `TrainConfig.inject` and `mlp_input`; compute_dtype is of parameters and activations.
+
+    own_stream: no stream is recorded, so a block is given the student's own, in the student's width.
+    """
 
     inject: str = "resid"
     mlp_input: str = "teacher"
     runs_mlp: bool = False
     compute_dtype: str = "float32"
+    own_stream: bool = False
 
 
+# `cross(place, of_block, fixed, stream)`: the student's own stream behind a block.
+Cross = Callable[[Place, Any, Any, Array], Array]
 # `visit(of_block, fixed, given, row) -> (of_block, y)`: what one block's turn does with what the scan carries for it.
 Visit = Callable[[Place, Any, Any, Given, Mapping[str, Array]], tuple[Any, Any]]
 
@@ -96,7 +102,7 @@ class StudentStack:
 
         def inward(x: Array) -> Array:
             x = x.astype(rules.compute_dtype)
-            return x if into is None else x @ into
+            return x if into is None or rules.own_stream else x @ into
 
         def outward(x: Array) -> Array:
             return x if out is None else x @ out
@@ -109,10 +115,20 @@ class StudentStack:
             own = attention(inward(given.resid), context)
         if not rules.runs_mlp:
             return Outputs(outward(own), None)
-        stream = inward(given.resid)
-        middle = stream + own if rules.mlp_input == "student" else inward(given.resid + given.attn_out)
+        own_input = rules.mlp_input == "student" or rules.own_stream
+        middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)
         mlp = sublayer(self.graphs[place]["mlp"], "mlp", parameters)
         return Outputs(outward(own), outward(mlp(middle)))
+
+    def cross(
+        self, place: Place, parameters: Mapping[str, Array], stream: Array, context: BlockContext, rules: BlockRules
+    ) -> Array:
+        """The student's own stream behind a block, without gradient."""
+        parameters = {name: value.astype(rules.compute_dtype) for name, value in parameters.items()}
+        x = stream.astype(rules.compute_dtype)
+        x = x + sublayer(self.graphs[place]["attention"], "attention", parameters)(x, context)
+        x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x)
+        return jax.lax.stop_gradient(x).astype(stream.dtype)
 
     def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, "L"]:
         """Values `[repeats]` of every place as one `[L]`."""
@@ -134,6 +150,7 @@ def scan_blocks(
     fixed: Mapping[Place, Any],
     *,
     needs_mlp: bool,
+    own: tuple[Array, Cross] | None = None,
 ) -> tuple[dict[Place, Any], dict[Place, Any]]:
     """Give every trained block its turn, in order.
 
@@ -142,12 +159,13 @@ def scan_blocks(
         carried: what `visit` gets and gives back for its block, stacked `[repeats, ...]`, updated in place.
         fixed: what it only gets, likewise stacked.
         needs_mlp: `Given.mlp_out` is wanted.
+        own: where no stream is recorded: the one that enters block 0, `[B, T, Ds]`, and how it crosses a block.
 
     Returns:
         carried as it ended, and what `visit` returned, stacked likewise; zeros where a block is not trained.
     """
     decoder = TapDecoder(reading, taps, needs_mlp)
-    stream, carried, results = decoder.start(rows), dict(carried), {}
+    stream, carried, results = own[0] if own else decoder.start(rows), dict(carried), {}
     for number, layers in enumerate(stack.config.layers):
         members = [(number, p) for p in range(len(layers.pattern))]
         repeats = table[number]["trained"].shape[0]
@@ -165,7 +183,9 @@ def scan_blocks(
                     return stream, mine, y
 
                 # A branch for every block, trained or not: see optimizer.update_blocks.
+                behind = own[1](place, mine, given_fixed, stream) if own else None
                 stream, mine, y = jax.lax.cond(row["trained"], run, _skipped(run), stream, mine)
+                stream = stream if behind is None else behind
                 stacks = {**stacks, place: put_block(stacks[place], mine, repeat)}
                 ys.append(y)
             return (stream, stacks), tuple(ys)
@@ -202,7 +222,7 @@ class TapDecoder:
 
     def __init__(self, reading: TapReading, taps: Taps, needs_mlp: bool) -> None:
         self._reading, self._taps = reading, taps
-        self._codec: Any = reading.codecs.get("resid")  # None: a caller that only asks for targets
+        self._codec: Any = reading.codecs.get("resid")  # None: no stream is recorded, or none is asked for
         self._derives = needs_mlp and not reading.records_mlp
         self._needs_mlp = needs_mlp
 
@@ -217,8 +237,10 @@ class TapDecoder:
             state = self._next(state)
         return state
 
-    def decode(self, state: StreamState | None, row: Mapping[str, Array]) -> tuple[StreamState | None, Given]:
+    def decode(self, state: Any, row: Mapping[str, Array]) -> tuple[Any, Given]:
         """A block's tensors, and where decoding stands after them."""
+        if self._codec is None:  # the student's own stream, as it is
+            return state, Given(state, self.target(row), self._sum("mlp_out", row) if self._needs_mlp else None)
         state, resid = self._slot(state, row["resid"], ahead=False)
         attn_out = self.target(row)
         mlp_out = None

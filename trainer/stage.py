@@ -226,24 +226,44 @@ class StageRun:
     def _select(self, open_source: OpenSource) -> None:
         """The blocks that are trained, and the source of what they are trained with."""
         stage, config = self.stage, self._config
+        recorded = open_source((), None, False)
+        self._own_stream = stage.mode == "blockwise" and not _records(recorded, "resid")
+        self._check_own_stream(recorded)
         taps = self._taps()
         recorded = open_source(taps, None, False)
         self.spans = student_spans(self.stack.config, recorded.plan.teacher.num_blocks, config.student.layer_map)
         self.weights = _block_weights(stage, self.spans, recorded)
-        derives = stage.compares_mlp and not _records_mlp(recorded)
+        derives = stage.compares_mlp and not _records(recorded, "mlp_out")
         if stage.compares_mlp and not derives:
             taps = (*taps, "mlp_out")
         shares = blocks_of_groups(self.stack.config, self.groups)
         self._sources = [open_source(taps, self._teacher_blocks(share), derives) for share in shares]
         self.source: Source | GroupedSource = self._sources[0] if self.groups == 1 else GroupedSource(self._sources)
-        self._fields = ("tokens", "loss_mask") if stage.mode == "feature" else ()
+        self._fields: tuple[str, ...] = ("tokens", "loss_mask") if stage.mode == "feature" or self._own_stream else ()
         self._fields = ("positions", "segment_ids", *self._fields, *taps)
         self._derives = derives
         self._table = self._make_table(shares)
 
+    def _check_own_stream(self, source: Source) -> None:
+        """Where no stream is recorded, each block is given the student's own: what that rules out."""
+        if not self._own_stream:
+            return
+        stage, config = self.stage, self._config
+        needed = {
+            "mesh.block": self.groups > 1,  # the stream would cross groups of devices
+            "inject": config.inject == "attn_in",
+            "loss.mlp.weight": stage.compares_mlp and not _records(source, "mlp_out"),
+        }
+        if asking := [name for name, asks in needed.items() if asks]:
+            raise ConfigError(
+                "the cache holds no residual stream, and this needs it",
+                {"cache": source.url, "needed for": ", ".join(asking)},
+                "add it: distillcache build --extend with taps.resid, or leave these options as they are by default",
+            )
+
     def _taps(self) -> tuple[str, ...]:
         if self.stage.mode == "blockwise":
-            return ("resid", "attn_out")
+            return ("attn_out",) if self._own_stream else ("resid", "attn_out")
         wanted = {"attn_out": self.stage.compares_attention, "topk_logits": self.stage.uses_logits}
         return tuple(name for name, needed in wanted.items() if needed)
 
@@ -283,11 +303,7 @@ class StageRun:
         config, stage = self._config, self.stage
         trained = {name: value for name, value in parameters.items() if name in self._trained}
         blocks_only = stage.mode == "blockwise"
-        frozen = {
-            name: value
-            for name, value in parameters.items()
-            if name not in self._trained and (name.startswith("groups/") or not blocks_only) and self._needs(name)
-        }
+        frozen = {name: value for name, value in parameters.items() if name not in self._trained and self._needs(name)}
         source = self._sources[0]
         codecs = {name: source.codecs[name] for name in source.reads}
         places = {name: source.reads[name].at for name in source.reads}
@@ -298,7 +314,9 @@ class StageRun:
         )
         optimizer = make_optimizer(stage.optimizer, stage.steps, clips=blocks_only)
         if blocks_only:
-            rules = BlockRules(config.inject, config.mlp_input, stage.compares_mlp, config.compute_dtype)
+            rules = BlockRules(
+                config.inject, config.mlp_input, stage.compares_mlp, config.compute_dtype, self._own_stream
+            )
             step = BlockwiseStep(
                 self.stack, reading, rules, stage.loss, optimizer, stage.steps, config.micro_batches,
                 stage.optimizer.inside_scan,
@@ -332,8 +350,13 @@ class StageRun:
         self._step = jit_step(update, self.state, self.mesh, self.groups)
 
     def _needs(self, name: str) -> bool:
-        """Whether the step uses a parameter at all: without a loss on MLPs, blockwise mode never runs them."""
-        return self.stage.mode == "feature" or self.stage.compares_mlp or "/mlp/" not in name
+        """Whether the step uses a parameter at all: in blockwise mode nothing outside the blocks, and no MLP without a
+        loss on it, unless the student's own stream is run."""
+        if self.stage.mode == "feature":
+            return True
+        if not name.startswith("groups/"):
+            return self._own_stream and name == "embed"
+        return self._own_stream or self.stage.compares_mlp or "/mlp/" not in name
 
     def _placed(self, state: TrainState) -> TrainState:
         if self.mesh is None:
@@ -380,8 +403,8 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
 
 
-def _records_mlp(source: Source) -> bool:
-    return any(tap.name == "mlp_out" for segment in source.segments() for tap in segment.plan.taps)
+def _records(source: Source, name: str) -> bool:
+    return any(tap.name == name for segment in source.segments() for tap in segment.plan.taps)
 
 
 def _joined(tables: Sequence[Table], shares: Sequence[Sequence[int]], stack: StudentStack) -> Table:

@@ -300,3 +300,20 @@ def test_temporaries_do_not_grow_with_depth(codec, inside):
         stacked = 0 if inside else sum(leaf.nbytes for leaf in trained.values())
         rest.append(compiled.memory_analysis().temp_size_in_bytes - stacked)
     assert rest[1] <= 1.25 * rest[0]
+
+
+def test_without_a_recorded_stream_blocks_get_the_students_own(student):
+    """The stream crosses blocks without gradient: each one's gradient is that of its own loss, all else constant."""
+    batch = random_batch(EVEN, codec="f32")
+    rules = BlockRules(own_stream=True)
+    step, table = blockwise(student, LOSS, blocks=[1, 3], codec="f32", rules=rules)
+    reading = replace(step.reading, codecs={"attn_out": step.reading.codecs["attn_out"]})
+    trained, frozen = parameters_of(student, "attention")
+    frozen["embed"] = student.embed[...]
+    gradients, sums = gradients_of(replace(step, reading=reading), table, trained, frozen, batch)
+    rows = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+    resid = student(*rows, taps=("resid",), logits=False).taps["resid"]
+    given, full = {**batch, "resid": {"codes": resid}}, blockwise(student, LOSS, blocks=[1, 3], codec="f32")
+    expected, others = gradients_of(*full, trained, frozen, given)
+    np.testing.assert_allclose(sums["feature"], others["feature"], rtol=1e-5)
+    assert_close(gradients, expected)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained, save_pretrained
 from models.config import BlockKind, LayerGroup
 from models.decoder import Decoder
 from schemas.errors import ConfigError, Interrupted
+from schemas.teacher_config import TapsConfig
 from schemas.train_config import StudentConfig
-from tests.conftest import TINY
+from tests.conftest import TINY, build_config
 from tests.trainer.test_train import Stop, assert_same_run, config
 from tools import export
 from trainer.checkpoints import load_student
@@ -93,3 +95,20 @@ def test_a_trace_is_written_where_it_is_asked_for(tmp_path, cache):
     train(config(tmp_path / "run", cache, profile="steps=2:3", steps=3))
     assert list((tmp_path / "run" / "traces").rglob("*.xplane.pb"))
     assert len(read_metrics(tmp_path / "run")) == 4
+
+
+@pytest.fixture(scope="module")
+def without_stream(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    """A cache of attention outputs alone: half the size."""
+    folder = tmp_path_factory.mktemp("cache") / "no-stream"
+    build_cache(build_config(folder, teacher, corpus, taps=TapsConfig(resid=None)))
+    return folder
+
+
+def test_a_cache_without_the_stream(tmp_path, without_stream):
+    train(config(tmp_path / "run", without_stream, steps=6))
+    losses = [line["feature/mean"] for line in read_metrics(tmp_path / "run") if line["step"]]
+    assert losses[-1] < losses[0]
+    for change in ({"inject": "attn_in"}, {"mesh": {"block": 2}}, {"loss": {"mlp": {"weight": 1.0}}}):
+        with pytest.raises(ConfigError, match="holds no residual stream"):
+            train(config(tmp_path / "other", without_stream, **change))
