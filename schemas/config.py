@@ -171,9 +171,9 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student"] = Field(
+    what: Literal["feed", "build", "codec", "student", "step"] = Field(
         description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
-        "gets from a bf16, an int8 and an int4 cache"
+        "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory"
     )
     dir: str | None = Field(
         default=None,
@@ -181,7 +181,7 @@ class BenchConfig(Config):
     )  # it is removed afterwards
     rounds: Positive | None = Field(
         default=None,
-        description="how often everything is measured, by turns; medians count; default: feed 5, build 2; "
+        description="how often everything is measured, by turns; medians count; default: feed 5, build 2, step 2; "
         "codec and student measure once",
     )
 

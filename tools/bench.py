@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student`: fixed work, against this machine's own limits and against peers.
+"""`distillcache bench feed|build|codec|student|step`: fixed work, against this machine's own limits and against peers.
 
     distillcache bench feed --json
 
@@ -28,7 +28,12 @@ from rich.table import Table
 from schemas import settings
 from schemas.config import BenchConfig
 
-MODULES = {"feed": "tools.bench_feed", "build": "tools.bench_build", "student": "tools.bench_student"}
+MODULES = {
+    "feed": "tools.bench_feed",
+    "build": "tools.bench_build",
+    "student": "tools.bench_student",
+    "step": "tools.bench_step",
+}
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
 LIBRARIES = ("jax", "tensorstore", "grain", "numpy")
 

@@ -6,15 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from schemas.config import DemoConfig
+from models.checkpoint import load_pretrained
+from schemas.config import DemoConfig, TrainConfig
 from schemas.errors import StorageError
 from tools import bench_feed, bench_student, cli, demo
 from tools.bench import Goal, Measured, by_turns, make_report
 from tools.bench_build import BuildSizes, between_forwards, measure_build
 from tools.bench_feed import FeedSizes, batch_order, measure_feed, subset_bytes
+from tools.bench_step import StepSizes, measure_memory, measure_step, summarise
 from tools.bench_student import StudentSizes, make_builds, measure_student
 from tools.synthetic_cache import random_codes, synthetic_plan, write_cache
 from trainer.feed import CacheSource, make_feed
+from trainer.open import Sources
+from trainer.parameters import all_parameters
+from trainer.stage import StageRun, resolve_stages
 
 SIZES = FeedSizes(
     shape=(5, 16, 64), rows=12, distinct=6, batch_rows=2, batches=5, shard_rows=2, tf_rows=2, million=1000
@@ -99,6 +104,7 @@ def test_the_build_bench_has_all_figures_and_goals(tmp_path, teacher):
 STUDENT = StudentSizes(row_tokens=16, rows=24, eval_rows=8, steps=3, batch_rows=4)
 
 
+@pytest.mark.slow  # three builds and three runs
 def test_the_student_bench_has_all_figures_and_goals(tmp_path, teacher):
     report = make_report(measure_student(tmp_path, str(teacher), STUDENT))
     names = ["teacher_perplexity", "cut_perplexity"]
@@ -134,6 +140,54 @@ def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monke
     with pytest.raises(StorageError, match=r"too little room[\s\S]*--dir"):
         measure_student(tmp_path, str(teacher), STUDENT)
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
+    sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=())
+    report = make_report(measure_step(tmp_path, str(teacher), sizes, rounds=1))
+    figures, goals = report["figures"], {goal["name"]: goal for goal in report["goals"]}
+    paths = ["offline", "online", "teacher", "student", "student_two_micro_batches", "feature", "feature_no_remat"]
+    assert all(figures[f"{name}_s"] > 0 for name in paths)
+    assert all(figures[f"{name}_first_step_s"] > 0 for name in paths[3:])
+    assert figures["blockwise_tokens_per_s"] == pytest.approx(2 * 16 / figures["offline_s"], rel=1e-4)
+    assert {name: (goal["direction"], goal["goal"]) for name, goal in goals.items()} == {
+        "wait_share": ("at_most", 0.02),
+        "speedup_of_ideal": ("at_least", 0.9),
+        "blockwise_over_feature": ("at_most", 1.05),
+    }
+    assert 0 <= goals["wait_share"]["value"] <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "cache"}
+
+
+def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, tmp_path):
+    """Compiled from shapes alone there, and by a stage of a run here."""
+    source = CacheSource(str(cache), leaving=False)
+    decoder, depth = load_pretrained(source.plan.teacher.path, dtype="float32"), source.plan.teacher.num_blocks
+    sizes = StepSizes(
+        batch_rows=4, row_tokens=16, depths=(2, depth), dtypes=("float32",), codecs={"bf16": ("bf16", False)}
+    )
+    found = measure_memory(decoder.config, sizes)
+    for mode, name in (("blockwise", "bf16_inside"), ("feature", "feature_mode")):
+        config = TrainConfig.model_validate({"run": str(tmp_path), "cache": str(cache), "batch_rows": 4, "mode": mode})
+        [stage] = resolve_stages(config)
+        run = StageRun(config, stage, decoder, all_parameters(decoder), Sources(config).open, source.attention_norms)
+        compiled = run.compiled(run.place(run.source[range(4)]))
+        temporaries = found.figures[f"temporaries_float32_{name}_mb"]
+        assert temporaries == compiled.memory_analysis().temp_size_in_bytes / 1e6
+    growth = [found.figures[f"temporaries_{depth}_over_2_float32_bf16_{place}"] for place in ("inside", "after")]
+    assert found.goals == [Goal(f"temporaries_{depth}_over_2_float32", max(growth), 1.25, "at_most")]
+    assert found.goals[0].met
+
+
+def test_ratios_of_steps_are_taken_in_each_round():
+    names = ["offline", "online", "teacher", "student", "student_two_micro_batches", "feature", "feature_no_remat"]
+    rounds = [dict(zip(names, seconds, strict=True)) for seconds in ([2, 3, 1, 2, 4, 4, 3], [4, 6, 2, 4, 8, 8, 6])]
+    found = summarise(rounds, [(0.0, 2.0), (0.2, 4.0)], tokens=12)
+    assert found.figures["offline_s"] == 3
+    assert found.figures["blockwise_tokens_per_s"] == (12 / 2 + 12 / 4) / 2
+    assert (found.figures["speedup"], found.figures["speedup_ideal"]) == (1.5, 1.5)
+    assert found.figures["two_micro_batches_over_one"] == 2
+    assert [goal.value for goal in found.goals] == [pytest.approx(0.2 / 6), 1.0, 0.5]
 
 
 def test_the_command_prints_one_json_object(capsys, monkeypatch):
