@@ -196,9 +196,13 @@ def save_pretrained(
     """
     target = _local(path, must_exist=False)
     _check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    staging.mkdir()
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            "a checkpoint cannot be written here", {"path": target, "cause": error}, "name a folder that can be written"
+        ) from error
     try:
         _write_weights(decoder, staging, shard_bytes)
         config = config_to_hf(decoder.config, str(decoder.embed[...].dtype))

@@ -20,7 +20,15 @@ from schemas.errors import ConfigError
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
-_MEMBER_NAMES = ("bool", "int", "float", "str")  # how pydantic names a union's members, where not `list[...]`
+_MEMBER_NAMES = (
+    "bool",
+    "int",
+    "float",
+    "str",
+    "constrained-float",
+    "Ramp",
+    "ShareRamp",
+)  # how pydantic names a union's members, where not `list[...]`
 
 
 class HelpRequested(Exception):

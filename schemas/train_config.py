@@ -21,7 +21,13 @@ class Ramp(Config):
     )
 
 
+class ShareRamp(Ramp):
+    start: float = Field(ge=0, le=1, description="at the first step")
+    end: float = Field(ge=0, le=1, description="at the last step")
+
+
 Weight = Annotated[float, Field(ge=0)] | Ramp
+Share = Annotated[float, Field(ge=0, le=1)] | ShareRamp
 Blocks = Literal["all"] | list[int]
 
 
@@ -78,7 +84,7 @@ class LoadBalanceConfig(Config):
 class LossConfig(Config):
     """alpha tau^2 KL + (1 - alpha) CE + beta feature + gamma mlp + lambda load_balance + zeta router_z."""
 
-    alpha: Weight = Field(default=0.0, description="KL against CE, feature mode")
+    alpha: Share = Field(default=0.0, description="KL against CE, feature mode")
     tau: Weight = Field(default=1.0, description="temperature of the KL")
     rest_bucket: bool = Field(
         default=False, description="KL: what lies outside the teacher's top k counts as one more class"

@@ -63,7 +63,7 @@ class StoreArray:
     def finish(self, row: int, reads: SlotReads, stack: np.ndarray) -> None:
         if self._integrity:
             chunks = [(slot, np.ascontiguousarray(stack[place]).data) for place, slot in reads.of_part(self._part)]
-            _check(self._segment, self._part, row, chunks)
+            _check(self._segment, self._part, row, chunks, self._segment.chunk_digests(self._part.array, row))
 
 
 class LocalArray:
@@ -88,6 +88,7 @@ class LocalArray:
     def _read_row(self, row: int, pairs: Sequence[tuple[int, int]], stack: np.ndarray) -> None:
         """Read chunks `(place, slot)`, some together, and compare each with its digest while it is still in cache."""
         shard, inside = divmod(row, self._shard_rows)
+        digests = self._segment.chunk_digests(self._part.array, row) if self._integrity else []
         for group, wanted in groupby(pairs, key=lambda pair: pair[1] // self._slots):
             key = layout.object_key(self._segment.plan.segment, self._part.array, shard, group)
             descriptor = os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
@@ -98,7 +99,7 @@ class LocalArray:
                     if not _read_into(descriptor, [memory for _, memory in together], offset):
                         raise self._damage(key, f"the file ends within the chunks of row {row}")
                     if self._integrity:
-                        _check(self._segment, self._part, row, together)
+                        _check(self._segment, self._part, row, together, digests)
             finally:
                 os.close(descriptor)
 
@@ -119,9 +120,14 @@ class LocalArray:
         )
 
 
-def _check(segment: Segment, part: PartPlan, row: int, chunks: Sequence[tuple[int, memoryview]]) -> None:
-    """Raise unless these chunks `(stored slot, codes)` of a row are the ones that were committed."""
-    digests = segment.chunk_digests(part.array, row)
+def _check(
+    segment: Segment, part: PartPlan, row: int, chunks: Sequence[tuple[int, memoryview]], digests: Sequence[int]
+) -> None:
+    """Raise unless these chunks `(stored slot, codes)` of a row are the ones that were committed.
+
+    Args:
+        digests: of all the row's chunks, by stored slot.
+    """
     for slot, memory in chunks:
         if xxhash.xxh3_64_intdigest(memory) != digests[slot]:
             raise segment.chunk_damage(part.array, row, slot)
@@ -146,7 +152,10 @@ def _joined(
 
 def _read_into(descriptor: int, memories: Sequence[memoryview], offset: int) -> bool:
     """Fill these memories, in order, from one place of a file; False where the file ends before."""
-    left = [memory.cast("B") for memory in memories]  # raises where one is not contiguous
+    count = os.preadv(descriptor, memories, offset)  # type: ignore[arg-type]  # raises where one is not contiguous
+    if count == sum(memory.nbytes for memory in memories):
+        return True
+    left = [memory.cast("B") for memory in memories]
     while left:
         count = os.preadv(descriptor, left, offset)
         if not count:

@@ -8,6 +8,7 @@ student's untrained parameters are stored once. Nothing else is needed to go on 
 the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +104,11 @@ class Checkpoints:
             )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # Orbax passes on whatever its readers raise, a bare Exception for damaged bytes
             raise CheckpointError(
                 "a checkpoint cannot be read",
                 {"checkpoint": self._folder / str(step), "cause": str(error).split("\n")[0][:300]},
-                "remove this checkpoint: the run goes on from the one before it",
+                "delete this folder: the run goes on from the one before it",
             ) from error
 
 
@@ -148,6 +149,7 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
         raise CheckpointError(
             "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
         )
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what is opened to read cannot be written
     checkpoints = Checkpoints(folder)
     try:
         chosen = checkpoints.latest() if step is None else step

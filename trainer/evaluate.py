@@ -55,7 +55,10 @@ class Evaluator:
             return
         spans = student_spans(decoder.config, self._source.plan.teacher.num_blocks, config.student.layer_map)
         self._blocks: tuple[int, ...] = ()
-        if "attn_out" in self._source.codecs:
+        # In feature mode the maps of the teacher's stream are not trained, so blocks cannot be looked at alone.
+        modes = (config.mode, *(stage.mode for stage in config.stages or []))
+        apart = config.student.projector == "none" or "feature" not in modes
+        if "attn_out" in self._source.codecs and apart:
             norms = sources.norms() if config.inject == "attn_in" else None
             self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
         self._rules = BlockRules(config.inject, config.mlp_input, False, config.compute_dtype)

@@ -49,6 +49,10 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     Raises:
         ConfigError: there are fewer devices.
     """
+    if config.expert > 1:
+        raise ConfigError(
+            "the student has no experts to split", {"mesh.expert": config.expert}, "leave mesh.expert at 1"
+        )
     sizes = [getattr(config, axis) for axis in AXES]
     wanted, there = int(np.prod(sizes)), jax.device_count()
     if wanted == 1:

@@ -39,6 +39,7 @@ from trainer.step import (
 )
 from trainer.tables import Span, Table, TapReading, is_in_step, make_table, student_spans, with_column
 
+ATTENTION_PARTS = ("q", "k", "v", "o", "*_bias")  # all but the norm
 # `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
 # all that are recorded).
 OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
@@ -111,7 +112,9 @@ def _check_stage(stage: Stage, config: TrainConfig) -> None:
             "leave both at 0",
         )
     if stage.mode == "feature" and not all_positive(loss.tau):
-        raise ConfigError("a temperature must be above zero", {"stage": where, "loss.tau": loss.tau})
+        raise ConfigError(
+            "a temperature must be above zero", {"stage": where, "loss.tau": loss.tau}, "set loss.tau to 1 or more"
+        )
     for name, term in (("feature", loss.feature), ("mlp", loss.mlp)):
         if may_count(term.weight) and not (term.relative_l2 or term.cosine or term.l2):
             raise ConfigError(
@@ -119,6 +122,11 @@ def _check_stage(stage: Stage, config: TrainConfig) -> None:
                 {"stage": where, f"loss.{name}": term.model_dump()},
                 "give one of relative_l2, cosine and l2 a value above zero",
             )
+    blocks = loss.feature.blocks
+    if blocks != "all" and len(set(blocks)) != len(blocks):
+        raise ConfigError(
+            "a block is named twice", {"stage": where, "loss.feature.blocks": blocks}, "name every block once"
+        )
     if stage.mode == "blockwise" and not (stage.compares_attention or stage.compares_mlp):
         raise ConfigError(
             "no loss has a weight, so nothing would be trained",
@@ -296,6 +304,8 @@ class StageRun:
             return sorted(name for name in parameters if not name.endswith("projector/in"))
         attention = stage.compares_attention or (stage.compares_mlp and student)
         found = [*(["attention"] if attention else []), *(["mlp"] if stage.compares_mlp else [])]
+        if stage.mode == "blockwise" and self._config.inject == "attn_in":  # the teacher's norm is used
+            found = [f"attention/{name}" for name in ATTENTION_PARTS] + found[1:] if attention else found
         return [*found, "projector"]
 
     def _build(self, decoder: Decoder, parameters: Parameters) -> None:
@@ -382,6 +392,12 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
         return {}
     whole = [at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= there]
     blocks = whole if loss.blocks == "all" else list(loss.blocks)
+    if beyond := sorted(set(blocks) - set(range(len(spans)))):
+        raise ConfigError(
+            "the student has no such blocks",
+            {"loss.feature.blocks": beyond, "expected": f"0 to {len(spans) - 1}"},
+            "choose others",
+        )
     if missing := sorted(set(blocks) - set(whole)):
         raise ConfigError(
             "the cache does not hold what these blocks are compared with",
@@ -399,6 +415,7 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
         raise ConfigError(
             "loss.feature.block_weights does not fit",
             {"found": given, "expected": f"{len(blocks)} numbers, none below 0, one for each of blocks {blocks}"},
+            "leave it out to weigh all blocks alike",
         )
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
 

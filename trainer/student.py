@@ -76,6 +76,12 @@ def _check_fit(student: Decoder, path: str, config: StudentConfig, source: Sourc
         "vocabulary": (teacher.vocab_size, found.vocab_size, "choose a student with the teacher's vocabulary"),
     }
     if config.projector == "linear":
+        if found.hidden_size == teacher.hidden_size:
+            raise ConfigError(
+                "a projector is for students of another width than the teacher's",
+                {"hidden size of both": teacher.hidden_size},
+                "set student.projector: none",
+            )
         del sizes["hidden size"]
     for name, (expected, here, advice) in sizes.items():
         if here != expected:

@@ -71,6 +71,7 @@ def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence
                 "found": starts,
                 "expected": f"{depth} ascending numbers, one for each of the student's blocks, below {teacher_blocks}",
             },
+            "name the teacher's block at which each of the student's begins",
         )
     return tuple(Span(first, last) for first, last in zip(starts, [*starts[1:], teacher_blocks], strict=True))
 

@@ -9,13 +9,14 @@ the step and the schedule are pure functions of the config and the step's number
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from schemas.layout import TOKENIZER
 from schemas.progress import Progress
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import is_url
-from trainer.checkpoints import STUDENT, Checkpoints
+from trainer.checkpoints import CHECKPOINTS, STUDENT, Checkpoints
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.feed import Feed, make_feed
 from trainer.flops import peak_flops, step_flops
@@ -58,6 +59,7 @@ EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
 RESOLVED = "config.yaml"
 TRACES = "traces"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
     folder = _run_folder(config.run)
     stages = resolve_stages(config)
     make_mesh(config.mesh)
+    _check_profile(config.profile, stages[-1].last)
     check_rows(config.mesh, config.batch_rows, "batch_rows")
     check_rows(config.mesh, config.batch_rows // config.micro_batches, "batch_rows / micro_batches")
     if config.batch_rows % config.micro_batches:
@@ -106,14 +109,14 @@ def train(config: TrainConfig) -> TrainResult:
     sources = Sources(config)
     began = not (folder / STUDENT).is_dir()
     _claim_folder(folder, config, sources.rows)
-    with watch_for_stop() as stop:
+    with watch_for_stop() as stop, _only_one(folder):
         try:
             decoder = open_student(folder, config.student, sources.rows, teacher_path=_teacher_path(config))
             parameters = start_parameters(decoder, config.student, sources.rows.plan.teacher.hidden_size, config.seed)
             for stage in stages:  # what a later stage lacks is better said now
                 StageRun(config, stage, decoder, parameters, sources.open, sources.norms, prepare=False)
         except BaseException:
-            if began:
+            if began and not (folder / CHECKPOINTS).exists():
                 _remove_beginning(folder)
             raise
         checkpoints = Checkpoints(folder, config.keep_checkpoints)
@@ -318,6 +321,18 @@ def read_evaluations(run: Path) -> list[Evaluation]:
     return [Evaluation.model_validate(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
+def _check_profile(profile: str | None, steps: int) -> None:
+    if profile is None:
+        return
+    first, stop = (int(number) for number in profile.removeprefix("steps=").split(":"))
+    if not 1 <= first < stop <= steps + 1:
+        raise ConfigError(
+            "these steps cannot be profiled",
+            {"profile": profile, "expected": f"steps=FIRST:STOP within 1 and {steps + 1}, STOP left out"},
+            "name steps of this run",
+        )
+
+
 def _teacher_path(config: TrainConfig) -> str | None:
     """Where the teacher lies now, if the config says so."""
     return config.online.teacher.path if config.source == "online" and config.online.teacher else None
@@ -355,6 +370,19 @@ def _claim_folder(folder: Path, config: TrainConfig, source: Source) -> None:
     (folder / RESOLVED).write_text(settings.dump_yaml(config))
 
 
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the run's folder against other processes; the system lets go of it when this one ends, however it ends."""
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                "another process is training this run", {"run": folder}, "wait for it, or name another --run"
+            ) from error
+        yield
+
+
 def _remove_beginning(folder: Path) -> None:
     """Leave nothing of a run that could not be begun."""
     shutil.rmtree(folder / STUDENT, ignore_errors=True)
@@ -366,7 +394,7 @@ def _remove_beginning(folder: Path) -> None:
 
 def _is_leftover(path: Path) -> bool:
     """What a process leaves that ended before the student was made, for whatever reason."""
-    return path.name in (IDENTITY, RESOLVED, TOKENIZER) or path.name.startswith((f".{IDENTITY}.", f".{STUDENT}."))
+    return path.name in (IDENTITY, RESOLVED, TOKENIZER, LOCK) or path.name.startswith((f".{IDENTITY}.", f".{STUDENT}."))
 
 
 def _differences(there: Any, here: Any, name: str = "") -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Students that are not the teacher, cut: another width, another depth, few trained parameters; end to end."""
 
+import fcntl
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained, save_pretrained
 from models.config import BlockKind, LayerGroup
 from models.decoder import Decoder
-from schemas.errors import ConfigError, Interrupted
+from schemas.errors import CheckpointError, ConfigError, InputError, Interrupted, StorageError
 from schemas.teacher_config import TapsConfig
 from schemas.train_config import StudentConfig
 from tests.conftest import TINY, build_config
@@ -41,7 +42,7 @@ def test_a_narrow_shallow_student(tmp_path, cache, narrow, monkeypatch):
     assert result.steps == 5
     evaluations = read_evaluations(tmp_path / "whole")
     assert [entry.step for entry in evaluations] == [0, 3, 5]
-    assert evaluations[0].blocks == (0, 1)
+    assert evaluations[0].blocks == ()  # in feature mode the maps of the teacher's stream stay untrained
     with monkeypatch.context() as patch:
         Stop(patch, after=4)
         with pytest.raises(Interrupted):
@@ -112,3 +113,50 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
     for change in ({"inject": "attn_in"}, {"mesh": {"block": 2}}, {"loss": {"mlp": {"weight": 1.0}}}):
         with pytest.raises(ConfigError, match="holds no residual stream"):
             train(config(tmp_path / "other", without_stream, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": {"expert": 2}}, "no experts"),
+        ({"profile": "steps=3:2"}, "cannot be profiled"),
+        ({"student": {"projector": "linear"}}, "of another width"),
+        ({"loss": {"feature": {"blocks": [0, 0]}}}, "named twice"),
+        ({"loss": {"feature": {"blocks": [5]}}}, "no such blocks"),
+        ({"loss": {"feature": {"block_weights": [1.0]}}}, "block_weights does not fit"),
+        ({"mode": "feature", "loss": {"alpha": 0.5}}, "does not hold this tap"),
+        ({"inject": "attn_in", "train_only": ["attention/norm"]}, "no loss reaches"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_the_run_begins(tmp_path, cache, change, message):
+    with pytest.raises((ConfigError, InputError), match=message):
+        train(config(tmp_path / "run", cache, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_at_a_time(tmp_path, cache):
+    run = tmp_path / "run"
+    train(config(run, cache, steps=1))
+    with (run / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process"):
+            train(config(run, cache, steps=1))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, cache):
+    run = tmp_path / "run"
+    train(config(run, cache, steps=1))
+    for path in (run / "checkpoints" / "1" / "parameters").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_student(str(run))
+    assert caught.value.facts["checkpoint"] == run / "checkpoints" / "1"
+
+
+def test_an_export_that_cannot_be_written_is_said(tmp_path, cache):
+    train(config(tmp_path / "run", cache, steps=1))
+    (tmp_path / "file").touch()
+    with pytest.raises((StorageError, CheckpointError)):
+        export.run([str(tmp_path / "run"), str(tmp_path / "file" / "out")], "export", False)

@@ -80,6 +80,7 @@ def test_a_run_from_start_to_end(whole, cache, capsys):
         "checkpoints",
         "config.yaml",
         "eval.json",
+        "lock",
         "metrics.jsonl",
         "run.json",
         "student",
