@@ -20,6 +20,8 @@ from tools.inspect import describe_cache
 from tools.verify import verify_cache
 from trainer.feed import CacheSource
 
+pytestmark = pytest.mark.slow  # builds, copies and repairs for every compression
+
 SEGMENT = "segments/0000"
 INT8 = {"codec": "int8", "delta": True, "keyframe_every": 2}
 TAPS = {"attn_out": {"codec": "bf16", "compress": "blosc"}, "resid": {**INT8, "compress": "zstd"}}

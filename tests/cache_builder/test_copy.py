@@ -57,6 +57,7 @@ def lossless(tmp_path_factory: pytest.TempPathFactory, bf16_teacher: Path, corpu
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODED)
 def test_transcoding_gives_what_a_build_gives(
     tmp_path: Path, lossless: Path, bf16_teacher: Path, corpus: Path, name: str
@@ -105,6 +106,7 @@ def test_rows_blocks_and_taps_can_be_chosen(tmp_path: Path, cache: Path) -> None
         assert manifest.tokens == np.count_nonzero(expected["segment_ids"])
 
 
+@pytest.mark.slow
 def test_segments_become_one(tmp_path: Path, teacher: Path, corpus: Path, cache: Path) -> None:
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"text": "some more text " * 12}) + "\n")
@@ -216,6 +218,7 @@ def everything(cache: Path) -> dict[str, bytes]:
     return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taps", [{}, {**CODED["int8"], "attn_out": None}], ids=["kept", "recoded"])
 def test_a_damaged_copy_is_made_again_from_its_source(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, taps: dict
@@ -243,6 +246,7 @@ def test_a_damaged_copy_is_made_again_from_its_source(
     copy(tmp_path / "gone", tmp_path / "c", repair=True)
 
 
+@pytest.mark.slow
 def test_a_repair_takes_the_source_as_it_was(tmp_path: Path, cache: Path, lossless: Path, teacher: Path) -> None:
     """It may have grown; another cache, other settings and a cache that is no copy are refused."""
     source = shutil.copytree(cache, tmp_path / "source")
@@ -278,6 +282,7 @@ def test_an_unfinished_copy_is_repaired_by_going_on(
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_what_is_recoded_is_said_and_recorded(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from tests.conftest import build_config
 from tools.cli import main
 from tools.verify import verify_cache
 
+pytestmark = pytest.mark.slow  # each test repairs a cache of four segments
+
 BASE = TapsConfig(resid=TapConfig(codec="int8", delta=True, keyframe_every=2))
 THREE = BASE.model_copy(update={"mlp_out": TapConfig()})
 
@@ -196,7 +198,6 @@ def test_a_manifest_of_many_segments_is_made_again(place: Path, copied: Path) ->
     assert contents(copied / "c") == contents(place / "c")
 
 
-@pytest.mark.slow
 def test_an_unfinished_extension_is_made_ready(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +225,6 @@ def test_an_unfinished_extension_is_made_ready(
             assert found[name.replace("/0002/", "/0001/")] == expected[name]
 
 
-@pytest.mark.slow
 def test_an_interrupted_repair_of_many_segments_goes_on(
     place: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +250,6 @@ def test_an_interrupted_repair_of_many_segments_goes_on(
     assert contents(copied / "c") == contents(place / "c")
 
 
-@pytest.mark.slow
 def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An extension of a copy is the teacher's; the copy itself names the command that repairs it."""
     copy = tmp_path / "copy"

@@ -133,6 +133,7 @@ def test_alone_and_without_leaving_streams(tmp_path: Path, teacher: Path, corpus
     assert source.slots == {"resid": (2,), "topk_logits": (0,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["all", [0]])
 def test_a_cache_is_extended_by_them(
     tmp_path: Path, cache: Path, recorded: Path, teacher: Path, corpus: Path, blocks: str | list[int]
@@ -152,6 +153,7 @@ def test_a_cache_is_extended_by_them(
         build_cache(config_of(folder, teacher, corpus, extend=True, taps={"topk_logits": {**TOPK, "k": 6}}))
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_ends_in_the_same_bytes(
     tmp_path: Path, teacher: Path, corpus: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path, recorded: Path) -> None:
     assert verify_cache(Store(str(folder)))["findings"] == []
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_computed_again(tmp_path: Path, recorded: Path, teacher: Path, corpus: Path) -> None:
     folder = shutil.copytree(recorded, tmp_path / "c")
     (folder / "segments/0000/taps/topk_logits.ids/c/3/0/0/0").unlink()
@@ -218,6 +221,7 @@ def test_more_than_the_vocabulary_is_refused(tmp_path: Path, teacher: Path, corp
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_copy_keeps_or_drops_them(tmp_path: Path, recorded: Path) -> None:
     def copy(name: str, **values: object) -> Path:
         copy_cache(CopyConfig.model_validate({"src": str(recorded), "dst": str(tmp_path / name), **values}))

@@ -142,6 +142,7 @@ def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monke
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
     sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=())
     report = make_report(measure_step(tmp_path, str(teacher), sizes, rounds=1))
@@ -159,6 +160,7 @@ def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "cache"}
 
 
+@pytest.mark.slow
 def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, tmp_path):
     """Compiled from shapes alone there, and by a stage of a run here."""
     source = CacheSource(str(cache), leaving=False)

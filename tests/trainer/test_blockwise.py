@@ -175,6 +175,7 @@ def test_uneven_micro_batches_give_the_whole_batch_s_gradient(student):
         np.testing.assert_allclose(sums["mlp"], found[0][1]["mlp"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_masters(student):
     batch = random_batch(EVEN)
     trained, frozen = parameters_of(student, "attention")
@@ -199,6 +200,7 @@ def test_weights_follow_the_step(student):
             np.testing.assert_allclose(found[name], factor * base[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_spans_and_projectors_against_numpy(student):
     """A student of two blocks for a teacher of five, of another width: targets are the spans' sums."""
     config = replace(MIXED, layers=(LayerGroup((BlockKind(),), 2),))
@@ -251,6 +253,7 @@ def test_steps_lower_the_loss_of_trained_blocks_only(student, inside):
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_both_places_of_the_update_agree(student):
     batch, found = random_batch(EVEN), []
     for inside in (True, False):

@@ -131,6 +131,7 @@ def test_the_gradient_is_that_of_the_sum(small, batch):
     assert slope == pytest.approx((totals[0] - totals[1]) / 2e-3, rel=5e-3)  # a difference quotient in float32 forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"micro_batches": 4}, {"remat": "none"}, {"remat": "dots"}], ids=str)
 def test_how_it_is_computed_changes_nothing(small, batch, options):
     (found, sums), (expected, others) = gradients(small, batch, **options), gradients(small, batch)

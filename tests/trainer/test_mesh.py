@@ -24,6 +24,8 @@ from trainer.sharding import make_mesh, parameter_sharding
 from trainer.stage import StageRun, resolve_stages
 from trainer.train import read_evaluations, train
 
+pytestmark = pytest.mark.slow  # programs for eight devices take long to compile
+
 # Five blocks do not divide by two or four; delta keyframes every two slots lie across the groups' borders.
 DEEP = ModelConfig(**{**TINY.__dict__, "layers": (LayerGroup((BlockKind(),), 5),), "num_heads": 4})
 TAPS = TapsConfig(attn_out=TapConfig(codec="int8"), resid=TapConfig(codec="int8", delta=True, keyframe_every=2))
@@ -64,8 +66,8 @@ def assert_close(found, expected):
         np.testing.assert_allclose(left, right, rtol=2e-4, atol=1e-7)
 
 
-MESHES = [pytest.param({"block": 2}, marks=pytest.mark.slow), {"block": 4, "data": 2}]
-MESHES += [pytest.param({"block": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)]
+MESHES = [{"block": 2}, {"block": 4, "data": 2}]
+MESHES += [{"block": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -79,7 +81,6 @@ def test_feature_mode_on_a_mesh(tmp_path, deep, alone):
     assert_close(numbers(tmp_path / "run"), alone["feature"])
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path, deep, alone):
     run = tmp_path / "run"
     first = config(run, deep, mesh={"block": 2, "data": 2}, checkpoint_every=1, **BLOCKWISE)

@@ -31,6 +31,8 @@ from trainer.source import Source
 from trainer.teacher import open_teacher
 from trainer.train import read_evaluations, train
 
+pytestmark = pytest.mark.slow  # each source compiles its own teacher
+
 INT8_DELTA = TapsConfig(
     attn_out=TapConfig(codec="int8", group=8),
     resid=TapConfig(codec="int8", group=8, delta=True, keyframe_every=2),
@@ -93,7 +95,8 @@ def delta_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus:
         ("bf16_cache", False),
         ("f32_cache", False),
         ("delta_cache", False),
-        pytest.param("delta_cache", True, marks=pytest.mark.slow),
+        "delta_cache",
+        True,
     ],
 )
 def test_the_bits_are_the_cache_s(
@@ -130,7 +133,6 @@ def test_splits_and_feeds_are_the_cache_s(bf16_cache: Path) -> None:
             same(one, two)
 
 
-@pytest.mark.slow
 def test_a_cache_of_several_segments(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     three = TapsConfig(mlp_out=TapConfig())
     folder = tmp_path / "grown"

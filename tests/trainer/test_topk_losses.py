@@ -131,6 +131,7 @@ def test_the_rest_is_the_mass_outside_at_temperature_one(example: Example) -> No
     np.testing.assert_allclose(whole.total, bucket.total + inside, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest_bucket", [False, True])
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("k", [4, VOCAB])
@@ -154,6 +155,7 @@ def test_the_gradient_is_that_of_the_softmaxes(example: Example, k: int, tau: fl
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest_bucket", [False, True])
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("k", [1, 4, VOCAB])
