@@ -66,8 +66,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(left, right, rtol=2e-4, atol=1e-7)
 
 
-MESHES = [{"block": 2}, {"block": 4, "data": 2}]
-MESHES += [{"block": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"block": 2}, {"block": 4, "data": 2}, {"block": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

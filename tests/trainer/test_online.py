@@ -95,8 +95,7 @@ def delta_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus:
         ("bf16_cache", False),
         ("f32_cache", False),
         ("delta_cache", False),
-        "delta_cache",
-        True,
+        ("delta_cache", True),
     ],
 )
 def test_the_bits_are_the_cache_s(
