@@ -32,7 +32,7 @@ from trainer.losses import (
     topk_cross_entropy,
 )
 from trainer.optimizer import clip_all, update_blocks, update_one
-from trainer.parameters import PROJECTOR, Parameters, of_place, of_places, outer, place_prefix
+from trainer.parameters import PROJECTOR, Parameters, cast, of_place, of_places, outer, place_prefix
 from trainer.schedules import may_count, weight_at
 from trainer.stack import StudentStack, TapDecoder
 from trainer.step import OUTER, TrainState, Update
@@ -112,7 +112,7 @@ class FeatureStep:
         rows: Mapping[str, Array],
         taps: Mapping[str, Any],
     ) -> tuple[Array, FeatureSums]:
-        parameters = {name: value.astype(self.compute_dtype) for name, value in {**frozen, **trained}.items()}
+        parameters = cast({**frozen, **trained}, self.compute_dtype)
         decoder = merge_decoder(self.graph, parameters)
         stream, feature = self._run(decoder, parameters, rows_of_table, rows, taps)
         losses = self._token_losses(decoder, stream, weights["tau"], rows, taps)

@@ -18,7 +18,7 @@ from models.decoder import BlockContext, Decoder, rms_norm
 from models.rope import rope_tables
 from schemas.codecs import take_slot
 from trainer.optimizer import put_block, take_block
-from trainer.parameters import PROJECTOR, Place, sublayer
+from trainer.parameters import PROJECTOR, Place, cast, sublayer
 from trainer.tables import Table, TapReading
 
 Taps = Mapping[str, Mapping[str, Array]]  # tap -> part -> [S, B, T, W]
@@ -97,7 +97,7 @@ class StudentStack:
         Args:
             norm: the weight of the teacher's attention norm, for `inject: attn_in`.
         """
-        parameters = {name: value.astype(rules.compute_dtype) for name, value in parameters.items()}
+        parameters = cast(parameters, rules.compute_dtype)
         into, out = (parameters.get(f"{PROJECTOR}/{side}") for side in ("in", "out"))
 
         def inward(x: Array) -> Array:
@@ -124,7 +124,7 @@ class StudentStack:
         self, place: Place, parameters: Mapping[str, Array], stream: Array, context: BlockContext, rules: BlockRules
     ) -> Array:
         """The student's own stream behind a block, without gradient."""
-        parameters = {name: value.astype(rules.compute_dtype) for name, value in parameters.items()}
+        parameters = cast(parameters, rules.compute_dtype)
         x = stream.astype(rules.compute_dtype)
         x = x + sublayer(self.graphs[place]["attention"], "attention", parameters)(x, context)
         x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from models.checkpoint import load_pretrained, save_pretrained, weights_digest
+from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
 from models.surgery import apply_surgery
 from schemas.errors import CheckpointError, ConfigError
@@ -15,6 +15,7 @@ from trainer.parameters import Parameters, all_parameters, make_projectors
 from trainer.source import Source
 from trainer.stack import StudentStack
 from trainer.tables import student_spans
+from trainer.teacher import check_teacher
 
 
 def open_student(run: Path, config: StudentConfig, source: Source, teacher_path: str | None = None) -> Decoder:
@@ -50,21 +51,8 @@ def start_parameters(student: Decoder, config: StudentConfig, teacher_width: int
 
 def _checked_teacher(source: Source, path: str | None) -> str:
     """The teacher's path, if the very teacher of the cache is still there."""
-    teacher = source.plan.teacher
-    advice = "set student.init to the path of the teacher's checkpoint"
-    try:
-        path = path or teacher.path
-        found = weights_digest(path)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"the cache's teacher cannot be opened: {error.what}", {"cache": source.url, **error.facts}, advice
-        ) from error
-    if found != teacher.weights_digest:
-        raise CheckpointError(
-            "the checkpoint at the teacher's path is not the one that the cache was built with",
-            {"path": path, "found": f"digest {found}", "expected": f"digest {teacher.weights_digest}"},
-            advice,
-        )
+    path = path or source.plan.teacher.path
+    check_teacher(path, source.url, [source.plan], "set student.init to the path of the teacher's checkpoint")
     return path
 
 

@@ -100,7 +100,7 @@ def _teacher_of_cache(
     segments = open_cache(store)
     plans = [segment.plan for segment in segments]
     path = path or plans[0].teacher.path
-    _check_teacher(path, store.url, plans)
+    check_teacher(path, store.url, plans, "set online.teacher.path to the path of the teacher's checkpoint")
     dtypes = {plan.numerics.dtype for plan in plans}
     if dtype is None and len(dtypes) > 1:
         raise ConfigError(
@@ -145,9 +145,8 @@ def _identity(rows: str, plans: Sequence[Plan]) -> str:
     return digest_bytes(f"{rows} {facts}".encode())
 
 
-def _check_teacher(path: str, url: str, plans: Sequence[Plan]) -> None:
-    """Raise `CheckpointError` unless the cache's very teacher is at this path."""
-    advice = "set online.teacher.path to the path of the teacher's checkpoint"
+def check_teacher(path: str, url: str, plans: Sequence[Plan], advice: str) -> None:
+    """Raise `CheckpointError`, with this advice, unless the very teacher of the cache's plans is at this path."""
     try:
         found = weights_digest(path)
     except CheckpointError as error:

@@ -296,7 +296,7 @@ def test_a_config_that_failed_at_the_start_may_be_corrected(tmp_path, cache):
 
 
 def test_a_teacher_that_changed_is_refused(tmp_path, cache, teacher, monkeypatch):
-    monkeypatch.setattr("trainer.student.weights_digest", lambda _: "0" * 32)
+    monkeypatch.setattr("trainer.teacher.weights_digest", lambda _: "0" * 32)
     with pytest.raises(CheckpointError, match="not the one that the cache was built with"):
         train(config(tmp_path / "run", cache))
 
