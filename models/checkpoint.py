@@ -12,6 +12,8 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from safetensors.numpy import save_file
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.families import config_from_hf, config_to_hf, exported_layout_of, layout_of
 from models.ggufs import GgufSource, config_from_gguf, open_gguf
-from models.huggingface import config_from_hf, config_to_hf
 from models.tensors import (
     INDEX_NAME,
+    ROUTER_BIAS_FILE,
     WEIGHTS_NAME,
+    Layout,
     SafetensorsSource,
     TensorSlot,
     TensorSource,
@@ -66,9 +70,10 @@ def load_pretrained(path: str | os.PathLike[str], dtype: jnp.dtype | str | None 
         config = config_from_gguf(reader, where)
         source = GgufSource(reader, config, where)
     else:
-        config = config_from_hf(read_json(where / "config.json"), where / "config.json")
+        config = _config_of_directory(where)
         source = SafetensorsSource(where)
-    return fill_decoder(config, source, jnp.dtype(dtype) if dtype is not None else _own_dtype(source))
+    own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config)
+    return fill_decoder(config, source, own)
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -76,7 +81,21 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     where = _local(path)
     if where.is_file():
         return config_from_gguf(open_gguf(where), where)
-    return config_from_hf(read_json(where / "config.json"), where / "config.json")
+    return _config_of_directory(where)
+
+
+def _config_of_directory(directory: Path) -> ModelConfig:
+    """What config.json says, with biases of routers where a file of them lies beside it."""
+    config = config_from_hf(read_json(directory / "config.json"), directory / "config.json")
+    if not (directory / ROUTER_BIAS_FILE).exists():
+        return config
+    if config.moe is None or config.moe.native_bias:
+        raise CheckpointError(
+            "router biases lie beside a checkpoint that has no use for them",
+            {"file": directory / ROUTER_BIAS_FILE, "family": config.family},
+            "remove the file",
+        )
+    return replace(config, moe=replace(config.moe, bias=True))
 
 
 def weights_digest(path: str | os.PathLike[str]) -> str:
@@ -102,36 +121,37 @@ def fill_decoder(config: ModelConfig, source: TensorSource, dtype: jnp.dtype) ->
     """A decoder with the parameters of `source`, one stacked parameter at a time."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
     parameters = dict(nnx.to_flat_state(abstract))
-    slots = defaultdict(list)
-    for slot in tensor_slots(config):
+    layout, slots = layout_of(config), defaultdict(list)
+    for slot in tensor_slots(config, layout):
         slots[slot.path].append(slot)
-    _check_tensors(config, source, {path: value.shape for path, value in parameters.items()}, slots)
-    filled = [
-        (path, value.replace(_fill(slots[path], value.shape, source, dtype))) for path, value in parameters.items()
-    ]
+    shapes = {path: value.shape for path, value in parameters.items()}
+    _check_tensors(config, layout, source, shapes, slots)
+    filled = [(path, value.replace(_fill(slots[path], value, source))) for path, value in parameters.items()]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _fill(slots: list[TensorSlot], shape: tuple[int, ...], source: TensorSource, dtype: jnp.dtype) -> jnp.ndarray:
-    """One parameter, stacked over its repeats where it has any."""
-    out = np.empty(shape, dtype)
+def _fill(slots: list[TensorSlot], like: Any, source: TensorSource) -> jnp.ndarray:
+    """One parameter, stacked over its repeats where it has any. Its own dtype: a router's bias is always float32."""
+    out = np.zeros(like.shape, like.dtype)
     for slot in slots:
-        place = out if slot.repeat is None else out[slot.repeat]
+        place = out[slot.index]
         place[...] = slot.load(source.read(slot.name), place.shape)
     return jnp.asarray(out)
 
 
-def _check_tensors(config: ModelConfig, source: TensorSource, shapes: dict[Any, Any], slots: dict[Any, Any]) -> None:
+def _check_tensors(
+    config: ModelConfig, layout: Layout, source: TensorSource, shapes: dict[Any, Any], slots: dict[Any, Any]
+) -> None:
     if set(shapes) != set(slots):
         raise ValueError(f"tensor_slots does not cover the decoder: {set(shapes) ^ set(slots)}")
     expected: dict[str, tuple[int, ...]] = {}
     for path, group in slots.items():
         for slot in group:
-            expected[slot.name] = slot.stored_shape(shapes[path] if slot.repeat is None else shapes[path][1:])
-    found = {name: shape for name, shape in source.shapes.items() if not name.endswith(HARMLESS_SUFFIXES)}
-    if config.tie_embeddings and "lm_head.weight" in found:
-        _check_tied(source)
-        del found["lm_head.weight"]
+            expected[slot.name] = slot.stored_shape(shapes[path][len(slot.index) :])
+    found = {name: shape for name, shape in source.shapes.items() if not _is_foreign(name, layout)}
+    if config.tie_embeddings and layout.head in found:
+        _check_tied(source, layout)
+        del found[layout.head]
     facts = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
@@ -148,24 +168,33 @@ def _check_tensors(config: ModelConfig, source: TensorSource, shapes: dict[Any, 
             {"checkpoint": source.where, **facts},
             "check that config.json belongs to these weights, and that they are a whole causal language model",
         )
-    _own_dtype(source)
+    _own_dtype(source, config)
 
 
-def _check_tied(source: TensorSource) -> None:
+def _is_foreign(name: str, layout: Layout) -> bool:
+    return name.endswith(HARMLESS_SUFFIXES) or name.startswith(layout.foreign)
+
+
+def _check_tied(source: TensorSource, layout: Layout) -> None:
     """Some files store the tied head as well; it is left out only if it is the embedding."""
-    head, embed = source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
+    head, embed = source.read(layout.head), source.read(layout.embed)
     if head.shape != embed.shape or not np.array_equal(head, embed):
         raise CheckpointError(
-            "tie_word_embeddings is true, but lm_head.weight differs from the embeddings",
+            f"tie_word_embeddings is true, but {layout.head} differs from the embeddings",
             {"checkpoint": source.where},
             "set tie_word_embeddings to false in config.json if the head is a matrix of its own",
         )
 
 
-def _own_dtype(source: TensorSource) -> jnp.dtype:
-    """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32."""
-    found = {kind: name for name, kind in source.dtypes.items() if not name.endswith(HARMLESS_SUFFIXES)}
-    foreign = {kind: name for kind, name in found.items() if kind not in FLOAT_DTYPES}
+def _own_dtype(source: TensorSource, config: ModelConfig) -> jnp.dtype:
+    """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32.
+
+    Biases of routers do not count: they are float32 everywhere, in files and here.
+    """
+    layout = layout_of(config)
+    biases = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] == "router_bias"}
+    kinds = {name: kind for name, kind in source.dtypes.items() if not _is_foreign(name, layout)}
+    foreign = {kind: name for name, kind in kinds.items() if kind not in FLOAT_DTYPES}
     if foreign:
         raise CheckpointError(
             "the checkpoint has tensors of a dtype that is not supported",
@@ -176,8 +205,8 @@ def _own_dtype(source: TensorSource) -> jnp.dtype:
             },
             "use a checkpoint that is not quantised, or a .gguf file",
         )
-    dtypes = [jnp.dtype(FLOAT_DTYPES[kind]) for kind in found] or [jnp.dtype("float32")]
-    return jnp.result_type(*dtypes)
+    dtypes = {FLOAT_DTYPES[kind] for name, kind in kinds.items() if name not in biases}
+    return jnp.result_type(*(jnp.dtype(dtype) for dtype in dtypes or {"float32"}))
 
 
 def save_pretrained(
@@ -218,46 +247,68 @@ def save_pretrained(
 
 def _write_weights(decoder: Decoder, directory: Path, shard_bytes: int) -> None:
     parameters = dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
-    shards = _plan_shards(decoder.config, parameters, shard_bytes)
+    tensors: dict[str, list[TensorSlot]] = defaultdict(list)
+    beside: dict[str, list[TensorSlot]] = defaultdict(list)
+    for slot in tensor_slots(decoder.config, exported_layout_of(decoder.config)):
+        (beside if slot.beside else tensors)[slot.name].append(slot)
+    if beside:
+        _write_file(directory / ROUTER_BIAS_FILE, list(beside.values()), parameters)
+    shards = _plan_shards(tensors, parameters, shard_bytes)
     names: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {slot.name: slot.store(_slice(parameters[slot.path].get_value(), slot)) for slot in shard}
-        try:
-            save_file(tensors, directory / file, metadata=FILE_METADATA)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise StorageError(
-                "the weights cannot be written",
-                {"file": directory.parent / file, "cause": error},
-                "free some space or name another place; nothing was kept",
-            ) from error
-        # safetensors makes files that only their owner reads; an export is as open as its directory.
-        (directory / file).chmod(directory.stat().st_mode & 0o666)
-        names |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        written = _write_file(directory / file, shard, parameters)
+        names |= dict.fromkeys(written, file)
+        total += sum(written.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _slice(value: jnp.ndarray, slot: TensorSlot) -> np.ndarray:
-    return np.asarray(value if slot.repeat is None else value[slot.repeat])
+def _write_file(file: Path, tensors: list[list[TensorSlot]], parameters: dict[Any, Any]) -> dict[str, int]:
+    """One safetensors file of these tensors, each by its slots; their bytes by name."""
+    stored = {slots[0].name: _stored(slots, parameters) for slots in tensors}
+    try:
+        save_file(stored, file, metadata=FILE_METADATA)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise StorageError(
+            "the weights cannot be written",
+            {"file": file.parent.parent / file.name, "cause": error},
+            "free some space or name another place; nothing was kept",
+        ) from error
+    # safetensors makes files that only their owner reads; an export is as open as its directory.
+    file.chmod(file.parent.stat().st_mode & 0o666)
+    return {name: tensor.nbytes for name, tensor in stored.items()}
 
 
-def _plan_shards(config: ModelConfig, parameters: dict[Any, Any], shard_bytes: int) -> list[list[TensorSlot]]:
-    """Slots in order, cut where the next one would not fit; a tensor larger than a shard has its own."""
-    shards: list[list[TensorSlot]] = [[]]
+def _stored(slots: list[TensorSlot], parameters: dict[Any, Any]) -> np.ndarray:
+    """One tensor, contiguous, of its slots: several where parameters are stored as one."""
+    parts = [slot.store(np.asarray(parameters[slot.path].get_value()[slot.index])) for slot in slots]
+    part = slots[0].part
+    return np.ascontiguousarray(parts[0] if part is None else np.concatenate(parts, part.axis))
+
+
+def _plan_shards(
+    tensors: dict[str, list[TensorSlot]], parameters: dict[Any, Any], shard_bytes: int
+) -> list[list[list[TensorSlot]]]:
+    """The slots of every tensor, in order, cut where the next tensor would not fit; a larger one has its own shard."""
+    shards: list[list[list[TensorSlot]]] = [[]]
     used = 0
-    for slot in tensor_slots(config):
-        value = parameters[slot.path].get_value()
-        size = value.nbytes // (1 if slot.repeat is None else value.shape[0])
+    for slots in tensors.values():
+        slots.sort(key=lambda slot: slot.part.start if slot.part else 0)
+        size = sum(_slot_bytes(slot, parameters) for slot in slots)
         if shards[-1] and used + size > shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append(slot)
+        shards[-1].append(slots)
         used += size
     return shards
+
+
+def _slot_bytes(slot: TensorSlot, parameters: dict[Any, Any]) -> int:
+    value = parameters[slot.path].get_value()
+    return value.nbytes // prod(value.shape[: len(slot.index)])
 
 
 def _check_target(target: Path) -> None:
@@ -276,7 +327,7 @@ def _check_target(target: Path) -> None:
 def _is_ours(directory: Path) -> bool:
     """An export of ours has our mark in its config, and nothing beside what we write."""
     weights = sorted(directory.glob("model*.safetensors"))
-    known = {"config.json", INDEX_NAME, *TOKENIZER_FILES, *(file.name for file in weights)}
+    known = {"config.json", INDEX_NAME, ROUTER_BIAS_FILE, *TOKENIZER_FILES, *(file.name for file in weights)}
     if not weights or any(file.name not in known for file in directory.iterdir()):
         return False
     try:

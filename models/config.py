@@ -3,12 +3,14 @@
 A decoder's layers are a *plan*: a list of groups, each a pattern of block kinds and a number of repeats. A group
 is scanned over its repeats, so each kind of block in a pattern is traced once, whatever the depth. Llama is one
 group with a pattern of one kind; a stack with global attention in every fourth block is one group with a
-pattern of four.
+pattern of four; dense first blocks are a group of their own.
 
 Frozen dataclasses, not pydantic: these are static arguments of jitted functions, so they must hash.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,10 @@ class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and the scaling of its frequencies.
 
     `kind` is one of `default`, `linear`, `dynamic`, `llama3`, `yarn`, under the names that HF configs use for
-    `rope_type`; the other fields are the parameters of that kind and are ignored by the others.
+    `rope_type`; the fields marked with kinds are parameters of those and are ignored by the others.
+
+    fraction: of a head's width that is rotated, its first part; the rest passes. interleaved: neighbours (0, 1),
+    (2, 3), ... are rotated against each other, not halves.
     """
 
     theta: float = 10_000.0
@@ -31,6 +36,8 @@ class RopeConfig:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    fraction: float = 1.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,15 @@ class BlockKind:
     """What differs between the blocks of one decoder. Sizes are the decoder's.
 
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
+    chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
+    rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
+    moe: the MLP is a mixture of experts.
     """
 
     window: int | None = None
+    chunk: int | None = None
+    rotary: bool = True
+    moe: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,57 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class TemperatureConfig:
+    """Queries of blocks without rotary embedding grow with the position p of their token, by
+    `1 + scale * ln(1 + floor((p + 1) / floor))`. Source: Llama 4; arXiv 2501.19399."""
+
+    scale: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts: E experts, of which every token takes `top_k`. See models/routing.py for how.
+
+    expert_size: width F of one expert. shared_size: of the expert that takes all tokens, 0 for none.
+    scores: of an expert for a token. `softmax` and `sigmoid` of the router's logits; `sigmoid_input`: sigmoid of the
+        logits, and it multiplies the expert's input rather than its output (Llama 4).
+    renormalise: the chosen experts' weights are divided by their sum.
+    scaling: factor on the weights after that.
+    groups, groups_kept: experts are chosen within the best `groups_kept` of `groups` groups.
+    bias: there is one for each expert, added for the choice alone; native_bias: the family's files have a place for it.
+    shared_gate: the shared expert's output is multiplied by the sigmoid of a linear map of its input.
+    jitter: in training the input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
+    float32_router: logits are a float32 product, whatever the dtype of the stream.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    shared_size: int = 0
+    scores: Literal["softmax", "sigmoid", "sigmoid_input"] = "softmax"
+    renormalise: bool = True
+    scaling: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+    bias: bool = False
+    native_bias: bool = False
+    shared_gate: bool = False
+    jitter: float = 0.0
+    float32_router: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a decoder. Axis letters: D hidden, H query heads, K key/value heads, V vocabulary."""
+    """Sizes and options of a decoder. Axis letters: D hidden, H query heads, K key/value heads, V vocabulary.
+
+    intermediate_size: of dense MLPs. qk_norm: of queries and keys, `head`: RMS norm of every head, learned weights
+    `[hd]`, before the rotation; `full`: of all heads together, `[H hd]`; `l2`: of every head, no weights, after the
+    rotation, and only in blocks that rotate. clip_qkv: queries, keys and values are cut at this magnitude.
+    norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
+    experts: how experts are computed, see models/experts.py.
+    mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -66,11 +128,68 @@ class ModelConfig:
     norm_eps: float = 1e-6
     activation: str = "silu"
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    norm_head: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "full", "l2"] = "none"
+    clip_qkv: float | None = None
+    temperature: TemperatureConfig | None = None
+    moe: MoeConfig | None = None
+    experts: Literal["auto", "dense", "ragged"] = "auto"
     max_positions: int = 2048
+    mtp_layers: int = 0
     family: str = "llama"
 
     @property
     def num_blocks(self) -> int:
         return sum(len(group.pattern) * group.repeats for group in self.layers)
+
+    @property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """Every block's kind, in order."""
+        return tuple(kind for group in self.layers for kind in group.pattern * group.repeats)
+
+    @property
+    def moe_config(self) -> MoeConfig:
+        """`moe` of a decoder that has experts."""
+        if self.moe is None:
+            raise ValueError("this decoder has no experts")
+        return self.moe
+
+    @property
+    def moe_blocks(self) -> tuple[int, ...]:
+        """The blocks with experts."""
+        return tuple(block for block, kind in enumerate(self.kinds) if kind.moe)
+
+    def places(self) -> Iterator[tuple[int, int, int, int]]:
+        """Of every block in order: (block, group, repeat, place in the pattern)."""
+        block = 0
+        for number, group in enumerate(self.layers):
+            for repeat in range(group.repeats):
+                for place in range(len(group.pattern)):
+                    yield block, number, repeat, place
+                    block += 1
+
+
+def plan_layers(kinds: Sequence[BlockKind]) -> tuple[LayerGroup, ...]:
+    """The plan of these blocks that traces the fewest: the least sum of pattern lengths, then the fewest groups.
+
+    Dense first blocks and experts after them become two groups; experts in every other block and global attention in
+    every fourth one group with a pattern of four. Exact, by dynamic programming over where the last group begins.
+    """
+    kinds = tuple(kinds)
+    best: list[tuple[int, int, tuple[LayerGroup, ...]]] = [(0, 0, ())]
+    for end in range(1, len(kinds) + 1):
+        found = []
+        for length in range(1, end + 1):
+            pattern, repeats = kinds[end - length : end], 1
+            while True:
+                start = end - length * repeats
+                cost, groups, plan = best[start]
+                found.append((cost + length, groups + 1, (*plan, LayerGroup(pattern, repeats))))
+                if start < length or kinds[start - length : start] != pattern:
+                    break
+                repeats += 1
+        best.append(min(found, key=lambda entry: entry[:2]))
+    return best[-1][2]

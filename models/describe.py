@@ -28,6 +28,7 @@ def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         family=model.family,
+        norm_eps=model.norm_eps,
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from models.config import BlockKind, LayerGroup, ModelConfig, RopeConfig
-from models.huggingface import check_heads
+from models.families import check_heads
 from models.rope import base_frequencies, llama3_frequencies
 from schemas.errors import CheckpointError
 
@@ -132,7 +132,8 @@ def config_from_gguf(reader: gguf.GGUFReader, file: Path) -> ModelConfig:
         rope=_rope(reader, values, hidden // heads, file),
         norm_eps=_short_float(values.get("attention.layer_norm_rms_epsilon", 1e-5)),
         tie_embeddings="output.weight" not in shapes,
-        attention_bias="blk.0.attn_q.bias" in shapes,
+        qkv_bias="blk.0.attn_q.bias" in shapes,
+        output_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_gate.bias" in shapes,
         max_positions=_size(values, "context_length", file),
     )

@@ -1,8 +1,8 @@
 """Rotary position embedding: angles by position, and the scalings that stretch a model's context.
 
 Source: RoFormer (arXiv 2104.09864); the scalings as HF transformers computes them in `modeling_rope_utils`
-(linear and dynamic NTK; Llama 3's by wavelength; YaRN, arXiv 2309.00071). Halves are rotated (`x[:hd/2]` with
-`x[hd/2:]`), the layout of HF checkpoints.
+(linear and dynamic NTK; Llama 3's by wavelength; YaRN, arXiv 2309.00071). Usually halves are rotated (`x[:hd/2]` with
+`x[hd/2:]`), the layout of most HF checkpoints.
 """
 
 import math
@@ -17,26 +17,39 @@ from models.config import RopeConfig
 def rope_tables(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], max_positions: int
 ) -> tuple[Float[Array, "B T 1 hd"], Float[Array, "B T 1 hd"]]:
-    """cos and sin of every token's angles, float32, each half repeated: `[B, T, 1, head_dim]`.
+    """cos and sin of every token's angles, float32, each for both numbers that it turns: `[B, T, 1, rotated width]`.
 
     `dynamic` depends on the longest position of the whole call, as in transformers; the others do not.
     """
+    width = rotated_width(rope, head_dim)
     if rope.kind == "dynamic":
-        frequencies = _dynamic_frequencies(rope, head_dim, positions, max_positions)
+        frequencies = _dynamic_frequencies(rope, width, positions, max_positions)
         amplitude = 1.0
     else:
-        fixed, amplitude = _fixed_frequencies(rope, head_dim)
+        fixed, amplitude = _fixed_frequencies(rope, width)
         frequencies = jnp.asarray(fixed, jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
+    angles = jnp.repeat(angles, 2, axis=-1) if rope.interleaved else jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def rotate(x: Float[Array, "B T H hd"], cos: Float[Array, "B T 1 hd"], sin: Float[Array, "B T 1 hd"]) -> Array:
-    """`x` turned by its token's angles, in the dtype of `x`."""
-    half = x.shape[-1] // 2
-    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-    return x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
+def rotated_width(rope: RopeConfig, head_dim: int) -> int:
+    """How many of a head's numbers are rotated, the first ones; as transformers rounds it."""
+    return int(head_dim * rope.fraction)
+
+
+def rotate(
+    x: Float[Array, "B T H hd"], cos: Float[Array, "B T 1 rd"], sin: Float[Array, "B T 1 rd"], rope: RopeConfig
+) -> Float[Array, "B T H hd"]:
+    """`x` turned by its token's angles, in the dtype of `x`; what lies beyond the rotated width passes."""
+    width = cos.shape[-1]
+    x, passed = x[..., :width], x[..., width:]
+    if rope.interleaved:
+        turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+    else:
+        turned = jnp.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
+    rotated = x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
+    return jnp.concatenate([rotated, passed], axis=-1) if passed.shape[-1] else rotated
 
 
 def base_frequencies(theta: float, head_dim: int) -> np.ndarray:
@@ -57,10 +70,14 @@ def _fixed_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, flo
 
 
 def llama3_frequencies(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Long wavelengths divided by `factor`, short ones kept, a linear blend between (Llama 3.1's model card)."""
+    """Long wavelengths divided by `factor`, short ones kept, a linear blend between (Llama 3.1's model card).
+
+    Llama 4 Scout has both factors 1: a step, with nothing between.
+    """
     wavelength = 2 * math.pi / frequencies
     original = rope.original_max_positions
-    blend = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    width = rope.high_freq_factor - rope.low_freq_factor
+    blend = (original / wavelength - rope.low_freq_factor) / (width or 1.0)
     blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
     scaled = np.where(wavelength > original / rope.low_freq_factor, frequencies / rope.factor, frequencies)
     between = (wavelength <= original / rope.low_freq_factor) & (wavelength >= original / rope.high_freq_factor)

@@ -1,4 +1,4 @@
-"""Students cut out of teachers: fewer heads, everything else the teacher's, bit for bit.
+"""Students cut out of teachers: fewer heads, everything else the teacher's, bit for bit; and biases for routers.
 
 An operation is a value, so that a config can list several; they are applied in order. Cut decoders keep `head_dim`
 as it was, and HF configs can say so (`num_attention_heads: 6, head_dim: 64`).
@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
 from models.decoder import Attention, Decoder
-from models.huggingface import config_to_hf
+from models.families import config_to_hf
 from schemas.errors import CheckpointError, ConfigError
 from schemas.train_config import SurgeryOp
 
 # Axis of the heads in each parameter of an attention sublayer, the stack's axis included.
-QUERY_AXES = {"q": 2, "o": 1, "q_bias": 1}
-KV_AXES = {"k": 2, "v": 2, "k_bias": 1, "v_bias": 1}
+QUERY_AXES = {"q": 2, "o": 1, "q_bias": 1, "q_norm": 1}
+KV_AXES = {"k": 2, "v": 2, "k_bias": 1, "v_bias": 1, "k_norm": 1}
 
 
 def apply_surgery(decoder: Decoder, ops: Iterable[SurgeryOp]) -> Decoder:
@@ -78,15 +78,36 @@ def _refused(op: SurgeryOp, label: str, found: object, expected: object, step: s
     )
 
 
+def add_router_bias(decoder: Decoder) -> Decoder:
+    """The same decoder with a bias of zero on every expert; the given one where it has biases already.
+
+    Raises:
+        ValueError: it has no experts.
+    """
+    if decoder.config.moe_config.bias:
+        return decoder
+    config = replace(decoder.config, moe=replace(decoder.config.moe_config, bias=True))
+    return _refilled(decoder, config, {})
+
+
 def _rebuild(decoder: Decoder, config: ModelConfig, op: SurgeryOp) -> Decoder:
     """A decoder of the new config whose parameters are `decoder`'s, cut where attention has heads."""
-    parameters = {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
+    changed = {}
     for number, group in enumerate(decoder.groups):
         for place, block in enumerate(group.blocks):
             for name, kept in OPERATIONS[op.op](block.attention, decoder.config, op).items():
-                parameters["groups", number, "blocks", place, "attention", name] = kept
+                changed["groups", number, "blocks", place, "attention", name] = kept
+    return _refilled(decoder, config, changed)
+
+
+def _refilled(decoder: Decoder, config: ModelConfig, changed: dict[tuple[Any, ...], Array]) -> Decoder:
+    """A decoder of the new config with these parameters and otherwise `decoder`'s; what is new there is zero."""
+    old = {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(decoder, nnx.Param))} | changed
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=decoder.embed[...].dtype)))
-    state = [(path, value.replace(parameters[path])) for path, value in nnx.to_flat_state(abstract)]
+    state = [
+        (path, value.replace(old[path] if path in old else jnp.zeros(value.shape, value.dtype)))
+        for path, value in nnx.to_flat_state(abstract)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(state))
 
 
@@ -124,7 +145,8 @@ def _take(attention: Attention, axes: dict[str, int], kept: Int[Array, "N k"]) -
     """Each parameter with only the kept heads, which may differ from block to block of the stack."""
     out = {}
     for name, axis in axes.items():
-        if hasattr(attention, name):
+        # A norm of single heads has no axis of heads: it is the same for all of them.
+        if hasattr(attention, name) and not (name.endswith("norm") and attention.config.qk_norm == "head"):
             value = getattr(attention, name)[...]
             shape = [kept.shape[0] if at == 0 else kept.shape[1] if at == axis else 1 for at in range(value.ndim)]
             out[name] = jnp.take_along_axis(value, kept.reshape(shape), axis=axis)

@@ -1,12 +1,12 @@
 """Where each tensor of an HF checkpoint lives in our stacked parameters, and how its files are read.
 
-Vocabulary: a *slot* is one tensor of a checkpoint and its place in a decoder, a stacked parameter and an index on its
-leading axis; a *source* is an open checkpoint that reads a tensor by its HF name. The slots are the only description
-of the layout: loading and saving both follow them.
+Vocabulary: a *layout* is a family's names; a *slot* is one tensor of a checkpoint, or a part of one, and its place in a
+decoder, a stacked parameter and an index on its leading axes; a *source* is an open checkpoint that reads a tensor by
+its HF name. The slots are the only description of where things are: loading and saving both follow them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,79 +15,121 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.config import ModelConfig
+from models.config import BlockKind, ModelConfig
 from schemas.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
+# Biases of routers of a family that has no place for them, float32 `[E]` for every block with experts. Other readers
+# ignore the file and choose experts without it.
+ROUTER_BIAS_FILE = "router_bias.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class TensorSlot:
-    """One tensor of a checkpoint, and its place in a decoder.
+class Part:
+    """Entries [start, stop) of `total` along an axis of a stored tensor that holds several parameters."""
 
-    name: HF's name.
+    axis: int
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """One tensor, or with experts one for each of them, of every block.
+
+    suffix: HF's name below the block's; `{e}` stands for the number of an expert.
+    path: of the parameter below the block: `attention/q`.
+    in_axes, part: see `TensorSlot`.
+    """
+
+    suffix: str
+    path: str
+    in_axes: int | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of a family's tensors.
+
+    block_tensors: those of a block of some kind. block: the prefix of a block's names. head: stored as a linear map.
+    foreign: prefixes of tensors that are no part of the language model.
+    """
+
+    block_tensors: Callable[[BlockKind], Sequence[BlockTensor]]
+    embed: str = "model.embed_tokens.weight"
+    block: str = "model.layers.{block}."
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """One parameter, or one of its stack, and where a checkpoint has it.
+
+    name: of the tensor, HF's.
     path: of the parameter in the decoder's nnx state.
-    repeat: index on the parameter's leading axis, None for a parameter that is not stacked.
-    in_axes: how many leading axes of the parameter (without the stack's) the matrix product sums over: those are
-        the *columns* of a stored `nn.Linear` weight. None: the tensor is stored as it is, apart from its shape.
+    index: on the parameter's leading axes: its block's repeat, and where experts are stored one by one the expert.
+    in_axes: how many leading axes of the parameter (behind `index`) the matrix product sums over: those are the
+        *columns* of a stored `nn.Linear` weight. None: the tensor is stored as it is; vectors flat.
+    part: which part of the tensor is this parameter; None: all of it.
+    beside: it is kept in a file of its own, which only we read.
     """
 
     name: str
     path: tuple[str | int, ...]
-    repeat: int | None
-    in_axes: int | None
+    index: tuple[int, ...] = ()
+    in_axes: int | None = None
+    part: Part | None = None
+    beside: bool = False
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The checkpoint's shape for a parameter of this shape (without the stack's axis)."""
-        if self.in_axes is not None:
-            return (prod(shape[self.in_axes :]), prod(shape[: self.in_axes]))
-        return shape if self.path == ("embed",) else (prod(shape),)
+        """The tensor's shape for a parameter of this shape (behind `index`)."""
+        own = self._own_shape(shape)
+        if self.part is None:
+            return own
+        return (*own[: self.part.axis], self.part.total, *own[self.part.axis + 1 :])
 
     def load(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Stored tensor -> parameter. A view where possible."""
+        if self.part is not None:
+            stored = stored[(slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)]
         return (stored if self.in_axes is None else stored.T).reshape(shape)
 
     def store(self, parameter: np.ndarray) -> np.ndarray:
-        """Parameter -> stored tensor, contiguous: the inverse of `load`."""
-        if self.in_axes is None:
-            return np.ascontiguousarray(parameter.reshape(self.stored_shape(parameter.shape)))
-        rows, columns = self.stored_shape(parameter.shape)
-        return np.ascontiguousarray(parameter.reshape(columns, rows).T)
+        """Parameter -> stored tensor, or its part: the inverse of `load`."""
+        own = self._own_shape(parameter.shape)
+        return parameter.reshape(own) if self.in_axes is None else parameter.reshape(own[::-1]).T
+
+    def _own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.in_axes is not None:
+            return (prod(shape[self.in_axes :]), prod(shape[: self.in_axes]))
+        is_vector = str(self.path[-1]).endswith(("norm", "bias"))
+        return (prod(shape),) if is_vector else shape
 
 
-# A block's tensors: (HF suffix, path below the block, in_axes).
-BLOCK_TENSORS: tuple[tuple[str, tuple[str, str], int | None], ...] = (
-    ("input_layernorm.weight", ("attention", "norm"), None),
-    ("self_attn.q_proj.weight", ("attention", "q"), 1),
-    ("self_attn.k_proj.weight", ("attention", "k"), 1),
-    ("self_attn.v_proj.weight", ("attention", "v"), 1),
-    ("self_attn.o_proj.weight", ("attention", "o"), 2),
-    ("post_attention_layernorm.weight", ("mlp", "norm"), None),
-    ("mlp.gate_proj.weight", ("mlp", "gate"), 1),
-    ("mlp.up_proj.weight", ("mlp", "up"), 1),
-    ("mlp.down_proj.weight", ("mlp", "down"), 1),
-)
-ATTENTION_BIASES = tuple((f"self_attn.{x}_proj.bias", ("attention", f"{x}_bias"), None) for x in "qkvo")
-MLP_BIASES = tuple((f"mlp.{x}_proj.bias", ("mlp", f"{x}_bias"), None) for x in ("gate", "up", "down"))
-
-
-def tensor_slots(config: ModelConfig) -> Iterator[TensorSlot]:
-    """Every tensor of an HF checkpoint of this config, in the order of the blocks."""
-    yield TensorSlot("model.embed_tokens.weight", ("embed",), None, None)
-    tensors = BLOCK_TENSORS + ATTENTION_BIASES * config.attention_bias + MLP_BIASES * config.mlp_bias
-    first = 0
-    for number, group in enumerate(config.layers):
-        for repeat in range(group.repeats):
-            for place in range(len(group.pattern)):
-                layer = first + repeat * len(group.pattern) + place
-                for suffix, path, in_axes in tensors:
-                    full = ("groups", number, "blocks", place, *path)
-                    yield TensorSlot(f"model.layers.{layer}.{suffix}", full, repeat, in_axes)
-        first += group.repeats * len(group.pattern)
-    yield TensorSlot("model.norm.weight", ("final_norm",), None, None)
+def tensor_slots(config: ModelConfig, layout: Layout) -> Iterator[TensorSlot]:
+    """Every tensor of an HF checkpoint of this config, in the order of the blocks; those of one tensor together."""
+    yield TensorSlot(layout.embed, ("embed",))
+    kinds = config.kinds
+    for block, group, repeat, place in config.places():
+        prefix = layout.block.format(block=block)
+        for tensor in layout.block_tensors(kinds[block]):
+            path = ("groups", group, "blocks", place, *tensor.path.split("/"))
+            experts = range(config.moe_config.num_experts) if "{e}" in tensor.suffix else (None,)
+            for expert in experts:
+                index = (repeat,) if expert is None else (repeat, expert)
+                name = prefix + tensor.suffix.format(e=expert)
+                yield TensorSlot(name, path, index, tensor.in_axes, tensor.part)
+        if kinds[block].moe and config.moe_config.bias and not config.moe_config.native_bias:
+            path = ("groups", group, "blocks", place, "mlp", "router_bias")
+            yield TensorSlot(f"{prefix}router_bias", path, (repeat,), beside=True)
+    yield TensorSlot(layout.final_norm, ("final_norm",))
     if not config.tie_embeddings:
-        yield TensorSlot("lm_head.weight", ("head",), None, 1)
+        yield TensorSlot(layout.head, ("head",), (), 1)
 
 
 class TensorSource(Protocol):
@@ -145,8 +187,9 @@ class SafetensorsSource:
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors, by name. `model.safetensors` wins over an index, as in HF."""
+    beside = [directory / ROUTER_BIAS_FILE] if (directory / ROUTER_BIAS_FILE).exists() else []
     if (directory / WEIGHTS_NAME).exists():
-        return [directory / WEIGHTS_NAME]
+        return [directory / WEIGHTS_NAME, *beside]
     if not (directory / INDEX_NAME).exists():
         raise _no_weights(directory)
     listed = read_json(directory / INDEX_NAME).get("weight_map")
@@ -164,7 +207,7 @@ def weight_files(directory: Path) -> list[Path]:
             {"index": directory / INDEX_NAME, "missing": some(missing), "of": f"{len(files)} shards"},
             "copy the missing files beside the index",
         )
-    return files
+    return [*files, *beside]
 
 
 def read_json(file: Path) -> dict[str, Any]:

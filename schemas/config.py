@@ -192,6 +192,7 @@ class ExportConfig(Config):
     run: str = Field(description="the run, as trained")
     out: str = Field(description="the HF directory to write")
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
+    best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
 
 
 class DemoConfig(Config):

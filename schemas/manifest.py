@@ -74,7 +74,10 @@ class TapPlan(Config):
 
 
 class TeacherPlan(Config):
-    """Which teacher: where it was read from, and what it is. Identity is `weights_digest`, not the path."""
+    """Which teacher: where it was read from, and what it is. Identity is `weights_digest`, not the path.
+
+    norm_eps: of its norms; with the attention norms' weights in the side file it makes attention inputs of `resid`.
+    """
 
     path: str
     weights_digest: str
@@ -82,6 +85,7 @@ class TeacherPlan(Config):
     hidden_size: int
     vocab_size: int
     family: str
+    norm_eps: float
 
 
 class NumericsPlan(Config):

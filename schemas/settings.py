@@ -66,7 +66,8 @@ def parse(
         if not word.startswith("--"):
             if not bare:
                 raise ConfigError("an extra word on the command line", {"found": word}, f"see {command} --help")
-            overrides.append(([bare.pop(0)], word, word))
+            name = bare.pop(0)
+            overrides.append(([name], word, f"<{name}>"))
             continue
         flag, equals, text = word.partition("=")
         value = text if equals else None
@@ -94,8 +95,10 @@ def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> Co
         for finding in error.errors():
             # Members of a union are tried one by one; their names in the path would only confuse.
             keys = [str(key) for key in finding["loc"] if not ("[" in str(key) or key in _MEMBER_NAMES)]
-            message = finding["msg"][0].lower() + finding["msg"][1:]
-            given = "" if finding["type"] == "missing" else f" (found {finding['input']!r})"
+            message = finding["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            # What a validator of the whole model found is the whole config: it says itself what is wrong there.
+            given = "" if finding["type"] == "missing" or not keys else f" (found {finding['input']!r})"
             facts.setdefault(".".join(keys) or "config", message + given)
         raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
 
@@ -156,7 +159,7 @@ def _fields(
     for name, field in model.model_fields.items():
         given = getattr(values, name) if values is not None else field.get_default(call_default_factory=True)
         nested = _nested_model(field.annotation)
-        if nested is not None:
+        if nested is not None and not _is_plain(field.annotation):
             if field.description:
                 words = _words_instead(field.annotation)
                 default = f"  (default: {given})" if isinstance(given, str) else ""
@@ -186,7 +189,7 @@ def _words_instead(annotation: Any) -> list[str]:
 def _default_text(given: Any, optional: bool) -> str:
     if given is PydanticUndefined or given is ...:
         return "  (required with its section)" if optional else "  (required)"
-    return f"  (default{' with its section' if optional else ''}: {'none' if given is None else given})"
+    return f"  (default{' with its section' if optional else ''}: {'none' if given in (None, '') else given})"
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -194,8 +197,14 @@ def _members(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) is typing.Annotated:
         annotation = typing.get_args(annotation)[0]
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    found = list(typing.get_args(annotation)) if union else [annotation]
-    return [member for member in found if member is not type(None)]
+    found = typing.get_args(annotation) if union else [annotation]
+    bare = [typing.get_args(each)[0] if typing.get_origin(each) is typing.Annotated else each for each in found]
+    return [member for member in bare if member is not type(None)]
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a number or a text will do, so that help has one line for it, whatever else it may be."""
+    return any(member in (int, float, str) for member in _members(annotation))
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:
@@ -203,25 +212,26 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: Any, *, inside: bool = False) -> str:
+    """`inside`: of a mapping's field, whose own fields are left out."""
     names = []
     for member in _members(annotation):
-        if typing.get_origin(member) is typing.Annotated:
-            member = typing.get_args(member)[0]
         if typing.get_origin(member) is typing.Literal:
             names.append("|".join(str(value) for value in typing.get_args(member)))
         elif typing.get_origin(member) is list:
-            names.append(f"[{_type_name(typing.get_args(member)[0])}, ...]")
+            names.append(f"[{_type_name(typing.get_args(member)[0], inside=inside)}, ...]")
         elif isinstance(member, type) and issubclass(member, BaseModel):
-            names.append(
-                "{" + ", ".join(f"{n}: {_type_name(f.annotation)}" for n, f in member.model_fields.items()) + "}"
-            )
+            fields = (f"{n}: {_type_name(f.annotation, inside=True)}" for n, f in member.model_fields.items())
+            names.append("{...}" if inside else "{" + ", ".join(fields) + "}")
         else:
             names.append(getattr(member, "__name__", str(member)))
     return " or ".join(names)
 
 
 def _field_annotation(model: type[BaseModel], keys: list[str], flag: str, command: str) -> Any:
+    other_names = getattr(model, "other_names", {})
+    if len(keys) == 1 and keys[0] in other_names:
+        return other_names[keys[0]]
     current: type[BaseModel] | None = model
     annotation: Any = None
     for key in keys:
@@ -239,6 +249,8 @@ def _field_annotation(model: type[BaseModel], keys: list[str], flag: str, comman
 def _given(value: str | None, flag: str, command: str) -> str:
     if value is None:
         raise ConfigError("a flag lacks its value", {"flag": flag}, f"see {command} --help")
+    if not value.strip():  # as from a shell variable that is not set
+        raise ConfigError("a flag's value is empty", {"flag": flag}, "give it one, or leave it out")
     return value
 
 

@@ -3,7 +3,8 @@
 A *weight* is a number, or a ramp from one number to another over the stage's steps.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -77,14 +78,27 @@ class MlpLossConfig(Config):
 
 
 class LoadBalanceConfig(Config):
-    weight: Weight = Field(default=0.0, description="lambda; for students with routers")
-    scope: Literal["layer"] = Field(default="layer", description="over which the load is balanced")
+    weight: Weight = Field(
+        default=0.0,
+        description="lambda; for students with routers; also as MaxText's load_balance_loss_weight",
+    )
+    scope: Literal["layer", "model", "sequence", "global_batch"] = Field(
+        default="layer",
+        description="over which the load is balanced: each block, all blocks together (feature mode), each row, or "
+        "each block over all micro-batches",
+    )  # one block's imbalance cannot hide another's, as it can with model
 
 
 class LossConfig(Config):
-    """alpha tau^2 KL + (1 - alpha) CE + beta feature + gamma mlp + lambda load_balance + zeta router_z."""
+    """The sum of all terms:
 
-    alpha: Share = Field(default=0.0, description="KL against CE, feature mode")
+    token_weight (alpha tau^2 KL + (1 - alpha) CE) + beta feature + gamma mlp + lambda load_balance + zeta router_z.
+    """
+
+    token_weight: Weight = Field(
+        default=1.0, description="feature mode: of KL and CE together; 0: features alone, logits are not computed"
+    )  # as MaxText sums them
+    alpha: Share = Field(default=0.0, description="share of the KL, 0 to 1; the rest is CE's; feature mode")
     tau: Weight = Field(default=1.0, description="temperature of the KL")
     rest_bucket: bool = Field(
         default=False, description="KL: what lies outside the teacher's top k counts as one more class"
@@ -138,6 +152,8 @@ class StageConfig(Config):
 class TrainConfig(Config):
     """A cache in, a trained student out."""
 
+    other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's
+
     run: str = Field(description="folder of the run: checkpoints, metrics, the student")
     cache: str = Field(default="", description="the cache to train from")
     source: Literal["cache", "online"] = Field(
@@ -147,7 +163,8 @@ class TrainConfig(Config):
     student: StudentConfig = Field(default=StudentConfig(), description="what is trained")
     mode: Literal["blockwise", "feature"] = Field(
         default="blockwise",
-        description="blockwise: every block gets the teacher's stream; feature: the student runs as a whole",
+        description="blockwise: every block gets the teacher's stream; feature: the student runs as a whole; also as "
+        "MaxText's blockwise_distill, true or false",
     )
     inject: Literal["resid", "attn_in"] = Field(
         default="resid",
@@ -166,6 +183,26 @@ class TrainConfig(Config):
     stages: list[StageConfig] | None = Field(
         default=None, description="parts of the run, one after the other; default: one, as the run states it"
     )
+    moe_balance_type: Literal["gshard", "noaux_tc"] | None = Field(
+        default=None,
+        description="how experts are kept evenly loaded: gshard: by loss.load_balance; noaux_tc: by biases that move "
+        "with the load, without a loss; default: loss.load_balance if it has a weight, biases stay as they are",
+    )
+    moe_update_rule: Literal["ema", "sign"] = Field(
+        default="ema", description="noaux_tc: biases follow the smoothed load, or the sign of the step's (DeepSeek-V3)"
+    )
+    moe_update_rate: float = Field(default=0.01, gt=0, description="noaux_tc: how fast biases move")
+    moe_update_momentum: float = Field(default=0.9, ge=0, lt=1, description="noaux_tc: of the smoothed load")
+    moe_bias_cap: float | None = Field(
+        default=2.0, description="noaux_tc: the largest magnitude of a bias; null or at most 0: none"
+    )
+    moe_afb_warmup_steps: int = Field(default=0, ge=0, description="noaux_tc: steps of a stage before biases move")
+    moe_bias_sync_group: Literal["world", "ep"] = Field(
+        default="world", description="noaux_tc: one bias for all devices, or one for each expert-parallel group"
+    )
+    expert_parallel_size: Positive = Field(
+        default=1, description="devices in an expert-parallel group; divides mesh.data * mesh.fsdp * mesh.expert"
+    )  # these eight under Axolotl's names, with its defaults
     steps: Positive = Field(default=1000, description="optimizer steps")
     batch_rows: Positive = Field(default=8, description="rows in the global batch")
     micro_batches: Positive = Field(
@@ -183,7 +220,9 @@ class TrainConfig(Config):
     checkpoint_every: Positive = Field(
         default=100, description="steps between checkpoints"
     )  # minutes of work at most are lost
-    keep_checkpoints: Positive = Field(default=2, description="how many stay")  # one may be half-written
+    keep_checkpoints: Positive = Field(
+        default=2, description="how many of the newest stay; so does the best"
+    )  # one may be half-written
     eval_every: int = Field(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end of a stage only"
     )  # an evaluation costs as much as many steps
@@ -208,9 +247,29 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _understand_maxtext(cls, values: Any) -> Any:
-        """MaxText's `blockwise_distill: true` means `mode: blockwise`, with feature losses only."""
-        if isinstance(values, dict) and "blockwise_distill" in values:
-            values = dict(values)
-            if values.pop("blockwise_distill"):
-                values["mode"] = "blockwise"
+        """MaxText's keys mean fields of ours; its `blockwise_distill: false` is what `mode: feature` is here."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if "blockwise_distill" in values:
+            given = values.pop("blockwise_distill")
+            if not isinstance(given, bool):
+                raise ValueError(f"blockwise_distill is true or false, not {given!r}")
+            values = _stated(values, ["mode"], "blockwise" if given else "feature", f"blockwise_distill: {given}")
+        if "load_balance_loss_weight" in values:
+            given = values.pop("load_balance_loss_weight")
+            name = f"load_balance_loss_weight: {given}"
+            values = _stated(values, ["loss", "load_balance", "weight"], given, name)
         return values
+
+
+def _stated(values: dict[str, Any], keys: Sequence[str], value: Any, said: str, path: str = "") -> dict[str, Any]:
+    """`values` with this value at the end of these keys, as `said`; another value that is there already is an error."""
+    path, inner = f"{path}.{keys[0]}".lstrip("."), values.get(keys[0])
+    if len(keys) > 1:
+        if not isinstance(inner, dict | None):
+            raise ValueError(f"{said} goes into {path}, which is not a mapping")
+        return {**values, keys[0]: _stated(inner or {}, keys[1:], value, said, path)}
+    if keys[0] in values and inner != value:
+        raise ValueError(f"{said} and {path}: {inner} do not agree")
+    return {**values, keys[0]: value}

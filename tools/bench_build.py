@@ -160,6 +160,7 @@ def _build_rate(
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         family=model.family,
+        norm_eps=model.norm_eps,
     )
     plan = make_plan(config, SEGMENT, model, described, describe_rows(rows), str(decoder.embed[...].dtype))
     store, clock = Store(str(folder)), _Clock()

@@ -197,7 +197,8 @@ class _Paths:
         base = train_config(Path("none"), self._cache, [], 1000, self._sizes.batch_rows)
         config = base.model_copy(update=changes)
         parameters = all_parameters(self._student)
-        return StageRun(config, resolve_stages(config)[0], self._student, parameters, source, _no_norms)
+        run = StageRun(config, resolve_stages(config)[0], self._student, parameters, source, _no_norms)
+        return run.prepare(parameters)
 
     def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
         return CacheSource(self._cache, taps, blocks, "train", leaving=leaving)

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from models.checkpoint import save_pretrained
 from schemas import settings
 from schemas.config import ExportConfig
+from schemas.errors import ConfigError
 from trainer.checkpoints import load_student
+from trainer.train import best_evaluation
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Write the student of a run, at its newest checkpoint or the one asked for."""
+    """Write the student of a run, at its newest checkpoint, the best one or the one asked for."""
     config = settings.parse(ExportConfig, argv, command, positional=("run", "out"))
-    student = load_student(config.run, config.step)
+    if config.best and config.step is not None:
+        raise ConfigError("--best and --step both name a checkpoint", {"--step": config.step}, "give one of them")
+    step, note = config.step, ""
+    if config.best:
+        best = best_evaluation(config.run)
+        step, note = best.step, f", the best with a held-out perplexity of {best.perplexity:.2f},"
+    student = load_student(config.run, step)
     save_pretrained(student.decoder, config.out, tokenizer_from=student.tokenizer)
     if as_json:
         print(json.dumps({"run": config.run, "step": student.step, "out": config.out}))
     else:
-        print(f"step {student.step} of {config.run} is in {config.out}", file=sys.stderr)
+        print(f"step {student.step} of {config.run}{note} is in {config.out}", file=sys.stderr)

@@ -130,6 +130,7 @@ def plan_for(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> Plan:
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         family=model.family,
+        norm_eps=model.norm_eps,
     )
     return make_plan(config, SEGMENT, model, teacher, rows, config.dtype or "")
 

@@ -65,7 +65,13 @@ def synthetic_plan(
         layers=(LayerGroup((BlockKind(),), blocks),),
     )
     teacher = TeacherPlan(
-        path="none", weights_digest="0", num_blocks=blocks, hidden_size=hidden, vocab_size=VOCAB_SIZE, family="none"
+        path="none",
+        weights_digest="0",
+        num_blocks=blocks,
+        hidden_size=hidden,
+        vocab_size=VOCAB_SIZE,
+        family="none",
+        norm_eps=model.norm_eps,
     )
     counted = RowsPlan(
         count=rows,

@@ -1,15 +1,17 @@
 """What a run keeps: the student as it was made, and, at some steps, what training changed since.
 
     <run>/student/           HF directory of the student before its first step, with its tokenizer
-    <run>/checkpoints/<n>/   Orbax: all parameters trained so far, projectors among them; optimizer state; feed state
+    <run>/checkpoints/<n>/   Orbax: all parameters trained so far, projectors and routers' biases among them; optimizer
+                             state; the state of biases that move; feed state
 
 Parameters go by their names (parameters.py), without what a mesh adds, so a run may go on on another mesh. A
 student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
 the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
+from models.routing import BalanceState
 from schemas.errors import CheckpointError, StorageError
 from trainer.parameters import Parameters, install
 
@@ -46,22 +49,35 @@ class Checkpoints:
         """From now on the checkpoint of this step stays, whatever its age, and no older best one."""
         self._kept.best = step
 
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, parameters: Parameters, moments: Mapping[str, Any], feed: dict[str, int]) -> None:
+    def save(
+        self,
+        step: int,
+        parameters: Parameters,
+        moments: Mapping[str, Any],
+        balance: Mapping[str, BalanceState],
+        feed: dict[str, int],
+    ) -> None:
         """Begin to save what was reached after `step` steps; a failure is raised by the next call.
 
         Raises:
             StorageError: this save or the one before it failed; earlier checkpoints stay.
         """
-        items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(parameters),
-            optimizer=ocp.args.StandardSave(_named(moments)),
-            feed=ocp.args.JsonSave(feed),
-        )
-        self._checked(lambda: self._manager.save(step, args=items))
+        items: dict[str, Any] = {
+            "parameters": ocp.args.StandardSave(parameters),
+            "optimizer": ocp.args.StandardSave(_named(moments)),
+            "feed": ocp.args.JsonSave(feed),
+        }
+        if balance:
+            items["router"] = ocp.args.StandardSave({unit: state._asdict() for unit, state in balance.items()})
+        self._checked(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def restore_parameters(self, step: int) -> Parameters:
         """All parameters that were trained."""
@@ -71,6 +87,11 @@ class Checkpoints:
         """The optimizer's state; `like` gives the structure."""
         found = self._restore(step, optimizer=ocp.args.StandardRestore(_shapes(like))).optimizer
         return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], like)
+
+    def restore_balance(self, step: int) -> dict[str, BalanceState]:
+        """The state of the routers' biases, as many groups as there were."""
+        found = self._restore(step, router=ocp.args.StandardRestore()).router
+        return {unit: BalanceState(**state) for unit, state in found.items()}
 
     def restore_feed(self, step: int) -> dict[str, int]:
         """Where the feed stood."""
@@ -96,10 +117,10 @@ class Checkpoints:
             ) from error
 
     def _restore(self, step: int, **items: Any) -> Any:
-        if step not in self._manager.all_steps():
+        if step not in self.steps():
             raise CheckpointError(
                 "the run has no such checkpoint",
-                {"run": self._folder.parent, "wanted": step, "found": sorted(self._manager.all_steps())},
+                {"run": self._folder.parent, "wanted": step, "found": self.steps()},
                 "choose one of these steps",
             )
         try:
@@ -145,13 +166,7 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
         CheckpointError: there is no run, or it has no such checkpoint.
     """
     folder = Path(run).expanduser()
-    if not (folder / STUDENT).is_dir() or not (folder / CHECKPOINTS).is_dir():
-        raise CheckpointError(
-            "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
-        )
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what is opened to read cannot be written
-    checkpoints = Checkpoints(folder)
-    try:
+    with _opened(folder) as checkpoints:
         chosen = checkpoints.latest() if step is None else step
         if chosen is None:
             raise CheckpointError(
@@ -159,9 +174,28 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
             )
         decoder = load_pretrained(folder / STUDENT, dtype="float32")
         install(decoder, checkpoints.restore_parameters(chosen))
+    return TrainedStudent(decoder, folder / STUDENT, chosen)
+
+
+def kept_steps(run: str) -> list[int]:
+    """The steps of a run's checkpoints, ascending. Raises `CheckpointError` where there is no run."""
+    with _opened(Path(run).expanduser()) as checkpoints:
+        return checkpoints.steps()
+
+
+@contextlib.contextmanager
+def _opened(run: Path) -> Iterator[Checkpoints]:
+    """A run's checkpoints, to read."""
+    if not (run / STUDENT).is_dir() or not (run / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
+        )
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what is opened to read cannot be written
+    checkpoints = Checkpoints(run)
+    try:
+        yield checkpoints
     finally:
         checkpoints.close()
-    return TrainedStudent(decoder, folder / STUDENT, chosen)
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:

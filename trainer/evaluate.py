@@ -5,7 +5,8 @@ once; sums travel from batch to batch, in Python's own double precision.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,8 @@ class Evaluator:
         if "attn_out" in self._source.codecs and apart:
             norms = sources.norms() if config.inject == "attn_in" else None
             self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
-        self._rules = BlockRules(config.inject, config.mlp_input, False, config.compute_dtype)
+        eps = self._source.plan.teacher.norm_eps
+        self._rules = BlockRules(compute_dtype=config.compute_dtype, teacher_norm_eps=eps)
 
     def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
         """What these parameters, all of the student's, are worth after `step` steps."""
@@ -82,14 +84,12 @@ def held_out_perplexity(
     decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
 ) -> float:
     """exp of the mean cross-entropy of every next token in the source's rows."""
-    graph, parameters = nnx.split(decoder)
-    total = weight = 0.0
-    with Progress(title, len(source), unit="rows") as bar:
-        for batch, rows in _batches(source, batch_rows):
-            sums = _token_loss(graph, parameters, *(batch[name] for name in _ROW_FIELDS))
-            total, weight = total + float(sums.total), weight + float(sums.weight)
-            bar.advance(rows)
-    return math.exp(total / max(weight, 1.0))
+    return math.exp(_mean_token_loss(decoder, source, batch_rows, title, None))
+
+
+def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool) -> float:
+    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
+    return _mean_token_loss(decoder, source, batch_rows, "KL", _Record(source.codecs["topk_logits"], rest_bucket))
 
 
 def blockwise_cosine(
@@ -112,14 +112,22 @@ def blockwise_cosine(
     return total / max(weight, 1.0)
 
 
-def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool) -> float:
-    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
+@dataclass(frozen=True)
+class _Record:
+    """How the teacher's recorded logits are read and compared."""
+
+    codec: Any
+    rest_bucket: bool
+
+
+def _mean_token_loss(decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None) -> float:
+    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy."""
     graph, parameters = nnx.split(decoder)
-    codec, total, weight = source.codecs["topk_logits"], 0.0, 0.0
-    with Progress("KL", len(source), unit="rows") as bar:
+    total = weight = 0.0
+    with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows):
-            fields = tuple(batch[name] for name in _ROW_FIELDS)
-            sums = _divergence(graph, codec, rest_bucket, parameters, batch["topk_logits"], *fields)
+            stored = None if record is None else batch["topk_logits"]
+            sums = _token_loss(graph, record, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
             total, weight = total + float(sums.total), weight + float(sums.weight)
             bar.advance(rows)
     return total / max(weight, 1.0)
@@ -128,57 +136,31 @@ def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, res
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _token_loss(
     graph: Any,
+    record: _Record | None,
     parameters: Any,
+    stored: Mapping[str, Array] | None,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
-) -> MaskedSum:
-    def row_loss(logits: Array, fields: Sequence[Array], _: Any) -> MaskedSum:
-        return next_token_loss(logits, *fields)
-
-    return _over_rows(nnx.merge(graph, parameters), positions, (tokens, segment_ids, loss_mask), None, row_loss)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _divergence(
-    graph: Any,
-    codec: Any,
-    rest_bucket: bool,
-    parameters: Any,
-    parts: Any,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-) -> MaskedSum:
-    def row_loss(logits: Array, fields: Sequence[Array], parts: Any) -> MaskedSum:
-        return topk_kl_loss(logits, *codec.decode(parts), *fields, tau=1.0, rest_bucket=rest_bucket)
-
-    stored = {name: value[0] for name, value in parts.items()}
-    return _over_rows(nnx.merge(graph, parameters), positions, (tokens, segment_ids, loss_mask), stored, row_loss)
-
-
-def _over_rows(
-    decoder: Decoder,
-    positions: Array,
-    fields: tuple[Array, Array, Array],
-    parts: Any,
-    row_loss: Callable[[Array, Sequence[Array], Any], MaskedSum],
 ) -> MaskedSum:
     """The loss of a batch, row by row: logits of all of it would be the largest array by far (`[B, T, V]`)."""
-    tokens, segment_ids, _ = fields
+    decoder = nnx.merge(graph, parameters)
     context = decoder.context(positions, segment_ids)
     stream, _, _ = decoder.scan_blocks(decoder.embed_tokens(tokens), context, lambda carry, *_: (carry, None), None)
 
     def one(row: Any) -> MaskedSum:
         x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
-        return row_loss(decoder.logits(x), fields, parts)
+        logits = decoder.logits(x)
+        if record is None:
+            return next_token_loss(logits, *fields)
+        return topk_kl_loss(logits, *record.codec.decode(parts), *fields, tau=1.0, rest_bucket=record.rest_bucket)
 
-    sums = jax.lax.map(one, (stream, fields, parts))
+    parts = stored and {name: value[0] for name, value in stored.items()}
+    sums = jax.lax.map(one, (stream, (tokens, segment_ids, loss_mask), parts))
     return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight))
 
 

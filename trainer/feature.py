@@ -1,10 +1,12 @@
 """One step in feature mode: the student runs as a whole, from tokens.
 
-    total = alpha * tau^2 * KL + (1 - alpha) * CE + beta * feature
+    total = token_weight * (alpha * tau^2 * KL + (1 - alpha) * CE) + beta * feature
+          + lambda * load_balance + zeta * router_z
 
 KL and CE are means over next tokens that count (losses.next_token_loss), feature is the mean over the blocks that count
-of a mean over real tokens, all of the whole batch, however it is cut into micro-batches. Logits exist for one row at a
-time, forward and backward.
+of a mean over real tokens, the routers' losses are means over the blocks with experts, all of the whole batch, however
+it is cut into micro-batches. Logits exist for one row at a time, forward and backward; with a token_weight of 0 there
+are none.
 
 Source: Hinton et al. 2015 (tau^2), MaxText distillation_utils (the sum and its names).
 """
@@ -20,8 +22,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from models.decoder import BlockOutput, Decoder, Remat
+from models.decoder import BlockContext, BlockOutput, Decoder, Remat
+from models.routing import RouterSums
 from schemas.train_config import LossConfig
+from trainer.balance import Balancing, BlockRouting, Totals, biases, loads_by_unit
 from trainer.blockwise import shares
 from trainer.losses import (
     counted_predictions,
@@ -32,7 +36,7 @@ from trainer.losses import (
     topk_cross_entropy,
 )
 from trainer.optimizer import clip_all, update_blocks, update_one
-from trainer.parameters import PROJECTOR, Parameters, cast, of_place, of_places, outer, place_prefix
+from trainer.parameters import PROJECTOR, Parameters, Place, cast, of_place, of_places, outer, place_prefix
 from trainer.schedules import may_count, weight_at
 from trainer.stack import StudentStack, TapDecoder
 from trainer.step import OUTER, TrainState, Update
@@ -49,8 +53,9 @@ ROW_FIELDS = ("tokens", "segment_ids", "loss_mask")
 class FeatureSums(NamedTuple):
     """What a step reports: sums, their counts, and the terms' weights at this step.
 
-    feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`; with recorded logits `kl` (at
-    tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets among its top k).
+    feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`, if logits are computed; with
+    recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets
+    among its top k). routing: of the blocks with experts, where it is collected.
     """
 
     feature: Array
@@ -58,6 +63,7 @@ class FeatureSums(NamedTuple):
     token_losses: dict[str, Array]
     targets: Array
     weights: dict[str, Array]
+    routing: BlockRouting | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +80,19 @@ class FeatureStep:
     micro_batches: int = 1
     remat: str = "block"
     compute_dtype: str = "float32"
+    balancing: Balancing | None = None
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether any loss needs logits."""
+        return may_count(self.loss.token_weight)
 
     def weights(self, step: Array) -> dict[str, Array]:
-        """alpha, tau and beta at a step."""
-        terms = {"alpha": self.loss.alpha, "tau": self.loss.tau, "feature": self.loss.feature.weight}
+        """That of the token losses, alpha, tau and beta at a step, and lambda and zeta where they may count."""
+        loss = self.loss
+        terms = {"tokens": loss.token_weight, "alpha": loss.alpha, "tau": loss.tau, "feature": loss.feature.weight}
+        if self.balancing is not None and self.balancing.with_loss:
+            terms |= {"load_balance": loss.load_balance.weight, "router_z": loss.router_z}
         return {name: weight_at(weight, step, self.steps) for name, weight in terms.items()}
 
     def gradients(
@@ -86,18 +101,19 @@ class FeatureStep:
         """The gradient of the whole batch's loss, and its sums."""
         weights, counts = self.weights(step), _Counts.of(batch)
         rows = {name: value for name, value in batch.items() if not isinstance(value, Mapping)}
+        rows["row"] = jnp.arange(counts.rows)
         taps = {name: value for name, value in batch.items() if isinstance(value, Mapping)}
-        gradient = jax.grad(partial(self._loss, frozen, flat_table(table), weights, counts), has_aux=True)
+        gradient = jax.grad(partial(self._loss, frozen, flat_table(table), weights, counts, step), has_aux=True)
         if self.micro_batches == 1:
-            return gradient(trained, rows, taps)
+            return gradient(trained, None, rows, taps)
 
         def one(total: Any, number: Array) -> tuple[Any, None]:
-            found = gradient(
-                trained, _part(rows, 0, self.micro_batches, number), _part(taps, 1, self.micro_batches, number)
-            )
+            parts = _part(rows, 0, self.micro_batches, number), _part(taps, 1, self.micro_batches, number)
+            routing = total[1].routing
+            found = gradient(trained, routing and routing.sums.load, *parts)
             return jax.tree.map(jnp.add, total, found), None
 
-        shapes = jax.eval_shape(gradient, trained, rows, taps)
+        shapes = jax.eval_shape(gradient, trained, None, rows, taps)
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         gradients, sums = jax.lax.scan(one, zeros, jnp.arange(self.micro_batches))[0]
         return gradients, sums._replace(tokens=counts.tokens, targets=counts.targets, weights=weights)
@@ -108,49 +124,66 @@ class FeatureStep:
         rows_of_table: Mapping[str, Array],
         weights: Mapping[str, Array],
         counts: "_Counts",
+        step: Array,
         trained: Parameters,
+        load_before: Array | None,
         rows: Mapping[str, Array],
         taps: Mapping[str, Any],
     ) -> tuple[Array, FeatureSums]:
         parameters = cast({**frozen, **trained}, self.compute_dtype)
         decoder = merge_decoder(self.graph, parameters)
-        stream, feature = self._run(decoder, parameters, rows_of_table, rows, taps)
-        losses = self._token_losses(decoder, stream, weights["tau"], rows, taps)
+        context = decoder.context(rows["positions"], rows["segment_ids"])
+        if self.balancing is not None:
+            context = self.balancing.context(context, rows["row"], counts.rows, step)
+        stream, feature, router = self._run(decoder, context, parameters, rows_of_table, rows, taps)
         counted = jnp.sum(rows_of_table["trained"])
         per_block = feature * rows_of_table["weight"]
-        total = (
-            weights["alpha"] * jnp.square(weights["tau"]) * losses.get("kl", 0.0) / counts.targets
-            + (1.0 - weights["alpha"]) * losses["ce"] / counts.targets
-            + weights["feature"] * jnp.sum(per_block) / jnp.maximum(counted, 1) / counts.tokens
-        )
-        return total, FeatureSums(feature, counts.tokens, losses, counts.targets, dict(weights))
+        total = weights["feature"] * jnp.sum(per_block) / jnp.maximum(counted, 1) / counts.tokens
+        losses: dict[str, Array] = {}
+        if self.compares_tokens:
+            losses = self._token_losses(decoder, stream, weights["tau"], rows, taps)
+            soft = jnp.square(weights["tau"]) * losses.get("kl", 0.0) / counts.targets
+            hard = losses["ce"] / counts.targets
+            total = weights["tokens"] * (weights["alpha"] * soft + (1.0 - weights["alpha"]) * hard) + total
+        routing = None
+        if router is not None and self.balancing is not None:
+            routing = self.balancing.of_blocks(router, rows["row"], counts.rows, counts.totals, load_before)
+            if "load_balance" in weights:
+                total = total + weights["load_balance"] * jnp.mean(routing.balance) / counts.tokens
+                total = total + weights["router_z"] * jnp.mean(routing.sums.z) / counts.tokens
+        return total, FeatureSums(feature, counts.tokens, losses, counts.targets, dict(weights), routing)
 
     def _run(
         self,
         decoder: Decoder,
+        context: BlockContext,
         parameters: Mapping[str, Array],
         table: Mapping[str, Array],
         rows: Mapping[str, Array],
         taps: Mapping[str, Any],
-    ) -> tuple[Array, Array]:
-        """The stream that leaves the last block, and every block's feature loss, `[L]` sums."""
+    ) -> tuple[Array, Array, RouterSums | None]:
+        """The stream that leaves the last block; every block's feature loss, `[L]` sums; and the routing of each row in
+        the blocks with experts, `[Lm, B, ...]`, where it is collected."""
         mask, depth = rows["segment_ids"] > 0, self.stack.config.num_blocks
-        context = decoder.context(rows["positions"], rows["segment_ids"])
+        balancing = self.balancing if self.balancing is not None and self.balancing.collects else None
         compares = may_count(self.loss.feature.weight)
         reader = TapDecoder(self.reading, taps, needs_mlp=False)
         outward = self._projectors(parameters)
 
-        def emit(carry: None, out: BlockOutput, block: Array) -> tuple[None, Array]:
+        def emit(carry: None, out: BlockOutput, block: Array) -> tuple[None, dict[str, Any]]:
+            kept = {}
+            if balancing is not None and out.router is not None:
+                kept["router"] = balancing.of_rows(out.router, mask)
             if not compares:
-                return carry, jnp.zeros(())
+                return carry, {"feature": jnp.zeros(()), **kept}
             row = {name: values[block] for name, values in table.items()}
             own = out.attn_out if outward is None else out.attn_out @ outward[block]
             found = feature_loss(own, reader.target(row), mask, **shares(self.loss.feature)).total
-            return carry, jnp.where(row["trained"], found, 0.0)
+            return carry, {"feature": jnp.where(row["trained"], found, 0.0), **kept}
 
         x = decoder.embed_tokens(rows["tokens"])
-        stream, _, feature = decoder.scan_blocks(x, context, emit, None, remat=REMAT[self.remat])
-        return stream, feature.reshape(depth)
+        stream, _, found = decoder.scan_blocks(x, context, emit, None, remat=REMAT[self.remat])
+        return stream, found["feature"].reshape(depth), found.get("router")
 
     def _token_losses(
         self, decoder: Decoder, stream: Array, tau: Array, rows: Mapping[str, Array], taps: Mapping[str, Any]
@@ -205,16 +238,19 @@ class FeatureStep:
 
 
 class _Counts(NamedTuple):
-    """What the whole batch's sums are divided by, at least 1."""
+    """What the whole batch's sums are divided by, at least 1; and its totals and rows as they are."""
 
     tokens: Array
     targets: Array
+    totals: Totals
+    rows: int
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "_Counts":
-        real = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+        mask = batch["segment_ids"] > 0
+        totals = Totals.of(mask)
         nexts = jnp.sum(counted_predictions(batch["segment_ids"], batch["loss_mask"]), dtype=jnp.float32)
-        return cls(jnp.maximum(real, 1.0), jnp.maximum(nexts, 1.0))
+        return cls(jnp.maximum(totals.tokens, 1.0), jnp.maximum(nexts, 1.0), totals, mask.shape[0])
 
 
 def feature_update(step: FeatureStep) -> Update:
@@ -223,7 +259,8 @@ def feature_update(step: FeatureStep) -> Update:
     def update(
         state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
     ) -> tuple[TrainState, FeatureSums]:
-        gradients, sums = step.gradients(state.parameters, frozen, batch, table, state.step)
+        fixed = {**frozen, **biases(state.balance)}
+        gradients, sums = step.gradients(state.parameters, fixed, batch, table, state.step)
         gradients = clip_all(gradients, step.clip_norm)
         new, moments = {}, {}
         for place, repeats in step.stack.places().items():
@@ -231,14 +268,33 @@ def feature_update(step: FeatureStep) -> Update:
             mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
             every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
             new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
+            if not (step.compares_tokens or (step.balancing is not None and step.balancing.with_loss)):
+                new[place] = _where_reached(new[place], mine[2], table, place)
         parameters = of_places(new)
         if OUTER in state.moments:
             rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
             moved, moments[OUTER] = update_one(step.optimizer, *rest)
             parameters |= moved
-        return TrainState(parameters, moments, state.step + 1), sums
+        balance = state.balance
+        if step.balancing is not None and sums.routing is not None:
+            loads = loads_by_unit(sums.routing.loads, step.stack.config)
+            balance = step.balancing.after_step(balance, loads, state.step)
+        return TrainState(parameters, moments, state.step + 1, balance), sums
 
     return update
+
+
+def _where_reached(new: Mapping[str, Array], old: Mapping[str, Array], table: Table, place: Place) -> dict[str, Array]:
+    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared: it stays as it
+    is, and weight decay does not shrink it either."""
+    last = jnp.max(jnp.stack([jnp.max(jnp.where(group["trained"], group["block"], -1)) for group in table]))
+    block = jnp.asarray(table[place[0]]["block"])[:, place[1]]
+
+    def one(name: str, value: Array) -> Array:
+        reached = block < last if name.startswith("mlp/") else block <= last
+        return jnp.where(reached.reshape(-1, *[1] * (value.ndim - 1)), value, old[name])
+
+    return {name: one(name, value) for name, value in new.items()}
 
 
 def merge_decoder(graph: nnx.GraphDef[Decoder], parameters: Mapping[str, Array]) -> Decoder:

@@ -24,6 +24,9 @@ PEAK_FLOPS = {
 }
 
 
+OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down")  # with experts, every token goes through `top_k` of them
+
+
 def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, row_tokens: int) -> float:
     """FLOPs of a forward and backward pass of these parameters' products over `tokens` tokens.
 
@@ -35,8 +38,11 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
         stacked = name.startswith("groups/")
         if name == "embed" and not (config.tie_embeddings and "final_norm" in parameters):
             continue
-        if value.ndim - stacked >= 2 and not name.endswith("_bias"):
-            products += value.size
+        if value.ndim - stacked >= 2 and not name.endswith(("_bias", "_norm")):
+            of_experts = name.endswith(OF_EXPERTS) and value.ndim - stacked == 3
+            products += (
+                value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
+            )
         if name.endswith("attention/q"):
             blocks += value.shape[0]
     attention = blocks * config.num_heads * config.head_dim * row_tokens  # scores and mixing, half of it masked

@@ -5,18 +5,22 @@ Names are MaxText's where MaxText has one, so that its dashboards fit; `feature/
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+from jaxtyping import Float
 from tensorboardX import SummaryWriter
 
+from models.routing import RouterSums, max_violation
 from trainer.evaluate import Evaluation
 
 LINES = "metrics.jsonl"
+LOADS = "router.jsonl"  # every expert's share of the tokens, at checkpoints and evaluations
 TENSORBOARD = "tensorboard"
+PIXELS = 8  # of an expert in an image, on each side
 MAX_EXPONENT = 700.0  # exp of more is no float
 
 
@@ -24,10 +28,9 @@ class MetricsLog:
     """Where a run writes its metrics. Lines past `last_step` are cut first: the steps that a killed run repeats."""
 
     def __init__(self, run: Path, last_step: int) -> None:
-        path = run / LINES
-        kept = [line for line in read_metrics(run) if line["step"] <= last_step]
-        path.write_text("".join(_spell(line) for line in kept))
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = _reopened(run / LINES, last_step)
+        self._loads = _reopened(run / LOADS, last_step) if (run / LOADS).exists() else None
+        self._run = run
         # TensorBoard drops what an earlier process wrote from purge_step on.
         self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=last_step + 1)
 
@@ -38,8 +41,24 @@ class MetricsLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def log_load(self, step: int, blocks: Sequence[int], load: Float[np.ndarray, "Lm E"]) -> None:
+        """Add every expert's share of the tokens after `step` steps, as a line and as an image.
+
+        In the image a row is a block and a column an expert; black has no token, grey the mean, white twice it or more.
+        """
+        share = load / np.maximum(load.sum(axis=1, keepdims=True), 1.0)
+        rows = [[round(float(value), 6) for value in row] for row in share]
+        if self._loads is None:
+            self._loads = (self._run / LOADS).open("a", encoding="utf-8")
+        self._loads.write(_spell({"step": step, "blocks": list(blocks), "share": rows}))
+        self._loads.flush()
+        grey = np.clip(share * load.shape[1] / 2, 0, 1)
+        self._tensorboard.add_image("router/load", np.kron(grey, np.ones((PIXELS, PIXELS)))[None], step)
+
     def close(self) -> None:
         """Flush and close both."""
+        if self._loads is not None:
+            self._loads.close()
         self._lines.close()
         self._tensorboard.close()
 
@@ -99,22 +118,26 @@ def feature_metrics(
     """The losses of a step in feature mode.
 
     Args:
-        losses: `feature`, float `[L]`; the others means over next tokens, in nats: `ce`, and with recorded logits `kl`
-            (at tau), `kl_1` (at 1), `teacher` (where a target lies outside the top k: the least that it can be) and
-            `covered` (share of targets inside).
-        weights: alpha, tau and beta (`feature`) at this step.
+        losses: `feature`, float `[L]`; the others means over next tokens, in nats: `ce`, if logits are
+            computed, and with recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (where a target lies outside the
+            top k: the least that it can be) and `covered` (share of targets inside).
+        weights: of the token losses (`tokens`), alpha, tau and beta (`feature`) at this step.
     """
     alpha, tau, beta = weights["alpha"], weights["tau"], weights["feature"]
-    blocks, hard = list(block_weights), losses["ce"]
+    blocks = list(block_weights)
     own = np.asarray([block_weights[block] for block in blocks])
     feature = beta * float(np.mean(losses["feature"][blocks] * own)) if blocks else 0.0
     soft = tau * tau * losses.get("kl", 0.0)
-    found = {
-        "distill/total_loss": alpha * soft + (1 - alpha) * hard + feature,
-        "distill/hard_loss": hard,
-        "distill/student_perplexity": _perplexity(hard),
-        "distill/alpha": alpha,
-    }
+    found = {"distill/total_loss": feature}
+    if "ce" in losses:
+        hard = losses["ce"]
+        found = {
+            "distill/total_loss": weights["tokens"] * (alpha * soft + (1 - alpha) * hard) + feature,
+            "distill/hard_loss": hard,
+            "distill/student_perplexity": _perplexity(hard),
+            "distill/alpha": alpha,
+            "distill/token_weight": weights["tokens"],
+        }
     if "kl" in losses:
         found |= {
             "distill/soft_loss": soft,
@@ -132,18 +155,59 @@ def feature_metrics(
     return found
 
 
+def router_metrics(
+    losses: Mapping[str, np.ndarray],
+    sums: RouterSums,
+    blocks: Sequence[int],
+    weights: Mapping[str, float],
+    biases: Float[np.ndarray, "Lm E"] | None,
+) -> dict[str, float]:
+    """The routing of a step, over the blocks whose experts ran.
+
+    Args:
+        losses: `load_balance` and `router_z`, float `[L]`, before lambda and zeta.
+        sums: stacked over `blocks`, those with experts.
+        weights: lambda and zeta at this step, where the losses count.
+        biases: where they move.
+    """
+    ran = [place for place in range(len(blocks)) if sums.tokens[place] > 0]
+    if not ran:
+        return {}
+    names = [f"block_{blocks[place]:02d}" for place in ran]
+    violation = np.asarray(max_violation(sums.load[ran]))
+    entropy = sums.entropy[ran] / sums.tokens[ran]
+    balance = [losses["load_balance"][blocks[place]] for place in ran]
+    found = {"router/load_balance": float(np.mean(balance))}
+    if "load_balance" in weights:
+        z = [losses["router_z"][blocks[place]] for place in ran]
+        found |= {
+            "distill/moe_lb_loss": weights["load_balance"] * float(np.mean(balance)),
+            "distill/router_z_loss": weights["router_z"] * float(np.mean(z)),
+        }
+    of_blocks = {"max_violation": violation, "entropy": entropy}
+    if biases is not None:
+        of_blocks["bias_norm"] = np.linalg.norm(biases[ran], axis=-1)
+    for name, values in of_blocks.items():
+        found[f"router/{name}"] = float(np.mean(values))
+        found |= {f"router/{name}_{block}": float(value) for block, value in zip(names, values, strict=True)}
+    return found
+
+
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, MAX_EXPONENT))
 
 
-def evaluation_metrics(found: Evaluation, first: Evaluation | None) -> dict[str, float]:
+def evaluation_metrics(found: Evaluation, first: Evaluation | None, *, stands_in: bool) -> dict[str, float]:
     """The metrics of one evaluation on held-out rows.
 
     Args:
         first: the student's before its first step: `eval/relative_recovery` is the share of its cosine distance that
             is gone.
+        stands_in: the steps compute no cross-entropy, so MaxText's name for their perplexity is free for this one.
     """
-    metrics = {"distill/student_perplexity": found.perplexity}
+    metrics = {"eval/student_perplexity": found.perplexity}
+    if stands_in:
+        metrics["distill/student_perplexity"] = found.perplexity
     if found.blocks:
         metrics["eval/cosine"] = found.mean_cosine
         if first is not None and first.mean_cosine > 0:
@@ -156,9 +220,24 @@ def evaluation_metrics(found: Evaluation, first: Evaluation | None) -> dict[str,
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run, in order; a last line that a killed run left unfinished is not one."""
-    path = run / LINES
+    return _read(run / LINES)
+
+
+def read_loads(run: Path) -> list[dict[str, Any]]:
+    """Every expert's share of the tokens, in order: `step`, `blocks`, `share` `[Lm][E]`."""
+    return _read(run / LOADS)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _reopened(path: Path, last_step: int) -> TextIO:
+    """A file of lines, those past `last_step` cut, to be added to."""
+    kept = [line for line in _read(path) if line["step"] <= last_step]
+    path.write_text("".join(_spell(line) for line in kept))
+    return path.open("a", encoding="utf-8")
 
 
 def _spell(line: dict[str, Any]) -> str:

@@ -66,23 +66,27 @@ def update_blocks(
     state: Blocks,
     parameters: Blocks,
     trained: Bool[Array, "L"],
+    runs: Bool[Array, "L"] | None = None,
 ) -> tuple[Blocks, Blocks]:
     """New parameters and state of stacked blocks; a block that is not `trained` keeps both, weight decay included.
 
     One block after the other, in place: over whole stacks XLA would copy both moments first.
+
+    Args:
+        runs: blocks whose update is computed, where others than `trained` have to (step.padded_table).
     """
 
     def body(stacks: tuple[Blocks, Blocks], block: Array) -> tuple[tuple[Blocks, Blocks], None]:
-        mine = take_block(stacks, block)
+        old = take_block(stacks, block)
+
+        def update(gradient: Blocks, mine: Blocks) -> Blocks:
+            new = update_one(optimizer, gradient, mine[1], mine[0])
+            return new if runs is None else jax.tree.map(lambda n, o: jnp.where(trained[block], n, o), new, mine)
+
         # A branch, so that what it takes and gives are arrays of their own: XLA would otherwise read the stacks again
         # after it has written to them, and copy them whole for that, in every iteration.
-        mine = jax.lax.cond(
-            trained[block],
-            lambda gradient, mine: update_one(optimizer, gradient, mine[1], mine[0]),
-            lambda gradient, mine: mine,
-            take_block(gradients, block),
-            mine,
-        )
+        taken = trained if runs is None else runs
+        mine = jax.lax.cond(taken[block], update, lambda gradient, mine: mine, take_block(gradients, block), old)
         return put_block(stacks, mine, block), None
 
     (parameters, state), _ = jax.lax.scan(body, (parameters, state), jnp.arange(trained.shape[0]))
@@ -111,6 +115,6 @@ def _decayed(parameters: Blocks) -> Blocks:
 
     def decays(path: tuple[Any, ...], _: Array) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not any(part == "norm" or part.endswith("_bias") for part in name.split("/"))
+        return not any(part.endswith(("norm", "_bias")) for part in name.split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, parameters)

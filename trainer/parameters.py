@@ -23,6 +23,7 @@ from schemas.errors import ConfigError
 Parameters = dict[str, Array]
 Place = tuple[int, int]
 PROJECTOR = "projector"
+ROUTER_BIAS = "mlp/router_bias"
 
 
 def place_prefix(place: Place) -> str:
@@ -78,7 +79,8 @@ def choose_trained(names: Iterable[str], patterns: Sequence[str] | None, reached
         ConfigError: a pattern matches nothing, or nothing that a loss reaches.
     """
     names = list(names)
-    candidates = [name for name in names if any(_matches(name, pattern) for pattern in reached)]
+    reachable = [name for name in names if not name.endswith(ROUTER_BIAS)]  # of these no loss has a gradient
+    candidates = [name for name in reachable if any(_matches(name, pattern) for pattern in reached)]
     if patterns is None:
         return frozenset(candidates)
     for pattern in patterns:
@@ -115,8 +117,8 @@ def make_projectors(places: Mapping[Place, int], student_width: int, teacher_wid
 
 
 def cast(parameters: Mapping[str, Array], dtype: str) -> dict[str, Array]:
-    """As the forward and backward pass use them."""
-    return {name: value.astype(dtype) for name, value in parameters.items()}
+    """As the forward and backward pass use them; routers' biases stay as they are: a few of them decide by little."""
+    return {name: value if name.endswith(ROUTER_BIAS) else value.astype(dtype) for name, value in parameters.items()}
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from models.experts import ROW_AXES
 from schemas.errors import ConfigError
 from schemas.train_config import MeshConfig
 
 AXES = ("block", "data", "fsdp", "tensor", "expert")
-ROWS = ("data", "fsdp")  # the mesh axes over which a batch's rows are cut
 # By the parameter's last names; a stacked parameter has its repeats, on `block`, in front.
 RULES: dict[str, tuple[str | None, ...]] = {
     "attention/q": ("fsdp", "tensor", None),
@@ -38,9 +38,18 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp/down": ("tensor", "fsdp"),
     "mlp/gate_bias": ("tensor",),
     "mlp/up_bias": ("tensor",),
+    "mlp/router": ("fsdp", None),
+    "mlp/shared_gate": ("fsdp", "tensor"),
+    "mlp/shared_up": ("fsdp", "tensor"),
+    "mlp/shared_down": ("tensor", "fsdp"),
+    "mlp/shared_router": ("fsdp", None),
     "embed": ("tensor", "fsdp"),
     "head": ("fsdp", "tensor"),
 }
+
+
+# The same names where a block has experts: one more axis in front.
+EXPERT_RULES = {name: ("expert", *RULES[name]) for name in ("mlp/gate", "mlp/up", "mlp/down")}
 
 
 def make_mesh(config: MeshConfig) -> Mesh | None:
@@ -49,10 +58,6 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     Raises:
         ConfigError: there are fewer devices.
     """
-    if config.expert > 1:
-        raise ConfigError(
-            "the student has no experts to split", {"mesh.expert": config.expert}, "leave mesh.expert at 1"
-        )
     sizes = [getattr(config, axis) for axis in AXES]
     wanted, there = int(np.prod(sizes)), jax.device_count()
     if wanted == 1:
@@ -81,8 +86,11 @@ def check_rows(config: MeshConfig, rows: int, name: str) -> None:
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter of this name lies (parameters.py), or an optimizer moment of it."""
     stacked = name.startswith("groups/")
-    rule = next((rule for suffix, rule in RULES.items() if name == suffix or name.endswith("/" + suffix)), ())
     inner = shape[1:] if stacked else shape
+    found = [suffix for suffix in RULES if name == suffix or name.endswith("/" + suffix)]
+    rule: tuple[str | None, ...] = RULES[found[0]] if found else ()
+    if found and len(inner) > len(rule):
+        rule = EXPERT_RULES.get(found[0], ())
     axes = [_fitting(mesh, axis, size) for axis, size in zip(rule, inner, strict=False)]
     return NamedSharding(mesh, PartitionSpec(*(["block"] if stacked else []), *axes))
 
@@ -106,12 +114,12 @@ def state_shardings(mesh: Mesh, parameters: Mapping[str, Any], moments: Mapping[
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Of `[B, T]`."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def taps_sharding(mesh: Mesh, blocks: int) -> NamedSharding:
     """Of a tap's part: `[S, B, T, W]`, or with a mesh axis `block` `[groups, S, B, T, W]`."""
-    return NamedSharding(mesh, PartitionSpec(*(["block"] if blocks > 1 else []), None, ROWS))
+    return NamedSharding(mesh, PartitionSpec(*(["block"] if blocks > 1 else []), None, ROW_AXES))
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:

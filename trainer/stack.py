@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
-from models.decoder import BlockContext, Decoder, rms_norm
-from models.rope import rope_tables
+from models.decoder import BlockContext, Decoder, block_context, rms_norm
+from models.routing import RouterOutput
 from schemas.codecs import take_slot
 from trainer.optimizer import put_block, take_block
 from trainer.parameters import PROJECTOR, Place, cast, sublayer
@@ -36,24 +36,27 @@ class Given(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a student block adds to the stream, `[B, T, Dt]`; mlp_out is None where it was not asked for."""
+    """What a student block adds to the stream, `[B, T, Dt]`; mlp_out is None where it was not asked for, router also
+    where the block has no experts."""
 
     attn_out: Array
     mlp_out: Array | None
+    router: RouterOutput | None = None
 
 
 @dataclass(frozen=True)
 class BlockRules:
-    """How a block is run. See `TrainConfig.inject` and `mlp_input`; compute_dtype is of parameters and activations.
+    """How a block is run. See `TrainConfig.mlp_input`; compute_dtype is of parameters and activations.
 
     own_stream: no stream is recorded, so a block is given the student's own, in the student's width.
+    teacher_norm_eps: of the teacher's attention norms, where `StudentStack.run` is given their weights.
     """
 
-    inject: str = "resid"
     mlp_input: str = "teacher"
     runs_mlp: bool = False
     compute_dtype: str = "float32"
     own_stream: bool = False
+    teacher_norm_eps: float = 1e-6
 
 
 # `cross(place, of_block, fixed, stream)`: the student's own stream behind a block.
@@ -79,9 +82,7 @@ class StudentStack:
 
     def context(self, batch: Mapping[str, Any]) -> BlockContext:
         """What the blocks need to know of the rows; computed once, outside the scan."""
-        config = self.config
-        cos, sin = rope_tables(config.rope, config.head_dim, batch["positions"], config.max_positions)
-        return BlockContext(cos, sin, batch["segment_ids"])
+        return block_context(self.config, batch["positions"], batch["segment_ids"])
 
     def run(
         self,
@@ -95,7 +96,8 @@ class StudentStack:
         """A block's outputs, in the teacher's width.
 
         Args:
-            norm: the weight of the teacher's attention norm, for `inject: attn_in`.
+            norm: the weight of the teacher's attention norm, where that takes the place of the block's own (`inject:
+                attn_in`: then the table has a column `norm`).
         """
         parameters = cast(parameters, rules.compute_dtype)
         into, out = (parameters.get(f"{PROJECTOR}/{side}") for side in ("in", "out"))
@@ -108,17 +110,17 @@ class StudentStack:
             return x if out is None else x @ out
 
         attention = sublayer(self.graphs[place]["attention"], "attention", parameters)
-        if rules.inject == "attn_in":
-            assert norm is not None, "the table has no column `norm`"
-            own = attention.attend(inward(rms_norm(given.resid, norm, self.config.norm_eps)), context)
-        else:
+        if norm is None:
             own = attention(inward(given.resid), context)
+        else:
+            own = attention.attend(inward(rms_norm(given.resid, norm, rules.teacher_norm_eps)), context)
         if not rules.runs_mlp:
             return Outputs(outward(own), None)
         own_input = rules.mlp_input == "student" or rules.own_stream
         middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)
         mlp = sublayer(self.graphs[place]["mlp"], "mlp", parameters)
-        return Outputs(outward(own), outward(mlp(middle)))
+        mlp_out, router = mlp(middle, context)
+        return Outputs(outward(own), outward(mlp_out), router)
 
     def cross(
         self, place: Place, parameters: Mapping[str, Array], stream: Array, context: BlockContext, rules: BlockRules
@@ -127,7 +129,7 @@ class StudentStack:
         parameters = cast(parameters, rules.compute_dtype)
         x = stream.astype(rules.compute_dtype)
         x = x + sublayer(self.graphs[place]["attention"], "attention", parameters)(x, context)
-        x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x)
+        x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x, context)[0]
         return jax.lax.stop_gradient(x).astype(stream.dtype)
 
     def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, "L"]:
@@ -178,13 +180,15 @@ def scan_blocks(
                 mine, given_fixed = take_block(stacks[place], repeat), take_block(fixed[place], repeat)
 
                 def run(stream: Any, mine: Any, place: Place = place, row: Any = row, kept: Any = given_fixed) -> Any:
-                    stream, given = decoder.decode(stream, row)
-                    mine, y = visit(place, mine, kept, given, row)
-                    return stream, mine, y
+                    behind, given = decoder.decode(stream, row)
+                    new, y = visit(place, mine, kept, given, row)
+                    if "runs" not in row:
+                        return behind, new, y
+                    return keep_if(row["trained"], (behind, new, y), (stream, mine, zeros_like(y)))
 
                 # A branch for every block, trained or not: see optimizer.update_blocks.
                 behind = own[1](place, mine, given_fixed, stream) if own else None
-                stream, mine, y = jax.lax.cond(row["trained"], run, _skipped(run), stream, mine)
+                stream, mine, y = jax.lax.cond(row.get("runs", row["trained"]), run, _skipped(run), stream, mine)
                 stream = stream if behind is None else behind
                 stacks = {**stacks, place: put_block(stacks[place], mine, repeat)}
                 ys.append(y)
@@ -197,10 +201,19 @@ def scan_blocks(
     return carried, results
 
 
+def keep_if(condition: Array, new: Any, old: Any) -> Any:
+    """One of two trees."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros of these shapes."""
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), tree)
+
+
 def _skipped(run: Callable[..., Any]) -> Callable[..., Any]:
     def skip(stream: Any, mine: Any) -> Any:
-        y = jax.eval_shape(run, stream, mine)[2]
-        return stream, mine, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), y)
+        return stream, mine, zeros_like(jax.eval_shape(run, stream, mine)[2])
 
     return skip
 

@@ -4,42 +4,58 @@ A run has one stage, or several, one after the other (`stages`): blockwise first
 usual recipe. A stage begins with a fresh optimizer, from the parameters that the one before it left.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.decoder import Decoder
+from models.routing import BalanceState
 from schemas.errors import ConfigError
 from schemas.train_config import LossConfig, OptimizerConfig, TrainConfig
+from trainer.balance import (
+    BlockRouting,
+    biases,
+    make_balancing,
+    mean_biases,
+    regrouped,
+    start_balance,
+)
 from trainer.block_groups import GroupedSource, blocks_of_groups, place_batch
 from trainer.blockwise import BlockwiseStep, StepSums
 from trainer.feature import FeatureStep, feature_update
-from trainer.metrics import blockwise_metrics, feature_metrics
+from trainer.metrics import blockwise_metrics, feature_metrics, router_metrics
 from trainer.optimizer import learning_rate_schedule, make_optimizer
-from trainer.parameters import Parameters, choose_trained
+from trainer.parameters import ROUTER_BIAS, Parameters, choose_trained, place_prefix
 from trainer.schedules import all_positive, may_count
-from trainer.sharding import make_mesh, parameter_sharding, state_shardings, table_sharding
+from trainer.sharding import make_mesh, parameter_sharding, table_sharding
 from trainer.source import Batch, Source
 from trainer.stack import BlockRules, StudentStack
 from trainer.step import (
     TrainState,
+    block_routing,
     block_sums,
     blockwise_update,
     init_state,
     jit_step,
     padded,
     padded_table,
+    shardings_of,
     unpadded,
 )
 from trainer.tables import Span, Table, TapReading, is_in_step, make_table, student_spans, with_column
 
 ATTENTION_PARTS = ("q", "k", "v", "o", "*_bias")  # all but the norm
+BEHIND_BLOCKS = ("final_norm", "head")  # what computes logits, and nothing else
+NEEDED = {  # by options that not every run has a use for
+    "loss.mlp.weight": "a blockwise stage",
+    "mlp_input": "a blockwise stage with loss.mlp.weight above zero",
+    "inject": "a blockwise stage",
+}
 # `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
 # all that are recorded).
 OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
@@ -63,6 +79,11 @@ class Stage:
         return self.first + self.steps
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return f"stage {self.number}, mode {self.mode}"
+
+    @property
     def compares_attention(self) -> bool:
         return may_count(self.loss.feature.weight)
 
@@ -71,15 +92,20 @@ class Stage:
         return self.mode == "blockwise" and may_count(self.loss.mlp.weight)
 
     @property
+    def compares_tokens(self) -> bool:
+        return self.mode == "feature" and may_count(self.loss.token_weight)
+
+    @property
     def uses_logits(self) -> bool:
-        return self.mode == "feature" and may_count(self.loss.alpha)
+        """The teacher's, as recorded."""
+        return self.compares_tokens and may_count(self.loss.alpha)
 
 
 def resolve_stages(config: TrainConfig) -> tuple[Stage, ...]:
     """The stages of a run, what they leave out filled in.
 
     Raises:
-        ConfigError: a stage has nothing to train on, or asks for what its mode has not.
+        ConfigError: a stage has nothing to train on, or something is asked for that no stage would do.
     """
     found: list[Stage] = []
     if config.stages is None:
@@ -100,17 +126,19 @@ def resolve_stages(config: TrainConfig) -> tuple[Stage, ...]:
         raise ConfigError("stages is empty", {"stages": []}, "leave it out, or list at least one")
     for stage in found:
         _check_stage(stage, config)
+    _check_use(found, config)
+    if config.moe_balance_type == "noaux_tc":
+        found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
     return tuple(found)
 
 
+def _without_balance_loss(loss: LossConfig) -> LossConfig:
+    """Biases stand in for the auxiliary loss: with both, each would hide what the other does."""
+    return loss.model_copy(update={"load_balance": loss.load_balance.model_copy(update={"weight": 0.0})})
+
+
 def _check_stage(stage: Stage, config: TrainConfig) -> None:
-    loss, where = stage.loss, f"stage {stage.number}, mode {stage.mode}"
-    if may_count(loss.load_balance.weight) or may_count(loss.router_z):
-        raise ConfigError(
-            "the student has no routers to balance",
-            {"stage": where, "loss.load_balance.weight": loss.load_balance.weight, "loss.router_z": loss.router_z},
-            "leave both at 0",
-        )
+    loss, where = stage.loss, stage.name
     if stage.mode == "feature" and not all_positive(loss.tau):
         raise ConfigError(
             "a temperature must be above zero", {"stage": where, "loss.tau": loss.tau}, "set loss.tau to 1 or more"
@@ -127,10 +155,12 @@ def _check_stage(stage: Stage, config: TrainConfig) -> None:
         raise ConfigError(
             "a block is named twice", {"stage": where, "loss.feature.blocks": blocks}, "name every block once"
         )
-    if stage.mode == "blockwise" and not (stage.compares_attention or stage.compares_mlp):
+    if not (stage.compares_attention or stage.compares_mlp or stage.compares_tokens):
+        blockwise, feature = {"loss.mlp.weight": loss.mlp.weight}, {"loss.token_weight": loss.token_weight}
+        weights = {"loss.feature.weight": loss.feature.weight} | (blockwise if stage.mode == "blockwise" else feature)
         raise ConfigError(
             "no loss has a weight, so nothing would be trained",
-            {"stage": where, "loss.feature.weight": loss.feature.weight, "loss.mlp.weight": loss.mlp.weight},
+            {"stage": where, **weights},
             "give one of them a value above zero",
         )
     if stage.mode == "feature" and config.mesh.block > 1:
@@ -138,6 +168,22 @@ def _check_stage(stage: Stage, config: TrainConfig) -> None:
             "in feature mode blocks depend on each other, so devices cannot hold different ones",
             {"stage": where, "mesh.block": config.mesh.block},
             "use the axes data, fsdp and tensor, or a run of its own for the blockwise stage",
+        )
+
+
+def _check_use(stages: Sequence[Stage], config: TrainConfig) -> None:
+    """Refuse what is asked for and no stage of the run would do."""
+    trains_mlp = any(stage.compares_mlp for stage in stages)
+    asked_in_vain = {
+        "loss.mlp.weight": not trains_mlp and any(may_count(stage.loss.mlp.weight) for stage in stages),
+        "mlp_input": not trains_mlp and config.mlp_input != "teacher",
+        "inject": config.inject != "resid" and all(stage.mode == "feature" for stage in stages),
+    }
+    for name in (name for name, in_vain in asked_in_vain.items() if in_vain):
+        raise ConfigError(
+            f"{name} would do nothing in this run",
+            {"stages": ", ".join(stage.mode for stage in stages), "needed": NEEDED[name]},
+            f"leave {name} out, or add what it needs",
         )
 
 
@@ -152,26 +198,24 @@ class StageRun:
         parameters: Parameters,
         open_source: OpenSource,
         norms: Callable[[], np.ndarray],
-        *,
-        prepare: bool = True,
     ) -> None:
-        """
+        """Open its source and see that it is possible; `prepare` makes it ready to step.
+
         Args:
             decoder: the student; its structure alone counts here.
-            parameters: all of the student's, projectors included, as the stage finds them.
+            parameters: all of the student's, projectors included; their names alone count here.
             norms: the weights of the teacher's attention norms, `[L, D]`.
-            prepare: False to only see whether the stage is possible.
 
         Raises:
             ConfigError, InputError: what the stage asks for is not in the cache or the student.
         """
         self.stage, self.stack, self.mesh = stage, StudentStack(decoder), make_mesh(config.mesh)
         self.groups = config.mesh.block
-        self._config, self._norms = config, norms
+        self._config, self._norms, self._graph = config, norms, nnx.graphdef(decoder)
+        self._balancing = make_balancing(config, stage.loss, stage.mode, decoder.config, stage.name)
+        self._check_experts_run()
         self._select(open_source)
         self._trained = choose_trained(parameters, stage.train_only, self._reached(parameters))
-        if prepare:
-            self._build(decoder, parameters)
 
     @property
     def schedule(self) -> Callable[[int], Any]:
@@ -180,28 +224,60 @@ class StageRun:
 
     def used_parameters(self) -> Parameters:
         """All that a step computes with."""
-        return {**self._frozen, **self.state.parameters}
+        found = {**self._frozen, **self.state.parameters}
+        return {name: v for name, v in found.items() if self.stage.compares_tokens or name not in BEHIND_BLOCKS}
 
     def losses(self, sums: Any) -> dict[str, Any]:
         """A step's means, once computed: `[L]` by block, or a number."""
+        tokens = max(float(sums.tokens), 1.0)
         if isinstance(sums, StepSums):
-            tokens = max(float(sums.tokens), 1.0)
-            return {name: total / tokens for name, total in block_sums(sums, self.stack).items()}
-        feature = np.asarray(sums.feature, np.float64) / float(sums.tokens)
-        return {"feature": feature} | {
-            name: float(total) / float(sums.targets) for name, total in sums.token_losses.items()
-        }
+            found = {name: total / tokens for name, total in block_sums(sums, self.stack).items()}
+        else:
+            found = {"feature": np.asarray(sums.feature, np.float64) / tokens}
+            found |= {name: float(total) / float(sums.targets) for name, total in sums.token_losses.items()}
+        routing = self.routing(sums)
+        if routing is not None:  # of all blocks, so that one that is not finite is named
+            for name, totals in (("load_balance", routing.balance), ("router_z", routing.sums.z)):
+                found[name] = np.zeros(self.stack.config.num_blocks)
+                found[name][list(self.stack.config.moe_blocks)] = totals / tokens
+        return found
+
+    def routing(self, sums: Any) -> BlockRouting | None:
+        """What the routers of a step did, on the host, stacked over the blocks with experts; None where nobody asks."""
+        if isinstance(sums, StepSums):
+            return block_routing(sums, self.stack)
+        return None if sums.routing is None else jax.tree.map(np.asarray, sums.routing)
 
     def metrics(self, losses: dict[str, Any], sums: Any) -> dict[str, float]:
         """The same under the names of metrics.py."""
         weights = {name: float(value) for name, value in sums.weights.items()}
-        if isinstance(sums, StepSums):
-            return blockwise_metrics(losses, self.weights, weights)
-        return feature_metrics(losses, self.weights, weights)
+        blockwise = isinstance(sums, StepSums)
+        found = (blockwise_metrics if blockwise else feature_metrics)(losses, self.weights, weights)
+        routing = self.routing(sums)
+        if routing is None:
+            return found
+        of_routers = router_metrics(losses, routing.sums, self.stack.config.moe_blocks, weights, self._bias_rows())
+        found["distill/total_loss"] += of_routers.get("distill/moe_lb_loss", 0.0)
+        found["distill/total_loss"] += of_routers.get("distill/router_z_loss", 0.0)
+        return found | of_routers
+
+    def _bias_rows(self) -> np.ndarray | None:
+        """The biases of every block with experts, `[Lm, E]`; None where they do not move."""
+        if not self.state.balance:
+            return None
+        found, kinds = mean_biases(self.balance()), self.stack.config.kinds
+        return np.stack(
+            [
+                np.asarray(found[place_prefix((group, place)) + ROUTER_BIAS][repeat])
+                for block, group, repeat, place in self.stack.config.places()
+                if kinds[block].moe
+            ]
+        )
 
     @property
     def trained_names(self) -> frozenset[str]:
-        return self._trained
+        """Of what a step changes, biases of routers among it."""
+        return self._trained.union(biases(self.state.balance))
 
     def place(self, batch: Batch) -> Batch:
         """A host batch of `self.source`, on its way to the devices."""
@@ -217,19 +293,45 @@ class StageRun:
         return self._step.lower(self.state, self._frozen, batch, self._table).compile()
 
     def parameters(self) -> Parameters:
-        """The trained parameters, without what the mesh added."""
-        return unpadded(self.state.parameters, self.stack)
+        """What a step changes of the student, without what the mesh added."""
+        return unpadded(self.state.parameters, self.stack) | mean_biases(self.balance())
+
+    def balance(self) -> dict[str, BalanceState]:
+        """The state of the routers' biases, likewise."""
+        return unpadded(self.state.balance, self.stack)
 
     def moments(self) -> dict[str, Any]:
         """The optimizer's state, likewise."""
         return unpadded(self.state.moments, self.stack)
 
-    def restore(self, moments: dict[str, Any], done: int) -> None:
-        """Go on after `done` steps of the stage, with this optimizer state."""
-        step = jnp.asarray(done, jnp.int32)
-        self.state = self._placed(TrainState(self.state.parameters, padded(moments, self.stack, self.groups), step))
+    def restore(self, moments: dict[str, Any], balance: Mapping[str, BalanceState], done: int) -> None:
+        """Go on after `done` steps of the stage, with this optimizer state and these biases."""
+        groups = self._balancing.bias_groups if self._balancing else 1
+        regrouped_balance = {unit: regrouped(state, groups) for unit, state in balance.items()}
+        self.state = self._placed(
+            TrainState(
+                self.state.parameters,
+                padded(moments, self.stack, self.groups),
+                jnp.asarray(done, jnp.int32),
+                padded(regrouped_balance, self.stack, self.groups),
+            )
+        )
 
     # How it is made ready.
+
+    @property
+    def _runs_mlp(self) -> bool:
+        """Blockwise mode: whether MLPs run at all."""
+        return self.stage.compares_mlp or (self._balancing is not None and self._balancing.collects)
+
+    def _check_experts_run(self) -> None:
+        moves = self._balancing is not None and self._balancing.update
+        if moves and self.stage.mode == "blockwise" and not self.stage.compares_mlp:
+            raise ConfigError(
+                "moe_balance_type: noaux_tc balances experts that are trained, and no loss of this stage trains them",
+                {"stage": self.stage.name, "loss.mlp.weight": self.stage.loss.mlp.weight},
+                "give loss.mlp a weight, or leave moe_balance_type out",
+            )
 
     def _select(self, open_source: OpenSource) -> None:
         """The blocks that are trained, and the source of what they are trained with."""
@@ -301,15 +403,23 @@ class StageRun:
         """Patterns of the parameters that a loss has a gradient for."""
         stage, student = self.stage, self._config.mlp_input == "student"
         if stage.mode == "feature":
-            return sorted(name for name in parameters if not name.endswith("projector/in"))
+            outside = () if stage.compares_tokens else BEHIND_BLOCKS
+            return sorted(name for name in parameters if not name.endswith("projector/in") and name not in outside)
         attention = stage.compares_attention or (stage.compares_mlp and student)
-        found = [*(["attention"] if attention else []), *(["mlp"] if stage.compares_mlp else [])]
+        balances = self._balancing is not None and self._balancing.with_loss
+        through_mlp = ["mlp"] if stage.compares_mlp else ["mlp/router", "mlp/norm"] if balances else []
+        attention |= balances and student
+        found = [*(["attention"] if attention else []), *through_mlp]
         if stage.mode == "blockwise" and self._config.inject == "attn_in":  # the teacher's norm is used
             found = [f"attention/{name}" for name in ATTENTION_PARTS] + found[1:] if attention else found
         return [*found, "projector"]
 
-    def _build(self, decoder: Decoder, parameters: Parameters) -> None:
-        """The state, what stays as it is, and the compiled step."""
+    def prepare(self, parameters: Parameters) -> Self:
+        """Make the state, what stays as it is, and the step.
+
+        Args:
+            parameters: all of the student's, projectors included, as the stage finds them.
+        """
         config, stage = self._config, self.stage
         trained = {name: value for name, value in parameters.items() if name in self._trained}
         blocks_only = stage.mode == "blockwise"
@@ -324,18 +434,19 @@ class StageRun:
         )
         optimizer = make_optimizer(stage.optimizer, stage.steps, clips=blocks_only)
         if blocks_only:
+            eps = source.plan.teacher.norm_eps
             rules = BlockRules(
-                config.inject, config.mlp_input, stage.compares_mlp, config.compute_dtype, self._own_stream
+                config.mlp_input, self._runs_mlp, config.compute_dtype, self._own_stream, teacher_norm_eps=eps
             )
             step = BlockwiseStep(
                 self.stack, reading, rules, stage.loss, optimizer, stage.steps, config.micro_batches,
-                stage.optimizer.inside_scan,
+                stage.optimizer.inside_scan, self._balancing,
             )  # fmt: skip
             update = blockwise_update(step)
         else:
             update = feature_update(
                 FeatureStep(
-                    nnx.graphdef(decoder),
+                    self._graph,
                     self.stack,
                     reading,
                     stage.loss,
@@ -345,19 +456,25 @@ class StageRun:
                     config.micro_batches,
                     config.remat,
                     config.compute_dtype,
+                    self._balancing,
                 )
             )
-        state = init_state(self.stack, trained, optimizer)
+        balance = {}
+        if self._balancing is not None and self._balancing.update:
+            balance = start_balance(parameters, self.stack.places(), self._balancing.bias_groups)
+        state = init_state(self.stack, trained, optimizer, balance)
         self.state = self._placed(
             TrainState(
                 padded(state.parameters, self.stack, self.groups),
                 padded(state.moments, self.stack, self.groups),
                 state.step,
+                padded(state.balance, self.stack, self.groups),
             )
         )
         self._frozen = self._placed_frozen(padded(frozen, self.stack, self.groups))
         self._table = jax.device_put(self._table, table_sharding(self.mesh) if self.mesh else None)
         self._step = jit_step(update, self.state, self.mesh, self.groups)
+        return self
 
     def _needs(self, name: str) -> bool:
         """Whether the step uses a parameter at all: in blockwise mode nothing outside the blocks, and no MLP without a
@@ -366,13 +483,12 @@ class StageRun:
             return True
         if not name.startswith("groups/"):
             return self._own_stream and name == "embed"
-        return self._own_stream or self.stage.compares_mlp or "/mlp/" not in name
+        return self._own_stream or self._runs_mlp or "/mlp/" not in name
 
     def _placed(self, state: TrainState) -> TrainState:
         if self.mesh is None:
             return state
-        parameters, moments = state_shardings(self.mesh, state.parameters, state.moments)
-        return jax.device_put(state, TrainState(parameters, moments, _everywhere(self.mesh)))  # type: ignore[arg-type]
+        return jax.device_put(state, shardings_of(self.mesh, state))
 
     def _placed_frozen(self, frozen: Parameters) -> Parameters:
         if self.mesh is None:
@@ -439,7 +555,3 @@ def _joined(tables: Sequence[Table], shares: Sequence[Sequence[int]], stack: Stu
             }
         )
     return tuple(joined)
-
-
-def _everywhere(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())

@@ -5,17 +5,19 @@ each group of devices holds a run of every layer group's repeats (padded to equa
 trained) and works on them alone: `shard_map` over `block` around the whole step, and no collective along it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from trainer.blockwise import BlockSums, BlockwiseStep, StepSums
+from models.routing import BalanceState
+from trainer.balance import BlockRouting, biases
+from trainer.blockwise import BlockwiseStep, StepSums
 from trainer.optimizer import init_blocks
 from trainer.parameters import Parameters, of_place, outer, place_prefix
 from trainer.sharding import state_shardings
@@ -31,11 +33,13 @@ class TrainState(NamedTuple):
 
     moments: the optimizer's state by unit: `groups/<g>/blocks/<p>/`, stacked, and `outer`.
     step: how many were done in this stage, int32 `[]`.
+    balance: biases of routers that move, by unit, `[repeats, groups, E]` (balance.py).
     """
 
     parameters: Any
     moments: Any
     step: Any
+    balance: Any
 
 
 class Update(Protocol):
@@ -46,12 +50,17 @@ class Update(Protocol):
     ) -> tuple[TrainState, Any]: ...
 
 
-def init_state(stack: StudentStack, trained: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    stack: StudentStack,
+    trained: Parameters,
+    optimizer: optax.GradientTransformation,
+    balance: Mapping[str, BalanceState] | None = None,
+) -> TrainState:
     """The state before the first step of a stage."""
     moments = {place_prefix(place): init_blocks(optimizer, of_place(trained, place)) for place in stack.places()}
     if rest := outer(trained):
         moments[OUTER] = optimizer.init(rest)
-    return TrainState(trained, moments, jnp.zeros((), jnp.int32))
+    return TrainState(trained, moments, jnp.zeros((), jnp.int32), dict(balance or {}))
 
 
 def blockwise_update(step: BlockwiseStep) -> Update:
@@ -61,14 +70,20 @@ def blockwise_update(step: BlockwiseStep) -> Update:
         state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
     ) -> tuple[TrainState, StepSums]:
         moments = {place: state.moments[place_prefix(place)] for place in step.stack.places()}
-        parameters, moments, sums, tokens = step.update(state.parameters, moments, frozen, batch, table, state.step)
+        fixed = {**frozen, **biases(state.balance)}
+        parameters, moments, sums, tokens = step.update(state.parameters, moments, fixed, batch, table, state.step)
         groups = [range(len(layers.pattern)) for layers in step.stack.config.layers]
         arranged = tuple(
             jax.tree.map(lambda *of_places: jnp.stack(of_places, 1), *(sums[g, p] for p in places))
             for g, places in enumerate(groups)
         )
         named = {place_prefix(place): value for place, value in moments.items()}
-        return TrainState(parameters, named, state.step + 1), StepSums(arranged, tokens, step.weights(state.step))
+        balance = state.balance
+        if step.balancing is not None:
+            loads = {place_prefix(place): found.routing.loads for place, found in sums.items() if found.routing}
+            balance = step.balancing.after_step(balance, loads, state.step)
+        new = TrainState(parameters, named, state.step + 1, balance)
+        return new, StepSums(arranged, tokens, step.weights(state.step))
 
     return update
 
@@ -82,11 +97,25 @@ def jit_step(update: Update, state: TrainState, mesh: Mesh | None, blocks: int =
     """
     if mesh is None:
         return jax.jit(update, donate_argnums=0)
+    whole = over_blocks(update, mesh) if blocks > 1 else on_mesh(update, mesh)
+    return jax.jit(whole, donate_argnums=0, out_shardings=(shardings_of(mesh, state), None))
+
+
+def shardings_of(mesh: Mesh, state: TrainState) -> Any:
+    """Where a state lies."""
     parameters, moments = state_shardings(mesh, state.parameters, state.moments)
-    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-    out = (TrainState(parameters, moments, everywhere), None)
-    whole = over_blocks(update, mesh) if blocks > 1 else update
-    return jax.jit(whole, donate_argnums=0, out_shardings=out)
+    stacked, everywhere = NamedSharding(mesh, PartitionSpec("block")), NamedSharding(mesh, PartitionSpec())
+    return TrainState(parameters, moments, everywhere, jax.tree.map(lambda _: stacked, state.balance))
+
+
+def on_mesh(update: Update, mesh: Mesh) -> Update:
+    """The same step with the mesh as the ambient one: experts are split by it (models/experts.py)."""
+
+    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update(state, frozen, batch, table)
+
+    return apply
 
 
 def over_blocks(update: Update, mesh: Mesh) -> Update:
@@ -99,7 +128,7 @@ def over_blocks(update: Update, mesh: Mesh) -> Update:
 
     def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
         split, same = PartitionSpec("block"), PartitionSpec()
-        states = TrainState(*(split, split, same))
+        states = TrainState(split, split, same, split)
         rows = {name: split if isinstance(value, Mapping) else same for name, value in batch.items()}
         return jax.shard_map(
             local,
@@ -125,7 +154,12 @@ def unpadded(tree: Any, stack: StudentStack) -> Any:
 
 
 def padded_table(table: Table, groups: int) -> Table:
-    """A table filled up alike, with rows that are not trained."""
+    """A table filled up alike, with rows that are not trained.
+
+    With several groups there is a column `runs`: whether any of them trains the block of its own that it comes to at
+    the same time. Then all of them run theirs, those that do not train it for nothing: a collective inside a branch
+    that some devices do not take would wait for them for ever.
+    """
 
     def fill(name: str, rows: np.ndarray) -> np.ndarray:
         missing = -rows.shape[0] % groups
@@ -134,21 +168,39 @@ def padded_table(table: Table, groups: int) -> Table:
             filled[-missing:] = False
         return filled
 
-    return tuple({name: fill(name, rows) for name, rows in group.items()} for group in table)
+    def with_runs(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if groups == 1:
+            return group
+        trained = group["trained"]
+        anywhere = trained.reshape(groups, -1, *trained.shape[1:]).any(axis=0)
+        return {**group, "runs": np.tile(anywhere, (groups, *[1] * (trained.ndim - 1)))}
+
+    return tuple(with_runs({name: fill(name, rows) for name, rows in group.items()}) for group in table)
 
 
 def block_sums(sums: StepSums, stack: StudentStack) -> dict[str, np.ndarray]:
     """A step's sums by name, float64 `[L]`, on the host."""
-    layers = stack.config.layers
-    return {
-        name: np.concatenate(
-            [
-                np.asarray(getattr(group, name), np.float64)[: layer.repeats].reshape(-1)
-                for group, layer in zip(sums.blocks, layers, strict=True)
-            ]
-        )
-        for name in BlockSums._fields
-    }
+    return {name: _rows([getattr(group, name) for group in sums.blocks], stack) for name in ("feature", "mlp")}
+
+
+def block_routing(sums: StepSums, stack: StudentStack) -> BlockRouting | None:
+    """What the routers of a step did, float64, on the host, stacked over the blocks with experts."""
+    groups = [group.routing for group in sums.blocks]
+    if groups[0] is None:
+        return None
+    blocks = list(stack.config.moe_blocks)
+    return jax.tree.map(lambda *leaves: _rows(leaves, stack)[blocks], *groups)
+
+
+def _rows(of_groups: Sequence[Any], stack: StudentStack) -> np.ndarray:
+    """Values `[repeats, places, ...]` of every layer group, padding left out, as one `[L, ...]`."""
+    found = [np.asarray(value, np.float64) for value in of_groups]
+    return np.concatenate(
+        [
+            value[: layer.repeats].reshape(-1, *value.shape[2:])
+            for value, layer in zip(found, stack.config.layers, strict=True)
+        ]
+    )
 
 
 def _filled(leaf: Array, repeats: int) -> Array:

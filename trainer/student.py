@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
-from models.surgery import apply_surgery
+from models.surgery import add_router_bias, apply_surgery
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.storage import Store
@@ -18,11 +18,14 @@ from trainer.tables import student_spans
 from trainer.teacher import check_teacher
 
 
-def open_student(run: Path, config: StudentConfig, source: Source, teacher_path: str | None = None) -> Decoder:
+def open_student(
+    run: Path, config: StudentConfig, source: Source, teacher_path: str | None = None, *, router_bias: bool = False
+) -> Decoder:
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
 
     Args:
         teacher_path: where the source's teacher lies, if not where its plan says.
+        router_bias: its experts get biases, of zero where they have none.
 
     Raises:
         CheckpointError: its checkpoint is missing, or is not the teacher that the cache was built with.
@@ -36,6 +39,8 @@ def open_student(run: Path, config: StudentConfig, source: Source, teacher_path:
     path = _checked_teacher(source, teacher_path) if config.init == "teacher" else config.init
     student = apply_surgery(load_pretrained(path, dtype="float32"), config.surgery)
     _check_fit(student, path, config, source)
+    if router_bias and student.config.moe is not None:
+        student = add_router_bias(student)
     save_pretrained(student, kept, tokenizer_from=_tokenizer(Path(path).expanduser(), run, source))
     return student
 

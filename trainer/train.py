@@ -28,6 +28,7 @@ from models.decoder import Decoder
 from schemas import settings
 from schemas.config import TrainConfig
 from schemas.errors import (
+    CheckpointError,
     ConfigError,
     InputError,
     Interrupted,
@@ -38,13 +39,15 @@ from schemas.layout import TOKENIZER
 from schemas.progress import Progress
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import is_url
-from trainer.checkpoints import CHECKPOINTS, STUDENT, Checkpoints
+from trainer.balance import BlockRouting
+from trainer.checkpoints import CHECKPOINTS, STUDENT, Checkpoints, kept_steps
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.feed import Feed, make_feed
 from trainer.flops import peak_flops, step_flops
 from trainer.metrics import MetricsLog, StepTimes, evaluation_metrics, read_metrics
 from trainer.open import Sources
 from trainer.parameters import Parameters
+from trainer.schedules import may_count
 from trainer.sharding import check_rows, make_mesh
 from trainer.source import Batch, Source
 from trainer.stage import Stage, StageRun, resolve_stages
@@ -96,6 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     folder = _run_folder(config.run)
     stages = resolve_stages(config)
+    _say_what_is_off(config)
     make_mesh(config.mesh)
     _check_profile(config.profile, stages[-1].last)
     check_rows(config.mesh, config.batch_rows, "batch_rows")
@@ -111,20 +115,29 @@ def train(config: TrainConfig) -> TrainResult:
     _claim_folder(folder, config, sources.rows)
     with watch_for_stop() as stop, _only_one(folder):
         try:
-            decoder = open_student(folder, config.student, sources.rows, teacher_path=_teacher_path(config))
+            biased = config.moe_balance_type == "noaux_tc"
+            path = _teacher_path(config)
+            decoder = open_student(folder, config.student, sources.rows, teacher_path=path, router_bias=biased)
             parameters = start_parameters(decoder, config.student, sources.rows.plan.teacher.hidden_size, config.seed)
-            for stage in stages:  # what a later stage lacks is better said now
-                StageRun(config, stage, decoder, parameters, sources.open, sources.norms, prepare=False)
+            # All of them at once: what a later stage lacks is better said now.
+            runs = [StageRun(config, stage, decoder, parameters, sources.open, sources.norms) for stage in stages]
         except BaseException:
             if began and not (folder / CHECKPOINTS).exists():
                 _remove_beginning(folder)
             raise
         checkpoints = Checkpoints(folder, config.keep_checkpoints)
         try:
-            first = _Run(config, stages, folder, sources, decoder, parameters, checkpoints, stop).go()
+            first = _Run(config, runs, folder, sources, decoder, parameters, checkpoints, stop).go()
         finally:
             checkpoints.close()
     return _result(config, stages[-1].last, folder, first)
+
+
+def _say_what_is_off(config: TrainConfig) -> None:
+    """Balancing by biases turns the auxiliary loss off; a user who gave it a weight is told."""
+    losses = [config.loss, *(stage.loss for stage in config.stages or [] if stage.loss)]
+    if config.moe_balance_type == "noaux_tc" and any(may_count(loss.load_balance.weight) for loss in losses):
+        print("moe_balance_type noaux_tc: loss.load_balance is off, its weight is not used", file=sys.stderr)
 
 
 class _Run:
@@ -133,7 +146,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        stages: Sequence[Stage],
+        runs: list[StageRun],
         folder: Path,
         sources: Sources,
         decoder: Decoder,
@@ -141,11 +154,12 @@ class _Run:
         checkpoints: Checkpoints,
         stop: StopRequest,
     ) -> None:
-        self.config, self.stages, self.folder, self.sources = config, stages, folder, sources
-        self.decoder, self.checkpoints, self.stop = decoder, checkpoints, stop
+        self.config, self.folder, self.sources = config, folder, sources
+        self.checkpoints, self.stop = checkpoints, stop
+        self.runs = runs  # of the stages still to come; taken out one by one, for a run that was made ready is large
         self.parameters = parameters  # all of the student's, as they are by now
         self.kept: set[str] = set()  # names of what was trained so far
-        self.steps = stages[-1].last
+        self.steps = runs[-1].stage.last
         self.evaluator = Evaluator(config, sources, decoder)
 
     def go(self) -> int:
@@ -163,21 +177,23 @@ class _Run:
         log = MetricsLog(self.folder, first if first else -1)
         try:
             if not first and self.sources.held_out:
-                log.log(0, self._evaluate(0))
+                log.log(0, self._evaluate(0, self.runs[0].stage))
             with Progress("train", self.steps, unit="steps") as bar:
                 bar.skip(first)
-                for stage in self.stages:
-                    if first < stage.last:
-                        self._run_stage(stage, max(first, stage.first), log, bar)
+                while self.runs:
+                    run = self.runs.pop(0)
+                    if first < run.stage.last:
+                        self._run_stage(run, max(first, run.stage.first), log, bar)
         finally:
             log.close()
         return first
 
-    def _run_stage(self, stage: Stage, first: int, log: MetricsLog, bar: Progress) -> None:
+    def _run_stage(self, run: StageRun, first: int, log: MetricsLog, bar: Progress) -> None:
         """The steps of one stage that are not done yet."""
-        run = StageRun(self.config, stage, self.decoder, self.parameters, self.sources.open, self.sources.norms)
-        if first > stage.first:
-            run.restore(self.checkpoints.restore_moments(first, run.moments()), first - stage.first)
+        run.prepare(self.parameters)
+        if first > run.stage.first:
+            balance = self.checkpoints.restore_balance(first) if run.balance() else {}
+            run.restore(self.checkpoints.restore_moments(first, run.moments()), balance, first - run.stage.first)
         self.kept |= run.trained_names
         # The whole run is one walk over the rows, whatever its stages and restarts: batch s is a function of s.
         feed = make_feed(
@@ -212,7 +228,7 @@ class _Run:
             metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
             wait = f"{100 * times.wait_share:.0f}% waiting"
             bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s, {wait}")
-            self._keep(run, number, metrics, log, {**feed.get_state(), "next_step": number})
+            self._keep(run, number, metrics, run.routing(sums), log, {**feed.get_state(), "next_step": number})
 
     def _settle(self, run: StageRun, number: int, sums: Any) -> dict[str, float]:
         """The step's losses, once computed.
@@ -241,7 +257,13 @@ class _Run:
         return run.metrics(losses, sums)
 
     def _keep(
-        self, run: StageRun, number: int, metrics: dict[str, float], log: MetricsLog, feed: dict[str, int]
+        self,
+        run: StageRun,
+        number: int,
+        metrics: dict[str, float],
+        routing: BlockRouting | None,
+        log: MetricsLog,
+        feed: dict[str, int],
     ) -> None:
         """Everything that happens between two steps: evaluation, metrics, checkpoint, and the question to stop."""
         config, last = self.config, number == run.stage.last
@@ -250,13 +272,15 @@ class _Run:
         if evaluates or saves:
             self.parameters |= run.parameters()
         if evaluates:
-            metrics = {**metrics, **self._evaluate(number)}
+            metrics = {**metrics, **self._evaluate(number, run.stage)}
         if evaluates or last or number % config.log_every == 0:
             log.log(number, metrics)
+        if routing is not None and (saves or evaluates or number == run.stage.first + 1):
+            log.log_load(number, run.stack.config.moe_blocks, np.asarray(routing.sums.load))
         if saves or evaluates:  # the best by evaluation is kept, so what was evaluated is saved
             trained = {name: self.parameters[name] for name in self.kept}
             self._keep_best()
-            self.checkpoints.save(number, trained, run.moments(), feed)
+            self.checkpoints.save(number, trained, run.moments(), run.balance(), feed)
         if last or self.stop.requested:
             self.checkpoints.wait()
         if self.stop.requested and number < self.steps:
@@ -270,9 +294,9 @@ class _Run:
         """Tell the checkpoints which one is the best by perplexity on the held-out rows."""
         found = [entry for entry in read_evaluations(self.folder) if entry.step]
         if found:
-            self.checkpoints.keep_best(min(found, key=lambda entry: entry.perplexity).step)
+            self.checkpoints.keep_best(_best(found).step)
 
-    def _evaluate(self, number: int) -> dict[str, float]:
+    def _evaluate(self, number: int, stage: Stage) -> dict[str, float]:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
         kept = read_evaluations(self.folder)
         found = next((entry for entry in kept if entry.step == number), None)
@@ -280,7 +304,8 @@ class _Run:
             found = self.evaluator.evaluate(number, self.parameters)
             kept = [*kept, found]
             _write_json(self.folder / EVALUATIONS, [entry.model_dump() for entry in kept])
-        return evaluation_metrics(found, next((entry for entry in kept if entry.step == 0), None))
+        first = next((entry for entry in kept if entry.step == 0), None)
+        return evaluation_metrics(found, first, stands_in=not stage.compares_tokens)
 
 
 class FlopCount:
@@ -319,6 +344,27 @@ def read_evaluations(run: Path) -> list[Evaluation]:
     """The evaluations of a run, in the order of their steps."""
     path = run / EVALUATIONS
     return [Evaluation.model_validate(entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def best_evaluation(run: str) -> Evaluation:
+    """The evaluation with the lowest perplexity, of those whose checkpoints are kept (never that before step 1).
+
+    Raises:
+        CheckpointError: there is no run, or no such evaluation.
+    """
+    kept, found = kept_steps(run), read_evaluations(Path(run).expanduser())
+    evaluated = [entry for entry in found if entry.step in kept]
+    if not evaluated:
+        raise CheckpointError(
+            "no checkpoint of the run was evaluated, so none is the best",
+            {"run": run, "checkpoints": kept, "evaluations": [entry.step for entry in found]},
+            "export the newest without --best, or name one with --step",
+        )
+    return _best(evaluated)
+
+
+def _best(evaluations: Sequence[Evaluation]) -> Evaluation:
+    return min(evaluations, key=lambda entry: entry.perplexity)
 
 
 def _check_profile(profile: str | None, steps: int) -> None:
@@ -398,11 +444,19 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _differences(there: Any, here: Any, name: str = "") -> dict[str, str]:
-    """Dotted field -> what is there and here, where they differ."""
+    """Dotted field -> what is there and here, where they differ; the entries of a list are numbered."""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = (dict(enumerate(entries)) for entries in (there, here))
     if isinstance(there, dict) and isinstance(here, dict):
         pairs = ((key, there.get(key), here.get(key)) for key in sorted({*there, *here}))
         return {k: v for key, a, b in pairs for k, v in _differences(a, b, f"{name}.{key}".lstrip(".")).items()}
-    return {} if there == here else {name: f"there {there!r}, here {here!r}"}
+    return {} if there == here else {name: f"there {_spelled(there)}, here {_spelled(here)}"}
+
+
+def _spelled(value: Any) -> str:
+    """A value for a message; of a long list or mapping, its beginning."""
+    text = repr(value)
+    return f"{text[:80]} ..." if len(text) > 80 and not isinstance(value, str) else text
 
 
 def _cut_evaluations(folder: Path, step: int) -> None:

@@ -51,7 +51,7 @@ def tiny(tiny_config: ModelConfig) -> Decoder:
 
 @pytest.fixture
 def tiny_biased(tiny_config: ModelConfig) -> Decoder:
-    return randomized(Decoder(replace(tiny_config, attention_bias=True, mlp_bias=True)))
+    return randomized(Decoder(replace(tiny_config, qkv_bias=True, output_bias=True, mlp_bias=True)))
 
 
 @pytest.fixture

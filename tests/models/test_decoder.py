@@ -1,6 +1,7 @@
 """The decoder against a NumPy forward pass in float64, and what packing, padding and taps must satisfy."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import BlockKind, LayerGroup, ModelConfig, RopeConfig
-from models.decoder import BlockOutput, Decoder
+from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig, plan_layers
+from models.decoder import BlockOutput, Decoder, DecoderOutput
 from tests.models.conftest import randomized
 
 # Two groups of different patterns, a kind that comes twice, and a group with no repeat: 2 * 3 + 1 = 7 blocks.
@@ -51,7 +52,7 @@ def numpy_attention(config: ModelConfig, kind: BlockKind, p: dict[str, np.ndarra
     for head in range(config.num_heads):
         kv = head // group
         places = {"q": head, "k": kv, "v": kv}
-        bias = {n: p[f"attention.{n}_bias"][i] if config.attention_bias else 0.0 for n, i in places.items()}
+        bias = {n: p[f"attention.{n}_bias"][i] if config.qkv_bias else 0.0 for n, i in places.items()}
         q = numpy_rotate(h @ p["attention.q"][:, head] + bias["q"], config.rope.theta)
         k = numpy_rotate(h @ p["attention.k"][:, kv] + bias["k"], config.rope.theta)
         v = h @ p["attention.v"][:, kv] + bias["v"]
@@ -89,7 +90,13 @@ def numpy_forward(decoder: Decoder, tokens: np.ndarray) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 def test_against_numpy(tiny_config: ModelConfig, layers: tuple[LayerGroup, ...], bias: bool):
     config = replace(
-        tiny_config, layers=layers, attention_bias=bias, mlp_bias=bias, tie_embeddings=bias, rope=RopeConfig(100.0)
+        tiny_config,
+        layers=layers,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tie_embeddings=bias,
+        rope=RopeConfig(100.0),
     )
     decoder = randomized(Decoder(config))
     tokens = np.random.default_rng(0).integers(0, 61, 11)
@@ -182,3 +189,33 @@ def test_bfloat16_stays_bfloat16(tiny_config: ModelConfig):
     decoder = Decoder(tiny_config, dtype="bfloat16")
     out = decoder(jnp.arange(8)[None], taps=("attn_out", "resid", "mlp_out"))
     assert {tap.dtype for tap in out.taps.values()} == {jnp.dtype("bfloat16")}
+
+
+def count_equations(jaxpr: Any) -> int:
+    """Those of the functions inside included: what the compiler is given."""
+    inside = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params) if hasattr(leaf, "eqns")]
+    return len(jaxpr.eqns) + sum(map(count_equations, inside))
+
+
+@pytest.mark.parametrize("way", ["dense", "ragged"])
+def test_the_program_does_not_grow_with_depth(tiny_config: ModelConfig, way: Literal["dense", "ragged"]):
+    """Windows in every other block, experts in every fourth: traced once, whether there are 4 blocks or 64."""
+    kinds = [BlockKind(3), BlockKind(), BlockKind(3), BlockKind(moe=True)]
+    moe = MoeConfig(num_experts=5, top_k=2, expert_size=7, shared_size=6)
+
+    def equations(depth: int) -> int:
+        config = replace(tiny_config, layers=plan_layers(kinds * (depth // 4)), moe=moe, experts=way)
+        graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config)))
+
+        def forward(state: nnx.State, tokens: jax.Array) -> DecoderOutput:
+            return nnx.merge(graph, state)(tokens, taps=("attn_out", "resid", "mlp_out"), router=True)
+
+        shape = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+        out = jax.eval_shape(forward, state, shape)
+        assert out.router is not None
+        assert (out.taps["mlp_out"].shape[0], out.router.ids.shape) == (depth, (depth // 4, 2, 9, 2))
+        return count_equations(jax.make_jaxpr(forward)(state, shape).jaxpr)
+
+    found = equations(4)
+    assert found == equations(64)
+    assert found > 400  # the blocks' own are counted, not only the scan that holds them

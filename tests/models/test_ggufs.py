@@ -128,7 +128,7 @@ def test_equals_the_load_of_the_hf_directory(name: str, tmp_path: Path):
 def test_biases_are_read_and_unpermuted(tmp_path: Path):
     found = load_pretrained(write_gguf(GOLDEN / "llama_bias", tmp_path / "model.gguf"))
     expected = load_pretrained(GOLDEN / "llama_bias")
-    assert found.config.attention_bias
+    assert found.config.qkv_bias
     assert found.config.mlp_bias
     one, two = (x.groups[0].blocks[0].attention for x in (found, expected))
     np.testing.assert_array_equal(one.q_bias[...], two.q_bias[...])

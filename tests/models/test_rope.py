@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.config import RopeConfig
-from models.huggingface import rope_from_hf
+from models.families import rope_from_hf
 from models.rope import rope_tables, rotate
 from tests.models.conftest import GOLDEN
 
@@ -45,7 +45,7 @@ def test_rotation_keeps_norms_and_depends_on_distance_only():
     positions = jnp.array([[3, 10, 13, 20]])
     cos, sin = rope_tables(RopeConfig(theta=100.0), 8, positions, 64)
     many = (1, 4, 1, 8)
-    rotated_q, rotated_k = (rotate(jnp.broadcast_to(x, many), cos, sin) for x in (q, k))
+    rotated_q, rotated_k = (rotate(jnp.broadcast_to(x, many), cos, sin, RopeConfig(theta=100.0)) for x in (q, k))
     np.testing.assert_allclose(jnp.linalg.norm(rotated_q, axis=-1), jnp.linalg.norm(q), rtol=1e-5)
     near = jnp.vdot(rotated_q[0, 1], rotated_k[0, 0])  # 7 apart
     far = jnp.vdot(rotated_q[0, 3], rotated_k[0, 2])  # 7 apart

@@ -85,6 +85,6 @@ def test_one_query_head_a_group_points_to_kv_heads(tiny_config: ModelConfig):
 
 def test_a_student_that_could_not_be_exported_is_refused(tiny_config: ModelConfig):
     """5 heads do not divide 36, and the mistral config, which does not mind, has no biases."""
-    decoder = Decoder(replace(tiny_config, num_kv_heads=6, attention_bias=True))
+    decoder = Decoder(replace(tiny_config, num_kv_heads=6, qkv_bias=True, output_bias=True))
     with pytest.raises(ConfigError, match="could not be exported"):
         apply_surgery(decoder, [SurgeryOp(op="kv_heads", to=5)])

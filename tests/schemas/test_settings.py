@@ -113,6 +113,8 @@ def test_bare_words_fill_the_positional_fields() -> None:
         (["--"], ["--"]),
         (["--row-tokens"], ["lacks its value", "--row-tokens"]),
         (["--path", "--rate", "1"], ["lacks its value", "--path"]),
+        (["--path", ""], ["value is empty", "--path"]),
+        (["--rate="], ["value is empty", "--rate"]),
         (["--config"], ["lacks its value", "--config"]),
         (["--rate", "[1"], ["not YAML", "--rate", "[1"]),
         (["--path", "x", "--rate", "fast"], ["rate", "'fast'", "number"]),
@@ -186,6 +188,7 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
         models = [t for t in inner if issubclass(t, BaseModel)] if "list" not in str(field.annotation) else []
+        models = [] if "float" in str(field.annotation) else models  # a number, or a ramp: one flag
         paths += field_paths(models[0], f"{prefix}{name}.") if models else []
         paths += [prefix + name] if field.description or not models else []
     return paths
@@ -217,3 +220,48 @@ def test_help_states_types_and_defaults() -> None:
         "--items [{size: int, name: str}, ...]  (default: [])",
     ):
         assert line in text
+
+
+def test_help_of_weights_and_stages_is_one_line_each() -> None:
+    lines = help_text(TrainConfig, "distillcache train").split("\n")
+    ramp = "{start: float, end: float, schedule: constant|linear|cosine}"
+    assert f"  --loss.alpha float or {ramp}  (default: 0.0)" in lines
+    (stages,) = (line for line in lines if line.startswith("  --stages"))
+    assert "loss: {...}, optimizer: {...}" in stages
+    assert max(map(len, lines)) < 220
+
+
+def train_config(*argv: str) -> TrainConfig:
+    return parse(TrainConfig, ["--run", "r", "--cache", "c", *argv], "distillcache train")
+
+
+def test_maxtexts_keys_are_flags_too(tmp_path: Path) -> None:
+    assert train_config("--blockwise-distill").mode == "blockwise"
+    assert train_config("--blockwise-distill", "false").mode == "feature"
+    assert train_config("--load-balance-loss-weight", "1e-2").loss.load_balance.weight == 0.01
+    same = ["--load-balance-loss-weight=0.5", "--loss.load-balance.weight", "0.5", "--loss.alpha", "0.5"]
+    assert train_config(*same).loss.load_balance.weight == train_config(*same).loss.alpha == 0.5
+    (tmp_path / "a.yaml").write_text("load_balance_loss_weight: 0.1\nblockwise_distill: true\nloss: {alpha: 0.5}\n")
+    config = train_config("--config", str(tmp_path / "a.yaml"))
+    assert (config.mode, config.loss.load_balance.weight, config.loss.alpha) == ("blockwise", 0.1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--blockwise-distill", "--mode", "feature"], "blockwise_distill: True and mode: feature do not agree"),
+        (["--blockwise-distill", "maybe"], "blockwise_distill is true or false, not 'maybe'"),
+        (
+            ["--load-balance-loss-weight", "1", "--loss.load-balance.weight", "2"],
+            "load_balance_loss_weight: 1 and loss.load_balance.weight: 2 do not agree",
+        ),
+        (["--load-balance-loss-weight", "1", "--loss", "3"], "loss, which is not a mapping"),
+        (["--load-balance-loss-weight", "-1"], "loss.load_balance.weight"),
+        (["--cache="], "value is empty"),
+    ],
+)
+def test_maxtexts_keys_must_agree_with_ours(argv: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_config(*argv)
+    assert told in str(caught.value)
+    assert "found {" not in str(caught.value)

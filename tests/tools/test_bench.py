@@ -172,7 +172,9 @@ def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, t
     for mode, name in (("blockwise", "bf16_inside"), ("feature", "feature_mode")):
         config = TrainConfig.model_validate({"run": str(tmp_path), "cache": str(cache), "batch_rows": 4, "mode": mode})
         [stage] = resolve_stages(config)
-        run = StageRun(config, stage, decoder, all_parameters(decoder), Sources(config).open, source.attention_norms)
+        parameters = all_parameters(decoder)
+        run = StageRun(config, stage, decoder, parameters, Sources(config).open, source.attention_norms)
+        run.prepare(parameters)
         compiled = run.compiled(run.place(run.source[range(4)]))
         temporaries = found.figures[f"temporaries_float32_{name}_mb"]
         assert temporaries == compiled.memory_analysis().temp_size_in_bytes / 1e6

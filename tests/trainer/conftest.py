@@ -31,7 +31,8 @@ MIXED = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
     layers=(LayerGroup((BlockKind(), BlockKind(window=3)), 2), LayerGroup((BlockKind(),), 1)),
-    attention_bias=True,
+    qkv_bias=True,
+    output_bias=True,
 )
 EVEN = replace(MIXED, layers=(LayerGroup((BlockKind(),), 4),))  # one kind of block: a third of the time to compile
 

@@ -48,17 +48,17 @@ def unrolled(decoder, batch, blocks, rules, loss, norms=None):
             place, repeat = ORDER[block]
             own = {name: value[repeat] for name, value in of_place(parameters, place).items()}
             attention = sublayer(stack.graphs[place]["attention"], "attention", own)
-            if rules.inject == "attn_in":
-                out = attention.attend(rms_norm(resid[block], norms[block], MIXED.norm_eps), context)
-            else:
+            if norms is None:
                 out = attention(resid[block], context)
+            else:
+                out = attention.attend(rms_norm(resid[block], norms[block], rules.teacher_norm_eps), context)
             feature = feature_loss(out, target[block], mask, relative_l2=1.0, cosine=0.5, l2=0.25)
             objective = objective + 2.0 * feature.mean
             if rules.runs_mlp:
                 mlp = sublayer(stack.graphs[place]["mlp"], "mlp", own)
                 middle = resid[block] + (out if rules.mlp_input == "student" else target[block])
                 wanted = resid[block + 1] - resid[block] - target[block]
-                sums = feature_loss(mlp(middle), wanted, mask, relative_l2=1.0, l2=0.5)
+                sums = feature_loss(mlp(middle, context)[0], wanted, mask, relative_l2=1.0, l2=0.5)
                 objective = objective + 0.5 * sums.mean
                 found.append((feature.total, sums.total))
             else:
@@ -74,21 +74,22 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("rules", "blocks"),
+    ("rules", "blocks", "inject"),
     [
-        (BlockRules(), (0, 1, 2, 3, 4)),
-        (BlockRules(inject="attn_in"), (1, 4)),
-        (BlockRules(runs_mlp=True), (1, 4)),
-        (BlockRules(runs_mlp=True, mlp_input="student"), (0, 1, 2, 3, 4)),
+        (BlockRules(), (0, 1, 2, 3, 4), "resid"),
+        (BlockRules(teacher_norm_eps=0.1), (1, 4), "attn_in"),  # the student's is 1e-6
+        (BlockRules(runs_mlp=True), (1, 4), "resid"),
+        (BlockRules(runs_mlp=True, mlp_input="student"), (0, 1, 2, 3, 4), "resid"),
     ],
     ids=["attention", "attn_in", "mlp", "mlp of student"],
 )
-def test_gradients_equal_the_unrolled_ones(mixed, rules, blocks):
+def test_gradients_equal_the_unrolled_ones(mixed, rules, blocks, inject):
     batch, loss = random_batch(MIXED), BOTH if rules.runs_mlp else LOSS
     trained, frozen = parameters_of(mixed, "attention", *(["mlp"] if rules.runs_mlp else []))
     step, table = blockwise(mixed, loss, blocks=blocks, rules=rules)
-    norms = np.random.default_rng(3).uniform(0.5, 2, (5, MIXED.hidden_size)).astype(np.float32)
-    if rules.inject == "attn_in":
+    norms = None
+    if inject == "attn_in":
+        norms = np.random.default_rng(3).uniform(0.5, 2, (5, MIXED.hidden_size)).astype(np.float32)
         table = with_column(table, "norm", norms)
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
     oracle = unrolled(mixed, batch, blocks, rules, loss, norms)
@@ -227,7 +228,7 @@ def test_spans_and_projectors_against_numpy(student):
         target = attn[first:last].sum(0)
         np.testing.assert_allclose(sums["feature"][block], (np.square(added - target).mean(-1) * mask).sum(), rtol=1e-4)
         mlp = sublayer(stack.graphs[0, 0]["mlp"], "mlp", own)
-        made = np.asarray(mlp(jnp.asarray((resid[first] + target) @ into))) @ out
+        made = np.asarray(mlp(jnp.asarray((resid[first] + target) @ into), stack.context(batch))[0]) @ out
         wanted = resid[last] - resid[first] - target
         np.testing.assert_allclose(sums["mlp"][block], (np.square(made - wanted).mean(-1) * mask).sum(), rtol=1e-4)
     assert all(np.asarray(gradients[name]).any() for name in gradients if "projector" in name)

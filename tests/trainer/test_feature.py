@@ -20,12 +20,12 @@ from tests.conftest import build_config
 from tests.trainer.conftest import random_batch
 from tests.trainer.test_train import config
 from trainer.checkpoints import load_student
-from trainer.feature import FeatureStep, feature_update
-from trainer.metrics import read_metrics
+from trainer.feature import FeatureStep, FeatureSums, feature_update
+from trainer.metrics import feature_metrics, read_metrics
 from trainer.optimizer import make_optimizer
 from trainer.parameters import all_parameters, install
 from trainer.stack import StudentStack
-from trainer.step import init_state, jit_step
+from trainer.step import TrainState, init_state, jit_step
 from trainer.tables import TapReading, make_table, student_spans
 from trainer.train import train
 
@@ -148,18 +148,42 @@ def test_padding_alone_gives_zero(small, batch):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((found, sums.feature, sums.token_losses)))
 
 
-def test_the_whole_gradient_is_clipped_to_one_norm(small, batch):
-    step, table = step_of(small, LOSS)
-    step = replace(step, clip_norm=1e-3)
-    state = init_state(step.stack, all_parameters(small), step.optimizer)
-    update = jit_step(feature_update(step), state, None)
-    before = jax.tree.map(np.asarray, state.parameters)
-    state, _ = update(state, {}, batch, table)
+@pytest.fixture(scope="module")
+def alone(small, batch) -> tuple[dict, TrainState, FeatureSums]:
+    """The parameters before, and state and sums after, a step on features alone: clipped, with weight decay."""
+    step, table = step_of(small, LOSS.model_copy(update={"token_weight": 0.0}))
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.1), 10, clips=False)
+    step, everything = replace(step, clip_norm=1e-3, optimizer=optimizer), all_parameters(small)
+    frozen = {name: everything.pop(name) for name in ("final_norm", "head")}
+    before, state = jax.tree.map(np.asarray, everything), init_state(step.stack, everything, optimizer)
+    rows = {name: value for name, value in batch.items() if name != "topk_logits"}
+    return before, *jit_step(feature_update(step), state, None)(state, frozen, rows, table)
+
+
+def test_the_whole_gradient_is_clipped_to_one_norm(alone):
+    _, state, _ = alone
     leaves = jax.tree_util.tree_flatten_with_path(state.moments)[0]
     mu = [leaf for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)]
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in mu)) / (1 - 0.9)
     assert norm == pytest.approx(1e-3, rel=1e-4)
-    assert all(not np.array_equal(before[name], state.parameters[name]) for name in before)
+
+
+def test_features_alone_reach_up_to_the_last_compared_attention(alone):
+    """Block 2's is the last one: its MLP stays as it is, in spite of the weight decay. Everything else moves."""
+    before, state, _ = alone
+    for name, value in state.parameters.items():
+        moved = [not np.array_equal(*pair) for pair in zip(value, before[name], strict=True)]
+        assert any(moved), name
+        assert name == "embed" or moved == [True, True, "/mlp/" not in name], name
+
+
+def test_features_alone_need_no_logits(small, batch, alone):
+    _, _, sums = alone
+    assert sums.token_losses == {}
+    losses = {"feature": np.asarray(sums.feature) / float(sums.tokens)}
+    metrics = feature_metrics(losses, {0: 1.0, 2: 2.0}, {name: float(value) for name, value in sums.weights.items()})
+    assert metrics["distill/total_loss"] == pytest.approx(1.5 * by_hand(small, batch)["feature"], rel=1e-5)
+    assert not {"distill/hard_loss", "distill/student_perplexity"} & metrics.keys()
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +205,14 @@ def test_blockwise_then_feature_in_one_run(tmp_path, logits_cache):
     assert result.after.kl < result.before.kl
     lines = read_metrics(tmp_path / "whole")
     names = {"total_loss", "soft_loss", "hard_loss", "teacher_loss", "kl_div_at_T", "kl_div_T1", "student_perplexity"}
-    names |= {"teacher_perplexity", "out_proj_feature_loss", "temperature", "alpha", "beta_feature"}
+    names |= {"teacher_perplexity", "out_proj_feature_loss", "temperature", "alpha", "beta_feature", "token_weight"}
     assert {name for name in lines[4] if name.startswith("distill/")} == {f"distill/{name}" for name in names}
     assert [line["distill/beta_feature"] for line in lines[4:]] == [1.0, 0.5, 0.0]
     assert lines[4]["distill/soft_loss"] == pytest.approx(4 * lines[4]["distill/kl_div_at_T"])
+    for step, stands_in in ((0, True), (3, True), (6, False)):  # where there is a batch's own it stays
+        line = lines[step]
+        assert (line["distill/student_perplexity"] == line["eval/student_perplexity"]) is stands_in
+    assert lines[6]["distill/student_perplexity"] == pytest.approx(np.exp(lines[6]["distill/hard_loss"]))
     # Stopped in the second stage: the same numbers, and all that either stage trained is there.
     train(config(cut, logits_cache, stages=[stages[0], {**stages[1], "steps": 3}], checkpoint_every=2, steps=6))
     found = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in read_metrics(cut)]

@@ -96,7 +96,8 @@ def step_of(cache, tmp_path, **mesh):
     sources = Sources(settings)
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
     (stage,) = resolve_stages(settings)
-    return StageRun(settings, stage, decoder, all_parameters(decoder), sources.open, sources.norms)
+    parameters = all_parameters(decoder)
+    return StageRun(settings, stage, decoder, parameters, sources.open, sources.norms).prepare(parameters)
 
 
 def test_nothing_but_scalars_crosses_block_groups(deep, tmp_path):

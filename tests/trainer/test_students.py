@@ -126,6 +126,11 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
         ({"loss": {"feature": {"block_weights": [1.0]}}}, "block_weights does not fit"),
         ({"mode": "feature", "loss": {"alpha": 0.5}}, "does not hold this tap"),
         ({"inject": "attn_in", "train_only": ["attention/norm"]}, "no loss reaches"),
+        ({"mode": "feature", "loss": {"token_weight": 0.0, "feature": {"weight": 0.0}}}, "no loss has a weight"),
+        ({"mode": "feature", "loss": {"token_weight": 0.0}, "train_only": ["head"]}, "no loss reaches"),
+        ({"mode": "feature", "loss": {"mlp": {"weight": 0.5}}}, "loss.mlp.weight would do nothing"),
+        ({"mode": "feature", "inject": "attn_in"}, "inject would do nothing"),
+        ({"stages": STAGES, "mlp_input": "student"}, "mlp_input would do nothing"),
     ],
     ids=str,
 )

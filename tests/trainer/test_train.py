@@ -18,6 +18,7 @@ from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
 from schemas.signals import StopRequest
 from schemas.train_config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
+from tools import cli
 from trainer import __main__
 from trainer import train as loop
 from trainer.checkpoints import load_student
@@ -101,7 +102,8 @@ def test_the_names_of_the_metrics(whole):
         *(f"feature/block_{block:02d}" for block in range(3)),
     }
     evaluation = {
-        "distill/student_perplexity",
+        "distill/student_perplexity",  # a blockwise step has none of its own
+        "eval/student_perplexity",
         "eval/cosine",
         "eval/relative_recovery",
         *(f"eval/cosine_block_{block:02d}" for block in range(3)),
@@ -232,6 +234,17 @@ def test_another_config_is_refused(whole, cache, change, named):
     assert set(caught.value.facts) == {"run", named}
 
 
+def test_of_lists_only_the_differing_entries_are_named():
+    there = {"stages": [{"steps": 3, "loss": None}, {"steps": 2, "loss": {"alpha": 0.0}}], "blocks": [1]}
+    here = {"stages": [{"steps": 3, "loss": None}, {"steps": 4, "loss": {"alpha": 0.5}}], "blocks": [1, 2]}
+    assert loop._differences(there, here) == {
+        "stages.1.steps": "there 2, here 4",
+        "stages.1.loss.alpha": "there 0.0, here 0.5",
+        "blocks.1": "there None, here 2",
+    }
+    assert len(loop._differences({"stages": None}, here | {"stages": here["stages"] * 9})["stages"]) < 120
+
+
 def test_another_cache_is_refused(whole, sparse_cache):
     with pytest.raises(PlanMismatchError, match="another config or cache"):
         train(config(whole, sparse_cache))
@@ -311,6 +324,25 @@ def test_a_student_of_another_width_is_refused(tmp_path, cache, teacher):
     with pytest.raises(ConfigError, match="disagree on the hidden size") as caught:
         train(config(tmp_path / "run", cache, student=StudentConfig(init=str(tmp_path / "wide"))))
     assert {"cache", "student"} == set(caught.value.facts)
+
+
+def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
+    run, out = shutil.copytree(whole, tmp_path / "run"), tmp_path / "out"
+    first, last = read_evaluations(whole)
+    better = last.model_copy(update={"step": 6, "perplexity": last.perplexity / 2})
+    lost = better.model_copy(update={"step": 3, "perplexity": 1.0})  # its checkpoint is gone
+    for found, step in (([first, lost, better, last], 6), ([first, last], 8)):
+        (run / "eval.json").write_text(json.dumps([entry.model_dump() for entry in found]))
+        assert cli.main(["export", str(run), str(out), "--best"]) == 0
+        assert f"step {step} of {run}" in capsys.readouterr().err
+    exported, trained = load_pretrained(out), load_student(str(run)).decoder
+    for name, value in all_parameters(trained).items():
+        np.testing.assert_array_equal(all_parameters(exported)[name], value)
+    (run / "eval.json").write_text(json.dumps([first.model_dump()]))
+    assert cli.main(["export", str(run), str(out), "--best"]) == 2
+    assert "no checkpoint of the run was evaluated" in capsys.readouterr().err
+    assert cli.main(["export", str(run), str(out), "--best", "--step", "8"]) == 2
+    assert "both name a checkpoint" in capsys.readouterr().err
 
 
 def test_the_summary_as_json(whole, cache, capsys):

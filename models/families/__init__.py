@@ -1,0 +1,145 @@
+"""`config.json` of an HF directory to `ModelConfig`, and back: one module for each kind of family.
+
+Adding a family is a module with a `Family` value, and its name below.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
+from models.families.family import Family, common_keys
+from models.families.glm4_moe import GLM4_MOE
+from models.families.llama import LLAMA, MISTRAL, exported_family
+from models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from models.families.mixtral import MIXTRAL
+from models.families.olmoe import OLMOE
+from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from models.families.values import NEUTRAL_VALUES, Values, rope_from_hf
+from models.rope import rotated_width
+from models.tensors import Layout
+from schemas.errors import CheckpointError
+
+KNOWN = (
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    LLAMA4_TEXT,
+    LLAMA4,
+    GLM4_MOE,
+    BAILING_MOE,
+    BAILING_MOE_V2,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
+
+__all__ = ["check_heads", "config_from_hf", "config_to_hf", "exported_layout_of", "layout_of", "rope_from_hf"]
+
+
+def config_from_hf(raw: Mapping[str, Any], file: Path) -> ModelConfig:
+    """The decoder that a `config.json` describes.
+
+    Args:
+        raw: its content.
+        file: where it came from, for messages.
+    """
+    family = _family_of(raw, file)
+    values = Values(raw, family.defaults, file, family.aliases)
+    values.check_keys(family.understood, {**NEUTRAL_VALUES, **family.neutral})
+    config = family.read(values)
+    check_heads(config, file)
+    _check_experts(config, file)
+    return config
+
+
+def _family_of(raw: Mapping[str, Any], file: Path) -> Family:
+    name, architectures = raw.get("model_type"), raw.get("architectures")
+    known = [family for family in KNOWN if name in (family.name, *family.also)]
+    if not known:
+        raise CheckpointError(
+            "this model_type is not supported",
+            {"file": file, "found": name, "supported": ", ".join(FAMILIES)},
+            "use a checkpoint of a supported family",
+        )
+    if len(known) == 1:
+        return known[0]
+    for family in known:
+        if isinstance(architectures, list) and family.architecture in architectures:
+            return family
+    raise CheckpointError(
+        "this model_type has several versions, and architectures names none that is supported",
+        {
+            "file": file,
+            "model_type": name,
+            "architectures": architectures,
+            "supported": ", ".join(family.architecture for family in known),
+        },
+        "use a checkpoint of a supported version",
+    )
+
+
+def check_heads(config: ModelConfig, file: Path) -> None:
+    """Query heads form equal groups; numbers of a head are rotated in pairs, so its rotated width is even."""
+    if config.num_heads % config.num_kv_heads:
+        raise CheckpointError(
+            "the query heads do not divide into the key/value heads",
+            {"file": file, "query heads": config.num_heads, "key/value heads": config.num_kv_heads},
+            "check num_attention_heads and num_key_value_heads",
+        )
+    width = rotated_width(config.rope, config.head_dim)
+    if width % 2 or width == 0:
+        raise CheckpointError(
+            "rotary embedding needs an even head width",
+            {"file": file, "found": width},
+            "check head_dim, or hidden_size and num_attention_heads",
+        )
+
+
+def _check_experts(config: ModelConfig, file: Path) -> None:
+    """The groups of experts are equal, and those that are kept have as many experts as a token takes."""
+    if (moe := config.moe) is None:
+        return
+    found = {"file": file, "experts": moe.num_experts, "of a token": moe.top_k}
+    found |= {"groups": moe.groups, "groups kept": moe.groups_kept} if moe.groups > 1 else {}
+    if moe.num_experts % moe.groups or moe.groups_kept > moe.groups:
+        raise CheckpointError(
+            "the experts do not divide into their groups", found, "check the numbers of experts and groups"
+        )
+    if moe.top_k > moe.num_experts // moe.groups * moe.groups_kept:
+        raise CheckpointError(
+            "a token takes more experts than it may choose from", found, "check num_experts_per_tok and the experts"
+        )
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of an export.
+
+    Raises:
+        CheckpointError: transformers has no config that means this decoder.
+    """
+    family = FAMILIES[_exported_name(config)]
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **common_keys(config, dtype),
+        **family.write(config),
+    }
+
+
+def _exported_name(config: ModelConfig) -> str:
+    if config.family == LLAMA4.name:
+        return LLAMA4_TEXT.name
+    return exported_family(config) if config.family in ("llama", "mistral") else config.family
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """The names of this decoder's tensors in its family's files."""
+    return FAMILIES[config.family].layout(config)
+
+
+def exported_layout_of(config: ModelConfig) -> Layout:
+    """The names of this decoder's tensors in an export."""
+    return FAMILIES[_exported_name(config)].layout(config)

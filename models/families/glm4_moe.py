@@ -1,0 +1,115 @@
+"""GLM-4.5 and later (`glm4_moe`): experts ranked by sigmoid and bias within the best groups, half of a head rotated.
+
+Source: HF transformers `configuration_glm4_moe`, `modeling_glm4_moe`.
+"""
+
+from typing import Any
+
+from models.config import ModelConfig, MoeConfig
+from models.families.family import (
+    Family,
+    attention_tensors,
+    bias_tensors,
+    common_fields,
+    dense_tensors,
+    expert_tensors,
+    norm_tensors,
+    not_exportable,
+    shared_tensors,
+)
+from models.families.grouped import dense_then_experts, expert_groups, first_dense, mtp_prefixes, shared_experts
+from models.families.llama import DENSE_DEFAULTS
+from models.families.values import PARTIAL, Values
+from models.tensors import BlockTensor, Layout
+
+
+def _read(values: Values) -> ModelConfig:
+    return ModelConfig(
+        **common_fields(values, dense_then_experts(values)),
+        rope=values.rope(fraction=0.5, partial=True),
+        qkv_bias=values.flag("attention_bias"),
+        qk_norm="head" if values.flag("use_qk_norm") else "none",
+        moe=_moe(values),
+        mtp_layers=values.count("num_nextn_predict_layers"),
+        family="glm4_moe",
+    )
+
+
+def _moe(values: Values) -> MoeConfig:
+    groups, kept = expert_groups(values)
+    width = values.size("moe_intermediate_size")
+    return MoeConfig(
+        num_experts=values.size("n_routed_experts"),
+        top_k=values.size("num_experts_per_tok"),
+        expert_size=width,
+        shared_size=values.count("n_shared_experts") * width,
+        scores="sigmoid",
+        renormalise=values.flag("norm_topk_prob"),
+        scaling=values.number("routed_scaling_factor"),
+        groups=groups,
+        groups_kept=kept,
+        bias=True,
+        native_bias=True,
+        float32_router=True,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    if config.output_bias:
+        raise not_exportable("a bias of the output projection", "none", "use another family")
+    moe = config.moe_config
+    return {
+        "first_k_dense_replace": first_dense(config),
+        PARTIAL: config.rope.fraction,  # for transformers 4, and stated where it is 1: half is assumed
+        "attention_bias": config.qkv_bias,
+        "use_qk_norm": config.qk_norm == "head",
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_size,
+        "n_shared_experts": shared_experts(moe),
+        "norm_topk_prob": moe.renormalise,
+        "routed_scaling_factor": moe.scaling,
+        "n_group": moe.groups,
+        "topk_group": moe.groups_kept,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _layout(config: ModelConfig) -> Layout:
+    moe = [
+        BlockTensor("mlp.gate.weight", "mlp/router", 1),
+        *bias_tensors(config, "mlp.gate.e_score_correction_bias"),
+        *expert_tensors(),
+        *(shared_tensors("mlp.shared_experts") if config.moe_config.shared_size else []),
+    ]
+    common = [*norm_tensors(), *attention_tensors(config)]
+    return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
+
+
+GLM4_MOE = Family(
+    name="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    defaults=DENSE_DEFAULTS
+    | {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        PARTIAL: None,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1408,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 1,
+    },
+    read=_read,
+    write=_write,
+    layout=_layout,
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)

@@ -1,0 +1,289 @@
+"""A `config.json`, read key by key: every value checked, every key accounted for.
+
+The list of keys is closed. A key is understood, or known not to change what the model computes, or refused by name: a
+key that we do not know may be one that changes the numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.config import RopeConfig
+from schemas.errors import CheckpointError
+
+# HF's name -> ours. `gelu_new` writes out the tanh approximation that `gelu_pytorch_tanh` calls by name.
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+# Keys that do not change the forward pass: bookkeeping, initialisation, generation, dropout and auxiliary losses
+# (training only), `pretraining_tp` (slices the same matrix products), labels of heads that a language model lacks.
+HARMLESS_KEYS = frozenset(
+    """_attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation auto_map
+    bos_token_id chunk_size_feed_forward dtype embedding_dropout eos_token_id finetuning_task id2label
+    initializer_range is_llama_config label2id model_type name_or_path num_labels output_attentions output_dropout
+    output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type producer return_dict
+    router_aux_loss_coef router_z_loss_coef sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unk_token_id use_cache""".split()  # noqa: SIM905 - one a line would be two screens
+)
+# Keys that would change the forward pass, with the values under which they do not.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, True, None),
+    "is_encoder_decoder": (False, None),
+    "layer_types": (None,),
+    "partial_rotary_factor": (1, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False, None),
+    "tie_encoder_decoder": (False, None),
+}
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+# rope kind -> (required, optional) parameters, and their field in RopeConfig.
+ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+ROPE_FIELDS = {"original_max_position_embeddings": "original_max_positions"}
+PARTIAL = "partial_rotary_factor"
+
+
+class Values:
+    """The keys of a `config.json`, with the defaults of its family for those that it leaves out."""
+
+    def __init__(
+        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+            aliases: other spellings of keys.
+
+        Raises:
+            CheckpointError: a key is there in two spellings that disagree.
+        """
+        self._raw, self.file = dict(raw), file
+        for other, key in (aliases or {}).items():
+            if other in self._raw:
+                value = self._raw.pop(other)
+                if self._raw.setdefault(key, value) != value:
+                    raise bad_value(file, other, value, f"the same as {key}, which is {_short(self._raw[key])}")
+        self._values = {**defaults, **self._raw}
+
+    def check_keys(self, understood: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise `CheckpointError` for a key that may change the numbers in a way that is not understood.
+
+        Args:
+            understood: keys that are read, or known to be harmless.
+            neutral: keys that change nothing as long as they have one of these values.
+        """
+        for key, value in self._values.items():
+            if key in understood or key in HARMLESS_KEYS:
+                continue
+            if not any(_same(value, allowed) for allowed in neutral.get(key, ())):
+                raise unknown_key(self.file, key, value)
+
+    def __getitem__(self, key: str) -> Any:
+        """The value as it is; None where there is none."""
+        return self._values.get(key)
+
+    def size(self, key: str) -> int:
+        value = self[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.bad(key, "a positive whole number")
+        return value
+
+    def size_or_none(self, key: str) -> int | None:
+        return None if self[key] is None else self.size(key)
+
+    def count(self, key: str) -> int:
+        """A size that may be 0, and is where it is null."""
+        return 0 if self[key] in (None, 0) and self[key] is not False else self.size(key)
+
+    def number(self, key: str) -> float:
+        if not is_number(self[key]) or not self[key] > 0:
+            raise self.bad(key, "a positive number")
+        return float(self[key])
+
+    def number_or_zero(self, key: str) -> float:
+        return 0.0 if is_number(self[key]) and self[key] == 0 else self.number(key)
+
+    def number_or_none(self, key: str) -> float | None:
+        return None if self[key] is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(self[key], bool):
+            raise self.bad(key, "true or false")
+        return self[key]
+
+    def blocks(self, key: str, count: int) -> list[int]:
+        """A list of block numbers below `count`; empty where it is null."""
+        value = [] if self[key] is None else self[key]
+        if not isinstance(value, list) or not all(_is_index(at, count) for at in value):
+            raise self.bad(key, f"a list of block numbers from 0 to {count - 1}")
+        return value
+
+    def per_block(self, key: str, allowed: Sequence[Any], count: int) -> list[Any] | None:
+        """One of `allowed` for each of `count` blocks; None where it is null."""
+        value = self[key]
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or any(entry not in allowed for entry in value):
+            raise self.bad(key, f"{count} of {', '.join(map(str, allowed))}, one for each block")
+        return value
+
+    def activation(self, key: str = "hidden_act") -> str:
+        if not isinstance(self[key], str) or self[key] not in ACTIVATION_NAMES:
+            raise self.bad(key, ", ".join(ACTIVATION_NAMES))
+        return ACTIVATION_NAMES[self[key]]
+
+    def rope(self, *, theta: float = 10_000.0, fraction: float = 1.0, partial: bool = False) -> RopeConfig:
+        """Rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+        Args:
+            theta, fraction: what transformers assumes for this family where the file is silent.
+            partial: the family knows heads of which only a part is rotated.
+        """
+        return rope_from_hf(self._raw, self.size("max_position_embeddings"), self.file, theta, fraction, partial)
+
+    def bad(self, key: str, expected: str) -> CheckpointError:
+        """The error for a value that cannot be used."""
+        return bad_value(self.file, key, self[key], expected)
+
+
+def rope_from_hf(
+    raw: Mapping[str, Any],
+    max_positions: int,
+    file: Path,
+    theta: float = 10_000.0,
+    fraction: float = 1.0,
+    partial: bool = False,
+) -> RopeConfig:
+    """See `Values.rope`."""
+    given = {key: _rope_dict(raw, key, file) for key in ("rope_scaling", "rope_parameters")}
+    old, new = ({k: v for k, v in given[key].items() if k not in ("rope_theta", PARTIAL)} for key in given)
+    if old and new and old != new:
+        raise CheckpointError(
+            "rope_scaling and rope_parameters disagree",
+            {"file": file, "rope_scaling": old, "rope_parameters": new},
+            "remove the wrong one",
+        )
+    parameters = given["rope_parameters"] | given["rope_scaling"]
+    kind = parameters.pop("rope_type", "default")
+    base = parameters.pop("rope_theta", None) or raw.get("rope_theta") or theta
+    inner = parameters.pop(PARTIAL, None)
+    share = next((value for value in (inner, raw.get(PARTIAL)) if value is not None), fraction)
+    if share != 1 and not partial:
+        raise bad_value(file, PARTIAL, share, "1: the whole head is rotated")
+    if not is_number(share) or not 0 < share <= 1:
+        raise bad_value(file, PARTIAL, share, "a number above 0, at most 1")
+    if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
+        raise CheckpointError(
+            "this rope_type is not supported",
+            {"file": file, "found": kind, "supported": ", ".join(ROPE_PARAMETERS)},
+            "use a checkpoint with a supported rope_type",
+        )
+    _check_rope_keys(parameters, kind, file)
+    if kind in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = (
+            parameters.get("original_max_position_embeddings") or max_positions
+        )
+    if not is_number(base) or not base > 0:
+        raise bad_value(file, "rope_theta", base, "a positive number")
+    # None means transformers' default, which is RopeConfig's own.
+    fields = {ROPE_FIELDS.get(key, key): value for key, value in parameters.items() if value is not None}
+    return RopeConfig(theta=float(base), kind=kind, fraction=float(share), **fields)
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5."""
+    required, optional = ROPE_PARAMETERS[rope.kind]
+    found = {key: getattr(rope, ROPE_FIELDS.get(key, key)) for key in (*required, *optional)}
+    written = {key: value for key, value in found.items() if value is not None}
+    partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
+
+
+def _rope_dict(raw: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null."""
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_value(file, key, value, "an object or null")
+    value = dict(value)
+    legacy = value.pop("type", "default")  # transformers before 4.43
+    return {"rope_type": legacy} | value
+
+
+def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Path) -> None:
+    required, optional = ROPE_PARAMETERS[kind]
+    for key in parameters:
+        if key not in (*required, *optional):
+            raise unknown_key(file, f"rope parameter {key} of rope_type {kind}", parameters[key])
+    for key in required:
+        if parameters.get(key) is None:
+            raise bad_value(file, f"rope parameter {key}", "nothing", f"a number, for rope_type {kind}")
+    for key, value in parameters.items():
+        if value is not None and not (isinstance(value, bool) if key == "truncate" else is_number(value)):
+            raise bad_value(file, f"rope parameter {key}", value, "true or false" if key == "truncate" else "a number")
+    if kind != "default" and parameters["factor"] <= 0:
+        raise bad_value(file, "rope parameter factor", parameters["factor"], "a number above 0")
+
+
+def unknown_key(file: Path, key: str, value: object) -> CheckpointError:
+    """The error for a key that may change what the model computes, in a way that is not understood."""
+    return CheckpointError(
+        "the config has a setting that is not supported, and that may change what the model computes",
+        {"file": file, "key": key, "value": _short(value)},
+        "use another checkpoint, or remove the key if you know that this model computes the same without it",
+    )
+
+
+def bad_value(file: Path, key: str, value: object, expected: str) -> CheckpointError:
+    """The error for a value that cannot be used."""
+    return CheckpointError(
+        "the config has a value that cannot be used",
+        {"file": file, "key": key, "found": _short(value), "expected": expected},
+        "correct the value",
+    )
+
+
+def is_number(value: object) -> bool:
+    """True and False are no numbers here."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_index(value: object, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
+def _same(value: object, allowed: object) -> bool:
+    """Equal, where True is not 1."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _short(value: object, width: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
