@@ -35,4 +35,4 @@ check: install
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .pytest_cache build *.egg-info

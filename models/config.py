@@ -136,7 +136,7 @@ class ModelConfig:
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
     moe: MoeConfig | None = None
-    experts: Literal["auto", "dense", "ragged"] = "auto"
+    experts: Literal["auto", "dense", "tiled", "ragged"] = "auto"
     max_positions: int = 2048
     mtp_layers: int = 0
     family: str = "llama"

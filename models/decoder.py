@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, TemperatureConfig
 from models.experts import Experts, apply_experts
 from models.rope import rope_tables, rotate
-from models.routing import RouterOutput, route
+from models.routing import RouterOutput, expert_load, route
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -222,6 +222,8 @@ class Moe(nnx.Module):
         if moe.jitter and context.noise is not None:
             x = x * _jitter(context.noise, x.shape[1:], moe.jitter).astype(x.dtype)
         router = route(self._logits(x), self._bias(context), moe)
+        of_rows = jax.vmap(lambda ids, real: expert_load(ids, real, moe.num_experts))
+        router = router._replace(counts=of_rows(router.ids, context.segment_ids > 0))
         out = apply_experts(
             Experts(self.gate[...], self.up[...], self.down[...]),
             x,

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.decoder import BlockOutput, Decoder
+from models.routing import RouterSums, router_sums
 from models.topk import topk_logits
 from schemas.codecs import Codec
 from schemas.manifest import TOPK_LOGITS, TapPlan
@@ -32,10 +33,15 @@ class SlotSums(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """codes: tap -> part -> `[B, S, T, W]`, S stored slots, in the order of the disk. sums: tap -> `SlotSums`."""
+    """codes: tap -> part -> `[B, S, T, W]`, S stored slots, in the order of the disk. sums: tap -> `SlotSums`.
+
+    router: of a teacher with experts, the sums of each row, `[Lm, B, ...]` over its blocks with experts; no tokens in a
+    block that was left out.
+    """
 
     codes: dict[str, dict[str, Array]]
     sums: dict[str, SlotSums]
+    router: RouterSums | None = None
 
 
 class _TapState(NamedTuple):
@@ -102,13 +108,19 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
         real = segment_ids > 0
         batch, row_tokens = tokens.shape
 
-        def emit(states: dict[str, _TapState], out: BlockOutput, block: Array) -> tuple[dict[str, _TapState], None]:
-            return {
+        skips = not _last_mlp_needed(taps, num_blocks)
+
+        def emit(states: dict[str, _TapState], out: BlockOutput, block: Array) -> tuple[dict[str, _TapState], Any]:
+            recorded = {
                 name: recorder.put(states[name], getattr(out, name), block, real)
                 for name, recorder in recorders.items()
-            }, None
+            }
+            if out.router is None:
+                return recorded, {}
+            ran = real & (block < num_blocks - 1) if skips else real
+            return recorded, {"router": jax.vmap(router_sums)(out.router, ran)}
 
-        last, states, _ = model.scan_blocks(
+        last, states, kept = model.scan_blocks(
             model.embed_tokens(tokens),
             model.context(positions, segment_ids),
             emit,
@@ -116,7 +128,7 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
                 name: recorder.start(batch, row_tokens, decoder.config.hidden_size)
                 for name, recorder in recorders.items()
             },
-            skip_last_mlp=not _last_mlp_needed(taps, num_blocks),
+            skip_last_mlp=skips,
         )
         if "resid" in recorders:
             states["resid"] = recorders["resid"].put(states["resid"], last, jnp.asarray(num_blocks), real)
@@ -124,7 +136,7 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
         sums = {name: state.sums for name, state in states.items()}
         if topk is not None:
             codes[TOPK_LOGITS], sums[TOPK_LOGITS] = _record_topk(model, topk, last, real)
-        return Recording(codes, sums)
+        return Recording(codes, sums, kept.get("router"))
 
     return record, parameters
 

@@ -30,13 +30,14 @@ class RouterOutput(NamedTuple):
     """One MoE block's routing; stacked, `[L, ...]` over the blocks with experts.
 
     logits: float32 `[B, T, E]`. probs: float32 `[B, T, E]`, scores that sum to 1. ids: int32 `[B, T, k]`, best first.
-    weights: float32 `[B, T, k]`.
+    weights: float32 `[B, T, k]`. counts: float32 `[B, E]`, each row's assignments of real tokens.
     """
 
     logits: Array
     probs: Array
     ids: Array
     weights: Array
+    counts: Array | None = None
 
 
 class RouterSums(NamedTuple):
@@ -270,7 +271,7 @@ def update_router_bias(
     share = load / jnp.maximum(total, 1.0)
     smoothed = momentum * state.smoothed + (1.0 - momentum) * share
     if rule == "sign":
-        push = jnp.sign(1.0 / load.shape[-1] - share)
+        push = jnp.sign(total - load.shape[-1] * load)  # exact in counts; of shares, rounding would move a full one
     else:
         wanted = 1.0 / load.shape[-1] - smoothed
         push = wanted - jnp.mean(wanted, axis=-1, keepdims=True)

@@ -3,9 +3,9 @@
 The description of each field is its help text (`distillcache build --help`); its default's reason is beside it.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.base import Config as Config
 from schemas.base import Positive as Positive
@@ -171,9 +171,10 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student", "step"] = Field(
+    what: Literal["feed", "build", "codec", "student", "step", "routing"] = Field(
         description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
-        "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory"
+        "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory; routing: experts "
+        "balanced by biases, by an auxiliary loss, and not at all"
     )
     dir: str | None = Field(
         default=None,
@@ -182,8 +183,17 @@ class BenchConfig(Config):
     rounds: Positive | None = Field(
         default=None,
         description="how often everything is measured, by turns; medians count; default: feed 5, build 2, step 2; "
-        "codec and student measure once",
+        "codec, student and routing measure once",
     )
+    plot: str | None = Field(
+        default=None, pattern=r"\.(svg|png)$", description="routing: also draw loss and load by step into this file"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_picture(self) -> Self:
+        if self.plot is not None and self.what != "routing":
+            raise ValueError(f"plot is for routing: {self.what} has no picture")
+        return self
 
 
 class ExportConfig(Config):

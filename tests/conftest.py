@@ -12,6 +12,12 @@ os.environ.setdefault(
     "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
 )
 
+# Programs compiled once for all tests, workers and later runs: many tests train the same tiny students. A third of the
+# time at the first run, two thirds at the next.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import pytest
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

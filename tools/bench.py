@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student|step`: fixed work, against this machine's own limits and against peers.
+"""`distillcache bench feed|build|codec|student|step|routing`: fixed work, against this machine's limits and peers.
 
     distillcache bench feed --json
 
@@ -33,6 +33,7 @@ MODULES = {
     "build": "tools.bench_build",
     "student": "tools.bench_student",
     "step": "tools.bench_step",
+    "routing": "tools.bench_routing",
 }
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
 LIBRARIES = ("jax", "tensorstore", "grain", "numpy")

@@ -48,7 +48,8 @@ from trainer.optimizer import make_optimizer
 from trainer.parameters import Parameters, all_parameters, choose_trained
 from trainer.source import Source
 from trainer.stack import BlockRules, StudentStack
-from trainer.stage import OpenSource, StageRun, resolve_stages
+from trainer.stage import OpenSource, StageRun
+from trainer.stages import resolve_stages
 from trainer.step import blockwise_update, init_state, jit_step
 from trainer.tables import Table, TapReading, is_in_step, make_table, student_spans
 from trainer.teacher import open_teacher

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from models.checkpoint import save_pretrained
+from models.tensors import ROUTER_BIAS_FILE
 from schemas import settings
 from schemas.config import ExportConfig
 from schemas.errors import ConfigError
@@ -23,6 +24,13 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         step, note = best.step, f", the best with a held-out perplexity of {best.perplexity:.2f},"
     student = load_student(config.run, step)
     save_pretrained(student.decoder, config.out, tokenizer_from=student.tokenizer)
+    moe = student.decoder.config.moe
+    if moe is not None and moe.bias and not moe.native_bias:
+        print(
+            f"warning: {student.decoder.config.family} has no place for router biases: they are in {ROUTER_BIAS_FILE}, "
+            "which other readers ignore; eval/student_perplexity_without_bias says what they will see",
+            file=sys.stderr,
+        )
     if as_json:
         print(json.dumps({"run": config.run, "step": student.step, "out": config.out}))
     else:

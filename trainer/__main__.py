@@ -8,6 +8,7 @@ from typing import Any
 from schemas import settings
 from schemas.config import TrainConfig
 from schemas.errors import DistillcacheError
+from trainer.evaluate import Evaluation
 from trainer.train import TrainResult, train
 
 
@@ -34,16 +35,24 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 
 def _lines(result: TrainResult) -> list[str]:
-    lines = [
-        f"run {result.run}: {result.steps} steps, loss {result.loss:.4g}, {result.tokens_per_s:,.0f} tokens/s",
-        f"write the student: distillcache export {result.run} <folder>",
-    ]
+    lines = [f"run {result.run}: {result.steps} steps, loss {result.loss:.4g}, {result.tokens_per_s:,.0f} tokens/s"]
     if result.before and result.after:
-        before, after = result.before, result.after
-        lines.insert(1, f"held-out perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after")
-        lines.insert(
-            2, f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after"
+        lines += _changes(result.before, result.after)
+    return [*lines, f"write the student: distillcache export {result.run} <folder>"]
+
+
+def _changes(before: Evaluation, after: Evaluation) -> list[str]:
+    """What the training changed on the held-out rows."""
+    lines = [f"held-out perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"]
+    if after.perplexity_without_bias is not None:
+        lines.append(
+            f"without router biases, as other readers of the export route: {after.perplexity_without_bias:.2f}"
         )
+    if after.blocks:
+        lines.append(f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after")
+    if before.max_violation is not None and after.max_violation is not None:
+        fullest = f"{1 + before.max_violation:.2f} before, {1 + after.max_violation:.2f} after"
+        lines.append(f"tokens of the fullest expert over the mean, mean of blocks: {fullest}")
     return lines
 
 

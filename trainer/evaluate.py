@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from models.decoder import Decoder
+from models.decoder import BlockOutput, Decoder
+from models.routing import expert_load, max_violation
 from schemas.base import Config
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
 from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss
 from trainer.open import Sources
-from trainer.parameters import Parameters, Place, install, of_place
+from trainer.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
 from trainer.source import Batch, Source
 from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
 from trainer.tables import Table, TapReading, evaluation_table, student_spans
@@ -33,6 +34,8 @@ class Evaluation(Config):
 
     blocks: the student's that can be compared with the cache; cosine: each one's mean distance, in their order.
     kl: to the teacher's recorded top k, nats a token; None where none is recorded.
+    max_violation: of a student with experts, the mean over its blocks (models/routing.py).
+    perplexity_without_bias: where its routers have biases that other readers of its export will not know.
     """
 
     step: int
@@ -40,6 +43,8 @@ class Evaluation(Config):
     blocks: tuple[int, ...]
     cosine: tuple[float, ...]
     kl: float | None = None
+    max_violation: float | None = None
+    perplexity_without_bias: float | None = None
 
     @property
     def mean_cosine(self) -> float:
@@ -69,7 +74,8 @@ class Evaluator:
         """What these parameters, all of the student's, are worth after `step` steps."""
         rows, source = self._config.eval_batch_rows, self._source
         install(self._decoder, parameters)
-        perplexity = held_out_perplexity(self._decoder, source, rows)
+        whole = held_out(self._decoder, source, rows)
+        violation = None if whole.load is None else float(np.mean(max_violation(jnp.asarray(whole.load))))
         kl = None
         if "topk_logits" in source.codecs:
             kl = teacher_divergence(self._decoder, source, rows, rest_bucket=self._config.loss.rest_bucket)
@@ -77,19 +83,51 @@ class Evaluator:
         if self._blocks:
             found = blockwise_cosine(self._stack, parameters, source, self._table, self._reading, self._rules, rows)
             cosine = tuple(float(found[block]) for block in self._blocks)
-        return Evaluation(step=step, perplexity=perplexity, blocks=self._blocks, cosine=cosine, kl=kl)
+        return Evaluation(
+            step=step,
+            perplexity=whole.perplexity,
+            blocks=self._blocks,
+            cosine=cosine,
+            kl=kl,
+            max_violation=violation,
+            perplexity_without_bias=self._without_bias(parameters),
+        )
+
+    def _without_bias(self, parameters: Parameters) -> float | None:
+        """The perplexity of the student as other readers of its export compute it: without biases of their own file."""
+        moe = self._decoder.config.moe
+        biases = {name: jnp.zeros_like(value) for name, value in parameters.items() if name.endswith(ROUTER_BIAS)}
+        if moe is None or moe.native_bias or not any(np.asarray(parameters[name]).any() for name in biases):
+            return None
+        install(self._decoder, biases)
+        title = "perplexity without router biases"
+        return held_out_perplexity(self._decoder, self._source, self._config.eval_batch_rows, title)
+
+
+class HeldOut(NamedTuple):
+    """A decoder on held-out rows. perplexity: exp of the mean cross-entropy of every next token. load: of every expert,
+    `[Lm, E]`; None without experts."""
+
+    perplexity: float
+    load: np.ndarray | None
+
+
+def held_out(decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity") -> HeldOut:
+    """How well it predicts the source's rows, and how its experts are loaded there."""
+    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None)
+    return HeldOut(math.exp(loss), load)
 
 
 def held_out_perplexity(
     decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
 ) -> float:
     """exp of the mean cross-entropy of every next token in the source's rows."""
-    return math.exp(_mean_token_loss(decoder, source, batch_rows, title, None))
+    return held_out(decoder, source, batch_rows, title).perplexity
 
 
 def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool) -> float:
     """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
-    return _mean_token_loss(decoder, source, batch_rows, "KL", _Record(source.codecs["topk_logits"], rest_bucket))
+    return _mean_token_loss(decoder, source, batch_rows, "KL", _Record(source.codecs["topk_logits"], rest_bucket))[0]
 
 
 def blockwise_cosine(
@@ -120,17 +158,23 @@ class _Record:
     rest_bucket: bool
 
 
-def _mean_token_loss(decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None) -> float:
-    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy."""
+def _mean_token_loss(
+    decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None
+) -> tuple[float, np.ndarray | None]:
+    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; and the load
+    of every expert."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
+    load: np.ndarray | None = None
     with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows):
             stored = None if record is None else batch["topk_logits"]
-            sums = _token_loss(graph, record, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
+            sums, loads = _token_loss(graph, record, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
             total, weight = total + float(sums.total), weight + float(sums.weight)
+            if loads is not None:
+                load = np.asarray(loads, np.float64) + (0.0 if load is None else load)
             bar.advance(rows)
-    return total / max(weight, 1.0)
+    return total / max(weight, 1.0), load
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
@@ -146,11 +190,20 @@ def _token_loss(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
-) -> MaskedSum:
-    """The loss of a batch, row by row: logits of all of it would be the largest array by far (`[B, T, V]`)."""
+) -> tuple[MaskedSum, Array | None]:
+    """The loss of a batch, and the load of every expert, `[Lm, E]`.
+
+    Row by row: logits of the whole batch would be the largest array by far (`[B, T, V]`).
+    """
     decoder = nnx.merge(graph, parameters)
     context = decoder.context(positions, segment_ids)
-    stream, _, _ = decoder.scan_blocks(decoder.embed_tokens(tokens), context, lambda carry, *_: (carry, None), None)
+
+    def emit(carry: None, out: BlockOutput, _: Array) -> tuple[None, dict[str, Array]]:
+        if out.router is None:
+            return carry, {}
+        return carry, {"load": expert_load(out.router.ids, segment_ids > 0, out.router.probs.shape[-1])}
+
+    stream, _, found = decoder.scan_blocks(decoder.embed_tokens(tokens), context, emit, None)
 
     def one(row: Any) -> MaskedSum:
         x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
@@ -161,7 +214,7 @@ def _token_loss(
 
     parts = stored and {name: value[0] for name, value in stored.items()}
     sums = jax.lax.map(one, (stream, (tokens, segment_ids, loss_mask), parts))
-    return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight))
+    return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight)), found.get("load")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -48,6 +48,7 @@ REMAT: dict[str, Remat | None] = {
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 ROW_FIELDS = ("tokens", "segment_ids", "loss_mask")
+TO_ROUTER = ("mlp/norm", "mlp/router")  # what a router's loss reaches of its own MLP
 
 
 class FeatureSums(NamedTuple):
@@ -268,8 +269,8 @@ def feature_update(step: FeatureStep) -> Update:
             mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
             every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
             new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
-            if not (step.compares_tokens or (step.balancing is not None and step.balancing.with_loss)):
-                new[place] = _where_reached(new[place], mine[2], table, place)
+            if not step.compares_tokens:
+                new[place] = _where_reached(new[place], mine[2], table, place, _last_router(step))
         parameters = of_places(new)
         if OUTER in state.moments:
             rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
@@ -284,14 +285,25 @@ def feature_update(step: FeatureStep) -> Update:
     return update
 
 
-def _where_reached(new: Mapping[str, Array], old: Mapping[str, Array], table: Table, place: Place) -> dict[str, Array]:
-    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared: it stays as it
-    is, and weight decay does not shrink it either."""
+def _last_router(step: FeatureStep) -> int:
+    """The last block whose routing a loss reaches; -1 without such a loss."""
+    balances = step.balancing is not None and step.balancing.with_loss
+    return max(step.stack.config.moe_blocks, default=-1) if balances else -1
+
+
+def _where_reached(
+    new: Mapping[str, Array], old: Mapping[str, Array], table: Table, place: Place, last_router: int
+) -> dict[str, Array]:
+    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared and the last
+    router with a loss: it stays as it is, and weight decay does not shrink it either."""
     last = jnp.max(jnp.stack([jnp.max(jnp.where(group["trained"], group["block"], -1)) for group in table]))
+    last = jnp.maximum(last, last_router)
     block = jnp.asarray(table[place[0]]["block"])[:, place[1]]
 
     def one(name: str, value: Array) -> Array:
         reached = block < last if name.startswith("mlp/") else block <= last
+        if name in TO_ROUTER:
+            reached |= block == last_router
         return jnp.where(reached.reshape(-1, *[1] * (value.ndim - 1)), value, old[name])
 
     return {name: one(name, value) for name, value in new.items()}

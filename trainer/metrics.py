@@ -214,6 +214,10 @@ def evaluation_metrics(found: Evaluation, first: Evaluation | None, *, stands_in
             metrics["eval/relative_recovery"] = 1.0 - found.mean_cosine / first.mean_cosine
     if found.kl is not None:
         metrics["eval/kl_div_T1"] = found.kl
+    if found.max_violation is not None:
+        metrics["eval/router_max_violation"] = found.max_violation
+    if found.perplexity_without_bias is not None:
+        metrics["eval/student_perplexity_without_bias"] = found.perplexity_without_bias
     blocks = zip(found.blocks, found.cosine, strict=True)
     return metrics | {f"eval/cosine_block_{block:02d}": cosine for block, cosine in blocks}
 

@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from models.recorder import Recording
+from models.routing import RouterSums
 from schemas.errors import NonFiniteError
 from schemas.manifest import TapPlan
 from schemas.rows import Row, teacher_batch
@@ -35,13 +36,15 @@ from trainer.source import Batch, Source, SplitName
 from trainer.teacher import OnlineTeacher, Recorder
 
 Place = tuple[int, int]  # (group, row in it)
+ROUTER = "teacher_router"
 Parts = dict[str, dict[str, jax.Array]]  # tap -> part -> codes
 
 
 class OnlineSource(Source):
     """One split of a teacher's rows; taps are computed, and stay on its device.
 
-    Safe to use from several threads.
+    With a teacher that has experts, a batch also has `teacher_router`: `RouterSums` of every row, `[Lm, B, ...]`, on
+    the host. Safe to use from several threads.
     """
 
     def __init__(
@@ -80,19 +83,21 @@ class OnlineSource(Source):
         calls = [(work, call) for work in self._works for call in self._calls(work, places)]
         arrays = [self._arrays(work, call) for work, call in calls]
         with self._teacher.lock:
-            out = self._zeros(len(places))
+            out, routed = self._zeros(len(places)), {}
             recorded: list[tuple[_Work, _Call, Recording]] = []
             for (work, call), tokens in zip(calls, arrays, strict=True):
                 recording = work.recorder.record(work.recorder.parameters, *map(jnp.asarray, tokens))
                 moves = call.moves(len(places))
                 out |= work.put({name: out[name] for name in work.reads}, recording.codes, moves, len(call.pairs))
+                if recording.router is not None:
+                    routed = {ROUTER: call.put_rows(routed.get(ROUTER), recording.router, len(places))}
                 recorded.append((work, call, recording))
                 if len(recorded) > 1:  # one call is being computed, one waits: no more of them in memory
                     self._settle(*recorded.pop(0))
             for each in recorded:
                 self._settle(*each)
             jax.block_until_ready(out)  # so that waiting for the teacher counts as waiting for data
-        return {**batch, **out}
+        return {**batch, **out, **routed}
 
     def _zeros(self, rows: int) -> Parts:
         """The batch's stacks `[S, B, T, W]`; what no call fills stays zero, as in a cache's batch."""
@@ -146,6 +151,16 @@ class _Call:
 
     rows: list[Place]
     pairs: list[tuple[int, int]]
+
+    def put_rows(self, sums: RouterSums | None, found: RouterSums, batch: int) -> RouterSums:
+        """`sums` of a batch's rows, `[Lm, batch, ...]`, with those of this call in their places."""
+        of_call = [np.asarray(value) for value in found]
+        if sums is None:
+            sums = RouterSums(*(np.zeros((len(v), batch, *v.shape[2:]), v.dtype) for v in of_call))  # type: ignore[arg-type]
+        for place, value in zip(sums, of_call, strict=True):
+            for take, to in self.pairs:
+                place[:, to] = value[:, take]  # type: ignore[index] - arrays of the host
+        return sums
 
     def moves(self, batch: int) -> np.ndarray:
         """`pairs` as an array `[batch, 2]`, as many as there can be, so that one compiled function does."""

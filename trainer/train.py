@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from models.decoder import Decoder
+from models.routing import RouterSums
 from schemas import settings
 from schemas.config import TrainConfig
 from schemas.errors import (
@@ -45,12 +46,14 @@ from trainer.evaluate import Evaluation, Evaluator
 from trainer.feed import Feed, make_feed
 from trainer.flops import peak_flops, step_flops
 from trainer.metrics import MetricsLog, StepTimes, evaluation_metrics, read_metrics
+from trainer.online import ROUTER
 from trainer.open import Sources
 from trainer.parameters import Parameters
 from trainer.schedules import may_count
 from trainer.sharding import check_rows, make_mesh
 from trainer.source import Batch, Source
-from trainer.stage import Stage, StageRun, resolve_stages
+from trainer.stage import StageRun
+from trainer.stages import Stage, resolve_stages
 from trainer.student import open_student, start_parameters
 
 # What may differ when a run goes on: no number of the training depends on it.
@@ -213,15 +216,15 @@ class _Run:
         self, run: StageRun, first: int, feed: Feed, log: MetricsLog, bar: Progress, flops: "FlopCount", trace: "Trace"
     ) -> None:
         host = next(feed)
-        batch, tokens = run.place(host), _real_tokens(host)
+        batch, tokens, teacher = run.place(host), _real_tokens(host), host.get(ROUTER)
         for number in range(first + 1, run.stage.last + 1):
             trace.before(number)
-            start, waited, counted = time.perf_counter(), feed.wait_s, tokens
+            start, waited, counted, routed = time.perf_counter(), feed.wait_s, tokens, teacher
             sums = run.advance(batch)  # returns before it is computed
             if number < run.stage.last:
                 host = next(feed)
-                batch, tokens = run.place(host), _real_tokens(host)
-            metrics = self._settle(run, number, sums)
+                batch, tokens, teacher = run.place(host), _real_tokens(host), host.get(ROUTER)
+            metrics = self._settle(run, number, sums, routed)
             seconds = time.perf_counter() - start
             times = StepTimes(seconds, counted, (feed.wait_s - waited) / seconds, flops.of_step, flops.peak)
             metrics |= times.metrics()
@@ -230,7 +233,7 @@ class _Run:
             bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s, {wait}")
             self._keep(run, number, metrics, run.routing(sums), log, {**feed.get_state(), "next_step": number})
 
-    def _settle(self, run: StageRun, number: int, sums: Any) -> dict[str, float]:
+    def _settle(self, run: StageRun, number: int, sums: Any, teacher: RouterSums | None) -> dict[str, float]:
         """The step's losses, once computed.
 
         Raises:
@@ -254,7 +257,7 @@ class _Run:
                 },
                 "start another run with a lower optimizer.learning_rate or optimizer.clip_norm",
             )
-        return run.metrics(losses, sums)
+        return run.metrics(losses, sums, teacher)
 
     def _keep(
         self,

@@ -79,6 +79,12 @@ def test_golden_values(name: str, way: str):
         ids = np.sort(out.router.ids, axis=-1)
         np.testing.assert_array_equal(ids[:, :rows, :length], expected["experts"])
         np.testing.assert_array_equal(ids[:, rows:, :real], packed["experts"])
+        real_tokens, experts = given["segment_ids"] > 0, out.router.probs.shape[-1]
+        counts = [
+            [np.bincount(row[kept].ravel(), minlength=experts) for row, kept in zip(block, real_tokens, strict=True)]
+            for block in ids
+        ]
+        np.testing.assert_array_equal(out.router.counts, counts)
     assert ("experts" in expected) == (decoder.config.moe is not None)
 
 

@@ -19,7 +19,8 @@ from tools.synthetic_cache import random_codes, synthetic_plan, write_cache
 from trainer.feed import CacheSource, make_feed
 from trainer.open import Sources
 from trainer.parameters import all_parameters
-from trainer.stage import StageRun, resolve_stages
+from trainer.stage import StageRun
+from trainer.stages import resolve_stages
 
 SIZES = FeedSizes(
     shape=(5, 16, 64), rows=12, distinct=6, batch_rows=2, batches=5, shard_rows=2, tf_rows=2, million=1000

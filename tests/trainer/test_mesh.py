@@ -21,7 +21,8 @@ from trainer.metrics import read_metrics
 from trainer.open import Sources
 from trainer.parameters import all_parameters
 from trainer.sharding import make_mesh, parameter_sharding
-from trainer.stage import StageRun, resolve_stages
+from trainer.stage import StageRun
+from trainer.stages import resolve_stages
 from trainer.train import read_evaluations, train
 
 pytestmark = pytest.mark.slow  # programs for eight devices take long to compile

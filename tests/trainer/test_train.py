@@ -174,10 +174,10 @@ def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkey
 def _failing_at(step):
     settle = loop._Run._settle
 
-    def fail(run, stage, number, sums):
+    def fail(run, stage, number, *rest):
         if number == step:
             raise RuntimeError(f"at step {step}")
-        return settle(run, stage, number, sums)
+        return settle(run, stage, number, *rest)
 
     return fail
 
@@ -277,8 +277,8 @@ def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
         (group,) = sums.blocks
         return sums._replace(blocks=(group._replace(feature=group.feature.at[1].set(np.nan)),))
 
-    def broken(run, stage, number, sums):
-        return settle(run, stage, number, poisoned(sums) if number == 2 else sums)
+    def broken(run, stage, number, sums, *rest):
+        return settle(run, stage, number, poisoned(sums) if number == 2 else sums, *rest)
 
     monkeypatch.setattr(loop._Run, "_settle", broken)
     with pytest.raises(NonFiniteError) as caught:
