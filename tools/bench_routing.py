@@ -109,11 +109,13 @@ def measure(config: BenchConfig) -> Measured:
     return summarise(found)
 
 
-def train_all(folder: Path, sizes: RoutingSizes) -> dict[str, dict[str, Trained]]:
+def train_all(
+    folder: Path, sizes: RoutingSizes, families: Sequence[str] = tuple(FAMILIES)
+) -> dict[str, dict[str, Trained]]:
     """Family -> way -> what came of it."""
     cache = build_rows(folder, sizes)
     found: dict[str, dict[str, Trained]] = {}
-    for family in FAMILIES:
+    for family in families:
         student = folder / family
         save_pretrained(Decoder(student_config(family, sizes), rngs=nnx.Rngs(sizes.seed)), student)
         found[family] = {}

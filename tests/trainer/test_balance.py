@@ -595,6 +595,14 @@ def test_biases_move_in_feature_mode(student, batch):
         np.testing.assert_allclose(state.balance[UNIT].bias, bias, rtol=1e-5)
 
 
+def test_an_expert_with_just_its_share_stays_under_the_sign_rule():
+    """Compiled, 41 / 164 is not 1/4: XLA multiplies by the inverse."""
+    balancing = Balancing(SMALL.moe_config, update=(*UPDATE[:3], ("rule", "sign")))
+    state, load = {UNIT: BalanceState(jnp.zeros(E), jnp.zeros(E))}, jnp.asarray([41.0, 41.0, 82.0, 0.0])
+    found = jax.jit(balancing.after_step)(state, {UNIT: load}, jnp.int32(0))
+    np.testing.assert_array_equal(found[UNIT].bias, np.array([0.0, 0.0, -CAP, CAP], np.float32))
+
+
 def test_outside_of_training_a_bias_is_the_mean_over_its_groups():
     rng = np.random.default_rng(0)
     state = BalanceState(*(jnp.asarray(rng.normal(size=(2, 3, E)), jnp.float32) for _ in range(2)))
