@@ -376,7 +376,7 @@ def test_fed_with_the_students_own_attention_the_losses_reach_it(student, batch)
 
 @pytest.mark.parametrize(
     ("scope", "count"),
-    [("model", 1), slow("layer", 1), slow("sequence", 2), slow("global_batch", 4)],
+    [slow("model", 1), slow("layer", 1), slow("sequence", 2), slow("global_batch", 4)],
 )
 def test_feature_gradients_equal_the_unrolled_ones(student, batch, whole_oracle, scope, count):
     loss = loss_config(scope, mlp={"weight": 0.0})

@@ -35,6 +35,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
     return StudentConfig(init=str(folder), projector="linear", layer_map=[0, 2])
 
 
+@pytest.mark.slow  # two runs, each with programs of its own
 def test_a_narrow_shallow_student(tmp_path, cache, narrow, monkeypatch):
     """Both stages, stopped in the second and gone on; projectors are trained, kept and left out of the export."""
     values = {"student": narrow, "stages": STAGES, "loss": {"mlp": {"weight": 0.5}}, "checkpoint_every": 1}
