@@ -120,7 +120,7 @@ def _dense(experts: Experts, x: Array, ids: Array, weights: Array, activation: A
         mine, number = step
         share = jnp.sum(jnp.where(ids == number, weights, 0.0), axis=-1, keepdims=True).astype(x.dtype)
         given = x * share if weighs_input else x
-        out = (activation(given @ mine.gate) * (given @ mine.up)) @ mine.down
+        out = _gated(activation, mine, given)
         return total + (out if weighs_input else out * share), None
 
     return jax.lax.scan(one, jnp.zeros_like(x), (experts, jnp.arange(experts.gate.shape[0])))[0]
@@ -160,8 +160,9 @@ def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, activation: A
     tiles = size // TILE + count  # the most there can be
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=count)  # drops `count`
-    ends = jnp.cumsum((sizes + TILE - 1) // TILE * TILE)
-    shift = ends - (sizes + TILE - 1) // TILE * TILE - (jnp.cumsum(sizes) - sizes)  # from place in order to slot
+    room = (sizes + TILE - 1) // TILE * TILE
+    ends = jnp.cumsum(room)
+    shift = ends - room - (jnp.cumsum(sizes) - sizes)  # from place in order to slot
     owner = flat[order]
     slot = jnp.where(owner < count, jnp.arange(size) + shift[jnp.minimum(owner, count - 1)], tiles * TILE)
     filled_by = jnp.full(tiles * TILE, size, jnp.int32).at[slot].set(order.astype(jnp.int32), mode="drop")

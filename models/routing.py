@@ -224,7 +224,7 @@ def _check_shapes(probs: Array, ids: Array, mask: Array, num_experts: int, top_k
 
 
 def pooled(sums: RouterSums) -> RouterSums:
-    """The sums of all blocks together, `[L, ...]` to `[...]`."""
+    """The sums of all blocks, or of all rows, together: `[N, ...]` to `[...]`."""
     return RouterSums(*(jnp.sum(value, axis=0) for value in sums))
 
 

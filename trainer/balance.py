@@ -99,7 +99,7 @@ class Balancing:
         Args:
             load_before: `[E]`, of the step's micro-batches before this one, for scope `global_batch`.
         """
-        whole = RouterSums(*(jnp.sum(value, axis=0) for value in sums))
+        whole = pooled(sums)
         if self.scope == "sequence":
             balance = jnp.sum(balance_of(sums)) / jnp.maximum(totals.rows, 1.0) * totals.tokens
         else:

@@ -18,15 +18,19 @@ from typing import Any
 from models.config import ModelConfig, MoeConfig, RopeConfig
 from models.families.family import (
     Family,
-    bias_tensors,
     common_fields,
     dense_tensors,
-    expert_tensors,
     norm_tensors,
     not_exportable,
-    shared_tensors,
 )
-from models.families.grouped import dense_then_experts, expert_groups, first_dense, mtp_prefixes, shared_experts
+from models.families.grouped import (
+    dense_then_experts,
+    expert_groups,
+    first_dense,
+    moe_tensors,
+    mtp_prefixes,
+    shared_experts,
+)
 from models.families.values import PARTIAL, Values
 from models.rope import rotated_width
 from models.tensors import BlockTensor, Layout, Part
@@ -159,12 +163,7 @@ def _write_second(config: ModelConfig) -> dict[str, Any]:
 
 
 def _layout(config: ModelConfig) -> Layout:
-    moe = [
-        BlockTensor("mlp.gate.weight", "mlp/router", 1),
-        *bias_tensors(config, "mlp.gate.expert_bias"),
-        *expert_tensors(),
-        *(shared_tensors("mlp.shared_experts") if config.moe_config.shared_size else []),
-    ]
+    moe = moe_tensors(config, "mlp.gate.expert_bias")
     common = [*norm_tensors(), *_attention_tensors(config)]
     return Layout(
         lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))],

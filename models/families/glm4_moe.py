@@ -9,18 +9,22 @@ from models.config import ModelConfig, MoeConfig
 from models.families.family import (
     Family,
     attention_tensors,
-    bias_tensors,
     common_fields,
     dense_tensors,
-    expert_tensors,
     norm_tensors,
     not_exportable,
-    shared_tensors,
 )
-from models.families.grouped import dense_then_experts, expert_groups, first_dense, mtp_prefixes, shared_experts
+from models.families.grouped import (
+    dense_then_experts,
+    expert_groups,
+    first_dense,
+    moe_tensors,
+    mtp_prefixes,
+    shared_experts,
+)
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import PARTIAL, Values
-from models.tensors import BlockTensor, Layout
+from models.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:
@@ -76,12 +80,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _layout(config: ModelConfig) -> Layout:
-    moe = [
-        BlockTensor("mlp.gate.weight", "mlp/router", 1),
-        *bias_tensors(config, "mlp.gate.e_score_correction_bias"),
-        *expert_tensors(),
-        *(shared_tensors("mlp.shared_experts") if config.moe_config.shared_size else []),
-    ]
+    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
     common = [*norm_tensors(), *attention_tensors(config)]
     return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
 

@@ -5,8 +5,9 @@ predicts the next token does not run them, and we leave them out.
 """
 
 from models.config import BlockKind, ModelConfig, MoeConfig
-from models.families.family import not_exportable
+from models.families.family import bias_tensors, expert_tensors, not_exportable, shared_tensors
 from models.families.values import Values
+from models.tensors import BlockTensor
 
 
 def dense_then_experts(values: Values) -> list[BlockKind]:
@@ -51,6 +52,16 @@ def shared_experts(moe: MoeConfig) -> int:
             "change the width of the shared expert",
         )
     return moe.shared_size // moe.expert_size
+
+
+def moe_tensors(config: ModelConfig, bias: str) -> list[BlockTensor]:
+    """Those of a block's router, with its bias under this name, and of its experts."""
+    return [
+        BlockTensor("mlp.gate.weight", "mlp/router", 1),
+        *bias_tensors(config, bias),
+        *expert_tensors(),
+        *(shared_tensors("mlp.shared_experts") if config.moe_config.shared_size else []),
+    ]
 
 
 def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
