@@ -5,8 +5,8 @@ A finished segment is never touched: the manifest lists it.
 
 import sys
 
-from cache_builder.claims import is_anothers_claim
 from schemas import layout
+from schemas.claim import is_anothers_claim
 from schemas.errors import ConfigError, InputError
 from schemas.manifest import Manifest
 from schemas.segment import segment_name

@@ -16,13 +16,14 @@ from flax import nnx
 
 from cache_builder import build as build_module
 from cache_builder.build import build_cache
-from cache_builder.claims import Claims, this_process_claim
+from cache_builder.claims import Claims
 from cache_builder.prepare import prepare_rows
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
 from models.tokenizer import load_tokenizer
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
+from schemas.claim import this_process_claim
 from schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
 from schemas.digest import digest_bytes
 from schemas.errors import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_builder import claims as claims_module
+import schemas.claim as claims_module
 from cache_builder import finish as finish_module
 from cache_builder.build import build_cache
 from schemas import layout
