@@ -15,11 +15,19 @@ import jax.numpy as jnp
 from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import fixed_files
-from cache_builder.pieces import Batches, ClaimedPieces, Pieces, RowSource, keep_batch, work_through
+from cache_builder.pieces import (
+    Batches,
+    ClaimedPieces,
+    Pieces,
+    RowSource,
+    by_one_process,
+    keep_batch,
+    work_through,
+)
 from cache_builder.pipeline import ShardWriter
 from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder, settle_plan
-from cache_builder.prepare import open_rows, prepare_rows
-from cache_builder.text import inputs_digest
+from cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
+from cache_builder.text_digest import inputs_digest
 from models.checkpoint import load_pretrained, read_config, weights_digest
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -32,9 +40,9 @@ from schemas.errors import InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader, teacher_batch
-from schemas.segment import committed_shards, read_manifest, read_plan
+from schemas.segment import committed_shards, read_manifest, read_plan, segment_name
 from schemas.signals import StopRequest, watch_for_stop
-from schemas.storage import Store
+from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
 
 SEGMENT = "0000"
@@ -45,6 +53,7 @@ OF_ONE_RUN = {
     "teacher",
     "max_in_flight_mib",
     "claim_expiry_s",
+    "storage",
     "process_id",
     "num_processes",
     "accept_platform",
@@ -66,6 +75,7 @@ def build_cache(config: BuildConfig) -> Manifest:
         NonFiniteError, StorageError: the build stopped; committed shards stay, and the same command goes on.
         Interrupted: SIGTERM or SIGINT; likewise.
     """
+    use(config.storage)
     store = Store(config.cache)
     if config.repair:
         from cache_builder.repair import repair_cache  # here, since it is made of this module's parts
@@ -76,6 +86,9 @@ def build_cache(config: BuildConfig) -> Manifest:
     read_config(config.teacher.path)  # first: a wrong path is the teacher's, not its tokenizer's
     tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     manifest = read_manifest(store)
+    if config.abandon or config.extend or manifest is None:
+        segment = segment_name(len(manifest.segments) if manifest is not None else 0)
+        store.check_writable(f"{layout.segment_prefix(segment)}/claims/")
     if config.abandon:
         from cache_builder.abandon import abandon_extension
 
@@ -122,15 +135,14 @@ def build_segment(
     """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
     plan = settle_plan(store, plan, config.accept_platform)
     for key, value in fixed_files(plan, decoder, tokenizer).items():
-        if store.read(key) != value:
-            store.write(key, value)
+        store.put_once(key, value)
     _warn_if_small(store, plan)
     claims = Claims(store, plan.segment, config.claim_expiry_s)
     try:
         _build_pieces(_Job(store=store, plan=plan, rows=rows, decoder=decoder, stop=stop, config=config, claims=claims))
     finally:
         claims.close()
-    return finish_segment(store, plan)
+    return by_one_process(store, plan, config, stop, lambda: finish_segment(store, plan))
 
 
 def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
@@ -166,15 +178,22 @@ def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer,
 def _prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str) -> None:
     """Prepare rows inside the segment. Without a plan, what lies there belongs to a build that never began."""
     folder = f"{layout.segment_prefix(segment)}/prepared"
-    prepare = PrepareConfig(out=f"{store.url}/{folder}", data=config.data)
+    prepare = PrepareConfig(
+        out=f"{store.url}/{folder}",
+        data=config.data,
+        storage=config.storage,
+        process_id=config.process_id,
+        num_processes=config.num_processes,
+        claim_expiry_s=config.claim_expiry_s,
+    )
     planned = read_plan(store, segment) is not None
     try:
-        prepare_rows(prepare, tokenizer=tokenizer)
+        prepare_rows(prepare, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
     except PlanMismatchError:
         if planned:
             raise
         store.delete_folder(folder)
-        prepare_rows(prepare, tokenizer=tokenizer)
+        prepare_rows(prepare, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
     except InputError:  # the text's fault, so no other process of this build gets further
         if not planned:
             store.delete_folder(folder)
@@ -200,7 +219,7 @@ def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -
     identities = {
         "weights": (plan.teacher.weights_digest, weights_digest(config.teacher.path)),
         "tokenizer": (plan.rows.tokenizer_digest, tokenizer.digest),
-        "text": (plan.rows.text_digest, rows.index.text_digest if rows else inputs_digest(config.data)),
+        "text": (plan.rows.text_digest, rows.index.text_digest if rows else inputs_digest(config.data, tokenizer)),
     }
     facts = config_differences(plan, config) | {
         name: f"there {then!r}, here {now!r}" for name, (then, now) in identities.items() if then != now

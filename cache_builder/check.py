@@ -23,7 +23,7 @@ from cache_builder.check_shard import Fault, StoredObject, check_object, stored_
 from cache_builder.finding import Finding, What
 from cache_builder.survey import SegmentView, Survey
 from schemas import layout
-from schemas.canonical import from_canonical
+from schemas.canonical import from_canonical, read_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
 from schemas.index import decode_record, record_dtype
@@ -244,7 +244,7 @@ def receipt_records(store: Store, view: SegmentView, shards: Iterable[int]) -> I
             rows=(view.first_row + start, view.first_row + stop),
         )
         try:
-            receipt = from_canonical(ShardReceipt, store.read(key) or b"", store.where(key))
+            receipt = read_canonical(store, key, ShardReceipt) or from_canonical(ShardReceipt, b"", store.where(key))
         except DamageError as error:
             yield shard, finding.model_copy(update={"detail": error.what})
             continue

@@ -8,18 +8,31 @@ A claim ends when its work is committed, and as every claim does (schemas/claim.
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.claim import Claim, is_live, this_process_claim
 from schemas.storage import Store
 
+BEATING = 8  # claims renewed at a time: one answer that comes late must not let the others expire
+
 
 class Claims:
     """The claims of one process. `close()` stops the heartbeat and gives back what is unfinished."""
 
-    def __init__(self, store: Store, segment: str, expiry_s: float) -> None:
-        self._store, self._segment, self._expiry_s = store, segment, expiry_s
+    def __init__(
+        self, store: Store, segment: str, expiry_s: float, key: Callable[[str, int], str] = layout.claim_key
+    ) -> None:
+        """
+        Args:
+            segment: whose pieces they are.
+            key: where a piece's claim lies, from the segment and the piece's number.
+        """
+        self._store, self._expiry_s = store, expiry_s
+        self._key = partial(key, segment)
         self._held: set[int] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -31,9 +44,11 @@ class Claims:
         """Whether the piece is ours now; False where a live process has it."""
         if self._failure is not None:
             raise self._failure
-        key = layout.claim_key(self._segment, piece)
-        data, generation = self._store.read_with_generation(key)
-        if data is not None and is_live(data, self._store.where(key), time.time()):
+        key = self._key(piece)
+        data, generation = self._store.read_with_generation(key, confirm=False)
+        if data is not None and not self._lives(key, data):  # or it came short from a bucket
+            data, generation = self._store.read_with_generation(key)
+        if data is not None and self._lives(key, data):
             return False
         if not self._store.replace(key, to_canonical(self._claim()), generation):
             return False
@@ -51,18 +66,28 @@ class Claims:
         self._stop.set()
         self._thread.join()
         for piece in sorted(self._held):
-            self._store.delete(layout.claim_key(self._segment, piece))
+            self._store.delete(self._key(piece))
         self._held.clear()
+
+    def _lives(self, key: str, data: bytes) -> bool:
+        return is_live(data, self._store.where(key), time.time())
 
     def _claim(self) -> Claim:
         return this_process_claim(time.time() + self._expiry_s)
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._expiry_s / 4):
-            with self._lock:  # a claim must not come back after done()
+        with ThreadPoolExecutor(BEATING, thread_name_prefix="claims") as pool:
+            while not self._stop.wait(self._expiry_s / 4):
+                with self._lock:
+                    held = sorted(self._held)
                 try:
-                    for piece in sorted(self._held):
-                        self._store.write(layout.claim_key(self._segment, piece), to_canonical(self._claim()))
+                    list(pool.map(self._renew, held))
                 except Exception as error:  # re-raised by the owner's next take()
                     self._failure = error
                     return
+
+    def _renew(self, piece: int) -> None:
+        with self._lock:
+            held = piece in self._held
+        if held and not self._stop.is_set():
+            self._store.write(self._key(piece), to_canonical(self._claim()))

@@ -16,7 +16,7 @@ import xxhash
 from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import array_files
-from cache_builder.pieces import Batches, ClaimedPieces, keep_batch, work_through
+from cache_builder.pieces import Batches, ClaimedPieces, by_one_process, keep_batch, work_through
 from cache_builder.pipeline import ShardWriter
 from cache_builder.plan import refuse_foreign_folder, settle_plan, with_objects
 from cache_builder.transcode import TapCopy, recoded_taps, transcode
@@ -31,7 +31,7 @@ from schemas.progress import Progress
 from schemas.rows import Row, encode_row
 from schemas.segment import open_cache, read_manifest, segment_name
 from schemas.signals import watch_for_stop
-from schemas.storage import Store
+from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
 from schemas.tap_plan import tap_plan, with_compression, with_slots
 
@@ -47,6 +47,7 @@ def copy_cache(config: CopyConfig) -> Manifest:
         DamageError: the source is damaged; nothing of the shard is committed.
         StorageError, Interrupted: the copy stopped; the same command goes on.
     """
+    use(config.storage)
     source, store = Store(config.src), Store(config.dst)
     if source.spec("") == store.spec(""):
         raise ConfigError("a cache cannot be copied onto itself", {"src": config.src, "dst": config.dst})
@@ -71,15 +72,14 @@ def copy_cache(config: CopyConfig) -> Manifest:
         for tap, what in recoded.items():
             print(f"{tap}: {what}", file=sys.stderr)
         for key, value in copied_files(source, groups[0], plan).items():
-            if store.read(key) != value:
-                store.write(key, value)
+            store.put_once(key, value)
         claims = Claims(store, plan.segment, config.claim_expiry_s)
         try:
             job = ClaimedPieces(store=store, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
             work_through(job, "copy", None, Copying(plan, rows).run)
         finally:
             claims.close()
-        return finish_segment(store, plan)
+        return by_one_process(store, plan, config, stop, lambda: finish_segment(store, plan))
 
 
 def _with_recoded(plan: Plan, recoded: Mapping[str, str]) -> Plan:

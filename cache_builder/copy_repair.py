@@ -29,7 +29,7 @@ from schemas.signals import watch_for_stop
 from schemas.storage import Store
 
 # What of a config says where and how a copy runs, not what it holds.
-_OF_ONE_RUN = {"src", "dst", "max_in_flight_mib", "claim_expiry_s", "process_id", "num_processes", "repair"}
+_OF_ONE_RUN = {"src", "dst", "max_in_flight_mib", "claim_expiry_s", "storage", "process_id", "num_processes", "repair"}
 
 
 def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyConfig, Manifest | None]:

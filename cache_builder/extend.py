@@ -14,7 +14,7 @@ from cache_builder.finish import tidy
 from cache_builder.pieces import RowSource
 from cache_builder.plan import chosen_taps, make_plan, plan_differences
 from cache_builder.prepare import open_rows
-from cache_builder.text import inputs_digest
+from cache_builder.text_digest import inputs_digest
 from models.checkpoint import load_pretrained, weights_digest
 from models.describe import COMPRESSING_LIBRARY, describe_rows, describe_teacher
 from models.tokenizer import TextTokenizer
@@ -139,7 +139,7 @@ def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: Text
     """The rows that this very text gave, with these settings; None for prepared rows and other text."""
     if open_rows(data) is not None:
         return None
-    digest, settings = inputs_digest(data), _settings(data.model_dump(mode="json"))
+    digest, settings = inputs_digest(data, tokenizer), _settings(data.model_dump(mode="json"))
     for group in groups:
         plan = group.base.plan
         same = (plan.rows.text_digest, plan.rows.tokenizer_digest) == (digest, tokenizer.digest)

@@ -5,16 +5,20 @@ claims and prepared rows go only after the manifest is durable.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from cache_builder.write import add_stats
 from schemas import layout
-from schemas.canonical import from_canonical, to_canonical
+from schemas.canonical import from_canonical, read_canonical, to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DistillcacheError
+from schemas.errors import DistillcacheError, PlanMismatchError
 from schemas.index import encode_record
 from schemas.manifest import Manifest, Plan, SegmentEntry, ShardReceipt, Stats, TapStats
-from schemas.segment import read_manifest
+from schemas.segment import read_manifest, read_plan
 from schemas.storage import Store
+
+READERS = 16  # of receipts: a bucket takes tens of milliseconds for each
+READ_AT_ONCE = 1024  # receipts before looking whether one is gone
 
 BUILD_FOLDERS = ("receipts", "claims", "prepared")  # what only an unfinished segment has
 
@@ -22,6 +26,7 @@ BUILD_FOLDERS = ("receipts", "claims", "prepared")  # what only an unfinished se
 def finish_segment(store: Store, plan: Plan) -> Manifest:
     """Write index.bin, stats.json and the manifest of a segment whose shards are all committed, then tidy up."""
     prefix = layout.segment_prefix(plan.segment)
+    _check_plan(store, plan)
     receipts = _read_receipts(store, plan)
     if receipts is None:  # another process finished and tidied up meanwhile
         manifest = read_manifest(store)
@@ -39,6 +44,18 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
     manifest = _list_segment(store, plan, segment_entry(store, plan, index))
     tidy(store, plan)
     return manifest
+
+
+def _check_plan(store: Store, plan: Plan) -> None:
+    """Raise if the segment's plan is another one: S3's conditional writes let two processes win at one moment."""
+    stored = read_plan(store, plan.segment)
+    rest = {"config", "created"}
+    if stored is None or stored.model_dump(exclude=rest) != plan.model_dump(exclude=rest):
+        raise PlanMismatchError(
+            "another plan was settled in this place at the same moment",
+            {"plan": store.where(layout.plan_key(plan.segment))},
+            "build one of the two in another place, and this one again from the start",
+        )
 
 
 def segment_entry(store: Store, plan: Plan, index: bytes) -> SegmentEntry:
@@ -80,21 +97,23 @@ def tidy(store: Store, plan: Plan) -> None:
     """Remove what a finished segment needs no more. Safe to repeat."""
     prefix = layout.segment_prefix(plan.segment)
     for folder in BUILD_FOLDERS:
-        for key in store.keys(f"{prefix}/{folder}/"):
-            store.delete(key)
+        store.delete_keys(f"{prefix}/{folder}/")
     store.remove_stale_locks()
     for folder in BUILD_FOLDERS:
         store.remove_empty_folders(f"{prefix}/{folder}")
 
 
 def _read_receipts(store: Store, plan: Plan) -> list[ShardReceipt] | None:
+    def read(shard: int) -> ShardReceipt | None:
+        return read_canonical(store, layout.receipt_key(plan.segment, shard), ShardReceipt)
+
     receipts = []
-    for shard in range(plan.num_shards):
-        key = layout.receipt_key(plan.segment, shard)
-        data = store.read(key)
-        if data is None:
-            return None
-        receipts.append(from_canonical(ShardReceipt, data, store.where(key)))
+    with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
+        for first in range(0, plan.num_shards, READ_AT_ONCE):
+            found = list(pool.map(read, range(first, min(first + READ_AT_ONCE, plan.num_shards))))
+            if None in found:
+                return None
+            receipts += [receipt for receipt in found if receipt is not None]
     return receipts
 
 

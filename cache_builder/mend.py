@@ -20,7 +20,7 @@ from cache_builder.survey import SegmentView
 from cache_builder.write import ShardBuffer, encode_shard
 from models.describe import describe_numerics
 from schemas import layout
-from schemas.canonical import from_canonical, to_canonical
+from schemas.canonical import from_canonical, read_canonical, to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import PlanMismatchError
 from schemas.index import encode_record, record_dtype
@@ -98,7 +98,7 @@ class Damage:
     def receipt(self, shard: int) -> ShardReceipt:
         """The receipt that this or an earlier repair left."""
         key = layout.receipt_key(self.plan.segment, shard)
-        return from_canonical(ShardReceipt, self.store.read(key) or b"", self.store.where(key))
+        return read_canonical(self.store, key, ShardReceipt) or from_canonical(ShardReceipt, b"", self.store.where(key))
 
 
 class Maker(Protocol):

@@ -3,6 +3,7 @@
 A *piece* is the consecutive shards of whole batches. Any number of processes may work on one segment.
 """
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,21 +12,20 @@ from typing import Protocol
 import numpy as np
 
 from cache_builder.claims import Claims
-from cache_builder.finish import lists_segment
+from cache_builder.finish import lists_segment, tidy
 from cache_builder.pipeline import ShardWriter
 from models.recorder import Recording
 from schemas import layout
 from schemas.config import BuildConfig, CopyConfig
 from schemas.errors import Interrupted, NonFiniteError
-from schemas.manifest import TOPK_LOGITS, NumericsPlan, Plan
+from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan
 from schemas.progress import Progress
 from schemas.rows import Row
 from schemas.segment import committed_shards, read_manifest
 from schemas.signals import StopRequest
 from schemas.storage import Store
 
-POLL_S = 1.0  # how often to look whether other processes have finished their pieces
-
+POLL_S = 1.0  # how often to look, at first, whether other processes have finished their pieces
 
 Batches = Iterator[tuple[int, list[Row]]]  # (first row, rows)
 
@@ -101,21 +101,18 @@ def work_through(
 def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> Batches:
     """(first row, rows) of every teacher batch of the pieces that this process claims, until none is left."""
     count = -(-job.plan.rows.count // job.piece_rows)
-    mine = [piece for piece in range(count) if piece % job.config.num_processes == job.config.process_id]
-    order = mine + [piece for piece in range(count) if piece not in set(mine)]
-    counted: set[int] = set()
+    order = _order(count, job.config.process_id, job.config.num_processes)
+    committed = _Committed(job, bar)
+    pauses = _pauses(job.store, job.config)
     while True:
-        committed = committed_shards(job.store, job.plan)
-        for shard in committed - counted:  # earlier runs' and other processes' work
-            start, stop = job.plan.shard_range(shard)
-            bar.skip((stop - start) * job.plan.rows.row_tokens)
-        counted |= committed
-        order = [piece for piece in order if not committed.issuperset(job.shards_of(piece))]
+        committed.look()
+        order = [piece for piece in order if not committed.has(piece)]
         if not order or _is_finished(job):
             return
         took_any = False
         for piece in order:
-            if not job.claims.take(piece):
+            _stop_if_asked(job.store, job.stop)
+            if committed.has_now(piece) or not job.claims.take(piece):
                 continue
             if all(_has_receipt(job, shard) for shard in job.shards_of(piece)):
                 job.claims.done(piece)
@@ -123,12 +120,86 @@ def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> 
             if _is_finished(job):  # by another process, which took the receipts away
                 return
             took_any = True
-            counted.update(job.shards_of(piece))
+            committed.ours(piece)
             yield from piece_batches(job, writer, piece)
-        if not took_any:
-            time.sleep(POLL_S)
-        _stop_if_asked(job)
+        if took_any:
+            pauses = _pauses(job.store, job.config)
+        else:
+            _wait(job.stop, next(pauses))
+        _stop_if_asked(job.store, job.stop)
         writer.wait()
+
+
+class _Committed:
+    """Which shards have a receipt, as far as this process knows; others' are counted as work that need not be done."""
+
+    def __init__(self, job: ClaimedPieces, bar: Progress) -> None:
+        self._job, self._bar = job, bar
+        self._shards: set[int] = set()
+        self._counted: set[int] = set()
+        self._looked = 0.0
+
+    def look(self) -> None:
+        """List the receipts."""
+        self._shards, self._looked = committed_shards(self._job.store, self._job.plan), time.monotonic()
+        for shard in self._shards - self._counted:
+            start, stop = self._job.plan.shard_range(shard)
+            self._bar.skip((stop - start) * self._job.plan.rows.row_tokens)
+        self._counted |= self._shards
+
+    def has(self, piece: int) -> bool:
+        return self._shards.issuperset(self._job.shards_of(piece))
+
+    def has_now(self, piece: int) -> bool:
+        """`has`, after another look where the last one is old: cheaper than a claim on what others have done."""
+        if time.monotonic() - self._looked > self._job.config.claim_expiry_s / 4:
+            self.look()
+        return self.has(piece)
+
+    def ours(self, piece: int) -> None:
+        """This process does the piece, and counts it itself."""
+        self._counted.update(self._job.shards_of(piece))
+
+
+def _order(count: int, process: int, processes: int) -> list[int]:
+    """A process's own pieces, then the others', from a place of its own on, so that not all want the same."""
+    mine = range(process, count, processes)
+    start = process * count // processes
+    others = [piece for piece in (*range(start, count), *range(start)) if piece % processes != process % processes]
+    return [*mine, *others]
+
+
+def _pauses(store: Store, config: BuildConfig | CopyConfig) -> Iterator[float]:
+    """How long to wait, again and again, for other processes: of a bucket, hundreds may be asking."""
+    pause, longest = POLL_S, max(POLL_S, config.claim_expiry_s / 4 if store.is_bucket else 0)
+    while True:
+        yield pause * random.uniform(0.7, 1.3)
+        pause = min(2 * pause, longest)
+
+
+def by_one_process(
+    store: Store, plan: Plan, config: BuildConfig | CopyConfig, stop: StopRequest, finish: Callable[[], Manifest]
+) -> Manifest:
+    """The manifest, after one of the segment's processes has done `finish`: reading every receipt takes its time.
+
+    Where only one process is known of, it does so without asking. Two that do it write the same.
+    """
+    if config.num_processes == 1:
+        return finish()
+    claims = Claims(store, plan.segment, config.claim_expiry_s, key=layout.finish_claim_key)
+    try:
+        for pause in _pauses(store, config):
+            manifest = read_manifest(store)
+            if manifest is not None and lists_segment(manifest, plan.segment):
+                tidy(store, plan)  # this process may have committed what another took for abandoned
+                return manifest
+            if claims.take(0):
+                return finish()
+            _wait(stop, pause)
+            _stop_if_asked(store, stop)
+    finally:
+        claims.close()
+    raise AssertionError("unreachable: there is always another pause")
 
 
 def piece_batches(job: Pieces, writer: ShardWriter, piece: int) -> Batches:
@@ -136,7 +207,7 @@ def piece_batches(job: Pieces, writer: ShardWriter, piece: int) -> Batches:
     start = piece * job.piece_rows
     stop = min(start + job.piece_rows, job.plan.rows.count)
     for first in range(start, stop, job.plan.batch_rows):
-        _stop_if_asked(job)
+        _stop_if_asked(job.store, job.stop)
         writer.check()
         yield first, job.rows.slice(first, min(first + job.plan.batch_rows, stop))
 
@@ -151,11 +222,18 @@ def _is_finished(job: ClaimedPieces) -> bool:
     return manifest is not None and lists_segment(manifest, job.plan.segment)
 
 
-def _stop_if_asked(job: Pieces) -> None:
-    if job.stop.requested:
+def _wait(stop: StopRequest, seconds: float) -> None:
+    """Sleep, but no longer than until the process is asked to stop."""
+    until = time.monotonic() + seconds
+    while not stop.requested and time.monotonic() < until:
+        time.sleep(min(0.2, seconds))
+
+
+def _stop_if_asked(store: Store, stop: StopRequest) -> None:
+    if stop.requested:
         raise Interrupted(
             "the build was asked to stop",
-            {"cache": job.store.url, "kept": "every committed shard"},
+            {"cache": store.url, "kept": "every committed shard"},
             "run the same command again to go on",
         )
 

@@ -9,10 +9,11 @@ from typing import Any
 from models.config import ModelConfig
 from models.describe import describe_numerics
 from schemas import layout
-from schemas.canonical import from_canonical, to_canonical
+from schemas.canonical import to_canonical
 from schemas.config import BuildConfig
 from schemas.errors import ConfigError, PlanMismatchError
 from schemas.manifest import Plan, RowsPlan, TapPlan, TeacherPlan
+from schemas.segment import read_plan
 from schemas.storage import Store
 from schemas.tap_plan import choose_taps, chosen_blocks
 
@@ -102,7 +103,9 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
     key = layout.plan_key(plan.segment)
     if store.create(key, to_canonical(plan)):
         return plan
-    stored = from_canonical(Plan, store.read(key) or b"", store.where(key))
+    stored = read_plan(store, plan.segment)
+    if stored is None:  # deleted since: with --abandon
+        return settle_plan(store, plan, accept_platform)
     differences = plan_differences(stored, plan)
     platform_only = all(name.startswith("numerics.") for name in differences)
     if differences and not (platform_only and accept_platform):

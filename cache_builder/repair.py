@@ -25,7 +25,7 @@ from cache_builder.pieces import Batches, Pieces, RowSource
 from cache_builder.pipeline import ShardWriter
 from cache_builder.prepare import open_rows
 from cache_builder.survey import Survey, survey_cache
-from cache_builder.text import inputs_digest
+from cache_builder.text_digest import inputs_digest
 from models.checkpoint import load_pretrained, weights_digest
 from models.decoder import Decoder
 from models.describe import describe_rows
@@ -37,9 +37,10 @@ from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
 from schemas.segment import read_plan, segment_name
-from schemas.settings import merge
+from schemas.settings import merge, validate
 from schemas.signals import watch_for_stop
-from schemas.storage import LOCK_SUFFIX, Store
+from schemas.storage import LOCK_SUFFIX, Store, use
+from schemas.storage_config import StorageConfig
 
 FILES_KEPT = 4  # files of rows in memory: a teacher batch may span some
 
@@ -54,6 +55,7 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(values.get("cache"), str) or _states_settings(values):
         return values
+    use(validate(StorageConfig, values.get("storage", {}), "storage"))
     store = Store(values["cache"])
     plans, number = [], 0
     while (plan := read_plan(store, segment_name(number))) is not None:
@@ -316,7 +318,7 @@ def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: Te
     """
     own = DataConfig.model_validate(_stated(plan.config["data"]))
     places = [own, own.model_copy(update={"path": config.data.path})]
-    found = {str(data.path): _text_digest(data) for data in places}
+    found = {str(data.path): _text_digest(data, tokenizer) for data in places}
     there = [data for data in places if found[str(data.path)] == plan.rows.text_digest]
     facts: dict[str, object] = {"cache": f"{store.url}, segment {plan.segment}"}
     advice = "bring back the text that the cache was built from, or name where it is with --data.path"
@@ -333,10 +335,10 @@ def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: Te
     return rows
 
 
-def _text_digest(data: DataConfig) -> str:
+def _text_digest(data: DataConfig, tokenizer: TextTokenizer) -> str:
     """The digest of the text, or why there is none."""
     try:
         rows = open_rows(data)
-        return inputs_digest(data) if rows is None else rows.index.text_digest
+        return inputs_digest(data, tokenizer) if rows is None else rows.index.text_digest
     except (InputError, ConfigError) as error:
         return error.what

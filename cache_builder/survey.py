@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cache_builder.finding import Finding, What
 from schemas import layout
-from schemas.canonical import from_canonical
+from schemas.canonical import read_canonical
 from schemas.errors import DamageError, InputError
 from schemas.manifest import Manifest, Plan, SegmentEntry
 from schemas.storage import Store
@@ -96,18 +96,17 @@ def survey_cache(store: Store) -> Survey:
 
 def _read_manifest(store: Store, keys: Set[str], names: list[str], findings: list[Finding]) -> Manifest | None:
     """The manifest, if it is there and whole. Without receipts, an index without a manifest has lost it."""
-    data = store.read(layout.MANIFEST)
-    if data is None:
+    try:
+        manifest = read_canonical(store, layout.MANIFEST, Manifest)
+    except DamageError as error:
+        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=f"{error.what}: no row can be read"))
+        return None
+    if manifest is None:
         first = f"segments/{names[0]}" if names else ""
         lost = f"{first}/index.bin" in keys and not any(key.startswith(f"{first}/receipts/") for key in keys)
         if lost:
             findings.append(Finding(what="missing", object=layout.MANIFEST, detail="the cache cannot be opened"))
-        return None
-    try:
-        return from_canonical(Manifest, data, store.where(layout.MANIFEST))
-    except DamageError as error:
-        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=f"{error.what}: no row can be read"))
-        return None
+    return manifest
 
 
 def _view_segment(
@@ -121,13 +120,15 @@ def _view_segment(
     """The segment, unless its plan is lost: then nothing else of it can be understood."""
     first_row = first_rows.get(name, 0)
     key = layout.plan_key(name)
-    data = store.read(key) or b""
+    what: What = "missing"
+    problem = "without it"
     try:
-        plan = from_canonical(Plan, data, store.where(key))
+        plan = read_canonical(store, key, Plan)
     except DamageError as error:
+        plan, what, problem = None, "damaged", error.what
+    if plan is None:
         rows = (first_row, first_row + entry.rows) if entry is not None else None
-        what: What = "damaged" if data else "missing"
-        detail = f"{error.what if data else 'without it'}: nothing else of the segment can be checked or read"
+        detail = f"{problem}: nothing else of the segment can be checked or read"
         findings.append(Finding(what=what, object=key, detail=detail, segment=name, rows=rows))
         return None
     if entry is None:
@@ -189,4 +190,6 @@ def _belongs(name: str, view: SegmentView) -> bool:
         spelled = {"rows": layout.rows_key, "receipts": layout.receipt_key, "claims": layout.claim_key}[match[1]]
         right = number < plan.num_shards and view.key(name) == spelled(plan.segment, number)
         return right and (building or match[1] == "rows")
+    if building and view.key(name) == layout.finish_claim_key(plan.segment, 0):
+        return True
     return building and name.startswith("prepared/")

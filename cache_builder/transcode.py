@@ -4,6 +4,7 @@ Codes whose codec stays are copied as they are. Others are decoded and encoded a
 trainer use, jitted, a batch at a time; decoding alone gives the statistics.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from schemas.codecs import TopK
 from schemas.errors import DamageError
 from schemas.manifest import TapPlan
 from schemas.rows import Row
-from schemas.segment import DAMAGE_NEXT, Segment
+from schemas.segment import DAMAGE_NEXT, READS_FROM_AFAR, Segment
 from schemas.tap_codec import Signs, tap_codec
 
 Parts = dict[str, np.ndarray]  # a codec's parts, `[B, S, T, W]` each
@@ -111,7 +112,13 @@ class _StoredStack:
         return not wanted.delta or self._read == self._at  # begins with a keyframe, and has no holes
 
     def read(self, rows: Sequence[int]) -> Parts:
-        """What is stored of these rows, checked against the digests."""
+        """What is stored of these rows, checked against the digests; a bucket is asked more than once."""
+        for _ in range(READS_FROM_AFAR - 1 if self._segment.store.is_bucket else 0):
+            with contextlib.suppress(DamageError):
+                return self._read_once(rows)
+        return self._read_once(rows)
+
+    def _read_once(self, rows: Sequence[int]) -> Parts:
         found, pending = {}, []
         with ts.Batch():
             for part in self._tap.parts:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
+from schemas.storage import Store
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
 
@@ -64,6 +65,15 @@ def from_canonical(model_type: type[ModelType], data: bytes, where: str) -> Mode
             "do not edit it by hand: write it again",
         )
     return model
+
+
+def read_canonical(store: Store, key: str, model_type: type[ModelType]) -> ModelType | None:
+    """The model in a JSON object of a store; None where there is no such key.
+
+    Raises:
+        DamageError: as `from_canonical`, of what is stored, not of an answer that came short.
+    """
+    return store.read_checked(key, lambda data: from_canonical(model_type, data, store.where(key)))
 
 
 def _with_digest(body: bytes) -> bytes:

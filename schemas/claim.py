@@ -21,7 +21,7 @@ class Claim(Config):
     """Who holds something, and until when. `expires` is in seconds since the epoch, by the owner's clock."""
 
     host: str
-    boot: str = Field(description="the kernel's boot id; empty where there is none")
+    boot: str = Field(description="the kernel's boot id and pid namespace; empty where there are none")
     pid: int
     started: str = Field(description="when the process began, in the kernel's ticks: pids are reused")
     expires: float
@@ -67,8 +67,9 @@ def _owner_is_gone(claim: Claim) -> bool:
 
 
 def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    """Of this boot and, since containers on one machine may number their processes alike, of this set of processes."""
+    path, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{path.read_text().strip()} {numbers.readlink()}" if path.exists() and numbers.is_symlink() else ""
 
 
 def _process_start(pid: int) -> str:

@@ -3,12 +3,14 @@
 The description of each field is its help text (`distillcache build --help`); its default's reason is beside it.
 """
 
+from datetime import date
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from schemas.base import Config as Config
 from schemas.base import Positive as Positive
+from schemas.storage_config import StorageConfig as StorageConfig
 from schemas.teacher_config import OnlineConfig as OnlineConfig
 from schemas.teacher_config import TapConfig as TapConfig
 from schemas.teacher_config import TapsConfig as TapsConfig
@@ -17,15 +19,28 @@ from schemas.teacher_config import TopKConfig as TopKConfig
 from schemas.train_config import SurgeryOp
 from schemas.train_config import TrainConfig as TrainConfig
 
+DataFormat = Literal["auto", "text", "jsonl", "chat", "parquet", "array_record"]
+
 
 class DataConfig(Config):
     path: str | list[str] = Field(
-        description=".txt and .jsonl files (each also .gz), directories and globs of them; or prepared rows "
-        "(a folder with rows.json)"
+        description=".txt, .jsonl (each also .gz), .parquet and .array_record files, directories and globs of them, "
+        "local or at gs://, s3://; or prepared rows (a folder with rows.json)"
     )
+    format: DataFormat = Field(
+        default="auto",
+        exclude_if=lambda value: value == "auto",
+        description="what the files hold; auto: by their suffix; chat: lines (or parquet rows) with `messages`, "
+        "written by the tokenizer's chat template, where only the assistant's turns are targets",
+    )  # written down only where it is set: rows and plans from before it are the same bytes
     text_field: str = Field(
-        default="text", description="the field of a .jsonl line that holds the text"
+        default="text", description="the field, column or feature that holds the text"
     )  # the usual name
+    chat_date: date | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="the day that a chat template may write as today's, such as 2025-01-31",
+    )  # no default, since the same text must give the same rows on every day
     tokenizer: str | None = Field(
         default=None,
         description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own (prepare needs one)",
@@ -42,10 +57,19 @@ class DataConfig(Config):
 
 
 class PrepareConfig(Config):
-    """Text in, packed rows out."""
+    """Text in, packed rows out; a bare `--` and Apache Beam's options behind it make it a pipeline."""
 
     out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
     data: DataConfig
+    workers: Positive = Field(
+        default=1, description="processes that this command starts here, which share the input files"
+    )  # one process tokenises on all cores already, as long as the text is plain
+    process_id: int = Field(default=0, ge=0, description="this command's number, where several prepare one folder")
+    num_processes: Positive = Field(default=1, description="how many such commands prepare this folder")
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class BuildConfig(Config):
@@ -91,6 +115,7 @@ class BuildConfig(Config):
         description="check what is there, and compute again exactly what is damaged, in every segment; "
         "the cache is enough, everything else is in its plans",
     )  # reading everything back takes long
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 KeptTap = TapConfig | Literal["keep"] | None
@@ -143,10 +168,14 @@ class CopyConfig(Config):
     repair: bool = Field(
         default=False, description="check the copy, and make exactly what is damaged again from the same source"
     )  # reading everything back takes long
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class PlanConfig(BuildConfig):
-    """What a build would take, before anything is written: sizes, objects, time, and what other choices would cost."""
+    """What a build would take, before anything is written: sizes, objects, time, and what other choices would cost.
+
+    `--simulate` instead: what known teachers and up to 1T tokens would take, with fields of its own (add --help).
+    """
 
     measure: bool = Field(
         default=True, description="run the teacher on a few batches of random tokens, to expect a time"
@@ -157,6 +186,7 @@ class InspectConfig(Config):
     """Print what a cache holds."""
 
     cache: str = Field(description="the cache, finished or not")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class VerifyConfig(Config):
@@ -166,6 +196,7 @@ class VerifyConfig(Config):
     quick: bool = Field(
         default=False, description="check presence, lengths and shard indexes, without reading the data"
     )  # damage inside the data is what one looks for
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class BenchConfig(Config):
@@ -200,9 +231,10 @@ class ExportConfig(Config):
     """Write a run's student as an HF directory."""
 
     run: str = Field(description="the run, as trained")
-    out: str = Field(description="the HF directory to write")
+    out: str = Field(description="the HF directory to write: a local path, gs:// or s3://")
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class DemoConfig(Config):

@@ -48,6 +48,11 @@ def claim_key(segment: str, piece: int) -> str:
     return f"{segment_prefix(segment)}/claims/{piece:05d}.json"
 
 
+def finish_claim_key(segment: str, _piece: int) -> str:
+    """The claim of the process that finishes the segment; there is one such piece of work."""
+    return f"{segment_prefix(segment)}/claims/finish.json"
+
+
 def array_folder(segment: str, array: str) -> str:
     return f"{segment_prefix(segment)}/taps/{array}"
 

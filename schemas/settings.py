@@ -104,9 +104,9 @@ def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> Co
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file, at a local path or a URL."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(_place(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the config file cannot be read", {"file": path, "cause": error}) from error
     except yaml.YAMLError as error:
@@ -118,6 +118,14 @@ def load_yaml(path: str) -> dict[str, Any]:
             "write `key: value` lines",
         )
     return loaded
+
+
+def _place(path: str) -> Any:
+    if "://" not in path:
+        return Path(path)
+    from schemas.object_path import locate  # here, since TensorStore takes a while to import, and most files are local
+
+    return locate(path)
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -141,7 +149,7 @@ def help_text(model: type[BaseModel], command: str, positional: Sequence[str] = 
     for name, type_name, default, description in _fields(model, ""):
         lines.append(f"  --{name.replace('_', '-')} {type_name}{default}")
         lines.append(f"        {description}")
-    lines += ["  --config FILE.yaml", "        the same fields as a file; flags go first"]
+    lines += ["  --config FILE.yaml", "        the same fields as a file, local or at gs:// or s3://; flags go first"]
     lines += ["  --json", "        one JSON object on standard output, and nothing else there"]
     return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 
 A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
 of ours goes through it, so that one piece of code serves all of them and every failure becomes one `StorageError`
-that names the key.
+that names the key. `use` sets how buckets are asked (storage_config.py), for the whole process; `buckets` knows what
+is peculiar to them.
 """
 
 import contextlib
@@ -10,15 +11,59 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorstore as ts
 
-from schemas.errors import StorageError
+from schemas import buckets
+from schemas.errors import DamageError, StorageError
+from schemas.storage_config import StorageConfig
 
 LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
+AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # waits before what came garbled from a bucket is asked for once more
+
+Value = TypeVar("Value")
+
+
+class _Current:
+    """The process's config and the Context made from it."""
+
+    def __init__(self) -> None:
+        self.config, self.lock = StorageConfig(), threading.Lock()
+        self.context: ts.Context | None = None
+
+
+_current = _Current()
+
+
+def use(config: StorageConfig) -> None:
+    """Ask buckets in this way from now on, in this process. Stores that are open already keep their own."""
+    with _current.lock:
+        if config != _current.config:
+            _current.config, _current.context = config, None
+
+
+def current() -> StorageConfig:
+    """How this process asks buckets at the moment: for libraries beside TensorStore."""
+    return _current.config
+
+
+def context(resources: dict[str, Any] | None = None) -> ts.Context:
+    """The process's TensorStore Context: all that reads and writes shares its queues and limits.
+
+    Args:
+        resources: what differs from it, for instance `{"cache_pool": {"total_bytes_limit": 0}}`.
+    """
+    with _current.lock:
+        if _current.context is None:
+            buckets.set_timeouts(_current.config)
+            _current.context = ts.Context(buckets.context_spec(_current.config))
+        return ts.Context(resources, _current.context) if resources else _current.context
 
 
 class Store:
@@ -31,39 +76,88 @@ class Store:
             raise StorageError(
                 "a directory is needed where there is a file", {"path": self.local}, "name another directory"
             )
-        spec = _url_spec(self.url, self.local)
+        bucket = buckets.bucket_spec(self.url, _current.config) if self.local is None else None
+        spec = bucket or _url_spec(self.url, self.local)
+        self.is_bucket = bucket is not None
         try:
-            self._kv = ts.KvStore.open(spec).result()
-        except (ValueError, OSError) as error:
-            raise StorageError("the store cannot be opened", {"url": url, "cause": error}) from error
+            self._kv = ts.KvStore.open(spec, context=context() if self.is_bucket else None).result()
+        except buckets.FAILURES as error:
+            raise self._failure("the store cannot be opened", {"url": url}, error) from error
+        self._spec = self._kv.spec().to_json() if bucket is None else bucket
 
     def spec(self, key: str) -> dict[str, Any]:
-        """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there."""
-        base = self._kv.spec().to_json()
-        return {**base, "path": base.get("path", "") + key.rstrip("/") + "/"}
+        """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there (with `context()`)."""
+        return {**self._spec, "path": self._spec.get("path", "") + key.rstrip("/") + "/"}
 
     def where(self, key: str) -> str:
         """How messages name `key`."""
         return f"{self.url}/{key}"
 
     def read(self, key: str, byte_range: slice | None = None) -> bytes | None:
-        """The value, or None where there is no such key."""
+        """The value, or None where there is no such key.
+
+        Of a whole value from a bucket, the length is confirmed by a second request: use `read_checked` where the bytes
+        tell themselves whether they are whole.
+        """
         return self.read_with_generation(key, byte_range)[0]
 
-    def read_with_generation(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
-        """The value (None: absent) and its generation, for a conditional write."""
-        try:
-            result = self._kv.read(key, byte_range=byte_range).result()
-        except (ValueError, OSError) as error:
-            raise self._failure("cannot be read", key, error) from error
+    def read_with_generation(
+        self, key: str, byte_range: slice | None = None, *, confirm: bool = True
+    ) -> tuple[bytes | None, bytes]:
+        """The value (None: absent) and its generation, for a conditional write.
+
+        Args:
+            confirm: ask a bucket also for the length of a whole value.
+        """
+        waits = list(AGAIN_S)
+        while True:
+            value, generation = self._read(key, byte_range)
+            certain = value is None or byte_range is not None or not (self.is_bucket and confirm)
+            if certain or self._ends_at(key, len(value or b"")):
+                return value, generation
+            if not waits:
+                raise self._failure("an object is never read whole", {"object": self.where(key)}, ValueError("cut"))
+            time.sleep(waits.pop(0))
+
+    def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
+        result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
         return (result.value if result.state == "value" else None), result.stamp.generation
+
+    def _ends_at(self, key: str, length: int) -> bool:
+        """Whether the value (if there is one) has no byte behind `length`."""
+        try:
+            return self._read(key, slice(length, length + 1))[0] is None
+        except StorageError as error:
+            if "OUT_OF_RANGE" in str(error) and not buckets.is_garbled(str(error)):
+                return True
+            raise
+
+    def read_checked(self, key: str, check: Callable[[bytes], Value]) -> Value | None:
+        """What `check` makes of the value; None where there is no such key.
+
+        A bucket's answer may be short without TensorStore noticing, so what `check` refuses is read again, until
+        the same bytes come twice and have the object's length: then it is the object that is damaged.
+
+        Raises:
+            DamageError: from `check`.
+        """
+        seen: list[bytes] = []
+        waits = list(AGAIN_S) if self.is_bucket else []
+        while True:
+            data, _ = self._read(key)
+            if data is None:
+                return None
+            try:
+                return check(data)
+            except DamageError:
+                if not waits or (data in seen and self._ends_at(key, len(data))):
+                    raise
+            seen.append(data)
+            time.sleep(waits.pop(0))
 
     def write(self, key: str, value: bytes) -> None:
         """Store the value, whatever was there, and check the length that is stored."""
-        try:
-            self._kv.write(key, value).result()
-        except (ValueError, OSError) as error:
-            raise self._failure("cannot be written", key, error) from error
+        self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
         self._check_length(key, len(value))
 
     def create(self, key: str, value: bytes) -> bool:
@@ -72,12 +166,18 @@ class Store:
         return found is None and self.replace_whole(key, value, generation)
 
     def replace(self, key: str, value: bytes, generation: bytes) -> bool:
-        """Store the value if the key's generation is still the one given; False where it is not."""
-        try:
-            stamp = self._kv.write(key, value, if_equal=generation).result()
-        except (ValueError, OSError) as error:
-            raise self._failure("cannot be written", key, error) from error
-        return bool(stamp.generation)
+        """Store the value if the key's generation is still the one given; False where it is not.
+
+        True also where the value is there although the store says that another was first: the answer to our own write
+        was lost, and what was refused is TensorStore's second try. (Equal values of two writers are as good.)
+        """
+        stamp = self._ask("cannot be written", key, lambda: self._kv.write(key, value, if_equal=generation).result())
+        if stamp.generation or not self.is_bucket:
+            return bool(stamp.generation)
+        found, now = self.read_with_generation(key)
+        if now == generation:  # nobody was first: how S3 answers where the bucket is gone, and a listing says so
+            self.keys(key)
+        return found == value
 
     def replace_whole(self, key: str, value: bytes, generation: bytes) -> bool:
         """`replace`, and check the length that is stored: for a key that nobody writes again soon."""
@@ -86,21 +186,48 @@ class Store:
         self._check_length(key, len(value))
         return True
 
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store the value where another is, or none. Of many processes with one value, one writes it."""
+        found, generation = self.read_with_generation(key)
+        if found != value and not self.replace_whole(key, value, generation) and self.read(key) != value:
+            self.write(key, value)
+
     def delete(self, key: str) -> None:
         """Remove the key; nothing happens where it is absent."""
         try:
-            self._kv.write(key, None).result()
-        except (ValueError, OSError) as error:
-            raise self._failure("cannot be deleted", key, error) from error
+            self._ask("cannot be deleted", key, lambda: self._kv.write(key, None).result())
+        except StorageError:
+            # On a local disk another process may remove the folder meanwhile, and the lock file's place with it.
+            if self.local is None or (self.local / key).exists():
+                raise
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that start with `prefix`, sorted; lock files of the file driver left out."""
         key_range = ts.KvStore.KeyRange(prefix, _after(prefix)) if prefix else ts.KvStore.KeyRange()
         try:
-            found = self._kv.list(key_range).result()
-        except (ValueError, OSError) as error:
-            raise self._failure("cannot be listed", prefix, error) from error
+            found = self._ask("cannot be listed", prefix, lambda: self._kv.list(key_range).result())
+        except StorageError:
+            self._ask_as_reader(prefix)
+            raise
+        if not found:
+            self._ask_as_reader(prefix)
         return sorted(key for key in (k.decode() for k in found) if not key.endswith(LOCK_SUFFIX))
+
+    def _ask_as_reader(self, prefix: str) -> None:
+        """TensorStore 0.1.86 takes an error page of GCS for an empty or a broken listing; a read says what is wrong."""
+        if self.is_bucket and self._spec["driver"] == "gcs":
+            self._read(f"{prefix}distillcache-is-asking")
+
+    def check_writable(self, folder: str = "") -> None:
+        """Raise if nothing can be written to the bucket, before hours of work are lost. Local disks say so at once.
+
+        Args:
+            folder: where a key is written and deleted, ending in a slash; one in which nobody minds if it stays.
+        """
+        if self.is_bucket:
+            key = f"{folder}distillcache-is-asking-{uuid.uuid4().hex}"
+            self.write(key, b"")
+            self.delete(key)
 
     def length_is(self, key: str, length: int) -> bool:
         """Whether the stored value has exactly this length, without reading it."""
@@ -111,13 +238,7 @@ class Store:
                 return False
         if length == 0:
             return self.read(key) == b""
-        try:
-            tail = self.read(key, slice(length - 1, None))
-        except StorageError as error:
-            if "OUT_OF_RANGE" in str(error):  # how a shorter value answers
-                return False
-            raise
-        return tail is not None and len(tail) == 1
+        return not self._ends_at(key, length - 1) and self._ends_at(key, length)
 
     def clear_stale_locks(self) -> None:
         """Empty the lock files that killed writers left, so that no later write keeps their tail.
@@ -145,10 +266,18 @@ class Store:
                     found.append(path.relative_to(self.local or path).as_posix())
         return sorted(key for key in found if key.startswith(prefix))
 
+    def delete_keys(self, prefix: str) -> None:
+        """Delete every key that starts with `prefix`; in a bucket, many at a time."""
+        if self.is_bucket:
+            inside = ts.KvStore.KeyRange(prefix, _after(prefix))
+            self._ask("cannot be deleted", prefix, lambda: self._kv.delete_range(inside).result())
+        else:
+            for key in self.keys(prefix):
+                self.delete(key)
+
     def delete_folder(self, key: str) -> None:
         """Delete every key below the folder, and on a local disk the empty folders up to the store's own."""
-        for each in self.keys(f"{key}/"):
-            self.delete(each)
+        self.delete_keys(f"{key}/")
         self.remove_empty_folders(key)
         if self.local is not None:
             for parent in [Path(key), *Path(key).parents]:
@@ -162,8 +291,11 @@ class Store:
             _remove_if_empty(Path(folder))
 
     def _check_length(self, key: str, length: int) -> None:
-        """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail."""
-        if not self.length_is(key, length):
+        """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail.
+
+        A bucket stores a value whole or not at all.
+        """
+        if not self.is_bucket and not self.length_is(key, length):
             raise StorageError(
                 "the store holds another length than was written",
                 {"object": self.where(key), "written": f"{length} bytes"},
@@ -173,15 +305,35 @@ class Store:
     def _lock_files(self) -> Iterator[Path]:
         return iter(()) if self.local is None else self.local.rglob("*" + LOCK_SUFFIX)
 
-    def _failure(self, what: str, key: str, error: Exception) -> StorageError:
-        text = str(error)
-        if "No space left" in text:
+    def _ask(self, what: str, key: str, operation: Callable[[], Value]) -> Value:
+        """The operation's result; of a bucket, asked for again where it came garbled."""
+        waits = list(AGAIN_S) if self.is_bucket else []
+        if self.is_bucket:
+            self._meet()
+        while True:
+            try:
+                return operation()
+            except buckets.FAILURES as error:
+                if not waits or not buckets.is_garbled(str(error)):
+                    raise self._failure(f"an object {what}", {"object": self.where(key)}, error) from error
+            time.sleep(waits.pop(0))
+
+    def _meet(self) -> None:
+        try:
+            buckets.meet(self._spec, _current.config)
+        except (*buckets.FAILURES, TimeoutError) as error:
+            raise self._failure("the store cannot be used", {"url": self.url}, error) from error
+
+    def _failure(self, what: str, facts: dict[str, object], error: BaseException) -> StorageError:
+        text = buckets.cause(error) or f"no answer within {_current.config.contact_timeout_s:g} s"
+        advice = buckets.advice(self.url, error) if self.local is None else None
+        if advice is None and "No space left" in text:
             advice = "free some space, then run the same command again: what is committed stays"
-        elif "Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text:
+        elif advice is None and ("Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text):
             advice = "make the place writable, or name another one"
-        else:
-            advice = "check the place, then run the same command again"
-        return StorageError(f"an object {what}", {"object": self.where(key), "cause": text.split(" [")[0]}, advice)
+        return StorageError(
+            what, {**facts, "cause": text}, advice or "check the place, then run the same command again"
+        )
 
 
 class _held:

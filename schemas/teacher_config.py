@@ -8,7 +8,24 @@ from schemas.base import Config, Positive
 
 
 class TeacherConfig(Config):
-    path: str = Field(description="an HF directory (config.json, safetensors) or a .gguf file")
+    path: str = Field(
+        description="an HF directory (config.json, safetensors) or a .gguf file: a local path, gs:// or s3://"
+    )
+
+
+class TeacherMeshConfig(Config):
+    """How many devices along each axis; their product is the number of devices used."""
+
+    data: Positive = Field(default=1, description="copies that work on different rows")
+    fsdp: Positive = Field(default=1, description="rows and parameters split")
+    tensor: Positive = Field(default=1, description="heads and MLP widths split")
+    expert: Positive = Field(default=1, description="experts split; for models with routers")
+
+    @property
+    def teacher_axes(self) -> tuple[int, ...]:
+        """data, fsdp, tensor, expert; (1,) for a single device: what pins a teacher's bits."""
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        return sizes if max(sizes) > 1 else (1,)
 
 
 class TapConfig(Config):

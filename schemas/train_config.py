@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from schemas.base import Config, Positive
-from schemas.teacher_config import OnlineConfig
+from schemas.feed_config import FeedConfig
+from schemas.storage_config import StorageConfig
+from schemas.teacher_config import OnlineConfig, TeacherMeshConfig
 
 
 class Ramp(Config):
@@ -42,7 +44,7 @@ class SurgeryOp(Config):
 
 class StudentConfig(Config):
     init: str = Field(
-        default="teacher", description="teacher, or the path of a checkpoint to start from"
+        default="teacher", description="teacher, or the path or URL of a checkpoint to start from"
     )  # the usual start: the teacher itself, cut
     surgery: list[SurgeryOp] = Field(
         default_factory=list, description="cuts, in order: [{op: query_heads, to: 2, by: index}]"
@@ -129,14 +131,10 @@ class OptimizerConfig(Config):
     )  # the gradients of one block only are alive; the same numbers to rounding
 
 
-class MeshConfig(Config):
+class MeshConfig(TeacherMeshConfig):
     """How many devices along each axis; their product is the number of devices used."""
 
     block: Positive = Field(default=1, description="groups of devices that hold different blocks, blockwise mode")
-    data: Positive = Field(default=1, description="copies that work on different rows")
-    fsdp: Positive = Field(default=1, description="rows and parameters split")
-    tensor: Positive = Field(default=1, description="heads and MLP widths split")
-    expert: Positive = Field(default=1, description="experts split; for students with routers")
 
 
 class StageConfig(Config):
@@ -234,6 +232,18 @@ class TrainConfig(Config):
     prefetch_batches: Positive = Field(
         default=2, description="batches read ahead of use"
     )  # one being moved to the device, one being read
+    feed: FeedConfig = Field(default=FeedConfig(), description="how the cache is read")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    coordinator: str | None = Field(
+        default=None,
+        description="HOST:PORT of process 0, where a run has several; default: as Cloud TPU, GKE, Slurm or Open MPI "
+        "say; none: alone, whatever they say",
+    )
+    num_processes: Positive | None = Field(default=None, description="processes of the run; default: likewise")
+    process_id: int | None = Field(default=None, ge=0, description="this process's number, from 0; default: likewise")
+    timeout_s: Positive = Field(
+        default=60, description="a process that is silent for so long is dead, and ends the others"
+    )  # longer than the pauses of a busy host, shorter than anybody waits
     profile: str | None = Field(
         default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
     )

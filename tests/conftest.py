@@ -27,6 +27,9 @@ from models.checkpoint import save_pretrained
 from models.config import BlockKind, LayerGroup, ModelConfig
 from models.decoder import Decoder
 from schemas.config import BuildConfig, DataConfig, TeacherConfig
+from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
+
+__all__ = ["gcs", "gcs_server", "s3", "s3_server"]  # fixtures, found here by every test
 
 EOS = "<|end|>"
 

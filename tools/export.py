@@ -9,13 +9,15 @@ from models.tensors import ROUTER_BIAS_FILE
 from schemas import settings
 from schemas.config import ExportConfig
 from schemas.errors import ConfigError
+from schemas.storage import use
 from trainer.checkpoints import load_student
-from trainer.train import best_evaluation
+from trainer.run_folder import best_evaluation
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the student of a run, at its newest checkpoint, the best one or the one asked for."""
     config = settings.parse(ExportConfig, argv, command, positional=("run", "out"))
+    use(config.storage)
     if config.best and config.step is not None:
         raise ConfigError("--best and --step both name a checkpoint", {"--step": config.step}, "give one of them")
     step, note = config.step, ""

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from schemas import layout, settings
 from schemas.addressing import row_groups
-from schemas.canonical import from_canonical
+from schemas.canonical import from_canonical, read_canonical
 from schemas.config import InspectConfig
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from schemas.segment import Segment, open_cache
-from schemas.storage import Store
+from schemas.storage import Store, use
 
 SAMPLED_SHARDS = 64  # whose sizes are looked up, evenly drawn: a large cache has hundreds of thousands
 
@@ -26,6 +26,7 @@ SAMPLED_SHARDS = 64  # whose sizes are looked up, evenly drawn: a large cache ha
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Print the cache's description as tables or as one JSON object."""
     config = settings.parse(InspectConfig, argv, command, positional=("cache",))
+    use(config.storage)
     found = describe_cache(Store(config.cache))
     if as_json:
         print(json.dumps(found))
@@ -165,12 +166,11 @@ def _read_stats(segment: Segment) -> dict[str, TapStats]:
     store, plan, shards = segment.store, segment.plan, _shards_done(segment)
     if segment.committed is None:
         key = f"{layout.segment_prefix(plan.segment)}/stats.json"
-        data = store.read(key)
-        return from_canonical(Stats, data or b"", store.where(key)).taps
+        return (read_canonical(store, key, Stats) or from_canonical(Stats, b"", store.where(key))).taps
     if not shards:
         return {}
     key = layout.receipt_key(plan.segment, min(shards))
-    return from_canonical(ShardReceipt, store.read(key) or b"", store.where(key)).stats
+    return (read_canonical(store, key, ShardReceipt) or from_canonical(ShardReceipt, b"", store.where(key))).stats
 
 
 def _is_compressed(found: dict[str, Any]) -> bool:

@@ -12,7 +12,9 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cache_builder.build import SEGMENT
+from cache_builder.documents import Document, TokenDocument, file_documents
+from cache_builder.inputs import InputFile, InputReader, input_files
 from cache_builder.plan import make_plan
 from cache_builder.prepare import open_rows, prepare_rows
-from cache_builder.text import documents, text_files
+from cache_builder.tokenise import token_arrays
 from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
 from models.describe import describe_rows
@@ -38,12 +42,13 @@ from schemas.layout import ITEM_BYTES
 from schemas.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.progress import format_seconds
 from schemas.rows import RowReader
-from schemas.storage import Store, is_url
+from schemas.storage import Store, is_url, use
 from schemas.tap_codec import signs_of
 
 SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
 SAMPLE_FILES = 16  # the sample is drawn from so many files, evenly spaced
 PACKED_SAMPLE = 4 << 20  # packed bytes that tell how much longer a .gz file is unpacked
+TOKEN_RECORD_BYTES = 4  # of a record for each token that it holds: somewhat less in some formats, 12 in others
 MEASURED_BATCHES = 2
 ROW_BYTES_PER_TOKEN = 13  # tokens, positions, segments as int32, and the loss mask
 # label -> (codec, delta coding of `resid`): what the table compares
@@ -67,8 +72,16 @@ class CountedRows:
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Print what the build that the command line describes would take."""
-    report = describe_build(settings.parse(PlanConfig, argv, command))
+    """Print what the build that the command line describes would take; with `--simulate`, what much text would."""
+    if "--simulate" in argv:
+        from tools import scale_report  # here, since it is made of this module's parts
+
+        words = [word for word in argv if word != "--simulate"]
+        scale_report.run(words, f"{command} --simulate", as_json)
+        return
+    config = settings.parse(PlanConfig, argv, command)
+    use(config.storage)
+    report = describe_build(config)
     if as_json:
         print(json.dumps(report))
     else:
@@ -140,7 +153,7 @@ def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
     prepared = open_rows(data)
     if prepared is not None:
         return CountedRows(describe_rows(prepared), exact=True)
-    total = sum(map(unpacked_bytes, text_files(data)))
+    total = sum(unpacked_bytes(file, data.text_field) for file in input_files(data))
     if total <= SAMPLE_BYTES:
         with tempfile.TemporaryDirectory(prefix="distillcache-plan-") as folder:
             prepare_rows(PrepareConfig(out=folder, data=data), tokenizer=tokenizer)
@@ -154,15 +167,21 @@ def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
     return CountedRows(_estimated_rows(data, tokenizer, rows, tokens), exact=False)
 
 
-def unpacked_bytes(file: Path) -> int:
-    """A text file's length once it is unpacked; of a long .gz file an estimate from its beginning."""
-    size = file.stat().st_size
-    if file.suffix.lower() != ".gz":
-        return size
-    with file.open("rb") as stream:
-        packed = stream.read(PACKED_SAMPLE)
+def unpacked_bytes(file: InputFile, text_field: str = "text") -> int:
+    """An input file's length once it is unpacked; of a long .gz file an estimate from its beginning.
+
+    Of a local parquet file, the length of its text's column; of a remote one, all that is stored.
+    """
+    if file.kind == ".parquet" and isinstance(file.place, Path):
+        from cache_builder.parquet import text_bytes  # here, since few corpora need its library
+
+        return text_bytes(file, text_field)
+    if not file.kind.endswith(".gz"):
+        return file.size
+    with InputReader(file) as reader:
+        packed = BufferedReader(reader).read(PACKED_SAMPLE)
     unpacked = zlib.decompressobj(wbits=31).decompress(packed)  # 31: with gzip's header
-    return round(len(unpacked) * size / max(len(packed), 1))
+    return round(len(unpacked) * file.size / max(len(packed), 1))
 
 
 def measure_rate(config: BuildConfig, plan: Plan) -> float:
@@ -233,23 +252,28 @@ def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]
 
 def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int]:
     """(bytes of text, tokens) of the beginnings of some files."""
-    files = text_files(data)
+    files = input_files(data)
     sampled = files[:: -(-len(files) // SAMPLE_FILES)]
     text, tokens = 0, 0
     for file in sampled:
-        for document in _beginning(data.model_copy(update={"path": str(file)}), SAMPLE_BYTES // len(sampled)):
-            text += len(document.encode())
-            tokens += len(tokenizer.encode_documents([document])[0])
+        for document in _beginning(file, data, tokenizer, SAMPLE_BYTES // len(sampled)):
+            one = sum(marked.size for marked in token_arrays([document], tokenizer))
+            is_text = isinstance(document, Document)
+            text += len(document.text.encode()) if is_text else one * TOKEN_RECORD_BYTES
+            tokens += one
     return text, tokens
 
 
-def _beginning(data: DataConfig, limit: int) -> Iterator[str]:
-    """The texts of the first documents, of about `limit` characters; a longer one is cut."""
-    for document in documents(data):
-        yield document.text[:limit]
-        limit -= len(document.text)
-        if limit <= 0:
-            return
+def _beginning(
+    file: InputFile, data: DataConfig, tokenizer: TextTokenizer, limit: int
+) -> Iterator[Document | TokenDocument]:
+    """The first documents of a file, of about `limit` characters or tokens; a longer text is cut."""
+    with InputReader(file) as reader, closing(file_documents(file, reader, data, tokenizer)) as found:
+        for document in found:
+            yield replace(document, text=document.text[:limit]) if isinstance(document, Document) else document
+            limit -= len(document.text) if isinstance(document, Document) else document.tokens.size
+            if limit <= 0:
+                return
 
 
 def _estimated_rows(data: DataConfig, tokenizer: TextTokenizer, rows: int, tokens: int) -> RowsPlan:

@@ -18,7 +18,7 @@ from cache_builder.survey import survey_cache
 from schemas import settings
 from schemas.config import VerifyConfig
 from schemas.progress import Progress
-from schemas.storage import Store
+from schemas.storage import Store, use
 
 SHOWN = 50  # findings on a terminal; --json tells all
 
@@ -26,6 +26,7 @@ SHOWN = 50  # findings on a terminal; --json tells all
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print what is wrong as a table or as one JSON object; the exit code."""
     config = settings.parse(VerifyConfig, argv, command, positional=("cache",))
+    use(config.storage)
     found = verify_cache(Store(config.cache), quick=config.quick)
     if as_json:
         print(json.dumps(found))

@@ -13,10 +13,14 @@ from schemas.errors import StorageError
 from schemas.storage import Store, is_url, lock_as_tensorstore
 
 
-@pytest.fixture(params=["local", "bucket"])
+@pytest.fixture(params=["local", "memory", "gcs", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A folder, and a store without one: TensorStore's memory driver stands for a bucket."""
-    return Store(str(tmp_path / "store")) if request.param == "local" else Store("memory://bucket/prefix")
+    """A folder, a store without one, and folders of buckets whose names need escaping."""
+    if request.param == "local":
+        return Store(str(tmp_path / "store"))
+    if request.param == "memory":
+        return Store("memory://bucket/prefix")
+    return Store(f"{request.getfixturevalue(request.param).url}/a folder/100%25/#1")
 
 
 @pytest.fixture
