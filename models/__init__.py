@@ -7,9 +7,15 @@ routing.py      which experts a token goes to, and balancing their load
 experts.py      how experts are computed
 recorder.py     the jitted teacher forward that returns encoded taps
 surgery.py      students cut out of teachers
-checkpoint.py   load_pretrained and save_pretrained
+checkpoint.py   load_pretrained
+export.py       save_pretrained
+identity.py     the digest of a checkpoint's weights
 families/       HF config.json in and out, tensor names: one module for each kind of family
-tensors.py      HF tensor names, shapes and safetensors files
+tensors.py      HF tensor names and shapes
+hf_files.py     the files of an HF directory, on a local disk or in a bucket
+safetensors_file.py   the format: headers in buckets, and writing
+ranges.py       range reads of objects in buckets, some way ahead
 ggufs.py        GGUF files in
+remote_gguf.py  GGUF files in buckets
 tokenizer.py    the tokenizer that comes with a checkpoint
 """

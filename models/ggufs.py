@@ -12,19 +12,24 @@ Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel: `permute`, `generate_extr
 """
 
 import functools
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from models.config import BlockKind, LayerGroup, ModelConfig, RopeConfig
 from models.families import check_heads
+from models.ranges import SpanReader
+from models.remote_gguf import PAST_THE_END, RemoteGguf, damaged, open_remote
 from models.rope import base_frequencies, llama3_frequencies
 from schemas.errors import CheckpointError
+from schemas.object_path import ObjectPath, Place
+
+MAGIC = b"GGUF"
 
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"})
@@ -66,35 +71,53 @@ TOP_NAMES = {
 ROPE_FREQS = "rope_freqs.weight"
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """The parsed header of a file, with its tensors memory-mapped.
+def is_gguf(place: Place) -> bool:
+    """Whether a checkpoint is a file rather than a directory: in a bucket its name says so."""
+    return place.is_file() if isinstance(place, Path) else place.suffix.lower() == ".gguf"
+
+
+def open_gguf(path: Place) -> gguf.GGUFReader:
+    """The parsed header of a file, with its tensors memory-mapped, or in a bucket to be fetched.
 
     The last one is kept: parsing the vocabulary of a 135M model takes 3 s, and config, weights and tokenizer are
     asked for one after the other.
     """
+    if isinstance(path, ObjectPath):
+        magic, generation = path.read_range(0, len(MAGIC))
+        if magic is None and not path.exists():
+            raise CheckpointError(
+                "no such checkpoint", {"path": path}, "check the names of bucket and file; or name an HF directory"
+            )
+        return _open(path, magic or b"", generation)
     stat = path.stat()
-    return _open(os.fspath(path.resolve()), stat.st_mtime_ns, stat.st_size)
+    with path.open("rb") as stream:
+        magic = stream.read(len(MAGIC))
+    return _open(path.resolve(), magic, (stat.st_mtime_ns, stat.st_size))
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: str, _mtime_ns: int, size: int) -> gguf.GGUFReader:
-    with open(path, "rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
+def _open(path: Place, magic: bytes, _version: object) -> gguf.GGUFReader:
+    if magic != MAGIC:
         raise CheckpointError(
             "this file is not a GGUF file",
-            {"file": path, "found": f"it starts with {magic!r}", "expected": "it starts with b'GGUF'"},
+            {"file": path, "found": f"it starts with {magic!r}", "expected": f"it starts with {MAGIC!r}"},
             "name a .gguf file, or the directory of an HF checkpoint",
         )
+    if isinstance(path, ObjectPath):
+        return open_remote(path)
     try:
         return gguf.GGUFReader(path)
-    # The reader indexes into a memory map: past its end, numpy raises one of these, according to where.
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise CheckpointError(
-            "this GGUF file is truncated or damaged",
-            {"file": path, "bytes": size, "found": error},
-            "copy or download the file again",
-        ) from error
+    except PAST_THE_END as error:
+        raise damaged(path, path.stat().st_size, error) from error
+
+
+def tensor_data(reader: gguf.GGUFReader, tensor: ReaderTensor, spans: SpanReader | None = None) -> np.ndarray:
+    """A tensor as it is stored; of a file in a bucket it is fetched now, or by `spans`."""
+    if not isinstance(reader, RemoteGguf):
+        return tensor.data
+    span = reader.span(tensor)
+    stored = spans.read(span) if spans else np.frombuffer(span.file.read(span.start, span.stop), np.uint8)
+    return stored.view(tensor.data.dtype).reshape(tensor.data.shape)
 
 
 def metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
@@ -103,7 +126,7 @@ def metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def config_from_gguf(reader: gguf.GGUFReader, file: Path) -> ModelConfig:
+def config_from_gguf(reader: gguf.GGUFReader, file: Place) -> ModelConfig:
     """The decoder that a GGUF file's metadata describes."""
     family = metadata(reader, "general.architecture")
     if family != "llama":
@@ -141,7 +164,7 @@ def config_from_gguf(reader: gguf.GGUFReader, file: Path) -> ModelConfig:
     return config
 
 
-def _architecture_values(reader: gguf.GGUFReader, file: Path) -> dict[str, Any]:
+def _architecture_values(reader: gguf.GGUFReader, file: Place) -> dict[str, Any]:
     """The `llama.*` keys, each understood, harmless or refused."""
     values = {key.removeprefix("llama."): metadata(reader, key) for key in reader.fields if key.startswith("llama.")}
     for key, value in values.items():
@@ -156,7 +179,7 @@ def _architecture_values(reader: gguf.GGUFReader, file: Path) -> dict[str, Any]:
     return values
 
 
-def _size(values: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
+def _size(values: Mapping[str, Any], key: str, file: Place, default: int | None = None) -> int:
     value = values.get(key, default)
     if not isinstance(value, int) or value < 1:
         raise CheckpointError(
@@ -172,7 +195,7 @@ def _short_float(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _head_dim(values: Mapping[str, Any], default: int, file: Path) -> int:
+def _head_dim(values: Mapping[str, Any], default: int, file: Place) -> int:
     size = _size(values, "attention.key_length", file, default)
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.get(key, size) != size:
@@ -184,7 +207,7 @@ def _head_dim(values: Mapping[str, Any], default: int, file: Path) -> int:
     return size
 
 
-def _rope(reader: gguf.GGUFReader, values: Mapping[str, Any], default_dim: int, file: Path) -> RopeConfig:
+def _rope(reader: gguf.GGUFReader, values: Mapping[str, Any], default_dim: int, file: Place) -> RopeConfig:
     """theta and scaling: linear by keys, Llama 3's by its tensor of divisors."""
     theta = _short_float(values.get("rope.freq_base", 10_000.0))
     divisors = next((tensor for tensor in reader.tensors if tensor.name == ROPE_FREQS), None)
@@ -200,12 +223,11 @@ def _rope(reader: gguf.GGUFReader, values: Mapping[str, Any], default_dim: int, 
         return RopeConfig(theta=theta, kind="linear", factor=_short_float(factor))
     if divisors is None:
         return RopeConfig(theta=theta)
-    return _llama3_rope(
-        np.asarray(divisors.data, np.float32), theta, values.get("attention.key_length", default_dim), file
-    )
+    stored = np.asarray(tensor_data(reader, divisors), np.float32)
+    return _llama3_rope(stored, theta, values.get("attention.key_length", default_dim), file)
 
 
-def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Path) -> RopeConfig:
+def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Place) -> RopeConfig:
     frequencies = base_frequencies(theta, head_dim)
     for factor in LLAMA3_FACTORS:
         rope = RopeConfig(theta, "llama3", factor, LLAMA3_ORIGINAL_POSITIONS, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -227,8 +249,10 @@ def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Path) 
 class GgufSource:
     """A GGUF file's tensors under HF's names and in HF's layout."""
 
-    def __init__(self, reader: gguf.GGUFReader, config: ModelConfig, where: Path) -> None:
+    def __init__(self, reader: gguf.GGUFReader, config: ModelConfig, where: Place) -> None:
         self.where = where
+        self._gguf = reader
+        self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
         self._tensors = {
             hf_name(str(tensor.name)): tensor for tensor in reader.tensors if str(tensor.name) != ROPE_FREQS
@@ -236,11 +260,23 @@ class GgufSource:
         self.shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in self._tensors.items()}
         self.dtypes = {name: _dtype_name(tensor.tensor_type) for name, tensor in self._tensors.items()}
 
+    def announce(self, names: Sequence[str]) -> None:
+        """See `TensorSource`."""
+        if self._spans and isinstance(self._gguf, RemoteGguf):
+            self._spans.announce([self._gguf.span(self._tensors[name]) for name in names])
+
     def read(self, name: str) -> np.ndarray:
+        """A tensor, out of its quantised blocks."""
         tensor = self._tensors[name]
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(self.shapes[name])
+        stored = tensor_data(self._gguf, tensor, self._spans)
+        values = np.asarray(dequantize(stored, tensor.tensor_type)).reshape(self.shapes[name])
         heads = self._heads.get(str(tensor.name).split(".")[-2])
         return values if heads is None else unpermute(values, heads)
+
+    def close(self) -> None:
+        """Stop the reader's threads, where there are any."""
+        if self._spans:
+            self._spans.close()
 
 
 def hf_name(name: str) -> str:

@@ -1,22 +1,20 @@
-"""Where each tensor of an HF checkpoint lives in our stacked parameters, and how its files are read.
+"""Where each tensor of an HF checkpoint lives in our stacked parameters.
 
 Vocabulary: a *layout* is a family's names; a *slot* is one tensor of a checkpoint, or a part of one, and its place in a
 decoder, a stacked parameter and an index on its leading axes; a *source* is an open checkpoint that reads a tensor by
-its HF name. The slots are the only description of where things are: loading and saving both follow them.
+its HF name (hf_files.py, ggufs.py). The slots are the only description of where things are: loading and saving both
+follow them.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from models.config import BlockKind, ModelConfig
-from schemas.errors import CheckpointError
+from schemas.object_path import Place
 
 WEIGHTS_NAME = "model.safetensors"
 # Biases of routers of a family that has no place for them, float32 `[E]` for every block with experts. Other readers
@@ -133,129 +131,19 @@ def tensor_slots(config: ModelConfig, layout: Layout) -> Iterator[TensorSlot]:
 
 
 class TensorSource(Protocol):
-    """An open checkpoint: tensors by HF name, in HF's layout."""
+    """An open checkpoint: tensors by HF name, in HF's layout. Close it: one in a bucket owns threads."""
 
-    where: Path
+    where: Place
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # safetensors' names: F32, BF16, ...
 
+    def announce(self, names: Sequence[str]) -> None:
+        """These will be read next, in this order: a source that is far away may fetch ahead."""
+        ...
+
     def read(self, name: str) -> np.ndarray: ...
 
-
-class SafetensorsSource:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists."""
-
-    def __init__(self, directory: Path) -> None:
-        self.where = directory
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Path] = {}
-        for file in weight_files(directory):
-            self._index(file)
-        self._check_index()
-
-    def read(self, name: str) -> np.ndarray:
-        with _open_safetensors(self._files[name]) as tensors:
-            return tensors.get_tensor(name)
-
-    def _index(self, file: Path) -> None:
-        with _open_safetensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a method of safe_open, not of a dict
-                if name in self._files:
-                    raise CheckpointError(
-                        "a tensor is stored twice",
-                        {"tensor": name, "found": f"in {self._files[name]} and in {file}"},
-                        "remove the shard that does not belong to this checkpoint",
-                    )
-                view = tensors.get_slice(name)
-                self._files[name] = file
-                self.shapes[name], self.dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-
-    def _check_index(self) -> None:
-        index = self.where / INDEX_NAME
-        if (self.where / WEIGHTS_NAME).exists() or not index.exists():
-            return
-        listed = read_json(index)["weight_map"]
-        misplaced = [name for name, file in listed.items() if self._files.get(name) != self.where / file]
-        if misplaced:
-            raise CheckpointError(
-                "the shards do not hold what their index lists",
-                {"index": index, "not found": some(misplaced)},
-                "copy the checkpoint again",
-            )
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, by name. `model.safetensors` wins over an index, as in HF."""
-    beside = [directory / ROUTER_BIAS_FILE] if (directory / ROUTER_BIAS_FILE).exists() else []
-    if (directory / WEIGHTS_NAME).exists():
-        return [directory / WEIGHTS_NAME, *beside]
-    if not (directory / INDEX_NAME).exists():
-        raise _no_weights(directory)
-    listed = read_json(directory / INDEX_NAME).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise CheckpointError(
-            "the index of the shards has no weight_map",
-            {"file": directory / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
-            "copy the checkpoint again",
-        )
-    files = [directory / name for name in sorted(set(listed.values()))]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(
-            "shards of the checkpoint are missing",
-            {"index": directory / INDEX_NAME, "missing": some(missing), "of": f"{len(files)} shards"},
-            "copy the missing files beside the index",
-        )
-    return [*files, *beside]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint."""
-    if not file.exists():
-        raise CheckpointError(
-            f"{file.name} is missing",
-            {"directory": file.parent, "found": some(sorted(x.name for x in file.parent.iterdir())) or "nothing"},
-            "name a directory as transformers' save_pretrained writes it, or a .gguf file",
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{file.name} cannot be read as JSON", {"file": file, "found": error}, "copy the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file.name} is not a JSON object", {"file": file, "found": type(value).__name__}, "copy the file again"
-        )
-    return value
-
-
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            "a weight file is damaged, truncated or not a safetensors file",
-            {"file": file, "bytes": file.stat().st_size, "found": error},
-            "copy the file again",
-        ) from error
-
-
-def _no_weights(directory: Path) -> CheckpointError:
-    names = sorted(file.name for file in directory.iterdir())
-    torch = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    step = "name a directory that has model.safetensors, or a .gguf file"
-    if torch:
-        step = "load it with transformers and save it again: save_pretrained writes safetensors (pickles are not read)"
-    if ggufs:
-        step = f"name the file itself: {directory / ggufs[0]}"
-    return CheckpointError(
-        "the checkpoint has no safetensors weights",
-        {"directory": directory, "expected": f"{WEIGHTS_NAME} or {INDEX_NAME}", "found": some(names) or "nothing"},
-        step,
-    )
+    def close(self) -> None: ...
 
 
 def some(names: list[str], limit: int = 8) -> str:

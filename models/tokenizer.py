@@ -8,7 +8,6 @@ Truncation and padding that a tokenizer.json asks for are turned off: they would
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +18,16 @@ import gguf
 import xxhash
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from models.ggufs import metadata, open_gguf
+from models.chat_template import ChatTemplate, chat_template_from, special_tokens_of
+from models.ggufs import is_gguf, metadata, open_gguf
+from models.tensors import some
 from schemas.errors import CheckpointError, InputError
+from schemas.object_path import ObjectPath, Place, locate
 
+TOKENIZER_JSON = "tokenizer.json"
 # What a tokenizer consists of in an HF directory, and what an export copies.
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -63,12 +66,14 @@ class TextTokenizer:
     eos_id: the token that ends a document.
     bos_id: the token that starts one, where the checkpoint names it. Whether it is put in front is the backend's rule.
     extras: more entries for tokenizer_config.json (chat template, padding token).
+    chat: how it writes chats, where the checkpoint says so.
     """
 
     backend: Tokenizer
     eos_id: int
     bos_id: int | None = None
     extras: Mapping[str, Any] | None = None
+    chat: ChatTemplate | None = None
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
@@ -86,6 +91,20 @@ class TextTokenizer:
         """`encode_document` of each text, on all cores."""
         return [self._end(encoding.ids) for encoding in self.backend.encode_batch_fast(list(texts))]
 
+    def encode_spans(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """The tokens of texts that spell their special tokens themselves, and which tokens reach into a span.
+
+        Args:
+            spans: of every text, `(start, end)` in characters.
+        """
+        encoded = self._verbatim.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (each.ids, [any(a < end and b > start for start, end in inside) for a, b in each.offsets])
+            for each, inside in zip(encoded, spans, strict=True)
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special ones spelled out."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -94,6 +113,17 @@ class TextTokenizer:
     def adds_eos(self) -> bool:
         """Whether the tokenizer's own rule ends a text with EOS. Asked of the empty text, which has none itself."""
         return self.backend.encode("").ids[-1:] == [self.eos_id]
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens as they are spelled in a text."""
+        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+
+    @cached_property
+    def _verbatim(self) -> Tokenizer:
+        """The same without a post-processor, which adds nothing here, and takes spaces out of the tokens' offsets."""
+        content = json.loads(self.to_json())
+        return Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -115,27 +145,31 @@ class TextTokenizer:
         return ids if self.adds_eos else [*ids, self.eos_id]
 
 
-def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -> TextTokenizer:
-    """The tokenizer of a tokenizer.json, an HF directory or a .gguf file.
+def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | None = None) -> TextTokenizer:
+    """The tokenizer of a tokenizer.json, an HF directory or a .gguf file, on a local disk or in a bucket.
 
     EOS is `eos_token` where it is given; else, for a GGUF, the file's own; else what stands beside tokenizer.json:
     `eos_token` of tokenizer_config.json, then `eos_token_id` of generation_config.json and of config.json (the first
     of a list).
     """
-    where = Path(path).expanduser()
-    if "://" in str(path) or not where.exists():
-        raise InputError("no such tokenizer", {"path": path}, "name a local tokenizer.json, HF directory or .gguf file")
-    if where.is_file() and where.suffix != ".json":
+    where = locate(path)
+    if isinstance(where, Path) and not where.exists():
+        raise InputError("no such tokenizer", {"path": path}, "name a tokenizer.json, HF directory or .gguf file")
+    if _is_gguf(where):
         return _from_gguf(where, eos_token)
-    file = where / "tokenizer.json" if where.is_dir() else where
-    if not file.exists():
-        raise InputError(
-            "the directory has no tokenizer.json",
-            {"directory": where, "found": ", ".join(sorted(x.name for x in where.iterdir())[:8]) or "nothing"},
-            "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
-        )
+    file = where / TOKENIZER_JSON if _is_folder(where) else where
     backend = _parse(file)
-    return TextTokenizer(backend, _eos_id(backend, file, eos_token), _named_id(backend, file, "bos"))
+    eos_id, bos_id = _eos_id(backend, file, eos_token), _named_id(backend, file, "bos")
+    return TextTokenizer(backend, eos_id, bos_id, chat=_chat_template(file))
+
+
+def _is_gguf(place: Place) -> bool:
+    return is_gguf(place) and place.suffix != ".json"
+
+
+def _is_folder(place: Place) -> bool:
+    """In a bucket: what is not called a .json file."""
+    return place.is_dir() if isinstance(place, Path) else place.suffix != ".json"
 
 
 def tokenizer_from_json(text: str, eos_id: int, bos_id: int | None = None) -> TextTokenizer:
@@ -143,34 +177,32 @@ def tokenizer_from_json(text: str, eos_id: int, bos_id: int | None = None) -> Te
     return TextTokenizer(Tokenizer.from_str(text), eos_id, bos_id)
 
 
-def write_tokenizer(source: Path | TextTokenizer, directory: Path) -> dict[str, int]:
-    """Put a tokenizer's files into the directory of an export.
+def tokenizer_files(source: Place | TextTokenizer) -> tuple[dict[str, bytes], dict[str, int]]:
+    """What an export has of a tokenizer.
 
-    Files of an HF directory are copied as they are; a GGUF's are made from it.
+    Files of an HF directory are taken as they are; a GGUF's are made from it.
 
-    Returns: `bos_token_id` and `eos_token_id` for the export's config.json, as far as they are known.
+    Returns: the files by name; `bos_token_id` and `eos_token_id` for the export's config.json, as far as they are
+    known.
     """
     tokenizer = source if isinstance(source, TextTokenizer) else _for_export(source)
-    copied = [] if isinstance(source, TextTokenizer) else _copy_files(source, directory)
+    files = {} if isinstance(source, TextTokenizer) else _files_of(source)
     if tokenizer is None:
-        return {}
+        return files, {}
     ids = {"eos_token_id": tokenizer.eos_id}
     if tokenizer.bos_id is not None:
         ids = {"bos_token_id": tokenizer.bos_id, **ids}
     spelled = {key.removesuffix("_id"): tokenizer.backend.id_to_token(value) for key, value in ids.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **spelled, "clean_up_tokenization_spaces": False}
     made = {
-        "tokenizer.json": tokenizer.to_json(),
+        TOKENIZER_JSON: tokenizer.to_json(),
         "tokenizer_config.json": json.dumps(config | dict(tokenizer.extras or {}), indent=2, ensure_ascii=False) + "\n",
         "generation_config.json": json.dumps(ids, indent=2) + "\n",
     }
-    for name, text in made.items():
-        if name not in copied:
-            (directory / name).write_text(text, encoding="utf-8")
-    return ids
+    return {name: text.encode() for name, text in made.items()} | files, ids
 
 
-def _for_export(source: Path) -> TextTokenizer | None:
+def _for_export(source: Place) -> TextTokenizer | None:
     """None where the tokenizer has no EOS that we know of: its files are still worth copying."""
     try:
         return load_tokenizer(source)
@@ -178,33 +210,39 @@ def _for_export(source: Path) -> TextTokenizer | None:
         return None
 
 
-def _copy_files(source: Path, directory: Path) -> list[str]:
-    if source.is_file() and source.suffix != ".json":
-        return []
-    beside = source if source.is_dir() else source.parent
-    names = [name for name in TOKENIZER_FILES[1:] if (beside / name).exists()]
-    for name in names:
-        shutil.copyfile(beside / name, directory / name)
-    shutil.copyfile(source / "tokenizer.json" if source.is_dir() else source, directory / "tokenizer.json")
-    return ["tokenizer.json", *names]
+def _files_of(source: Place) -> dict[str, bytes]:
+    """The files of an HF directory's tokenizer, or of those beside a tokenizer.json."""
+    if _is_gguf(source):
+        return {}
+    file = source / TOKENIZER_JSON if _is_folder(source) else source
+    beside = [file.parent / name for name in TOKENIZER_FILES[1:]]
+    return {TOKENIZER_JSON: file.read_bytes()} | {each.name: each.read_bytes() for each in beside if each.exists()}
 
 
 class _NoEos(InputError):
     """A tokenizer without a known EOS: an error for reading text, none for copying files."""
 
 
-def _parse(file: Path) -> Tokenizer:
+def _parse(file: Place) -> Tokenizer:
     try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the directory has no {file.name}",
+            {"directory": file.parent, "found": some(sorted(x.name for x in file.parent.iterdir())) or "nothing"},
+            "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
+        ) from error
+    try:
+        return Tokenizer.from_str(data.decode())
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             "this is not a tokenizer.json, or a damaged one",
-            {"file": file, "bytes": file.stat().st_size, "found": error},
+            {"file": file, "bytes": len(data), "found": error},
             "name a tokenizer.json as the tokenizers library writes it",
         ) from error
 
 
-def _eos_id(backend: Tokenizer, file: Path, eos_token: str | None) -> int:
+def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
     found = _token_id(backend, eos_token, "data.eos_token", file) if eos_token else _named_id(backend, file, "eos")
     if found is None:
         raise _NoEos(
@@ -218,7 +256,7 @@ def _eos_id(backend: Tokenizer, file: Path, eos_token: str | None) -> int:
     return found
 
 
-def _named_id(backend: Tokenizer, file: Path, role: str) -> int | None:
+def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
     """The id of `eos` or `bos`, as the files beside a tokenizer.json name it."""
     config = file.parent / "tokenizer_config.json"
     token = _read_json(config).get(f"{role}_token")
@@ -239,7 +277,14 @@ def _named_id(backend: Tokenizer, file: Path, role: str) -> int | None:
     return None
 
 
-def _token_id(backend: Tokenizer, token: object, origin: str, file: Path) -> int:
+def _chat_template(file: Place) -> ChatTemplate | None:
+    """The chat template beside a tokenizer.json: a file of its own goes before the entry of tokenizer_config.json."""
+    config, beside = _read_json(file.parent / "tokenizer_config.json"), file.parent / "chat_template.jinja"
+    text = beside.read_text(encoding="utf-8") if beside.exists() else None
+    return chat_template_from(config, text, special_tokens_of(config))
+
+
+def _token_id(backend: Tokenizer, token: object, origin: str, file: Place) -> int:
     found = backend.token_to_id(token) if isinstance(token, str) else None
     if found is None:
         raise InputError(
@@ -250,11 +295,11 @@ def _token_id(backend: Tokenizer, token: object, origin: str, file: Path) -> int
     return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+def _read_json(file: Place) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (ValueError, OSError) as error:
         raise InputError(
             f"{file.name} cannot be read as JSON", {"file": file, "found": error}, "copy the file again"
@@ -262,7 +307,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _from_gguf(file: Path, eos_token: str | None) -> TextTokenizer:
+def _from_gguf(file: Place, eos_token: str | None) -> TextTokenizer:
     try:
         reader = open_gguf(file)
     except CheckpointError as error:
@@ -293,12 +338,13 @@ def _from_gguf(file: Path, eos_token: str | None) -> TextTokenizer:
     extras = {key: tokens[value] for key, value in names.items() if value is not None}
     template = metadata(reader, "tokenizer.chat_template")
     extras |= {} if template is None else {"chat_template": template}
-    return TextTokenizer(
-        backend, eos_id if eos_id is not None else _eos_id(backend, file, eos_token), ids["bos"], extras
-    )
+    eos_id = eos_id if eos_id is not None else _eos_id(backend, file, eos_token)
+    spelled = {"eos_token": tokens[eos_id], **({} if ids["bos"] is None else {"bos_token": tokens[ids["bos"]]})}
+    chat = chat_template_from(extras, None, special_tokens_of(spelled | extras))
+    return TextTokenizer(backend, eos_id, ids["bos"], extras, chat)
 
 
-def _gguf_vocabulary(reader: gguf.GGUFReader, file: Path) -> tuple[list[str], list[int]]:
+def _gguf_vocabulary(reader: gguf.GGUFReader, file: Place) -> tuple[list[str], list[int]]:
     tokens = metadata(reader, "tokenizer.ggml.tokens")
     if not tokens:
         raise InputError("the GGUF file has no tokenizer", {"file": file}, "set data.tokenizer to a tokenizer.json")
@@ -312,7 +358,7 @@ def _gguf_vocabulary(reader: gguf.GGUFReader, file: Path) -> tuple[list[str], li
     return tokens, types
 
 
-def _gguf_special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Path) -> int | None:
+def _gguf_special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Place) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
     found = metadata(reader, key)
     if found is not None and not 0 <= found < len(tokens):
@@ -324,7 +370,7 @@ def _gguf_special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: P
     return found
 
 
-def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Path) -> Tokenizer:
+def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Place) -> Tokenizer:
     """Byte-level BPE: GPT-2's alphabet of 256 printable characters, cut as `tokenizer.ggml.pre` says."""
     pre = metadata(reader, "tokenizer.ggml.pre")
     if pre not in KNOWN_PRE:
@@ -354,7 +400,7 @@ def _merge(text: str) -> tuple[str, str]:
     return text[:cut], text[cut + 1 :]
 
 
-def _sentencepiece(reader: gguf.GGUFReader, tokens: list[str], types: list[int], file: Path) -> Tokenizer:
+def _sentencepiece(reader: gguf.GGUFReader, tokens: list[str], types: list[int], file: Place) -> Tokenizer:
     """SentencePiece BPE: spaces are `▁`, unknown characters become bytes, the merges follow from the scores."""
     scores = metadata(reader, "tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
@@ -396,7 +442,7 @@ def merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequ
 
 
 def _gguf_post_processor(
-    reader: gguf.GGUFReader, tokens: list[str], ids: Mapping[str, int | None], file: Path
+    reader: gguf.GGUFReader, tokens: list[str], ids: Mapping[str, int | None], file: Place
 ) -> processors.TemplateProcessing | None:
     """BOS and EOS as the file asks for them, with llama.cpp's defaults: BOS for SentencePiece, Llama 3 and Tekken."""
     own = metadata(reader, "tokenizer.ggml.model") == "llama" or metadata(reader, "tokenizer.ggml.pre") in SPLITS

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from schemas import settings
 from schemas.config import BenchConfig
+from schemas.object_path import local_path
 
 MODULES = {
     "feed": "tools.bench_feed",
@@ -133,9 +134,9 @@ def by_turns(paths: Mapping[str, Callable[[int], float]], rounds: int) -> dict[s
 @contextmanager
 def scratch_folder(parent: str | None) -> Iterator[Path]:
     """A folder that is removed afterwards; in the system's own temporary folder if no parent is named."""
-    if parent is not None:
-        Path(parent).expanduser().mkdir(parents=True, exist_ok=True)
-    where = None if parent is None else Path(parent).expanduser()
+    where = None if parent is None else local_path(parent, "--dir")
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="distillcache-bench-", dir=where) as folder:
         yield Path(folder)
 

@@ -34,12 +34,14 @@ from models.checkpoint import save_pretrained
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
 from models.decoder import Decoder
 from schemas.config import BenchConfig, BuildConfig, TapConfig, TapsConfig, TeacherConfig, TrainConfig
+from schemas.object_path import local_path
 from schemas.train_config import FeatureLossConfig, LoadBalanceConfig, LossConfig, OptimizerConfig, StudentConfig
 from tools.bench import Goal, Measured, scratch_folder
 from tools.demo import default_data
 from trainer.evaluate import Evaluation
-from trainer.metrics import read_metrics
-from trainer.train import read_evaluations, train
+from trainer.metrics_log import read_metrics
+from trainer.run_folder import read_evaluations
+from trainer.train import train
 
 EOS = "<|end|>"
 SWITCH_WEIGHT = 0.01  # of the auxiliary loss, Switch Transformer's
@@ -99,7 +101,7 @@ class Trained:
 
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench routing`."""
-    plot = None if config.plot is None else Path(config.plot).expanduser()
+    plot = None if config.plot is None else local_path(config.plot, "--plot")
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(config.dir) as folder:

@@ -21,6 +21,7 @@ from models.config import ModelConfig
 from schemas import settings
 from schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
 from schemas.errors import ConfigError, PlanMismatchError
+from schemas.object_path import local_path
 from schemas.train_config import OptimizerConfig, StudentConfig, SurgeryOp
 from tools.demo_report import CHART, make_report, print_report, write_chart
 from tools.memory import PeakMemory
@@ -41,7 +42,7 @@ SHARD_MIB = 256  # some ten shards: little is lost when it is interrupted
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Run the demo, or go on with it, and print its report."""
     config = settings.parse(DemoConfig, argv, command)
-    out = Path(config.out).expanduser()
+    out = local_path(config.out, "--out")
     _start(out)
     with PeakMemory() as peak:
         report = _run_stages(config, out, peak)

@@ -4,7 +4,6 @@ Adding a family is a module with a `Family` value, and its name below.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
@@ -20,6 +19,7 @@ from models.families.values import NEUTRAL_VALUES, Values, rope_from_hf
 from models.rope import rotated_width
 from models.tensors import Layout
 from schemas.errors import CheckpointError
+from schemas.object_path import Place
 
 KNOWN = (
     LLAMA,
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 __all__ = ["check_heads", "config_from_hf", "config_to_hf", "exported_layout_of", "layout_of", "rope_from_hf"]
 
 
-def config_from_hf(raw: Mapping[str, Any], file: Path) -> ModelConfig:
+def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     """The decoder that a `config.json` describes.
 
     Args:
@@ -55,7 +55,7 @@ def config_from_hf(raw: Mapping[str, Any], file: Path) -> ModelConfig:
     return config
 
 
-def _family_of(raw: Mapping[str, Any], file: Path) -> Family:
+def _family_of(raw: Mapping[str, Any], file: Place) -> Family:
     name, architectures = raw.get("model_type"), raw.get("architectures")
     known = [family for family in KNOWN if name in (family.name, *family.also)]
     if not known:
@@ -81,7 +81,7 @@ def _family_of(raw: Mapping[str, Any], file: Path) -> Family:
     )
 
 
-def check_heads(config: ModelConfig, file: Path) -> None:
+def check_heads(config: ModelConfig, file: Place) -> None:
     """Query heads form equal groups; numbers of a head are rotated in pairs, so its rotated width is even."""
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
@@ -98,7 +98,7 @@ def check_heads(config: ModelConfig, file: Path) -> None:
         )
 
 
-def _check_experts(config: ModelConfig, file: Path) -> None:
+def _check_experts(config: ModelConfig, file: Place) -> None:
     """The groups of experts are equal, and those that are kept have as many experts as a token takes."""
     if (moe := config.moe) is None:
         return

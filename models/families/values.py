@@ -5,11 +5,11 @@ key that we do not know may be one that changes the numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from models.config import RopeConfig
 from schemas.errors import CheckpointError
+from schemas.object_path import Place
 
 # HF's name -> ours. `gelu_new` writes out the tanh approximation that `gelu_pytorch_tanh` calls by name.
 ACTIVATION_NAMES = {
@@ -74,7 +74,7 @@ class Values:
     """The keys of a `config.json`, with the defaults of its family for those that it leaves out."""
 
     def __init__(
-        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], file: Path, aliases: Mapping[str, str] | None = None
+        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], file: Place, aliases: Mapping[str, str] | None = None
     ) -> None:
         """
         Args:
@@ -175,7 +175,7 @@ class Values:
 def rope_from_hf(
     raw: Mapping[str, Any],
     max_positions: int,
-    file: Path,
+    file: Place,
     theta: float = 10_000.0,
     fraction: float = 1.0,
     partial: bool = False,
@@ -225,7 +225,7 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
 
 
-def _rope_dict(raw: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+def _rope_dict(raw: Mapping[str, Any], key: str, file: Place) -> dict[str, Any]:
     """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null."""
     value = raw.get(key)
     if value is None:
@@ -237,7 +237,7 @@ def _rope_dict(raw: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
     return {"rope_type": legacy} | value
 
 
-def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Path) -> None:
+def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None:
     required, optional = ROPE_PARAMETERS[kind]
     for key in parameters:
         if key not in (*required, *optional):
@@ -252,7 +252,7 @@ def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Path) -> None:
         raise bad_value(file, "rope parameter factor", parameters["factor"], "a number above 0")
 
 
-def unknown_key(file: Path, key: str, value: object) -> CheckpointError:
+def unknown_key(file: Place, key: str, value: object) -> CheckpointError:
     """The error for a key that may change what the model computes, in a way that is not understood."""
     return CheckpointError(
         "the config has a setting that is not supported, and that may change what the model computes",
@@ -261,7 +261,7 @@ def unknown_key(file: Path, key: str, value: object) -> CheckpointError:
     )
 
 
-def bad_value(file: Path, key: str, value: object, expected: str) -> CheckpointError:
+def bad_value(file: Place, key: str, value: object, expected: str) -> CheckpointError:
     """The error for a value that cannot be used."""
     return CheckpointError(
         "the config has a value that cannot be used",

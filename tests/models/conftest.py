@@ -10,9 +10,17 @@ from flax import nnx
 
 from models.config import BlockKind, LayerGroup, ModelConfig
 from models.decoder import Decoder
+from schemas.storage import Store
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CACHED_TEACHER = Path("~/.cache/distillcache/SmolLM2-135M-Instruct.Q4_1.gguf").expanduser()
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy the files of a folder into a bucket; returns where they are."""
+    for file in folder.iterdir():
+        Store(url).write(file.name, file.read_bytes())
+    return url
 
 
 def randomized(decoder: Decoder, seed: int = 0) -> Decoder:

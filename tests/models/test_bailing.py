@@ -18,7 +18,7 @@ from models.checkpoint import fill_decoder, load_pretrained, read_config, save_p
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
 from models.decoder import Decoder
 from models.families import config_from_hf, config_to_hf
-from models.tensors import SafetensorsSource
+from models.hf_files import SafetensorsSource
 from schemas.errors import CheckpointError
 from tests.models.bailing_oracle import SECOND, Bailing, write_checkpoint
 from tests.models.conftest import GOLDEN

@@ -160,7 +160,6 @@ def test_truncated_weights(saved: Path, kept: int):
 
 def test_missing_parts_say_what_to_do(saved: Path, tmp_path: Path):
     refused(tmp_path / "nothing", "no such checkpoint")
-    refused("gs://bucket/model", "local")
     weights = saved / "model.safetensors"
     weights.rename(saved / "pytorch_model.bin")
     refused(saved, "no safetensors weights", "save_pretrained")

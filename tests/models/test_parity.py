@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from models.checkpoint import fill_decoder, load_pretrained, read_config, save_pretrained
 from models.decoder import Decoder
 from models.families import FAMILIES
+from models.hf_files import SafetensorsSource
 from models.surgery import SurgeryOp, apply_surgery
-from models.tensors import SafetensorsSource
 from tests.models.conftest import GOLDEN
 
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))

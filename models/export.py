@@ -1,0 +1,234 @@
+"""Checkpoints out: a `Decoder` becomes an HF directory, on a local disk or in a bucket.
+
+A reader never takes half an export for a whole one. On a local disk it is written beside its place and renamed. In a
+bucket nothing is renamed: config.json, without which there is no checkpoint, is deleted first and written last, and a
+mark lies beside it from the first write to the last, by which the next export knows the remains of one that was killed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from flax import nnx
+
+from models.decoder import Decoder
+from models.families import config_to_hf, exported_layout_of
+from models.hf_files import UNFINISHED
+from models.identity import CONFIG, locate_checkpoint
+from models.safetensors_file import TensorToWrite, write_safetensors
+from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, TensorSlot, some, tensor_slots
+from models.tokenizer import TOKENIZER_FILES, TextTokenizer, tokenizer_files
+from schemas.errors import CheckpointError, StorageError
+from schemas.object_path import ObjectPath, Place, locate
+
+# transformers' own limit of a shard until version 5; a file below it can be copied by every tool, and is one PUT.
+SHARD_BYTES = 5_000_000_000
+# In the safetensors metadata: `format` is what transformers asks for, `producer` is how we know our own exports.
+FILE_METADATA = {"format": "pt"}  # one key only: safetensors writes several in no fixed order
+PRODUCER = "distillcache"  # in config.json: by this an export of ours is known
+WEIGHTS_PATTERN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+KNOWN_FILES = frozenset({CONFIG, INDEX_NAME, ROUTER_BIAS_FILE, UNFINISHED, *TOKENIZER_FILES})
+
+
+@dataclass(frozen=True)
+class ExportFile:
+    """A file of an export: its name, and what writes its content."""
+
+    name: str
+    write: Callable[[BinaryIO], object]
+
+
+def save_pretrained(
+    decoder: Decoder,
+    path: str | os.PathLike[str] | ObjectPath,
+    *,
+    tokenizer_from: str | os.PathLike[str] | ObjectPath | TextTokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write an HF directory, whole or not at all: a killed export leaves nothing that could be taken for one.
+
+    Args:
+        path: the directory to make, a local path or a URL. One made by an earlier export is replaced; any other that is
+            not empty is refused.
+        tokenizer_from: a tokenizer, or the HF directory, tokenizer.json or .gguf file whose tokenizer goes along.
+        shard_bytes: above this size the weights are split into shards with an index. In a bucket one shard is held in
+            memory, and stored with one write.
+    """
+    target = locate(path)
+    _check_target(target)
+    files = _export_files(decoder, tokenizer_from, shard_bytes)
+    if isinstance(target, ObjectPath):
+        _write_objects(target, files)
+    else:
+        _write_directory(target, files)
+
+
+def _export_files(decoder: Decoder, tokenizer_from: Any, shard_bytes: int) -> list[ExportFile]:
+    """All files, in the order in which they are written: config.json is the last."""
+    config = config_to_hf(decoder.config, str(decoder.embed[...].dtype))
+    files = list(_weights(decoder, shard_bytes))
+    if tokenizer_from is not None:
+        given = tokenizer_from if isinstance(tokenizer_from, TextTokenizer) else locate_checkpoint(tokenizer_from)
+        contents, ids = tokenizer_files(given)
+        config |= ids
+        files[:0] = [_whole(name, content) for name, content in contents.items()]
+    config["producer"] = PRODUCER
+    return [*files, _json(CONFIG, config)]
+
+
+def _whole(name: str, content: bytes) -> ExportFile:
+    return ExportFile(name, lambda stream: stream.write(content))
+
+
+def _json(name: str, value: Mapping[str, Any]) -> ExportFile:
+    return _whole(name, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write_objects(target: ObjectPath, files: list[ExportFile]) -> None:
+    """Each file by one write."""
+    (target / UNFINISHED).write_bytes(b"an export is being written here\n")
+    names = [file.name for file in files]
+    before = target.keys()
+    if CONFIG in before:
+        (target / CONFIG).unlink()
+    for name in before:
+        if name not in (*names, UNFINISHED):
+            (target / name).unlink()  # a shard of an earlier export, which may have had more
+    for file in files:
+        stream = io.BytesIO()
+        file.write(stream)
+        (target / file.name).write_bytes(stream.getvalue())
+    (target / UNFINISHED).unlink()
+
+
+def _write_directory(target: Path, files: list[ExportFile]) -> None:
+    """Into a temporary sibling, which is then renamed."""
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    with _refusals("a checkpoint cannot be written here", target, "name a folder that can be written"):
+        staging.mkdir(parents=True)
+    try:
+        for file in files:
+            step = "free some space or name another place; nothing was kept"
+            refusals = _refusals("an export cannot be written", target / file.name, step)
+            with refusals, (staging / file.name).open("wb") as stream:
+                file.write(stream)
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _refusals(what: str, path: Path, step: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(what, {"path": path, "cause": error}, step) from error
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename into place. An earlier export steps aside first: a directory cannot be replaced by one rename."""
+    if target.exists() and any(target.iterdir()):
+        aside = staging.with_name(f"{staging.name}.old")
+        os.rename(target, aside)
+        os.rename(staging, target)
+        shutil.rmtree(aside)
+    else:
+        os.rename(staging, target)
+
+
+def _weights(decoder: Decoder, shard_bytes: int) -> Iterator[ExportFile]:
+    parameters = dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
+    tensors: dict[str, list[TensorSlot]] = defaultdict(list)
+    beside: dict[str, list[TensorSlot]] = defaultdict(list)
+    for slot in tensor_slots(decoder.config, exported_layout_of(decoder.config)):
+        (beside if slot.beside else tensors)[slot.name].append(slot)
+    if beside:
+        yield _weight_file(ROUTER_BIAS_FILE, _to_write(beside, parameters))
+    whole = _to_write(tensors, parameters)
+    shards = _plan_shards(whole, shard_bytes)
+    names: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        yield _weight_file(file, {name: whole[name] for name in shard})
+        names |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in whole.values())
+        yield _json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+
+
+def _weight_file(name: str, tensors: dict[str, TensorToWrite]) -> ExportFile:
+    return ExportFile(name, partial(write_safetensors, tensors=tensors, metadata=FILE_METADATA))
+
+
+def _to_write(tensors: Mapping[str, list[TensorSlot]], parameters: dict[Any, Any]) -> dict[str, TensorToWrite]:
+    """Every tensor, of its slots: several where parameters are stored as one."""
+    found = {}
+    for name, slots in tensors.items():
+        slots.sort(key=lambda slot: slot.part.start if slot.part else 0)
+        value = parameters[slots[0].path].get_value()
+        shape = slots[0].stored_shape(value.shape[len(slots[0].index) :])
+        found[name] = TensorToWrite(np.dtype(value.dtype), shape, partial(_stored, slots, parameters))
+    return found
+
+
+def _stored(slots: list[TensorSlot], parameters: dict[Any, Any]) -> np.ndarray:
+    parts = [slot.store(np.asarray(parameters[slot.path].get_value()[slot.index])) for slot in slots]
+    part = slots[0].part
+    return np.ascontiguousarray(parts[0] if part is None else np.concatenate(parts, part.axis))
+
+
+def _plan_shards(tensors: Mapping[str, TensorToWrite], shard_bytes: int) -> list[list[str]]:
+    """The names, in order, cut where the next tensor would not fit; a larger one has its own shard."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and used + tensor.size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.size
+    return shards
+
+
+def _check_target(target: Place) -> None:
+    found = _found_in(target)
+    if found is not None and (not found or _is_ours(target, found)):
+        return
+    raise CheckpointError(
+        "the target of an export exists and was not made by an export",
+        {"target": target, "found": "a file" if found is None else some(found)},
+        "name another directory, or remove this one",
+    )
+
+
+def _found_in(target: Place) -> list[str] | None:
+    """What lies there, by name; None: it is a file."""
+    if isinstance(target, ObjectPath):
+        return target.keys()
+    if not target.is_dir():
+        return None if target.exists() else []
+    return sorted(each.name for each in target.iterdir())
+
+
+def _is_ours(target: Place, found: list[str]) -> bool:
+    """An export of ours has our mark in its config, and nothing beside what we write; a killed one has another mark."""
+    if not all(name in KNOWN_FILES or WEIGHTS_PATTERN.fullmatch(name) for name in found):
+        return False
+    if UNFINISHED in found:
+        return True
+    try:
+        config = json.loads((target / CONFIG).read_text(encoding="utf-8"))
+        return any(map(WEIGHTS_PATTERN.fullmatch, found)) and config.get("producer") == PRODUCER
+    except (OSError, ValueError, AttributeError):
+        return False

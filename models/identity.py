@@ -1,0 +1,78 @@
+"""Which weights a checkpoint holds: one digest of its content, the same on a local disk and in a bucket."""
+
+import os
+from pathlib import Path
+from typing import cast
+
+import xxhash
+
+from models.ggufs import is_gguf, open_gguf
+from models.hf_files import open_all, read_json, weight_files
+from models.ranges import CHUNK_BYTES, RemoteFile, Span, SpanReader
+from models.remote_gguf import RemoteGguf
+from schemas.errors import CheckpointError
+from schemas.object_path import ObjectPath, Place, locate
+
+CONFIG = "config.json"
+LENGTH_BYTES = 8
+# Digests of checkpoints in buckets by the generations of their files: reading 140 GB again tells nothing new.
+_known: dict[tuple[object, ...], str] = {}
+
+
+def locate_checkpoint(path: str | os.PathLike[str] | ObjectPath) -> Place:
+    """The place of a checkpoint. Raises `CheckpointError` where a local one is not there."""
+    where = locate(path)
+    if isinstance(where, Path) and not where.exists():
+        raise CheckpointError("no such checkpoint", {"path": where}, "name an HF directory or a .gguf file")
+    return where
+
+
+def weights_digest(path: str | os.PathLike[str] | ObjectPath) -> str:
+    """xxh3-128 of a checkpoint's content, in hex: config.json and the weight files in order, or the GGUF file.
+
+    Names do not count, except that shards are taken in the order of theirs. The same weights sharded otherwise have
+    another digest. In a bucket every byte is read, several requests at once, and once a process.
+    """
+    where = locate_checkpoint(path)
+    if not is_gguf(where):
+        read_json(where / CONFIG)
+    if isinstance(where, ObjectPath):
+        return _remote_digest(where)
+    digest = xxhash.xxh3_128()
+    for file in [where] if is_gguf(where) else [where / CONFIG, *weight_files(where)]:
+        local = Path(str(file))
+        digest.update(local.stat().st_size.to_bytes(LENGTH_BYTES, "little"))
+        with local.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remote_digest(where: ObjectPath) -> str:
+    config, files = _remote_files(where)
+    key = (config, *((str(file.path), file.generation, length) for file, length in files))
+    if key not in _known:
+        digest = xxhash.xxh3_128(b"" if config is None else len(config).to_bytes(LENGTH_BYTES, "little") + config)
+        reader = SpanReader()
+        try:
+            reader.announce([span for file, length in files for span in _chunks(file, length)])
+            for file, length in files:
+                digest.update(length.to_bytes(LENGTH_BYTES, "little"))
+                for span in _chunks(file, length):
+                    digest.update(reader.read(span).data)
+        finally:
+            reader.close()
+        _known[key] = digest.hexdigest()
+    return _known[key]
+
+
+def _remote_files(where: ObjectPath) -> tuple[bytes | None, list[tuple[RemoteFile, int]]]:
+    """The content of config.json (None: a GGUF file has none), and the weight files with their lengths."""
+    if is_gguf(where):
+        reader = cast(RemoteGguf, open_gguf(where))  # since it lies in a bucket
+        return None, [(reader.file, reader.length())]
+    return (where / CONFIG).read_bytes(), [(header.file, header.length) for header in open_all(weight_files(where))]
+
+
+def _chunks(file: RemoteFile, length: int) -> list[Span]:
+    return [Span(file, start, min(start + CHUNK_BYTES, length)) for start in range(0, length, CHUNK_BYTES)]

@@ -1,0 +1,82 @@
+"""Exports into buckets: the bytes of a local one, whole or not to be taken for one."""
+
+from pathlib import Path
+
+import pytest
+
+from models import export
+from models.checkpoint import load_pretrained, save_pretrained
+from models.decoder import Decoder
+from schemas.errors import CheckpointError, StorageError
+from schemas.object_path import ObjectPath
+from schemas.storage import Store
+from tests.models.conftest import GOLDEN, upload
+from tests.models.test_checkpoint import assert_same_parameters, refused
+from tests.models.test_hf_files import tokenizer_folder
+from tests.servers.fixtures import Bucket
+
+
+@pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
+def test_equals_a_local_export_byte_for_byte(shard_bytes: int, tiny: Decoder, gcs: Bucket, tmp_path: Path):
+    tokenizer, url = tokenizer_folder(tmp_path), f"{gcs.url}/out"
+    save_pretrained(tiny, tmp_path / "out", tokenizer_from=tokenizer, shard_bytes=shard_bytes)
+    gcs.server.clear_requests()
+    save_pretrained(tiny, url, tokenizer_from=upload(tokenizer, f"{gcs.url}/tokenizer"), shard_bytes=shard_bytes)
+    local = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {key: Store(url).read(key) for key in sorted(local)} == local
+    assert sorted(local) == Store(url).keys()
+    assert all(gcs.server.count("write", f"out/{name}") == 1 for name in local)
+
+
+def test_an_own_export_is_replaced_and_anything_else_is_not(tiny: Decoder, tiny_biased: Decoder, gcs: Bucket):
+    url = f"{gcs.url}/out"
+    save_pretrained(tiny, url, shard_bytes=20_000)
+    save_pretrained(tiny_biased, url)
+    assert_same_parameters(load_pretrained(url), tiny_biased)
+    assert Store(url).keys() == ["config.json", "model.safetensors"]
+    Store(url).write("notes/mine.txt", b"mine")
+    with pytest.raises(CheckpointError, match="not made by an export"):
+        save_pretrained(tiny, url)
+    with pytest.raises(CheckpointError, match="not made by an export"):
+        save_pretrained(tiny, upload(GOLDEN / "llama_bias", f"{gcs.url}/foreign"))
+
+
+def test_a_stopped_export_is_no_checkpoint_and_the_next_one_finishes_it(
+    tiny: Decoder, tiny_biased: Decoder, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped before each of its writes in turn; an earlier export lay there."""
+    url = f"{gcs.url}/out"
+    write, left = ObjectPath.write_bytes, 0
+
+    def stopping(self: ObjectPath, value: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StorageError("stopped")
+        write(self, value)
+
+    monkeypatch.setattr(ObjectPath, "write_bytes", stopping)
+    for writes in range(1, 12):
+        left = 99
+        save_pretrained(tiny, url)
+        left = writes
+        try:
+            save_pretrained(tiny_biased, url, shard_bytes=20_000)
+        except StorageError:
+            refused(url, "config.json is missing", "run it again")
+            continue
+        break
+    assert writes > 4
+    assert_same_parameters(load_pretrained(url), tiny_biased)
+
+
+def test_nothing_is_written_where_no_config_means_the_decoder(
+    tiny: Decoder, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> dict[str, object]:
+        raise CheckpointError("no config")
+
+    monkeypatch.setattr(export, "config_to_hf", refuse)
+    with pytest.raises(CheckpointError, match="no config"):
+        save_pretrained(tiny, f"{gcs.url}/out")
+    assert Store(gcs.url).keys() == []
