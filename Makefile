@@ -1,5 +1,6 @@
 # make demo       the main job on a real teacher (downloads it once, about 90 MB)
 # make test       the tests (minutes); make test-slow: kills and other slow proofs
+# make chaos      two minutes of builders that are killed at random over a store that fails
 # make check      lint, format and types
 # Everything installs itself into .venv; every target is safe to run again.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow chaos check install clean
 
 install: .venv/installed
 
@@ -28,6 +29,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
+
+chaos: install
+	$(BIN)/python -m tests.chaos --seconds 120
 
 check: install
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Stage 1: text to a cache.
 
-text.py      documents from files              prepare.py   documents to packed rows
+inputs.py    what data.path names, anywhere    documents.py what the files hold (text, chat, parquet, array_records)
+tokenise.py  documents to tokens               packing.py   tokens to rows
+prepare.py   a rows folder, by one process     shared_prepare.py  by many; beam.py: by a pipeline
 plan.py      what will be built                claims.py    who builds which piece
 write.py     objects and receipts              build.py     the loop: teacher, write, commit
 finish.py    index, statistics, manifest       pieces.py    a segment's work, shared by processes

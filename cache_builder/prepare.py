@@ -2,50 +2,41 @@
 
     distillcache prepare --out rows --data.path corpus --data.tokenizer tokenizer.json --data.row-tokens 1024
 
-Documents are joined end to end, each closed by EOS, and cut every T tokens, so that only the last row is padded. A
-document that is cut goes on in the next row as a document of its own, from position 0: no row needs its neighbour.
-The folder's bytes are a pure function of the text, the tokenizer and the config.
+Documents are joined end to end, each closed by EOS, and cut every T tokens, so that only the last row is padded.
+The folder's bytes are a pure function of the text, the tokenizer and the config. A small text is prepared by one
+process in one go; a large one, or one for several processes, in pieces that outlive a process (shared_prepare.py).
 """
 
-import os
+import multiprocessing
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
 
-import grain
-import numpy as np
 import xxhash
-from jaxtyping import Int32
 
-from cache_builder.text import Document, documents, inputs_digest, text_files
+from cache_builder.documents import file_documents
+from cache_builder.inputs import InputReader, input_files, named_kind
+from cache_builder.packing import SpooledStream, count_begins
+from cache_builder.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
+from cache_builder.shared_prepare import KB, Share, prepare_shared, stop_if_asked
+from cache_builder.text_digest import known_digest, remember_inputs, total_digest
+from cache_builder.token_parts import UNFINISHED
+from cache_builder.tokenise import token_arrays
 from models.tokenizer import TextTokenizer, load_tokenizer
-from schemas.canonical import from_canonical, to_canonical
+from schemas.canonical import from_canonical
 from schemas.config import DataConfig, PrepareConfig
-from schemas.digest import digest_bytes
-from schemas.errors import ConfigError, InputError, PlanMismatchError, StorageError
+from schemas.errors import ConfigError, DistillcacheError, PlanMismatchError, StorageError
 from schemas.progress import Progress
-from schemas.rows import INDEX_KEY, TOKENIZER_KEY, Row, RowReader, RowsFile, RowsIndex, encode_row, pack_rows
-from schemas.storage import Store, is_url
+from schemas.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
+from schemas.signals import StopRequest, watch_for_stop
+from schemas.storage import Store, is_url, use
 
-BATCH_DOCUMENTS = 256  # tokenised at once, on all cores
-BATCH_CHARACTERS = 1 << 22  # and no more than these, or one document: bounds the memory
-KB = 1000
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
+PIECEWISE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
 
 # What a user may have changed, and how the message about it names it.
-_COMPARED = ("max_rows", "row_tokens", "eval_rows", "eval_seed", "text_field", "eos_token")
-
-
-@dataclass
-class Corpus:
-    """What went into the rows."""
-
-    documents: int = 0
-    tokens: int = 0
+_COMPARED = ("max_rows", "row_tokens", "eval_rows", "eval_seed", "format", "text_field", "chat_date", "eos_token")
 
 
 def prepare_rows(
@@ -53,6 +44,7 @@ def prepare_rows(
     *,
     tokenizer: TextTokenizer | None = None,
     rows_per_file: int | None = None,
+    shared_from_bytes: int = 0,
 ) -> RowsIndex:
     """Write the rows of a corpus, or find that they are there already.
 
@@ -60,48 +52,47 @@ def prepare_rows(
         config: which text, and where the rows go.
         tokenizer: default: the one that `config.data.tokenizer` names.
         rows_per_file: default: as many as hold `TOKENS_PER_FILE`.
+        shared_from_bytes: of several processes, each prepares a smaller text by itself: they write the same bytes.
 
     Raises:
         InputError: text or tokenizer that cannot be used, or no row left to train on.
         PlanMismatchError: the folder holds the finished rows of other text or another config.
+        Interrupted: SIGTERM or SIGINT; the same command goes on.
     """
+    job = begin_rows(config, tokenizer, rows_per_file)
+    if isinstance(job, RowsIndex):
+        return job
+    store = Store(config.out)
+    size, processes = sum(file.size for file in job.files), config.num_processes * config.workers
+    with watch_for_stop() as stop:
+        if size < (PIECEWISE_BYTES if processes == 1 else shared_from_bytes):
+            index = _prepare_alone(store, job, stop)
+            if commit_index(store, index):
+                return index
+            text_digest = index.text_digest
+        else:
+            text_digest = _prepare_together(store, job, config, stop)
+    finished = finished_rows(store, config.data, job.tokenizer, text_digest)  # perhaps another process's
+    if finished is None:
+        raise StorageError("rows vanished while they were prepared", {"missing": store.where(INDEX_KEY)})
+    return finished
+
+
+def begin_rows(
+    config: PrepareConfig, tokenizer: TextTokenizer | None, rows_per_file: int | None
+) -> RowsJob | RowsIndex:
+    """What is to be done, or the index of rows that are there already. Arguments and errors as of `prepare_rows`."""
+    use(config.storage)
     data, store = config.data, Store(config.out)
     tokenizer = tokenizer or _named_tokenizer(data)
-    text_digest = inputs_digest(data)
-    finished = _finished_rows(store, data, tokenizer, text_digest)
+    finished = finished_rows(store, data, tokenizer)
     if finished is not None:
         return finished
     store.clear_stale_locks()
     # First, since it is small: a place that cannot be written shows before the long work.
     store.write(TOKENIZER_KEY, tokenizer.to_json().encode())
-    corpus = Corpus()
-    total = sum(file.stat().st_size for file in text_files(data))
-    bar = Progress("prepare", total // KB, unit="kB")
-    packed = pack_documents(token_arrays(data, tokenizer, corpus, bar), data.row_tokens)
-    with bar, _spooled_rows(_count_tokens(islice(packed, data.max_rows), corpus)) as spool:
-        rows = os.fstat(spool.fileno()).st_size // (3 * 4 * data.row_tokens)
-        held_out = draw_eval_rows(rows, data.eval_rows, data.eval_seed)
-        rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
-        files, content_digest = _write_files(store, _read_spool(spool, data.row_tokens, set(held_out)), rows_per_file)
-    index = RowsIndex(
-        rows=rows,
-        row_tokens=data.row_tokens,
-        eval_indices=held_out,
-        documents=corpus.documents,
-        tokens=corpus.tokens,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        tokenizer_digest=tokenizer.digest,
-        text_digest=text_digest,
-        content_digest=content_digest,
-        data=data,
-        rows_per_file=rows_per_file,
-        files=files,
-    )
-    if store.create(INDEX_KEY, to_canonical(index)):
-        return index
-    # Another process prepared the same folder meanwhile.
-    return _finished_rows(store, data, tokenizer, text_digest) or index
+    rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
+    return RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)
 
 
 def open_rows(data: DataConfig) -> RowReader | None:
@@ -111,7 +102,7 @@ def open_rows(data: DataConfig) -> RowReader | None:
         ConfigError: the config states a setting of the rows, and they were made with another.
     """
     paths = [data.path] if isinstance(data.path, str) else data.path
-    if len(paths) != 1 or not (is_url(paths[0]) or Path(paths[0].removeprefix("file://")).expanduser().is_dir()):
+    if len(paths) != 1 or not _may_be_rows(paths[0]):
         return None
     store = Store(paths[0])
     if store.read(INDEX_KEY) is None:
@@ -128,171 +119,126 @@ def open_rows(data: DataConfig) -> RowReader | None:
     return reader
 
 
-def token_arrays(
-    data: DataConfig, tokenizer: TextTokenizer, corpus: Corpus, bar: Progress
-) -> Iterator[Int32[np.ndarray, "length"]]:
-    """The tokens of every document, closed by EOS; counts the documents into `corpus`."""
-    for batch in _batches(documents(data)):
-        for ids in _encode(tokenizer, batch):
-            corpus.documents += 1
-            yield np.asarray(ids, np.int32)
-        bar.advance(batch[-1].read_bytes // KB - bar.done)
+def _may_be_rows(path: str) -> bool:
+    """Whether this could be a rows folder: a local one that exists, or a bucket's place that is no file or pattern."""
+    if not is_url(path):
+        return Path(path.removeprefix("file://")).expanduser().is_dir()
+    scheme, place = path.split("://", 1)
+    name = place.rstrip("/").rsplit("/", 1)[-1]
+    return scheme in ("gs", "s3") and not any(letter in place for letter in "*?[") and not named_kind(name)
 
 
-def pack_documents(
-    token_arrays: Iterable[Int32[np.ndarray, "length"]], row_tokens: int
-) -> Iterator[Int32[np.ndarray, "columns T"]]:
-    """Rows of T tokens as columns tokens, positions, segment_ids (0 = padding, only in the last row).
+def _prepare_alone(store: Store, job: RowsJob, stop: StopRequest) -> RowsIndex:
+    """All rows, by this process, through a temporary file: the eval rows can be drawn only when their number is known.
 
-    Grain's concat-then-split: documents in order, cut at row ends, positions and segments counted anew in each row.
+    A corpus need not fit in memory; the file takes 5 bytes a token.
     """
-    packed = grain.experimental.ConcatThenSplitIterDataset(
-        _Once(iter(token_arrays)), length_struct={"tokens": row_tokens}
-    )
-    for row in packed:
-        yield np.stack([row["tokens"], row["tokens_positions"], row["tokens_segment_ids"]])
+    with _temporary_stream() as stream:
+        lines, documents = _spool_tokens(stream, store, job, stop)
+        planned = plan_rows(job, stream.length)
+        content, files = xxhash.xxh3_128(), []
+        for number in range(planned.num_files):
+            stop_if_asked(stop, store)
+            records = planned.records(stream, number)
+            for record in records:
+                content.update(record)
+            files.append(write_rows_file(store, number, records))
+    text_digest = total_digest(lines, job.data, job.tokenizer)
+    remember_inputs(store, job.files, text_digest)
+    return rows_index(planned, documents, files, content.hexdigest(), text_digest)
 
 
-def _count_tokens(
-    rows: Iterable[Int32[np.ndarray, "columns T"]], corpus: Corpus
-) -> Iterator[Int32[np.ndarray, "columns T"]]:
-    for row in rows:
-        corpus.tokens += int(np.count_nonzero(row[2]))
-        yield row
+def _spool_tokens(stream: SpooledStream, store: Store, job: RowsJob, stop: StopRequest) -> tuple[list[str], int]:
+    """The token stream of the text, as far as it matters: the files' lines in its digest, and the documents."""
+    lines, before, documents = [], 0, 0
+    with Progress("prepare", sum(file.size for file in job.files) // KB, unit="kB") as bar:
+        for file in job.files:
+            with InputReader(file) as reader:
+                if not job.is_enough(stream.length):
+                    found = token_arrays(file_documents(file, reader, job.data, job.tokenizer), job.tokenizer)
+                    with closing(found):
+                        for marked in found:
+                            stop_if_asked(stop, store)
+                            # Documents that begin behind the last row do not count.
+                            most = job.most_tokens
+                            documents += count_begins(marked) if most is None or stream.length <= most else 0
+                            stream.append(marked)
+                            bar.advance((before + reader.consumed) // KB - bar.done)
+                            if job.is_enough(stream.length):
+                                break
+                lines.append(reader.finish())
+            before += file.size
+            bar.advance(before // KB - bar.done)
+    stream.flush()
+    return lines, documents
 
 
-def draw_eval_rows(rows: int, eval_rows: int, seed: int) -> tuple[int, ...]:
-    """Which of the rows are held out, ascending: drawn from all of them, without replacement.
-
-    Raises:
-        InputError: no row would be left to train on.
-    """
-    if eval_rows >= rows:
-        most = f"{rows - 1} or less" if rows > 1 else "0"
-        raise InputError(
-            "the text is too short to hold out so many rows",
-            {"data.eval_rows": eval_rows, "found": f"{rows} rows in all", "expected": f"{eval_rows + 1} or more"},
-            f"set data.eval_rows to {most}, or name more text, or make data.row_tokens smaller",
+def _prepare_together(store: Store, job: RowsJob, config: PrepareConfig, stop: StopRequest) -> str | None:
+    """Take part with this process and with its workers. Returns: the text's digest, where this process learnt it."""
+    shares = [
+        Share(
+            config.process_id * config.workers + worker,
+            config.num_processes * config.workers,
+            config.claim_expiry_s,
         )
-    drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, eval_rows, replace=False)
-    return tuple(sorted(drawn.tolist()))
-
-
-def _batches(source: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in source:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(tokenizer: TextTokenizer, batch: list[Document]) -> list[list[int]]:
+        for worker in range(config.workers)
+    ]
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in any state
+    workers = [
+        context.Process(target=_work, args=(config, job, share), daemon=True, name=f"prepare-{share.process_id}")
+        for share in shares[1:]
+    ]
+    for worker in workers:
+        worker.start()
     try:
-        return tokenizer.encode_documents([document.text for document in batch])
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(
-            "the tokenizer cannot encode a document",
-            {"from": batch[0].where, "to": batch[-1].where, "cause": error},
-            "use a tokenizer that knows every character (byte fallback or an unknown token)",
-        ) from error
+        return prepare_shared(store, job, shares[0], stop)
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
 
 
-class _OnceIterator(grain.DatasetIterator):
-    """Wraps a plain iterator: Grain asks for a state, but nobody resumes within a corpus."""
-
-    def __init__(self, arrays: Iterator[np.ndarray]) -> None:
-        super().__init__()
-        self._arrays = arrays
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return {"tokens": next(self._arrays)}
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a corpus is read once, from its start")
-
-
-class _Once(grain.IterDataset):
-    """A Grain data set that can be iterated once."""
-
-    def __init__(self, arrays: Iterator[np.ndarray]) -> None:
-        super().__init__()
-        self._arrays = arrays
-
-    def __iter__(self) -> _OnceIterator:
-        return _OnceIterator(self._arrays)
+def _work(config: PrepareConfig, job: RowsJob, share: Share) -> None:
+    """A worker process. What stops it, the command's own process meets as well, and says: its pieces are free again."""
+    use(config.storage)
+    with watch_for_stop() as stop, suppress(DistillcacheError):
+        prepare_shared(Store(config.out), job, share, stop, quiet=True)
 
 
 @contextmanager
-def _spooled_rows(rows: Iterable[Int32[np.ndarray, "columns T"]]) -> Iterator[IO[bytes]]:
-    """A temporary file of the rows: the eval rows can be drawn only when their number is known.
-
-    A corpus need not fit in memory; the file takes 12 bytes a token.
-    """
+def _temporary_stream() -> Iterator[SpooledStream]:
     try:
         with tempfile.TemporaryFile(prefix="distillcache-") as spool:
-            for row in rows:
-                spool.write(row.tobytes())
-            spool.seek(0)
-            yield spool
+            yield SpooledStream(spool)
     except OSError as error:
         raise StorageError(
-            "packed rows cannot be kept in the temporary folder",
+            "tokens cannot be kept in the temporary folder",
             {"folder": tempfile.gettempdir(), "cause": error},
             "free some space there, or set TMPDIR to another folder",
         ) from error
 
 
-def _read_spool(spool: IO[bytes], row_tokens: int, held_out: set[int]) -> Iterator[Row]:
-    size, number = 3 * 4 * row_tokens, 0
-    while data := spool.read(size):
-        tokens, positions, segment_ids = np.frombuffer(data, np.int32).reshape(3, row_tokens)
-        split = "eval" if number in held_out else "train"
-        yield Row(tokens, positions, segment_ids, loss_mask=segment_ids > 0, split=split)
-        number += 1
+def finished_rows(
+    store: Store, data: DataConfig, tokenizer: TextTokenizer, text_digest: str | None = None
+) -> RowsIndex | None:
+    """The index that is there already, if it is of the same work; None where the folder is not finished.
 
-
-def _write_files(store: Store, rows: Iterator[Row], rows_per_file: int) -> tuple[tuple[RowsFile, ...], str]:
-    """The files as written, and the digest of all records in order."""
-    files: list[RowsFile] = []
-    content = xxhash.xxh3_128()
-    records: list[bytes] = []
-
-    def write_file() -> None:
-        name, packed = f"rows/{len(files):05d}.array_record", pack_rows(records)
-        store.write(name, packed)
-        files.append(RowsFile(name=name, rows=len(records), length=len(packed), digest=digest_bytes(packed)))
-        records.clear()
-
-    for row in rows:
-        record = encode_row(row)
-        content.update(record)
-        records.append(record)
-        if len(records) == rows_per_file:
-            write_file()
-    if records:
-        write_file()
-    return tuple(files), content.hexdigest()
-
-
-def _finished_rows(store: Store, data: DataConfig, tokenizer: TextTokenizer, text_digest: str) -> RowsIndex | None:
-    """The index that is there already, if it is of the same work; None where the folder is not finished."""
+    Args:
+        text_digest: the text's, where it is known; else it costs a reading.
+    """
     stored = store.read(INDEX_KEY)
     if stored is None:
         return None
     index = from_canonical(RowsIndex, stored, store.where(INDEX_KEY))
+    found_digest = text_digest or known_digest(store, data, tokenizer)
     pairs = {f"data.{name}": (getattr(index.data, name), getattr(data, name)) for name in _COMPARED}
     # Content counts, not the paths; those only tell the user which text it was.
-    if index.text_digest != text_digest:
+    if index.text_digest != found_digest:
         pairs["data.path"] = (index.data.path, data.path)
-        pairs["the text's digest"] = (index.text_digest, text_digest)
+        pairs["the text's digest"] = (index.text_digest, found_digest)
     pairs["the tokenizer's digest"] = (index.tokenizer_digest, tokenizer.digest)
     pairs["the tokenizer's EOS"] = (index.eos_id, tokenizer.eos_id)
     facts = {name: f"there {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here}
@@ -302,6 +248,8 @@ def _finished_rows(store: Store, data: DataConfig, tokenizer: TextTokenizer, tex
             {"rows": store.where(INDEX_KEY), **facts},
             "name another folder, or use the config that these rows were made with",
         )
+    if text_digest is None:  # a crash at the very end leaves it
+        store.delete_folder(UNFINISHED)
     return index
 
 

@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cache_builder import prepare as prepare_module
-from cache_builder.prepare import draw_eval_rows, open_rows, pack_documents, prepare_rows
-from cache_builder.text import documents, inputs_digest, text_files
+from cache_builder.documents import documents
+from cache_builder.inputs import input_files
+from cache_builder.packing import draw_eval_rows, mark_document, pack_tokens
+from cache_builder.prepare import open_rows, prepare_rows
+from cache_builder.text_digest import inputs_digest
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig, PrepareConfig
 from schemas.digest import digest_bytes
@@ -67,7 +70,10 @@ def pack_by_hand(arrays: list[list[int]], row_tokens: int) -> np.ndarray:
 
 
 def pack(arrays: list[list[int]], row_tokens: int) -> np.ndarray:
-    return np.stack(list(pack_documents([np.array(array, np.int32) for array in arrays], row_tokens)))
+    stream = np.concatenate([mark_document(np.array(array, np.int32)) for array in arrays])
+    packed = pack_tokens(stream, row_tokens)
+    np.testing.assert_array_equal(packed[:, 3], packed[:, 2] > 0)  # every token of a text is a target
+    return packed[:, :3]
 
 
 @given(
@@ -421,7 +427,7 @@ def test_a_damaged_gz_is_an_error(tmp_path: Path, name: str, damage: str) -> Non
         ("other", "1 other files"),
         ("other/*.md", "1 other files"),
         ("other/a.md", "not a text file"),
-        ("gs://bucket/a.txt", "local files only"),
+        ("nowhere://bucket/a.txt", "cannot be read from such a place"),
     ],
 )
 def test_a_path_without_text_is_named(tmp_path: Path, path: str, message: str) -> None:
@@ -437,7 +443,7 @@ def test_a_path_without_text_is_named(tmp_path: Path, path: str, message: str) -
 
 def test_no_path_and_no_text_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="names no text"):
-        text_files(DataConfig(path=[]))
+        input_files(DataConfig(path=[]))
     (tmp_path / "a.txt").write_text(" \n\t\u00a0")
     write_lines(tmp_path / "b.jsonl", ["", "  "])
     with pytest.raises(InputError, match="the text is empty"):

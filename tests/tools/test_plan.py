@@ -8,6 +8,7 @@ from collections import namedtuple
 import pytest
 
 from cache_builder.build import build_cache
+from cache_builder.inputs import input_files
 from schemas.config import BuildConfig, DataConfig, PlanConfig
 from schemas.segment import open_cache
 from schemas.storage import Store
@@ -78,7 +79,8 @@ def test_a_large_text_is_sampled(tmp_path, teacher, monkeypatch):
     assert (exact.exact, estimate.exact) == (True, False)
     assert exact.plan.count <= estimate.plan.count <= 1.05 * exact.plan.count
     assert count_rows(data.model_copy(update={"max_rows": 50}), tokenizer).plan.count == 50
-    assert unpacked_bytes(packed) == 40 * (folder / "00.jsonl").stat().st_size
+    (file,) = input_files(DataConfig(path=str(packed)))
+    assert unpacked_bytes(file) == 40 * (folder / "00.jsonl").stat().st_size
 
 
 def test_too_little_room_is_said(tmp_path, teacher, corpus, monkeypatch, capsys):

@@ -1,0 +1,239 @@
+"""Input files: what `data.path` names, on disks and in buckets, and their bytes with their digest.
+
+Files come in the order in which `data.path` lists them, and sorted by path within a folder or a glob, so that the
+order does not depend on where they lie; a file that is named twice is read once. The *kind* of a file says how it is
+read: by its suffix, or by `data.format` where that is stated.
+"""
+
+import glob
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from cache_builder.remote import RemoteObject, check_unchanged, open_remote, remote_objects
+from schemas.config import DataConfig
+from schemas.errors import InputError, StorageError
+from schemas.storage import is_url
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet", ".array_record")
+READ_BYTES = 1 << 20
+
+_SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz)?$|(\.parquet)$|\.array_?record(-\d+-of-\d+)?$")
+_KIND_OF_FORMAT = {"text": ".txt", "jsonl": ".jsonl", "chat": ".jsonl", "parquet": ".parquet"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read.
+
+    place: a local path, or a URL.
+    size: bytes as stored.
+    kind: one of SUFFIXES: how it is read.
+    version: of an object in a bucket, the store's own mark of these bytes; empty for local files.
+    """
+
+    place: Path | str
+    size: int
+    kind: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+
+def input_files(data: DataConfig) -> list[InputFile]:
+    """The files that `data.path` names, in reading order.
+
+    Raises:
+        InputError: a path that does not exist or cannot be listed, is no file of text, or holds none.
+    """
+    paths = [data.path] if isinstance(data.path, str) else data.path
+    files: dict[str, InputFile] = {}
+    for path in paths:
+        for file in _remote_files(path, data.format) if is_url(path) else _local_files(path, data.format):
+            identity = os.path.realpath(file.place) if isinstance(file.place, Path) else file.place
+            files.setdefault(identity, file)
+    if not files:
+        raise InputError("data.path names no text", {"found": paths}, "name a file, a folder or a glob")
+    return list(files.values())
+
+
+class InputReader(io.RawIOBase):
+    """The bytes of an input file front to back, which are counted and digested as they pass."""
+
+    def __init__(self, file: InputFile) -> None:
+        super().__init__()
+        self._file, self._hash, self.consumed = file, xxhash.xxh3_128(), 0
+        self._raw = _open_local(file) if isinstance(file.place, Path) else open_remote(_remote(file))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._raw.readinto(buffer) or 0
+        self._hash.update(buffer[:count])
+        self.consumed += count
+        return count
+
+    def finish(self) -> str:
+        """Read what is left, and return the file's line in the digest of all: kind, length and digest, no name.
+
+        Raises:
+            InputError: it cannot be read, or it is not the file any more that was listed.
+        """
+        try:
+            while self.read(READ_BYTES):
+                pass
+        except OSError as error:
+            raise unreadable(self._file, error) from error
+        if self.consumed != self._file.size:
+            raise InputError(
+                "an input file changed while it was read",
+                {"file": self._file.place, "bytes then": self._file.size, "bytes now": self.consumed},
+                "run the same command again, once nobody writes there any more",
+            )
+        if self._file.version:
+            check_unchanged(_remote(self._file))
+        return f"{self._file.kind} {self.consumed} {self._hash.hexdigest()}\n"
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+@contextmanager
+def on_disk(file: InputFile, reader: InputReader) -> Iterator[Path]:
+    """A local path with the file's bytes, for formats that are not read front to back; read through the reader once.
+
+    A remote file passes through the temporary folder, and needs its size there.
+    """
+    if isinstance(file.place, Path):
+        reader.finish()
+        yield file.place
+        return
+    try:
+        with tempfile.NamedTemporaryFile(prefix="distillcache-", suffix=file.kind) as copy:
+            shutil.copyfileobj(reader, copy, READ_BYTES)
+            copy.flush()
+            yield Path(copy.name)
+    except OSError as error:
+        raise StorageError(
+            "an input file cannot pass through the temporary folder",
+            {"file": file.place, "bytes": file.size, "folder": tempfile.gettempdir(), "cause": error},
+            "free some space there, or set TMPDIR to another folder",
+        ) from error
+
+
+def _local_files(path: str, format: str) -> list[InputFile]:
+    """The input files that one local entry of `data.path` names, sorted."""
+    path = os.path.expanduser(path.removeprefix("file://"))
+    if os.path.isfile(path):
+        return [_local_file(Path(path), _kind_of_named(path, format))]
+    # A name that exists is taken as it is, brackets and all; only then it may be a pattern.
+    matches = [path] if os.path.isdir(path) else glob.glob(path, recursive=True)
+    kinds: dict[Path, str] = {}
+    for match in matches:
+        if os.path.isdir(match):
+            kinds |= {file: _kind(file.name, format) for file in _walk(match)}
+        else:
+            kinds[Path(match)] = _kind(match, format, named=True)
+    texts = sorted(file for file, kind in kinds.items() if kind)
+    _refuse_none(texts, path, f"{len(kinds)} other files" if matches else "no such file or folder")
+    return [_local_file(file, kinds[file]) for file in texts]
+
+
+def _local_file(file: Path, kind: str) -> InputFile:
+    try:
+        return InputFile(file, file.stat().st_size, kind)
+    except OSError as error:  # a link to nowhere
+        raise unreadable(InputFile(file, 0, kind), error) from error
+
+
+def _remote_files(url: str, format: str) -> list[InputFile]:
+    """The same for a URL; in the order in which the same files would come from a disk."""
+    found, by_name = remote_objects(url)
+    if by_name:
+        return [InputFile(found[0].url, found[0].size, _kind_of_named(url, format), found[0].version)]
+    pattern = any(letter in url.split("://", 1)[1] for letter in "*?[")
+    kinds = {remote: _kind(remote.url, format, named=pattern) for remote in found}
+    texts = sorted((remote for remote, kind in kinds.items() if kind), key=lambda remote: remote.url.split("/"))
+    _refuse_none(texts, url, f"{len(found)} other files" if found else "nothing there")
+    return [InputFile(remote.url, remote.size, kinds[remote], remote.version) for remote in texts]
+
+
+def _open_local(file: InputFile) -> io.RawIOBase:
+    try:
+        return io.FileIO(file.place)
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def _remote(file: InputFile) -> RemoteObject:
+    return RemoteObject(str(file.place), file.size, file.version)
+
+
+def _refuse_none(texts: list, path: str, found: str) -> None:
+    if not texts:
+        raise InputError(
+            "data.path names no text file",
+            {"data.path": path, "found": found, "expected": " ".join(SUFFIXES)},
+            "name a file, a folder or a glob that holds text",
+        )
+
+
+def _walk(folder: str) -> Iterator[Path]:
+    """The files below a folder; hidden ones are left out, as a glob does."""
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def named_kind(name: str) -> str:
+    """The kind that a file's name says; empty where it says none."""
+    return _kind(name, "auto")
+
+
+def _kind(name: str, format: str, *, named: bool = False) -> str:
+    """How a file is read; empty: not at all.
+
+    Args:
+        named: the user named this very file or a pattern of such: with a stated format, its suffix does not matter.
+    """
+    match = _SUFFIX.search(name.lower())
+    own = "" if match is None else match[0] if match[1] or match[3] else ".array_record"
+    if format == "auto" or (format == "chat" and own == ".parquet"):
+        return own
+    stated = _KIND_OF_FORMAT.get(format, ".array_record")
+    packed = ".gz" if name.lower().endswith(".gz") and stated in (".txt", ".jsonl") else ""
+    return stated + packed if named or own.removesuffix(".gz") == stated else ""
+
+
+def _kind_of_named(path: str, format: str) -> str:
+    kind = _kind(path, format, named=True)
+    if not kind:
+        raise InputError(
+            "not a text file",
+            {"file": path, "expected": " ".join(SUFFIXES)},
+            "rename or convert it, or say what it is with data.format",
+        )
+    return kind
+
+
+def unreadable(file: InputFile, error: Exception) -> InputError:
+    """The error for a file that is there and cannot be read."""
+    return InputError(
+        "a text file cannot be read", {"file": file.place, "cause": error}, "replace the file, or leave it out"
+    )
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise unreadable(InputFile(Path(error.filename), 0, ""), error)

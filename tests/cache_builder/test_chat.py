@@ -1,0 +1,189 @@
+"""Chats to tokens and masks: transformers' golden values, turns found by prefixes, rows, and what is refused."""
+
+import json
+import pickle
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_builder.chat import written_chat
+from cache_builder.documents import documents
+from cache_builder.packing import BEGINS, COUNTED
+from cache_builder.prepare import prepare_rows
+from cache_builder.text_digest import inputs_digest
+from cache_builder.tokenise import token_arrays
+from models.tokenizer import TextTokenizer, load_tokenizer
+from schemas.config import DataConfig, PrepareConfig
+from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.rows import RowReader
+from schemas.storage import Store
+from trainer.losses import counted_predictions
+
+pytest.importorskip("jinja2")
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "chat"
+FAMILIES = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("chatml", "headers", "inst")}
+CASES = [(family, chat) for family, golden in FAMILIES.items() for chat in golden["chats"]]
+CHATML = FAMILIES["chatml"]["template"]
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+def without_blocks(template: str) -> str:
+    """The template with blocks that mark nothing."""
+    return re.sub(r"generation( -?%|%)", r"if true\1", template.replace("endgeneration", "endif"))
+
+
+def chat_tokenizer(folder: Path, template: str | None, eos: str = "<|im_end|>", **config: Any) -> TextTokenizer:
+    """The golden tokenizer with this template, from an HF directory."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes((GOLDEN / "tokenizer.json").read_bytes())
+    named = {"eos_token": eos, "bos_token": {"content": "<s>", "special": True}, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+def write_chats(path: Path, *chats: object) -> DataConfig:
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return DataConfig(path=str(path), format="chat", row_tokens=64, eval_rows=0)
+
+
+def encoded(data: DataConfig, tokenizer: TextTokenizer) -> list[tuple[list[int], str]]:
+    """Ids and mask of every chat."""
+    arrays = list(token_arrays(documents(data, tokenizer), tokenizer))
+    assert all((array["marks"] & BEGINS).tolist() == [1] + [0] * (array.size - 1) for array in arrays)
+    masks = ["".join("1" if mark else "0" for mark in array["marks"] & COUNTED) for array in arrays]
+    return [(array["token"].tolist(), mask) for array, mask in zip(arrays, masks, strict=True)]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize(("family", "chat"), CASES)
+def test_tokens_and_masks_are_those_of_transformers(tmp_path: Path, family: str, chat: str, blocks: bool) -> None:
+    golden, expected = FAMILIES[family], FAMILIES[family]["chats"][chat]
+    template = golden["template"] if blocks else without_blocks(golden["template"])
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template, golden["eos_token"])
+    assert tokenizer.chat is not None
+    assert tokenizer.chat.marks_assistant() == blocks
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": expected["messages"], "tools": expected.get("tools")})
+    assert written_chat(expected, tokenizer, data, "here")[0] == expected["text"]
+    assert encoded(data, tokenizer) == [(expected["ids"], expected["mask"])]
+
+
+def test_the_mask_reaches_the_trainer_target_by_target(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
+    chats = [FAMILIES["chatml"]["chats"][name] for name in ("two turns", "system", "nothing said", "two answers")]
+    data = write_chats(tmp_path / "chats.jsonl", *({"messages": chat["messages"]} for chat in chats))
+    index = prepare_rows(PrepareConfig(out=str(tmp_path / "rows"), data=data), tokenizer=tokenizer)
+    rows = list(RowReader(Store(str(tmp_path / "rows"))))
+    tokens, said, segments = (
+        np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "loss_mask", "segment_ids")
+    )
+    assert index.documents == 4
+    assert tokens[: index.tokens].tolist() == [token for chat in chats for token in chat["ids"]]
+    assert "".join("01"[mark] for mark in said[: index.tokens].astype(int)) == "".join(chat["mask"] for chat in chats)
+    assert not said[index.tokens :].any()
+    counted = np.asarray(counted_predictions(segments.reshape(-1, 64), said.reshape(-1, 64))).reshape(-1)
+    for place in range(index.tokens - 1):  # a prediction counts where its target is said, in its own part of a chat
+        same = segments[place + 1] == segments[place] and (place + 1) % 64 != 0
+        assert counted[place] == (same and said[place + 1])
+
+
+def test_white_space_behind_a_turns_end_is_not_said(tmp_path: Path) -> None:
+    turns, prompt = "{{ m.role }}: {{ m.content }}\n", "{% if add_generation_prompt %}assistant: {% endif %}"
+    open_ended = "{% for m in messages %}" + turns + "{% endfor %}" + prompt
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", open_ended)
+    ((_, mask),) = encoded(write_chats(tmp_path / "a.jsonl", {"messages": HELLO}), tokenizer)
+    assert mask == "0" * len("user: Hi\nassistant: ") + "1" * len(
+        "Ho\n"
+    )  # no token closes this turn but its line's end
+    closed = chat_tokenizer(tmp_path / "closed", open_ended.replace("}}\n", "}}<|turn|>\n"))
+    ((_, mask),) = encoded(write_chats(tmp_path / "a.jsonl", {"messages": HELLO}), closed)
+    assert mask.endswith("1110")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "writes a chat otherwise"),
+        (
+            "{% for m in messages %}{{ m.content }}{% if loop.last %}<|end|>{% endif %}{% endfor %}",
+            "writes a chat otherwise",
+        ),
+        ("{{ raise_exception('not these') }}", "not these"),
+        ("{{ messages[7].content.upper() }}", "UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% for m in messages %}", "cannot be read"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_named(tmp_path: Path, template: str, message: str) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template)
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": [*HELLO, *HELLO]})
+    with pytest.raises(InputError) as caught:
+        encoded(data, tokenizer)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "no chat"},
+        {"messages": []},
+        {"messages": "Hi"},
+        {"messages": [{"content": "of nobody"}]},
+        {"messages": [{"role": "user", "content": "\ufdd0"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+    ],
+)
+def test_a_line_without_a_chat_is_named(tmp_path: Path, record: object) -> None:
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": HELLO}, record)
+    with pytest.raises(InputError) as caught:
+        encoded(data, chat_tokenizer(tmp_path / "tokenizer", CHATML))
+    assert f"{tmp_path}/chats.jsonl:2" in str(caught.value)
+
+
+def test_the_date_is_the_configs(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template)
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": HELLO})
+    with pytest.raises(ConfigError, match="must not depend on the day"):
+        encoded(data, tokenizer)
+    ((ids, _),) = encoded(data.model_copy(update={"chat_date": date(2025, 1, 31)}), tokenizer)
+    assert tokenizer.decode(ids) == "31 Jan 2025HiHo"
+
+
+def test_the_template_is_part_of_what_the_rows_are_of(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": HELLO})
+    config = PrepareConfig(out=str(tmp_path / "rows"), data=data)
+    index = prepare_rows(config, tokenizer=tokenizer)
+    assert prepare_rows(config, tokenizer=pickle.loads(pickle.dumps(tokenizer))) == index
+    other = chat_tokenizer(tmp_path / "other", CHATML.replace("Be brief.", "Be long."))
+    assert other.digest == tokenizer.digest  # the same teacher's tokenizer
+    assert inputs_digest(data, other) != inputs_digest(data, tokenizer)
+    with pytest.raises(PlanMismatchError) as caught:
+        prepare_rows(config, tokenizer=other)
+    assert "the text's digest" in caught.value.facts
+
+
+def test_where_the_template_is_looked_for(tmp_path: Path) -> None:
+    both = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    named = chat_tokenizer(tmp_path / "named", None, chat_template=both).chat
+    assert named is not None
+    assert named.render(HELLO)[0] == "plain"
+    assert named.render(HELLO, tools=[{}])[0] == "tools"
+    file = chat_tokenizer(tmp_path / "file", "of the file", chat_template="of the config").chat
+    assert file is not None
+    assert file.render(HELLO)[0] == "of the file"
+    assert file.special_tokens == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+    data = write_chats(tmp_path / "chats.jsonl", {"messages": HELLO})
+    with pytest.raises(ConfigError, match="no chat template"):
+        encoded(data, chat_tokenizer(tmp_path / "none", None))
+    with pytest.raises(InputError) as caught:
+        list(documents(data.model_copy(update={"format": "auto"})))
+    assert caught.value.next.startswith("set data.format to chat")

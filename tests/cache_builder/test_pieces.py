@@ -1,0 +1,69 @@
+"""How processes share a segment's pieces: in which order, how often they look, and who finishes."""
+
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from cache_builder import pieces
+from cache_builder.claims import Claims
+from cache_builder.pieces import by_one_process
+from schemas import layout
+from schemas.errors import Interrupted
+from schemas.segment import open_cache, read_manifest
+from schemas.signals import StopRequest
+from schemas.storage import Store
+from tests.conftest import build_config
+
+
+@pytest.mark.parametrize(("count", "processes"), [(10, 1), (10, 3), (2, 5), (0, 2)])
+def test_every_process_goes_through_all_pieces_its_own_first(count: int, processes: int) -> None:
+    for process in range(processes):
+        order = pieces._order(count, process, processes)
+        assert sorted(order) == list(range(count))
+        own = [piece for piece in range(count) if piece % processes == process]
+        assert order[: len(own)] == own
+
+
+def test_idle_processes_do_not_all_want_the_same_piece() -> None:
+    first = [pieces._order(64, process, 8)[8] for process in range(8)]
+    assert len(set(first)) == 8
+
+
+def test_a_bucket_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    config = build_config(tmp_path, tmp_path, tmp_path, claim_expiry_s=60)
+    near = list(islice(pieces._pauses(Store(str(tmp_path)), config), 8))
+    far = list(islice(pieces._pauses(Store("gs://never-asked"), config), 8))
+    assert max(near) < 1.5
+    assert 10 < max(far) < 20
+    assert far[0] < 1.5
+
+
+def test_one_finishes_and_the_others_wait_for_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "POLL_S", 0.05)
+    (segment,) = open_cache(Store(str(cache)))
+    manifest = (cache / "manifest.json").read_bytes()
+    store = Store(str(tmp_path))
+    config = build_config(tmp_path, tmp_path, tmp_path, num_processes=2)
+    finisher = Claims(store, segment.plan.segment, 60, key=layout.finish_claim_key)
+    assert finisher.take(0)
+    threading.Timer(0.3, lambda: store.write("manifest.json", manifest)).start()
+    started = time.monotonic()
+    found = by_one_process(store, segment.plan, config, StopRequest(), lambda: pytest.fail("two have finished"))
+    assert time.monotonic() - started > 0.2
+    assert found == read_manifest(store)
+    finisher.close()
+
+
+def test_waiting_for_the_one_that_finishes_ends_when_asked_to_stop(cache: Path, tmp_path: Path) -> None:
+    (segment,) = open_cache(Store(str(cache)))
+    store, stop = Store(str(tmp_path)), StopRequest()
+    finisher = Claims(store, segment.plan.segment, 60, key=layout.finish_claim_key)
+    assert finisher.take(0)
+    stop.requested = True
+    config = build_config(tmp_path, tmp_path, tmp_path, num_processes=2)
+    with pytest.raises(Interrupted):
+        by_one_process(store, segment.plan, config, stop, lambda: pytest.fail("two have finished"))
+    finisher.close()
