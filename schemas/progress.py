@@ -17,6 +17,15 @@ QUIET_S = 2.0  # shorter work needs no bar
 LINE_EVERY_S = 10.0  # often enough to see life in a log, rare enough not to fill it
 
 
+_quiet = False
+
+
+def be_quiet() -> None:
+    """From now on nothing is printed: of several processes that do the same, one is enough to watch."""
+    global _quiet
+    _quiet = True
+
+
 class Progress:
     """`with Progress("train", 2000, unit="steps") as bar: bar.advance(1, note="loss 0.12")`."""
 
@@ -50,7 +59,7 @@ class Progress:
         self.done += count
         self._note = note or self._note
         now = time.monotonic()
-        if now - self._start < QUIET_S:
+        if _quiet or now - self._start < QUIET_S:
             return
         if self._stream.isatty():
             self._draw()

@@ -20,11 +20,23 @@ class StopRequest:
 
 
 @contextmanager
-def watch_for_stop() -> Iterator[StopRequest]:
-    """SIGTERM and SIGINT set `.requested` while the context lasts. Outside the main thread nothing is watched."""
+def watch_for_stop(*, together: bool = False) -> Iterator[StopRequest]:
+    """SIGTERM and SIGINT set `.requested` while the context lasts. Outside the main thread nothing is watched.
+
+    Args:
+        together: several processes are to stop at the same step. SIGTERM is then left to JAX's preemption service,
+            which tells all of them, and SIGINT is passed on to it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
+        return
+    if together:
+        interrupt = signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+        try:
+            yield request
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request._on_signal) for number in numbers}

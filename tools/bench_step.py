@@ -46,6 +46,7 @@ from trainer.feed import CacheSource, make_feed
 from trainer.online import OnlineSource
 from trainer.optimizer import make_optimizer
 from trainer.parameters import Parameters, all_parameters, choose_trained
+from trainer.placement import to_host
 from trainer.source import Source
 from trainer.stack import BlockRules, StudentStack
 from trainer.stage import OpenSource, StageRun
@@ -216,7 +217,7 @@ class _Paths:
                 start, waited = time.perf_counter(), feed.wait_s
                 sums = run.advance(batch)
                 batch = run.place(next(feed))
-                run.losses(sums)  # waits until they are computed
+                run.losses(to_host(sums))  # waits until they are computed
                 if number >= WARM_STEPS:
                     seconds.append(time.perf_counter() - start)
                     waits.append((feed.wait_s - waited, seconds[-1]))
@@ -225,8 +226,8 @@ class _Paths:
     def _alone_path(self, name: str, run: StageRun, steps: int) -> Callable[[], float]:
         """Steps on one batch that lies on the device; the first one, here, compiles."""
         batch = run.place(run.source[range(self._sizes.batch_rows)])
-        self.first_s[name] = _timed(lambda: run.losses(run.advance(batch)), 1)
-        return lambda: _timed(lambda: run.losses(run.advance(batch)), steps)
+        self.first_s[name] = _timed(lambda: run.losses(to_host(run.advance(batch))), 1)
+        return lambda: _timed(lambda: run.losses(to_host(run.advance(batch))), steps)
 
     def _teacher_path(self) -> Callable[[], float]:
         """The recorder as both `build` and the online step run it."""

@@ -1,6 +1,8 @@
 """Stage 2: a cache to a trained student.
 
 feed.py         cached rows and taps, by row number, and the Grain pipeline over them
+arrays.py       one stored array from a local disk      remote.py       and from a bucket
+requests.py     which chunks are asked for together     local_cache.py  what is kept of a bucket on a local disk
 slots.py        which stored slots a batch needs, and where they lie
 losses.py       pure losses, the same in the scan and in the tests
 step.py         one optimizer step: the blockwise gradient inside the scan

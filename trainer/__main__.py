@@ -5,20 +5,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from schemas import settings
 from schemas.config import TrainConfig
 from schemas.errors import DistillcacheError
+from schemas.peers import has_peers
+from schemas.supervise import is_supervised, supervise
 from trainer.evaluate import Evaluation
 from trainer.train import TrainResult, train
 
 
-def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> None:
-    """Train what the command line describes, and say what came of it."""
-    result = train(settings.parse(TrainConfig, argv, command))
+def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> int:
+    """Train what the command line describes, and say what came of it. Where a run has several processes, a child of
+    this one trains."""
+    config = settings.parse(TrainConfig, argv, command)
+    if has_peers(config.coordinator) and not is_supervised():
+        return supervise("trainer", [*argv, *(["--json"] if as_json else [])])
+    result = train(config)
+    if jax.process_index():  # the first process says it for all
+        return 0
     if as_json:
         print(json.dumps(summary(result)))
     else:
         print("\n".join(_lines(result)), file=sys.stderr)
+    return 0
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
@@ -60,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        train_command([word for word in words if word != "--json"], "python -m trainer", "--json" in words)
+        return train_command([word for word in words if word != "--json"], "python -m trainer", "--json" in words)
     except settings.HelpRequested as text:
         print(text)
     except DistillcacheError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
+    return 0  # it was asked for help
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One stored array, read by rows into a batch: through TensorStore from anywhere, or directly from a local disk.
+"""One stored array, read by rows into a batch: directly from a local disk, or through TensorStore's own arrays.
 
 TensorStore's own way through a chunk costs some 17 microseconds, and a mapped file a page fault every 64 KiB; `preadv`
 into memory that is there already costs neither, and a chunk's digest is taken while it lies in the CPU's cache. The
-layout is that of `layout.array_metadata`, which TensorStore writes; the tests compare the two readers. Compressed
-chunks are read through TensorStore everywhere.
+layout is that of `layout.array_metadata`, which TensorStore writes; the tests compare the readers. Compressed chunks on
+a local disk are read through TensorStore's arrays; what lies in a bucket, by remote.py.
 """
 
 import os
@@ -22,6 +22,7 @@ from schemas.errors import DamageError
 from schemas.manifest import PartPlan
 from schemas.segment import DAMAGE_NEXT, Segment
 from schemas.storage import Store
+from trainer.requests import Wanted
 from trainer.slots import SlotReads
 
 INDEX_CHECKSUM = 4  # bytes of crc32c behind the index of an object's chunks
@@ -38,14 +39,14 @@ class PendingRead(Protocol):
 
 
 class ArrayReader(Protocol):
-    """Reads rows of one array. `stack` is a row's place in a batch, `[S, T, W]`."""
+    """Reads rows of one array."""
 
-    def start(self, row: int, reads: SlotReads, stack: np.ndarray) -> Sequence[PendingRead]:
-        """Begin to read the row's slots to their places."""
+    def start(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[PendingRead]]:
+        """Begin to read these to their places; for each of them, the reads that it waits for."""
         ...
 
     def finish(self, row: int, reads: SlotReads, stack: np.ndarray) -> None:
-        """After all reads have succeeded: raise `DamageError` if digests are checked and one differs."""
+        """After all reads of a row have succeeded: raise `DamageError` if digests are checked and one differs."""
         ...
 
 
@@ -56,14 +57,17 @@ class StoreArray:
         self._segment, self._part, self._integrity = segment, part, integrity
         self._array = segment.open_array(part, context)
 
-    def start(self, row: int, reads: SlotReads, stack: np.ndarray) -> list[PendingRead]:
-        target = ts.array(stack)
-        return [target[place].write(self._array[row, slot]) for place, slot in reads.runs(self._part)]
+    def start(self, wanted: Sequence[Wanted]) -> list[list[PendingRead]]:
+        return [self._start_row(each, ts.array(each.stack)) for each in wanted]
+
+    def _start_row(self, wanted: Wanted, target: ts.TensorStore) -> list[PendingRead]:
+        runs = wanted.reads.runs(self._part)
+        return [target[place].write(self._array[wanted.row, slot]) for place, slot in runs]
 
     def finish(self, row: int, reads: SlotReads, stack: np.ndarray) -> None:
         if self._integrity:
             chunks = [(slot, np.ascontiguousarray(stack[place]).data) for place, slot in reads.of_part(self._part)]
-            _check(self._segment, self._part, row, chunks, self._segment.chunk_digests(self._part.array, row))
+            check_chunks(self._segment, self._part, row, chunks, self._segment.chunk_digests(self._part.array, row))
 
 
 class LocalArray:
@@ -79,8 +83,10 @@ class LocalArray:
         """Whether an array can be read so: on a local disk, uncompressed, by a machine that has numbers as stored."""
         return store.local is not None and part.compress == "none" and sys.byteorder == "little"
 
-    def start(self, row: int, reads: SlotReads, stack: np.ndarray) -> list[Future[None]]:
-        return [self._pool.submit(self._read_row, row, reads.of_part(self._part), stack)]
+    def start(self, wanted: Sequence[Wanted]) -> list[list[Future[None]]]:
+        return [
+            [self._pool.submit(self._read_row, each.row, each.reads.of_part(self._part), each.stack)] for each in wanted
+        ]
 
     def finish(self, row: int, reads: SlotReads, stack: np.ndarray) -> None:
         pass  # checked as it was read
@@ -95,11 +101,11 @@ class LocalArray:
             try:
                 spans = self._spans(descriptor, key, inside)
                 chunks = [(spans[slot % self._slots], slot, stack[place].data) for place, slot in wanted]
-                for offset, together in _joined(chunks, self._chunk_bytes):
-                    if not _read_into(descriptor, [memory for _, memory in together], offset):
+                for offset, together in joined(chunks, self._chunk_bytes):
+                    if not read_into(descriptor, [memory for _, memory in together], offset):
                         raise self._damage(key, f"the file ends within the chunks of row {row}")
                     if self._integrity:
-                        _check(self._segment, self._part, row, together, digests)
+                        check_chunks(self._segment, self._part, row, together, digests)
             finally:
                 os.close(descriptor)
 
@@ -107,7 +113,7 @@ class LocalArray:
         """Where the chunks of one of the shard's rows begin: zarr's sharding_indexed, index at the end."""
         index = np.empty((self._shard_rows, self._slots, 2), "<u8")
         start = os.fstat(descriptor).st_size - INDEX_CHECKSUM - index.nbytes
-        if start < 0 or not _read_into(descriptor, [index.data], start):
+        if start < 0 or not read_into(descriptor, [index.data], start):
             raise self._damage(key, "shorter than the index of its chunks")
         offsets, lengths = index[inside].T
         if np.any((lengths != self._chunk_bytes) & (offsets != NO_CHUNK)):
@@ -120,7 +126,7 @@ class LocalArray:
         )
 
 
-def _check(
+def check_chunks(
     segment: Segment, part: PartPlan, row: int, chunks: Sequence[tuple[int, memoryview]], digests: Sequence[int]
 ) -> None:
     """Raise unless these chunks `(stored slot, codes)` of a row are the ones that were committed.
@@ -133,7 +139,7 @@ def _check(
             raise segment.chunk_damage(part.array, row, slot)
 
 
-def _joined(
+def joined(
     chunks: Sequence[tuple[int, int, memoryview]], size: int
 ) -> Iterator[tuple[int, list[tuple[int, memoryview]]]]:
     """(offset, chunks `(slot, memory)` that lie together there), of `(offset, slot, memory)`, each `size` bytes."""
@@ -150,7 +156,7 @@ def _joined(
         yield first, together
 
 
-def _read_into(descriptor: int, memories: Sequence[memoryview], offset: int) -> bool:
+def read_into(descriptor: int, memories: Sequence[memoryview], offset: int) -> bool:
     """Fill these memories, in order, from one place of a file; False where the file ends before."""
     count = os.preadv(descriptor, memories, offset)  # type: ignore[arg-type]  # raises where one is not contiguous
     if count == sum(memory.nbytes for memory in memories):

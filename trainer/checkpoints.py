@@ -1,161 +1,194 @@
 """What a run keeps: the student as it was made, and, at some steps, what training changed since.
 
-    <run>/student/           HF directory of the student before its first step, with its tokenizer
-    <run>/checkpoints/<n>/   Orbax: all parameters trained so far, projectors and routers' biases among them; optimizer
-                             state; the state of biases that move; feed state
+    <run>/student/                  HF directory of the student before its first step, with its tokenizer
+    <run>/checkpoints/00000100/     after 100 steps: all parameters trained so far, projectors and routers' biases among
+                                    them; optimizer state; the state of biases that move; feed state
 
 Parameters go by their names (parameters.py), without what a mesh adds, so a run may go on on another mesh. A
 student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
-the cache. Orbax commits a checkpoint whole or not at all: what a killed process leaves half-written is ignored.
+the cache. A checkpoint is there when its record is (checkpoint_files.py): what a killed process leaves is ignored.
 """
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+import jax.numpy as jnp
+import numpy as np
 
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
 from models.routing import BalanceState
-from schemas.errors import CheckpointError, StorageError
-from trainer.parameters import Parameters, install
+from schemas.errors import CheckpointError, DamageError, StorageError
+from schemas.peers import ALONE, Peers
+from schemas.storage import Store
+from trainer.checkpoint_files import (
+    RECORD,
+    CheckpointRecord,
+    Held,
+    SavedArrays,
+    commit,
+    held_whole,
+    nothing_of,
+    read_part,
+    write_part,
+)
+from trainer.parameters import install
 
 STUDENT = "student"
 CHECKPOINTS = "checkpoints"
+PARAMETERS, OPTIMIZER, ROUTER = "parameters", "optimizer", "router"  # the items of a checkpoint
+POLL_S = 0.2
 
 
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them. Saving goes on in the background until `wait` or `close`."""
 
-    def __init__(self, run: Path, keep: int | None = None) -> None:
-        """`keep`: how many of the newest stay; None to only read."""
-        self._folder = run / CHECKPOINTS
-        self._kept = _Kept(keep or 0)
-        if keep:
-            options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
-        else:
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, create=False, save_interval_steps=0, enable_async_checkpointing=False
-            )
-        self._manager = ocp.CheckpointManager(self._folder.absolute(), options=options)
+    def __init__(self, store: Store, keep: int = 0, peers: Peers = ALONE, timeout_s: float = 600.0) -> None:
+        """
+        Args:
+            store: the run.
+            keep: how many of the newest stay; 0 to only read.
+            timeout_s: how long the first process waits for the parts of the others.
+        """
+        self._store, self._keep, self._peers, self._timeout_s = store, keep, peers, timeout_s
+        self._best: int | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def keep_best(self, step: int) -> None:
         """From now on the checkpoint of this step stays, whatever its age, and no older best one."""
-        self._kept.best = step
+        self._best = step
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        keys = [key.split("/") for key in self._store.keys(f"{CHECKPOINTS}/")]
+        return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
-    def save(
-        self,
-        step: int,
-        parameters: Parameters,
-        moments: Mapping[str, Any],
-        balance: Mapping[str, BalanceState],
-        feed: dict[str, int],
-    ) -> None:
-        """Begin to save what was reached after `step` steps; a failure is raised by the next call.
+    def remove_unfinished(self) -> None:
+        """Delete what killed processes left."""
+        there, whole_ones = self._store.keys(f"{CHECKPOINTS}/"), {_folder(step) for step in self.steps()}
+        for folder in {"/".join(key.split("/")[:2]) for key in there} - whole_ones:
+            self._store.delete_folder(folder)
+
+    def save(self, step: int, held: Mapping[str, Held], whole: Mapping[str, Any], feed: dict[str, int]) -> None:
+        """Begin to save what was reached after `step` steps; all processes call this.
+
+        Args:
+            held: what this process is to write, by item and name.
+            whole: what every process has all of, on the host; the first one writes it.
 
         Raises:
-            StorageError: this save or the one before it failed; earlier checkpoints stay.
+            StorageError: the save before this one failed; earlier checkpoints stay.
         """
-        items: dict[str, Any] = {
-            "parameters": ocp.args.StandardSave(parameters),
-            "optimizer": ocp.args.StandardSave(_named(moments)),
-            "feed": ocp.args.JsonSave(feed),
-        }
-        if balance:
-            items["router"] = ocp.args.StandardSave({unit: state._asdict() for unit, state in balance.items()})
-        self._checked(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
-
-    def restore_parameters(self, step: int) -> Parameters:
-        """All parameters that were trained."""
-        return self._restore(step, parameters=ocp.args.StandardRestore()).parameters
-
-    def restore_moments(self, step: int, like: Any) -> Any:
-        """The optimizer's state; `like` gives the structure."""
-        found = self._restore(step, optimizer=ocp.args.StandardRestore(_shapes(like))).optimizer
-        return jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], like)
-
-    def restore_balance(self, step: int) -> dict[str, BalanceState]:
-        """The state of the routers' biases, as many groups as there were."""
-        found = self._restore(step, router=ocp.args.StandardRestore()).router
-        return {unit: BalanceState(**state) for unit, state in found.items()}
-
-    def restore_feed(self, step: int) -> dict[str, int]:
-        """Where the feed stood."""
-        return self._restore(step, feed=ocp.args.JsonRestore()).feed
+        self.wait()
+        rest = {name: held_whole(np.array(value)) for name, value in whole.items()}
+        mine = rest if self._peers.first else {name: nothing_of(value) for name, value in rest.items()}
+        self._pending = self._pool.submit(self._write, step, {**held, **mine}, feed)
 
     def wait(self) -> None:
-        """Return when all saves are durable; raises `StorageError` where one failed."""
-        self._checked(self._manager.wait_until_finished)
+        """Return when the save is durable; raises `StorageError` where it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
-        """Wait, then stop the background threads."""
-        self._manager.close()
+        """Wait, then stop the background thread."""
+        self._pool.shutdown()
+        self.wait()
 
-    def _checked(self, action: Callable[[], object]) -> None:
+    def _write(self, step: int, arrays: Mapping[str, Held], feed: dict[str, int]) -> None:
+        folder, peers = _folder(step), self._peers
         try:
-            action()
-        except (ValueError, OSError, RuntimeError) as error:  # Orbax passes on TensorStore's own
+            write_part(self._store, folder, peers.number, peers.attempt, arrays)
+            if peers.first:
+                commit(self._store, folder, CheckpointRecord(step=step, feed=feed, parts=self._parts(folder)))
+                self._prune()
+        except StorageError as error:
             raise StorageError(
-                "a checkpoint cannot be written",
-                {"folder": self._folder, "cause": str(error).split(" [")[0].split("\n")[0][:300]},
-                "free some space or make the place writable, then run the same command again: it goes on from the "
-                "last whole checkpoint",
+                f"a checkpoint cannot be written: {error.what}",
+                error.facts,
+                f"{error.next}; the run goes on from the last whole checkpoint",
             ) from error
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        if step not in self.steps():
+    def _parts(self, folder: str) -> tuple[str, ...]:
+        """The digests of all processes' parts, once all are there."""
+        found: dict[int, str] = {}
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            for process in [number for number in range(self._peers.count) if number not in found]:
+                part = read_part(self._store, folder, process)
+                if part is not None and part[0].attempt == self._peers.attempt:
+                    found[process] = part[1]
+            missing = [number for number in range(self._peers.count) if number not in found]
+            if not missing:
+                return tuple(found[number] for number in range(self._peers.count))
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    "processes do not write their parts of it",
+                    {"checkpoint": self._store.where(folder), "missing": missing, "waited": f"{self._timeout_s:.0f} s"},
+                    "see that every process reaches the same --run: a shared disk or a bucket",
+                )
+            time.sleep(POLL_S)
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in [step for step in steps if step not in steps[-self._keep :] and step != self._best]:
+            self._store.delete(f"{_folder(step)}/{RECORD}")  # first: half a checkpoint is none
+            self._store.delete_folder(_folder(step))
+
+    def open(self, step: int) -> SavedArrays:
+        """The arrays of a checkpoint.
+
+        Raises:
+            CheckpointError: there is none at this step, or it is damaged.
+        """
+        steps = self.steps()
+        if step not in steps:
             raise CheckpointError(
                 "the run has no such checkpoint",
-                {"run": self._folder.parent, "wanted": step, "found": self.steps()},
+                {"run": self._store.url, "wanted": step, "found": steps},
                 "choose one of these steps",
             )
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax passes on whatever its readers raise, a bare Exception for damaged bytes
-            raise CheckpointError(
-                "a checkpoint cannot be read",
-                {"checkpoint": self._folder / str(step), "cause": str(error).split("\n")[0][:300]},
-                "delete this folder: the run goes on from the one before it",
-            ) from error
+        return _readable(lambda: SavedArrays(self._store, _folder(step)))
+
+    def restore_parameters(self, step: int) -> dict[str, np.ndarray]:
+        """All parameters that were trained, on the host."""
+        saved = self.open(step)
+        return _readable(lambda: {name: saved.whole(PARAMETERS, name) for name in saved.names(PARAMETERS)})
 
 
-@dataclass
-class _Kept(checkpoint_managers.PreservationPolicy):
-    """Which checkpoints stay: the newest, and the best by evaluation."""
+def balance_arrays(balance: Mapping[str, BalanceState]) -> dict[str, np.ndarray]:
+    """The state of routers' biases by item and name."""
+    return {
+        f"{ROUTER}/{unit}{field}": np.asarray(value)
+        for unit, state in balance.items()
+        for field, value in state._asdict().items()
+    }
 
-    newest: int
-    best: int | None = None
 
-    def should_preserve(
-        self,
-        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: checkpoint_managers.PreservationContext,
-    ) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        return [step in steps[-self.newest :] or step == self.best for step in steps]
+def restored_balance(saved: SavedArrays) -> dict[str, BalanceState]:
+    """The state of the routers' biases, as many groups as there were."""
+    units = sorted({name.rpartition("/")[0] + "/" for name in saved.names(ROUTER)})
+    return {
+        unit: BalanceState(*(jnp.asarray(saved.whole(ROUTER, unit + field)) for field in BalanceState._fields))
+        for unit in units
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedStudent:
-    """A run's student. tokenizer: the folder that holds its tokenizer's files; step: how long it was trained."""
+    """A run's student. tokenizer: where its tokenizer's files are; step: how long it was trained."""
 
     decoder: Decoder
-    tokenizer: Path
+    tokenizer: str
     step: int
 
 
@@ -165,47 +198,53 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
     Raises:
         CheckpointError: there is no run, or it has no such checkpoint.
     """
-    folder = Path(run).expanduser()
-    with _opened(folder) as checkpoints:
-        chosen = checkpoints.latest() if step is None else step
-        if chosen is None:
-            raise CheckpointError(
-                "the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again"
-            )
-        decoder = load_pretrained(folder / STUDENT, dtype="float32")
-        install(decoder, checkpoints.restore_parameters(chosen))
-    return TrainedStudent(decoder, folder / STUDENT, chosen)
+    store = _run(run)
+    checkpoints = Checkpoints(store)
+    chosen = checkpoints.latest() if step is None else step
+    if chosen is None:
+        raise CheckpointError("the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again")
+    parameters = checkpoints.restore_parameters(chosen)
+    decoder = load_pretrained(store.where(STUDENT), dtype="float32")
+    install(decoder, parameters)
+    return TrainedStudent(decoder, store.where(STUDENT), chosen)
 
 
 def kept_steps(run: str) -> list[int]:
     """The steps of a run's checkpoints, ascending. Raises `CheckpointError` where there is no run."""
-    with _opened(Path(run).expanduser()) as checkpoints:
-        return checkpoints.steps()
+    return Checkpoints(_run(run)).steps()
 
 
-@contextlib.contextmanager
-def _opened(run: Path) -> Iterator[Checkpoints]:
-    """A run's checkpoints, to read."""
-    if not (run / STUDENT).is_dir() or not (run / CHECKPOINTS).is_dir():
+def has_student(store: Store) -> bool:
+    """Whether a run has begun: its student is there, whole."""
+    return store.read(f"{STUDENT}/config.json") is not None
+
+
+def named(tree: Any) -> dict[str, jax.Array]:
+    """The leaves by their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """What a checkpoint calls a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _run(run: str) -> Store:
+    store = Store(run)
+    if not has_student(store):
         raise CheckpointError(
             "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
         )
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that what is opened to read cannot be written
-    checkpoints = Checkpoints(run)
+    return store
+
+
+def _folder(step: int) -> str:
+    return f"{CHECKPOINTS}/{step:08d}"
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """Damage of a checkpoint as an error of the run's."""
     try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
-
-
-def _named(tree: Any) -> dict[str, jax.Array]:
-    """The leaves by their paths."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _named(tree).items()}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+        return read()
+    except DamageError as error:
+        raise CheckpointError("a checkpoint cannot be read", error.facts, error.next) from error

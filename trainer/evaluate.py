@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from models.decoder import BlockOutput, Decoder
 from models.routing import expert_load, max_violation
 from schemas.base import Config
+from schemas.peers import ALONE, Peers
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
 from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss
@@ -54,8 +55,8 @@ class Evaluation(Config):
 class Evaluator:
     """Evaluates a run's student on the cache's held-out rows."""
 
-    def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder) -> None:
-        self._config, self._decoder, self._source = config, decoder, sources.held_out
+    def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder, peers: Peers = ALONE) -> None:
+        self._config, self._decoder, self._source, self._peers = config, decoder, sources.held_out, peers
         self._stack = StudentStack(decoder)
         if not self._source:
             return
@@ -71,17 +72,20 @@ class Evaluator:
         self._rules = BlockRules(compute_dtype=config.compute_dtype, teacher_norm_eps=eps)
 
     def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
-        """What these parameters, all of the student's, are worth after `step` steps."""
-        rows, source = self._config.eval_batch_rows, self._source
+        """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows."""
+        rows, source, peers = self._config.eval_batch_rows, self._source, self._peers
+        parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
         install(self._decoder, parameters)
-        whole = held_out(self._decoder, source, rows)
+        whole = held_out(self._decoder, source, rows, peers=peers)
         violation = None if whole.load is None else float(np.mean(max_violation(jnp.asarray(whole.load))))
         kl = None
         if "topk_logits" in source.codecs:
-            kl = teacher_divergence(self._decoder, source, rows, rest_bucket=self._config.loss.rest_bucket)
+            kl = teacher_divergence(self._decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
         cosine: tuple[float, ...] = ()
         if self._blocks:
-            found = blockwise_cosine(self._stack, parameters, source, self._table, self._reading, self._rules, rows)
+            found = blockwise_cosine(
+                self._stack, parameters, source, self._table, self._reading, self._rules, rows, peers
+            )
             cosine = tuple(float(found[block]) for block in self._blocks)
         return Evaluation(
             step=step,
@@ -101,7 +105,7 @@ class Evaluator:
             return None
         install(self._decoder, biases)
         title = "perplexity without router biases"
-        return held_out_perplexity(self._decoder, self._source, self._config.eval_batch_rows, title)
+        return held_out(self._decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
 
 
 class HeldOut(NamedTuple):
@@ -112,9 +116,11 @@ class HeldOut(NamedTuple):
     load: np.ndarray | None
 
 
-def held_out(decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity") -> HeldOut:
+def held_out(
+    decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity", peers: Peers = ALONE
+) -> HeldOut:
     """How well it predicts the source's rows, and how its experts are loaded there."""
-    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None)
+    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers)
     return HeldOut(math.exp(loss), load)
 
 
@@ -125,9 +131,12 @@ def held_out_perplexity(
     return held_out(decoder, source, batch_rows, title).perplexity
 
 
-def teacher_divergence(decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool) -> float:
+def teacher_divergence(
+    decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool, peers: Peers = ALONE
+) -> float:
     """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
-    return _mean_token_loss(decoder, source, batch_rows, "KL", _Record(source.codecs["topk_logits"], rest_bucket))[0]
+    record = _Record(source.codecs["topk_logits"], rest_bucket)
+    return _mean_token_loss(decoder, source, batch_rows, "KL", record, peers)[0]
 
 
 def blockwise_cosine(
@@ -138,16 +147,18 @@ def blockwise_cosine(
     reading: TapReading,
     rules: BlockRules,
     batch_rows: int,
+    peers: Peers = ALONE,
 ) -> np.ndarray:
     """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
     table trains none."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
     with Progress("cosine", len(source), unit="rows") as bar:
-        for batch, rows in _batches(source, batch_rows):
+        for batch, rows in _batches(source, batch_rows, peers):
             sums = _block_cosines(stack, reading, rules, parameters, batch, table)
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
             bar.advance(rows)
-    return total / max(weight, 1.0)
+    *totals, weight = peers.sum(np.append(total, weight))
+    return np.asarray(totals) / max(weight, 1.0)
 
 
 @dataclass(frozen=True)
@@ -159,22 +170,24 @@ class _Record:
 
 
 def _mean_token_loss(
-    decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None
+    decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None, peers: Peers
 ) -> tuple[float, np.ndarray | None]:
     """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; and the load
     of every expert."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
-    load: np.ndarray | None = None
+    model = decoder.config
+    load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
     with Progress(title, len(source), unit="rows") as bar:
-        for batch, rows in _batches(source, batch_rows):
+        for batch, rows in _batches(source, batch_rows, peers):
             stored = None if record is None else batch["topk_logits"]
             sums, loads = _token_loss(graph, record, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
             total, weight = total + float(sums.total), weight + float(sums.weight)
-            if loads is not None:
-                load = np.asarray(loads, np.float64) + (0.0 if load is None else load)
+            if load is not None:
+                load = load + np.asarray(loads, np.float64)
             bar.advance(rows)
-    return total / max(weight, 1.0), load
+    total, weight = peers.sum(np.asarray([total, weight]))
+    return float(total / max(weight, 1.0)), None if load is None else peers.sum(load)
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
@@ -233,9 +246,10 @@ def _block_cosines(
     return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
 
 
-def _batches(source: Source, batch_rows: int) -> Iterator[tuple[Batch, int]]:
-    """All rows in order, as batches of `batch_rows` and how many of these rows count; the others are masked."""
-    for start in range(0, len(source), batch_rows):
+def _batches(source: Source, batch_rows: int, peers: Peers) -> Iterator[tuple[Batch, int]]:
+    """This process's share of all rows, in order, as batches of `batch_rows` and how many of these rows count; the
+    others are masked."""
+    for start in range(peers.number * batch_rows, len(source), peers.count * batch_rows):
         indices = list(range(start, min(start + batch_rows, len(source))))
         batch = source[indices + [start] * (batch_rows - len(indices))]
         batch["segment_ids"][len(indices) :] = 0

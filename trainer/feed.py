@@ -17,6 +17,7 @@ import grain
 import numpy as np
 import tensorstore as ts
 
+from schemas import storage
 from schemas.addressing import row_groups
 from schemas.digest import digest_bytes
 from schemas.errors import ConfigError, DamageError, DistillcacheError, InputError
@@ -26,6 +27,9 @@ from schemas.segment import DAMAGE_NEXT, Segment, open_cache
 from schemas.storage import Store
 from trainer.arrays import ArrayReader, LocalArray, PendingRead, StoreArray
 from trainer.buffers import Buffers
+from trainer.local_cache import LocalCache
+from trainer.remote import RemoteArray
+from trainer.requests import Wanted
 from trainer.slots import SegmentReads
 from trainer.source import Batch as Batch
 from trainer.source import Rows, Source
@@ -52,6 +56,7 @@ class CacheSource(Source):
         integrity: bool = True,
         direct: bool = True,
         partial: bool = False,
+        kept: LocalCache | None = None,
     ) -> None:
         """
         Args:
@@ -61,14 +66,19 @@ class CacheSource(Source):
             split: rows for training, held-out rows, or (None) all.
             leaving: read `resid` also behind the last block of every run of blocks, as `mlp_out` needs it.
             integrity: compare what is read with the cache's digests.
-            direct: read local files without TensorStore, which is faster (arrays.py); False: as a bucket is read.
+            direct: read without TensorStore's arrays, which is faster (arrays.py, remote.py); False: through them.
             partial: read a cache that is still being built: the rows of its shards that are committed by now.
+            kept: where what is read from a bucket is kept; a cache on a local disk needs none.
 
         Raises:
             InputError: no finished cache, or it does not hold these taps or blocks.
         """
         self._integrity, self._store = integrity, Store(url)
         segments = open_cache(self._store, partial=partial)
+        self._kept = kept
+        if kept is not None and RemoteArray.serves(self._store):
+            for segment in segments:
+                segment.kept = kept.files(segment.identity)
         super().__init__(url, row_groups(segments), taps, blocks, split, leaving)
         open_array = self._opener(direct)
         self._arrays = {
@@ -87,11 +97,13 @@ class CacheSource(Source):
     def _opener(self, direct: bool) -> Callable[[Segment, PartPlan], ArrayReader]:
         pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="feed-read")  # starts no thread before it is used
         # Nothing is cached: a batch is read once.
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        context = storage.context({"cache_pool": {"total_bytes_limit": 0}})
 
         def open_array(segment: Segment, part: PartPlan) -> ArrayReader:
             if direct and LocalArray.serves(self._store, part):
                 return LocalArray(segment, part, integrity=self._integrity, pool=pool)
+            if direct and RemoteArray.serves(self._store):
+                return RemoteArray(segment, part, integrity=self._integrity, near=pool, kept=self._kept)
             return StoreArray(segment, part, integrity=self._integrity, context=context)
 
         return open_array
@@ -127,15 +139,16 @@ class CacheSource(Source):
         out = self._buffers.empty((size, len(places), self.plan.rows.row_tokens, part.width), np.dtype(part.dtype))
         if len(self.reads[name].of_part(part)) < size:
             out[...] = 0  # places that no decoder looks at
+        wanted: dict[ArrayReader, list[tuple[int, Wanted]]] = {}
+        for k, (group, row) in enumerate(places):
+            for source in self._reads[group][name].sources:
+                each = Wanted(row, source.reads, out[:, k])
+                wanted.setdefault(self._array(source, part), []).append((k, each))
+        pending: list[list[PendingRead]] = [[] for _ in places]
         with ts.Batch():  # the requests of one batch share the shards' indexes
-            pending = [
-                [
-                    read
-                    for source in self._reads[group][name].sources
-                    for read in self._array(source, part).start(row, source.reads, out[:, k])
-                ]
-                for k, (group, row) in enumerate(places)
-            ]
+            for array, entries in wanted.items():
+                for (k, _), reads in zip(entries, array.start([each for _, each in entries]), strict=True):
+                    pending[k].extend(reads)
         return out, pending
 
     def _finish_part(

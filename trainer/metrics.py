@@ -3,64 +3,18 @@
 Names are MaxText's where MaxText has one, so that its dashboards fit; `feature/...` and `eval/...` are ours.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tensorboardX import SummaryWriter
 
 from models.routing import RouterSums, max_violation
 from trainer.evaluate import Evaluation
 
-LINES = "metrics.jsonl"
-LOADS = "router.jsonl"  # every expert's share of the tokens, at checkpoints and evaluations
-TENSORBOARD = "tensorboard"
-PIXELS = 8  # of an expert in an image, on each side
 MAX_EXPONENT = 700.0  # exp of more is no float
-
-
-class MetricsLog:
-    """Where a run writes its metrics. Lines past `last_step` are cut first: the steps that a killed run repeats."""
-
-    def __init__(self, run: Path, last_step: int) -> None:
-        self._lines = _reopened(run / LINES, last_step)
-        self._loads = _reopened(run / LOADS, last_step) if (run / LOADS).exists() else None
-        self._run = run
-        # TensorBoard drops what an earlier process wrote from purge_step on.
-        self._tensorboard = SummaryWriter(str(run / TENSORBOARD), purge_step=last_step + 1)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Add the metrics after `step` steps."""
-        self._lines.write(_spell({"step": step, **values}))
-        self._lines.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def log_load(self, step: int, blocks: Sequence[int], load: Float[np.ndarray, "Lm E"]) -> None:
-        """Add every expert's share of the tokens after `step` steps, as a line and as an image.
-
-        In the image a row is a block and a column an expert; black has no token, grey the mean, white twice it or more.
-        """
-        share = load / np.maximum(load.sum(axis=1, keepdims=True), 1.0)
-        rows = [[round(float(value), 6) for value in row] for row in share]
-        if self._loads is None:
-            self._loads = (self._run / LOADS).open("a", encoding="utf-8")
-        self._loads.write(_spell({"step": step, "blocks": list(blocks), "share": rows}))
-        self._loads.flush()
-        grey = np.clip(share * load.shape[1] / 2, 0, 1)
-        self._tensorboard.add_image("router/load", np.kron(grey, np.ones((PIXELS, PIXELS)))[None], step)
-
-    def close(self) -> None:
-        """Flush and close both."""
-        if self._loads is not None:
-            self._loads.close()
-        self._lines.close()
-        self._tensorboard.close()
 
 
 @dataclass(frozen=True)
@@ -220,29 +174,3 @@ def evaluation_metrics(found: Evaluation, first: Evaluation | None, *, stands_in
         metrics["eval/student_perplexity_without_bias"] = found.perplexity_without_bias
     blocks = zip(found.blocks, found.cosine, strict=True)
     return metrics | {f"eval/cosine_block_{block:02d}": cosine for block, cosine in blocks}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run, in order; a last line that a killed run left unfinished is not one."""
-    return _read(run / LINES)
-
-
-def read_loads(run: Path) -> list[dict[str, Any]]:
-    """Every expert's share of the tokens, in order: `step`, `blocks`, `share` `[Lm][E]`."""
-    return _read(run / LOADS)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _reopened(path: Path, last_step: int) -> TextIO:
-    """A file of lines, those past `last_step` cut, to be added to."""
-    kept = [line for line in _read(path) if line["step"] <= last_step]
-    path.write_text("".join(_spell(line) for line in kept))
-    return path.open("a", encoding="utf-8")
-
-
-def _spell(line: dict[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"

@@ -7,6 +7,7 @@ import numpy as np
 
 from schemas.config import TrainConfig
 from trainer.feed import CacheSource
+from trainer.local_cache import open_local_cache
 from trainer.online import OnlineSource
 from trainer.source import Source, SplitName
 from trainer.teacher import OnlineTeacher, open_teacher
@@ -17,6 +18,7 @@ class Sources:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
+        self._kept = open_local_cache(config.feed.local_cache, config.cache) if config.source == "cache" else None
         self.rows = self._open((), None, "train", False)
 
     @cached_property
@@ -50,4 +52,12 @@ class Sources:
     def _open(self, taps: Sequence[str], blocks: Sequence[int] | None, split: SplitName, leaving: bool) -> Source:
         if self._config.source == "online":
             return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving)
-        return CacheSource(self._config.cache, taps, blocks, split, leaving=leaving, partial=self._config.partial)
+        return CacheSource(
+            self._config.cache,
+            taps,
+            blocks,
+            split,
+            leaving=leaving,
+            partial=self._config.partial,
+            kept=self._kept,
+        )

@@ -36,7 +36,7 @@ def all_parameters(decoder: Decoder) -> Parameters:
     return {"/".join(map(str, path)): jnp.copy(value.get_value()) for path, value in flat}
 
 
-def install(decoder: Decoder, parameters: Mapping[str, Array]) -> None:
+def install(decoder: Decoder, parameters: Mapping[str, Array | np.ndarray]) -> None:
     """Put copies of these parameters into the decoder; projectors have no place there."""
     flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     found = {"/".join(map(str, path)): (path, value) for path, value in flat}

@@ -18,6 +18,7 @@ from schemas.manifest import Plan, TapPlan
 from schemas.rows import Row
 from schemas.segment import Segment
 from schemas.tap_codec import tap_codec
+from trainer.far import far_pool
 from trainer.slots import TapReads, tap_reads
 
 Batch = dict[str, Any]
@@ -148,7 +149,15 @@ class Source(ABC):
 
     def _row_batch(self, places: Sequence[tuple[int, int]]) -> Batch:
         """The batch of these (group, row in it), without taps."""
-        return stack_rows([self._groups[group].base.row(row) for group, row in places], self.plan.rows.row_tokens)
+        rows = read_rows([(self._groups[group].base, row) for group, row in places])
+        return stack_rows(rows, self.plan.rows.row_tokens)
+
+
+def read_rows(places: Sequence[tuple[Segment, int]]) -> list[Row]:
+    """These (segment, row in it); from a bucket at the same time, since each may be in another file."""
+    if places and places[0][0].store.is_bucket:
+        return list(far_pool().map(lambda place: place[0].row(place[1]), places))
+    return [segment.row(row) for segment, row in places]
 
 
 def stack_rows(rows: Sequence[Row], row_tokens: int) -> Batch:

@@ -3,7 +3,7 @@
 A stage begins with a fresh optimizer, from the parameters that the one before it left.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -24,14 +24,17 @@ from trainer.balance import (
     regrouped,
     start_balance,
 )
-from trainer.block_groups import GroupedSource, blocks_of_groups, place_batch
+from trainer.block_groups import GroupedSource, HeldRows, blocks_of_groups, place_batch
 from trainer.blockwise import BlockwiseStep, StepSums
+from trainer.checkpoint_files import Held, SavedArrays
+from trainer.checkpoints import OPTIMIZER, PARAMETERS, named, path_name, restored_balance
 from trainer.feature import FeatureStep, feature_update
 from trainer.metrics import blockwise_metrics, feature_metrics, router_metrics
 from trainer.optimizer import learning_rate_schedule, make_optimizer
 from trainer.parameters import ROUTER_BIAS, Parameters, choose_trained, place_prefix
-from trainer.sharding import make_mesh, parameter_sharding, table_sharding
-from trainer.source import Batch, Source
+from trainer.placement import groups_held, held, put, restored, rows_held, to_host
+from trainer.sharding import make_mesh, parameter_sharding, replicated, table_sharding
+from trainer.source import Batch, Rows, Source
 from trainer.stack import BlockRules, StudentStack
 from trainer.stages import Stage
 from trainer.step import (
@@ -43,7 +46,6 @@ from trainer.step import (
     jit_step,
     padded,
     padded_table,
-    shardings_of,
     unpadded,
 )
 from trainer.tables import Span, Table, TapReading, is_in_step, make_table, student_spans, with_column
@@ -96,7 +98,7 @@ class StageRun:
         return {name: v for name, v in found.items() if self.stage.compares_tokens or name not in BEHIND_BLOCKS}
 
     def losses(self, sums: Any) -> dict[str, Any]:
-        """A step's means, once computed: `[L]` by block, or a number."""
+        """A step's means, `[L]` by block, or a number, of its sums on the host."""
         tokens = max(float(sums.tokens), 1.0)
         if isinstance(sums, StepSums):
             found = {name: total / tokens for name, total in block_sums(sums, self.stack).items()}
@@ -114,7 +116,7 @@ class StageRun:
         """What the routers of a step did, on the host, stacked over the blocks with experts; None where nobody asks."""
         if isinstance(sums, StepSums):
             return block_routing(sums, self.stack)
-        return None if sums.routing is None else jax.tree.map(np.asarray, sums.routing)
+        return sums.routing
 
     def metrics(self, losses: dict[str, Any], sums: Any, teacher: RouterSums | None = None) -> dict[str, float]:
         """The same under the names of metrics.py.
@@ -156,10 +158,11 @@ class StageRun:
 
     def place(self, batch: Batch) -> Batch:
         """A host batch of `self.source`, on its way to the devices."""
-        return place_batch({name: batch[name] for name in self._fields}, self.mesh, self.groups)
+        fields = {name: batch[name] for name in self._fields}
+        return place_batch(fields, self.mesh, self.groups, self._places, self._config.batch_rows)
 
     def advance(self, batch: Batch) -> Any:
-        """One step; returns its sums before they are computed."""
+        """One step; returns its sums before they are computed, on the devices."""
         self.state, sums = self._step(self.state, self._frozen, batch, self._table)
         return sums
 
@@ -168,29 +171,43 @@ class StageRun:
         return self._step.lower(self.state, self._frozen, batch, self._table).compile()
 
     def parameters(self) -> Parameters:
-        """What a step changes of the student, without what the mesh added."""
-        return unpadded(self.state.parameters, self.stack) | mean_biases(self.balance())
+        """What a step changes of the student, without what the mesh added, whole and on the host."""
+        return unpadded(to_host(self.state.parameters), self.stack) | to_host(self.biases())
 
     def balance(self) -> dict[str, BalanceState]:
         """The state of the routers' biases, likewise."""
-        return unpadded(self.state.balance, self.stack)
+        return unpadded(to_host(self.state.balance), self.stack)
 
-    def moments(self) -> dict[str, Any]:
-        """The optimizer's state, likewise."""
-        return unpadded(self.state.moments, self.stack)
+    def biases(self) -> Parameters:
+        """The routers' biases that moved, as the student will have them."""
+        return mean_biases(self.balance())
 
-    def restore(self, moments: dict[str, Any], balance: Mapping[str, BalanceState], done: int) -> None:
-        """Go on after `done` steps of the stage, with this optimizer state and these biases."""
+    def held(self) -> dict[str, Held]:
+        """What this process is to keep of the parameters and the optimizer's state, by item and name."""
+        found: dict[str, Held] = {}
+        for name, value in self.state.parameters.items():
+            found[f"{PARAMETERS}/{name}"] = held(value, self._rows(name))
+        for name, value in named(self.state.moments).items():
+            found[f"{OPTIMIZER}/{name}"] = held(value, self._rows(name))
+        return found
+
+    def restore(self, saved: SavedArrays, done: int) -> None:
+        """Go on after `done` steps of the stage, with the optimizer's state and the biases of a checkpoint."""
+
+        def moment(path: Any, like: Any) -> Any:
+            name = path_name(path)
+            return restored(like, self._rows(name), lambda boxes: saved.boxes(OPTIMIZER, name, boxes))
+
+        moments = jax.tree_util.tree_map_with_path(moment, self.state.moments)
         groups = self._balancing.bias_groups if self._balancing else 1
-        regrouped_balance = {unit: regrouped(state, groups) for unit, state in balance.items()}
-        self.state = self._placed(
-            TrainState(
-                self.state.parameters,
-                padded(moments, self.stack, self.groups),
-                jnp.asarray(done, jnp.int32),
-                padded(regrouped_balance, self.stack, self.groups),
-            )
-        )
+        states = restored_balance(saved) if self.state.balance else {}
+        balance = padded({unit: regrouped(state, groups) for unit, state in states.items()}, self.stack, self.groups)
+        step = jnp.asarray(done, jnp.int32)
+        self.state = TrainState(self.state.parameters, moments, *self._placed_rest(step, balance))
+
+    def _rows(self, name: str) -> int | None:
+        """Of a stack, how many of its first axis are no filling; None of what is no stack."""
+        return next((rows for place, rows in self.stack.places().items() if name.startswith(place_prefix(place))), None)
 
     # How it is made ready.
 
@@ -223,7 +240,13 @@ class StageRun:
             taps = (*taps, "mlp_out")
         shares = blocks_of_groups(self.stack.config, self.groups)
         self._sources = [open_source(taps, self._teacher_blocks(share), derives) for share in shares]
-        self.source: Source | GroupedSource = self._sources[0] if self.groups == 1 else GroupedSource(self._sources)
+        self.source: Rows = (
+            self._sources[0] if self.groups == 1 else GroupedSource(self._sources, groups_held(self.mesh))
+        )
+        rows = config.batch_rows
+        self._places = rows_held(self.mesh, rows)
+        if len(self._places) < rows:
+            self.source = HeldRows(self.source, self._places)
         self._fields: tuple[str, ...] = ("tokens", "loss_mask") if stage.mode == "feature" or self._own_stream else ()
         self._fields = ("positions", "segment_ids", *self._fields, *taps)
         self._derives = derives
@@ -337,17 +360,12 @@ class StageRun:
         balance = {}
         if self._balancing is not None and self._balancing.update:
             balance = start_balance(parameters, self.stack.places(), self._balancing.bias_groups)
-        state = init_state(self.stack, trained, optimizer, balance)
-        self.state = self._placed(
-            TrainState(
-                padded(state.parameters, self.stack, self.groups),
-                padded(state.moments, self.stack, self.groups),
-                state.step,
-                padded(state.balance, self.stack, self.groups),
-            )
-        )
-        self._frozen = self._placed_frozen(padded(frozen, self.stack, self.groups))
-        self._table = jax.device_put(self._table, table_sharding(self.mesh) if self.mesh else None)
+        placed = self._placed(padded(trained, self.stack, self.groups))
+        state = init_state(self.stack, placed, optimizer, padded(balance, self.stack, self.groups), self.mesh)
+        self.state = TrainState(placed, state.moments, *self._placed_rest(state.step, state.balance))
+        self._frozen = self._placed(padded(frozen, self.stack, self.groups))
+        rows = table_sharding(self.mesh) if self.mesh else None
+        self._table = jax.tree.map(lambda column: put(column, rows), self._table)
         self._step = jit_step(update, self.state, self.mesh, self.groups)
         return self
 
@@ -360,15 +378,18 @@ class StageRun:
             return self._own_stream and name == "embed"
         return self._own_stream or self._runs_mlp or "/mlp/" not in name
 
-    def _placed(self, state: TrainState) -> TrainState:
+    def _placed(self, parameters: Parameters) -> Parameters:
+        """Copies on the devices: a step gives its state's memory away."""
         if self.mesh is None:
-            return state
-        return jax.device_put(state, shardings_of(self.mesh, state))
+            return {name: jnp.array(value) for name, value in parameters.items()}
+        return {n: put(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in parameters.items()}
 
-    def _placed_frozen(self, frozen: Parameters) -> Parameters:
+    def _placed_rest(self, step: Any, balance: dict[str, BalanceState]) -> tuple[Any, dict[str, BalanceState]]:
+        """The number of steps and the state of biases, on the devices."""
         if self.mesh is None:
-            return frozen
-        return {n: jax.device_put(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in frozen.items()}
+            return step, jax.tree.map(jnp.array, balance)
+        stacked, everywhere = table_sharding(self.mesh), replicated(self.mesh)
+        return put(step, everywhere), jax.tree.map(lambda leaf: put(leaf, stacked), balance)
 
 
 def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[int, float]:

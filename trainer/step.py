@@ -55,12 +55,29 @@ def init_state(
     trained: Parameters,
     optimizer: optax.GradientTransformation,
     balance: Mapping[str, BalanceState] | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step of a stage."""
-    moments = {place_prefix(place): init_blocks(optimizer, of_place(trained, place)) for place in stack.places()}
-    if rest := outer(trained):
-        moments[OUTER] = optimizer.init(rest)
-    return TrainState(trained, moments, jnp.zeros((), jnp.int32), dict(balance or {}))
+    """The state before the first step of a stage; with a mesh, the parameters are on it already."""
+    return TrainState(
+        trained, _init_moments(stack, trained, optimizer, mesh), jnp.zeros((), jnp.int32), dict(balance or {})
+    )
+
+
+def _init_moments(
+    stack: StudentStack, trained: Parameters, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> dict[str, Any]:
+    """The optimizer's state, lying as the parameters do."""
+
+    def init(parameters: Parameters) -> dict[str, Any]:
+        moments = {place_prefix(place): init_blocks(optimizer, of_place(parameters, place)) for place in stack.places()}
+        if rest := outer(parameters):
+            moments[OUTER] = optimizer.init(rest)
+        return moments
+
+    if mesh is None:
+        return init(trained)
+    _, shardings = state_shardings(mesh, trained, jax.eval_shape(init, trained))
+    return jax.jit(init, out_shardings=shardings)(trained)
 
 
 def blockwise_update(step: BlockwiseStep) -> Update:

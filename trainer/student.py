@@ -1,16 +1,17 @@
 """Where a run's student comes from: the teacher, cut; another checkpoint, cut; or the run's own folder."""
 
 import shutil
-from pathlib import Path
 
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
+from models.ggufs import is_gguf
+from models.identity import locate_checkpoint
 from models.surgery import add_router_bias, apply_surgery
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.storage import Store
 from schemas.train_config import StudentConfig
-from trainer.checkpoints import STUDENT
+from trainer.checkpoints import STUDENT, has_student
 from trainer.parameters import Parameters, all_parameters, make_projectors
 from trainer.source import Source
 from trainer.stack import StudentStack
@@ -19,7 +20,7 @@ from trainer.teacher import check_teacher
 
 
 def open_student(
-    run: Path, config: StudentConfig, source: Source, teacher_path: str | None = None, *, router_bias: bool = False
+    run: Store, config: StudentConfig, source: Source, teacher_path: str | None = None, *, router_bias: bool = False
 ) -> Decoder:
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
 
@@ -31,17 +32,17 @@ def open_student(
         CheckpointError: its checkpoint is missing, or is not the teacher that the cache was built with.
         ConfigError: the surgery cannot be done, or the student does not fit the cache.
     """
-    kept = run / STUDENT
-    if kept.is_dir():
+    kept = run.where(STUDENT)
+    if has_student(run):
         return load_pretrained(kept, dtype="float32")
-    for unfinished in run.glob(f".{STUDENT}.*"):  # of a killed process
-        shutil.rmtree(unfinished)
+    for folder in run.local.glob(f".{STUDENT}.*") if run.local is not None else ():  # of a killed process
+        shutil.rmtree(folder)
     path = _checked_teacher(source, teacher_path) if config.init == "teacher" else config.init
     student = apply_surgery(load_pretrained(path, dtype="float32"), config.surgery)
     _check_fit(student, path, config, source)
     if router_bias and student.config.moe is not None:
         student = add_router_bias(student)
-    save_pretrained(student, kept, tokenizer_from=_tokenizer(Path(path).expanduser(), run, source))
+    save_pretrained(student, kept, tokenizer_from=_tokenizer(path, run, source))
     return student
 
 
@@ -85,14 +86,14 @@ def _check_fit(student: Decoder, path: str, config: StudentConfig, source: Sourc
             )
 
 
-def _tokenizer(path: Path, run: Path, source: Source) -> Path:
+def _tokenizer(path: str, run: Store, source: Source) -> str:
     """The checkpoint's own tokenizer, or, where it has none, a copy of the one that made the cache's tokens."""
-    if path.is_file() or (path / TOKENIZER).exists():
+    where = locate_checkpoint(path)
+    if is_gguf(where) or (where / TOKENIZER).exists():
         return path
     store = Store(source.url)
     data = store.read(TOKENIZER)
     if data is None:
         raise CheckpointError("the cache has lost its tokenizer", {"missing": store.where(TOKENIZER)}, "copy it again")
-    copy = run / TOKENIZER
-    copy.write_bytes(data)
-    return copy
+    run.write(TOKENIZER, data)
+    return run.where(TOKENIZER)

@@ -24,16 +24,18 @@ from models.config import BlockKind, MoeConfig, plan_layers
 from models.tensors import ROUTER_BIAS_FILE
 from schemas.config import DataConfig, TrainConfig
 from schemas.errors import ConfigError
+from schemas.storage import Store
 from schemas.train_config import MeshConfig, StudentConfig
 from tests.conftest import TINY, build_config, save_teacher
 from tests.trainer.test_mesh import replica_groups
 from tests.trainer.test_train import TIMED, _failing_at, config, timeless
 from tools import cli
 from trainer import train as loop
-from trainer.checkpoints import Checkpoints, load_student
-from trainer.metrics import PIXELS, read_loads, read_metrics
+from trainer.checkpoints import Checkpoints, load_student, restored_balance
+from trainer.metrics_log import PIXELS, read_loads, read_metrics
 from trainer.open import Sources
 from trainer.parameters import ROUTER_BIAS, all_parameters, install
+from trainer.placement import to_host
 from trainer.stage import StageRun
 from trainer.stages import resolve_stages
 from trainer.train import train
@@ -157,13 +159,10 @@ def logged_images(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
 
 def kept(run: Path, step: int) -> dict[str, np.ndarray]:
     """All of a checkpoint that a run goes on from but the optimizer's state."""
-    checkpoints = Checkpoints(run)
-    try:
-        found = dict(checkpoints.restore_parameters(step))
-        for unit, state in checkpoints.restore_balance(step).items():
-            found |= {f"{unit}{name}": value for name, value in state._asdict().items()}
-    finally:
-        checkpoints.close()
+    checkpoints = Checkpoints(Store(str(run)))
+    found: dict[str, Any] = dict(checkpoints.restore_parameters(step))
+    for unit, state in restored_balance(checkpoints.open(step)).items():
+        found |= {f"{unit}{name}": value for name, value in state._asdict().items()}
     return {name: np.asarray(value) for name, value in found.items()}
 
 
@@ -295,7 +294,7 @@ def steps_of(run: StageRun, count: int = 3) -> list[dict[str, float]]:
     """The metrics of some steps."""
     found = []
     for number in range(count):
-        sums = run.advance(run.place(run.source[list(range(4 * number, 4 * number + 4))]))
+        sums = to_host(run.advance(run.place(run.source[list(range(4 * number, 4 * number + 4))])))
         found.append(run.metrics(run.losses(sums), sums))
     return found
 

@@ -21,7 +21,8 @@ from tests.trainer.conftest import random_batch
 from tests.trainer.test_train import config
 from trainer.checkpoints import load_student
 from trainer.feature import FeatureStep, FeatureSums, feature_update
-from trainer.metrics import feature_metrics, read_metrics
+from trainer.metrics import feature_metrics
+from trainer.metrics_log import read_metrics
 from trainer.optimizer import make_optimizer
 from trainer.parameters import all_parameters, install
 from trainer.stack import StudentStack

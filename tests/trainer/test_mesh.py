@@ -17,13 +17,14 @@ from tests.conftest import TINY, build_config, save_teacher
 from tests.trainer.test_train import config
 from trainer.block_groups import blocks_of_groups
 from trainer.evaluate import Evaluation
-from trainer.metrics import read_metrics
+from trainer.metrics_log import read_metrics
 from trainer.open import Sources
 from trainer.parameters import all_parameters
+from trainer.run_folder import read_evaluations
 from trainer.sharding import make_mesh, parameter_sharding
 from trainer.stage import StageRun
 from trainer.stages import resolve_stages
-from trainer.train import read_evaluations, train
+from trainer.train import train
 
 pytestmark = pytest.mark.slow  # programs for eight devices take long to compile
 

@@ -27,9 +27,10 @@ from trainer.checkpoints import load_student
 from trainer.feed import CacheSource, make_feed
 from trainer.online import OnlineSource
 from trainer.parameters import all_parameters
+from trainer.run_folder import read_evaluations
 from trainer.source import Source
 from trainer.teacher import open_teacher
-from trainer.train import read_evaluations, train
+from trainer.train import train
 
 pytestmark = pytest.mark.slow  # each source compiles its own teacher
 

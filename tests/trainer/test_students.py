@@ -19,9 +19,10 @@ from tests.conftest import TINY, build_config
 from tests.trainer.test_train import Stop, assert_same_run, config
 from tools import export
 from trainer.checkpoints import load_student
-from trainer.metrics import read_metrics
+from trainer.metrics_log import read_metrics
 from trainer.parameters import all_parameters
-from trainer.train import read_evaluations, train
+from trainer.run_folder import read_evaluations
+from trainer.train import train
 
 NARROW = replace(TINY, hidden_size=16, num_heads=4, layers=(LayerGroup((BlockKind(),), 2),))
 STAGES = [{"mode": "blockwise", "steps": 3}, {"mode": "feature", "steps": 2}]
@@ -153,12 +154,11 @@ def test_one_process_at_a_time(tmp_path, cache):
 def test_a_damaged_checkpoint_is_named(tmp_path, cache):
     run = tmp_path / "run"
     train(config(run, cache, steps=1))
-    for path in (run / "checkpoints" / "1" / "parameters").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"x" * path.stat().st_size)
+    (path,) = (run / "checkpoints" / "00000001").glob("*.safetensors")
+    path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         load_student(str(run))
-    assert caught.value.facts["checkpoint"] == run / "checkpoints" / "1"
+    assert caught.value.facts["object"] == str(path)
 
 
 def test_an_export_that_cannot_be_written_is_said(tmp_path, cache):

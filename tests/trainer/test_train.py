@@ -17,16 +17,19 @@ from models.checkpoint import load_pretrained
 from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
 from schemas.signals import StopRequest
+from schemas.storage import Store
 from schemas.train_config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
 from tools import cli
 from trainer import __main__
+from trainer import run_folder as folder
 from trainer import train as loop
 from trainer.checkpoints import load_student
 from trainer.evaluate import held_out_perplexity
 from trainer.feed import CacheSource
-from trainer.metrics import MetricsLog, read_metrics
+from trainer.metrics_log import MetricsLog, read_metrics
 from trainer.parameters import all_parameters, of_place
-from trainer.train import read_evaluations, train
+from trainer.run_folder import read_evaluations
+from trainer.train import train
 
 TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share", "perf/tflops_per_second")
 
@@ -117,7 +120,7 @@ def test_the_names_of_the_metrics(whole):
 def test_the_student_is_the_teacher_cut_and_trained(whole, teacher, cache):
     trained, original = load_student(str(whole)), load_pretrained(teacher, dtype="float32")
     assert (trained.step, trained.decoder.config.num_heads) == (8, 4)
-    assert (trained.tokenizer / "tokenizer.json").exists()
+    assert (Path(trained.tokenizer) / "tokenizer.json").exists()
     for name in ("embed", "final_norm", "head"):
         np.testing.assert_array_equal(getattr(trained.decoder, name)[...], getattr(original, name)[...])
     found = held_out_perplexity(trained.decoder, CacheSource(str(cache), (), split="eval"), 4)
@@ -237,12 +240,12 @@ def test_another_config_is_refused(whole, cache, change, named):
 def test_of_lists_only_the_differing_entries_are_named():
     there = {"stages": [{"steps": 3, "loss": None}, {"steps": 2, "loss": {"alpha": 0.0}}], "blocks": [1]}
     here = {"stages": [{"steps": 3, "loss": None}, {"steps": 4, "loss": {"alpha": 0.5}}], "blocks": [1, 2]}
-    assert loop._differences(there, here) == {
+    assert folder._differences(there, here) == {
         "stages.1.steps": "there 2, here 4",
         "stages.1.loss.alpha": "there 0.0, here 0.5",
         "blocks.1": "there None, here 2",
     }
-    assert len(loop._differences({"stages": None}, here | {"stages": here["stages"] * 9})["stages"]) < 120
+    assert len(folder._differences({"stages": None}, here | {"stages": here["stages"] * 9})["stages"]) < 120
 
 
 def test_another_cache_is_refused(whole, sparse_cache):
@@ -275,7 +278,9 @@ def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
 
     def poisoned(sums):
         (group,) = sums.blocks
-        return sums._replace(blocks=(group._replace(feature=group.feature.at[1].set(np.nan)),))
+        feature = group.feature.copy()
+        feature[1] = np.nan
+        return sums._replace(blocks=(group._replace(feature=feature),))
 
     def broken(run, stage, number, sums, *rest):
         return settle(run, stage, number, poisoned(sums) if number == 2 else sums, *rest)
@@ -354,7 +359,7 @@ def test_the_summary_as_json(whole, cache, capsys):
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
-    log = MetricsLog(tmp_path, -1)
+    log = MetricsLog(Store(str(tmp_path)), -1)
     log.log(1, {"distill/total_loss": 0.5})
     log.close()
     data = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())

@@ -1,0 +1,200 @@
+"""A run's folder, on a disk or in a bucket: whose it is, who is at work on it, and what it says of itself.
+
+<run>/config.yaml      the resolved config            <run>/metrics.jsonl, router.jsonl, tensorboard/
+<run>/run.json         what the numbers depend on     <run>/eval.json   every evaluation
+<run>/student/         the student before step 1      <run>/checkpoints/
+"""
+
+import contextlib
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas import settings
+from schemas.canonical import to_canonical
+from schemas.claim import is_live, this_process_claim
+from schemas.config import TrainConfig
+from schemas.errors import CheckpointError, DistillcacheError, InputError, PlanMismatchError, StorageError
+from schemas.layout import TOKENIZER
+from schemas.storage import LOCK_SUFFIX, Store
+from trainer.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
+from trainer.evaluate import Evaluation
+from trainer.source import Source
+
+# What may differ when a run goes on: no number of the training depends on it.
+FREE_FIELDS = frozenset(
+    {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "log_every"}
+    | {"prefetch_batches", "partial", "profile", "mesh", "feed", "storage"}
+    | {"coordinator", "num_processes", "process_id", "timeout_s"}
+)
+EVALUATIONS = "eval.json"
+IDENTITY = "run.json"
+RESOLVED = "config.yaml"
+LOCK = "lock"
+CLAIM = "claim.json"  # in a bucket, instead of the lock
+CLAIM_EXPIRY_S = 120.0  # a claim is written anew four times in this: rarely enough for one object of a bucket
+LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM)  # of a process that ended before the student was made
+
+
+def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
+    """Make the run's folder, or see that it holds this very run. A run has begun once its student is there.
+
+    Raises:
+        InputError: the folder holds something else.
+        PlanMismatchError: it holds the run of another config or cache.
+    """
+    fields = set(FREE_FIELDS) & set(type(config).model_fields)
+    identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=fields)}
+    known = store.read(IDENTITY)
+    if known is None or not has_student(store):
+        if any(not _is_leftover(key) for key in store.keys("")):
+            raise InputError(
+                "the run's folder holds something else", {"run": store.url}, "name a new or an empty folder with --run"
+            )
+        known = _spelled_json(identity)
+        store.write(IDENTITY, known)
+    differences = _differences(json.loads(known), identity)
+    if differences:
+        raise PlanMismatchError(
+            "the run's folder holds the run of another config or cache",
+            {"run": store.url, **differences},
+            "use the config that it was begun with, or another --run",
+        )
+    store.write(RESOLVED, settings.dump_yaml(config).encode())
+
+
+@contextlib.contextmanager
+def only_one(store: Store) -> Iterator[None]:
+    """Hold the run against other jobs, until this process ends, however it ends.
+
+    Raises:
+        InputError: another one is at work.
+        StorageError: in a bucket: the claim was lost to another one.
+    """
+    with _locked(store) if store.local is not None else _claimed(store):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(store: Store) -> Iterator[None]:
+    assert store.local is not None
+    store.local.mkdir(parents=True, exist_ok=True)
+    with (store.local / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _busy(store) from error
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(store: Store) -> Iterator[None]:
+    """A claim that is written anew while the context lasts (schemas/claim.py)."""
+    data, generation = store.read_with_generation(CLAIM)
+    if data is not None and is_live(data, store.where(CLAIM), time.time()):
+        raise _busy(store)
+    if not store.replace(CLAIM, _fresh_claim(), generation):
+        raise _busy(store)
+    stop, lost = threading.Event(), []
+
+    def beat() -> None:
+        while not stop.wait(CLAIM_EXPIRY_S / 4):
+            try:
+                store.write(CLAIM, _fresh_claim())
+            except StorageError as error:
+                lost.append(error)  # raised at the end; the training itself does not need the claim
+                return
+
+    thread = threading.Thread(target=beat, name="run-claim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(StorageError):  # then it expires
+            store.delete(CLAIM)
+
+
+def _fresh_claim() -> bytes:
+    return to_canonical(this_process_claim(time.time() + CLAIM_EXPIRY_S))
+
+
+def _busy(store: Store) -> DistillcacheError:
+    return InputError("another process is training this run", {"run": store.url}, "wait for it, or name another --run")
+
+
+def remove_beginning(store: Store) -> None:
+    """Leave nothing of a run that could not be begun."""
+    if store.keys(f"{CHECKPOINTS}/"):
+        return
+    store.delete_folder(STUDENT)
+    for key in [key for key in store.keys("") if _is_leftover(key)]:
+        store.delete(key)
+    if store.local is not None:
+        for lock in store.local.glob(f"*{LOCK_SUFFIX}"):
+            lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user's own folder may hold what we do not know
+            store.local.rmdir()
+
+
+def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
+    """The evaluations of a run, in the order of their steps."""
+    data = (run if isinstance(run, Store) else Store(str(run))).read(EVALUATIONS)
+    return [Evaluation.model_validate(entry) for entry in json.loads(data)] if data is not None else []
+
+
+def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
+    """All evaluations of a run."""
+    store.write(EVALUATIONS, _spelled_json([entry.model_dump() for entry in evaluations]))
+
+
+def best_evaluation(run: str) -> Evaluation:
+    """The evaluation with the lowest perplexity, of those whose checkpoints are kept (never that before step 1).
+
+    Raises:
+        CheckpointError: there is no run, or no such evaluation.
+    """
+    kept, found = kept_steps(run), read_evaluations(run)
+    evaluated = [entry for entry in found if entry.step in kept]
+    if not evaluated:
+        raise CheckpointError(
+            "no checkpoint of the run was evaluated, so none is the best",
+            {"run": run, "checkpoints": kept, "evaluations": [entry.step for entry in found]},
+            "export the newest without --best, or name one with --step",
+        )
+    return best_of(evaluated)
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The one with the lowest perplexity."""
+    return min(evaluations, key=lambda entry: entry.perplexity)
+
+
+def _is_leftover(key: str) -> bool:
+    """What a process leaves that ended before the student was whole, for whatever reason."""
+    return key in LEFTOVERS or key.startswith((f".{STUDENT}.", f"{STUDENT}/"))
+
+
+def _differences(there: Any, here: Any, name: str = "") -> dict[str, str]:
+    """Dotted field -> what is there and here, where they differ; the entries of a list are numbered."""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = (dict(enumerate(entries)) for entries in (there, here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = ((key, there.get(key), here.get(key)) for key in sorted({*there, *here}))
+        return {k: v for key, a, b in pairs for k, v in _differences(a, b, f"{name}.{key}".lstrip(".")).items()}
+    return {} if there == here else {name: f"there {_shown(there)}, here {_shown(here)}"}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of a long list or mapping, its beginning."""
+    text = repr(value)
+    return f"{text[:80]} ..." if len(text) > 80 and not isinstance(value, str) else text
+
+
+def _spelled_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,0 +1,55 @@
+"""A profile of some of a run's steps, for TensorBoard or Perfetto."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+
+from schemas.errors import ConfigError
+from schemas.storage import Store
+
+TRACES = "traces"
+
+
+class Trace:
+    """Writes a profile of the steps that `profile` names (`steps=10:13`: 10, 11 and 12) to the run's folder."""
+
+    def __init__(self, profile: str | None, store: Store) -> None:
+        first, _, stop = (profile or "steps=0:0").removeprefix("steps=").partition(":")
+        self._first, self._stop, self._store, self._folder = int(first), int(stop), store, ""
+
+    def before(self, number: int) -> None:
+        """Called before each step."""
+        if number == self._stop:
+            self.__exit__()
+        if self._first <= number < self._stop and not self._folder:
+            local = self._store.local
+            self._folder = str(local / TRACES) if local is not None else tempfile.mkdtemp(prefix="distillcache-trace-")
+            jax.profiler.start_trace(self._folder)
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._folder:
+            return
+        jax.profiler.stop_trace()
+        folder, self._folder = Path(self._folder), ""
+        if self._store.local is None:
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                self._store.write(f"{TRACES}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+            shutil.rmtree(folder)
+
+
+def check_profile(profile: str | None, steps: int) -> None:
+    """Raise `ConfigError` unless these are steps of the run."""
+    if profile is None:
+        return
+    first, stop = (int(number) for number in profile.removeprefix("steps=").split(":"))
+    if not 1 <= first < stop <= steps + 1:
+        raise ConfigError(
+            "these steps cannot be profiled",
+            {"profile": profile, "expected": f"steps=FIRST:STOP within 1 and {steps + 1}, STOP left out"},
+            "name steps of this run",
+        )
