@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ SUPERVISED = "DISTILLCACHE_SUPERVISED"  # in the environment: where supervise.py
 FAILED = "distillcache/failed"  # key of the coordination service: who failed first, and of what
 POLL_S = 1.0
 START_S = 300  # for all processes to come: hosts of a cluster do not start at the same moment
+ASK_MS = 10_000  # one question to the coordination service; asked again until there is an answer
+WAIT_MS = 7 * 24 * 3600 * 1000  # for slow processes; dead ones are noticed by their heartbeats
 LINGER_S = 5.0  # the first process, where JAX's service runs, waits so long, so that the others can read why
 # What the environment of a cluster that JAX knows looks like when a job of several processes runs in it.
 CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
@@ -69,6 +71,33 @@ class Peers:
         """Return when all processes have come to the point of this name."""
         if self.count > 1:
             multihost_utils.sync_global_devices(name)
+
+    def share(self, name: str, say: Callable[[], bytes]) -> bytes:
+        """What `say` gives in the first process; the others wait for it, however long that takes.
+
+        Not by a collective: these give up after half a minute where CPUs are the devices.
+
+        Args:
+            name: not used for anything else in this run of the processes.
+        """
+        if self.count == 1:
+            return say()
+        key = f"distillcache/{self.attempt}/{name}"
+        if self.first:
+            said = say()
+            _client().key_value_set_bytes(key, said)
+            return said
+        while True:
+            try:
+                return _client().blocking_key_value_get_bytes(key, ASK_MS)
+            except Exception as error:  # its errors have no class of their own
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def wait_for_all(self, name: str) -> None:
+        """`meet`, however long the slowest takes; `name` as in `share`."""
+        if self.count > 1:
+            _client().wait_at_barrier(f"distillcache/{self.attempt}/{name}", WAIT_MS)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum over all processes, float64 like `values`; each adds in the same order."""
@@ -241,10 +270,8 @@ def read_failure() -> str | None:
     """What the first process that failed said; None where none has."""
     try:
         return _client().key_value_try_get(FAILED)
-    except Exception as error:  # its errors have no class of their own
-        if "NOT_FOUND" in str(error):
-            return None
-        return None  # the service is gone: JAX ends this process itself
+    except Exception:  # its errors have no class of their own: nobody failed, or the service is gone
+        return None  # and then JAX ends this process itself
 
 
 def _say_why(error: BaseException, watch: _Watch, timeout_s: int) -> None:

@@ -8,8 +8,10 @@ losses.py       pure losses, the same in the scan and in the tests
 step.py         one optimizer step: the blockwise gradient inside the scan
 optimizer.py    AdamW whose state and clipping are per block
 evaluate.py     held-out perplexity and per-block cosine distance
-checkpoints.py  Orbax: parameters, optimizer, step, feed
-metrics.py      JSONL and TensorBoard
 student.py      where a run's student comes from
+placement.py    between a process's memory and the devices of a mesh; block_groups.py feeds them
+checkpoints.py  which checkpoints a run has         checkpoint_files.py  their files: arrays in pieces
+metrics.py      what is measured, by name           metrics_log.py       JSON lines and TensorBoard
+run_folder.py   whose a run's folder is, and what it says of itself
 train.py        the loop
 """

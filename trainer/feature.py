@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from models.decoder import BlockContext, BlockOutput, Decoder, Remat
+from models.decoder import BlockContext, BlockOutput, BodyWrap, Decoder
 from models.routing import RouterSums
 from schemas.train_config import LossConfig
 from trainer.balance import Balancing, BlockRouting, Totals, biases, loads_by_unit
@@ -42,7 +42,7 @@ from trainer.stack import StudentStack, TapDecoder
 from trainer.step import OUTER, TrainState, Update
 from trainer.tables import Table, TapReading
 
-REMAT: dict[str, Remat | None] = {
+REMAT: dict[str, BodyWrap | None] = {
     "none": None,
     "block": jax.checkpoint,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
@@ -183,7 +183,7 @@ class FeatureStep:
             return carry, {"feature": jnp.where(row["trained"], found, 0.0), **kept}
 
         x = decoder.embed_tokens(rows["tokens"])
-        stream, _, found = decoder.scan_blocks(x, context, emit, None, remat=REMAT[self.remat])
+        stream, _, found = decoder.scan_blocks(x, context, emit, None, wrap=REMAT[self.remat])
         return stream, found["feature"].reshape(depth), found.get("router")
 
     def _token_losses(

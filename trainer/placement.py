@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from models.sharding import box_of
 from models.sharding import put as put
 from models.sharding import rows_held as rows_held
 from trainer.checkpoint_files import ArrayInfo, Box, Held
@@ -59,21 +60,17 @@ def restored(like: jax.Array, rows: int | None, read: ReadBox) -> jax.Array:
     shape = like.shape
     wanted = {}  # by its spelling: slices cannot be keys
     for index in like.sharding.addressable_devices_indices_map(shape).values():
-        box = _stored(_box(index, shape), rows)
+        box = _stored(box_of(index, shape), rows)
         wanted[str(box)] = box
     values = dict(zip(wanted, read(tuple(wanted.values())), strict=True))
 
     def fill(index: tuple[slice, ...] | None) -> np.ndarray:
-        box = _box(index, shape)
+        box = box_of(index, shape)
         found = values[str(_stored(box, rows))]
         missing = (box[0].stop - box[0].start - found.shape[0]) if box else 0
         return np.concatenate([found, *[found[-1:]] * missing]) if missing else found
 
     return jax.make_array_from_callback(shape, like.sharding, fill)
-
-
-def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
-    return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), shape, strict=True))
 
 
 def _stored(box: Box, rows: int | None) -> Box:

@@ -75,15 +75,14 @@ def only_one(store: Store) -> Iterator[None]:
         InputError: another one is at work.
         StorageError: in a bucket: the claim was lost to another one.
     """
-    with _locked(store) if store.local is not None else _claimed(store):
+    with _claimed(store) if store.local is None else _locked(store, store.local):
         yield
 
 
 @contextlib.contextmanager
-def _locked(store: Store) -> Iterator[None]:
-    assert store.local is not None
-    store.local.mkdir(parents=True, exist_ok=True)
-    with (store.local / LOCK).open("a") as lock:
+def _locked(store: Store, folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
