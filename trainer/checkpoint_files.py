@@ -31,6 +31,7 @@ from schemas.errors import DamageError
 from schemas.storage import Store
 
 RECORD = "checkpoint.json"
+READS = 4  # of a piece in a bucket, whose answers may come short, before it is called damaged
 FILE_BYTES = 512 << 20  # of a data file, about: one write holds it in memory
 Box = tuple[slice, ...]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -113,8 +114,7 @@ def write_part(store: Store, folder: str, process: int, attempt: str, arrays: Ma
 def read_part(store: Store, folder: str, process: int) -> tuple[Part, str] | None:
     """A process's part and its digest; None where it is not there yet."""
     key = part_key(folder, process)
-    data = store.read(key)
-    return None if data is None else (from_canonical(Part, data, store.where(key)), digest_bytes(data))
+    return store.read_checked(key, lambda data: (from_canonical(Part, data, store.where(key)), digest_bytes(data)))
 
 
 def commit(store: Store, folder: str, record: CheckpointRecord) -> None:
@@ -131,18 +131,19 @@ class SavedArrays:
             DamageError: a record or a part is missing, or not what was committed.
         """
         self._store, self._folder = store, folder
-        data = store.read(f"{folder}/{RECORD}")
-        if data is None:
-            raise _damage(store.where(f"{folder}/{RECORD}"), "nothing")
-        self.record = from_canonical(CheckpointRecord, data, store.where(f"{folder}/{RECORD}"))
+        where = store.where(f"{folder}/{RECORD}")
+        found = store.read_checked(f"{folder}/{RECORD}", lambda data: from_canonical(CheckpointRecord, data, where))
+        if found is None:
+            raise _damage(where, "nothing")
+        self.record: CheckpointRecord = found
         self._infos: dict[str, ArrayInfo] = {}
         self._pieces: dict[str, list[Piece]] = {}
         for process, digest in enumerate(self.record.parts):
-            found = read_part(store, folder, process)
-            if found is None or found[1] != digest:
-                raise _damage(store.where(part_key(folder, process)), "nothing" if found is None else "another part")
-            self._infos |= found[0].arrays
-            for piece in found[0].pieces:
+            part = read_part(store, folder, process)
+            if part is None or part[1] != digest:
+                raise _damage(store.where(part_key(folder, process)), "nothing" if part is None else "another part")
+            self._infos |= part[0].arrays
+            for piece in part[0].pieces:
                 self._pieces.setdefault(piece.array, []).append(piece)
 
     def names(self, item: str) -> list[str]:
@@ -182,10 +183,13 @@ class SavedArrays:
     def _read(self, piece: Piece, dtype: np.dtype) -> np.ndarray:
         key = f"{self._folder}/{piece.file}"
         length = math.prod(piece.shape) * dtype.itemsize
-        data = self._store.read(key, slice(piece.offset, piece.offset + length)) if length else b""
-        if data is None or xxhash.xxh3_64_hexdigest(data) != piece.digest:
-            raise _damage(self._store.where(key), "nothing" if data is None else f"another digest of {piece.array}")
-        return np.frombuffer(data, dtype).reshape(piece.shape)
+        found = "nothing"
+        for _ in range(READS if self._store.is_bucket else 1):
+            data = self._store.read(key, slice(piece.offset, piece.offset + length)) if length else b""
+            if data is not None and xxhash.xxh3_64_hexdigest(data) == piece.digest:
+                return np.frombuffer(data, dtype).reshape(piece.shape)
+            found = "nothing" if data is None else f"another digest of {piece.array}"
+        raise _damage(self._store.where(key), found)
 
 
 def _files(arrays: Mapping[str, Held]) -> Iterator[list[tuple[str, tuple[int, ...], np.ndarray]]]:

@@ -39,7 +39,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(tmp_path, cache, gcs, monkeypatc
     def asked(peers, stop: StopRequest, step: int) -> bool:
         return step == 3
 
-    with gcs.server.faults(share=0.1, seed=3, kinds=["503", "429", "reset", "cut"]):
+    with gcs.server.faults(share=0.1, seed=3, kinds=["503", "429", "reset", "cut", "short"]):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Peers, "should_stop", asked)
             with pytest.raises(Interrupted, match="asked to stop"):
