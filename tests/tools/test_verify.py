@@ -18,7 +18,8 @@ from schemas.canonical import to_canonical
 from schemas.config import TapConfig, TapsConfig
 from schemas.errors import DamageError, InputError, Interrupted, StorageError
 from schemas.segment import open_cache, read_plan
-from schemas.storage import Store, lock_as_tensorstore
+from schemas.stale_locks import lock_as_tensorstore
+from schemas.storage import Store
 from tests.conftest import build_config, save_teacher
 from tools.cli import main
 from tools.verify import verify_cache

@@ -1,4 +1,4 @@
-"""Builders of one cache in a bucket that fails, killed and started again at random: `python -m tests.chaos`.
+"""Builders of one cache in a bucket that fails, killed and started again at random.
 
 Rounds until the time is over: processes build a cache in a new folder, over a GCS server that spoils a tenth of all
 requests, while a seeded hand kills one after the other (SIGKILL and SIGTERM) and starts it again. When the round's time
@@ -6,7 +6,6 @@ has come, or the cache is there, they finish in peace. The cache must then be th
 gives, byte for byte, and `verify` must find nothing.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -85,10 +84,10 @@ class Builders:
         process.start()
         return process
 
-    def disturb(self, chaos: Chaos, until: float) -> None:
+    def disturb(self, chaos: Chaos, until: float, pause_s: float) -> None:
         """Kill and start again, until the time, or until all have finished by themselves."""
         while time.monotonic() < until and any(process.is_alive() for process in self.running):
-            time.sleep(self._rng.uniform(0.1, 1.5))
+            time.sleep(self._rng.uniform(0.1, pause_s))
             number = self._rng.randrange(self._count)
             if self.running[number].is_alive():
                 self._kill(self.running[number], chaos)
@@ -124,9 +123,16 @@ class Builders:
         chaos.failed_builders += process.exitcode not in (0, 143, -signal.SIGKILL)
 
 
-def run(seconds: float, *, processes: int = 4, faults: float = 0.1, seed: int = 0, words: int = 600) -> Chaos:
-    """Rounds until the time is over. A builder that ends with an error is no problem if the cache gets right."""
-    chaos, rng, deadline = Chaos(), random.Random(seed), time.monotonic() + seconds
+def run(
+    seconds: float, *, processes: int = 4, faults: float = 0.1, seed: int = 0, words: int = 600, pause_s: float = 2.5
+) -> Chaos:
+    """Rounds until the time is over. A builder that ends with an error is no problem if the cache gets right.
+
+    Args:
+        words: how many documents the text has: how long a round takes.
+        pause_s: between two kills, at most.
+    """
+    chaos, rng = Chaos(), random.Random(seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "cache_builder.build"])
     server = Server("gcs")
@@ -138,11 +144,15 @@ def run(seconds: float, *, processes: int = 4, faults: float = 0.1, seed: int = 
             build_cache(config_of(f"{folder}/quiet", teacher, corpus))
             quiet = contents(f"{folder}/quiet")
             bucket = server.make_bucket()
+            first = context.Process(target=len, args=([],))  # the fork server imports everything before it
+            first.start()
+            first.join()
+            deadline = time.monotonic() + seconds
             while not chaos.rounds or time.monotonic() < deadline:
                 url = f"{bucket}/round-{chaos.rounds}"
                 with server.faults(faults, seed=rng.randrange(1 << 30)):
                     builders = Builders(context, (url, str(teacher), str(corpus)), processes, rng)
-                    builders.disturb(chaos, min(deadline, time.monotonic() + rng.uniform(10, 40)))
+                    builders.disturb(chaos, min(deadline, time.monotonic() + rng.uniform(20, 60)), pause_s)
                     builders.finish(chaos)
                 chaos.rounds += 1
                 chaos.problems += problems_of(url, quiet)
@@ -162,19 +172,3 @@ def problems_of(url: str, quiet: dict[str, bytes]) -> list[str]:
     wrong = [key for key in sorted(found.keys() | quiet.keys()) if found.get(key) != quiet.get(key)]
     findings = verify_cache(store)["findings"]
     return [f"{url} differs: {wrong}"] * bool(wrong) + [f"verify finds {findings}"] * bool(findings)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="kills builders over a failing store")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--faults", type=float, default=0.1, help="share of requests that go wrong")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    chaos = run(arguments.seconds, processes=arguments.processes, faults=arguments.faults, seed=arguments.seed)
-    print(json.dumps(chaos.__dict__, indent=2))
-    sys.exit(bool(chaos.problems))
-
-
-if __name__ == "__main__":
-    main()

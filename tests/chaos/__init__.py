@@ -1,0 +1,1 @@
+"""Proofs by disturbance: processes killed at moments that nobody chose, over a store that fails."""
