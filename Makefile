@@ -2,7 +2,8 @@
 # make test       the tests (minutes); make test-slow: kills and other slow proofs
 # make chaos      two minutes of builders that are killed at random over a store that fails
 # make check      lint, format and types
-# Everything installs itself into .venv; every target is safe to run again.
+# Everything installs itself into .venv: what the demo needs, and for the others also test servers, Beam and linters.
+# Every target is safe to run again.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,22 +19,27 @@ install: .venv/installed
 	@echo "installing into .venv, about a minute"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing what tests and checks need, about a minute"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)
 
-test: install
+test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: install
+test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m slow
 
-chaos: install
+chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120
 
-check: install
+check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

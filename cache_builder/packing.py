@@ -19,6 +19,7 @@ from schemas.rows import Row
 
 MARKED = np.dtype([("token", "<i4"), ("marks", "u1")])  # packed: no padding byte between
 BEGINS, COUNTED = 1, 2
+PACKED_TOKENS = 1 << 18  # packed at once: some 10 MB of arrays
 
 
 class TokenStream(Protocol):
@@ -92,10 +93,12 @@ def pack_rows_of(
         tokens: how many of the stream's tokens go into rows.
         held_out: the rows for evaluation.
     """
-    marked = stream.read(first * row_tokens, min(stop * row_tokens, tokens))
-    for number, columns in enumerate(pack_tokens(marked, row_tokens), first):
-        split = "eval" if number in held_out else "train"
-        yield Row(columns[0], columns[1], columns[2], loss_mask=columns[3] > 0, split=split)
+    step = max(1, PACKED_TOKENS // row_tokens)
+    for start in range(first, stop, step):
+        marked = stream.read(start * row_tokens, min((start + step) * row_tokens, stop * row_tokens, tokens))
+        for number, columns in enumerate(pack_tokens(marked, row_tokens), start):
+            split = "eval" if number in held_out else "train"
+            yield Row(columns[0], columns[1], columns[2], loss_mask=columns[3] > 0, split=split)
 
 
 def draw_eval_rows(rows: int, eval_rows: int, seed: int) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def _prepare_alone(store: Store, job: RowsJob, stop: StopRequest) -> RowsIndex:
         planned = plan_rows(job, stream.length)
         content, files = xxhash.xxh3_128(), []
         for number in range(planned.num_files):
-            stop_if_asked(stop, store)
+            stop_if_asked(stop, store, kept="nothing: a small text is prepared in one go")
             records = planned.records(stream, number)
             for record in records:
                 content.update(record)
@@ -158,7 +158,7 @@ def _spool_tokens(stream: SpooledStream, store: Store, job: RowsJob, stop: StopR
                     found = token_arrays(file_documents(file, reader, job.data, job.tokenizer), job.tokenizer)
                     with closing(found):
                         for marked in found:
-                            stop_if_asked(stop, store)
+                            stop_if_asked(stop, store, kept="nothing: a small text is prepared in one go")
                             # Documents that begin behind the last row do not count.
                             most = job.most_tokens
                             documents += count_begins(marked) if most is None or stream.length <= most else 0

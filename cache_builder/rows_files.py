@@ -21,7 +21,7 @@ from schemas.errors import DamageError
 from schemas.rows import INDEX_KEY, RowsFile, RowsIndex, encode_row, pack_rows, unpack_rows
 from schemas.storage import Store
 
-READ_AHEAD = 4  # files of rows on their way while one is digested
+READ_AHEAD = 2  # files of rows on their way while one is digested
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,16 @@ def prepare_shared(store: Store, job: RowsJob, share: Share, stop: StopRequest, 
     """
     for _ in range(TRIES):
         work = _Work(store, job, share, stop, quiet)
+        digest = None
         try:
-            return work.through()
+            digest = work.through()
         except PartsGone:
-            if store.read(INDEX_KEY) is not None:
-                return None
+            pass
         finally:
             work.claims.close()
+        if store.read(INDEX_KEY) is not None:
+            store.delete_folder(UNFINISHED)  # what came late may have begun it anew
+            return digest
     raise StorageError(
         "the unfinished folder is deleted again and again",
         {"folder": store.where(UNFINISHED)},
@@ -160,14 +163,20 @@ class _Work:
                 if not self.claims.take(first_claim + piece):
                     continue
                 worked = True
-                # Since `done` was read, another process may have finished it, and the folder with its claims may be
-                # gone. This claim is then held until `close` removes it.
+                # Since `done` was read, another process may have finished it. This claim is then held until `close`
+                # removes it, since the folder with its claims may be gone.
                 if piece not in finished():
+                    self._raise_if_all_is_done()
                     work(piece)
                     self.claims.done(first_claim + piece)
             pause = POLL_S if worked else min(2 * pause, LONGEST_POLL_S)
             if not worked:
                 time.sleep(pause)
+
+    def _raise_if_all_is_done(self) -> None:
+        """A receipt that is not there may have gone with the folder: `rows.json` is there before any goes."""
+        if self._store.read(INDEX_KEY) is not None:
+            raise PartsGone(INDEX_KEY)
 
     def _in_order(self, pieces: Sequence[int]) -> list[int]:
         """One's own first. Where rows are limited, front to back: what comes late may not matter at all."""
@@ -202,12 +211,12 @@ class _BarWatch(Watch):
         self._counted = consumed // KB
 
 
-def stop_if_asked(stop: StopRequest, store: Store) -> None:
+def stop_if_asked(stop: StopRequest, store: Store, kept: str = "what is finished of files and of rows") -> None:
     """Raise `Interrupted` where the process was asked to stop."""
     if stop.requested:
         raise Interrupted(
             "preparing was asked to stop",
-            {"out": store.url, "kept": "every input file and every file of rows that is finished"},
+            {"out": store.url, "kept": kept},
             "run the same command again to go on",
         )
 

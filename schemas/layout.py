@@ -53,6 +53,11 @@ def finish_claim_key(segment: str, _piece: int) -> str:
     return f"{segment_prefix(segment)}/claims/finish.json"
 
 
+def job_claim_key(segment: str, _piece: int) -> str:
+    """The claim of the job whose processes build the segment in lock-step."""
+    return f"{segment_prefix(segment)}/claims/job.json"
+
+
 def array_folder(segment: str, array: str) -> str:
     return f"{segment_prefix(segment)}/taps/{array}"
 

@@ -164,13 +164,14 @@ def _scratch_failure(cause: str) -> StorageError:
     )
 
 
-def teacher_batch(rows: Sequence[Row], batch_rows: int, row_tokens: int) -> list[Int32[np.ndarray, "B T"]]:
-    """tokens, positions, segment_ids of one call of the teacher; rows of padding fill the last batch up."""
+def teacher_batch(rows: Sequence[Row | None], batch_rows: int, row_tokens: int) -> list[Int32[np.ndarray, "B T"]]:
+    """tokens, positions, segment_ids of one call of the teacher; None is a row of padding, and these fill it up."""
     arrays = []
     for name in ("tokens", "positions", "segment_ids"):
         array = np.zeros((batch_rows, row_tokens), np.int32)
         for place, row in enumerate(rows):
-            array[place] = getattr(row, name)
+            if row is not None:
+                array[place] = getattr(row, name)
         arrays.append(array)
     return arrays
 

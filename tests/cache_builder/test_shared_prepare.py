@@ -138,6 +138,16 @@ def test_what_is_receipted_is_not_done_again(tmp_path: Path, corpus: Path, monke
     assert len(done) <= len(set(done)) + 2
 
 
+def test_who_comes_too_late_does_nothing(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(tmp_path / "shared", corpus, num_processes=2)
+    prepare_rows(config, tokenizer=make_tokenizer(), rows_per_file=ROWS_PER_FILE)
+    whole = folder_bytes(config.out)
+    monkeypatch.setattr(shared_prepare, "write_parts", lambda *_, **__: pytest.fail("done again"))
+    assert prepare_shared(Store(config.out), job_of(config), Share(1, 2, 60.0), StopRequest()) is None
+    assert folder_bytes(config.out) == whole
+    assert not Path(config.out, "unfinished").exists()
+
+
 def test_of_a_limited_text_the_rest_is_only_digested(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +221,7 @@ def test_killed_processes_are_replaced_and_the_bytes_stay(tmp_path: Path) -> Non
     folder.mkdir()
     tokenizer.write_text(make_tokenizer().to_json())
     for number in range(8):
-        (folder / f"{number:02d}.txt").write_text("".join(random.Random(number).choices("abcdefgh ", k=400_000)))
+        (folder / f"{number:02d}.txt").write_text("".join(random.Random(number).choices("abcdefgh ", k=150_000)))
     words = ["--data.path", str(folder), "--data.tokenizer", str(tokenizer), "--data.eos-token", "<eos>"]
     words += ["--data.row-tokens", "512", "--data.eval-rows", "8"]
     assert start([*words, "--out", str(tmp_path / "quiet")]).wait() == 0
@@ -221,9 +231,9 @@ def test_killed_processes_are_replaced_and_the_bytes_stay(tmp_path: Path) -> Non
     running = [start(command) for command in commands]
     while any(process.poll() != 0 for process in running):
         assert time.monotonic() < deadline
-        time.sleep(dice.uniform(0.1, 2.0))  # they start in 1.5 seconds
+        time.sleep(dice.uniform(0.1, 1.5))  # they start in 1.5 seconds
         number = dice.randrange(2)
-        if kills < 4 and running[number].poll() is None:
+        if kills < 3 and running[number].poll() is None:
             kills += 1
             running[number].send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
         for each, command in enumerate(commands):
