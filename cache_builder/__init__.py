@@ -7,5 +7,6 @@ plan.py      what will be built                claims.py    who builds which pie
 write.py     objects and receipts              build.py     the loop: teacher, write, commit
 finish.py    index, statistics, manifest       pieces.py    a segment's work, shared by processes
 fixed.py     files that rows do not change     extend.py    a finished cache grows by a segment
+replica.py   the teacher's devices             lockstep.py  a build by processes that share one teacher
 copy.py      a cache to another one            transcode.py a tap from codec to codec
 """

@@ -5,22 +5,32 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from cache_builder.build import build_cache
+from cache_builder.replica import is_job
 from schemas import settings
 from schemas.config import BuildConfig
 from schemas.errors import DistillcacheError
+from schemas.supervise import is_supervised, supervise
 
 
-def build(argv: Sequence[str], command: str = "distillcache build", as_json: bool = False) -> None:
-    """Build the cache that the command line describes, and say what it holds."""
+def build(argv: Sequence[str], command: str = "distillcache build", as_json: bool = False) -> int:
+    """Build the cache that the command line describes, and say what it holds. Where processes work in lock-step, a
+    child of this one builds."""
     config = settings.parse(BuildConfig, argv, command, complete=_complete)
+    if is_job(config) and not is_supervised():
+        return supervise("cache_builder", [*argv, *(["--json"] if as_json else [])])
     manifest = build_cache(config)
+    if is_job(config) and jax.process_index():  # the first process says it for all
+        return 0
     summary = {"cache": config.cache, "rows": manifest.rows, "tokens": manifest.tokens}
     if as_json:
         print(json.dumps(summary))
     else:
         print(f"cache {config.cache}: {manifest.rows} rows, {manifest.tokens} tokens, finished", file=sys.stderr)
         print(f"look at it: distillcache inspect {config.cache}", file=sys.stderr)
+    return 0
 
 
 def _complete(values: dict[str, Any]) -> dict[str, Any]:
@@ -36,13 +46,13 @@ def main() -> int:
     """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
     argv = sys.argv[1:]
     try:
-        build([word for word in argv if word != "--json"], "python -m cache_builder", "--json" in argv)
+        return build([word for word in argv if word != "--json"], "python -m cache_builder", "--json" in argv)
     except settings.HelpRequested as text:
         print(text)
     except DistillcacheError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return 0
+    return 0  # it was asked for help
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import fixed_files
+from cache_builder.lockstep import Together, build_together, held_together, settle_together
 from cache_builder.pieces import (
     Batches,
     ClaimedPieces,
@@ -25,23 +26,25 @@ from cache_builder.pieces import (
     work_through,
 )
 from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder, settle_plan
+from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder
 from cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
+from cache_builder.replica import Replica, is_job, open_replica
 from cache_builder.text_digest import inputs_digest
-from models.checkpoint import load_pretrained, read_config, weights_digest
+from models.checkpoint import read_config, weights_digest
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.describe import describe_numerics, describe_rows, describe_teacher
+from models.describe import describe_numerics, describe_rows
 from models.recorder import Recording, make_recorder
+from models.recording_mesh import mesh_sizes
+from models.sharding import put, rows_sharding
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.config import BuildConfig, PrepareConfig
-from schemas.errors import InputError, PlanMismatchError
+from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader, teacher_batch
 from schemas.segment import committed_shards, read_manifest, read_plan, segment_name
-from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
 
@@ -56,6 +59,9 @@ OF_ONE_RUN = {
     "storage",
     "process_id",
     "num_processes",
+    "replica",
+    "coordinator",
+    "timeout_s",
     "accept_platform",
     "repair",
     "extend",
@@ -74,10 +80,17 @@ def build_cache(config: BuildConfig) -> Manifest:
         InputError, CheckpointError, ConfigError: what was given cannot be used; nothing is written.
         NonFiniteError, StorageError: the build stopped; committed shards stay, and the same command goes on.
         Interrupted: SIGTERM or SIGINT; likewise.
+        PeerError: another process of a job failed or died; likewise.
     """
     use(config.storage)
     store = Store(config.cache)
     if config.repair:
+        if is_job(config):
+            raise ConfigError(
+                "a cache is repaired by one process",
+                {"replica": "job", "repair": True},
+                "leave out --replica: the mesh of that process's own devices is the plan's",
+            )
         from cache_builder.repair import repair_cache  # here, since it is made of this module's parts
 
         manifest = repair_cache(store, config)
@@ -102,20 +115,32 @@ def build_cache(config: BuildConfig) -> Manifest:
     model = checked_model(config, tokenizer)
     check_choices(config, model)
     refuse_foreign_folder(store, "--cache")
-    with watch_for_stop() as stop:
-        decoder = load_pretrained(config.teacher.path, dtype=config.dtype)  # first: a long text is prepared for long
+    if is_job(config):  # before the processes meet: from then on they wait for each other
+        store.clear_stale_locks()
+        open_or_prepare(store, config, tokenizer)
+    with open_replica(config) as replica:
+        decoder = replica.load(config)  # first: a long text is prepared for long
         store.clear_stale_locks()
         rows = open_or_prepare(store, config, tokenizer)
-        teacher = describe_teacher(config.teacher.path, model)
-        plan = make_plan(config, SEGMENT, model, teacher, describe_rows(rows), str(decoder.embed[...].dtype))
-        return build_segment(store, config, tokenizer, decoder, plan, rows, stop)
+        teacher = replica.describe_teacher(config.teacher.path, model)
+        plan = make_plan(
+            config,
+            SEGMENT,
+            model,
+            teacher,
+            describe_rows(rows),
+            str(decoder.embed[...].dtype),
+            processes=replica.peers.count,
+        )
+        return build_segment(store, config, tokenizer, decoder, plan, rows, replica)
 
 
 @dataclass(kw_only=True)
 class Work(Pieces):
-    """What the teacher's loop needs; built once."""
+    """What the teacher's loop needs; built once. mesh: where the decoder lies."""
 
     decoder: Decoder
+    mesh: Mesh | None = None
 
 
 @dataclass(kw_only=True)
@@ -130,19 +155,25 @@ def build_segment(
     decoder: Decoder,
     plan: Plan,
     rows: RowSource,
-    stop: StopRequest,
+    replica: Replica,
 ) -> Manifest:
     """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
-    plan = settle_plan(store, plan, config.accept_platform)
-    for key, value in fixed_files(plan, decoder, tokenizer).items():
-        store.put_once(key, value)
-    _warn_if_small(store, plan)
-    claims = Claims(store, plan.segment, config.claim_expiry_s)
-    try:
-        _build_pieces(_Job(store=store, plan=plan, rows=rows, decoder=decoder, stop=stop, config=config, claims=claims))
-    finally:
-        claims.close()
-    return by_one_process(store, plan, config, stop, lambda: finish_segment(store, plan))
+    peers = replica.peers
+    with held_together(store, plan, config, peers):
+        plan = settle_together(store, plan, config, peers)
+        if peers.first:
+            for key, value in fixed_files(plan, decoder, tokenizer).items():
+                store.put_once(key, value)
+            _warn_if_small(store, plan)
+        work = {"store": store, "plan": plan, "config": config, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
+        if peers.count > 1:
+            return build_together(Together(**work, replica=replica))
+        claims = Claims(store, plan.segment, config.claim_expiry_s)
+        try:
+            _build_pieces(_Job(**work, stop=replica.stop, claims=claims))
+        finally:
+            claims.close()
+        return by_one_process(store, plan, config, replica.stop, lambda: finish_segment(store, plan))
 
 
 def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
@@ -237,12 +268,15 @@ def config_differences(plan: Plan, config: BuildConfig) -> dict[str, str]:
     """Field -> what the plan's config and this one say, where that decides what is recorded; places do not."""
     now = config.model_dump(mode="json")
     facts = {}
-    for name in now.keys() - OF_ONE_RUN:
-        then = plan.config.get(name)
+    known = (
+        now.keys() | plan.config.keys()
+    ) & BuildConfig.model_fields.keys()  # some are written only where they are set
+    for name in known - OF_ONE_RUN:
+        then, here = plan.config.get(name), now.get(name)
         if name == "data":
-            then, now[name] = _row_settings(then or {}), _row_settings(now[name])
-        if then != now[name]:
-            facts[name] = f"there {then!r}, here {now[name]!r}"
+            then, here = _row_settings(then or {}), _row_settings(here or {})
+        if then != here:
+            facts[name] = f"there {then!r}, here {here!r}"
     return dict(sorted(facts.items()))
 
 
@@ -266,19 +300,20 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
 
 def _build_pieces(job: _Job) -> None:
     """Run the teacher over every piece that nobody has committed, and see all of them committed."""
-    numerics = describe_numerics(job.plan.numerics.dtype, job.plan.taps)
+    numerics = describe_numerics(job.plan.numerics.dtype, job.plan.taps, mesh_sizes(job.mesh))
     other = numerics if numerics != job.plan.numerics else None
     work_through(job, "build", other, lambda batches, writer, bar: record_batches(job, batches, writer, bar))
 
 
 def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
     """Run the teacher over `(first row, rows)` batches and hand all of them to the writer, which is closed."""
-    record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan))
+    record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
+    sharding = None if job.mesh is None else rows_sharding(job.mesh)
     try:
         waiting: tuple[int, list[Row], Recording] | None = None
         for first, rows in batches:
             arrays = teacher_batch(rows, job.plan.batch_rows, job.plan.rows.row_tokens)
-            recording = record(parameters, *map(jnp.asarray, arrays))  # returns before it is computed
+            recording = record(parameters, *(put(array, sharding) for array in arrays))  # returns before it is computed
             if waiting is not None:
                 keep_batch(job.plan, writer, bar, *waiting)
             waiting = (first, rows, recording)

@@ -14,9 +14,10 @@ from cache_builder.finish import tidy
 from cache_builder.pieces import RowSource
 from cache_builder.plan import chosen_taps, make_plan, plan_differences
 from cache_builder.prepare import open_rows
+from cache_builder.replica import open_replica
 from cache_builder.text_digest import inputs_digest
-from models.checkpoint import load_pretrained, weights_digest
-from models.describe import COMPRESSING_LIBRARY, describe_rows, describe_teacher
+from models.checkpoint import weights_digest
+from models.describe import COMPRESSING_LIBRARY, describe_rows
 from models.tokenizer import TextTokenizer
 from schemas import layout
 from schemas.addressing import CODEC_FIELDS, RowGroup, row_groups
@@ -25,7 +26,6 @@ from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
 from schemas.rows import Row
 from schemas.segment import Segment, open_cache, read_plan, segment_name
-from schemas.signals import watch_for_stop
 from schemas.storage import Store
 from schemas.tap_plan import with_slots
 
@@ -49,26 +49,27 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
     model, groups = checked_model(config, tokenizer), row_groups(open_cache(store))
     segment = segment_name(len(manifest.segments))
     _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
-    with watch_for_stop() as stop:
-        store.clear_stale_locks()
-        with _naming_unfinished(store, segment):
-            addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
-        if not addition.taps:
-            return manifest
-        decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
+    store.clear_stale_locks()
+    with _naming_unfinished(store, segment):
+        addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
+    if not addition.taps:
+        return manifest
+    with open_replica(config) as replica:
+        decoder = replica.load(config)
         plan = make_plan(
             config,
             segment,
             model,
-            describe_teacher(config.teacher.path, model),
+            replica.describe_teacher(config.teacher.path, model),
             addition.plan,
             str(decoder.embed[...].dtype),
             rows_of=addition.rows_of,
             taps=addition.taps,
+            processes=replica.peers.count,
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
         with _naming_unfinished(store, segment):
-            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, stop)
+            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
 
 
 @contextmanager

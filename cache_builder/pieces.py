@@ -246,14 +246,16 @@ def keep_batch(
     sums = {name: type(tap)(*(np.asarray(value) for value in tap)) for name, tap in recording.sums.items()}
     for tap in plan.taps:
         _raise_if_nonfinite(plan, tap.name, tap.slots, np.asarray(sums[tap.name].nonfinite)[: len(rows)], first)
-    for start in range(0, len(rows), plan.shard_rows):
-        part = slice(start, min(start + plan.shard_rows, len(rows)))
+    start = 0
+    while start < len(rows):
+        part = slice(start, min(start + plan.shard_rows - (first + start) % plan.shard_rows, len(rows)))
         writer.add(
             (first + start) // plan.shard_rows,
             rows[part],
             {array: values[part] for array, values in codes.items()},
             {name: type(tap)(*(value[part] for value in tap)) for name, tap in sums.items()},
         )
+        start = part.stop
     bar.advance(len(rows) * plan.rows.row_tokens)
 
 

@@ -27,12 +27,14 @@ def make_plan(
     dtype: str,
     rows_of: str | None = None,
     taps: Sequence[TapPlan] | None = None,
+    processes: int = 1,
 ) -> Plan:
     """The plan of a segment. Pure but for the machine's platform, versions, name and clock.
 
     Args:
         rows_of: the segment whose rows they are, if another one's.
         taps: what to record, as `chosen_taps` gives it; default: all that the config asks for.
+        processes: over which one replica of the teacher lies.
 
     Raises:
         ConfigError: the config asks for blocks, sizes or taps that cannot be.
@@ -50,7 +52,9 @@ def make_plan(
         blocks=blocks,
         batch_rows=config.batch_rows,
         shard_rows=shard_rows,
-        numerics=describe_numerics(dtype, taps),
+        numerics=describe_numerics(
+            dtype, taps, config.mesh.teacher_axes, counted_processes(config, processes, shard_rows)
+        ),
         config=config.model_dump(mode="json"),
         created={
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,6 +62,13 @@ def make_plan(
             "distillcache": version("distillcache"),
         },
     )
+
+
+def counted_processes(config: BuildConfig, processes: int, shard_rows: int) -> int:
+    """The processes over which a replica lies, if the bits may depend on their number; 1 if not."""
+    sums_more_than_two = max(config.mesh.tensor, config.mesh.expert) > 2  # two are the same in any order
+    in_order = config.batch_rows // processes % shard_rows == 0
+    return processes if sums_more_than_two or not in_order else 1
 
 
 def chosen_taps(config: BuildConfig, model: ModelConfig) -> list[TapPlan]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
+from jax.sharding import Mesh
+
 from cache_builder.build import OF_ONE_RUN, Work, config_differences, open_or_prepare, record_batches
 from cache_builder.check import check_cache
 from cache_builder.finding import Finding
@@ -29,14 +31,15 @@ from cache_builder.text_digest import inputs_digest
 from models.checkpoint import load_pretrained, weights_digest
 from models.decoder import Decoder
 from models.describe import describe_rows
+from models.sharding import make_mesh
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
-from schemas.config import BuildConfig, DataConfig
+from schemas.config import BuildConfig, DataConfig, TeacherMeshConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
-from schemas.segment import read_plan, segment_name
+from schemas.segment import look_again, read_plan, segment_name
 from schemas.settings import merge, validate
 from schemas.signals import watch_for_stop
 from schemas.storage import LOCK_SUFFIX, Store, use
@@ -62,7 +65,7 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
         plans.append(plan)
         number += 1
     if not plans:
-        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     built = [plan for plan in plans if plan.copied_from is None]
     if not built:
         raise _is_a_copy(store, plans[0])
@@ -224,8 +227,8 @@ class _Teacher:
                 "name the same weights with --teacher.path",
             )
 
-    def _load_decoder(self, dtype: str) -> Decoder:
-        return load_pretrained(self.config.teacher.path, dtype=dtype)
+    def _load_decoder(self, dtype: str, mesh: Mesh | None) -> Decoder:
+        return load_pretrained(self.config.teacher.path, dtype=dtype, mesh=mesh)
 
     def _load_tokenizer(self, path: str, eos_token: str | None) -> TextTokenizer:
         return load_tokenizer(path, eos_token=eos_token)
@@ -250,7 +253,12 @@ class _FromTeacher:
     @property
     def _decoder(self) -> Decoder:
         self.teacher.check(self.store, self._plan)
-        return self.teacher.decoder(self._plan.numerics.dtype)
+        return self.teacher.decoder(self._plan.numerics.dtype, self._mesh)
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        """The plan's, of this process's devices."""
+        return make_mesh(TeacherMeshConfig.of_axes(self._plan.numerics.mesh))
 
     @property
     def _tokenizer(self) -> TextTokenizer:
@@ -287,7 +295,9 @@ class _FromTeacher:
 
     def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Run the teacher over these batches."""
-        work = Work(store=job.store, plan=job.plan, rows=job.rows, stop=job.stop, decoder=self._decoder)
+        work = Work(
+            store=job.store, plan=job.plan, rows=job.rows, stop=job.stop, decoder=self._decoder, mesh=self._mesh
+        )
         record_batches(work, batches, writer, bar)
 
 

@@ -6,6 +6,8 @@ decoder.py      the decoder: stacked parameters, scanned blocks, taps
 routing.py      which experts a token goes to, and balancing their load
 experts.py      how experts are computed
 recorder.py     the jitted teacher forward that returns encoded taps
+sharding.py     where parameters and rows lie on a mesh of devices
+recording_mesh.py  a teacher on a mesh, and how what it records is dealt out
 surgery.py      students cut out of teachers
 checkpoint.py   load_pretrained
 export.py       save_pretrained

@@ -12,9 +12,11 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -24,6 +26,7 @@ from models.ggufs import GgufSource, config_from_gguf, is_gguf, open_gguf
 from models.hf_files import SafetensorsSource, read_json
 from models.identity import CONFIG, locate_checkpoint
 from models.identity import weights_digest as weights_digest
+from models.sharding import box_of, parameter_sharding
 from models.tensors import ROUTER_BIAS_FILE, Layout, TensorSlot, TensorSource, some, tensor_slots
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
@@ -33,13 +36,17 @@ FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def load_pretrained(path: str | os.PathLike[str] | ObjectPath, dtype: jnp.dtype | str | None = None) -> Decoder:
+def load_pretrained(
+    path: str | os.PathLike[str] | ObjectPath, dtype: jnp.dtype | str | None = None, mesh: Mesh | None = None
+) -> Decoder:
     """The decoder of a checkpoint.
 
     Args:
         path: an HF directory (config.json and safetensors) or a .gguf file: a local path or a URL.
         dtype: of the parameters. None: the narrowest that holds all the checkpoint's tensors without rounding;
             a quantised GGUF gives float32.
+        mesh: where its parameters are put (sharding.py); a process loads what its own devices hold, and of a tensor of
+            which they hold nothing it reads nothing. None: one device.
     """
     where = locate_checkpoint(path)
     source: TensorSource
@@ -52,7 +59,7 @@ def load_pretrained(path: str | os.PathLike[str] | ObjectPath, dtype: jnp.dtype 
         source = SafetensorsSource(where)
     try:
         own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config)
-        return fill_decoder(config, source, own)
+        return fill_decoder(config, source, own, mesh)
     finally:
         source.close()
 
@@ -77,7 +84,7 @@ def _config_of_directory(directory: Place) -> ModelConfig:
     return replace(config, moe=replace(config.moe, bias=True))
 
 
-def fill_decoder(config: ModelConfig, source: TensorSource, dtype: jnp.dtype) -> Decoder:
+def fill_decoder(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None = None) -> Decoder:
     """A decoder with the parameters of `source`, one stacked parameter at a time."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
     parameters = dict(nnx.to_flat_state(abstract))
@@ -86,18 +93,52 @@ def fill_decoder(config: ModelConfig, source: TensorSource, dtype: jnp.dtype) ->
         slots[slot.path].append(slot)
     shapes = {path: value.shape for path, value in parameters.items()}
     _check_tensors(config, layout, source, shapes, slots)
+    boxes = {path: _boxes(path, value, mesh) for path, value in parameters.items()}
+    slots = {path: [slot for slot in slots[path] if _is_held(slot, boxes[path])] for path in parameters}
     source.announce([slot.name for path in parameters for slot in slots[path]])
-    filled = [(path, value.replace(_fill(slots[path], value, source))) for path, value in parameters.items()]
+    filled = [
+        (path, value.replace(_fill(slots[path], path, value, source, mesh, boxes[path])))
+        for path, value in parameters.items()
+    ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _fill(slots: list[TensorSlot], like: Any, source: TensorSource) -> jnp.ndarray:
-    """One parameter, stacked over its repeats where it has any. Its own dtype: a router's bias is always float32."""
-    out = np.zeros(like.shape, like.dtype)
+Box = tuple[slice, ...]
+
+
+def _boxes(path: tuple[Any, ...], like: Any, mesh: Mesh | None) -> list[Box]:
+    """The parts of a parameter that this process's devices hold, each once."""
+    if mesh is None:
+        return [tuple(slice(0, size) for size in like.shape)]
+    sharding = parameter_sharding(mesh, "/".join(map(str, path)), like.shape)
+    found = sharding.addressable_devices_indices_map(like.shape).values()
+    return list({str(box): box for box in (box_of(index, like.shape) for index in found)}.values())
+
+
+def _is_held(slot: TensorSlot, boxes: list[Box]) -> bool:
+    """Whether a tensor's place on the leading axes is in one of these."""
+    return any(all(cut.start <= at < cut.stop for at, cut in zip(slot.index, box, strict=False)) for box in boxes)
+
+
+def _fill(
+    slots: list[TensorSlot], path: tuple[Any, ...], like: Any, source: TensorSource, mesh: Mesh | None, boxes: list[Box]
+) -> jnp.ndarray:
+    """One parameter, stacked over its repeats where it has any. Its own dtype: a router's bias is always float32.
+
+    On the host are the parts of this process's devices, and one tensor at a time.
+    """
+    parts = {str(box): np.zeros([cut.stop - cut.start for cut in box], like.dtype) for box in boxes}
     for slot in slots:
-        place = out[slot.index]
-        place[...] = slot.load(source.read(slot.name), place.shape)
-    return jnp.asarray(out)
+        leading = len(slot.index)
+        tensor = slot.load(source.read(slot.name), like.shape[leading:])
+        for box in boxes:
+            if _is_held(slot, [box]):
+                place = tuple(at - cut.start for at, cut in zip(slot.index, box, strict=False))
+                parts[str(box)][place] = tensor[box[leading:]]
+    if mesh is None:
+        return jnp.asarray(parts[str(boxes[0])])
+    sharding = parameter_sharding(mesh, "/".join(map(str, path)), like.shape)
+    return jax.make_array_from_callback(like.shape, sharding, lambda index: parts[str(box_of(index, like.shape))])
 
 
 def _check_tensors(

@@ -278,7 +278,7 @@ class Group(nnx.Module):
 
 
 type_of_emit = Callable[[Any, BlockOutput, Array], tuple[Any, Any]]
-Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
+BodyWrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Decoder(nnx.Module):
@@ -333,9 +333,12 @@ class Decoder(nnx.Module):
 
     def logits(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits from the stream that leaves the last block."""
-        x = rms_norm(resid, self.final_norm[...], self.config.norm_eps)
-        head = self.embed[...].T if self.config.tie_embeddings else self.head[...]
-        return x @ (_normed_head(head) if self.config.norm_head else head)
+        return logits_of(self.config, self.final_norm[...], self.head_matrix, resid)
+
+    @property
+    def head_matrix(self) -> Float[Array, "D V"]:
+        """What the last norm's output is multiplied with."""
+        return self.embed[...].T if self.config.tie_embeddings else self.head[...]
 
     def scan_blocks(
         self,
@@ -345,7 +348,7 @@ class Decoder(nnx.Module):
         carry: Any,
         *,
         skip_last_mlp: bool = False,
-        remat: Remat | None = None,
+        wrap: BodyWrap | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Run every block on the stream of the one before it.
 
@@ -355,7 +358,8 @@ class Decoder(nnx.Module):
                 in the form in which it is kept, so that no wider stack ever exists.
             carry: what `emit` hands on from block to block.
             skip_last_mlp: leave out the last block's MLP; its `mlp_out` is zeros.
-            remat: wraps the scan's body, to have the backward pass compute some of it again.
+            wrap: around the scan's body, `((x, carry), (a repeat's parameters, l)) -> ...`: to have the backward pass
+                compute some of it again, or to say where on a mesh these lie.
 
         Returns:
             the stream that leaves the last block, the last carry, and the `y` of all blocks stacked on axis 0; where
@@ -395,10 +399,17 @@ class Decoder(nnx.Module):
                 return (x, carry), tuple(outputs)
 
             firsts = start + size * jnp.arange(group.repeats)
-            (x, carry), ys = jax.lax.scan(remat(body) if remat else body, (x, carry), (parameters, firsts))
+            (x, carry), ys = jax.lax.scan(wrap(body) if wrap else body, (x, carry), (parameters, firsts))
             stacks.append(ys)
             start += size * group.repeats
         return x, carry, _in_block_order(stacks)
+
+
+def logits_of(
+    config: ModelConfig, norm: Float[Array, "D"], head: Float[Array, "D V"], resid: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Next-token logits of a stream by the last norm's weights and the head."""
+    return rms_norm(resid, norm, config.norm_eps) @ (_normed_head(head) if config.norm_head else head)
 
 
 def _normed_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:

@@ -58,14 +58,21 @@ def describe_rows(rows: RowReader) -> RowsPlan:
     )
 
 
-def describe_numerics(dtype: str, taps: Sequence[TapPlan]) -> NumericsPlan:
-    """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it."""
+def describe_numerics(
+    dtype: str, taps: Sequence[TapPlan], mesh: tuple[int, ...] = (1,), processes: int = 1
+) -> NumericsPlan:
+    """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it.
+
+    Args:
+        mesh, processes: as of `NumericsPlan`.
+    """
     device = jax.devices()[0]
     kind = f"cpu:{platform.machine()}" if device.platform == "cpu" else device.device_kind
     return NumericsPlan(
         dtype=dtype,
         attention="xla",
-        mesh=(1,),
+        mesh=mesh,
+        processes=processes,
         platform=kind,
         versions={name: version(name) for name in NUMERIC_LIBRARIES} | compressor_version(taps),
     )

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from models.decoder import BlockOutput, Decoder
+from models.recording_mesh import RecordingMesh
 from models.routing import RouterSums, router_sums
 from models.topk import topk_logits
 from schemas.codecs import Codec
@@ -39,8 +41,8 @@ class Recording(NamedTuple):
     block that was left out.
     """
 
-    codes: dict[str, dict[str, Array]]
-    sums: dict[str, SlotSums]
+    codes: Mapping[str, Mapping[str, Array | np.ndarray]]
+    sums: Mapping[str, SlotSums]
     router: RouterSums | None = None
 
 
@@ -83,14 +85,31 @@ class _TapRecorder:
         return _TapState(codes, sums, carry)
 
 
+def _placed(state: _TapState, places: RecordingMesh | None) -> _TapState:
+    """The state with each device's part of it on that device, from block to block."""
+    if places is None:
+        return state
+    return _TapState(
+        {part: places.stacks(codes) for part, codes in state.codes.items()},
+        SlotSums(*map(places.sums, state.sums)),
+        jax.tree.map(places.values, state.carry),
+    )
+
+
 RecordFunction = Callable[[Any, Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]], Recording]
 
 
-def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tuple[RecordFunction, Any]:
+def make_recorder(
+    decoder: Decoder, taps: Sequence[TapPlan], signs: Signs, mesh: Mesh | None = None
+) -> tuple[RecordFunction, Any]:
     """The jitted recorder of these taps, and the parameters to call it with: `record(parameters, tokens, positions,
     segment_ids) -> Recording`.
 
     The parameters are an argument, not a constant of the jit: a constant would be folded into the program.
+
+    Args:
+        mesh: where the decoder's parameters lie; the recording is then dealt out over it (recording_mesh.py), and says
+            nothing of the routing.
     """
     graph, parameters = nnx.split(decoder)
     num_blocks = decoder.config.num_blocks
@@ -99,53 +118,67 @@ def make_recorder(decoder: Decoder, taps: Sequence[TapPlan], signs: Signs) -> tu
     }
     topk = next((tap for tap in taps if tap.name == TOPK_LOGITS), None)
 
-    @jax.jit
     def record(
         parameters: Any, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Recording:
         """The encoded taps of a batch."""
-        model = nnx.merge(graph, parameters)
-        real = segment_ids > 0
         batch, row_tokens = tokens.shape
+        places = None if mesh is None else RecordingMesh.of(mesh, batch, row_tokens)
+        own = (lambda x: x) if places is None else places.own
+        model = nnx.merge(graph, parameters if places is None else places.gathered(parameters))
+        real = own(segment_ids > 0)
 
         skips = not _last_mlp_needed(taps, num_blocks)
 
         def emit(states: dict[str, _TapState], out: BlockOutput, block: Array) -> tuple[dict[str, _TapState], Any]:
             recorded = {
-                name: recorder.put(states[name], getattr(out, name), block, real)
+                name: _placed(recorder.put(states[name], own(getattr(out, name)), block, real), places)
                 for name, recorder in recorders.items()
             }
-            if out.router is None:
+            if out.router is None or places is not None:
                 return recorded, {}
             ran = real & (block < num_blocks - 1) if skips else real
             return recorded, {"router": jax.vmap(router_sums)(out.router, ran)}
 
         last, states, kept = model.scan_blocks(
-            model.embed_tokens(tokens),
+            model.embed_tokens(tokens) if places is None else places.stream(model.embed_tokens(tokens)),
             model.context(positions, segment_ids),
             emit,
             {
-                name: recorder.start(batch, row_tokens, decoder.config.hidden_size)
+                name: _placed(recorder.start(batch, row_tokens, decoder.config.hidden_size), places)
                 for name, recorder in recorders.items()
             },
             skip_last_mlp=skips,
+            wrap=None if places is None else places.of_blocks,
         )
         if "resid" in recorders:
-            states["resid"] = recorders["resid"].put(states["resid"], last, jnp.asarray(num_blocks), real)
+            found = recorders["resid"].put(states["resid"], own(last), jnp.asarray(num_blocks), real)
+            states["resid"] = _placed(found, places)
         codes = {name: state.codes for name, state in states.items()}
         sums = {name: state.sums for name, state in states.items()}
         if topk is not None:
-            codes[TOPK_LOGITS], sums[TOPK_LOGITS] = _record_topk(model, topk, last, real)
+            codes[TOPK_LOGITS], sums[TOPK_LOGITS] = _record_topk(model, topk, own(last), real, places)
         return Recording(codes, sums, kept.get("router"))
 
-    return record, parameters
+    if mesh is None:
+        return jax.jit(record), parameters
+
+    def on_mesh(*args: Any) -> Recording:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # experts are split by it (experts.py)
+            return record(*args)
+
+    return jax.jit(on_mesh), parameters
 
 
 def _record_topk(
-    decoder: Decoder, tap: TapPlan, stream: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    decoder: Decoder,
+    tap: TapPlan,
+    stream: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    places: RecordingMesh | None,
 ) -> tuple[dict[str, Array], SlotSums]:
     """The encoded logits of the stream that leaves the last block, and the statistics of their values; one slot."""
-    found = topk_logits(decoder, stream, tap.numbers_per_token(decoder.config.hidden_size))
+    found = topk_logits(decoder, stream, tap.numbers_per_token(decoder.config.hidden_size), places)
     parts = tap_codec(tap, {}).encode(found)  # type: ignore[arg-type]
     return {name: part[:, None] for name, part in parts.items()}, SlotSums(
         *(value[:, None] for value in slot_sums(found.values, real))

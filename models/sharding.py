@@ -125,6 +125,11 @@ def rows_held(mesh: Mesh | None, batch_rows: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def box_of(index: tuple[slice, ...] | None, shape: Sequence[int]) -> tuple[slice, ...]:
+    """What a sharding says of a device's part of an array of this shape, with starts and stops as numbers."""
+    return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), shape, strict=True))
+
+
 def _axes(mesh: Mesh, name: str, inner: Sequence[int]) -> list[str | None]:
     """The mesh axis of every axis of a parameter, without its repeats."""
     found = [suffix for suffix in RULES if name == suffix or name.endswith("/" + suffix)]

@@ -15,6 +15,7 @@ from schemas.teacher_config import OnlineConfig as OnlineConfig
 from schemas.teacher_config import TapConfig as TapConfig
 from schemas.teacher_config import TapsConfig as TapsConfig
 from schemas.teacher_config import TeacherConfig as TeacherConfig
+from schemas.teacher_config import TeacherMeshConfig as TeacherMeshConfig
 from schemas.teacher_config import TopKConfig as TopKConfig
 from schemas.train_config import SurgeryOp
 from schemas.train_config import TrainConfig as TrainConfig
@@ -57,7 +58,7 @@ class DataConfig(Config):
 
 
 class PrepareConfig(Config):
-    """Text in, packed rows out; a bare `--` and Apache Beam's options behind it make it a pipeline."""
+    """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
 
     out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
     data: DataConfig
@@ -99,8 +100,28 @@ class BuildConfig(Config):
     claim_expiry_s: float = Field(
         default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
     )  # four missed heartbeats
+    mesh: TeacherMeshConfig = Field(
+        default=TeacherMeshConfig(),
+        exclude_if=lambda value: value == TeacherMeshConfig(),  # plans from before there were meshes are the same bytes
+        description="devices of one replica of the teacher, by axis",
+    )
+    replica: Literal["process", "job"] = Field(
+        default="process",
+        description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
+        "teacher lies over the devices of all processes, which work in lock-step",
+    )  # independent processes survive each other; a job is for teachers that are larger than a host
     process_id: int = Field(default=0, ge=0, description="this process's number, where several build one cache")
-    num_processes: Positive = Field(default=1, description="how many processes build this cache")
+    num_processes: Positive = Field(
+        default=1, description="how many processes build this cache; replica: job on a cluster: as that says"
+    )
+    coordinator: str | None = Field(
+        default=None,
+        description="replica: job: HOST:PORT of process 0; default: as Cloud TPU, GKE, Slurm or Open MPI say; "
+        "none: alone, whatever they say",
+    )
+    timeout_s: Positive = Field(
+        default=60, description="replica: job: a process that is silent for so long is dead, and ends the others"
+    )  # as in training
     accept_platform: bool = Field(
         default=False, description="go on although the platform or library versions differ from the plan's"
     )  # other versions may give other bits

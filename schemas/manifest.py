@@ -89,11 +89,17 @@ class TeacherPlan(Config):
 
 
 class NumericsPlan(Config):
-    """What pins the teacher's bits: XLA's results depend on all of these and on the plan's batch_rows."""
+    """What pins the teacher's bits: XLA's results depend on all of these and on the plan's batch_rows.
+
+    mesh: devices along data, fsdp, tensor and expert; (1,) for a single one. processes: over how many the mesh lies,
+    where that counts: more than two partial sums are added across devices, in the order of the collectives in use, or
+    shards are larger than a process's part of a call, so that the rows of a call are not consecutive (lockstep.py).
+    """
 
     dtype: str
     attention: str
     mesh: tuple[int, ...]
+    processes: int = Field(default=1, exclude_if=lambda value: value == 1)
     platform: str
     versions: dict[str, str]
 

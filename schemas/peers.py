@@ -68,17 +68,19 @@ class Peers:
         return self.number == 0
 
     def meet(self, name: str) -> None:
-        """Return when all processes have come to the point of this name."""
+        """Return when all processes have come to the point of this name, however long the slowest takes.
+
+        Args:
+            name: not used for anything else among these processes.
+        """
         if self.count > 1:
-            multihost_utils.sync_global_devices(name)
+            _client().wait_at_barrier(f"distillcache/{self.attempt}/{name}", WAIT_MS)
 
     def share(self, name: str, say: Callable[[], bytes]) -> bytes:
         """What `say` gives in the first process; the others wait for it, however long that takes.
 
-        Not by a collective: these give up after half a minute where CPUs are the devices.
-
         Args:
-            name: not used for anything else in this run of the processes.
+            name: as in `meet`.
         """
         if self.count == 1:
             return say()
@@ -93,11 +95,6 @@ class Peers:
             except Exception as error:  # its errors have no class of their own
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-
-    def wait_for_all(self, name: str) -> None:
-        """`meet`, however long the slowest takes; `name` as in `share`."""
-        if self.count > 1:
-            _client().wait_at_barrier(f"distillcache/{self.attempt}/{name}", WAIT_MS)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum over all processes, float64 like `values`; each adds in the same order."""

@@ -261,8 +261,14 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
         return finished
     plan = read_plan(store, segment_name(len(finished)))
     if plan is None and not finished:
-        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     return finished if plan is None else [*finished, Segment(store, plan, None)]
+
+
+def look_again(store: Store) -> str:
+    """What to do where there is no cache: to a reader, a bucket that is not there looks like an empty one."""
+    place = "the path and the bucket's name" if store.is_bucket else "the path"
+    return f"check {place}, or build it first"
 
 
 def segment_name(number: int) -> str:
@@ -276,7 +282,7 @@ def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
         raise InputError(
             "the cache is not finished" if unfinished else "there is no cache here",
             {"cache": store.url, "missing": layout.MANIFEST},
-            "run the same `distillcache build` again" if unfinished else "check the path, or build it first",
+            "run the same `distillcache build` again" if unfinished else look_again(store),
         )
     segments = []
     for entry in manifest.segments:

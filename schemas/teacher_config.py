@@ -27,6 +27,11 @@ class TeacherMeshConfig(Config):
         sizes = (self.data, self.fsdp, self.tensor, self.expert)
         return sizes if max(sizes) > 1 else (1,)
 
+    @classmethod
+    def of_axes(cls, sizes: tuple[int, ...]) -> "TeacherMeshConfig":
+        """The reverse of `teacher_axes`."""
+        return cls(**dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=False)))
+
 
 class TapConfig(Config):
     codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
