@@ -8,6 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
+# Two workers that keep neighbouring tests together: fixtures and compiled programs of a file are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow chaos check install clean
 
@@ -31,10 +33,10 @@ demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120
