@@ -22,6 +22,12 @@ COMMANDS = {
     "plan": ("tools.plan", "run", "what a build would take, before anything is written"),
     "copy": ("tools.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
     "inspect": ("tools.inspect", "run", "what a cache holds"),
+    "report": ("tools.report", "run", "a cache or a run as one HTML file: tables, curves, heat maps"),
+    "show": ("tools.show", "run", "one row: text, documents, masks, and what every block made of each token"),
+    "stats": ("tools.stats", "run", "rms, kurtosis, outlier dimensions and rank of a sample, by block"),
+    "fidelity": ("tools.fidelity", "run", "rows through the live teacher, next to what the cache decodes to"),
+    "diff": ("tools.diff", "run", "two caches or two runs, and what is not the same"),
+    "export-samples": ("tools.export_samples", "run", "some rows with decoded taps, as safetensors or npz"),
     "bench": ("tools.bench", "run", "speed against this machine's limits and other formats; what codecs keep"),
     "verify": ("tools.verify", "run", "every byte of a cache against what was committed"),
 }

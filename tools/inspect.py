@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from schemas import layout, settings
@@ -19,6 +20,7 @@ from schemas.config import InspectConfig
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from schemas.segment import Segment, open_cache
 from schemas.storage import Store, use
+from tools.inspect_warnings import find_warnings
 
 SAMPLED_SHARDS = 64  # whose sizes are looked up, evenly drawn: a large cache has hundreds of thousands
 
@@ -75,6 +77,7 @@ def describe_cache(store: Store) -> dict[str, Any]:
             for stats in [_read_stats(segment)]
             for tap in segment.plan.taps
         ],
+        "warnings": find_warnings(segments),
     }
 
 
@@ -219,3 +222,5 @@ def _print(found: dict[str, Any]) -> None:
             )
     console.print()
     console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)

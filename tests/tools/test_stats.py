@@ -1,0 +1,75 @@
+"""`distillcache stats`: figures against NumPy's own, over rows read one by one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tools.planting import in_every_row, plant
+from tools.cli import main
+from tools.stats import SlotStats
+from tools.stored_rows import StoredRows
+
+
+def stats(cache: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    assert not main(["stats", str(cache), "--json", *flags])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_figures_are_those_of_all_tokens_at_once(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = stats(cache, capsys, "--rows", "5", "--out", str(tmp_path / "d.npz"))
+    rows = StoredRows(str(cache))
+    for entry in found["slots"]:
+        tokens = np.concatenate(
+            [
+                dict(rows.slots(number, entry["tap"]))[entry["slot"]][rows.row(number).segment_ids > 0]
+                for number in found["rows"]
+            ]
+        ).astype(np.float64)
+        assert len(tokens) == found["tokens"]
+        assert entry["rms"] == pytest.approx(np.sqrt(np.square(tokens).mean()))
+        assert entry["kurtosis"] == pytest.approx(kurtosis(tokens))
+        assert entry["abs_max"] == pytest.approx(np.abs(tokens).max())
+    with np.load(tmp_path / "d.npz") as arrays:
+        assert arrays["resid.rms"].shape == (4, 24)
+        np.testing.assert_allclose(arrays["attn_out.rms"][2], np.sqrt(np.square(tokens).mean(0)), rtol=1e-5)
+
+
+def kurtosis(values: np.ndarray) -> float:
+    return float((values**4).mean() / np.square(np.square(values).mean()))
+
+
+def test_the_effective_rank_of_known_numbers() -> None:
+    rng = np.random.default_rng(0)
+    plain, flat = SlotStats(), SlotStats()
+    plain.add(rng.normal(size=(4000, 8)).astype(np.float32), 4000)
+    flat.add((rng.normal(size=(4000, 2)) @ rng.normal(size=(2, 8))).astype(np.float32), 4000)
+    assert plain.effective_rank() == pytest.approx(8, abs=0.05)
+    assert 1 < flat.effective_rank() < 2.01
+
+
+def test_outliers_dead_dimensions_and_nans(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(values: np.ndarray) -> np.ndarray:
+        values[:, 1, :, 7] *= 50
+        values[:, 1, :, 3] = 0
+        values[:, 2, 0, 0] = np.nan
+        return values
+
+    planted = plant(cache, tmp_path / "c", in_every_row("attn_out", spoil))
+    found = stats(planted, capsys, "--taps", "[attn_out]", "--blocks", "[1, 2]", "--rows", "4")
+    one, two = found["slots"]
+    assert [at for at, _ in one["outlier_dimensions"]] == [7]
+    assert one["dead_dimensions"] == 1
+    assert two["nonfinite"] == 4
+    assert not main(["stats", str(planted), "--rows", "2"])
+    assert "2 not finite" in capsys.readouterr().out
+
+
+def test_what_is_not_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(cache), "--taps", "[mlp_out]"]) == 2
+    assert main(["stats", str(cache), "--blocks", "[9]"]) == 2
+    assert "does not hold these" in capsys.readouterr().err

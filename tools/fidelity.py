@@ -1,0 +1,299 @@
+"""`distillcache fidelity`: a sample of rows through the live teacher, next to what the cache decodes to.
+
+Exit code 0: the cache is what its codecs make of this teacher. 2: it is not, or they lose much; the first line says
+what it looks like, and why.
+"""
+
+import json
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from models.checkpoint import read_config
+from schemas import layout, settings
+from schemas.canonical import read_canonical
+from schemas.errors import DamageError, InputError
+from schemas.look_config import FidelityConfig
+from schemas.manifest import Plan, Stats
+from schemas.progress import Progress
+from schemas.rows import Row
+from schemas.storage import use
+from tools import fidelity_compare as compare
+from tools import fidelity_rows as texts
+from tools.fidelity_compare import RowMeasure, TapMeasure
+from tools.fidelity_verdict import GAIN, LOSSY, Look, Reference, gravest, judge
+from tools.live_teacher import VARIANTS, LiveTeacher, comparable
+from tools.stored_rows import StoredRows, StoredTap
+
+TRIED_ROWS = 3  # wrong rows for which all variants of the teacher's input are tried; then those that have fitted
+SEEN_TOKENS = 16  # compared with every row of the embedding
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> int:
+    """Print the verdict and the figures as tables or as one JSON object; the exit code."""
+    config = settings.parse(FidelityConfig, argv, command, positional=("cache",))
+    use(config.storage)
+    found = check_fidelity(StoredRows(config.cache), config.teacher, config.rows, config.seed)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(found)
+    return 0 if found["verdict"]["kind"] == "faithful" else 2
+
+
+def check_fidelity(rows: StoredRows, teacher: str | None, count: int, seed: int) -> dict[str, Any]:
+    """The verdict, all findings, and the figures of every tap and slot, as plain values.
+
+    Args:
+        teacher: its checkpoint; None: where the plan says that it was.
+        count: rows to compare.
+
+    Raises:
+        InputError: there is no cache, or no committed row.
+        CheckpointError: there is no usable checkpoint.
+    """
+    plan = rows.plan
+    path = teacher or plan.teacher.path
+    numbers = rows.sample(count, seed)
+    if not numbers:
+        raise InputError(
+            "no row of the cache is committed yet", {"cache": rows.store.url}, "ask again when the build has begun"
+        )
+    misfit = _misfit(path, plan)
+    if misfit is not None:
+        return _report(rows, path, [], gravest([misfit]))
+    names = [name for name in rows.tap_names(numbers[0]) if comparable(name)]
+    live = LiveTeacher(path, plan.numerics.dtype, names)
+    return compare_rows(rows, live, numbers)
+
+
+def compare_rows(rows: StoredRows, live: LiveTeacher, numbers: Sequence[int]) -> dict[str, Any]:
+    """`check_fidelity` of these rows, with a teacher that is loaded already."""
+    tokenizers = texts.open_texts(rows.store, rows.plan, live.path)
+    padding = texts.padding_ids(tokenizers.of_cache)
+    measured: list[RowMeasure] = []
+    looks: list[Look] = [*_statistics(rows)]
+    codecs: dict[str, Look] = {}
+    with Progress("fidelity", len(numbers), unit="rows") as bar:
+        for number in numbers:
+            bar.advance()
+            try:
+                row = rows.row(number)
+                looks += _row_looks(number, row, tokenizers, padding)
+                measure, lossy = _measure(rows, live, number, row, _variants(measured), codecs.keys())
+                measured.append(measure)
+                codecs |= lossy
+            except DamageError as error:
+                looks.append(_damage(number, error))
+    looks += judge(measured, Reference("the teacher", live.path, live.digest, rows.plan.teacher.weights_digest))
+    return _report(rows, live.path, measured, gravest([*_once(looks), *codecs.values()]))
+
+
+def _variants(measured: Sequence[RowMeasure]) -> list[str]:
+    """Which variants of the teacher's input to try on the next wrong row: each is another run of the teacher."""
+    wrong = [row for row in measured if row.wrong]
+    return list(VARIANTS) if len(wrong) < TRIED_ROWS else sorted({row.variant for row in wrong} - {""})
+
+
+def _measure(
+    rows: StoredRows, live: LiveTeacher, number: int, row: Row, variants: Sequence[str], known: Container[str]
+) -> tuple[RowMeasure, dict[str, Look]]:
+    """A row's figures, and the taps whose codecs lose much of it, those that are known to left out."""
+    real, own, numerics = row.segment_ids > 0, live.taps(row), rows.plan.numerics
+    noise = compare.teacher_noise(numerics.dtype, numerics.platform, live.platform)
+    _, place = rows.locate(number)
+    taps = [stored for stored in rows.taps(number) if comparable(stored.tap.name)]
+    values = [np.stack([value for _, value in stored.decoded(stored.read(place))]) for stored in taps]
+    teacher = [own[stored.tap.name][list(stored.tap.slots)] for stored in taps]
+    measures = [
+        compare.measure_tap(stored.tap.name, stored.tap.slots, given, there, stored.kept(there), real, noise)
+        for stored, given, there in zip(taps, values, teacher, strict=True)
+    ]
+    found = RowMeasure(number, rows.shard(number), measures)
+    if found.wrong:
+        _explain(found, live, row, taps, values, own, variants)
+    lossy = [
+        _lossy(stored, there, measure, real) for stored, there, measure in zip(taps, teacher, measures, strict=True)
+    ]
+    return found, {stored.tap.name: look for stored, look in zip(taps, lossy, strict=True) if look is not None}
+
+
+def _explain(
+    found: RowMeasure,
+    live: LiveTeacher,
+    row: Row,
+    taps: Sequence[StoredTap],
+    values: Sequence[np.ndarray],
+    own: dict[str, np.ndarray],
+    variants: Sequence[str],
+) -> None:
+    """Try what wrong numbers could be, and keep what fits."""
+    real = row.segment_ids > 0
+    slots = [list(stored.tap.slots) for stored in taps]
+    teacher = [own[stored.tap.name][chosen] for stored, chosen in zip(taps, slots, strict=True)]
+    if all(measure.wrong.mean() > 0.5 for measure in found.taps):
+        found.shift = compare.find_shift(found.taps, values, teacher, real)
+        for name in variants if not found.shift else ():
+            other = live.variant(row, name)
+            there = [other[stored.tap.name][chosen] for stored, chosen in zip(taps, slots, strict=True)]
+            if compare.explains(values, found.taps, there, real):
+                found.variant = name
+                break
+        found.seen = _seen(live, row, taps, values)
+    if not found.shift and not found.variant:
+        for measure, given, stored in zip(found.taps, values, taps, strict=True):
+            found.swapped += compare.find_swaps(measure, given, own[stored.tap.name], real)
+
+
+def _seen(
+    live: LiveTeacher, row: Row, taps: Sequence[StoredTap], values: Sequence[np.ndarray]
+) -> tuple[list[int], list[int], list[float]] | None:
+    """Which tokens the stored stream embeds, at some places; None where slot 0 is not stored."""
+    for stored, given in zip(taps, values, strict=True):
+        if stored.tap.name == "resid" and stored.tap.slots[0] == 0:
+            places = np.flatnonzero(row.segment_ids > 0)[:SEEN_TOKENS]
+            ids, distance = live.seen_tokens(given[0][places])
+            return row.tokens[places].tolist(), ids.tolist(), [float(each) for each in distance]
+    return None
+
+
+def _lossy(stored: StoredTap, teacher: np.ndarray, measure: TapMeasure, real: np.ndarray) -> Look | None:
+    """What the codec alone loses, where that is much, and what would lose less."""
+    worst = float(measure.expected.max())
+    if worst < LOSSY / GAIN:
+        return None
+    place = int(measure.expected.argmax())
+    at = measure.slots[place]
+    evidence = f"{stored.tap.name} in {stored.tap.codec} has an error of {worst:.2g} at slot {at} by the codec alone"
+    rotated, outliers = (
+        compare.rotated_error(stored.tap, teacher, real),
+        compare.outlier_dimensions(teacher[place, real]),
+    )
+    where: dict[str, Any] = {"tap": stored.tap.name, "codec_error": worst, "outlier_dimensions": list(outliers)[:8]}
+    if outliers:
+        words = ", ".join(
+            f"{dimension} ({times:g} times the median)" for dimension, times in list(outliers.items())[:3]
+        )
+        evidence += f"; outlier dimensions {words}"
+    if rotated is not None and float(rotated.max()) * GAIN < worst:
+        where["rotated_error"] = float(rotated.max())
+        evidence += f"; with rotate: true it would be {float(rotated.max()):.2g}"
+    elif worst < LOSSY:
+        return None
+    return Look("lossy-codec", evidence, where)
+
+
+def _misfit(path: str, plan: Plan) -> Look | None:
+    """A teacher that cannot be the cache's by its shape alone."""
+    model = read_config(path)
+    pairs = {
+        "blocks": (model.num_blocks, plan.teacher.num_blocks),
+        "hidden size": (model.hidden_size, plan.teacher.hidden_size),
+        "vocabulary": (model.vocab_size, plan.teacher.vocab_size),
+    }
+    differing = [
+        f"{what} {found}, the cache's teacher had {had}" for what, (found, had) in pairs.items() if found != had
+    ]
+    return Look("other-teacher", f"{path}: {'; '.join(differing)}") if differing else None
+
+
+def _row_looks(number: int, row: Row, tokenizers: texts.Texts, padding: set[int]) -> Iterator[Look]:
+    kinds = {"padding": "padding-as-text", "positions": "padding-as-text"}
+    for kind, evidence in texts.row_faults(row, sorted(padding)):
+        yield Look(kinds[kind], f"row {number}: {evidence}", {"rows": [number]})
+    words = texts.other_words(tokenizers, row)
+    if words is not None:
+        spelled = f"row {number} reads {words['by_the_cache']!r} by the cache's tokenizer"
+        yield Look(
+            "wrong-tokenizer", f"{spelled}, {words['by_the_teacher']!r} by the teacher's", {"rows": [number], **words}
+        )
+
+
+def _statistics(rows: StoredRows) -> Iterator[Look]:
+    for segment in rows.segments:
+        key = f"{layout.segment_prefix(segment.plan.segment)}/stats.json"
+        stats = read_canonical(rows.store, key, Stats) if segment.committed is None else None
+        evidence = "" if stats is None else texts.counted_padding(segment.plan, stats)
+        if evidence:
+            yield Look("padding-as-text", evidence, {"segment": segment.plan.segment})
+
+
+def _damage(number: int, error: DamageError) -> Look:
+    facts = error.facts
+    found = str(facts.get("found", ""))
+    kind = {"truncated": "truncated-object", "stale": "stale-shard"}.get(found, "damaged-object")
+    detail = facts.get("detail", error.what)
+    where = {"rows": [number], "file": str(facts.get("file", "")), "shard": facts.get("shard")}
+    return Look(kind, f"{facts.get('file', error.what)}: {detail}", where)
+
+
+def _once(looks: Sequence[Look]) -> list[Look]:
+    """One finding of a kind and place: of rows with the same fault, the first, with the numbers of all."""
+    first: dict[tuple[str, str], Look] = {}
+    for look in looks:
+        key = (look.kind, str(look.where.get("file", "")))
+        if key in first and "rows" in look.where:
+            first[key].where.setdefault("rows", []).extend(look.where["rows"])
+        first.setdefault(key, look)
+    return list(first.values())
+
+
+def _report(rows: StoredRows, path: str, measured: Sequence[RowMeasure], looks: Sequence[Look]) -> dict[str, Any]:
+    return {
+        "cache": rows.store.url,
+        "teacher": path,
+        "finished": rows.finished,
+        "rows": [row.row for row in measured],
+        "verdict": {"kind": looks[0].kind, "line": looks[0].line},
+        "findings": [{"kind": look.kind, "line": look.line, "where": look.where} for look in looks],
+        "taps": _figures(measured),
+    }
+
+
+def _figures(measured: Sequence[RowMeasure]) -> list[dict[str, Any]]:
+    """Of every tap and slot, over all rows: means, and the worst token."""
+    found: dict[tuple[str, int], list[tuple[int, TapMeasure, int]]] = {}
+    for row in measured:
+        for tap in row.taps:
+            for at, slot in enumerate(tap.slots):
+                found.setdefault((tap.tap, slot), []).append((row.row, tap, at))
+    figures = []
+    for (name, slot), entries in found.items():
+        row, (token, error) = max(((n, tap.worst[at]) for n, tap, at in entries), key=lambda pair: pair[1][1])
+        means = {
+            key: float(np.mean([getattr(tap, attribute)[at] for _, tap, at in entries]))
+            for key, attribute in (
+                ("cosine_distance", "cosine"),
+                ("error", "error"),
+                ("codec_error", "expected"),
+                ("weighted_error", "weighted"),
+            )
+        }
+        wrong = sum(bool(tap.wrong[at]) for _, tap, at in entries)
+        worst = {"row": row, "token": token, "error": error}
+        figures.append({"tap": name, "slot": slot, **means, "wrong_rows": wrong, "worst": worst})
+    return figures
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    color = "green" if found["verdict"]["kind"] == "faithful" else "red"
+    for look in found["findings"]:
+        console.print(f"[{color}]{escape(look['line'])}[/]")
+    if not found["taps"]:
+        return
+    console.print(f"{len(found['rows'])} rows of {found['cache']} against {found['teacher']}", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tap", "slot", "cosine distance", "error", "of the codec", "worst", "in row", "token", "wrong rows"):
+        table.add_column(column, justify="left" if column == "tap" else "right")
+    for each in found["taps"]:
+        worst = each["worst"]
+        wrong = f"[red]{each['wrong_rows']}[/]" if each["wrong_rows"] else "0"
+        figures = [f"{each[key]:.2g}" for key in ("cosine_distance", "error", "codec_error")]
+        place = f"{worst['error']:.2g}", str(worst["row"]), str(worst["token"])
+        table.add_row(each["tap"], str(each["slot"]), *figures, *place, wrong)
+    console.print(table)

@@ -1,0 +1,94 @@
+"""The teacher as it is now, on some rows: the numbers that it would give a cache to store, before any codec.
+
+It runs the function that `build` runs (models/recorder.py) with taps in float32, one row a call: memory is one row's
+taps, whatever is sampled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from models.checkpoint import load_pretrained, weights_digest
+from models.recorder import make_recorder
+from schemas.config import TapConfig, TapsConfig
+from schemas.manifest import TOPK_LOGITS
+from schemas.rows import Row, teacher_batch
+from schemas.tap_plan import choose_taps
+
+Taps = dict[str, Float[np.ndarray, "S T D"]]
+F32 = TapConfig(codec="f32")
+CHUNK = 8192  # rows of the embedding compared at a time
+# The recorded text as the teacher might have been given it, had something gone wrong between rows and teacher.
+VARIANTS = {
+    "shifted +1": "the teacher's input was shifted by one token (later) against the rows",
+    "shifted -1": "the teacher's input was shifted by one token (earlier) against the rows",
+    "one document": "the documents of a row saw each other: the teacher ran without the rows' document boundaries",
+}
+
+
+class LiveTeacher:
+    """A checkpoint, loaded."""
+
+    def __init__(self, path: str, dtype: str, taps: Sequence[str]) -> None:
+        """
+        Args:
+            dtype: what it computes in.
+            taps: their names; `topk_logits` is not recomputed.
+
+        Raises:
+            CheckpointError: there is no usable checkpoint.
+        """
+        self.path, self.digest = path, weights_digest(path)
+        decoder = load_pretrained(path, dtype=dtype)
+        config = decoder.config
+        self.num_blocks, self.hidden, self.vocab = config.num_blocks, config.hidden_size, config.vocab_size
+        # `resid` always: its slot 0 tells which tokens a teacher saw.
+        wanted: dict[str, Any] = {"attn_out": None, **dict.fromkeys(["resid", *filter(comparable, taps)], F32)}
+        plans = choose_taps(TapsConfig(**wanted), tuple(range(self.num_blocks)), self.hidden, self.vocab)
+        self.names = tuple(plan.name for plan in plans)
+        self._record, self._parameters = make_recorder(decoder, plans, {})
+        self._decoder = decoder
+        self.platform = jax.devices()[0].platform
+
+    def taps(self, row: Row) -> Taps:
+        """What it gives for a row: of every tap all slots of all blocks."""
+        arrays = teacher_batch([row], 1, len(row.tokens))
+        found = self._record(self._parameters, *map(jnp.asarray, arrays))
+        return {name: np.asarray(found.codes[name]["codes"][0]) for name in self.names}
+
+    def variant(self, row: Row, name: str) -> Taps:
+        """What it gives for a row that was changed as one of `VARIANTS` says."""
+        if name == "one document":
+            real = row.segment_ids > 0
+            positions = np.where(real, np.arange(len(row.tokens)), 0).astype(np.int32)
+            return self.taps(replace(row, segment_ids=real.astype(np.int32), positions=positions))
+        return self.taps(replace(row, tokens=np.roll(row.tokens, 1 if name == "shifted +1" else -1)))
+
+    def seen_tokens(self, stream: Float[np.ndarray, "t D"]) -> tuple[Int[np.ndarray, "t"], Float[np.ndarray, "t"]]:
+        """For a few tokens of `resid` slot 0: the id whose embedding is nearest, and its relative distance."""
+        best, distance = np.zeros(len(stream), np.int32), np.full(len(stream), np.inf, np.float32)
+        embed: Any = self._decoder.embed[...]
+        wide = jnp.asarray(stream, jnp.float32)
+        for start in range(0, embed.shape[0], CHUNK):
+            ids, found = map(np.asarray, _nearest(wide, embed[start : start + CHUNK]))
+            better = found < distance
+            best, distance = np.where(better, ids + start, best), np.where(better, found, distance)
+        return best, distance / np.maximum(np.linalg.norm(stream, axis=-1), 1e-30)
+
+
+@jax.jit
+def _nearest(stream: jax.Array, embed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = embed.astype(jnp.float32)
+    scores = jnp.sum(jnp.square(wide), -1) - 2 * stream @ wide.T
+    at = jnp.argmin(scores, -1)
+    return at, jnp.linalg.norm(stream - wide[at], axis=-1)
+
+
+def comparable(name: str) -> bool:
+    """Whether a tap's numbers can be recomputed in float32 block by block."""
+    return name != TOPK_LOGITS

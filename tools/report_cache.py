@@ -1,0 +1,319 @@
+"""A report's sections about a cache: what it is, progress, storage, statistics of its blocks, some of its rows."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from schemas.canonical import from_canonical
+from schemas.claim import Claim, is_live
+from schemas.layout import segment_prefix
+from schemas.manifest import TOPK_LOGITS
+from schemas.segment import Segment
+from schemas.storage import Store
+from tools.inspect import describe_cache
+from tools.report_figures import Figure, HeatMap, Line, draw_lines, draw_maps
+from tools.report_html import (
+    Numeric,
+    Page,
+    facts,
+    figures,
+    folded,
+    note,
+    number,
+    paragraph,
+    progress,
+    size,
+    table,
+)
+from tools.report_rows import RowLook, Sample, row_warnings, sample_rows
+from tools.stored_rows import StoredRows
+
+COLUMNS = 360  # of a row's picture, one a point of its width: more tokens share one, which shows their largest
+BF16_BYTES = 2
+NAMES = {"resid": "residual stream", "attn_out": "attention output", "mlp_out": "MLP output"}
+
+
+def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, dict[str, Any]]:
+    """The page, and what it says in a few plain values.
+
+    Args:
+        rows, seed: how many rows are drawn and shown, and which.
+
+    Raises:
+        InputError: there is no cache here.
+        DamageError: what is read is not what was committed.
+    """
+    found, stored = describe_cache(store), StoredRows(store.url)
+    segments, sample = stored.segments, sample_rows(stored, rows, seed)
+    unfinished = "The cache is not finished: run the same `distillcache build` again."
+    told = [*([] if found["finished"] else [unfinished]), *found["warnings"], *row_warnings(sample)]
+    page = Page(f"Cache {_last(store.url)}", _subtitle(found), footer)
+    page.add("What it is", note("Look at this first", told), _what(found), _config(segments))
+    page.add("Progress", *_progress(found, segments))
+    page.add("Storage", _storage(found), _arrays(found))
+    page.add("Blocks", *_blocks(found))
+    page.add("Rows", *_rows(sample))
+    page.add("Similarity of blocks", *_similarity(sample))
+    return page, {"of": "cache", "rows": [row.number for row in sample.rows], "warnings": told}
+
+
+def _subtitle(found: dict[str, Any]) -> str:
+    rows, state = found["rows"], "" if found["finished"] else ", not finished"
+    return f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"
+
+
+def _what(found: dict[str, Any]) -> str:
+    rows, teacher, numerics, made = found["rows"], found["teacher"], found["numerics"], found["created"]
+    return facts(
+        "The plan",
+        {
+            "Cache": found["cache"],
+            "Made": f"{made.get('at', 'at an unknown time')} on {made.get('host', 'an unknown host')}, "
+            f"distillcache {made.get('distillcache', '')}",
+            "Format": found["format"],
+            "Teacher": f"{teacher['path']} ({teacher['family']}, {teacher['num_blocks']} blocks of "
+            f"{teacher['hidden_size']:,}, vocabulary {teacher['vocab_size']:,})",
+            "Weights": teacher["weights_digest"],
+            "Computed": f"{numerics['dtype']} on {numerics['platform']}, attention {numerics['attention']}, mesh "
+            f"{' x '.join(map(str, numerics['mesh']))}, "
+            + ", ".join(f"{name} {version}" for name, version in numerics["versions"].items()),
+            "Rows": f"{rows['train']:,} for training, {rows['eval']:,} held out, {rows['row_tokens']:,} tokens each",
+            "Tokens": f"{rows['tokens']:,} without padding "
+            f"({rows['tokens'] / max(rows['count'] * rows['row_tokens'], 1):.1%} of all places)",
+            "Blocks": _some(found["blocks"], most=200),
+        },
+    )
+
+
+def _config(segments: Sequence[Segment]) -> str:
+    rows = [(name, value) for name, value in _flat(segments[0].plan.config)]
+    return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
+
+
+def _flat(config: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in config.items():
+        dotted = f"{name}.{key}".lstrip(".")
+        found += _flat(value, dotted) if isinstance(value, dict) else [(dotted, str(value))]
+    return found
+
+
+def _progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
+    """Of what is being built; nothing of a cache that is finished and was never extended."""
+    if found["finished"] and len(segments) == 1:
+        return []
+    rows = [
+        (
+            entry["segment"],
+            "brings its own" if entry["rows_of"] is None else f"those of {entry['rows_of']}",
+            number(entry["rows"]),
+            number(entry["shards"]["done"]),
+            number(entry["shards"]["of"]),
+            "yes" if entry["finished"] else "no",
+        )
+        for entry in found["segments"]
+    ]
+    pieces = [table("Segments", ("segment", "rows", "count", "shards done", "of", "finished"), rows)]
+    for segment in segments:
+        if segment.committed is not None:
+            done = len(segment.committed)
+            pieces.insert(0, progress(f"Shards of segment {segment.plan.segment}", done, segment.plan.num_shards))
+            pieces.append(_workers(segment))
+    return pieces
+
+
+def _workers(segment: Segment) -> str:
+    """Who holds claims at the moment."""
+    now, claims = time.time(), []
+    for key in segment.store.keys(f"{segment_prefix(segment.plan.segment)}/claims/"):
+        data = segment.store.read(key)
+        if data is not None and is_live(data, key, now):
+            claims.append((key, from_canonical(Claim, data, key)))
+    rows = [(key.rpartition("/")[2].removesuffix(".json"), claim.host, str(claim.pid)) for key, claim in claims]
+    return table("Who is at work", ("piece", "host", "process"), rows) or paragraph("Nobody is at work on it now.")
+
+
+def _storage(found: dict[str, Any]) -> str:
+    tokens = sum(entry["rows"] for entry in found["segments"] if entry["rows_of"] is None) * found["rows"]["row_tokens"]
+    hidden = found["teacher"]["hidden_size"]
+    rows = []
+    for tap in found["taps"]:
+        plain = tap["bytes_per_token"] and BF16_BYTES * hidden * len(tap["slots"])
+        share = None if tap["name"] == TOPK_LOGITS else tap["stored_bytes"] / max(tap["bytes"], 1)
+        saved = None if share is None else plain / (tap["bytes_per_token"] * share)
+        cells = (number(tap["bytes_per_token"]), Numeric(size(tap["bytes"])), Numeric(size(tap["stored_bytes"])))
+        rows.append((_label(found, tap), tap["codec"], number(len(tap["slots"])), *cells, number(saved, 3)))
+    total = (number(found["bytes_per_token"]), Numeric(size(found["bytes"])), Numeric(size(found["stored_bytes"])))
+    rows.append(("all", "", Numeric(""), *total, Numeric("")))
+    header = ("tap", "codec", "slots", "bytes a token", "before compression", "stored", "times smaller than bf16")
+    shard = f"{found['shards']['of']:,} shards of {found['shards']['rows_per_shard']:,} rows, {tokens:,} places."
+    return table("Bytes by tap", header, rows) + paragraph(shard)
+
+
+def _arrays(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
+            " x ".join(f"{extent:,}" for extent in each["shape"]),
+            each["bits_of"] or each["dtype"],
+            each["dtype"],
+            tap["compress"],
+        )
+        for tap in found["taps"]
+        for array, each in tap["arrays"].items()
+    ]
+    header = ("array", "rows x slots x tokens x width", "holds", "stored as", "compressed")
+    return folded("The arrays", table("Arrays on disk", header, rows))
+
+
+def _blocks(found: dict[str, Any]) -> list[str]:
+    """Root mean square and largest number of every slot, from the receipts alone."""
+    taps = [tap for tap in found["taps"] if "rms" in tap]
+    if not taps:
+        return [paragraph("No shard is committed yet.")]
+    words = "From the receipts: no activations were read for this."
+    if not found["finished"]:
+        words += " Of a segment that is being built, its first committed shard stands for all."
+    pieces = [paragraph(words)]
+    drawn = [_stats_figure(found, taps, "rms", "Root mean square"), _stats_figure(found, taps, "abs_max", "Largest")]
+    pieces.append(figures(drawn))
+    for tap in taps:
+        label, width = _label(found, tap), len(tap["slots"])
+        rows = [
+            (str(slot), number(rms), number(peak), number(peak / rms if rms else None, 3))
+            for slot, rms, peak in zip(tap["slots"], tap["rms"], tap["abs_max"], strict=True)
+        ]
+        shown = table(f"Statistics of {label}", ("slot", "rms", "largest", "largest / rms"), rows)
+        pieces.append(folded(f"{label}: {width} slots, {tap['nonfinite']:,} numbers not finite", shown))
+    return pieces
+
+
+def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:
+    lines = [
+        Line(_label(found, tap), np.asarray(tap["slots"], float), np.asarray(tap[key], float))
+        for tap in taps
+        if tap["name"] != TOPK_LOGITS  # of no block
+    ]
+    if not lines:
+        return None
+    ends = "; ".join(
+        f"{line.name} from {line.y[0]:.3g} at {line.x[0]:.0f} to {line.y[-1]:.3g} at {line.x[-1]:.0f}" for line in lines
+    )
+    unit = {"rms": "root mean square", "abs_max": "largest magnitude"}[key]
+    return Figure(
+        title=f"{title} by block",
+        caption=f"{ends}. Slot l of resid is the stream entering block l.",
+        alt=f"Line chart of the {unit} of each tap by slot: {ends}.",
+        svg=draw_lines(lines, "slot", unit, points=True, whole=True),
+    )
+
+
+def _rows(sample: Sample) -> list[str]:
+    if not sample.rows:
+        return []
+    tokens = sample.rows[0].real.size
+    words = "The norm of every token's vector in every slot. Dashed lines: a document begins; blank: padding."
+    if tokens > COLUMNS:
+        words += f" Of {-(-tokens // COLUMNS)} neighbouring tokens the largest norm is drawn."
+    return [paragraph(words), figures([_row_figure(row) for row in sample.rows]), _row_table(sample)]
+
+
+def _row_figure(row: RowLook) -> Figure | None:
+    if not row.norms:
+        return None
+    maps = [_norm_map(row, name) for name in row.norms]
+    split, real = "held out" if row.held_out else "for training", int(row.real.sum())
+    words = f": {row.text!r}" if row.text else "."
+    documents = f"{len(row.starts) + 1} documents" if row.starts else "1 document"
+    alt = f"Heat maps of token norms by slot in row {row.number}. " + " ".join(
+        f"{name}: {_peak(row, name)}." for name in row.norms
+    )
+    return Figure(
+        title=f"Row {row.number}",
+        caption=f"{split}, {real:,} tokens, {documents}{words}",
+        alt=alt,
+        svg=draw_maps(maps, height_in=1.9),
+    )
+
+
+def _norm_map(row: RowLook, name: str) -> HeatMap:
+    values = np.where(row.real, row.norms[name], np.nan)
+    pooled = _pooled(values, COLUMNS)
+    return HeatMap(
+        values=pooled,
+        title=f"{name}: {NAMES.get(name, name)}",
+        x="token",
+        y="slot",
+        unit="norm",
+        left=-0.5,
+        right=values.shape[1] - 0.5,
+        row_labels=row.slots[name],
+        log=True,
+        marks=[start - 0.5 for start in row.starts] if len(row.starts) <= 30 else (),
+    )
+
+
+def _pooled(values: np.ndarray, most: int) -> np.ndarray:
+    """Neighbouring columns joined by their maximum, down to `most` of them; NaN only where all are."""
+    width = -(-values.shape[1] // most)
+    if width == 1:
+        return values
+    filled = np.full((values.shape[0], -(-values.shape[1] // width) * width), -np.inf)
+    filled[:, : values.shape[1]] = np.where(np.isnan(values), -np.inf, values)
+    joined = filled.reshape(len(values), -1, width).max(axis=2)
+    return np.where(np.isneginf(joined), np.nan, joined)
+
+
+def _peak(row: RowLook, name: str) -> str:
+    """`largest 41.2 at token 0 of slot 3, median 5.1`."""
+    values = np.where(row.real, row.norms[name], np.nan)
+    if not np.isfinite(values).any():
+        return "no finite norm"
+    slot, token = np.unravel_index(np.nanargmax(np.where(np.isfinite(values), values, -1.0)), values.shape)
+    where = f"token {token} of slot {row.slots[name][slot]}"
+    return f"largest {values[slot, token]:.4g} at {where}, median {np.nanmedian(values):.4g}"
+
+
+def _row_table(sample: Sample) -> str:
+    rows = [(str(row.number), name, _peak(row, name)) for row in sample.rows for name in row.norms]
+    return folded("The largest norms in numbers", table("Norms by row and tap", ("row", "tap", "norms"), rows))
+
+
+def _similarity(sample: Sample) -> list[str]:
+    drawn, tables = [], []
+    for name, alike in sample.likeness.items():
+        slots, matrix = alike.slots, alike.cosine
+        near = [float(matrix[at, at + 1]) for at in range(len(slots) - 1)]
+        words = f"neighbours are alike by {min(near):.3f} to {max(near):.3f}" if near else "there is one slot only"
+        drawn.append(
+            Figure(
+                title=f"Similarity of {name}",
+                caption=f"Mean cosine of a token's vectors in two slots, over {alike.tokens:,} tokens; {words}.",
+                alt=f"Heat map of the mean cosine between slots of {name}; {words}.",
+                svg=draw_maps(
+                    [HeatMap(matrix, NAMES.get(name, name), "slot", "slot", "cosine", row_labels=slots)], 3.4
+                ),
+            )
+        )
+        rows = [(f"{slots[at]} and {slots[at + 1]}", number(value)) for at, value in enumerate(near)]
+        tables.append(table(f"Neighbouring slots of {name}", ("slots", "mean cosine"), rows))
+    return [figures(drawn), folded("Neighbouring slots in numbers", *tables)]
+
+
+def _label(found: dict[str, Any], tap: dict[str, Any]) -> str:
+    first = found["segments"][0]["segment"]
+    return tap["name"] if tap["segment"] == first else f"{tap['name']} ({tap['segment']})"
+
+
+def _some(numbers: Sequence[int], most: int = 12) -> str:
+    """`0, 1, 2 and 9 more`; whole ranges are joined."""
+    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2:
+        return f"{numbers[0]} to {numbers[-1]}"
+    listed = ", ".join(map(str, numbers[:most]))
+    return listed if len(numbers) <= most else f"{listed} and {len(numbers) - most} more"
+
+
+def _last(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2] or url

@@ -1,0 +1,211 @@
+"""The figures of a report, as SVG that takes its colours from the page: lines over steps, values by block, heat maps.
+
+They are as wide as a phone (360 points at a scale of one), so that their words stay readable there; a wide page sets
+several side by side. Lines differ in dash and marker as well as in colour. matplotlib draws in colours that mean
+nothing; they are replaced by the page's variables afterwards.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+WIDTH_IN = 5.0  # 360 points
+INK, SOFT, GRID = "#01a001", "#01a002", "#01a003"
+SERIES = tuple(f"#01b00{number}" for number in range(1, 7))
+VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--line"} | {c: f"--s{n}" for n, c in enumerate(SERIES, 1)}
+DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
+MARKERS = "osD^vP"
+MARKED = 40  # points of a line that get markers, at most: more would hide it
+MAP = "cividis"  # evenly bright steps, readable with any kind of colour sight
+ID = "@id@"  # stands where a figure's own name belongs: ids inside two drawings must differ
+
+RULES: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "distillcache",  # equal figures are equal bytes
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "grid.color": GRID,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """title: unique on its page. alt: for who cannot see it. svg: with `ID` in its ids."""
+
+    title: str
+    caption: str
+    alt: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """low, high: the least and the greatest of what each point is the mean of."""
+
+    name: str
+    x: Float[np.ndarray, "n"]
+    y: Float[np.ndarray, "n"]
+    low: Float[np.ndarray, "n"] | None = None
+    high: Float[np.ndarray, "n"] | None = None
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """values: NaN is left blank. left, right: of the x axis, where columns are not numbered 0, 1, ...
+
+    row_labels: of the y axis, where rows are not numbered so. log: colours by the logarithm.
+    """
+
+    values: Float[np.ndarray, "rows columns"]
+    title: str
+    x: str
+    y: str
+    unit: str
+    left: float | None = None
+    right: float | None = None
+    row_labels: Sequence[int] | None = None
+    log: bool = False
+    marks: Sequence[float] = ()
+
+
+def draw_lines(
+    lines: Sequence[Line], x: str, y: str, *, points: bool = False, whole: bool = False, linear: bool = False
+) -> str:
+    """Lines over a common axis; logarithmic where values span more than a factor of 20, unless it is to be linear.
+
+    Args:
+        points: x is a place such as a block, so every point has a marker.
+        whole: x has whole numbers alone.
+    """
+    with rc_context(RULES):
+        canvas = Canvas(figsize=(WIDTH_IN, 3.1 + 0.2 * -(-len(lines) // 2)), layout="constrained")
+        axes = canvas.subplots()
+        for place, line in enumerate(lines):
+            _draw_line(axes, line, place % len(SERIES), points)
+        if not linear and _spans(lines):
+            axes.set_yscale("log")
+        if whole:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(axis="y", linewidth=0.6)
+        if len(lines) > 1:
+            canvas.legend(loc="outside lower center", ncols=2, handlelength=3.5)
+        return _svg(canvas)
+
+
+def draw_maps(maps: Sequence[HeatMap], height_in: float = 2.2) -> str:
+    """Heat maps one above the other, each with its scale of colours."""
+    with rc_context({**RULES, "axes.spines.top": True, "axes.spines.right": True}):
+        canvas = Canvas(figsize=(WIDTH_IN, height_in * len(maps)), layout="constrained")
+        for each, axes in zip(maps, np.atleast_1d(np.asarray(canvas.subplots(len(maps)))), strict=True):
+            _draw_map(canvas, axes, each)
+        return _svg(canvas)
+
+
+def _draw_line(axes: Axes, line: Line, place: int, points: bool) -> None:
+    every = None if points else max(1, len(line.x) // 8)
+    axes.plot(
+        line.x,
+        line.y,
+        color=SERIES[place],
+        linestyle=DASHES[place],
+        linewidth=1.6,
+        marker=MARKERS[place],
+        markersize=4.5,
+        markevery=every if len(line.x) > MARKED or not points else None,
+        label=line.name,
+    )
+    if line.low is not None and line.high is not None:
+        axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.18, linewidth=0)
+
+
+def _spans(lines: Sequence[Line]) -> bool:
+    values = np.concatenate([line.y for line in lines])
+    values = values[np.isfinite(values)]
+    return bool(len(values) and values.min() > 0 and values.max() > 20 * values.min())
+
+
+def _draw_map(canvas: Canvas, axes: Axes, each: HeatMap) -> None:
+    rows, columns = each.values.shape
+    left = -0.5 if each.left is None else each.left
+    right = columns - 0.5 if each.right is None else each.right
+    seen = each.values[np.isfinite(each.values)]
+    values = np.where(each.values > 0, each.values, np.nan) if each.log else each.values
+    positive = seen[seen > 0]
+    norm: Normalize | None = None
+    if each.log and len(positive) and positive.max() > positive.min():
+        norm = LogNorm(positive.min(), positive.max())
+    # "none": the numbers' own picture, a pixel each, which the reader's device enlarges.
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        aspect="auto",
+        origin="lower",
+        cmap=MAP,
+        norm=norm,
+        interpolation="none",
+        extent=(left, right, -0.5, rows - 0.5),
+    )
+    for mark in each.marks:
+        axes.axvline(mark, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.set_title(each.title)
+    axes.set_xlabel(each.x)
+    axes.set_ylabel(each.y)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if each.left is None:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if each.row_labels is not None:
+        places = sorted({*np.linspace(0, rows - 1, min(rows, 7)).round().astype(int).tolist()})
+        axes.set_yticks(places, [str(each.row_labels[place]) for place in places])
+    bar = canvas.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(each.unit)
+    if isinstance(norm, LogNorm):
+        ticks = np.geomspace(float(norm.vmin or 1), float(norm.vmax or 1), 4)
+        bar.set_ticks(ticks.tolist(), labels=list(map(_spelled, ticks)), minor=False)
+        bar.minorticks_off()
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)  # one small picture, not 256 shapes
+
+
+def _spelled(tick: float) -> str:
+    """Two digits, and no power of ten where people need none."""
+    return f"{tick:.0f}" if 100 <= tick < 100_000 else f"{tick:.2g}"
+
+
+def _svg(canvas: Canvas) -> str:
+    """The drawing alone, without the file's head and metadata, in the page's colours."""
+    file = io.StringIO()
+    canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)  # the style would be the whole page's
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{ID}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{ID}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg

@@ -1,0 +1,192 @@
+"""`distillcache stats`: what the numbers of a cache are like, by tap, slot and dimension, over a sample of rows.
+
+Sums run over the rows one slot at a time; what stays in memory is a few numbers a dimension, and of every slot a
+sample of tokens for the effective rank.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from schemas import settings
+from schemas.errors import InputError, StorageError
+from schemas.look_config import StatsConfig
+from schemas.manifest import TOPK_LOGITS
+from schemas.object_path import locate
+from schemas.progress import Progress
+from schemas.storage import use
+from tools.stored_rows import StoredRows
+
+OUTLIER = 6.0  # times the median dimension's rms
+RANK_TOKENS = 256  # of a slot, for its effective rank: what this many can tell apart
+RANK_BYTES = 256 << 20  # of all slots' samples together
+TINY = 1e-30
+
+
+@dataclass
+class SlotStats:
+    """Sums over the real tokens of one slot, by dimension, float64 `[D]`."""
+
+    count: int = 0
+    total: Any = 0.0
+    square: Any = 0.0
+    fourth: Any = 0.0
+    largest: Any = 0.0
+    nonfinite: int = 0
+    sample: list[Float[np.ndarray, "t D"]] = field(default_factory=list)
+
+    def add(self, values: Float[np.ndarray, "t D"], sampled: int) -> None:
+        """More tokens; `sampled` of them, evenly drawn, are kept."""
+        finite = np.isfinite(values)
+        self.nonfinite += int(np.count_nonzero(~finite))
+        wide = np.where(finite, values, 0).astype(np.float64)
+        squares = np.square(wide)
+        self.count += len(wide)
+        self.total = self.total + wide.sum(0)
+        self.square = self.square + squares.sum(0)
+        self.fourth = self.fourth + np.square(squares).sum(0)
+        self.largest = np.maximum(self.largest, np.abs(wide).max(0, initial=0))
+        places = np.linspace(0, len(wide) - 1, min(sampled, len(wide))).round().astype(int)
+        self.sample.append(wide[np.unique(places)].astype(np.float32))
+
+    @property
+    def rms(self) -> Float[np.ndarray, "D"]:
+        return np.sqrt(self.square / max(self.count, 1))
+
+    @property
+    def kurtosis(self) -> Float[np.ndarray, "D"]:
+        """E[x^4] / E[x^2]^2 of every dimension: 3 for normal numbers."""
+        return self.fourth * self.count / np.maximum(np.square(self.square), TINY)
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of the sample's variances along its principal axes. Source: Roy and Vetterli, 2007."""
+        tokens = np.concatenate(self.sample).astype(np.float64)
+        variances = np.square(np.linalg.svd(tokens - tokens.mean(0), compute_uv=False))
+        if variances.sum() <= TINY:
+            return 0.0
+        shares = variances / variances.sum()
+        return float(np.exp(-(shares * np.log(np.maximum(shares, TINY))).sum()))
+
+    def describe(self) -> dict[str, Any]:
+        rms = self.rms
+        median = max(float(np.median(rms)), TINY)
+        outliers = [int(at) for at in np.argsort(-rms) if rms[at] > OUTLIER * median]
+        of_all = self.fourth.sum() * self.count * len(rms) / max(float(self.square.sum()) ** 2, TINY)
+        return {
+            "rms": float(np.sqrt(np.mean(np.square(rms)))),
+            "abs_max": float(self.largest.max()),
+            "kurtosis": float(of_all),
+            "dead_dimensions": int(np.count_nonzero(rms == 0)),
+            "outlier_dimensions": [[at, float(rms[at] / median)] for at in outliers],
+            "effective_rank": self.effective_rank(),
+            "rank_tokens": sum(map(len, self.sample)),
+            "nonfinite": self.nonfinite,
+        }
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> None:
+    """Print the statistics as a table or as one JSON object."""
+    config = settings.parse(StatsConfig, argv, command, positional=("cache",))
+    use(config.storage)
+    rows = StoredRows(config.cache)
+    numbers, slots = measure(rows, config.rows, config.seed, config.taps, config.blocks)
+    found = describe(rows, numbers, slots)
+    if config.out is not None:
+        write_dimensions(config.out, slots)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(found)
+
+
+def measure(
+    rows: StoredRows, count: int, seed: int, taps: Sequence[str] | None, slots: Sequence[int] | None
+) -> tuple[list[int], dict[tuple[str, int], SlotStats]]:
+    """The rows that were read, and the sums of every (tap, slot), in the order of the blocks.
+
+    Raises:
+        InputError: no row is committed, or there is no such tap or slot.
+    """
+    numbers = rows.sample(count, seed)
+    names = rows.tap_names(numbers[0]) if numbers else []
+    wanted = [name for name in names if name != TOPK_LOGITS] if taps is None else list(taps)
+    if not set(wanted) <= set(names) or not numbers:
+        raise InputError(
+            "the cache does not hold these numbers" if numbers else "no row of the cache is committed yet",
+            {"cache": rows.store.url, "wanted": wanted, "found": names},
+            "choose recorded taps, or ask again later",
+        )
+    found: dict[tuple[str, int], SlotStats] = {}
+    hidden = rows.plan.teacher.hidden_size
+    places = max(sum(len(stored.tap.slots) for stored in rows.taps(numbers[0])), 1)
+    sampled = -(-max(min(RANK_TOKENS, RANK_BYTES // (4 * hidden * places)), 2) // len(numbers))
+    with Progress("stats", len(numbers), unit="rows") as bar:
+        for number in numbers:
+            real = rows.row(number).segment_ids > 0
+            for name in wanted:
+                for slot, values in rows.slots(number, name, slots):
+                    found.setdefault((name, slot), SlotStats()).add(values[real], sampled)
+            bar.advance()
+    if not found:
+        raise InputError("the cache does not hold these blocks", {"cache": rows.store.url, "wanted": slots})
+    order = {name: place for place, name in enumerate(wanted)}
+    return numbers, dict(sorted(found.items(), key=lambda pair: (order[pair[0][0]], pair[0][1])))
+
+
+def describe(rows: StoredRows, numbers: Sequence[int], slots: dict[tuple[str, int], SlotStats]) -> dict[str, Any]:
+    """As plain values."""
+    return {
+        "cache": rows.store.url,
+        "rows": list(numbers),
+        "tokens": max(stats.count for stats in slots.values()),
+        "slots": [{"tap": tap, "slot": slot, **stats.describe()} for (tap, slot), stats in slots.items()],
+    }
+
+
+def write_dimensions(path: str, slots: dict[tuple[str, int], SlotStats]) -> None:
+    """An npz of `<tap>.rms`, `.mean`, `.abs_max`, `.kurtosis`, float32 `[S, D]`, and `<tap>.slots`."""
+    arrays: dict[str, np.ndarray] = {}
+    for tap in dict.fromkeys(tap for tap, _ in slots):
+        of_tap = {slot: stats for (name, slot), stats in slots.items() if name == tap}
+        arrays[f"{tap}.slots"] = np.asarray(list(of_tap))
+        figures = {
+            "rms": [stats.rms for stats in of_tap.values()],
+            "mean": [stats.total / max(stats.count, 1) for stats in of_tap.values()],
+            "abs_max": [stats.largest for stats in of_tap.values()],
+            "kurtosis": [stats.kurtosis for stats in of_tap.values()],
+        }
+        arrays |= {f"{tap}.{name}": np.stack(values).astype(np.float32) for name, values in figures.items()}
+    data = io.BytesIO()
+    np.savez(data, **arrays)  # type: ignore[arg-type] - names, not options
+    try:
+        locate(path).write_bytes(data.getvalue())
+    except OSError as error:
+        raise StorageError("the file cannot be written", {"file": path, "cause": error}) from error
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{len(found['rows'])} rows, {found['tokens']:,} tokens of {found['cache']}", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tap", "slot", "rms", "max", "kurtosis", "rank", "outlier dimensions"):
+        table.add_column(column, justify="left" if column in ("tap", "outlier dimensions") else "right")
+    for each in found["slots"]:
+        outliers = each["outlier_dimensions"]
+        words = ", ".join(f"{at} ({times:.3g})" for at, times in outliers[:3])
+        words += f" and {len(outliers) - 3} more" if len(outliers) > 3 else ""
+        notes = [words, f"[red]{each['nonfinite']} not finite[/]" if each["nonfinite"] else ""]
+        notes.append(f"{each['dead_dimensions']} dead dimensions" if each["dead_dimensions"] else "")
+        figures = [f"{each[key]:.3g}" for key in ("rms", "abs_max", "kurtosis")]
+        rank = f"{each['effective_rank']:.0f}"
+        table.add_row(each["tap"], str(each["slot"]), *figures, rank, "; ".join(filter(None, notes)))
+    console.print(table)
+    tokens = found["slots"][0]["rank_tokens"]
+    console.print("outlier dimensions: by how many times their rms is that of the median dimension")
+    console.print(f"rank: the effective rank of {tokens} sampled tokens, which cannot be more than that")
