@@ -46,8 +46,15 @@ class Chaos:
     problems: list[str] = field(default_factory=list)
 
 
-def build(cache: str, teacher: str, corpus: str, process: int, processes: int, host: str) -> None:
-    """In the child: build. With a host's name of its own, its death shows only when its claims expire."""
+def build(
+    environment: dict[str, str], cache: str, teacher: str, corpus: str, process: int, processes: int, host: str
+) -> None:
+    """In the child: build. With a host's name of its own, its death shows only when its claims expire.
+
+    Args:
+        environment: where the server is; the fork server may have been started before it.
+    """
+    os.environ.update(environment)
     if host:
         socket.gethostname = lambda: host
     try:
@@ -72,7 +79,13 @@ def contents(url: str) -> dict[str, bytes]:
 class Builders:
     """The processes of one round."""
 
-    def __init__(self, context: ForkServerContext, arguments: tuple[str, str, str], count: int, rng: random.Random):
+    def __init__(
+        self,
+        context: ForkServerContext,
+        arguments: tuple[dict[str, str], str, str, str],
+        count: int,
+        rng: random.Random,
+    ):
         self._context, self._arguments, self._count, self._rng = context, arguments, count, rng
         self._started = 0
         self.running: list[ForkServerProcess] = [self._start(number) for number in range(count)]
@@ -151,7 +164,7 @@ def run(
             while not chaos.rounds or time.monotonic() < deadline:
                 url = f"{bucket}/round-{chaos.rounds}"
                 with server.faults(faults, seed=rng.randrange(1 << 30)):
-                    builders = Builders(context, (url, str(teacher), str(corpus)), processes, rng)
+                    builders = Builders(context, (server.environment, url, str(teacher), str(corpus)), processes, rng)
                     builders.disturb(chaos, min(deadline, time.monotonic() + rng.uniform(20, 60)), pause_s)
                     builders.finish(chaos)
                 chaos.rounds += 1
