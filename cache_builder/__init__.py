@@ -3,7 +3,7 @@
 inputs.py    what data.path names, anywhere    documents.py what the files hold (text, chat, parquet, array_records)
 tokenise.py  documents to tokens               packing.py   tokens to rows
 prepare.py   a rows folder, by one process     shared_prepare.py  by many; beam.py: by a pipeline
-plan.py      what will be built                claims.py    who builds which piece
+plan.py      what will be built
 write.py     objects and receipts              build.py     the loop: teacher, write, commit
 finish.py    index, statistics, manifest       pieces.py    a segment's work, shared by processes
 fixed.py     files that rows do not change     extend.py    a finished cache grows by a segment

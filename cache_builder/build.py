@@ -2,7 +2,7 @@
 
 Three things go on at once: the teacher computes one batch, the batch before it is copied to the host, and a full
 shard is being written by another thread (pipeline.py). A process works on *pieces*, the consecutive shards of whole
-teacher batches, which it claims one by one (claims.py), so that any number of processes may build one cache.
+teacher batches, which it claims one by one (schemas/claims.py), so that any number of processes may build one cache.
 """
 
 import shutil
@@ -12,7 +12,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import fixed_files
 from cache_builder.lockstep import Together, build_together, held_together, settle_together
@@ -39,6 +38,7 @@ from models.recording_mesh import mesh_sizes
 from models.sharding import put, rows_sharding
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
+from schemas.claims import Claims
 from schemas.config import BuildConfig, PrepareConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan

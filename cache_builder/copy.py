@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
-from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import array_files
 from cache_builder.pieces import Batches, ClaimedPieces, by_one_process, keep_batch, work_through
@@ -23,6 +22,7 @@ from cache_builder.transcode import TapCopy, recoded_taps, transcode
 from models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
 from schemas import layout
 from schemas.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
+from schemas.claims import Claims
 from schemas.config import CopyConfig, TapConfig
 from schemas.digest import digest_bytes
 from schemas.errors import ConfigError, InputError

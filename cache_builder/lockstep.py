@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cache_builder.claims import Claims
 from cache_builder.finish import finish_segment
 from cache_builder.pieces import RowSource, keep_batch
 from cache_builder.pipeline import ShardWriter
@@ -32,6 +31,7 @@ from models.recording_mesh import own_part
 from models.sharding import put, rows_held, rows_sharding
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
+from schemas.claims import Claims
 from schemas.config import BuildConfig
 from schemas.errors import InputError, Interrupted, StorageError
 from schemas.manifest import Manifest, Plan

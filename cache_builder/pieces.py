@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from cache_builder.claims import Claims
 from cache_builder.finish import lists_segment, tidy
 from cache_builder.pipeline import ShardWriter
 from models.recorder import Recording
 from schemas import layout
+from schemas.claims import Claims
 from schemas.config import BuildConfig, CopyConfig
 from schemas.errors import Interrupted, NonFiniteError
 from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan

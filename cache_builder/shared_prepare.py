@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cache_builder.claims import Claims
 from cache_builder.rows_files import (
     RowsJob,
     RowsPlanned,
@@ -38,6 +37,7 @@ from cache_builder.token_parts import (
     write_parts,
 )
 from schemas.canonical import from_canonical, to_canonical
+from schemas.claims import Claims
 from schemas.errors import Interrupted, StorageError
 from schemas.progress import Progress
 from schemas.rows import INDEX_KEY, RowsFile

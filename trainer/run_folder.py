@@ -8,15 +8,13 @@
 import contextlib
 import fcntl
 import json
-import threading
-import time
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from schemas import settings
-from schemas.canonical import to_canonical
-from schemas.claim import is_live, this_process_claim
+from schemas.claims import Claims
 from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, DistillcacheError, InputError, PlanMismatchError, StorageError
 from schemas.layout import TOKENIZER
@@ -73,7 +71,6 @@ def only_one(store: Store) -> Iterator[None]:
 
     Raises:
         InputError: another one is at work.
-        StorageError: in a bucket: the claim was lost to another one.
     """
     with _claimed(store) if store.local is None else _locked(store, store.local):
         yield
@@ -92,35 +89,17 @@ def _locked(store: Store, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(store: Store) -> Iterator[None]:
-    """A claim that is written anew while the context lasts (schemas/claim.py)."""
-    data, generation = store.read_with_generation(CLAIM)
-    if data is not None and is_live(data, store.where(CLAIM), time.time()):
-        raise _busy(store)
-    if not store.replace(CLAIM, _fresh_claim(), generation):
-        raise _busy(store)
-    stop, lost = threading.Event(), []
-
-    def beat() -> None:
-        while not stop.wait(CLAIM_EXPIRY_S / 4):
-            try:
-                store.write(CLAIM, _fresh_claim())
-            except StorageError as error:
-                lost.append(error)  # raised at the end; the training itself does not need the claim
-                return
-
-    thread = threading.Thread(target=beat, name="run-claim", daemon=True)
-    thread.start()
+    """A claim that is written anew while the context lasts (schemas/claims.py)."""
+    claims = Claims(store, "", CLAIM_EXPIRY_S, key=lambda *_: CLAIM)
     try:
+        if not claims.take(0):
+            raise _busy(store)
         yield
     finally:
-        stop.set()
-        thread.join()
+        if claims.failure is not None:  # the training itself does not need the claim
+            print(f"warning: the claim on {store.url} could not be kept: {claims.failure}", file=sys.stderr)
         with contextlib.suppress(StorageError):  # then it expires
-            store.delete(CLAIM)
-
-
-def _fresh_claim() -> bytes:
-    return to_canonical(this_process_claim(time.time() + CLAIM_EXPIRY_S))
+            claims.close()
 
 
 def _busy(store: Store) -> DistillcacheError:

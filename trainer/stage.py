@@ -172,15 +172,11 @@ class StageRun:
 
     def parameters(self) -> Parameters:
         """What a step changes of the student, without what the mesh added, whole and on the host."""
-        return unpadded(to_host(self.state.parameters), self.stack) | to_host(self.biases())
+        return unpadded(to_host(self.state.parameters), self.stack) | to_host(mean_biases(self.balance()))
 
     def balance(self) -> dict[str, BalanceState]:
         """The state of the routers' biases, likewise."""
         return unpadded(to_host(self.state.balance), self.stack)
-
-    def biases(self) -> Parameters:
-        """The routers' biases that moved, as the student will have them."""
-        return mean_biases(self.balance())
 
     def held(self) -> dict[str, Held]:
         """What this process is to keep of the parameters and the optimizer's state, by item and name."""

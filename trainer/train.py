@@ -23,7 +23,7 @@ from schemas.peers import Peers, join_peers
 from schemas.progress import Progress
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store
-from trainer.balance import BlockRouting
+from trainer.balance import BlockRouting, mean_biases
 from trainer.checkpoints import (
     PARAMETERS,
     Checkpoints,
@@ -327,7 +327,8 @@ class _Run:
     def _save(self, run: StageRun, number: int, feed: dict[str, int]) -> None:
         """Begin to save: each process what it holds of this stage's, the first also what no device group shares out."""
         self._keep_best()
-        held, balance, biases = run.held(), run.balance(), run.biases()
+        held, balance = run.held(), run.balance()
+        biases = mean_biases(balance)
         before = {name: self.parameters[name] for name in self.kept if f"{PARAMETERS}/{name}" not in held}
         whole = {f"{PARAMETERS}/{name}": value for name, value in (before | biases).items()}
         self.checkpoints.save(number, held, whole | balance_arrays(balance), feed)

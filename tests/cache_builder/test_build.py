@@ -16,7 +16,6 @@ from flax import nnx
 
 from cache_builder import build as build_module
 from cache_builder.build import build_cache
-from cache_builder.claims import Claims
 from cache_builder.prepare import prepare_rows
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
@@ -24,6 +23,7 @@ from models.tokenizer import load_tokenizer
 from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
 from schemas.claim import this_process_claim
+from schemas.claims import Claims
 from schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
 from schemas.digest import digest_bytes
 from schemas.errors import (

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from cache_builder.build import build_cache
-from cache_builder.claims import Claims
 from cache_builder.lockstep import Dealing, _hold
 from cache_builder.plan import counted_processes
 from schemas import layout
+from schemas.claims import Claims
 from schemas.config import BuildConfig, DataConfig, TeacherConfig, TeacherMeshConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.segment import open_cache

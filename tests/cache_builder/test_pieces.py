@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cache_builder import pieces
-from cache_builder.claims import Claims
 from cache_builder.pieces import by_one_process
 from schemas import layout
+from schemas.claims import Claims
 from schemas.errors import Interrupted
 from schemas.segment import open_cache, read_manifest
 from schemas.signals import StopRequest

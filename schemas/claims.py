@@ -1,6 +1,6 @@
-"""Who builds which piece: small files, created conditionally, kept alive by a heartbeat.
+"""Who works on which piece: small files, created conditionally, kept alive by a heartbeat.
 
-A piece is the consecutive shards of whole teacher batches. Claims save double work; they are not needed for
+Of a build, a piece is the consecutive shards of whole teacher batches. Claims save double work; they are not needed for
 correctness: two processes that build one piece write the same bytes.
 
 A claim ends when its work is committed, and as every claim does (schemas/claim.py).
@@ -55,6 +55,11 @@ class Claims:
         with self._lock:
             self._held.add(piece)
         return True
+
+    @property
+    def failure(self) -> Exception | None:
+        """What stopped the heartbeat, if anything did."""
+        return self._failure
 
     def done(self, piece: int) -> None:
         """The piece's shards are committed: its receipts speak for it from now on."""
