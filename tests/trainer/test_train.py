@@ -196,7 +196,7 @@ def test_killed_again_and_again(tmp_path, cache, whole):
     for _ in range(30):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
-            _, errors = process.communicate(timeout=rng.uniform(2.5, 5) + 0.7 * kills)
+            _, errors = process.communicate(timeout=rng.uniform(1.5, 3) + 0.7 * kills)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
