@@ -113,6 +113,10 @@ class ModelConfig:
     `[hd]`, before the rotation; `full`: of all heads together, `[H hd]`; `l2`: of every head, no weights, after the
     rotation, and only in blocks that rotate. clip_qkv: queries, keys and values are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
+    norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_offset: a norm's
+    weight is stored less one. embed_scale, residual_scale: factors on embeddings, and on what a sublayer adds to the
+    stream. attention_scale: factor on the products of queries and keys; None: hd^-0.5. logits_divisor: of the logits.
+    attention_softcap, logits_softcap: see `softcap` in models/parameter.py.
     experts: how experts are computed, see models/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
@@ -135,6 +139,14 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full", "l2"] = "none"
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
+    norms: Literal["pre", "post", "both"] = "pre"
+    norm_offset: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
     moe: MoeConfig | None = None
     experts: Literal["auto", "dense", "tiled", "ragged"] = "auto"
     max_positions: int = 2048

@@ -33,11 +33,12 @@ def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
 
 
 def attention_norms(decoder: Decoder) -> Float[np.ndarray, "L D"]:
-    """The weights of every block's attention norm, float32."""
+    """What every block's attention norm multiplies with, float32: also of a family that stores it less one."""
+    offset = 1.0 if decoder.config.norm_offset else 0.0
 
     def of_group(group: Any) -> np.ndarray:
         stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
-        return stacked.reshape(-1, stacked.shape[-1])
+        return stacked.reshape(-1, stacked.shape[-1]) + np.float32(offset)
 
     return np.concatenate([of_group(group) for group in decoder.groups])
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.attention import Attention
 from models.config import ModelConfig
-from models.decoder import Attention, Decoder
+from models.decoder import Decoder
 from models.families import config_to_hf
 from schemas.errors import CheckpointError, ConfigError
 from schemas.train_config import SurgeryOp

@@ -26,7 +26,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.decoder import BlockContext, Decoder, rms_norm
+from models.context import BlockContext
+from models.decoder import Decoder
+from models.parameter import rms_norm
 from schemas.codecs import Codec, get_codec, make_signs
 from schemas.layout import ITEM_BYTES
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig, MoeConfig
-from models.decoder import BlockContext
+from models.context import BlockContext
 from models.routing import (
     BalanceState,
     RouterOutput,

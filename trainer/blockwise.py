@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from models.decoder import BlockContext, context_of_block
+from models.context import BlockContext, context_of_block
 from models.routing import RouterOutput
 from schemas.train_config import FeatureLossConfig, LossConfig, MlpLossConfig
 from trainer.balance import Balancing, BlockRouting, Totals

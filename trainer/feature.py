@@ -22,7 +22,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from models.decoder import BlockContext, BlockOutput, BodyWrap, Decoder
+from models.context import BlockContext
+from models.decoder import BlockOutput, BodyWrap, Decoder
 from models.routing import RouterSums
 from schemas.train_config import LossConfig
 from trainer.balance import Balancing, BlockRouting, Totals, biases, loads_by_unit

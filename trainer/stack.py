@@ -14,7 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
-from models.decoder import BlockContext, Decoder, block_context, rms_norm
+from models.context import BlockContext, block_context
+from models.decoder import Decoder
+from models.parameter import rms_norm
 from models.routing import RouterOutput
 from schemas.codecs import take_slot
 from trainer.optimizer import put_block, take_block

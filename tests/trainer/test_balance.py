@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 from models.config import BlockKind, ModelConfig, MoeConfig, plan_layers
-from models.decoder import BlockContext, Decoder
+from models.context import BlockContext
+from models.decoder import Decoder
 from models.routing import (
     BalanceState,
     RouterOutput,

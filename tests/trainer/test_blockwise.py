@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from models.config import BlockKind, LayerGroup
-from models.decoder import Decoder, rms_norm
+from models.decoder import Decoder
+from models.parameter import rms_norm
 from schemas.codecs import get_codec
 from schemas.train_config import FeatureLossConfig, LossConfig, MlpLossConfig, OptimizerConfig, Ramp
 from tests.trainer.conftest import EVEN, MIXED, blockwise, parameters_of, random_batch
