@@ -7,6 +7,7 @@ teacher batches, which it claims one by one (schemas/claims.py), so that any num
 
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,7 @@ def build_cache(config: BuildConfig) -> Manifest:
             model,
             teacher,
             describe_rows(rows),
-            str(decoder.embed[...].dtype),
+            str(decoder.dtype),
             processes=replica.peers.count,
         )
         return build_segment(store, config, tokenizer, decoder, plan, rows, replica)
@@ -300,7 +301,9 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
 
 def _build_pieces(job: _Job) -> None:
     """Run the teacher over every piece that nobody has committed, and see all of them committed."""
-    numerics = describe_numerics(job.plan.numerics.dtype, job.plan.taps, mesh_sizes(job.mesh))
+    numerics = describe_numerics(
+        job.plan.numerics.dtype, job.plan.taps, mesh_sizes(job.mesh), attention=job.decoder.config.attention
+    )
     other = numerics if numerics != job.plan.numerics else None
     work_through(job, "build", other, lambda batches, writer, bar: record_batches(job, batches, writer, bar))
 
@@ -310,13 +313,14 @@ def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progre
     record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
     sharding = None if job.mesh is None else rows_sharding(job.mesh)
     try:
-        waiting: tuple[int, list[Row], Recording] | None = None
+        waiting: tuple[int, list[Row], Recording, float] | None = None
         for first, rows in batches:
             arrays = teacher_batch(rows, job.plan.batch_rows, job.plan.rows.row_tokens)
             recording = record(parameters, *(put(array, sharding) for array in arrays))  # returns before it is computed
+            begun = time.perf_counter()
             if waiting is not None:
                 keep_batch(job.plan, writer, bar, *waiting)
-            waiting = (first, rows, recording)
+            waiting = (first, rows, recording, begun)
             if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.piece_rows == 0:
                 keep_batch(job.plan, writer, bar, *waiting)
                 waiting = None

@@ -31,6 +31,7 @@ from schemas.layout import ITEM_BYTES
 from schemas.manifest import Plan, SegmentEntry, ShardReceipt, Stats
 from schemas.segment import receipt_record
 from schemas.storage import Store
+from schemas.times import SegmentTimes
 
 WORKERS = 4  # reading and hashing overlap; more only help on a store with long latencies
 MEMORY_BYTES = 1 << 30  # for objects being checked
@@ -71,6 +72,12 @@ def check_cache(
 def _check_small_files(store: Store, view: SegmentView, entry: SegmentEntry) -> Iterator[Finding]:
     for name, digest in entry.files.items():
         yield from _small_file(view.key(name), store.read(view.key(name)), digest, view)
+    key = layout.times_key(view.plan.segment)
+    try:
+        read_canonical(store, key, SegmentTimes)
+    except DamageError as error:
+        detail = f"{error.what}; it says how long shards took, and nothing depends on it"
+        yield Finding(what="damaged", object=key, detail=detail, segment=view.plan.segment)
 
 
 def _small_file(key: str, data: bytes | None, digest: str, view: SegmentView | None = None) -> Iterator[Finding]:

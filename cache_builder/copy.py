@@ -5,6 +5,7 @@ that its numbers come from another cache (transcode.py), and no teacher runs.
 """
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -272,5 +273,6 @@ class Copying:
         ]  # by group
         for first, rows in batches:
             places = self.rows.places(first, first + len(rows))
-            keep_batch(self.plan, writer, bar, first, rows, transcode(copies, rows, places))
+            begun = time.perf_counter()
+            keep_batch(self.plan, writer, bar, first, rows, transcode(copies, rows, places), begun)
         writer.wait()

@@ -62,7 +62,7 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             model,
             replica.describe_teacher(config.teacher.path, model),
             addition.plan,
-            str(decoder.embed[...].dtype),
+            str(decoder.dtype),
             rows_of=addition.rows_of,
             taps=addition.taps,
             processes=replica.peers.count,

@@ -16,6 +16,7 @@ from schemas.index import encode_record
 from schemas.manifest import Manifest, Plan, SegmentEntry, ShardReceipt, Stats, TapStats
 from schemas.segment import read_manifest, read_plan
 from schemas.storage import Store
+from schemas.times import summed_up
 
 READERS = 16  # of receipts: a bucket takes tens of milliseconds for each
 READ_AT_ONCE = 1024  # receipts before looking whether one is gone
@@ -41,6 +42,9 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
     index = b"".join(encode_record(plan, receipt) for receipt in receipts)
     store.write(f"{prefix}/index.bin", index)
     store.write(f"{prefix}/stats.json", to_canonical(Stats(taps=total_stats(receipts))))
+    times = summed_up({receipt.shard: receipt.seconds for receipt in receipts if receipt.seconds is not None})
+    if times is not None:
+        store.write(layout.times_key(plan.segment), to_canonical(times))
     manifest = _list_segment(store, plan, segment_entry(store, plan, index))
     tidy(store, plan)
     return manifest

@@ -16,7 +16,7 @@ def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[
     """What does not depend on the rows, by key: the tokenizer, the arrays' metadata, the teacher's attention norms."""
     prefix = layout.segment_prefix(plan.segment)
     files = {layout.TOKENIZER: tokenizer.to_json().encode()} if plan.segment == segment_name(0) else {}
-    side = {"attention_norm": attention_norms(decoder), **signs_of(plan)}
+    side = {**attention_norms(decoder), **signs_of(plan)}
     files[f"{prefix}/side.safetensors"] = safetensors.numpy.save(side)
     return files | array_files(plan)
 

@@ -172,6 +172,7 @@ def build_together(job: Together) -> Manifest:
         job.plan.taps,
         job.config.mesh.teacher_axes,
         counted_processes(job.config, job.peers.count, job.plan.shard_rows),
+        job.decoder.config.attention,
     )
     writer = ShardWriter(
         job.store,
@@ -220,7 +221,7 @@ def _record_pieces(job: Together, pieces: list[int], writer: ShardWriter, bar: P
     """Call the teacher for all of them, in the same order in every process; keep what is this process's."""
     record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
     calls = (call for piece in pieces for call in job.dealing.calls(piece))
-    waiting: tuple[np.ndarray, dict[int, Row], Recording] | None = None
+    waiting: tuple[np.ndarray, dict[int, Row], Recording, float] | None = None
     stops = False
     for number, call in enumerate(calls, start=1):
         stops = job.peers.should_stop(job.replica.stop, number)  # all say the same
@@ -231,9 +232,10 @@ def _record_pieces(job: Together, pieces: list[int], writer: ShardWriter, bar: P
         writer.check()
         rows = _read_rows(job, call)
         recording = record(parameters, *_place(job, call, rows))  # returns before it is computed
+        begun = time.perf_counter()
         if waiting is not None:
             _keep(job, writer, bar, *waiting)
-        waiting = (call, rows, recording)
+        waiting = (call, rows, recording, begun)
     if waiting is not None:
         _keep(job, writer, bar, *waiting)
     writer.wait()
@@ -265,7 +267,13 @@ def _place(job: Together, call: np.ndarray, rows: dict[int, Row]) -> list[jax.Ar
 
 
 def _keep(
-    job: Together, writer: ShardWriter, bar: Progress, call: np.ndarray, rows: dict[int, Row], recording: Recording
+    job: Together,
+    writer: ShardWriter,
+    bar: Progress,
+    call: np.ndarray,
+    rows: dict[int, Row],
+    recording: Recording,
+    begun: float,
 ) -> None:
     """Copy this process's rows of a recording to the host and hand them to their shards."""
     own = job.dealing.own(call, job.peers.number).tolist()
@@ -276,4 +284,4 @@ def _keep(
         {tap: {name: own_part(part) for name, part in parts.items()} for tap, parts in recording.codes.items()},
         {tap: SlotSums(*map(own_part, sums)) for tap, sums in recording.sums.items()},
     )
-    keep_batch(job.plan, writer, bar, own[0], [rows[number] for number in own], mine)
+    keep_batch(job.plan, writer, bar, own[0], [rows[number] for number in own], mine, begun)

@@ -134,6 +134,9 @@ def mend_segment(damage: Damage, maker: Maker, stop: StopRequest, max_bytes: int
         _make_again(damage, maker, shards, stop, max_bytes)
     _restore_index(damage)
     _restore_stats(damage)
+    times = layout.times_key(damage.plan.segment)
+    if times in damage.keys:  # nobody can tell now how long the shards took
+        damage.store.delete(times)
 
 
 def _restore_fixed_files(damage: Damage, maker: Maker) -> None:
@@ -244,7 +247,7 @@ def _require_same(damage: Damage, what: str, same: bool) -> None:
     if same:
         return
     then = damage.plan.recoded_on or damage.plan.numerics
-    now = describe_numerics(then.dtype, damage.plan.taps)
+    now = describe_numerics(then.dtype, damage.plan.taps, attention=then.attention)
     raise PlanMismatchError(
         "what was computed again is not what was committed",
         {

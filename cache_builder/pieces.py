@@ -239,11 +239,16 @@ def _stop_if_asked(store: Store, stop: StopRequest) -> None:
 
 
 def keep_batch(
-    plan: Plan, writer: ShardWriter, bar: Progress, first: int, rows: list[Row], recording: Recording
+    plan: Plan, writer: ShardWriter, bar: Progress, first: int, rows: list[Row], recording: Recording, begun: float
 ) -> None:
-    """Wait for a recording, check it, and hand its rows to their shards."""
+    """Wait for a recording, check it, and hand its rows to their shards.
+
+    Args:
+        begun: when it was asked for, once that was compiled, by `time.perf_counter`.
+    """
     codes = {part.array: np.asarray(recording.codes[tap.name][part.part]) for tap in plan.taps for part in tap.parts}
     sums = {name: type(tap)(*(np.asarray(value) for value in tap)) for name, tap in recording.sums.items()}
+    seconds = writer.waited(begun)
     for tap in plan.taps:
         _raise_if_nonfinite(plan, tap.name, tap.slots, np.asarray(sums[tap.name].nonfinite)[: len(rows)], first)
     start = 0
@@ -254,6 +259,7 @@ def keep_batch(
             rows[part],
             {array: values[part] for array, values in codes.items()},
             {name: type(tap)(*(value[part] for value in tap)) for name, tap in sums.items()},
+            seconds * (part.stop - part.start) / len(rows),
         )
         start = part.stop
     bar.advance(len(rows) * plan.rows.row_tokens)

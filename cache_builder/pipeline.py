@@ -1,6 +1,7 @@
 """Shards on their way to the store: filled by the main thread, written by another, bounded in bytes."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -55,18 +56,37 @@ class ShardWriter:
         self._filling: dict[int, ShardBuffer] = {}
         self._writing: list[Future[None]] = []
         self._failed = threading.Event()
+        self._idle_since = 0.0
 
-    def add(self, shard: int, rows: list[Row], codes: Mapping[str, np.ndarray], sums: Mapping[str, SlotSums]) -> None:
-        """Append rows to their shard (arrays `[rows, S, T, W]`); waits while too much is in flight."""
+    def add(
+        self,
+        shard: int,
+        rows: list[Row],
+        codes: Mapping[str, np.ndarray],
+        sums: Mapping[str, SlotSums],
+        seconds: float = 0.0,
+    ) -> None:
+        """Append rows to their shard (arrays `[rows, S, T, W]`); waits while too much is in flight.
+
+        Args:
+            seconds: of waiting for these numbers.
+        """
         self.check()
         if shard not in self._filling:
+            begun = time.perf_counter() - seconds
             self._budget.acquire(self._shard_bytes(shard))
             self.check()
-            self._filling[shard] = ShardBuffer(shard, self._plan)
+            self._filling[shard] = ShardBuffer(shard, self._plan, begun=begun)
         buffer = self._filling[shard]
+        buffer.computing += seconds
         buffer.put(rows, codes, sums)
         if buffer.is_full:
             self._writing.append(self._pool.submit(self._commit, self._filling.pop(shard)))
+        self._idle_since = time.perf_counter()
+
+    def waited(self, begun: float) -> float:
+        """Seconds spent on numbers that have just come, `begun` at that time: since then, or since the last `add`."""
+        return time.perf_counter() - max(begun, self._idle_since)
 
     def check(self) -> None:
         """Raise the failure of any write so far."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.describe import describe_numerics
+from models.kernels import chosen_kernel
 from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.config import BuildConfig
@@ -53,7 +54,11 @@ def make_plan(
         batch_rows=config.batch_rows,
         shard_rows=shard_rows,
         numerics=describe_numerics(
-            dtype, taps, config.mesh.teacher_axes, counted_processes(config, processes, shard_rows)
+            dtype,
+            taps,
+            config.mesh.teacher_axes,
+            counted_processes(config, processes, shard_rows),
+            chosen_kernel(config.attention, model, dtype),
         ),
         config=config.model_dump(mode="json"),
         created={

@@ -29,8 +29,9 @@ from cache_builder.prepare import open_rows
 from cache_builder.survey import Survey, survey_cache
 from cache_builder.text_digest import inputs_digest
 from models.checkpoint import load_pretrained, weights_digest
-from models.decoder import Decoder
+from models.decoder import Decoder, with_attention
 from models.describe import describe_rows
+from models.kernels import chosen_kernel
 from models.sharding import make_mesh
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
@@ -227,8 +228,9 @@ class _Teacher:
                 "name the same weights with --teacher.path",
             )
 
-    def _load_decoder(self, dtype: str, mesh: Mesh | None) -> Decoder:
-        return load_pretrained(self.config.teacher.path, dtype=dtype, mesh=mesh)
+    def _load_decoder(self, dtype: str, mesh: Mesh | None, attention: str) -> Decoder:
+        decoder = load_pretrained(self.config.teacher.path, dtype=dtype, mesh=mesh)
+        return with_attention(decoder, chosen_kernel(attention, decoder.config, dtype))
 
     def _load_tokenizer(self, path: str, eos_token: str | None) -> TextTokenizer:
         return load_tokenizer(path, eos_token=eos_token)
@@ -253,7 +255,8 @@ class _FromTeacher:
     @property
     def _decoder(self) -> Decoder:
         self.teacher.check(self.store, self._plan)
-        return self.teacher.decoder(self._plan.numerics.dtype, self._mesh)
+        numerics = self._plan.numerics
+        return self.teacher.decoder(numerics.dtype, self._mesh, numerics.attention)
 
     @property
     def _mesh(self) -> Mesh | None:

@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from models.checkpoint import load_pretrained
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, with_attention
 from models.describe import describe_teacher
+from models.kernels import chosen_kernel
 from models.recording_mesh import RecordingMesh
 from models.sharding import check_processes, make_mesh
 from schemas import progress
@@ -31,7 +32,8 @@ class Replica:
 
     def load(self, config: BuildConfig) -> Decoder:
         """The teacher, on its devices."""
-        return load_pretrained(config.teacher.path, dtype=config.dtype, mesh=self.mesh)
+        decoder = load_pretrained(config.teacher.path, dtype=config.dtype, mesh=self.mesh)
+        return with_attention(decoder, chosen_kernel(config.attention, decoder.config, str(decoder.dtype)))
 
     def describe_teacher(self, path: str, model: ModelConfig) -> TeacherPlan:
         """What the plan says about the teacher. One process reads all weights for their digest."""

@@ -4,6 +4,8 @@ An object is encoded in memory by TensorStore's own zarr3 driver and stored by o
 to be completed, a stale object of a killed build is replaced whatever it holds, and its length and digest are known.
 """
 
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,19 +21,25 @@ from schemas.errors import DistillcacheError, StorageError
 from schemas.manifest import NumericsPlan, ObjectReceipt, PartPlan, PartReceipt, Plan, ShardReceipt, TapStats
 from schemas.rows import Row, encode_row, pack_rows
 from schemas.storage import Store
+from schemas.times import ShardSeconds
 
 Put = Callable[[str, bytes], None]
 
 
 @dataclass
 class ShardBuffer:
-    """One shard being filled: codes `[rows, S, T, W]` by array name, and the statistics of its rows."""
+    """One shard being filled: codes `[rows, S, T, W]` by array name, and the statistics of its rows.
+
+    begun: when the first of its numbers were asked for, by `time.perf_counter`. computing: seconds of waiting for them.
+    """
 
     shard: int
     plan: Plan
     codes: dict[str, np.ndarray] = field(default_factory=dict)
     stats: dict[str, TapStats] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)
+    computing: float = 0.0
 
     def __post_init__(self) -> None:
         start, stop = self.plan.shard_range(self.shard)
@@ -82,9 +90,13 @@ def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | Non
     Raises:
         StorageError: a write failed; the message names the shard, and there is no receipt.
     """
-    plan, shard = buffer.plan, buffer.shard
+    plan, shard, start_s = buffer.plan, buffer.shard, time.perf_counter()
     try:
         receipt = encode_shard(buffer, store.write, numerics)
+        now = time.perf_counter()
+        seconds = {"compute": buffer.computing, "write": now - start_s, "total": now - buffer.begun}
+        rounded = {phase: round(value, 4) for phase, value in seconds.items()}
+        receipt = receipt.model_copy(update={"seconds": ShardSeconds(**rounded, host=socket.gethostname())})
         store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
     except DistillcacheError as error:
         start, stop = plan.shard_range(shard)

@@ -8,14 +8,17 @@ experts.py      how experts are computed
 recorder.py     the jitted teacher forward that returns encoded taps
 sharding.py     where parameters and rows lie on a mesh of devices
 recording_mesh.py  a teacher on a mesh, and how what it records is dealt out
-surgery.py      students cut out of teachers
-checkpoint.py   load_pretrained
+surgery/        students made out of teachers: cuts, dropped blocks, experts out of MLPs
+checkpoint.py   load_pretrained           fill.py        parameters from tensors, by the parts of a mesh
+runs.py         a training's student as a checkpoint
+maxtext.py      MaxText's checkpoints in  maxtext_names.py  their names and numbers  orbax_files.py  their arrays
+maxtext_export.py  and out
 export.py       save_pretrained
 identity.py     the digest of a checkpoint's weights
 families/       HF config.json in and out, tensor names: one module for each kind of family
 tensors.py      HF tensor names and shapes
 hf_files.py     the files of an HF directory, on a local disk or in a bucket
-safetensors_file.py   the format: headers in buckets, and writing
+safetensors_file.py   the format: mapped files, headers in buckets, and writing
 ranges.py       range reads of objects in buckets, some way ahead
 ggufs.py        GGUF files in
 remote_gguf.py  GGUF files in buckets

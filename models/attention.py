@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.config import BlockKind, ModelConfig, TemperatureConfig
-from models.context import BlockContext
+from models.config import BlockKind, ModelConfig, NormProduct, TemperatureConfig
+from models.context import BlockContext, angles_of
 from models.kernels import attend
 from models.parameter import norm_weight, parameter, rms_norm
 from models.rope import rotate
@@ -19,17 +19,14 @@ class Attention(nnx.Module):
 
     Parameters carry a leading axis `[repeats]` while they are stacked, none inside the scan:
     norm and post_norm [D], q [D, H, hd], k and v [D, K, hd], o [H, hd, D], and biases and q/k norms where the family
-    has them: q_norm and k_norm [hd] (`head`), or [H, hd] and [K, hd] (`full`).
+    has them: q_norm and k_norm [hd] (`head`), or [H, hd] and [K, hd] (`full`); sinks [H].
     """
 
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         depth, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.config, self.kind = config, kind
-        if config.norms != "post":
-            self.norm = norm_weight((repeats, depth), config, dtype)
-        if config.norms != "pre":
-            self.post_norm = norm_weight((repeats, depth), config, dtype)
+        self._add_norms(repeats, dtype)
         self.q = parameter(rngs, (repeats, depth, heads, dim), depth, dtype)
         self.k = parameter(rngs, (repeats, depth, kv_heads, dim), depth, dtype)
         self.v = parameter(rngs, (repeats, depth, kv_heads, dim), depth, dtype)
@@ -44,6 +41,15 @@ class Attention(nnx.Module):
             full = config.qk_norm == "full"
             self.q_norm = norm_weight((repeats, heads, dim) if full else (repeats, dim), config, dtype)
             self.k_norm = norm_weight((repeats, kv_heads, dim) if full else (repeats, dim), config, dtype)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros((repeats, heads), dtype))
+
+    def _add_norms(self, repeats: int, dtype: jnp.dtype) -> None:
+        config = self.config
+        if config.norms != "post":
+            self.norm = norm_weight((repeats, config.hidden_size), config, dtype)
+        if config.norms != "pre":
+            self.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
         """What the sublayer adds to the residual stream."""
@@ -58,13 +64,14 @@ class Attention(nnx.Module):
         """What the heads give to the output projection."""
         q, k, v = self._heads(x)
         if self.kind.rotary:
-            q, k = (rotate(part, context.cos, context.sin, self.config.rope) for part in (q, k))
+            cos, sin = angles_of(context, self.kind)
+            q, k = (rotate(part, cos, sin, self.config.rope) for part in (q, k))
             if self.config.qk_norm == "l2":
                 one = jnp.ones((), q.dtype)
                 q, k = rms_norm(q, one, self.config.norm_eps), rms_norm(k, one, self.config.norm_eps)
         elif self.config.temperature is not None:
             q = (q * _temperature(self.config.temperature, context.positions)).astype(q.dtype)
-        return attend(q, k, v, context, self.kind, self.config)
+        return attend(q, k, v, context, self.kind, self.config, self.sinks[...] if self.config.sinks else None)
 
     def _heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries [B, T, H, hd], keys and values [B, T, K, hd], before the rotation."""
@@ -76,7 +83,9 @@ class Attention(nnx.Module):
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if config.qk_norm in ("head", "full"):
             norm = partial(
-                rms_norm if config.qk_norm == "head" else _norm_of_heads, eps=config.norm_eps, offset=config.norm_offset
+                rms_norm if config.qk_norm == "head" else _norm_of_heads,
+                eps=config.norm_eps,
+                product=config.norm_product,
             )
             q, k = norm(q, self.q_norm[...]), norm(k, self.k_norm[...])
         if config.clip_qkv is not None:
@@ -85,10 +94,10 @@ class Attention(nnx.Module):
 
 
 def _norm_of_heads(
-    x: Float[Array, "B T H hd"], weight: Float[Array, "H hd"], eps: float, *, offset: bool
+    x: Float[Array, "B T H hd"], weight: Float[Array, "H hd"], eps: float, *, product: NormProduct
 ) -> Float[Array, "B T H hd"]:
     """`rms_norm` of all heads of a token together."""
-    return rms_norm(x.reshape(*x.shape[:2], -1), weight.reshape(-1), eps, offset=offset).reshape(x.shape)
+    return rms_norm(x.reshape(*x.shape[:2], -1), weight.reshape(-1), eps, product=product).reshape(x.shape)
 
 
 def _temperature(config: TemperatureConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T 1 1"]:

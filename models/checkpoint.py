@@ -12,7 +12,6 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,16 +21,22 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.export import save_pretrained as save_pretrained
 from models.families import config_from_hf, layout_of
-from models.ggufs import GgufSource, config_from_gguf, is_gguf, open_gguf
+from models.fill import plan_fill
+from models.gguf_config import config_from_gguf
+from models.ggufs import GgufSource, is_gguf, open_gguf
 from models.hf_files import SafetensorsSource, read_json
 from models.identity import CONFIG, locate_checkpoint
 from models.identity import weights_digest as weights_digest
-from models.sharding import box_of, parameter_sharding
-from models.tensors import ROUTER_BIAS_FILE, Layout, TensorSlot, TensorSource, some, tensor_slots
+from models.maxtext import MaxtextSource, find_maxtext
+from models.maxtext_names import maxtext_layout
+from models.packed import unpacked
+from models.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
+from models.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
 
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ROWS_COMPARED = 4096  # of a vocabulary, at once: some 64 MB
 # Buffers that old versions of transformers stored beside the weights; computed from the config, never trained.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -42,32 +47,54 @@ def load_pretrained(
     """The decoder of a checkpoint.
 
     Args:
-        path: an HF directory (config.json and safetensors) or a .gguf file: a local path or a URL.
+        path: an HF directory (config.json and safetensors), a folder with MaxText's checkpoint (maxtext.py), a run of
+            the trainer's or one of its checkpoints (runs.py), or a .gguf file: a local path or a URL.
         dtype: of the parameters. None: the narrowest that holds all the checkpoint's tensors without rounding;
             a quantised GGUF gives float32.
         mesh: where its parameters are put (sharding.py); a process loads what its own devices hold, and of a tensor of
             which they hold nothing it reads nothing. None: one device.
     """
     where = locate_checkpoint(path)
-    source: TensorSource
+    run = _run_of(where)
+    config, source, layout = _open(where if run is None else run.student)
+    try:
+        own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config, layout)
+        return fill_decoder(config, source, own, mesh, layout, None if run is None else run.open())
+    finally:
+        source.close()
+
+
+def _open(where: Place) -> tuple[ModelConfig, TensorSource, Layout]:
+    """A checkpoint, and the names that it has for a decoder's parameters."""
     if is_gguf(where):
         reader = open_gguf(where)
         config = config_from_gguf(reader, where)
-        source = GgufSource(reader, config, where)
-    else:
-        config = _config_of_directory(where)
-        source = SafetensorsSource(where)
+        return config, GgufSource(reader, config, where), layout_of(config)
+    config = _config_of_directory(where)
+    if (found := find_maxtext(where)) is not None:
+        return config, MaxtextSource(found, config), maxtext_layout(config)
+    return config, open_tensors(where, config), layout_of(config)
+
+
+def open_tensors(directory: Place, config: ModelConfig) -> TensorSource:
+    """The tensors of an HF directory, under the names of the config's family and unpacked. Close it after use."""
+    packing = read_json(directory / CONFIG).get("quantization_config")
+    source = SafetensorsSource(directory)
     try:
-        own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config)
-        return fill_decoder(config, source, own, mesh)
-    finally:
+        return unpacked(source, layout_of(config), packing)
+    except CheckpointError:
         source.close()
+        raise
 
 
 def read_config(path: str | os.PathLike[str] | ObjectPath) -> ModelConfig:
     """What `load_pretrained` would build, without reading weights."""
     where = locate_checkpoint(path)
-    return config_from_gguf(open_gguf(where), where) if is_gguf(where) else _config_of_directory(where)
+    return config_from_gguf(open_gguf(where), where) if is_gguf(where) else _config_of_directory(hf_folder(where))
+
+
+def _run_of(where: Place) -> RunCheckpoint | None:
+    return None if is_gguf(where) else find_run(where)
 
 
 def _config_of_directory(directory: Place) -> ModelConfig:
@@ -84,61 +111,32 @@ def _config_of_directory(directory: Place) -> ModelConfig:
     return replace(config, moe=replace(config.moe, bias=True))
 
 
-def fill_decoder(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None = None) -> Decoder:
-    """A decoder with the parameters of `source`, one stacked parameter at a time."""
+def fill_decoder(
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    trained: TrainedParameters | None = None,
+) -> Decoder:
+    """A decoder with the parameters of `source`, one stacked parameter at a time.
+
+    Args:
+        layout: the source's names; None: those of the config's family.
+        trained: parameters that are taken from here instead.
+    """
+    layout = layout or layout_of(config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
     parameters = dict(nnx.to_flat_state(abstract))
-    layout, slots = layout_of(config), defaultdict(list)
+    slots = defaultdict(list)
     for slot in tensor_slots(config, layout):
         slots[slot.path].append(slot)
     shapes = {path: value.shape for path, value in parameters.items()}
     _check_tensors(config, layout, source, shapes, slots)
-    boxes = {path: _boxes(path, value, mesh) for path, value in parameters.items()}
-    slots = {path: [slot for slot in slots[path] if _is_held(slot, boxes[path])] for path in parameters}
-    source.announce([slot.name for path in parameters for slot in slots[path]])
-    filled = [
-        (path, value.replace(_fill(slots[path], path, value, source, mesh, boxes[path])))
-        for path, value in parameters.items()
-    ]
+    fills = [(path, value, plan_fill(path, value, slots[path], mesh, trained)) for path, value in parameters.items()]
+    source.announce([(read.slot.name, read.box) for _, _, fill in fills for read in fill.reads])
+    filled = [(path, value.replace(fill.load(source))) for path, value, fill in fills]
     return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-Box = tuple[slice, ...]
-
-
-def _boxes(path: tuple[Any, ...], like: Any, mesh: Mesh | None) -> list[Box]:
-    """The parts of a parameter that this process's devices hold, each once."""
-    if mesh is None:
-        return [tuple(slice(0, size) for size in like.shape)]
-    sharding = parameter_sharding(mesh, "/".join(map(str, path)), like.shape)
-    found = sharding.addressable_devices_indices_map(like.shape).values()
-    return list({str(box): box for box in (box_of(index, like.shape) for index in found)}.values())
-
-
-def _is_held(slot: TensorSlot, boxes: list[Box]) -> bool:
-    """Whether a tensor's place on the leading axes is in one of these."""
-    return any(all(cut.start <= at < cut.stop for at, cut in zip(slot.index, box, strict=False)) for box in boxes)
-
-
-def _fill(
-    slots: list[TensorSlot], path: tuple[Any, ...], like: Any, source: TensorSource, mesh: Mesh | None, boxes: list[Box]
-) -> jnp.ndarray:
-    """One parameter, stacked over its repeats where it has any. Its own dtype: a router's bias is always float32.
-
-    On the host are the parts of this process's devices, and one tensor at a time.
-    """
-    parts = {str(box): np.zeros([cut.stop - cut.start for cut in box], like.dtype) for box in boxes}
-    for slot in slots:
-        leading = len(slot.index)
-        tensor = slot.load(source.read(slot.name), like.shape[leading:])
-        for box in boxes:
-            if _is_held(slot, [box]):
-                place = tuple(at - cut.start for at, cut in zip(slot.index, box, strict=False))
-                parts[str(box)][place] = tensor[box[leading:]]
-    if mesh is None:
-        return jnp.asarray(parts[str(boxes[0])])
-    sharding = parameter_sharding(mesh, "/".join(map(str, path)), like.shape)
-    return jax.make_array_from_callback(like.shape, sharding, lambda index: parts[str(box_of(index, like.shape))])
 
 
 def _check_tensors(
@@ -170,7 +168,7 @@ def _check_tensors(
             {"checkpoint": source.where, **facts},
             "check that config.json belongs to these weights, and that they are a whole causal language model",
         )
-    _own_dtype(source, config)
+    _own_dtype(source, config, layout)
 
 
 def _is_foreign(name: str, layout: Layout) -> bool:
@@ -179,8 +177,12 @@ def _is_foreign(name: str, layout: Layout) -> bool:
 
 def _check_tied(source: TensorSource, layout: Layout) -> None:
     """Some files store the tied head as well; it is left out only if it is the embedding."""
-    head, embed = source.read(layout.head), source.read(layout.embed)
-    if head.shape != embed.shape or not np.array_equal(head, embed):
+    shape = source.shapes[layout.head]
+    same = shape == source.shapes[layout.embed]
+    for row in range(0, shape[0] if same else 0, ROWS_COMPARED):
+        box = (slice(row, min(row + ROWS_COMPARED, shape[0])), slice(0, shape[1]))
+        same = same and np.array_equal(source.read(layout.head, box), source.read(layout.embed, box))
+    if not same:
         raise CheckpointError(
             f"tie_word_embeddings is true, but {layout.head} differs from the embeddings",
             {"checkpoint": source.where},
@@ -188,12 +190,11 @@ def _check_tied(source: TensorSource, layout: Layout) -> None:
         )
 
 
-def _own_dtype(source: TensorSource, config: ModelConfig) -> jnp.dtype:
+def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp.dtype:
     """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32.
 
     Biases of routers do not count: they are float32 everywhere, in files and here.
     """
-    layout = layout_of(config)
     biases = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] == "router_bias"}
     kinds = {name: kind for name, kind in source.dtypes.items() if not _is_foreign(name, layout)}
     foreign = {kind: name for name, kind in kinds.items() if kind not in FLOAT_DTYPES}

@@ -12,13 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Kernel = Literal["xla", "splash", "cudnn"]
+NormProduct = Literal["rounded", "wide", "offset"]
+
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and the scaling of its frequencies.
 
-    `kind` is one of `default`, `linear`, `dynamic`, `llama3`, `yarn`, under the names that HF configs use for
-    `rope_type`; the fields marked with kinds are parameters of those and are ignored by the others.
+    `kind` is one of `default`, `linear`, `dynamic`, `llama3`, `yarn`, `longrope`, under the names that HF configs use
+    for `rope_type`; the fields marked with kinds are parameters of those and are ignored by the others.
 
     fraction: of a head's width that is rotated, its first part; the rest passes. interleaved: neighbours (0, 1),
     (2, 3), ... are rotated against each other, not halves.
@@ -32,10 +35,13 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    # yarn; None: 0.1 ln(factor) + 1. longrope; None: sqrt(1 + ln(factor) / ln(original_max_positions))
+    attention_factor: float | None = None
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] = ()  # longrope: of every frequency, in documents up to original_max_positions
+    long_factor: tuple[float, ...] = ()  # longrope: in longer ones
     fraction: float = 1.0
     interleaved: bool = False
 
@@ -48,12 +54,14 @@ class BlockKind:
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
     moe: the MLP is a mixture of experts.
+    local_rope: it rotates by `ModelConfig.local_rope`.
     """
 
     window: int | None = None
     chunk: int | None = None
     rotary: bool = True
     moe: bool = False
+    local_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,33 @@ class TemperatureConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one narrow vector of
+    each token, and may be cached as that. See models/latent_attention.py.
+
+    query_rank: width of the vector that queries are made from; None: they are made from the stream.
+    rank: of the vector that keys and values are made from.
+    plain_dim, rope_dim: of a query's and key's numbers, those that carry no position, and behind them the rotated ones.
+    value_dim: of a head's values.
+    """
+
+    query_rank: int | None
+    rank: int
+    plain_dim: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class ClampedGlu:
+    """A gated unit of cut inputs: `(up + 1) * gate * sigmoid(alpha * gate)`, gate at most `limit`, up within it both
+    ways. Source: gpt-oss (arXiv 2508.10925)."""
+
+    limit: float = 7.0
+    alpha: float = 1.702
+
+
+@dataclass(frozen=True)
 class MoeConfig:
     """A mixture of experts: E experts, of which every token takes `top_k`. See models/routing.py for how.
 
@@ -87,6 +122,9 @@ class MoeConfig:
     shared_gate: the shared expert's output is multiplied by the sigmoid of a linear map of its input.
     jitter: in training the input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
     float32_router: logits are a float32 product, whatever the dtype of the stream.
+    logit_bias: the router is a linear map with a learned bias, which is part of its logits.
+    expert_bias: so are the three projections of an expert.
+    clamped: how gate and up become an expert's neurons; None: `act(gate) * up`.
     """
 
     num_experts: int
@@ -103,6 +141,9 @@ class MoeConfig:
     shared_gate: bool = False
     jitter: float = 0.0
     float32_router: bool = False
+    logit_bias: bool = False
+    expert_bias: bool = False
+    clamped: ClampedGlu | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +154,14 @@ class ModelConfig:
     `[hd]`, before the rotation; `full`: of all heads together, `[H hd]`; `l2`: of every head, no weights, after the
     rotation, and only in blocks that rotate. clip_qkv: queries, keys and values are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
-    norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_offset: a norm's
-    weight is stored less one. embed_scale, residual_scale: factors on embeddings, and on what a sublayer adds to the
-    stream. attention_scale: factor on the products of queries and keys; None: hd^-0.5. logits_divisor: of the logits.
-    attention_softcap, logits_softcap: see `softcap` in models/parameter.py.
-    experts: how experts are computed, see models/experts.py.
+    norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_product: how a norm
+    multiplies by its weight, see `rms_norm` in models/parameter.py. embed_scale, residual_scale: factors on embeddings,
+    and on what a sublayer adds to the stream. attention_scale: factor on the products of queries and keys; None:
+    hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/parameter.py.
+    local_rope: rotary embedding of the blocks whose kind says so. sinks: every query head has a learned logit that
+    takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
+    width of queries and keys, and every query head has a key and value head of its own.
+    attention, experts: how they are computed, see models/kernels.py and models/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
 
@@ -140,14 +184,18 @@ class ModelConfig:
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
     norms: Literal["pre", "post", "both"] = "pre"
-    norm_offset: bool = False
+    norm_product: NormProduct = "rounded"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    local_rope: RopeConfig | None = None
+    sinks: bool = False
+    latent: LatentConfig | None = None
     moe: MoeConfig | None = None
+    attention: Kernel = "xla"
     experts: Literal["auto", "dense", "tiled", "ragged"] = "auto"
     max_positions: int = 2048
     mtp_layers: int = 0
@@ -161,6 +209,16 @@ class ModelConfig:
     def kinds(self) -> tuple[BlockKind, ...]:
         """Every block's kind, in order."""
         return tuple(kind for group in self.layers for kind in group.pattern * group.repeats)
+
+    @property
+    def rope_dim(self) -> int:
+        """Of a head's width, what rotary embedding is given (of which `RopeConfig.fraction` is turned)."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     @property
     def moe_config(self) -> MoeConfig:

@@ -8,6 +8,7 @@ grouped-query attention, gated MLP; what other families add is said where it is 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.attention import Attention
-from models.config import BlockKind, LayerGroup, ModelConfig
+from models.config import BlockKind, Kernel, LayerGroup, ModelConfig
 from models.context import BlockContext, block_context, context_of_block
+from models.latent_attention import attention_of
 from models.mlp import Mlp, Moe
 from models.parameter import norm_weight, parameter, rms_norm, softcap
 from models.routing import RouterOutput
@@ -50,7 +51,7 @@ class Block(nnx.Module):
     """One decoder layer: attention sublayer, then MLP sublayer or mixture of experts."""
 
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(config, kind, repeats, dtype, rngs)
+        self.attention = attention_of(config, kind, repeats, dtype, rngs)
         if kind.moe and config.moe is None:
             raise ValueError("a block has experts, and the config says nothing of them")
         self.mlp = (
@@ -113,6 +114,11 @@ class Decoder(nnx.Module):
             stacks["resid"] = jnp.concatenate([stacks["resid"], last[None]])
         found = stacks.pop("router", None)
         return DecoderOutput(self.logits(last) if logits else None, stacks, found)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters, and of what is computed."""
+        return self.embed[...].dtype
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream that enters block 0."""
@@ -198,11 +204,20 @@ class Decoder(nnx.Module):
         return x, carry, _in_block_order(stacks)
 
 
+def with_attention(decoder: Decoder, kernel: Kernel) -> Decoder:
+    """The same decoder, its attention computed by this kernel; the parameters are shared."""
+    if decoder.config.attention == kernel:
+        return decoder
+    config, dtype = replace(decoder.config, attention=kernel), decoder.dtype
+    _, parameters = nnx.split(decoder)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype=dtype))), parameters)
+
+
 def logits_of(
     config: ModelConfig, norm: Float[Array, "D"], head: Float[Array, "D V"], resid: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Next-token logits of a stream by the last norm's weights and the head."""
-    x = rms_norm(resid, norm, config.norm_eps, offset=config.norm_offset)
+    x = rms_norm(resid, norm, config.norm_eps, product=config.norm_product)
     found = x @ (_normed_head(head) if config.norm_head else head)
     if config.logits_divisor != 1:
         found = found / config.logits_divisor

@@ -32,15 +32,18 @@ def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
     )
 
 
-def attention_norms(decoder: Decoder) -> Float[np.ndarray, "L D"]:
-    """What every block's attention norm multiplies with, float32: also of a family that stores it less one."""
-    offset = 1.0 if decoder.config.norm_offset else 0.0
+def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
+    """What every block's attention norm multiplies with, float32, as a segment's side file has it: also of a family
+    that stores it less one. Nothing of a family whose attention is given the stream as it is."""
+    if decoder.config.norms == "post":
+        return {}
+    offset = 1.0 if decoder.config.norm_product == "offset" else 0.0
 
     def of_group(group: Any) -> np.ndarray:
         stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
         return stacked.reshape(-1, stacked.shape[-1]) + np.float32(offset)
 
-    return np.concatenate([of_group(group) for group in decoder.groups])
+    return {"attention_norm": np.concatenate([of_group(group) for group in decoder.groups])}
 
 
 def describe_rows(rows: RowReader) -> RowsPlan:
@@ -60,18 +63,18 @@ def describe_rows(rows: RowReader) -> RowsPlan:
 
 
 def describe_numerics(
-    dtype: str, taps: Sequence[TapPlan], mesh: tuple[int, ...] = (1,), processes: int = 1
+    dtype: str, taps: Sequence[TapPlan], mesh: tuple[int, ...] = (1,), processes: int = 1, attention: str = "xla"
 ) -> NumericsPlan:
     """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it.
 
     Args:
-        mesh, processes: as of `NumericsPlan`.
+        mesh, processes, attention: as of `NumericsPlan`.
     """
     device = jax.devices()[0]
     kind = f"cpu:{platform.machine()}" if device.platform == "cpu" else device.device_kind
     return NumericsPlan(
         dtype=dtype,
-        attention="xla",
+        attention=attention,
         mesh=mesh,
         processes=processes,
         platform=kind,

@@ -1,4 +1,4 @@
-"""A mixture's experts applied to their tokens: gated MLPs, `down(act(gate(x)) * up(x))`, weighted and summed.
+"""A mixture's experts applied to their tokens: gated MLPs, `down(gating(gate(x), up(x)))`, weighted and summed.
 
 No token is ever dropped. Three ways, the same numbers to rounding:
 
@@ -25,21 +25,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-EXPERT_AXIS = "expert"
-ROW_AXES = ("data", "fsdp")  # the mesh axes over which a batch's rows are cut
-Activation = Callable[[Array], Array]
+from models.ambient_mesh import EXPERT_AXIS, ROW_AXES, splitting_axes
+
+Gating = Callable[[Array, Array], Array]  # gate and up to an expert's neurons, `act(gate) * up` in most families
 TILE = 64  # assignments that one product takes; each expert's are filled up to a multiple
 
 
 class Experts(NamedTuple):
-    """gate, up: `[E, D, F]`; down: `[E, F, D]`."""
+    """gate, up: `[E, D, F]`; down: `[E, F, D]`; their biases `[E, F]` and `[E, D]`, all of them or none."""
 
     gate: Array
     up: Array
     down: Array
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
 
 
 def apply_experts(
@@ -47,7 +50,7 @@ def apply_experts(
     x: Float[Array, "B T D"],
     ids: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    activation: Activation,
+    gating: Gating,
     *,
     way: str = "auto",
     weighs_input: bool = False,
@@ -65,9 +68,9 @@ def apply_experts(
 
     def local(mine: Experts, x: Array, ids: Array, weights: Array, first: Array | int = 0) -> Array:
         tokens, chosen, shares = (value.reshape(-1, value.shape[-1]) for value in (x, ids - first, weights))
-        return run(mine, tokens, chosen, shares, activation, weighs_input).reshape(x.shape)
+        return run(mine, tokens, chosen, shares, gating, weighs_input).reshape(x.shape)
 
-    sizes = _splitting_axes()
+    sizes = splitting_axes((*ROW_AXES, EXPERT_AXIS))
     by_expert = experts.gate.shape[0] % sizes.get(EXPERT_AXIS, 1) == 0 and EXPERT_AXIS in sizes
     rows = tuple(axis for axis in ROW_AXES if axis in sizes)
     if not (by_expert or rows):
@@ -77,7 +80,7 @@ def apply_experts(
     dtype, across = x.dtype, jnp.float32 if jax.default_backend() == "cpu" else x.dtype
 
     def on_device(mine: Experts, x: Array, ids: Array, weights: Array) -> Array:
-        mine, x = Experts(*(matrix.astype(dtype) for matrix in mine)), x.astype(dtype)
+        mine, x = _cast(mine, dtype), x.astype(dtype)
         if not by_expert:
             return local(mine, x, ids, weights).astype(across)
         first = jax.lax.axis_index(EXPERT_AXIS) * mine.gate.shape[0]
@@ -87,12 +90,16 @@ def apply_experts(
     of_rows = PartitionSpec(rows)
     out = jax.shard_map(
         on_device,
-        in_specs=(Experts(of_experts, of_experts, of_experts), of_rows, of_rows, of_rows),  # type: ignore[arg-type]
+        in_specs=(of_experts, of_rows, of_rows, of_rows),
         out_specs=of_rows,
         axis_names={*rows, *([EXPERT_AXIS] if by_expert else [])},
         check_vma=False,  # scans begin with zeros that are the same everywhere
-    )(Experts(*(matrix.astype(across) for matrix in experts)), x.astype(across), ids, weights)
+    )(_cast(experts, across), x.astype(across), ids, weights)
     return out.astype(dtype)
+
+
+def _cast(experts: Experts, dtype: Any) -> Experts:
+    return jax.tree.map(lambda matrix: matrix.astype(dtype), experts)
 
 
 def _fastest(num_experts: int, top_k: int) -> str:
@@ -101,18 +108,7 @@ def _fastest(num_experts: int, top_k: int) -> str:
     return "tiled" if num_experts >= 2 * top_k else "dense"
 
 
-def _splitting_axes() -> dict[str, int]:
-    """The axes of the ambient mesh that split something here, with their sizes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return {
-        axis: size
-        for axis, size in dict(mesh.shape).items()
-        if size > 1 and axis in (*ROW_AXES, EXPERT_AXIS) and kinds[axis] != AxisType.Manual
-    }
-
-
-def _dense(experts: Experts, x: Array, ids: Array, weights: Array, activation: Activation, weighs_input: bool) -> Array:
+def _dense(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
     """One expert after the other; what one computed is not kept for the backward pass, but computed again."""
 
     @jax.checkpoint
@@ -120,15 +116,13 @@ def _dense(experts: Experts, x: Array, ids: Array, weights: Array, activation: A
         mine, number = step
         share = jnp.sum(jnp.where(ids == number, weights, 0.0), axis=-1, keepdims=True).astype(x.dtype)
         given = x * share if weighs_input else x
-        out = _gated(activation, mine, given)
+        out = _gated(gating, mine, given)
         return total + (out if weighs_input else out * share), None
 
     return jax.lax.scan(one, jnp.zeros_like(x), (experts, jnp.arange(experts.gate.shape[0])))[0]
 
 
-def _ragged(
-    experts: Experts, x: Array, ids: Array, weights: Array, activation: Activation, weighs_input: bool
-) -> Array:
+def _ragged(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
     """Assignments sorted by expert; those of experts that are not here come last and count nothing."""
     count, top_k = experts.gate.shape[0], ids.shape[-1]
     here = (ids >= 0) & (ids < count)
@@ -141,14 +135,20 @@ def _ragged(
     given, share = jnp.where(inside, x[order // top_k], 0), share[order]
     if weighs_input:
         given = given * share
-    hidden = activation(jax.lax.ragged_dot(given, experts.gate, sizes)) * jax.lax.ragged_dot(given, experts.up, sizes)
-    out = jax.lax.ragged_dot(hidden, experts.down, sizes)
+    owner = jnp.minimum(flat[order], count - 1)
+
+    def product(x: Array, matrices: Array, biases: Array | None) -> Array:
+        found = jax.lax.ragged_dot(x, matrices, sizes)
+        return found if biases is None else jnp.where(inside, found + biases[owner], 0)
+
+    hidden = gating(product(given, experts.gate, experts.gate_bias), product(given, experts.up, experts.up_bias))
+    out = product(hidden, experts.down, experts.down_bias)
     out = jnp.where(inside, out if weighs_input else out * share, 0)
     back = jnp.argsort(order)  # a gather, not a scatter: the sum's order is fixed
     return jnp.sum(out[back].reshape(*ids.shape, -1), axis=1)
 
 
-def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, activation: Activation, weighs_input: bool) -> Array:
+def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
     """Assignments sorted by expert, each expert's padded to whole tiles; one tile after the other, only as many as are.
 
     Assignments to experts that are not here are left out.
@@ -173,13 +173,13 @@ def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, activation: A
     given = jnp.where(filled, x[jnp.minimum(filled_by, size - 1) // top_k], 0)
     if weighs_input:
         given = given * jnp.where(filled, share.reshape(-1, 1)[jnp.minimum(filled_by, size - 1)], 0)
-    out: Array = _run_tiles(activation, experts, given, expert_of, ends[-1] // TILE)
+    out: Array = _run_tiles(gating, experts, given, expert_of, ends[-1] // TILE)
     out = out.at[slots].get(mode="fill", fill_value=0).reshape(*ids.shape, -1)
     return jnp.sum(out if weighs_input else out * share[..., None], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_tiles(activation: Activation, experts: Experts, given: Array, expert_of: Array, used: Array) -> Array:
+def _run_tiles(gating: Gating, experts: Experts, given: Array, expert_of: Array, used: Array) -> Array:
     """The experts' outputs, `[tiles * TILE, D]`, zero beyond the first `used` tiles.
 
     Its own gradient: of a loop over a number of rounds that is not known while tracing, and with each tile's share of
@@ -188,25 +188,25 @@ def _run_tiles(activation: Activation, experts: Experts, given: Array, expert_of
 
     def one(tile: Array, out: Array) -> Array:
         mine = _expert(experts, expert_of[tile])
-        found = _gated(activation, mine, jax.lax.dynamic_slice_in_dim(given, tile * TILE, TILE))
+        found = _gated(gating, mine, jax.lax.dynamic_slice_in_dim(given, tile * TILE, TILE))
         return jax.lax.dynamic_update_slice_in_dim(out, found, tile * TILE, 0)
 
     return jax.lax.fori_loop(0, used, one, jnp.zeros_like(given))
 
 
-def _run_tiles_forward(activation: Activation, *args: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _run_tiles(activation, *args), args
+def _run_tiles_forward(gating: Gating, *args: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _run_tiles(gating, *args), args
 
 
-def _run_tiles_backward(activation: Activation, kept: tuple[Any, ...], above: Array) -> tuple[Array | None, ...]:
+def _run_tiles_backward(gating: Gating, kept: tuple[Any, ...], above: Array) -> tuple[Array | None, ...]:
     experts, given, expert_of, used = kept
 
     def one(tile: Array, slopes: tuple[Experts, Array]) -> tuple[Experts, Array]:
         number, at = expert_of[tile], tile * TILE
         inner = jax.lax.dynamic_slice_in_dim(given, at, TILE)
-        back = jax.vjp(partial(_gated, activation), _expert(experts, number), inner)[1]
+        back = jax.vjp(partial(_gated, gating), _expert(experts, number), inner)[1]
         of_expert, of_given = back(jax.lax.dynamic_slice_in_dim(above, at, TILE))
-        total = Experts(*(sum_.at[number].add(own) for sum_, own in zip(slopes[0], of_expert, strict=True)))
+        total = jax.tree.map(lambda sum_, own: sum_.at[number].add(own), slopes[0], of_expert)
         return total, jax.lax.dynamic_update_slice_in_dim(slopes[1], of_given, at, 0)
 
     # Summed in float32: a busy expert has many tiles, and bfloat16 would lose the later ones.
@@ -220,8 +220,13 @@ _run_tiles.defvjp(_run_tiles_forward, _run_tiles_backward)
 
 
 def _expert(experts: Experts, number: Array) -> Experts:
-    return Experts(*(jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False) for matrix in experts))
+    return jax.tree.map(lambda matrix: jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False), experts)
 
 
-def _gated(activation: Activation, mine: Experts, given: Array) -> Array:
-    return (activation(given @ mine.gate) * (given @ mine.up)) @ mine.down
+def _gated(gating: Gating, mine: Experts, given: Array) -> Array:
+    hidden = gating(_biased(given @ mine.gate, mine.gate_bias), _biased(given @ mine.up, mine.up_bias))
+    return _biased(hidden @ mine.down, mine.down_bias)
+
+
+def _biased(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + bias

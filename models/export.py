@@ -76,7 +76,7 @@ def save_pretrained(
 
 def _export_files(decoder: Decoder, tokenizer_from: Any, shard_bytes: int) -> list[ExportFile]:
     """All files, in the order in which they are written: config.json is the last."""
-    config = config_to_hf(decoder.config, str(decoder.embed[...].dtype))
+    config = config_to_hf(decoder.config, str(decoder.dtype))
     files = list(_weights(decoder, shard_bytes))
     if tokenizer_from is not None:
         given = tokenizer_from if isinstance(tokenizer_from, TextTokenizer) else locate_checkpoint(tokenizer_from)
@@ -184,8 +184,14 @@ def _to_write(tensors: Mapping[str, list[TensorSlot]], parameters: dict[Any, Any
 
 def _stored(slots: list[TensorSlot], parameters: dict[Any, Any]) -> np.ndarray:
     parts = [slot.store(np.asarray(parameters[slot.path].get_value()[slot.index])) for slot in slots]
-    part = slots[0].part
-    return np.ascontiguousarray(parts[0] if part is None else np.concatenate(parts, part.axis))
+    if (part := slots[0].part) is None:
+        return np.ascontiguousarray(parts[0])
+    shape = [part.total if axis == part.axis else size for axis, size in enumerate(parts[0].shape)]
+    whole = np.empty(shape, parts[0].dtype)
+    for slot, value in zip(slots, parts, strict=True):
+        if slot.part is not None:
+            whole[slot.part.entries] = value
+    return whole
 
 
 def _plan_shards(tensors: Mapping[str, TensorToWrite], shard_bytes: int) -> list[list[str]]:

@@ -1,17 +1,16 @@
 """The files of an HF directory: which of them hold the weights, and their tensors, on a local disk or in a bucket."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from models.ranges import REQUESTS, SpanReader
-from models.safetensors_file import RemoteSafetensors, StoredTensor, open_remote
-from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, some
+from models.safetensors_file import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
+from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
 
@@ -22,7 +21,7 @@ UNFINISHED = ".export-unfinished"
 class SafetensorsSource:
     """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
-    On a local disk they are memory-mapped; in a bucket each is fetched by range reads into its shard.
+    On a local disk they are memory-mapped; in a bucket what is needed of each is fetched by range reads into its shard.
     """
 
     def __init__(self, directory: Place) -> None:
@@ -31,40 +30,47 @@ class SafetensorsSource:
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, Place] = {}
         self._stored: dict[str, StoredTensor] = {}
+        self._mapped: dict[str, MappedSafetensors] = {}
         files = weight_files(directory)
-        remote = dict(zip(files, open_all(files), strict=True)) if isinstance(directory, ObjectPath) else {}
-        for file in files:
-            self._index(file, _remote_tensors(remote[file]) if remote else _local_tensors(file))
-            self._stored |= remote[file].tensors if remote else {}
+        if isinstance(directory, ObjectPath):
+            for header in open_all(files):
+                self._index(header.file.path, header.tensors)
+                self._stored |= header.tensors
+        else:
+            for file in files:
+                mapped = _open_local(file)
+                self._index(file, mapped.tensors)
+                self._mapped |= dict.fromkeys(mapped.tensors, mapped)
         self._check_index()
-        self._reader = SpanReader() if remote else None
+        self._reader = SpanReader() if self._stored else None
 
-    def announce(self, names: Sequence[str]) -> None:
+    def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
         """See `TensorSource`."""
         if self._reader is not None:
-            self._reader.announce(self._stored[name].span for name in names)
+            self._reader.announce(self._stored[name].rows(box).span for name, box in reads)
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, on a local disk a copy of the mapped bytes."""
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor or a part of it; on a local disk a view of the mapped file."""
+        box = whole(self.shapes[name]) if box is None else box
         if self._reader is None:
-            with _open_safetensors(self._files[name]) as tensors:
-                return tensors.get_tensor(name)
-        return self._stored[name].view(self._reader.read(self._stored[name].span))
+            return self._mapped[name].view(name)[box]
+        rows = self._stored[name].rows(box)
+        return rows.view(self._reader.read(rows.span))[(slice(None), *box[1:])[: len(box)]]
 
     def close(self) -> None:
         """Stop the reader's threads, where there are any."""
         if self._reader is not None:
             self._reader.close()
 
-    def _index(self, file: Place, tensors: Iterator[tuple[str, tuple[int, ...], str]]) -> None:
-        for name, shape, dtype in tensors:
+    def _index(self, file: Place, tensors: Mapping[str, StoredTensor] | Mapping[str, Entry]) -> None:
+        for name, tensor in tensors.items():
             if name in self._files:
                 raise CheckpointError(
                     "a tensor is stored twice",
                     {"tensor": name, "found": f"in {self._files[name]} and in {file}"},
                     "remove the shard that does not belong to this checkpoint",
                 )
-            self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+            self._files[name], self.shapes[name], self.dtypes[name] = file, tensor.shape, tensor.dtype
 
     def _check_index(self) -> None:
         index = self.where / INDEX_NAME
@@ -84,17 +90,6 @@ def open_all(files: Sequence[Place]) -> list[RemoteSafetensors]:
     """The headers of files in a bucket, several at once: a large model has hundreds."""
     with ThreadPoolExecutor(REQUESTS) as pool:
         return list(pool.map(open_remote, (file for file in files if isinstance(file, ObjectPath))))
-
-
-def _remote_tensors(header: RemoteSafetensors) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    return ((name, tensor.shape, tensor.dtype) for name, tensor in header.tensors.items())
-
-
-def _local_tensors(file: Place) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    with _open_safetensors(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - a method of safe_open, not of a dict
-            view = tensors.get_slice(name)
-            yield name, tuple(view.get_shape()), view.get_dtype()
 
 
 def weight_files(directory: Place) -> list[Place]:
@@ -150,20 +145,23 @@ def _missing(file: Place) -> CheckpointError:
     step = "name a directory as transformers' save_pretrained writes it, or a .gguf file"
     if isinstance(file, ObjectPath) and not names:
         step = "check the names of bucket and folder: nothing lies there, or there is no such bucket"
+    if any(name in names for name in ("_METADATA", "_CHECKPOINT_METADATA", "items")):
+        step = (
+            "this is an Orbax checkpoint, which does not say what the model is: make a folder with the config.json and "
+            'the tokenizer of the HF model, and maxtext.json: {"checkpoint": "PATH"}; then name that folder'
+        )
     if UNFINISHED in names:
         step = "an export to this place was stopped: run it again"
     facts = {"directory": file.parent, "found": some(names) or "nothing"}
     return CheckpointError(f"{file.name} is missing", facts, step)
 
 
-def _open_safetensors(file: Place) -> Any:
+def _open_local(file: Place) -> MappedSafetensors:
     try:
-        return safe_open(str(file), framework="numpy")
-    except (SafetensorError, OSError) as error:
+        return MappedSafetensors(Path(str(file)))
+    except OSError as error:
         raise CheckpointError(
-            "a weight file is damaged, truncated or not a safetensors file",
-            {"file": file, "bytes": Path(str(file)).stat().st_size, "found": error},
-            "copy the file again",
+            "a weight file cannot be read", {"file": file, "cause": error}, "see that it is a file, and who may read it"
         ) from error
 
 

@@ -1,15 +1,20 @@
 """Which weights a checkpoint holds: one digest of its content, the same on a local disk and in a bucket."""
 
+import json
 import os
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import xxhash
 
-from models.ggufs import is_gguf, open_gguf
+from models.families import config_from_hf
+from models.ggufs import is_gguf, open_gguf, open_parts, part_files
 from models.hf_files import open_all, read_json, weight_files
+from models.maxtext import MaxtextPlace, MaxtextSource, find_maxtext
 from models.ranges import CHUNK_BYTES, RemoteFile, Span, SpanReader
 from models.remote_gguf import RemoteGguf
+from models.runs import find_run, numbered
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place, locate
 
@@ -21,30 +26,48 @@ _known: dict[tuple[object, ...], str] = {}
 
 def locate_checkpoint(path: str | os.PathLike[str] | ObjectPath) -> Place:
     """The place of a checkpoint. Raises `CheckpointError` where a local one is not there."""
-    where = locate(path)
+    where = numbered(locate(path))
     if isinstance(where, Path) and not where.exists():
-        raise CheckpointError("no such checkpoint", {"path": where}, "name an HF directory or a .gguf file")
+        raise CheckpointError("no such checkpoint", {"path": where}, "name an HF directory, a run or a .gguf file")
     return where
 
 
 def weights_digest(path: str | os.PathLike[str] | ObjectPath) -> str:
-    """xxh3-128 of a checkpoint's content, in hex: config.json and the weight files in order, or the GGUF file.
+    """xxh3-128 of a checkpoint's content, in hex: config.json and the weight files in order, or the GGUF files.
 
     Names do not count, except that shards are taken in the order of theirs. The same weights sharded otherwise have
-    another digest. In a bucket every byte is read, several requests at once, and once a process.
+    another digest. Of a run's checkpoint it is that of its student and its own record; of MaxText's, of the values. In
+    a bucket every byte is read, several requests at once, and once a process.
     """
     where = locate_checkpoint(path)
     if not is_gguf(where):
+        if (run := find_run(where)) is not None:
+            return xxhash.xxh3_128_hexdigest(weights_digest(run.student).encode() + run.record())
         read_json(where / CONFIG)
+        if (found := find_maxtext(where)) is not None:
+            return _maxtext_digest(found)
     if isinstance(where, ObjectPath):
         return _remote_digest(where)
     digest = xxhash.xxh3_128()
-    for file in [where] if is_gguf(where) else [where / CONFIG, *weight_files(where)]:
+    for file in part_files(where) if is_gguf(where) else [where / CONFIG, *weight_files(where)]:
         local = Path(str(file))
         digest.update(local.stat().st_size.to_bytes(LENGTH_BYTES, "little"))
         with local.open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _maxtext_digest(place: MaxtextPlace) -> str:
+    """Of config.json, the notes and the parameters' values, however Orbax has laid them out."""
+    config = (place.folder / CONFIG).read_bytes()
+    source = MaxtextSource(place, config_from_hf(json.loads(config), place.folder / CONFIG))
+    notes = place.notes.model_dump_json(exclude={"checkpoint"}).encode()
+    digest = xxhash.xxh3_128(len(config).to_bytes(LENGTH_BYTES, "little") + config + notes)
+    for name, dtype, shape, slabs in source.parts():
+        digest.update(f"{name} {dtype} {shape}".encode())
+        for slab in slabs:
+            digest.update(slab.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -69,8 +92,8 @@ def _remote_digest(where: ObjectPath) -> str:
 def _remote_files(where: ObjectPath) -> tuple[bytes | None, list[tuple[RemoteFile, int]]]:
     """The content of config.json (None: a GGUF file has none), and the weight files with their lengths."""
     if is_gguf(where):
-        reader = cast(RemoteGguf, open_gguf(where))  # since it lies in a bucket
-        return None, [(reader.file, reader.length())]
+        readers = cast("list[RemoteGguf]", open_parts(open_gguf(where), where))  # since they lie in a bucket
+        return None, [(reader.file, reader.length()) for reader in readers]
     return (where / CONFIG).read_bytes(), [(header.file, header.length) for header in open_all(weight_files(where))]
 
 

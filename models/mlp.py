@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.config import ModelConfig, MoeConfig
+from models.config import ClampedGlu, ModelConfig, MoeConfig
 from models.context import BlockContext
-from models.experts import Experts, apply_experts
+from models.experts import Experts, Gating, apply_experts
 from models.parameter import norm_weight, parameter
 from models.routing import RouterOutput, expert_load, route
 from models.sublayer import post_norm, pre_norm
@@ -57,7 +57,8 @@ class Mlp(nnx.Module):
 class Moe(nnx.Module):
     """The mixture-of-experts sublayer: routed experts, and a shared one where the family has it.
 
-    norm and post_norm [D], router [D, E], gate and up [E, D, F], down [E, F, D];
+    norm and post_norm [D], router [D, E], gate and up [E, D, F], down [E, F, D]; where the family has them logit_bias
+    [E], gate_bias and up_bias [E, F], down_bias [E, D];
     shared_gate and shared_up [D, S], shared_down [S, D], shared_router [D, 1]; router_bias [E], or in training several,
     [groups, E]: float32, without gradient.
     """
@@ -73,6 +74,12 @@ class Moe(nnx.Module):
         self.gate = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
         self.up = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
         self.down = parameter(rngs, (repeats, moe.num_experts, inner, depth), inner, dtype)
+        if moe.logit_bias:
+            self.logit_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), dtype))
+        if moe.expert_bias:
+            self.gate_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, inner), dtype))
+            self.up_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, inner), dtype))
+            self.down_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, depth), dtype))
         if moe.bias:
             self.router_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), jnp.float32))
         if shared:
@@ -94,11 +101,11 @@ class Moe(nnx.Module):
         of_rows = jax.vmap(lambda ids, real: expert_load(ids, real, moe.num_experts))
         router = router._replace(counts=of_rows(router.ids, context.segment_ids > 0))
         out = apply_experts(
-            Experts(self.gate[...], self.up[...], self.down[...]),
+            self._experts(),
             x,
             router.ids,
             router.weights,
-            activation,
+            _gating(activation, moe.clamped),
             way=self.config.experts,
             weighs_input=moe.scores == "sigmoid_input",
         )
@@ -107,16 +114,36 @@ class Moe(nnx.Module):
             out = out + (jax.nn.sigmoid(x @ self.shared_router[...]) * shared if moe.shared_gate else shared)
         return post_norm(self, out), router
 
+    def _experts(self) -> Experts:
+        matrices = (self.gate[...], self.up[...], self.down[...])
+        if not self.moe.expert_bias:
+            return Experts(*matrices)
+        return Experts(*matrices, self.gate_bias[...], self.up_bias[...], self.down_bias[...])
+
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        router = self.router[...]
         if self.moe.float32_router:
-            return x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
-        return x @ self.router[...]
+            x, router = x.astype(jnp.float32), router.astype(jnp.float32)
+        return x @ router + self.logit_bias[...] if self.moe.logit_bias else x @ router
 
     def _bias(self, context: BlockContext) -> Array | None:
         if not self.moe.bias:
             return None
         bias = jax.lax.stop_gradient(self.router_bias[...])
         return bias if context.bias_groups is None else bias[context.bias_groups][:, None]
+
+
+def _gating(activation: Callable[[Array], Array], clamped: ClampedGlu | None) -> Gating:
+    """Gate and up of an expert to its neurons."""
+    if clamped is None:
+        return lambda gate, up: activation(gate) * up
+    limit, alpha = clamped.limit, clamped.alpha
+
+    def cut(gate: Array, up: Array) -> Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+    return cut
 
 
 def _jitter(keys: Array, shape: tuple[int, ...], width: float) -> Float[Array, "B T D"]:

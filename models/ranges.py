@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from schemas.errors import CheckpointError
-from schemas.object_path import ObjectPath
+from schemas.object_path import ObjectPath, Place
 
 CHUNK_BYTES = 16 * 2**20  # a quarter of a second of one GCS connection: what a failed request costs
 REQUESTS = 16  # at once; some 1 GB/s from GCS
@@ -83,8 +83,8 @@ class RemoteFile:
         return low
 
 
-def truncated(path: ObjectPath, found: object) -> NoReturn:
-    """Raise the error for an object that is not a whole weight file."""
+def truncated(path: Place, found: object) -> NoReturn:
+    """Raise the error for what is not a whole weight file."""
     raise CheckpointError(
         "a weight file is damaged, truncated or not a safetensors file",
         {"file": path, "found": found},

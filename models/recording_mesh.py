@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.experts import ROW_AXES
+from models.ambient_mesh import ROW_AXES
 from models.sharding import box_of, gathered_spec, rows_sharding
 from schemas.errors import ConfigError
 

@@ -1,8 +1,8 @@
 """Rotary position embedding: angles by position, and the scalings that stretch a model's context.
 
 Source: RoFormer (arXiv 2104.09864); the scalings as HF transformers computes them in `modeling_rope_utils`
-(linear and dynamic NTK; Llama 3's by wavelength; YaRN, arXiv 2309.00071). Usually halves are rotated (`x[:hd/2]` with
-`x[hd/2:]`), the layout of most HF checkpoints.
+(linear and dynamic NTK; Llama 3's by wavelength; YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753). Usually halves
+are rotated (`x[:hd/2]` with `x[hd/2:]`), the layout of most HF checkpoints.
 """
 
 import math
@@ -13,18 +13,31 @@ from jaxtyping import Array, Float, Int
 
 from models.config import RopeConfig
 
+LENGTH_KINDS = ("dynamic", "longrope")
+
 
 def rope_tables(
-    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], max_positions: int
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int[Array, "B T"],
+    max_positions: int,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T 1 hd"], Float[Array, "B T 1 hd"]]:
     """cos and sin of every token's angles, float32, each for both numbers that it turns: `[B, T, 1, rotated width]`.
 
-    `dynamic` depends on the longest position of the whole call, as in transformers; the others do not.
+    `dynamic` and `longrope` depend on how long the token's document is. Transformers takes the longest of the whole
+    call; here a row's numbers do not depend on its neighbours, and a document is given what it is given alone.
+
+    Args:
+        segment_ids: documents of the rows; None: each row is one.
     """
     width = rotated_width(rope, head_dim)
-    if rope.kind == "dynamic":
-        frequencies = _dynamic_frequencies(rope, width, positions, max_positions)
-        amplitude = 1.0
+    if rope.kind in LENGTH_KINDS:
+        lengths = _document_lengths(positions, segment_ids)[..., None, None]
+        if rope.kind == "dynamic":
+            frequencies, amplitude = _dynamic_frequencies(rope, width, lengths, max_positions), 1.0
+        else:
+            frequencies, amplitude = _long_frequencies(rope, width, lengths), _long_amplitude(rope)
     else:
         fixed, amplitude = _fixed_frequencies(rope, width)
         frequencies = jnp.asarray(fixed, jnp.float32)
@@ -111,10 +124,36 @@ def _yarn_amplitude(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def _dynamic_frequencies(rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"], max_positions: int) -> Array:
-    longest = jnp.max(positions) + 1
-    stretch = rope.factor * jnp.maximum(longest, max_positions).astype(jnp.float32) / max_positions - (rope.factor - 1)
+def _document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Of every token's document, in positions: its last one plus 1. Rows are compared with themselves, as in a mask."""
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+
+
+def _dynamic_frequencies(
+    rope: RopeConfig, head_dim: int, lengths: Int[Array, "B T 1 1"], max_positions: int
+) -> Float[Array, "B T 1 half"]:
+    stretch = rope.factor * jnp.maximum(lengths, max_positions).astype(jnp.float32) / max_positions - (rope.factor - 1)
     theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
     stretched = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     # Within the trained length the frequencies are the plain ones, to the bit.
-    return jnp.where(longest <= max_positions, base_frequencies(rope.theta, head_dim), stretched)
+    return jnp.where(lengths <= max_positions, base_frequencies(rope.theta, head_dim), stretched)
+
+
+def _long_frequencies(rope: RopeConfig, head_dim: int, lengths: Int[Array, "B T 1 1"]) -> Float[Array, "B T 1 half"]:
+    """Each frequency over a factor of its own: by one list within the trained length, by another beyond."""
+    powers = np.float32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    short, long = (
+        (np.float32(1) / (np.asarray(factors, np.float32) * powers)).astype(np.float32)
+        for factors in (rope.short_factor, rope.long_factor)
+    )
+    return jnp.where(lengths > rope.original_max_positions, long, short)
+
+
+def _long_amplitude(rope: RopeConfig) -> float:
+    """For documents of all lengths, as in transformers."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))

@@ -1,4 +1,7 @@
-"""The safetensors format, where the library's own reader and writer do not reach: files that are not on a local disk.
+"""The safetensors format, where the library's own reader and writer do not reach: parts of tensors, and buckets.
+
+A file on a local disk is mapped: a part of a tensor is a view, whose pages are the page cache's. The library would copy
+whole tensors, or parse the header again for each part.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes without gaps. The header
 maps each name to `{"dtype", "shape", "data_offsets"}`, offsets counted from the end of the header.
@@ -8,16 +11,20 @@ Source: the format's description in the README of huggingface/safetensors; the o
 """
 
 import json
+import mmap
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from models.ranges import RemoteFile, Span, truncated
-from schemas.object_path import ObjectPath
+from models.tensors import Box
+from schemas.object_path import ObjectPath, Place
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -46,11 +53,19 @@ WRITTEN_FIRST = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file in a bucket. dtype: the format's name of it."""
+    """A tensor in a file in a bucket, or some of its rows. dtype: the format's name of it."""
 
     dtype: str
     shape: tuple[int, ...]
     span: Span
+
+    def rows(self, box: Box) -> "StoredTensor":
+        """What one run of bytes can bring of this part: its rows, whole."""
+        if not box:
+            return self
+        size = self.span.size // max(self.shape[0], 1)
+        span = Span(self.span.file, self.span.start + size * box[0].start, self.span.start + size * box[0].stop)
+        return StoredTensor(self.dtype, (box[0].stop - box[0].start, *self.shape[1:]), span)
 
     def view(self, stored: np.ndarray) -> np.ndarray:
         """The tensor of its bytes, without a copy."""
@@ -77,35 +92,78 @@ def open_remote(path: ObjectPath) -> RemoteSafetensors:
     if size > MAX_HEADER_BYTES:
         truncated(path, f"a header of {size} bytes")
     start = LENGTH_BYTES + size
-    tensors, stop = _parse(file, file.read(LENGTH_BYTES, start), start)
+    entries, stop = _parse(path, file.read(LENGTH_BYTES, start), start)
+    tensors = {
+        name: StoredTensor(entry.dtype, entry.shape, Span(file, entry.start, entry.stop))
+        for name, entry in entries.items()
+    }
     if not file.has(stop) or file.has(stop + 1):
         truncated(path, f"it is {'longer' if file.has(stop) else 'shorter'} than the {stop} bytes of its header")
     return RemoteSafetensors(file, tensors, stop)
 
 
-def _parse(file: RemoteFile, header: bytes, start: int) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors, and where the last one ends."""
-    tensors: dict[str, StoredTensor] = {}
+class MappedSafetensors:
+    """A file on a local disk."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            CheckpointError: it is truncated or not of this format.
+            OSError: it cannot be read.
+        """
+        with path.open("rb") as stream:
+            length = os.fstat(stream.fileno()).st_size
+            size = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            start = LENGTH_BYTES + size
+            if length < start or size > MAX_HEADER_BYTES:
+                truncated(path, f"a header of {size} bytes in a file of {length}")
+            self.tensors, stop = _parse(path, stream.read(size), start)
+            if stop != length:
+                truncated(path, f"{length} bytes, where its header says {stop}")
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(mapped, np.uint8)
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, not writable; none of its bytes are read yet."""
+        entry = self.tensors[name]
+        return self._bytes[entry.start : entry.stop].view(NUMPY_TYPES[entry.dtype]).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor: its bytes are [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def _parse(path: Place, header: bytes, start: int) -> tuple[dict[str, Entry], int]:
+    """The tensors, and where the last one ends. start: where the header does."""
+    tensors: dict[str, Entry] = {}
     try:
         for name, entry in json.loads(header).items():
             if name == METADATA:
                 continue
             first, last = entry["data_offsets"]
-            tensors[name] = _checked(entry["dtype"], tuple(entry["shape"]), Span(file, start + first, start + last))
+            tensors[name] = _checked(Entry(entry["dtype"], tuple(entry["shape"]), start + first, start + last))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        truncated(file.path, error)
+        truncated(path, error)
     stop = start
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.span.start, tensor.span.stop)):
-        if tensor.span.start != stop:
-            truncated(file.path, "a header whose tensors overlap or leave gaps")
-        stop = tensor.span.stop
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != stop:
+            truncated(path, "a header whose tensors overlap or leave gaps")
+        stop = tensor.stop
     return tensors, stop
 
 
-def _checked(dtype: str, shape: tuple[int, ...], span: Span) -> StoredTensor:
-    if dtype in NUMPY_TYPES and span.size != prod(shape) * np.dtype(NUMPY_TYPES[dtype]).itemsize:
-        raise ValueError(f"{span.size} bytes for {dtype} {list(shape)}")
-    return StoredTensor(dtype, shape, span)
+def _checked(entry: Entry) -> Entry:
+    size = entry.stop - entry.start
+    known = entry.dtype in NUMPY_TYPES
+    if known and size != prod(entry.shape) * np.dtype(NUMPY_TYPES[entry.dtype]).itemsize:
+        raise ValueError(f"{size} bytes for {entry.dtype} {list(entry.shape)}")
+    return entry
 
 
 @dataclass(frozen=True)
@@ -123,6 +181,15 @@ class TensorToWrite:
 
 def write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> None:
     """Write a file, one tensor in memory at a time. `metadata` has one key: the library fixes no order of several."""
+    header, order = header_of(tensors, metadata)
+    stream.write(header)
+    for name in order:
+        # As bytes: ml_dtypes' arrays have no buffer of their own kind.
+        stream.write(np.ascontiguousarray(tensors[name].value()).reshape(-1).view(np.uint8).data)
+
+
+def header_of(tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """All before the tensors' bytes, and the names in the order in which these follow, without gaps."""
     names = {np.dtype(NUMPY_TYPES[name]): name for name in WRITTEN_FIRST}
     order = sorted(tensors, key=lambda name: (WRITTEN_FIRST.index(names[tensors[name].dtype]), name))
     header: dict[str, Any] = {METADATA: dict(metadata)}
@@ -133,7 +200,4 @@ def write_safetensors(stream: BinaryIO, tensors: Mapping[str, TensorToWrite], me
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-    for name in order:
-        # As bytes: ml_dtypes' arrays have no buffer of their own kind.
-        stream.write(np.ascontiguousarray(tensors[name].value()).reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, order

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from models.experts import ROW_AXES
+from models.ambient_mesh import ROW_AXES
 from schemas.errors import ConfigError
 from schemas.teacher_config import TeacherMeshConfig
 
@@ -33,11 +33,17 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "attention/q_bias": ("tensor", None),
     "attention/k_bias": ("tensor", None),
     "attention/v_bias": ("tensor", None),
+    "attention/sinks": ("tensor",),
+    "attention/q_a": ("fsdp", None),
+    "attention/q_b": (None, "tensor", None),
+    "attention/kv_a": ("fsdp", None),
+    "attention/kv_b": (None, "tensor", None),
     "mlp/gate": ("fsdp", "tensor"),
     "mlp/up": ("fsdp", "tensor"),
     "mlp/down": ("tensor", "fsdp"),
     "mlp/gate_bias": ("tensor",),
     "mlp/up_bias": ("tensor",),
+    "mlp/down_bias": (None,),
     "mlp/router": ("fsdp", None),
     "mlp/shared_gate": ("fsdp", "tensor"),
     "mlp/shared_up": ("fsdp", "tensor"),
@@ -47,7 +53,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "head": ("fsdp", "tensor"),
 }
 # The same names where a block has experts: one more axis in front.
-EXPERT_RULES = {name: ("expert", *RULES[name]) for name in ("mlp/gate", "mlp/up", "mlp/down")}
+OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down", "mlp/gate_bias", "mlp/up_bias", "mlp/down_bias")
+EXPERT_RULES = {name: ("expert", *RULES[name]) for name in OF_EXPERTS}
 
 
 def make_mesh(config: TeacherMeshConfig) -> Mesh | None:
@@ -87,10 +94,14 @@ def check_processes(mesh: Mesh | None, config: TeacherMeshConfig) -> None:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter of this name lies (`groups/0/blocks/0/attention/q`, `embed`), or an optimizer moment of it."""
+    """Where a parameter of this name lies (`groups/0/blocks/0/attention/q`, `embed`), or an optimizer moment of it.
+
+    Repeats that do not divide by the axis `block` lie everywhere along it; a step has them filled up.
+    """
     stacked = name.startswith("groups/")
     axes = _axes(mesh, name, shape[1:] if stacked else shape)
-    return NamedSharding(mesh, PartitionSpec(*(["block"] if stacked else []), *axes))
+    repeats = ["block" if shape[0] % mesh.shape["block"] == 0 else None] if stacked else []
+    return NamedSharding(mesh, PartitionSpec(*repeats, *axes))
 
 
 def gathered_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -22,12 +23,15 @@ def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "
     config = sublayer.config
     if config.norms == "post":
         return resid
-    return rms_norm(resid, sublayer.norm[...], config.norm_eps, offset=config.norm_offset)
+    return rms_norm(resid, sublayer.norm[...], config.norm_eps, product=config.norm_product)
 
 
 def post_norm(sublayer: Sublayer, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What is added to the stream: the sublayer's output, normed and multiplied where the family does."""
     config = sublayer.config
     if config.norms != "pre":
-        out = rms_norm(out, sublayer.post_norm[...], config.norm_eps, offset=config.norm_offset)
-    return out if config.residual_scale == 1 else out * config.residual_scale
+        out = rms_norm(out, sublayer.post_norm[...], config.norm_eps, product=config.norm_product)
+    if config.residual_scale == 1:
+        return out
+    # In float32: bfloat16 knows 0.22 as 0.2197.
+    return (out.astype(jnp.float32) * config.residual_scale).astype(out.dtype)

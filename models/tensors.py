@@ -21,16 +21,28 @@ WEIGHTS_NAME = "model.safetensors"
 # ignore the file and choose experts without it.
 ROUTER_BIAS_FILE = "router_bias.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ROWS_AT_ONCE = 32
+
+Box = tuple[slice, ...]  # a part of an array: a start and a stop on every axis, as numbers
 
 
 @dataclass(frozen=True)
 class Part:
-    """Entries [start, stop) of `total` along an axis of a stored tensor that holds several parameters."""
+    """Entries [start, stop) of `total` along an axis of a stored tensor that holds several parameters.
+
+    step: entries of `step` parameters take turns along the whole axis: of this one are start, start + step, ...
+    """
 
     axis: int
     start: int
     stop: int
     total: int
+    step: int = 1
+
+    @property
+    def entries(self) -> tuple[slice, ...]:
+        """Its place in the tensor."""
+        return (*(slice(None),) * self.axis, slice(self.start, self.stop, self.step))
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,10 @@ class BlockTensor:
 class Layout:
     """The names of a family's tensors.
 
-    block_tensors: those of a block of some kind. block: the prefix of a block's names. head: stored as a linear map.
-    foreign: prefixes of tensors that are no part of the language model.
+    block_tensors: those of a block of some kind. block: the prefix of a block's names. head: its name;
+        head_in_axes: see `TensorSlot`.
+    foreign: prefixes of tensors that are no part of the language model. spellings: prefixes that names have in other
+        files, and what stands for them here.
     """
 
     block_tensors: Callable[[BlockKind], Sequence[BlockTensor]]
@@ -61,7 +75,9 @@ class Layout:
     block: str = "model.layers.{block}."
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    head_in_axes: int | None = 1
     foreign: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,10 +108,43 @@ class TensorSlot:
         return (*own[: self.part.axis], self.part.total, *own[self.part.axis + 1 :])
 
     def load(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Stored tensor -> parameter. A view where possible."""
-        if self.part is not None:
-            stored = stored[(slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)]
+        """Stored tensor, of a `part` that alone -> parameter. A view where possible.
+
+        Args:
+            stored: the tensor, or of it what `stored_box` says. shape: of the parameter, or of the box.
+        """
+        if self.part is not None and self.part.step > 1:
+            stored = stored[(*(slice(None),) * self.part.axis, slice(self.part.start, None, self.part.step))]
         return (stored if self.in_axes is None else stored.T).reshape(shape)
+
+    def load_into(self, stored: np.ndarray, target: np.ndarray) -> None:
+        """The same into memory that is there, contiguous. A few rows at a time: turning a matrix as a whole reads one
+        number of every page (measured: 0.67 against 0.05 s for 140 MB)."""
+        if self.in_axes is None or stored.ndim != 2 or (self.part is not None and self.part.step > 1):
+            target[...] = self.load(stored, target.shape)
+            return
+        turned = target.reshape(stored.shape[::-1])
+        for row in range(0, stored.shape[0], ROWS_AT_ONCE):
+            turned[:, row : row + ROWS_AT_ONCE] = stored[row : row + ROWS_AT_ONCE].T
+
+    def stored_box(self, box: Box, shape: tuple[int, ...]) -> Box | None:
+        """Which part of the stored tensor a box of the parameter is; None: it is no box there.
+
+        Args:
+            box: of the parameter, behind `index`, with numbers as starts and stops. shape: of the parameter there.
+        """
+        if self.in_axes is not None:
+            columns = merged(box[: self.in_axes], shape[: self.in_axes])
+            rows = merged(box[self.in_axes :], shape[self.in_axes :])
+            found = (rows, columns)
+        else:
+            found = (merged(box, shape),) if self._own_shape(shape) != shape else box
+        inside = None if self.part is None else found[self.part.axis]
+        if self.part is None or inside is None:
+            return _known(found)
+        start, step = (self.part.start, 1) if self.part.step == 1 else (0, self.part.step)
+        moved = slice(start + step * inside.start, start + step * inside.stop)
+        return _known((*found[: self.part.axis], moved, *found[self.part.axis + 1 :]))
 
     def store(self, parameter: np.ndarray) -> np.ndarray:
         """Parameter -> stored tensor, or its part: the inverse of `load`."""
@@ -105,7 +154,8 @@ class TensorSlot:
     def _own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.in_axes is not None:
             return (prod(shape[self.in_axes :]), prod(shape[: self.in_axes]))
-        is_vector = str(self.path[-1]).endswith(("norm", "bias"))
+        # Of attention a vector has an axis for heads; of experts, one for each of them, as in the files.
+        is_vector = str(self.path[-1]).endswith(("norm", "bias")) and "mlp" not in self.path
         return (prod(shape),) if is_vector else shape
 
 
@@ -127,7 +177,41 @@ def tensor_slots(config: ModelConfig, layout: Layout) -> Iterator[TensorSlot]:
             yield TensorSlot(f"{prefix}router_bias", path, (repeat,), beside=True)
     yield TensorSlot(layout.final_norm, ("final_norm",))
     if not config.tie_embeddings:
-        yield TensorSlot(layout.head, ("head",), (), 1)
+        yield TensorSlot(layout.head, ("head",), (), layout.head_in_axes)
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """All of an array."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def merged(box: Box, shape: Sequence[int]) -> slice | None:
+    """A box of these axes as a run of the one axis that they make up in C order; None: it is no run."""
+    if any(axis.stop <= axis.start for axis in box):
+        return slice(0, 0)
+    first = last = 0
+    for axis, size in zip(box, shape, strict=True):
+        first, last = first * size + axis.start, last * size + axis.stop - 1
+    return slice(first, last + 1) if last + 1 - first == prod(axis.stop - axis.start for axis in box) else None
+
+
+def _known(box: tuple[slice | None, ...]) -> Box | None:
+    found = tuple(axis for axis in box if axis is not None)
+    return found if len(found) == len(box) else None
+
+
+def hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of these."""
+    return tuple(
+        slice(min(axis.start for axis in axes), max(axis.stop for axis in axes)) for axes in zip(*boxes, strict=True)
+    )
+
+
+def within(box: Box, outer: Box) -> Box:
+    """A box as a box of one that holds it."""
+    return tuple(
+        slice(axis.start - whole.start, axis.stop - whole.start) for axis, whole in zip(box, outer, strict=True)
+    )
 
 
 class TensorSource(Protocol):
@@ -137,11 +221,13 @@ class TensorSource(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # safetensors' names: F32, BF16, ...
 
-    def announce(self, names: Sequence[str]) -> None:
-        """These will be read next, in this order: a source that is far away may fetch ahead."""
+    def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
+        """These parts of tensors will be read next, in this order: a source that is far away may fetch ahead."""
         ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor, or this part of it, perhaps not writable."""
+        ...
 
     def close(self) -> None: ...
 

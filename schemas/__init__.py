@@ -8,5 +8,6 @@ rows.py       packed rows and their files            layout.py     names and siz
 manifest.py   plan, receipt, manifest                index.py      the record of a shard in index.bin
 segment.py    reading one segment, checked           codecs/       what the bytes of a tap mean
 addressing.py rows and slots of several segments     tap_codec.py  from a plan's tap to its codec
-progress.py   how far a long piece of work is
+progress.py   how far a long piece of work is        checkpoint_files.py  of a run: arrays in pieces
+times.py      how long shards took               cache_words.py  a cache in words, for repr and notebooks
 """

@@ -87,6 +87,11 @@ class BuildConfig(Config):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="what the teacher computes in; default: its checkpoint's own"
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
+        "first that can be used",
+    )  # without scores in memory, where there is a kernel for it
     object_mib: Positive = Field(
         default=256, description="target size of a stored object"
     )  # few requests, far below the 5 GB limit of a single PUT
@@ -223,10 +228,11 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student", "step", "routing"] = Field(
+    what: Literal["feed", "build", "codec", "student", "step", "routing", "load"] = Field(
         description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
         "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory; routing: experts "
-        "balanced by biases, by an auxiliary loss, and not at all"
+        "balanced by biases, by an auxiliary loss, and not at all; load: the memory of one of eight processes that "
+        "loads its share of a 30 GB checkpoint, with 6 GB of memory and files that take no disk"
     )
     dir: str | None = Field(
         default=None,
@@ -235,7 +241,7 @@ class BenchConfig(Config):
     rounds: Positive | None = Field(
         default=None,
         description="how often everything is measured, by turns; medians count; default: feed 5, build 2, step 2; "
-        "codec, student and routing measure once",
+        "the others measure once",
     )
     plot: str | None = Field(
         default=None, pattern=r"\.(svg|png)$", description="routing: also draw loss and load by step into this file"
@@ -249,10 +255,15 @@ class BenchConfig(Config):
 
 
 class ExportConfig(Config):
-    """Write a run's student as an HF directory."""
+    """Write a run's student as an HF directory, or as MaxText takes it."""
 
     run: str = Field(description="the run, as trained")
-    out: str = Field(description="the HF directory to write: a local path, gs:// or s3://")
+    out: str = Field(description="the folder to write: a local path, gs:// or s3://; for MaxText a local path")
+    format: Literal["hf", "maxtext"] = Field(
+        default="hf",
+        description="hf: safetensors; maxtext: a scanned parameter checkpoint by Orbax (out/items is MaxText's "
+        "load_parameters_path), and the HF files beside it, without weights; needs the extra distillcache[maxtext]",
+    )  # what most tools load
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
     storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")

@@ -44,6 +44,11 @@ def receipt_key(segment: str, shard: int) -> str:
     return f"{segment_prefix(segment)}/receipts/{shard:05d}.json"
 
 
+def times_key(segment: str) -> str:
+    """How long the shards of a finished segment took. Nothing depends on it, and it may be missing."""
+    return f"{segment_prefix(segment)}/times.json"
+
+
 def claim_key(segment: str, piece: int) -> str:
     return f"{segment_prefix(segment)}/claims/{piece:05d}.json"
 

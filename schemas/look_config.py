@@ -15,6 +15,7 @@ class FidelityConfig(Config):
     )
     rows: Positive = Field(default=16, description="rows to compare, from as many shards as can be")  # minutes on a CPU
     seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    every_slot: bool = Field(default=False, description="list all slots of all taps, not only the wrong and the worst")
     storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 

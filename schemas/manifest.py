@@ -10,6 +10,7 @@ from pydantic import Field
 
 from schemas.config import Config
 from schemas.layout import ITEM_BYTES, Compression
+from schemas.times import ShardSeconds
 
 FORMAT: Literal["distillcache/1"] = "distillcache/1"
 TOPK_LOGITS = "topk_logits"  # the tap that belongs to no block
@@ -205,7 +206,8 @@ class TapStats(Config):
 class ShardReceipt(Config):
     """Commits a shard: written after all of its objects are durable.
 
-    rows_file: None in a segment that adds to another one's rows.
+    rows_file: None in a segment that adds to another one's rows. seconds: how long it took; receipts of earlier
+    versions, and of what was made again, do not say.
     """
 
     shard: int
@@ -216,6 +218,7 @@ class ShardReceipt(Config):
     numerics: NumericsPlan | None = Field(
         default=None, description="where they differ from the plan's (--accept-platform)"
     )
+    seconds: ShardSeconds | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Stats(Config):

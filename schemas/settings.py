@@ -31,6 +31,9 @@ _MEMBER_NAMES = (
 )  # how pydantic names a union's members, where not `list[...]`
 
 
+MAX_FIELDS = 200  # characters in which help names all fields of a mapping
+
+
 class HelpRequested(Exception):
     """`--help` was given; its text is the exception's text."""
 
@@ -229,11 +232,19 @@ def _type_name(annotation: Any, *, inside: bool = False) -> str:
         elif typing.get_origin(member) is list:
             names.append(f"[{_type_name(typing.get_args(member)[0], inside=inside)}, ...]")
         elif isinstance(member, type) and issubclass(member, BaseModel):
-            fields = (f"{n}: {_type_name(f.annotation, inside=True)}" for n, f in member.model_fields.items())
-            names.append("{...}" if inside else "{" + ", ".join(fields) + "}")
+            names.append("{...}" if inside else _fields_in_line(member))
         else:
             names.append(getattr(member, "__name__", str(member)))
     return " or ".join(names)
+
+
+def _fields_in_line(model: type[BaseModel]) -> str:
+    """A mapping's fields; where they are too many for a line, those that must be given."""
+    fields = {n: f"{n}: {_type_name(f.annotation, inside=True)}" for n, f in model.model_fields.items()}
+    line = "{" + ", ".join(fields.values()) + "}"
+    if len(line) <= MAX_FIELDS:
+        return line
+    return "{" + ", ".join([*(fields[n] for n, f in model.model_fields.items() if f.is_required()), "..."]) + "}"
 
 
 def _field_annotation(model: type[BaseModel], keys: list[str], flag: str, command: str) -> Any:

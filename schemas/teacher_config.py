@@ -9,7 +9,8 @@ from schemas.base import Config, Positive
 
 class TeacherConfig(Config):
     path: str = Field(
-        description="an HF directory (config.json, safetensors) or a .gguf file: a local path, gs:// or s3://"
+        description="an HF directory (config.json, safetensors), a folder with a MaxText checkpoint and the model's "
+        "config.json, a run of `train` or one of its checkpoints, or a .gguf file: a local path, gs:// or s3://"
     )
 
 

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from schemas.base import Config, Positive
 from schemas.feed_config import FeedConfig
 from schemas.storage_config import StorageConfig
+from schemas.student_config import Blocks
+from schemas.student_config import StudentConfig as StudentConfig
+from schemas.student_config import SurgeryOp as SurgeryOp
 from schemas.teacher_config import OnlineConfig, TeacherMeshConfig
 
 
@@ -31,32 +34,6 @@ class ShareRamp(Ramp):
 
 Weight = Annotated[float, Field(ge=0)] | Ramp
 Share = Annotated[float, Field(ge=0, le=1)] | ShareRamp
-Blocks = Literal["all"] | list[int]
-
-
-class SurgeryOp(Config):
-    op: Literal["query_heads", "kv_heads"] = Field(description="what is cut")
-    to: Positive = Field(description="how many stay: query heads in each KV group, or KV heads in all")
-    by: Literal["index", "weight_norm"] = Field(
-        default="index", description="which ones stay: the first, or those of the largest output weights"
-    )  # needs no data and is easy to compare
-
-
-class StudentConfig(Config):
-    init: str = Field(
-        default="teacher", description="teacher, or the path or URL of a checkpoint to start from"
-    )  # the usual start: the teacher itself, cut
-    surgery: list[SurgeryOp] = Field(
-        default_factory=list, description="cuts, in order: [{op: query_heads, to: 2, by: index}]"
-    )
-    layer_map: list[int] | None = Field(
-        default=None,
-        description="the teacher's blocks at which the student's begin, ascending: student block i stands for those "
-        "from layer_map[i] to the next entry; default: block for block",
-    )
-    projector: Literal["none", "linear"] = Field(
-        default="none", description="linear: learned maps between the student's width and the teacher's, in each block"
-    )  # widths are usually equal; projectors are left out of the export
 
 
 class FeatureLossConfig(Config):
@@ -209,6 +186,11 @@ class TrainConfig(Config):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the student's forward and backward; parameters stay float32"
     )  # CPUs have no fast bfloat16
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="the student's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
+        "first that can be used",
+    )  # without scores in memory, where there is a kernel for it
     remat: Literal["none", "block", "dots"] = Field(
         default="block",
         description="feature mode, what the backward pass computes again: nothing, whole blocks, or all but products",

@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student|step|routing`: fixed work, against this machine's limits and peers.
+"""`distillcache bench feed|build|codec|student|step|routing|load`: fixed work, against this machine's limits and peers.
 
     distillcache bench feed --json
 
@@ -35,6 +35,7 @@ MODULES = {
     "student": "tools.bench_student",
     "step": "tools.bench_step",
     "routing": "tools.bench_routing",
+    "load": "tools.bench_load",
 }
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
 LIBRARIES = ("jax", "tensorstore", "grain", "numpy")

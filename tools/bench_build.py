@@ -162,7 +162,7 @@ def _build_rate(
         family=model.family,
         norm_eps=model.norm_eps,
     )
-    plan = make_plan(config, SEGMENT, model, described, describe_rows(rows), str(decoder.embed[...].dtype))
+    plan = make_plan(config, SEGMENT, model, described, describe_rows(rows), str(decoder.dtype))
     store, clock = Store(str(folder)), _Clock()
     writer = ShardWriter(store, plan, max_bytes=MAX_IN_FLIGHT, numerics=None, on_commit=lambda shard: None)
     with Progress("bench", len(rows) * plan.rows.row_tokens, unit="tokens") as bar:

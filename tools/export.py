@@ -1,10 +1,11 @@
-"""`distillcache export`: a trained student as an HF directory."""
+"""`distillcache export`: a trained student as an HF directory, or as MaxText takes it."""
 
 import json
 import sys
 from collections.abc import Sequence
 
 from models.checkpoint import save_pretrained
+from models.maxtext_export import save_maxtext
 from models.tensors import ROUTER_BIAS_FILE
 from schemas import settings
 from schemas.config import ExportConfig
@@ -25,9 +26,10 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         best = best_evaluation(config.run)
         step, note = best.step, f", the best with a held-out perplexity of {best.perplexity:.2f},"
     student = load_student(config.run, step)
-    save_pretrained(student.decoder, config.out, tokenizer_from=student.tokenizer)
+    save = save_maxtext if config.format == "maxtext" else save_pretrained
+    save(student.decoder, config.out, tokenizer_from=student.tokenizer)
     moe = student.decoder.config.moe
-    if moe is not None and moe.bias and not moe.native_bias:
+    if config.format == "hf" and moe is not None and moe.bias and not moe.native_bias:
         print(
             f"warning: {student.decoder.config.family} has no place for router biases: they are in {ROUTER_BIAS_FILE}, "
             "which other readers ignore; eval/student_perplexity_without_bias says what they will see",

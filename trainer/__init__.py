@@ -8,9 +8,9 @@ losses.py       pure losses, the same in the scan and in the tests
 step.py         one optimizer step: the blockwise gradient inside the scan
 optimizer.py    AdamW whose state and clipping are per block
 evaluate.py     held-out perplexity and per-block cosine distance
-student.py      where a run's student comes from
+student.py      where a run's student comes from    importance.py  what each part of the teacher was worth
 placement.py    between a process's memory and the devices of a mesh; block_groups.py feeds them
-checkpoints.py  which checkpoints a run has         checkpoint_files.py  their files: arrays in pieces
+checkpoints.py  which checkpoints a run has
 metrics.py      what is measured, by name           metrics_log.py       JSON lines and TensorBoard
 run_folder.py   whose a run's folder is, and what it says of itself
 train.py        the loop

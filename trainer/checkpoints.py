@@ -6,7 +6,8 @@
 
 Parameters go by their names (parameters.py), without what a mesh adds, so a run may go on on another mesh. A
 student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
-the cache. A checkpoint is there when its record is (checkpoint_files.py): what a killed process leaves is ignored.
+the cache. A checkpoint is there when its record is (schemas/checkpoint_files.py): what a killed process leaves is
+ignored.
 """
 
 import time
@@ -22,10 +23,7 @@ import numpy as np
 from models.checkpoint import load_pretrained
 from models.decoder import Decoder
 from models.routing import BalanceState
-from schemas.errors import CheckpointError, DamageError, StorageError
-from schemas.peers import ALONE, Peers
-from schemas.storage import Store
-from trainer.checkpoint_files import (
+from schemas.checkpoint_files import (
     RECORD,
     CheckpointRecord,
     Held,
@@ -36,7 +34,10 @@ from trainer.checkpoint_files import (
     read_part,
     write_part,
 )
-from trainer.parameters import install
+from schemas.errors import CheckpointError, DamageError, StorageError
+from schemas.peers import ALONE, Peers
+from schemas.storage import Store
+from trainer.host_parameters import HostShards, Kept
 
 STUDENT = "student"
 CHECKPOINTS = "checkpoints"
@@ -159,10 +160,21 @@ class Checkpoints:
             )
         return _readable(lambda: SavedArrays(self._store, _folder(step)))
 
-    def restore_parameters(self, step: int) -> dict[str, np.ndarray]:
-        """All parameters that were trained, on the host."""
+    def restore_parameters(self, step: int, like: Mapping[str, Kept] | None = None) -> dict[str, Kept]:
+        """All parameters that were trained, on the host.
+
+        Args:
+            like: those that are given here in parts are restored in the same parts.
+        """
         saved = self.open(step)
-        return _readable(lambda: {name: saved.whole(PARAMETERS, name) for name in saved.names(PARAMETERS)})
+
+        def restored(name: str) -> Kept:
+            there = (like or {}).get(name)
+            if not isinstance(there, HostShards):
+                return saved.whole(PARAMETERS, name)
+            return there.read(lambda boxes: saved.boxes(PARAMETERS, name, boxes))
+
+        return _readable(lambda: {name: restored(name) for name in saved.names(PARAMETERS)})
 
 
 def balance_arrays(balance: Mapping[str, BalanceState]) -> dict[str, np.ndarray]:
@@ -203,9 +215,8 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
     chosen = checkpoints.latest() if step is None else step
     if chosen is None:
         raise CheckpointError("the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again")
-    parameters = checkpoints.restore_parameters(chosen)
-    decoder = load_pretrained(store.where(STUDENT), dtype="float32")
-    install(decoder, parameters)
+    checkpoints.open(chosen)  # says which there are, if not this one
+    decoder = load_pretrained(store.where(_folder(chosen)), dtype="float32")
     return TrainedStudent(decoder, store.where(STUDENT), chosen)
 
 

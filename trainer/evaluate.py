@@ -27,7 +27,7 @@ from trainer.open import Sources
 from trainer.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
 from trainer.source import Batch, Source
 from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
-from trainer.tables import Table, TapReading, evaluation_table, student_spans
+from trainer.tables import Table, TapReading, block_starts, evaluation_table, student_spans
 
 
 class Evaluation(Config):
@@ -56,11 +56,14 @@ class Evaluator:
     """Evaluates a run's student on the cache's held-out rows."""
 
     def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder, peers: Peers = ALONE) -> None:
-        self._config, self._decoder, self._source, self._peers = config, decoder, sources.held_out, peers
+        self._config, self._source, self._peers = config, sources.held_out, peers
         self._stack = StudentStack(decoder)
+        self._graph, state = nnx.split(decoder)
+        self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         if not self._source:
             return
-        spans = student_spans(decoder.config, self._source.plan.teacher.num_blocks, config.student.layer_map)
+        teacher_blocks = self._source.plan.teacher.num_blocks
+        spans = student_spans(decoder.config, teacher_blocks, block_starts(config.student, teacher_blocks))
         self._blocks: tuple[int, ...] = ()
         # In feature mode the maps of the teacher's stream are not trained, so blocks cannot be looked at alone.
         modes = (config.mode, *(stage.mode for stage in config.stages or []))
@@ -75,12 +78,12 @@ class Evaluator:
         """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows."""
         rows, source, peers = self._config.eval_batch_rows, self._source, self._peers
         parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
-        install(self._decoder, parameters)
-        whole = held_out(self._decoder, source, rows, peers=peers)
+        decoder = self._with(parameters)
+        whole = held_out(decoder, source, rows, peers=peers)
         violation = None if whole.load is None else float(np.mean(max_violation(jnp.asarray(whole.load))))
         kl = None
         if "topk_logits" in source.codecs:
-            kl = teacher_divergence(self._decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
+            kl = teacher_divergence(decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
         cosine: tuple[float, ...] = ()
         if self._blocks:
             found = blockwise_cosine(
@@ -94,18 +97,24 @@ class Evaluator:
             cosine=cosine,
             kl=kl,
             max_violation=violation,
-            perplexity_without_bias=self._without_bias(parameters),
+            perplexity_without_bias=self._without_bias(decoder, parameters),
         )
 
-    def _without_bias(self, parameters: Parameters) -> float | None:
+    def _with(self, parameters: Parameters) -> Decoder:
+        """The student with these parameters; between evaluations none of its own are kept on a device."""
+        flat = nnx.to_flat_state(self._like)
+        filled = [(path, value.replace(parameters["/".join(map(str, path))])) for path, value in flat]
+        return nnx.merge(self._graph, nnx.from_flat_state(filled))
+
+    def _without_bias(self, decoder: Decoder, parameters: Parameters) -> float | None:
         """The perplexity of the student as other readers of its export compute it: without biases of their own file."""
-        moe = self._decoder.config.moe
+        moe = decoder.config.moe
         biases = {name: jnp.zeros_like(value) for name, value in parameters.items() if name.endswith(ROUTER_BIAS)}
         if moe is None or moe.native_bias or not any(np.asarray(parameters[name]).any() for name in biases):
             return None
-        install(self._decoder, biases)
+        install(decoder, biases)
         title = "perplexity without router biases"
-        return held_out(self._decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
+        return held_out(decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
 
 
 class HeldOut(NamedTuple):

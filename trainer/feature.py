@@ -49,7 +49,7 @@ REMAT: dict[str, BodyWrap | None] = {
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 ROW_FIELDS = ("tokens", "segment_ids", "loss_mask")
-TO_ROUTER = ("mlp/norm", "mlp/router")  # what a router's loss reaches of its own MLP
+TO_ROUTER = ("mlp/norm", "mlp/router", "mlp/logit_bias")  # what a router's loss reaches of its own MLP
 
 
 class FeatureSums(NamedTuple):

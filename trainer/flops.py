@@ -43,9 +43,10 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
             products += (
                 value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
             )
-        if name.endswith("attention/q"):
+        if name.endswith("attention/o"):
             blocks += value.shape[0]
-    attention = blocks * config.num_heads * config.head_dim * row_tokens  # scores and mixing, half of it masked
+    # Scores of keys and mixing of values, half of it masked.
+    attention = blocks * config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
     return 6.0 * tokens * (products + attention)
 
 

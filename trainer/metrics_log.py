@@ -123,7 +123,11 @@ class _Tensorboard:
         self._store, self._purge = store, purge_step
         self._files = 0
         self._folder = tempfile.mkdtemp(prefix="distillcache-events-") if store.local is None else None
-        self.writer = SummaryWriter(self._folder or str(store.local / TENSORBOARD), purge_step=purge_step)  # type: ignore[operator]
+        self.writer = SummaryWriter(
+            self._folder or str(store.local / TENSORBOARD),  # type: ignore[operator]
+            purge_step=purge_step,
+            filename_suffix=f".{purge_step}",  # a run that goes on within the same second writes a file of its own
+        )
 
     def flush(self) -> None:
         """In a bucket: bring what was written there as a file of its own, and begin another."""

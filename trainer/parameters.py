@@ -100,17 +100,30 @@ def choose_trained(names: Iterable[str], patterns: Sequence[str] | None, reached
     return chosen
 
 
-def make_projectors(places: Mapping[Place, int], student_width: int, teacher_width: int, seed: int) -> Parameters:
+def make_projectors(
+    places: Mapping[Place, int],
+    student_width: int,
+    teacher_width: int,
+    seed: int,
+    kept: Sequence[int] | None = None,
+) -> Parameters:
     """Maps between the widths for every place, float32: `in` `[repeats, Dt, Ds]` of what a block is given, `out`
     `[repeats, Ds, Dt]` of what it adds.
 
     `in` starts as a random map that keeps lengths on average and `out` as its transpose, so that a block whose own
     weights were cut from a teacher of the same directions starts near it.
+
+    Args:
+        kept: the numbers of the teacher's stream that the student was cut to: `in` then starts by picking these.
     """
     rng = np.random.default_rng(seed)
     found = {}
     for place, repeats in places.items():
-        into = rng.normal(0.0, teacher_width**-0.5, (repeats, teacher_width, student_width)).astype(np.float32)
+        if kept is None:
+            into = rng.normal(0.0, teacher_width**-0.5, (repeats, teacher_width, student_width)).astype(np.float32)
+        else:
+            picks = np.arange(teacher_width)[:, None] == np.asarray(kept)
+            into = np.broadcast_to(picks.astype(np.float32), (repeats, teacher_width, student_width))
         found[f"{place_prefix(place)}{PROJECTOR}/in"] = jnp.asarray(into)
         found[f"{place_prefix(place)}{PROJECTOR}/out"] = jnp.asarray(into.swapaxes(1, 2).copy())
     return found

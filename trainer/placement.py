@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from models.sharding import box_of
 from models.sharding import put as put
 from models.sharding import rows_held as rows_held
-from trainer.checkpoint_files import ArrayInfo, Box, Held
+from schemas.checkpoint_files import ArrayInfo, Box, Held
 
 ReadBox = Callable[[tuple[Box, ...]], list[np.ndarray]]  # boxes of one array
 

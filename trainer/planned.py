@@ -67,7 +67,7 @@ def prepared_group(
         decoder: the teacher, in the dtype that it computes in.
         taps: None: attention output and stream, without loss.
     """
-    dtype = str(decoder.embed[...].dtype)
+    dtype = str(decoder.dtype)
     chosen = _all_blocks(taps or lossless_taps(dtype), teacher)
     plan = Plan(
         segment=segment_name(0),
@@ -81,7 +81,7 @@ def prepared_group(
         config={},
         created={},
     )
-    side = {"attention_norm": attention_norms(decoder), **signs_of(plan)}
+    side = {**attention_norms(decoder), **signs_of(plan)}
     return RowGroup((PlannedSegment(store, plan, rows.__getitem__, side),))
 
 

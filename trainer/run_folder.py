@@ -21,7 +21,9 @@ from schemas.layout import TOKENIZER
 from schemas.storage import LOCK_SUFFIX, Store
 from trainer.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
 from trainer.evaluate import Evaluation
+from trainer.importance import IMPORTANCE
 from trainer.source import Source
+from trainer.student import SURGERY
 
 # What may differ when a run goes on: no number of the training depends on it.
 FREE_FIELDS = frozenset(
@@ -35,7 +37,8 @@ RESOLVED = "config.yaml"
 LOCK = "lock"
 CLAIM = "claim.json"  # in a bucket, instead of the lock
 CLAIM_EXPIRY_S = 120.0  # a claim is written anew four times in this: rarely enough for one object of a bucket
-LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM)  # of a process that ended before the student was made
+# Of a process that ended before the student was made.
+LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM, SURGERY, IMPORTANCE)
 
 
 def claim_run(store: Store, config: TrainConfig, source: Source) -> None:

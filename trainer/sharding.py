@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.experts import ROW_AXES
+from models.ambient_mesh import ROW_AXES
 from models.sharding import check_processes as check_processes
 from models.sharding import make_mesh as make_mesh
 from models.sharding import parameter_sharding as parameter_sharding

@@ -9,8 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from jaxtyping import Float
 
 from schemas.addressing import RowGroup, RowMap, check_same_codec, slots_of
+from schemas.cache_words import (
+    Facts,
+    as_html,
+    as_text,
+    describe_codec,
+    in_bytes,
+    numbers_in_runs,
+    segment_words,
+    teacher_words,
+)
 from schemas.codecs import Codec
 from schemas.errors import InputError
 from schemas.layout import ITEM_BYTES
@@ -108,13 +119,63 @@ class Source(ABC):
         return {None: total, "train": total - held_out, "eval": held_out}[self.split]
 
     def __repr__(self) -> str:
-        taps = "".join(f", {name} {tap.codec} x {len(self.slots[name])}" for name, tap in self.taps.items())
-        taps += ", partial: committed shards only" if self.partial else ""
-        return (
-            f"{type(self).__name__}({self.url!r}, {self.split or 'all'} rows {len(self)} x "
-            f"{self.plan.rows.row_tokens} tokens, {len(self.blocks)} blocks{taps}, "
-            f"{self.bytes_per_row / 1e6:.3g} MB a row)"
-        )
+        return as_text(f"{type(self).__name__}({self.url!r})", self._facts())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(f"{type(self).__name__} of {self.url}", self._facts())
+
+    def _facts(self) -> Facts:
+        """What the cache is, and what of it this source reads."""
+        total, held_out = len(self._rows), len(self._rows.held_out)
+        which = {None: "all", "train": "those for training", "eval": "those held out"}[self.split]
+        state = ", partial: those of committed shards" if self.partial else ""
+        rows = f"{total - held_out:,} train + {held_out:,} eval of {self.plan.rows.row_tokens:,} tokens{state}"
+        taps = [
+            (name, f"{described}, codec {describe_codec(tap)}")
+            for name, tap in self.taps.items()
+            for described in [self._described_stack(name, tap)]
+        ]
+        return [
+            ("rows", f"{rows}; read here: {which}, {len(self):,}"),
+            ("blocks", f"{len(self.blocks)} of {self.plan.teacher.num_blocks}: {numbers_in_runs(self.blocks)}"),
+            *taps,
+            ("batch", f"{in_bytes(self.bytes_per_row)} a row"),
+            ("teacher", teacher_words(self.plan)),
+            *segment_words(self.segments()),
+        ]
+
+    def _described_stack(self, name: str, tap: TapPlan) -> str:
+        """The shape of a tap's codes in a batch."""
+        part = tap.parts[0]
+        shape = f"[{self.reads[name].size(part)}, B, {self.plan.rows.row_tokens}, {part.width}]"
+        kind = f"{part.dtype} (the bits of {part.bits_of})" if part.bits_of else part.dtype
+        return f"{shape} {kind}"
+
+    def decode(self, batch: Batch, name: str) -> Float[np.ndarray, "S B T D"]:
+        """What a tap of one of this source's batches stands for, in float32, in the order of `slots[name]`; of
+        `topk_logits` the values.
+
+        For people: training decodes on the device, inside its scan over blocks.
+
+        Raises:
+            InputError: the source does not read this tap.
+        """
+        if name not in self.taps:
+            facts = {"cache": self.url, "tap": name, "read": ", ".join(self.taps) or "none"}
+            raise InputError("this source does not read the tap", facts, "name it in taps=(...)")
+        tap, codec, stacks = self.taps[name], self.codecs[name], batch[name]
+        if tap.k is not None:
+            logits: Any = codec.decode(stacks)
+            return np.asarray(logits.values, np.float32)
+        found: dict[int, np.ndarray] = {}
+        wanted = [self.reads[name].at[slot] for slot in self.slots[name]]
+        carry: Any = codec.start((len(batch["tokens"]), self.plan.rows.row_tokens, self.plan.teacher.hidden_size))
+        for place in sorted({each for last in wanted for each in range(codec.first_slot(last), last + 1)}):
+            parts = {part.part: stacks[part.part][place // part.every] for part in tap.parts}
+            carry, value = codec.decode_slot(carry, parts, place)
+            found[place] = np.asarray(value, np.float32)
+        return np.stack([found[place] for place in wanted])
 
     @property
     def bytes_per_row(self) -> int:
@@ -130,8 +191,19 @@ class Source(ABC):
         return [segment for group in self._groups for segment in group.segments]
 
     def attention_norms(self) -> np.ndarray:
-        """The weights of the teacher's attention norms, float32 `[L, D]`, as the cache keeps them."""
-        return self._groups[0].base.side()["attention_norm"]
+        """The weights of the teacher's attention norms, float32 `[L, D]`, as the cache keeps them.
+
+        Raises:
+            InputError: the teacher has none.
+        """
+        found = self._groups[0].base.side().get("attention_norm")
+        if found is None:
+            raise InputError(
+                "the teacher norms what its attention adds, not what it is given: it has no normed input to inject",
+                {"cache": self.url, "family": self.plan.teacher.family, "inject": "attn_in"},
+                "leave inject at resid: that is the input of this teacher's attention",
+            )
+        return found
 
     def row_number(self, index: int) -> int:
         """The number, through all rows, of the split's row `index`."""

@@ -3,7 +3,7 @@
 A stage begins with a fresh optimizer, from the parameters that the one before it left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 
 from models.decoder import Decoder
 from models.routing import BalanceState, RouterSums
+from schemas.checkpoint_files import Held, SavedArrays
 from schemas.errors import ConfigError
 from schemas.train_config import TrainConfig
 from trainer.balance import (
@@ -26,9 +27,9 @@ from trainer.balance import (
 )
 from trainer.block_groups import GroupedSource, HeldRows, blocks_of_groups, place_batch
 from trainer.blockwise import BlockwiseStep, StepSums
-from trainer.checkpoint_files import Held, SavedArrays
 from trainer.checkpoints import OPTIMIZER, PARAMETERS, named, path_name, restored_balance
 from trainer.feature import FeatureStep, feature_update
+from trainer.host_parameters import Kept, gathered, kept, kept_rows, moved, on_devices
 from trainer.metrics import blockwise_metrics, feature_metrics, router_metrics
 from trainer.optimizer import learning_rate_schedule, make_optimizer
 from trainer.parameters import ROUTER_BIAS, Parameters, choose_trained, place_prefix
@@ -48,9 +49,8 @@ from trainer.step import (
     padded_table,
     unpadded,
 )
-from trainer.tables import Span, Table, TapReading, is_in_step, make_table, student_spans, with_column
+from trainer.tables import Span, Table, TapReading, block_starts, is_in_step, make_table, student_spans, with_column
 
-ATTENTION_PARTS = ("q", "k", "v", "o", "*_bias")  # all but the norm
 BEHIND_BLOCKS = ("final_norm", "head")  # what computes logits, and nothing else
 # `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
 # all that are recorded).
@@ -170,9 +170,13 @@ class StageRun:
         """The step compiled for such batches, to look at."""
         return self._step.lower(self.state, self._frozen, batch, self._table).compile()
 
-    def parameters(self) -> Parameters:
-        """What a step changes of the student, without what the mesh added, whole and on the host."""
-        return unpadded(to_host(self.state.parameters), self.stack) | to_host(mean_biases(self.balance()))
+    def parameters(self) -> dict[str, Kept]:
+        """What a step changes of the student, without what the mesh added, on the host."""
+        found: dict[str, Any] = {}
+        for name, value in self.state.parameters.items():
+            rows = self._rows(name)
+            found[name] = kept(value) if rows is None else kept_rows(name, value, rows)
+        return found | to_host(mean_biases(self.balance()))
 
     def balance(self) -> dict[str, BalanceState]:
         """The state of the routers' biases, likewise."""
@@ -229,7 +233,9 @@ class StageRun:
         self._check_own_stream(recorded)
         taps = self._taps()
         recorded = open_source(taps, None, False)
-        self.spans = student_spans(self.stack.config, recorded.plan.teacher.num_blocks, config.student.layer_map)
+        teacher_blocks = recorded.plan.teacher.num_blocks
+        starts = block_starts(config.student, teacher_blocks)
+        self.spans = student_spans(self.stack.config, teacher_blocks, starts)
         self.weights = _block_weights(stage, self.spans, recorded)
         derives = stage.compares_mlp and not _records(recorded, "mlp_out")
         if stage.compares_mlp and not derives:
@@ -301,23 +307,27 @@ class StageRun:
             return sorted(name for name in parameters if not name.endswith("projector/in") and name not in outside)
         attention = stage.compares_attention or (stage.compares_mlp and student)
         balances = self._balancing is not None and self._balancing.with_loss
-        through_mlp = ["mlp"] if stage.compares_mlp else ["mlp/router", "mlp/norm"] if balances else []
+        through_mlp = (
+            ["mlp"] if stage.compares_mlp else ["mlp/router", "mlp/logit_bias", "mlp/norm"] if balances else []
+        )
         attention |= balances and student
         found = [*(["attention"] if attention else []), *through_mlp]
         if stage.mode == "blockwise" and self._config.inject == "attn_in":  # the teacher's norm is used
-            found = [f"attention/{name}" for name in ATTENTION_PARTS] + found[1:] if attention else found
+            own = [name for name in parameters if "/attention/" in name and not name.endswith("/attention/norm")]
+            found = own + found[1:] if attention else found
         return [*found, "projector"]
 
-    def prepare(self, parameters: Parameters) -> Self:
+    def prepare(self, parameters: Mapping[str, Any]) -> Self:
         """Make the state, what stays as it is, and the step.
 
         Args:
-            parameters: all of the student's, projectors included, as the stage finds them.
+            parameters: all of the student's, projectors included, as the stage finds them, on the host or not.
         """
         config, stage = self._config, self.stage
-        trained = {name: value for name, value in parameters.items() if name in self._trained}
+        trained = {name: on_devices(value) for name, value in parameters.items() if name in self._trained}
         blocks_only = stage.mode == "blockwise"
-        frozen = {name: value for name, value in parameters.items() if name not in self._trained and self._needs(name)}
+        others = {name: value for name, value in parameters.items() if name not in self._trained and self._needs(name)}
+        frozen = {name: on_devices(value) for name, value in others.items()}
         source = self._sources[0]
         codecs = {name: source.codecs[name] for name in source.reads}
         places = {name: source.reads[name].at for name in source.reads}
@@ -355,7 +365,8 @@ class StageRun:
             )
         balance = {}
         if self._balancing is not None and self._balancing.update:
-            balance = start_balance(parameters, self.stack.places(), self._balancing.bias_groups)
+            of_routers = gathered({name: value for name, value in parameters.items() if name.endswith(ROUTER_BIAS)})
+            balance = start_balance(of_routers, self.stack.places(), self._balancing.bias_groups)
         placed = self._placed(padded(trained, self.stack, self.groups))
         state = init_state(self.stack, placed, optimizer, padded(balance, self.stack, self.groups), self.mesh)
         self.state = TrainState(placed, state.moments, *self._placed_rest(state.step, state.balance))
@@ -378,7 +389,7 @@ class StageRun:
         """Copies on the devices: a step gives its state's memory away."""
         if self.mesh is None:
             return {name: jnp.array(value) for name, value in parameters.items()}
-        return {n: put(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in parameters.items()}
+        return {n: moved(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in parameters.items()}
 
     def _placed_rest(self, step: Any, balance: dict[str, BalanceState]) -> tuple[Any, dict[str, BalanceState]]:
         """The number of steps and the state of biases, on the devices."""

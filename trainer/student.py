@@ -1,58 +1,145 @@
-"""Where a run's student comes from: the teacher, cut; another checkpoint, cut; or the run's own folder."""
+"""Where a run's student comes from: a checkpoint, operated on; random numbers; or the run itself."""
 
+import json
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
-from models.checkpoint import load_pretrained, save_pretrained
+from flax import nnx
+from jax.sharding import Mesh
+
+from models.checkpoint import load_pretrained, read_config, save_pretrained
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.ggufs import is_gguf
 from models.identity import locate_checkpoint
-from models.surgery import add_router_bias, apply_surgery
+from models.surgery import add_router_bias, changed_config, operate
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.storage import Store
-from schemas.train_config import StudentConfig
+from schemas.student_config import StudentConfig, SurgeryOp
 from trainer.checkpoints import STUDENT, has_student
+from trainer.importance import OpenSource, teacher_importance
 from trainer.parameters import Parameters, all_parameters, make_projectors
 from trainer.source import Source
 from trainer.stack import StudentStack
-from trainer.tables import student_spans
+from trainer.tables import FROM_TEACHER, block_starts, check_ascending, student_spans
 from trainer.teacher import check_teacher
+
+SURGERY = "surgery.json"  # in the run's folder
 
 
 def open_student(
-    run: Store, config: StudentConfig, source: Source, teacher_path: str | None = None, *, router_bias: bool = False
+    run: Store,
+    config: StudentConfig,
+    source: Source,
+    teacher_path: str | None = None,
+    *,
+    router_bias: bool = False,
+    seed: int = 0,
+    open_source: OpenSource | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
 
     Args:
         teacher_path: where the source's teacher lies, if not where its plan says.
         router_bias: its experts get biases, of zero where they have none.
+        seed: of `init: random`.
+        open_source: the training rows with some taps, for `by: importance`.
+        mesh: of several processes: each loads what its own devices hold. Who makes the student has all of it meanwhile.
 
     Raises:
         CheckpointError: its checkpoint is missing, or is not the teacher that the cache was built with.
         ConfigError: the surgery cannot be done, or the student does not fit the cache.
     """
     kept = run.where(STUDENT)
+    shared = mesh if mesh is not None and mesh.is_multi_process else None
     if has_student(run):
-        return load_pretrained(kept, dtype="float32")
+        return load_pretrained(kept, dtype="float32", mesh=shared)
     for folder in run.local.glob(f".{STUDENT}.*") if run.local is not None else ():  # of a killed process
         shutil.rmtree(folder)
-    path = _checked_teacher(source, teacher_path) if config.init == "teacher" else config.init
-    student = apply_surgery(load_pretrained(path, dtype="float32"), config.surgery)
-    _check_fit(student, path, config, source)
+    path = _checked_teacher(source, teacher_path) if config.init in FROM_TEACHER else config.init
+    ops = operations(config, source.plan.teacher.num_blocks)
+    _check_fit(changed_config(read_config(path), ops), path, config, source)
+    if config.init == "random":
+        student = Decoder(changed_config(read_config(path), ops), rngs=nnx.Rngs(seed))
+    else:
+        student = _operated(run, path, config, ops, open_source)
     if router_bias and student.config.moe is not None:
         student = add_router_bias(student)
     save_pretrained(student, kept, tokenizer_from=_tokenizer(path, run, source))
-    return student
+    if shared is None:
+        return student
+    del student
+    return load_pretrained(kept, dtype="float32", mesh=shared)
 
 
-def start_parameters(student: Decoder, config: StudentConfig, teacher_width: int, seed: int) -> Parameters:
-    """All parameters of a student before its first step, with projectors where it has them."""
+def operations(config: StudentConfig, teacher_blocks: int) -> list[SurgeryOp]:
+    """The student's surgery; a student of the teacher's that has a layer map is made of the blocks named there.
+
+    Raises:
+        ConfigError: the layer map does not fit the teacher.
+    """
+    ops = list(config.surgery)
+    if config.layer_map is None or config.init not in FROM_TEACHER or any(op.op == "drop_blocks" for op in ops):
+        return ops
+    check_ascending(config.layer_map, teacher_blocks)
+    dropped = sorted(set(range(teacher_blocks)) - set(config.layer_map))
+    return [SurgeryOp(op="drop_blocks", blocks=dropped), *ops] if dropped else ops
+
+
+def start_parameters(
+    student: Decoder, config: StudentConfig, teacher_width: int, seed: int, run: Store | None = None
+) -> Parameters:
+    """All parameters of a student before its first step, with projectors where it has them.
+
+    Args:
+        run: says to which numbers of the teacher's stream surgery cut the student; its projectors begin with these.
+    """
     found = all_parameters(student)
     if config.projector == "linear":
-        places = StudentStack(student).places()
-        found |= make_projectors(places, student.config.hidden_size, teacher_width, seed)
+        places, width = StudentStack(student).places(), student.config.hidden_size
+        kept = None
+        if run is not None and config.init == "teacher" and any(op.op == "hidden_size" for op in config.surgery):
+            kept = kept_stream(run)
+        found |= make_projectors(places, width, teacher_width, seed, kept)
     return found
+
+
+def _operated(
+    run: Store, path: str, config: StudentConfig, ops: Sequence[SurgeryOp], open_source: OpenSource | None
+) -> Decoder:
+    """The checkpoint's decoder after these operations; what they kept is written down in the run's folder."""
+    start = load_pretrained(path, dtype="float32")
+    scores = None
+    if open_source is not None and any(op.by == "importance" for op in ops):
+        scores = teacher_importance(run, start, config.importance_rows, open_source)
+    operated = operate(start, ops, scores)
+    if ops:
+        write_surgery(run, ops, operated.kept)
+    return operated.decoder
+
+
+def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]]) -> None:
+    """What each operation kept: of every block, or of the blocks or the stream (models/surgery/operate.py)."""
+    done = [{**op.model_dump(), "kept": each} for op, each in zip(ops, kept, strict=True)]
+    run.write(SURGERY, (json.dumps(done) + "\n").encode())
+
+
+def kept_stream(run: Store) -> list[int]:
+    """The numbers of the teacher's stream that the student's are.
+
+    Raises:
+        CheckpointError: the run does not say.
+    """
+    found = json.loads(run.read(SURGERY) or b"[]")
+    kept = next((op["kept"] for op in found if op["op"] == "hidden_size"), None)
+    if kept is None:
+        raise CheckpointError(
+            "the run has lost its record of surgery", {"missing": run.where(SURGERY)}, "copy it again, or begin anew"
+        )
+    return kept
 
 
 def _checked_teacher(source: Source, path: str | None) -> str:
@@ -62,9 +149,9 @@ def _checked_teacher(source: Source, path: str | None) -> str:
     return path
 
 
-def _check_fit(student: Decoder, path: str, config: StudentConfig, source: Source) -> None:
-    teacher, found = source.plan.teacher, student.config
-    student_spans(found, teacher.num_blocks, config.layer_map)
+def _check_fit(found: ModelConfig, path: str, config: StudentConfig, source: Source) -> None:
+    teacher = source.plan.teacher
+    student_spans(found, teacher.num_blocks, block_starts(config, teacher.num_blocks))
     sizes = {
         "hidden size": (teacher.hidden_size, found.hidden_size, "set student.projector: linear"),
         "vocabulary": (teacher.vocab_size, found.vocab_size, "choose a student with the teacher's vocabulary"),

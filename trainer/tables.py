@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from models.config import ModelConfig
+from models.surgery.sizes import kept_blocks
 from schemas.codecs import Codec
 from schemas.errors import ConfigError
+from schemas.student_config import StudentConfig
 from trainer.source import Source
 
+FROM_TEACHER = ("teacher", "random")  # student.init: of the teacher's config, so its blocks are known
 Table = tuple[dict[str, np.ndarray], ...]  # for every layer group: name -> [repeats, places, ...]
 
 
@@ -47,6 +50,20 @@ class TapReading:
         return "mlp_out" in self.codecs
 
 
+def block_starts(config: StudentConfig, teacher_blocks: int) -> list[int] | None:
+    """The teacher's blocks at which the student's begin: the layer map, or else what `drop_blocks` leaves; None: block
+    for block.
+
+    A student whose first blocks were dropped begins with the teacher's stream all the same: at block 0.
+    """
+    if config.layer_map is not None or config.init not in FROM_TEACHER:
+        return config.layer_map
+    for op in config.surgery:
+        if op.op == "drop_blocks":
+            return [0, *kept_blocks(op, teacher_blocks)[1:]]
+    return None
+
+
 def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence[int] | None) -> tuple[Span, ...]:
     """The spans of the student's blocks.
 
@@ -63,17 +80,31 @@ def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence
             )
         return tuple(Span(block, block + 1) for block in range(depth))
     starts = list(layer_map)
-    fits = len(starts) == depth and starts == sorted(set(starts)) and starts[0] >= 0 and starts[-1] < teacher_blocks
-    if not fits:
+    check_ascending(starts, teacher_blocks)
+    if len(starts) != depth:
         raise ConfigError(
             "student.layer_map does not fit",
-            {
-                "found": starts,
-                "expected": f"{depth} ascending numbers, one for each of the student's blocks, below {teacher_blocks}",
-            },
+            {"found": starts, "expected": f"{depth} numbers, one for each of the student's blocks"},
             "name the teacher's block at which each of the student's begins",
         )
     return tuple(Span(first, last) for first, last in zip(starts, [*starts[1:], teacher_blocks], strict=True))
+
+
+def check_ascending(layer_map: Sequence[int], teacher_blocks: int) -> None:
+    """Raise `ConfigError` unless these are the teacher's blocks, each once, in order."""
+    starts = list(layer_map)
+    if twice := sorted({block for block in starts if starts.count(block) > 1}):
+        raise ConfigError(
+            "student.layer_map does not fit: it names a block twice",
+            {"found": starts, "twice": twice},
+            "name each block once: two of the student's blocks cannot stand for the same ones",
+        )
+    if not starts or starts != sorted(starts) or starts[0] < 0 or starts[-1] >= teacher_blocks:
+        raise ConfigError(
+            "student.layer_map does not fit",
+            {"found": starts, "expected": f"ascending numbers from 0 to {teacher_blocks - 1}, the teacher's blocks"},
+            "name the teacher's block at which each of the student's begins",
+        )
 
 
 def make_table(

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.checkpoint import load_pretrained, read_config, weights_digest
-from models.decoder import Decoder
+from models.config import Kernel
+from models.decoder import Decoder, with_attention
 from models.describe import NUMERIC_LIBRARIES, describe_numerics, describe_teacher
+from models.kernels import chosen_kernel
 from models.recorder import RecordFunction, make_recorder
 from schemas.addressing import RowGroup, row_groups
 from schemas.config import TapsConfig
@@ -109,13 +111,22 @@ def _teacher_of_cache(
             "name one of them: online.dtype",
         )
     groups, digest = row_groups(segments), cache_identity(store, segments)
+    decoder = load_pretrained(path, dtype=dtype or dtypes.pop())
+    decoder = with_attention(decoder, _kernel_of(plans[0], decoder))
     if taps or dtype or batch_rows:
         groups = planned_groups(groups, taps, dtype, batch_rows)
         digest = _identity(digest, [segment.plan for group in groups for segment in group.segments])
     else:
-        _warn_of_platform(store.url, plans)
-    decoder = load_pretrained(path, dtype=dtype or dtypes.pop())
+        _warn_of_platform(store.url, plans, decoder.config.attention)
     return OnlineTeacher(store.url, groups, decoder, digest, exact)
+
+
+def _kernel_of(plan: Plan, decoder: Decoder) -> Kernel:
+    """The cache's attention kernel, or XLA's where it does not run here."""
+    try:
+        return chosen_kernel(plan.numerics.attention, decoder.config, str(decoder.dtype))
+    except ConfigError:
+        return "xla"
 
 
 def _teacher_of_prepared(
@@ -162,12 +173,12 @@ def check_teacher(path: str, url: str, plans: Sequence[Plan], advice: str) -> No
             )
 
 
-def _warn_of_platform(url: str, plans: Sequence[Plan]) -> None:
+def _warn_of_platform(url: str, plans: Sequence[Plan], attention: Kernel) -> None:
     """Say on standard error where this machine may compute other bits than the one that built the cache."""
     facts = ("attention", "mesh", "platform")
     differing = {}
     for plan in plans:
-        here, there = describe_numerics(plan.numerics.dtype, ()), plan.numerics
+        here, there = describe_numerics(plan.numerics.dtype, (), attention=attention), plan.numerics
         pairs = {name: (getattr(there, name), getattr(here, name)) for name in facts}
         pairs |= {name: (there.versions.get(name), here.versions.get(name)) for name in NUMERIC_LIBRARIES}
         differing |= {name: f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b}

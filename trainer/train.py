@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from models.decoder import Decoder
+from models.decoder import Decoder, with_attention
+from models.kernels import chosen_kernel
 from models.routing import RouterSums
 from schemas import progress, storage
 from schemas.config import TrainConfig
@@ -33,6 +34,7 @@ from trainer.checkpoints import (
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.feed import Feed, make_feed
 from trainer.flops import peak_flops, step_flops
+from trainer.host_parameters import HostShards, Kept, gathered, kept
 from trainer.metrics import StepTimes, evaluation_metrics
 from trainer.metrics_log import MetricsLog, read_metrics
 from trainer.online import ROUTER
@@ -112,7 +114,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
             decoder = _open_student(store, config, sources, peers)
-            parameters = start_parameters(decoder, config.student, sources.rows.plan.teacher.hidden_size, config.seed)
+            width = sources.rows.plan.teacher.hidden_size
+            parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
             runs = [StageRun(config, stage, decoder, parameters, sources.open, sources.norms) for stage in stages]
         except BaseException:
@@ -120,7 +123,9 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
                 remove_beginning(store)
             raise
         try:
-            first = _Run(config, runs, store, sources, decoder, parameters, checkpoints, stop, peers).go()
+            run = _Run(config, runs, store, sources, decoder, parameters, checkpoints, stop, peers)
+            del decoder, parameters  # from here on they are on the host, and in the stages
+            first = run.go()
         finally:
             checkpoints.close()
         peers.meet("end")
@@ -151,11 +156,20 @@ def _open_student(store: Store, config: TrainConfig, sources: Sources, peers: Pe
                 {"run": config.run, "process": f"{peers.number} of {peers.count}"},
                 "name a --run that all processes reach: a shared disk or a bucket",
             )
-    decoder = open_student(store, config.student, sources.rows, teacher_path=_teacher_path(config), router_bias=biased)
+    decoder = open_student(
+        store,
+        config.student,
+        sources.rows,
+        teacher_path=_teacher_path(config),
+        router_bias=biased,
+        seed=config.seed,
+        open_source=sources.open,
+        mesh=make_mesh(config.mesh),
+    )
     if peers.first:
         Checkpoints(store).remove_unfinished()
         peers.meet("student")
-    return decoder
+    return with_attention(decoder, chosen_kernel(config.attention, decoder.config, config.compute_dtype))
 
 
 def _say_what_is_off(config: TrainConfig, peers: Peers) -> None:
@@ -187,7 +201,8 @@ class _Run:
         self.config, self.store, self.sources = config, store, sources
         self.checkpoints, self.stop, self.peers = checkpoints, stop, peers
         self.runs = runs  # of the stages still to come; taken out one by one, for a run that was made ready is large
-        self.parameters: dict[str, Any] = to_host(parameters)  # all of the student's, as they were when last looked at
+        # All of the student's, as they were when last looked at.
+        self.parameters: dict[str, Kept] = {name: kept(value) for name, value in parameters.items()}
         self.kept: set[str] = set()  # names of what was trained so far
         self.steps = runs[-1].stage.last
         self.evaluator = Evaluator(config, sources, decoder, peers)
@@ -198,7 +213,7 @@ class _Run:
         """Run to the end; returns the step at which this process began."""
         first = self.checkpoints.latest() or 0
         if first:
-            restored = self.checkpoints.restore_parameters(first)
+            restored = self.checkpoints.restore_parameters(first, self.parameters)
             self.parameters |= restored
             self.kept = set(restored)
         if first == self.steps:
@@ -330,7 +345,9 @@ class _Run:
         held, balance = run.held(), run.balance()
         biases = mean_biases(balance)
         before = {name: self.parameters[name] for name in self.kept if f"{PARAMETERS}/{name}" not in held}
-        whole = {f"{PARAMETERS}/{name}": value for name, value in (before | biases).items()}
+        rest = {f"{PARAMETERS}/{name}": value for name, value in (before | biases).items()}
+        held |= {name: value.held() for name, value in rest.items() if isinstance(value, HostShards)}
+        whole = {name: value for name, value in rest.items() if name not in held}
         self.checkpoints.save(number, held, whole | balance_arrays(balance), feed)
 
     def _log(self, number: int, metrics: dict[str, float]) -> None:
@@ -346,7 +363,7 @@ class _Run:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
         found = next((entry for entry in self.evaluations if entry.step == number), None)
         if found is None:
-            found = self.evaluator.evaluate(number, self.parameters)
+            found = self.evaluator.evaluate(number, gathered(self.parameters))
             self.evaluations.append(found)
             if self.peers.first:
                 write_evaluations(self.store, self.evaluations)

@@ -6,15 +6,25 @@ Adding a family is a module with a `Family` value, and its name below.
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeConfig
 from models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
+from models.families.deepseek import DEEPSEEK_V3
 from models.families.family import Family, common_keys
+from models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from models.families.glm4_moe import GLM4_MOE
+from models.families.gpt_oss import GPT_OSS
+from models.families.granite import GRANITE
 from models.families.llama import LLAMA, MISTRAL, exported_family
 from models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from models.families.mixtral import MIXTRAL
+from models.families.olmo import OLMO2, OLMO3
 from models.families.olmoe import OLMOE
+from models.families.packing import KEY as PACKING
+from models.families.packing import check_packing
+from models.families.phi3 import PHI3, says_heads
+from models.families.qwen import QWEN2, QWEN3
 from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from models.families.smollm3 import SMOLLM3
 from models.families.values import NEUTRAL_VALUES, Values, rope_from_hf
 from models.rope import rotated_width
 from models.tensors import Layout
@@ -24,6 +34,16 @@ from schemas.object_path import Place
 KNOWN = (
     LLAMA,
     MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    OLMO2,
+    OLMO3,
+    PHI3,
+    GRANITE,
+    GEMMA2,
+    GEMMA3_TEXT,
+    GEMMA3,
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
@@ -31,10 +51,14 @@ KNOWN = (
     LLAMA4_TEXT,
     LLAMA4,
     GLM4_MOE,
+    DEEPSEEK_V3,
+    GPT_OSS,
     BAILING_MOE,
     BAILING_MOE_V2,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
+# Of models with eyes, what is read and exported.
+LANGUAGE_MODELS = {LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
 
 __all__ = ["check_heads", "config_from_hf", "config_to_hf", "exported_layout_of", "layout_of", "rope_from_hf"]
 
@@ -48,7 +72,8 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     """
     family = _family_of(raw, file)
     values = Values(raw, family.defaults, file, family.aliases)
-    values.check_keys(family.understood, {**NEUTRAL_VALUES, **family.neutral})
+    values.check_keys(family.understood | {PACKING}, {**NEUTRAL_VALUES, **family.neutral})
+    check_packing(values)
     config = family.read(values)
     check_heads(config, file)
     _check_experts(config, file)
@@ -89,12 +114,25 @@ def check_heads(config: ModelConfig, file: Place) -> None:
             {"file": file, "query heads": config.num_heads, "key/value heads": config.num_kv_heads},
             "check num_attention_heads and num_key_value_heads",
         )
-    width = rotated_width(config.rope, config.head_dim)
+    width = rotated_width(config.rope, config.rope_dim)
     if width % 2 or width == 0:
         raise CheckpointError(
             "rotary embedding needs an even head width",
             {"file": file, "found": width},
             "check head_dim, or hidden_size and num_attention_heads",
+        )
+    if config.rope.kind == "longrope":
+        _check_factors(config.rope, width // 2, file)
+
+
+def _check_factors(rope: RopeConfig, frequencies: int, file: Place) -> None:
+    """LongRoPE has a factor for every frequency."""
+    counts = {"short_factor": len(rope.short_factor), "long_factor": len(rope.long_factor)}
+    if set(counts.values()) != {frequencies}:
+        raise CheckpointError(
+            "longrope needs one factor for each rotary frequency",
+            {"file": file, "frequencies": frequencies, **counts},
+            "check rope_scaling, head_dim and partial_rotary_factor",
         )
 
 
@@ -130,8 +168,10 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _exported_name(config: ModelConfig) -> str:
-    if config.family == LLAMA4.name:
-        return LLAMA4_TEXT.name
+    if config.family in LANGUAGE_MODELS:
+        return LANGUAGE_MODELS[config.family]
+    if config.family == PHI3.name and not says_heads(config) and config.rope.fraction == 1:
+        return MISTRAL.name  # which computes the same, of heads of any width
     return exported_family(config) if config.family in ("llama", "mistral") else config.family
 
 

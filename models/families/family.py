@@ -45,11 +45,11 @@ class Family:
         return self.harmless.union(SIZES, ROPE_KEYS, self.defaults)
 
 
-def common_fields(values: Values, kinds: Sequence[BlockKind]) -> dict[str, Any]:
+def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of `ModelConfig` that all families spell alike, for a decoder of these blocks.
 
     `num_key_value_heads` null or absent means one for each query head, `head_dim` likewise the hidden size over the
-    query heads.
+    query heads. activation: the key that names it.
     """
     heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
     return {
@@ -61,7 +61,7 @@ def common_fields(values: Values, kinds: Sequence[BlockKind]) -> dict[str, Any]:
         "head_dim": values.size_or_none("head_dim") or hidden // heads,
         "layers": plan_layers(kinds),
         "norm_eps": values.number("rms_norm_eps"),
-        "activation": values.activation(),
+        "activation": values.activation(activation),
         "tie_embeddings": values.flag("tie_word_embeddings"),
         "max_positions": values.size("max_position_embeddings"),
     }

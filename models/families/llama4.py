@@ -15,7 +15,6 @@ from typing import Any
 
 from models.config import BlockKind, ModelConfig, MoeConfig, TemperatureConfig
 from models.families.family import (
-    SIZES,
     Family,
     attention_tensors,
     common_fields,
@@ -24,7 +23,9 @@ from models.families.family import (
     not_exportable,
     shared_tensors,
 )
-from models.families.values import NEUTRAL_VALUES, ROPE_KEYS, Values, is_number, unknown_key
+from models.families.kinds import rotary_blocks
+from models.families.multimodal import read_language_model
+from models.families.values import Values, is_number
 from models.tensors import BlockTensor, Layout, Part
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
@@ -53,7 +54,7 @@ def _read(values: Values) -> ModelConfig:
 
 def _kinds(values: Values) -> list[BlockKind]:
     depth = values.size("num_hidden_layers")
-    rotary = _rotary(values, depth)
+    rotary = rotary_blocks(values)
     types = values.per_block("layer_types", (CHUNKED, FULL), depth) or [CHUNKED if at else FULL for at in rotary]
     if values["moe_layers"] is None:
         step = values.size("interleave_moe_layer_step")
@@ -62,18 +63,6 @@ def _kinds(values: Values) -> list[BlockKind]:
         experts = values.blocks("moe_layers", depth)
     chunk = values.size("attention_chunk_size") if CHUNKED in types else None
     return [BlockKind(None, chunk if types[at] == CHUNKED else None, rotary[at], at in experts) for at in range(depth)]
-
-
-def _rotary(values: Values, depth: int) -> list[bool]:
-    """Of every block. `no_rope_layers` has ones for rotary blocks, despite its name, and may be longer than the depth;
-    empty it means what is assumed without it."""
-    given = values["no_rope_layers"]
-    if not given:
-        interval = values.size("no_rope_layer_interval")
-        return [(block + 1) % interval != 0 for block in range(depth)]
-    if not isinstance(given, list) or len(given) < depth or any(entry not in (0, 1) for entry in given):
-        raise values.bad("no_rope_layers", f"at least {depth} of 0 and 1, one for each block")
-    return [bool(entry) for entry in given[:depth]]
 
 
 def _temperature(values: Values) -> TemperatureConfig | None:
@@ -97,15 +86,7 @@ def _moe(values: Values) -> MoeConfig:
 
 
 def _read_multimodal(values: Values) -> ModelConfig:
-    for key in (*SIZES, *ROPE_KEYS):  # beside `text_config` transformers would not read them
-        if values[key] is not None:
-            raise unknown_key(values.file, key, values[key])
-    text = values["text_config"]
-    if not isinstance(text, dict) or text.get("model_type", "llama4_text") != "llama4_text":
-        raise values.bad("text_config", "an object: the config of a llama4_text")
-    inner = Values(text, LLAMA4_TEXT.defaults, values.file, LLAMA4_TEXT.aliases)
-    inner.check_keys(LLAMA4_TEXT.understood, {**NEUTRAL_VALUES, **LLAMA4_TEXT.neutral})
-    config = LLAMA4_TEXT.read(inner)
+    config = read_language_model(values, LLAMA4_TEXT)
     if values["tie_word_embeddings"] not in (None, config.tie_embeddings):
         raise values.bad("tie_word_embeddings", f"{config.tie_embeddings}, as in text_config")
     return replace(config, family="llama4")

@@ -19,11 +19,10 @@ from models.families.family import (
     not_exportable,
     shared_tensors,
 )
+from models.families.kinds import only_window, typed_windows, window_in_use, window_keys
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import Values
 from models.tensors import BlockTensor, Layout
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def _kinds(values: Values, windows: list[int | None]) -> list[BlockKind]:
@@ -33,16 +32,11 @@ def _kinds(values: Values, windows: list[int | None]) -> list[BlockKind]:
 
 
 def _read_qwen2(values: Values) -> ModelConfig:
-    depth, window = values.size("num_hidden_layers"), _window(values)
-    types = values.per_block("layer_types", (SLIDING, FULL), depth)
-    if types is None:  # as transformers fills it in: every other of the first blocks
-        first = values.count("max_window_layers")
-        types = [SLIDING if window and (at + 1) % 2 and at < first else FULL for at in range(depth)]
-    if SLIDING in types and window is None:
-        raise values.bad("layer_types", f"no {SLIDING} where use_sliding_window is false")
+    first = values.count("max_window_layers")  # as transformers fills it in: every other of these
+    windows = typed_windows(values, window_in_use(values), lambda block: (block + 1) % 2 == 1 and block < first)
     bias = values.flag("qkv_bias")
     return ModelConfig(
-        **common_fields(values, _kinds(values, [window if kind == SLIDING else None for kind in types])),
+        **common_fields(values, _kinds(values, windows)),
         rope=values.rope(),
         qkv_bias=bias,
         moe=_moe(values, values.size("shared_expert_intermediate_size")),
@@ -54,7 +48,7 @@ def _read_qwen3(values: Values) -> ModelConfig:
     depth = values.size("num_hidden_layers")
     bias = values.flag("attention_bias")
     return ModelConfig(
-        **common_fields(values, _kinds(values, [_window(values)] * depth)),
+        **common_fields(values, _kinds(values, [window_in_use(values)] * depth)),
         rope=values.rope(),
         qkv_bias=bias,
         output_bias=bias,
@@ -62,10 +56,6 @@ def _read_qwen3(values: Values) -> ModelConfig:
         moe=_moe(values, 0),
         family="qwen3_moe",
     )
-
-
-def _window(values: Values) -> int | None:
-    return values.size_or_none("sliding_window") if values.flag("use_sliding_window") else None
 
 
 def _moe(values: Values, shared: int) -> MoeConfig:
@@ -81,9 +71,7 @@ def _moe(values: Values, shared: int) -> MoeConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe_config
-    windows = {kind.window for kind in config.kinds if kind.window is not None}
-    if len(windows) > 1:
-        raise not_exportable(f"windows of {sorted(windows)}", "one window", "give all blocks with a window the same")
+    window = only_window(config.kinds)
     return {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [block for block, kind in enumerate(config.kinds) if not kind.moe],
@@ -91,15 +79,14 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_size,
         "norm_topk_prob": moe.renormalise,
-        "use_sliding_window": bool(windows),
-        "sliding_window": windows.pop() if windows else None,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
     }
 
 
 def _write_qwen2(config: ModelConfig) -> dict[str, Any]:
-    types = [FULL if kind.window is None else SLIDING for kind in config.kinds]
     shared = {"shared_expert_intermediate_size": config.moe_config.shared_size, "qkv_bias": config.qkv_bias}
-    return _write(config) | shared | {"layer_types": types, "max_window_layers": config.num_blocks}
+    return _write(config) | shared | window_keys(config) | {"max_window_layers": config.num_blocks}
 
 
 def _write_qwen3(config: ModelConfig) -> dict[str, Any]:

@@ -54,8 +54,9 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
-        ("factor",),
+        (),
         (
+            "factor",
             "original_max_position_embeddings",
             "attention_factor",
             "beta_fast",
@@ -65,8 +66,12 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "truncate",
         ),
     ),
+    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
 }
 ROPE_FIELDS = {"original_max_position_embeddings": "original_max_positions"}
+ROPE_LISTS = ("short_factor", "long_factor")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_POSITIVE = ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 PARTIAL = "partial_rotary_factor"
 
 
@@ -158,14 +163,23 @@ class Values:
             raise self.bad(key, ", ".join(ACTIVATION_NAMES))
         return ACTIVATION_NAMES[self[key]]
 
-    def rope(self, *, theta: float = 10_000.0, fraction: float = 1.0, partial: bool = False) -> RopeConfig:
+    def rope(
+        self,
+        *,
+        theta: float = 10_000.0,
+        fraction: float = 1.0,
+        partial: bool = False,
+        kinds: Mapping[str, str] | None = None,
+    ) -> RopeConfig:
         """Rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
         Args:
             theta, fraction: what transformers assumes for this family where the file is silent.
             partial: the family knows heads of which only a part is rotated.
+            kinds: other names of kinds, with ours.
         """
-        return rope_from_hf(self._raw, self.size("max_position_embeddings"), self.file, theta, fraction, partial)
+        raw = {**self._raw, ORIGINAL: self.size_or_none(ORIGINAL)}
+        return rope_from_hf(raw, self.size("max_position_embeddings"), self.file, theta, fraction, partial, kinds)
 
     def bad(self, key: str, expected: str) -> CheckpointError:
         """The error for a value that cannot be used."""
@@ -179,6 +193,7 @@ def rope_from_hf(
     theta: float = 10_000.0,
     fraction: float = 1.0,
     partial: bool = False,
+    kinds: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """See `Values.rope`."""
     given = {key: _rope_dict(raw, key, file) for key in ("rope_scaling", "rope_parameters")}
@@ -190,14 +205,14 @@ def rope_from_hf(
             "remove the wrong one",
         )
     parameters = given["rope_parameters"] | given["rope_scaling"]
+    parameters.pop("finetuned", None)  # of the first YaRN models; says how they came about
     kind = parameters.pop("rope_type", "default")
+    kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
     base = parameters.pop("rope_theta", None) or raw.get("rope_theta") or theta
     inner = parameters.pop(PARTIAL, None)
     share = next((value for value in (inner, raw.get(PARTIAL)) if value is not None), fraction)
-    if share != 1 and not partial:
-        raise bad_value(file, PARTIAL, share, "1: the whole head is rotated")
-    if not is_number(share) or not 0 < share <= 1:
-        raise bad_value(file, PARTIAL, share, "a number above 0, at most 1")
+    if not is_number(share) or not 0 < share <= 1 or (share != 1 and not partial):
+        raise bad_value(file, PARTIAL, share, "above 0, at most 1" if partial else "1: the whole head is rotated")
     if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
         raise CheckpointError(
             "this rope_type is not supported",
@@ -205,14 +220,16 @@ def rope_from_hf(
             "use a checkpoint with a supported rope_type",
         )
     _check_rope_keys(parameters, kind, file)
-    if kind in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = (
-            parameters.get("original_max_position_embeddings") or max_positions
-        )
+    if kind in ("llama3", "yarn", "longrope"):
+        _add_lengths(parameters, kind, raw.get(ORIGINAL), max_positions, file)
     if not is_number(base) or not base > 0:
         raise bad_value(file, "rope_theta", base, "a positive number")
     # None means transformers' default, which is RopeConfig's own.
-    fields = {ROPE_FIELDS.get(key, key): value for key, value in parameters.items() if value is not None}
+    fields: dict[str, Any] = {
+        ROPE_FIELDS.get(key, key): tuple(map(float, value)) if key in ROPE_LISTS else value
+        for key, value in parameters.items()
+        if value is not None
+    }
     return RopeConfig(theta=float(base), kind=kind, fraction=float(share), **fields)
 
 
@@ -220,7 +237,7 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
     required, optional = ROPE_PARAMETERS[rope.kind]
     found = {key: getattr(rope, ROPE_FIELDS.get(key, key)) for key in (*required, *optional)}
-    written = {key: value for key, value in found.items() if value is not None}
+    written = {key: list(value) if key in ROPE_LISTS else value for key, value in found.items() if value is not None}
     partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
 
@@ -237,6 +254,19 @@ def _rope_dict(raw: Mapping[str, Any], key: str, file: Place) -> dict[str, Any]:
     return {"rope_type": legacy} | value
 
 
+def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_positions: int, file: Place) -> None:
+    """Fill in the length that frequencies are scaled from, which may stand beside the other parameters and goes before
+    the one among them; and where that is known the factor, which is then that of the two lengths."""
+    inside = parameters.get(ORIGINAL)
+    if inside and beside and inside != beside:
+        raise bad_value(file, f"rope parameter {ORIGINAL}", inside, f"{beside}, as beside it, where it is the default")
+    parameters[ORIGINAL] = beside or inside or max_positions
+    if parameters.get("factor") is None:
+        if not (inside or beside):
+            raise bad_value(file, "rope parameter factor", "nothing", f"a number, or {ORIGINAL}, for rope_type {kind}")
+        parameters["factor"] = max_positions / parameters[ORIGINAL]
+
+
 def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None:
     required, optional = ROPE_PARAMETERS[kind]
     for key in parameters:
@@ -244,12 +274,25 @@ def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None
             raise unknown_key(file, f"rope parameter {key} of rope_type {kind}", parameters[key])
     for key in required:
         if parameters.get(key) is None:
-            raise bad_value(file, f"rope parameter {key}", "nothing", f"a number, for rope_type {kind}")
+            expected = "numbers" if key in ROPE_LISTS else "a number"
+            raise bad_value(file, f"rope parameter {key}", "nothing", f"{expected}, for rope_type {kind}")
     for key, value in parameters.items():
-        if value is not None and not (isinstance(value, bool) if key == "truncate" else is_number(value)):
-            raise bad_value(file, f"rope parameter {key}", value, "true or false" if key == "truncate" else "a number")
-    if kind != "default" and parameters["factor"] <= 0:
-        raise bad_value(file, "rope parameter factor", parameters["factor"], "a number above 0")
+        if (problem := _rope_problem(key, value)) is not None:
+            raise bad_value(file, f"rope parameter {key}", value, problem)
+
+
+def _rope_problem(key: str, value: Any) -> str | None:
+    """What was expected in place of a parameter's value; None: it can be used."""
+    if value is None:
+        return None
+    if key == "truncate":
+        return None if isinstance(value, bool) else "true or false"
+    if key in ROPE_LISTS:
+        right = isinstance(value, list) and all(is_number(entry) and entry > 0 for entry in value)
+        return None if right else "a list of numbers above 0"
+    if not is_number(value):
+        return "a number"
+    return "a number above 0" if key in ROPE_POSITIVE and value <= 0 else None
 
 
 def unknown_key(file: Place, key: str, value: object) -> CheckpointError:

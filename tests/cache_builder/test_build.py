@@ -21,7 +21,7 @@ from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
 from models.tokenizer import load_tokenizer
 from schemas import layout
-from schemas.canonical import from_canonical, to_canonical
+from schemas.canonical import from_canonical, read_canonical, to_canonical
 from schemas.claim import this_process_claim
 from schemas.claims import Claims
 from schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
@@ -37,16 +37,18 @@ from schemas.errors import (
     PlanMismatchError,
     StorageError,
 )
-from schemas.manifest import Plan, Stats
+from schemas.manifest import Plan, ShardReceipt, Stats
 from schemas.segment import open_cache, read_manifest, read_plan
 from schemas.storage import Store
+from schemas.times import SegmentTimes
 from tests.conftest import EOS, TINY, build_config, byte_tokenizer, save_teacher
 
 
 def tree(cache: Path) -> dict[str, bytes]:
-    """Every file of a cache but its plan (which says when and where) and what follows from the plan's bytes."""
+    """Every file of a cache but its plan, which says when and where, what follows from that, and the shards' times."""
     files = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {name: data for name, data in files.items() if not name.endswith(("plan.json", "manifest.json"))}
+    others = ("plan.json", "manifest.json", "times.json")
+    return {name: data for name, data in files.items() if not name.endswith(others)}
 
 
 def read_tap(cache: Path, name: str) -> np.ndarray:
@@ -82,8 +84,28 @@ def test_rows_keep_tokens_and_split(cache: Path, corpus: Path) -> None:
 
 def test_a_finished_cache_holds_no_traces_of_the_build(cache: Path) -> None:
     names = {path.name for path in (cache / "segments" / "0000").iterdir()}
-    assert names == {"plan.json", "index.bin", "stats.json", "side.safetensors", "rows", "taps"}
+    assert names == {"plan.json", "index.bin", "stats.json", "times.json", "side.safetensors", "rows", "taps"}
     assert not list(cache.rglob("*.__lock"))
+
+
+def test_receipts_say_how_long_a_shard_took(
+    tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is kept of them is their sum; what is waited for is the teacher, not its compiling."""
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "finish_segment", lambda store, plan: None)
+        build_cache(build_config(tmp_path / "c", teacher, corpus))
+    store = Store(str(tmp_path / "c"))
+    receipts = [read_canonical(store, layout.receipt_key("0000", shard), ShardReceipt) for shard in range(5)]
+    seconds = [receipt.seconds for receipt in receipts if receipt is not None and receipt.seconds is not None]
+    assert len(seconds) == 5
+    assert all(each.compute > 0 and each.write > 0 for each in seconds)
+    assert all(each.total >= max(each.compute, each.write) for each in seconds)
+    build_cache(build_config(tmp_path / "c", teacher, corpus))
+    times = read_canonical(store, layout.times_key("0000"), SegmentTimes)
+    assert times is not None
+    assert (times.shards, len(times.slowest)) == (5, 5)
+    assert times.write.total == pytest.approx(sum(each.write for each in seconds), abs=1e-2)
 
 
 def test_statistics_are_those_of_the_real_tokens(cache: Path, teacher: Path) -> None:

@@ -35,9 +35,10 @@ def copy(src: Path, dst: Path, **values: object) -> None:
 
 
 def tree(cache: Path) -> dict[str, bytes]:
-    """Every file but the plan, which says what the copy was made from, and what follows from the plan."""
+    """Every file but the plan, which says what the copy was made from, what follows from it, and the shards' times."""
     found = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if not name.endswith(("plan.json", "manifest.json"))}
+    others = ("plan.json", "manifest.json", "times.json")
+    return {name: data for name, data in found.items() if not name.endswith(others)}
 
 
 def codes(cache: Path, tap: str, rows: list[int], blocks: list[int] | None = None) -> dict[str, np.ndarray]:

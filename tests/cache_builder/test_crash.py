@@ -71,9 +71,10 @@ def die_at(kill_at: int, moment: str) -> Callable[[], int]:
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """rows/, taps/ and what is derived from them; the plan and the manifest name the time and the place."""
+    """rows/, taps/ and what is derived from them; the others name times and the place."""
     files = {str(path.relative_to(cache)): path for path in cache.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if path.name not in ("plan.json", "manifest.json")}
+    others = ("plan.json", "manifest.json", "times.json")
+    return {name: path.read_bytes() for name, path in files.items() if path.name not in others}
 
 
 @pytest.fixture(scope="module")

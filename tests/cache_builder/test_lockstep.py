@@ -168,7 +168,7 @@ def stored(cache):
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for path in sorted(cache.rglob("*"))
-        if path.is_file() and path.name not in ("plan.json", "manifest.json")  # config and clock
+        if path.is_file() and path.name not in ("plan.json", "manifest.json", "times.json")  # config and clock
     }
 
 

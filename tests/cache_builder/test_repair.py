@@ -46,8 +46,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def contents(cache: Path | str) -> dict[str, bytes]:
+    """Every file but the shards' times, which cannot be made again."""
     files = {str(path.relative_to(cache)): path for path in Path(cache).rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}
+    return {name: path.read_bytes() for name, path in files.items() if path.name != "times.json"}
 
 
 def damage(config: BuildConfig, name: str, place: int | None = None) -> None:
@@ -141,6 +142,16 @@ def test_lost_statistics_take_every_shard_and_write_nothing_else(
     assert len(computed) == 10
     assert contents(config.cache) == contents(cache)
     assert before == {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("taps/**/*")}
+
+
+def test_damaged_times_are_dropped(config: BuildConfig) -> None:
+    """Nobody can tell any more how long the shards took."""
+    times = Path(config.cache) / SEGMENT / "times.json"
+    damage(config, f"{SEGMENT}/times.json", 30)
+    assert not is_whole(config)
+    build_cache(config.model_copy(update={"repair": True}))
+    assert is_whole(config)
+    assert not times.exists()
 
 
 @pytest.mark.parametrize("shard_rows", [2, 8])
@@ -249,8 +260,8 @@ def test_other_bits_are_never_put_in_place(config: BuildConfig, monkeypatch: pyt
     before = contents(config.cache)
     real = ShardWriter.add
 
-    def add(self, shard, rows, codes, sums):
-        real(self, shard, rows, {array: values + 1 for array, values in codes.items()}, sums)
+    def add(self, shard, rows, codes, *more):
+        real(self, shard, rows, {array: values + 1 for array, values in codes.items()}, *more)
 
     monkeypatch.setattr(ShardWriter, "add", add)
     with pytest.raises(PlanMismatchError, match="not what was committed"):

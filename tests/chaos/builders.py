@@ -69,11 +69,14 @@ def config_of(cache: str, teacher: Path, corpus: Path, process: int = 0, process
     return build_config(cache, teacher, corpus, shard_rows=4, claim_expiry_s=5.0, **changes)
 
 
+UNLIKE = ("plan.json", "manifest.json", "times.json")
+
+
 def contents(url: str) -> dict[str, bytes]:
-    """Everything but plan and manifest, which name the time and the place."""
+    """Everything but plan, manifest and the shards' times, which name the time and the place."""
     store = Store(url)
     keys = store.keys()
-    return {key: store.read(key) or b"" for key in keys if not key.endswith(("plan.json", "manifest.json"))}
+    return {key: store.read(key) or b"" for key in keys if not key.endswith(UNLIKE)}
 
 
 class Builders:

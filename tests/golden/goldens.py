@@ -42,8 +42,20 @@ SIZES = {
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 Values = dict[str, torch.Tensor]
+# Hooks a decoder layer to hand what its attention adds to the stream, [B, T, D], to the function.
+HookAdded = Callable[[torch.nn.Module, Callable[[torch.Tensor], None]], Any]
 # Hooks a decoder layer, if it has experts, to hand the experts that it chooses, [B T, k] or [B, T, k], to the function.
 HookExperts = Callable[[torch.nn.Module, Callable[[torch.Tensor], None]], Any]
+
+
+def hook_attention(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
+    """In most families the attention's output is added as it is."""
+    return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0]))
+
+
+def hook_norm(name: str) -> HookAdded:
+    """In others a norm of this name comes between."""
+    return lambda layer, record: getattr(layer, name).register_forward_hook(lambda _, __, out: record(out))
 
 
 def hook_experts(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
@@ -65,13 +77,18 @@ def randomize(model: torch.nn.Module) -> None:
         parameter.data.copy_(value)
 
 
-def forward(model: torch.nn.Module, tokens: torch.Tensor, hook_experts: HookExperts = hook_experts) -> Values:
+def forward(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    hook_experts: HookExperts = hook_experts,
+    hook_added: HookAdded = hook_attention,
+) -> Values:
     """The logits, and what goes through the blocks, by hooks on the layers."""
     attn_out, resid, experts = [], [], []
     layers = model.model.layers
     hooks = [hook_experts(layer, experts.append) for layer in layers]
     for layer in layers:
-        hooks.append(layer.self_attn.register_forward_hook(lambda _, __, out: attn_out.append(out[0])))
+        hooks.append(hook_added(layer, attn_out.append))
         hooks.append(layer.register_forward_pre_hook(lambda _, args: resid.append(args[0])))
     hooks.append(
         layers[-1].register_forward_hook(lambda _, __, out: resid.append(out[0] if isinstance(out, tuple) else out))
@@ -87,11 +104,16 @@ def forward(model: torch.nn.Module, tokens: torch.Tensor, hook_experts: HookExpe
     return found
 
 
-def packed_forward(model: torch.nn.Module, vocab_size: int, hook_experts: HookExperts = hook_experts) -> Values:
+def packed_forward(
+    model: torch.nn.Module,
+    vocab_size: int,
+    hook_experts: HookExperts = hook_experts,
+    hook_added: HookAdded = hook_attention,
+) -> Values:
     """A row of several documents, and what each is alone, under names that begin with `packed_`."""
     padding = TOKENS - sum(DOCUMENTS)
     documents = [torch.randint(0, vocab_size, (1, length)) for length in DOCUMENTS]
-    alone = [forward(model, document, hook_experts) for document in documents]
+    alone = [forward(model, document, hook_experts, hook_added) for document in documents]
     together = {
         key: torch.cat([values[key] for values in alone], 1 if key == "logits" else 2)
         for key in alone[0]
@@ -115,6 +137,7 @@ def make_model(
     dtype: torch.dtype = torch.bfloat16,
     packed: bool = True,
     hook_experts: HookExperts = hook_experts,
+    hook_added: HookAdded = hook_attention,
     folder: Path = HERE,
     finish: Callable[[torch.nn.Module], Any] = lambda _: None,
 ) -> None:
@@ -128,9 +151,9 @@ def make_model(
     (target / "generation_config.json").unlink(missing_ok=True)
     # From the files, so that the frequencies, which `to` would round as well, are computed anew in float32.
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, **EAGER).eval()
-    expected = forward(loaded, torch.randint(0, config.vocab_size, (BATCH, TOKENS)), hook_experts)
+    expected = forward(loaded, torch.randint(0, config.vocab_size, (BATCH, TOKENS)), hook_experts, hook_added)
     if packed:
-        expected |= packed_forward(loaded, config.vocab_size, hook_experts)
+        expected |= packed_forward(loaded, config.vocab_size, hook_experts, hook_added)
     save_file({key: value.contiguous() for key, value in expected.items()}, target / "expected.safetensors")
 
 

@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models import experts as module
-from models.experts import Experts, apply_experts
+from models.experts import Experts, Gating, apply_experts
 
 WAYS = ("dense", "tiled", "ragged")
 # No two axes are equal. Rows and experts divide by four.
 B, T, D, F, E, K = 4, 3, 6, 10, 8, 2
 
+BIASES = ("gate_bias", "up_bias", "down_bias")
 Values = dict[str, np.ndarray]
 
 
@@ -71,21 +72,28 @@ Arrays = dict[str, jax.Array]
 
 
 def slopes_and_output(
-    arrays: Arrays, ids: jax.Array, above: jax.Array, *, way: str, weighs_input: bool = False
+    arrays: Arrays,
+    ids: jax.Array,
+    above: jax.Array,
+    *,
+    way: str,
+    weighs_input: bool = False,
+    gating: Gating = lambda gate, up: jax.nn.silu(gate) * up,
 ) -> tuple[Arrays, jax.Array]:
     """The same of `apply_experts`."""
 
     def loss(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-        experts = Experts(arrays["gate"], arrays["up"], arrays["down"])
+        experts = Experts(*(arrays.get(name) for name in Experts._fields))  # type: ignore[arg-type]
         x, weights = arrays["x"], arrays["weights"]
-        out = apply_experts(experts, x, ids, weights, jax.nn.silu, way=way, weighs_input=weighs_input)
+        out = apply_experts(experts, x, ids, weights, gating, way=way, weighs_input=weighs_input)
         return jnp.sum(out * above), out
 
     return jax.grad(loss, has_aux=True)(arrays)
 
 
 def split(values: Any) -> tuple[Arrays, jax.Array, jax.Array]:
-    arrays = {name: jnp.asarray(values[name]) for name in ("x", "weights", "gate", "up", "down")}
+    names = ("x", "weights", "gate", "up", "down", *BIASES)
+    arrays = {name: jnp.asarray(values[name]) for name in names if name in values}
     return arrays, jnp.asarray(values["ids"]), jnp.asarray(values["above"])
 
 
@@ -194,6 +202,7 @@ def place(values: Values, mesh: Mesh) -> tuple[Arrays, jax.Array, jax.Array]:
     specs: dict[str, PartitionSpec] = dict.fromkeys(("x", "weights", "ids", "above"), rows)
     specs |= dict.fromkeys(("gate", "up"), PartitionSpec(by_expert, "fsdp", "tensor"))
     specs["down"] = PartitionSpec(by_expert, "tensor", "fsdp")
+    specs |= dict.fromkeys(BIASES, PartitionSpec(by_expert))
     return split({name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in values.items()})
 
 
@@ -225,11 +234,11 @@ def within_blocks(mesh: Mesh, step: Step) -> Step:
 
 
 def on_mesh(
-    values: Values, sizes: dict[str, int], way: str, *, weighs_input: bool = False, ambient: Any = on_abstract
+    values: Values, sizes: dict[str, int], way: str, *, ambient: Any = on_abstract, **options: Any
 ) -> tuple[jax.Array, Arrays]:
     """`run` on a mesh."""
     mesh = make_mesh(sizes)
-    step = ambient(mesh, partial(slopes_and_output, way=way, weighs_input=weighs_input))
+    step = ambient(mesh, partial(slopes_and_output, way=way, **options))
     slopes, out = (step if ambient is on_set else jax.jit(step))(*place(values, mesh))
     return out, slopes
 
@@ -286,3 +295,38 @@ def test_bfloat16_on_a_mesh(way: str):
     for name, slope in slopes.items():
         assert slope.dtype == wanted[name].dtype
         assert_close(slope, wanted[name], rtol=3e-2)
+
+
+# Biases, and another gated unit than `silu(gate) * up`.
+
+
+def bent(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return (jnp.clip(up, -1.0, 1.0) + 1) * jnp.minimum(gate, 1.0) * jax.nn.sigmoid(1.3 * gate)
+
+
+def every_expert(arrays: Arrays, ids: jax.Array, above: jax.Array) -> tuple[Arrays, jax.Array]:
+    """Of all experts on all tokens, those that were chosen; differentiated as it stands."""
+
+    def loss(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        gate, up = (
+            jnp.einsum("btd,edf->btef", arrays["x"], arrays[name]) + arrays[f"{name}_bias"] for name in ("gate", "up")
+        )
+        out = jnp.einsum("btef,efd->bted", bent(gate, up), arrays["down"]) + arrays["down_bias"]
+        chosen = jnp.take_along_axis(out, ids[..., None], axis=2) * arrays["weights"][..., None]
+        return jnp.sum(chosen.sum(2) * above), chosen.sum(2)
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_biases_and_another_gated_unit(way: str):
+    """On one device and on a mesh. Tiles and groups that are not full must not count in a bias's gradient."""
+    rng = np.random.default_rng(2)
+    biases = {name: rng.normal(size=(E, D if name == "down_bias" else F)).astype(np.float32) for name in BIASES}
+    values = given() | biases
+    wanted, expected = jax.jit(every_expert)(*split(values))
+    alone = jax.jit(partial(slopes_and_output, way=way, gating=bent))(*split(values))
+    for slopes, out in (alone, on_mesh(values, {"data": 2, "expert": 2}, way, gating=bent)[::-1]):
+        assert_close(out, expected)
+        for name, slope in wanted.items():
+            assert_close(slopes[name], slope)

@@ -68,6 +68,27 @@ def test_defaults_are_those_of_transformers():
             RopeConfig(kind="llama3", factor=8.0, original_max_positions=8192),
         ),
         (
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 512, "finetuned": True}},
+            RopeConfig(1e4, "yarn", 4.0, original_max_positions=512),
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1, 1.5, 2, 3],
+                    "long_factor": [2, 3.5, 4, 5],
+                    "factor": 4,
+                }
+            },
+            RopeConfig(
+                kind="longrope",
+                factor=4,
+                original_max_positions=2048,
+                short_factor=(1.0, 1.5, 2.0, 3.0),
+                long_factor=(2.0, 3.5, 4.0, 5.0),
+            ),
+        ),
+        (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "truncate": False}},
             RopeConfig(1e6, "yarn", 4.0, original_max_positions=2048, truncate=False),
         ),
@@ -137,6 +158,9 @@ def test_mixed_blocks_cannot_be_exported():
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "above 0"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0}}, "beta_fast"),
         ({"rope_scaling": [2.0]}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 4.0}}, "disagree"),
         ({"hidden_act": "relu2"}, "hidden_act"),
@@ -272,7 +296,7 @@ def test_refusals_of_mixtures(family: str, changes: dict[str, Any], named: str):
         ("qwen2_moe", {"num_local_experts": 60}, "num_local_experts"),  # no alias here: transformers does not read it
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types"),
-        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window is false"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4}, "no sliding_window in use"),
         ("qwen3_moe", {"layer_types": ["full_attention"] * 4}, "layer_types"),
         ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers"),
         ("qwen3_moe", {"mlp_only_layers": 2}, "mlp_only_layers"),

@@ -2,24 +2,32 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
-from models import ranges
+from models import fill, ranges
 from models.checkpoint import load_pretrained, read_config, save_pretrained, weights_digest
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.safetensors_file import open_remote
+from models.sharding import make_mesh
 from models.tensors import WEIGHTS_NAME
 from models.tokenizer import load_tokenizer
 from schemas.errors import CheckpointError, InputError
 from schemas.object_path import ObjectPath, locate
 from schemas.storage import Store
+from schemas.teacher_config import TeacherMeshConfig
 from tests.conftest import byte_tokenizer
 from tests.models.conftest import GOLDEN, upload
 from tests.models.test_checkpoint import assert_same_parameters, refused
+from tests.models.test_fill import only
 from tests.servers.fixtures import Bucket
 
 
@@ -86,6 +94,26 @@ def test_every_byte_of_the_weights_is_read_once_by_a_load_and_once_by_the_digest
     again = gcs.server.requests()["body_bytes"]["read"] - once
     assert 2 * size < once < 2 * size + 20_000
     assert again < 20_000
+
+
+def test_of_a_mesh_the_rows_that_a_process_holds_are_fetched(
+    gcs: Bucket, tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Along `tensor`, halves of all matrices but `o` and `down`, which are cut across their rows and come whole."""
+    config = replace(tiny_config, hidden_size=64, intermediate_size=96, vocab_size=512, num_heads=8)
+    save_pretrained(Decoder(config), tmp_path / "model")
+    url, mesh = upload(tmp_path / "model", f"{gcs.url}/model"), make_mesh(TeacherMeshConfig(tensor=2))
+    only([1], monkeypatch)
+    monkeypatch.setattr(fill.jax, "make_array_from_callback", lambda shape, *_: jnp.zeros(shape))  # half is not there
+    read = []
+    for where in (None, mesh):
+        gcs.server.clear_requests()
+        load_pretrained(url, mesh=where)
+        read.append(gcs.server.requests()["body_bytes"]["read"])
+    weights = 4 * sum(value.size for value in jax.tree.leaves(nnx.state(Decoder(config), nnx.Param)))
+    whole_ones = 4 * 3 * 64 * (8 * 8 + 96)
+    assert weights < read[0] < weights + 20_000
+    assert abs(read[1] - (weights + whole_ones) / 2) < 20_000
 
 
 def test_file_urls_are_local(tmp_path: Path):

@@ -40,6 +40,37 @@ def test_dynamic_stretches_only_beyond_the_trained_length():
     np.testing.assert_allclose(longer[0, :, 0, :4], np.cos(angles), atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(kind="dynamic", factor=2.0),
+        RopeConfig(kind="longrope", original_max_positions=8, short_factor=(1, 1.5, 2, 3), long_factor=(2, 3, 4, 5)),
+    ],
+    ids=lambda rope: rope.kind,
+)
+def test_a_document_in_a_row_is_rotated_as_it_is_alone(rope: RopeConfig):
+    """One of 6 tokens and one of 10, padding, and a neighbour of 19, where 8 positions were trained."""
+    positions = np.array([[*range(6), *range(10), 0, 0, 0], range(19)])
+    segments = np.array([[1] * 6 + [2] * 10 + [0] * 3, [1] * 19])
+    together = rope_tables(rope, 8, jnp.asarray(positions), 8, jnp.asarray(segments))
+    for row, start, length in ((0, 0, 6), (0, 6, 10), (1, 0, 19)):
+        alone = rope_tables(rope, 8, jnp.arange(length)[None], 8)
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(one[row, start : start + length], other[0])
+
+
+def test_longrope_divides_by_one_list_or_the_other():
+    """Source: transformers' formula, in float64: 1 / (factor * theta ** (2i / d)), amplitude by the two lengths."""
+    short, long = (1.0, 1.5, 2.0, 3.0), (2.0, 3.0, 4.0, 5.0)
+    rope = RopeConfig(100.0, "longrope", 4.0, 8, short_factor=short, long_factor=long)
+    amplitude = np.sqrt(1 + np.log(4.0) / np.log(8.0))
+    for length, factors in ((8, short), (9, long)):
+        angles = np.arange(length)[:, None] / (np.array(factors) * 100.0 ** (np.arange(0, 8, 2) / 8))
+        cos, sin = rope_tables(rope, 8, jnp.arange(length)[None], 64)
+        np.testing.assert_allclose(cos[0, :, 0, :4], amplitude * np.cos(angles), atol=1e-6)
+        np.testing.assert_allclose(sin[0, :, 0, 4:], amplitude * np.sin(angles), atol=1e-6)
+
+
 def test_rotation_keeps_norms_and_depends_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
     positions = jnp.array([[3, 10, 13, 20]])

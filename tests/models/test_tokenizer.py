@@ -15,7 +15,8 @@ from tokenizers.models import BPE
 
 from models.checkpoint import save_pretrained
 from models.decoder import Decoder
-from models.tokenizer import load_tokenizer, merges_from_scores, tokenizer_from_json
+from models.gguf_tokenizer import merges_from_scores
+from models.tokenizer import load_tokenizer, tokenizer_from_json
 from schemas.errors import InputError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -172,12 +173,21 @@ def test_gguf_special_tokens_and_flags(tmp_path: Path):
         ("gpt-2", "a 1234\n\nb", ["a", "Ġ1234", "Ċ", "Ċ", "b"]),
         ("llama-bpe", "a 1234\n\nb", ["a", "Ġ", "123", "4", "ĊĊ", "b"]),
         ("tekken", "aB 12", ["a", "B", "Ġ", "1", "2"]),
+        ("qwen2", "a's 12\n\nb", ["a", "'s", "Ġ", "1", "2", "ĊĊ", "b"]),
+        ("deepseek-r1-qwen", "a 12", ["a", "Ġ", "1", "2"]),
     ],
 )
 def test_how_text_is_cut(pre: str, text: str, pieces: list[str], tmp_path: Path):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", pre=pre))
     assert [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
     assert (tokenizer.encode("")[:1] == [1]) is (pre in ("llama-bpe", "tekken"))  # llama.cpp adds BOS to these two
+
+
+def test_qwens_tokenizer_composes_characters(tmp_path: Path):
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", pre="qwen2"))
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9") != tokenizer.encode("e")
+    other = load_tokenizer(write_gguf(tmp_path / "b.gguf", pre="llama-bpe"))
+    assert other.encode("e\u0301") != other.encode("\u00e9")
 
 
 @pytest.mark.parametrize(

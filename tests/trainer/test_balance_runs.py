@@ -1,22 +1,17 @@
 """Runs of students with experts: what they log, keep and export, how they go on, and what they do on meshes."""
 
 import re
-import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
 from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained
@@ -27,6 +22,7 @@ from schemas.errors import ConfigError
 from schemas.storage import Store
 from schemas.train_config import MeshConfig, StudentConfig
 from tests.conftest import TINY, build_config, save_teacher
+from tests.trainer.events import logged_images
 from tests.trainer.test_mesh import replica_groups
 from tests.trainer.test_train import TIMED, _failing_at, config, timeless
 from tools import cli
@@ -124,7 +120,7 @@ def test_shares_of_every_expert_are_logged(noaux):
     """At the first step, at checkpoints and at the end; as lines and as images, a block a row of pixels."""
     lines = read_loads(noaux)
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
-    images = dict(logged_images(noaux / "tensorboard"))
+    images = {step: image for _, step, image in logged_images(noaux / "tensorboard")}
     assert list(images) == [1, 2, 4, 5]
     metrics = read_metrics(noaux)
     for line in lines:
@@ -139,19 +135,6 @@ def test_shares_of_every_expert_are_logged(noaux):
         grey = image[PIXELS // 2 :: PIXELS, PIXELS // 2 :: PIXELS]
         grey = grey[..., 0] if grey.ndim == 3 else grey
         np.testing.assert_allclose(grey, np.clip(shares * E / 2, 0, 1), atol=1 / 250)
-
-
-def logged_images(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Steps and pixels, 0 to 1, of the images in TensorBoard's files (length, checksum, event, checksum)."""
-    for path in sorted(folder.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += 16 + length
-            for value in event.summary.value:
-                if value.tag == "router/load":
-                    yield event.step, matplotlib.image.imread(BytesIO(value.image.encoded_image_string), format="png")
 
 
 # How it goes on.

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained
 from schemas.codecs import get_codec
+from schemas.config import TapsConfig
 from schemas.errors import ConfigError, DamageError, InputError
 from schemas.segment import open_cache
 from schemas.storage import Store
+from tests.conftest import build_config
+from tools.stored_rows import StoredRows
 from trainer.feed import CacheSource, make_feed
 
 TAPS = ("resid", "attn_out")
@@ -42,8 +46,31 @@ def test_shapes_and_kinds(cache):
     assert batch["resid"]["codes"].shape == (4, 3, 16, hidden)
     assert batch["attn_out"]["codes"].shape == (3, 3, 16, hidden)
     assert all(batch[tap]["codes"].dtype == np.uint16 for tap in TAPS)
-    assert "resid bf16 x 4" in repr(source)
+    assert "[4, B, 16, 24] uint16 (the bits of bfloat16), codec bf16" in repr(source)
     assert source.bytes_per_row == 7 * 16 * hidden * 2
+
+
+@pytest.mark.parametrize("codec", [{"codec": "bf16"}, {"codec": "int8", "delta": True, "keyframe_every": 2}])
+def test_numbers_for_people(tmp_path, teacher, corpus, codec):
+    """`decode` gives what `StoredRows` gives, slot by slot, of all blocks and of some."""
+    taps = TapsConfig.model_validate({"resid": codec, "topk_logits": {"k": 4}})
+    build_cache(build_config(tmp_path / "c", teacher, corpus, taps=taps))
+    rows = StoredRows(str(tmp_path / "c"))
+    for blocks in (None, [1], [0, 2]):
+        source = CacheSource(str(tmp_path / "c"), ("resid", "topk_logits"), blocks, "train")
+        batch = source[[5, 0]]
+        for tap in source.taps:
+            found = source.decode(batch, tap)
+            for place, index in enumerate((5, 0)):
+                stored = rows.slots(source.row_number(index), tap, source.slots[tap])
+                np.testing.assert_array_equal(found[:, place], np.stack([values for _, values in stored]))
+    assert "34 train + 4 eval" in source._repr_html_()
+    assert "[16, 4] float32 in slots 0, codec bf16, the largest 4" in repr(rows)
+    assert "those for training, 34" in repr(source)
+    assert "2 of 3: 0, 2" in repr(source)
+    assert "<table>" in rows._repr_html_()
+    with pytest.raises(InputError, match="does not read"):
+        source.decode(batch, "attn_out")
 
 
 def test_the_taps_are_the_teacher_s(cache, teacher):

@@ -311,8 +311,8 @@ def test_another_platform_is_told(
 ) -> None:
     real = teacher_module.describe_numerics
 
-    def elsewhere(dtype: str, taps: Iterable[TapPlan]) -> Any:
-        return real(dtype, tuple(taps)).model_copy(update={"platform": "cpu:other"})
+    def elsewhere(dtype: str, taps: Iterable[TapPlan], attention: str) -> Any:
+        return real(dtype, tuple(taps), attention=attention).model_copy(update={"platform": "cpu:other"})
 
     monkeypatch.setattr(teacher_module, "describe_numerics", elsewhere)
     open_teacher(str(bf16_cache))

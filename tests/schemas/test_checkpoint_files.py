@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from schemas.errors import DamageError
-from schemas.storage import Store
-from trainer import checkpoint_files
-from trainer.checkpoint_files import (
+from schemas import checkpoint_files
+from schemas.checkpoint_files import (
     ArrayInfo,
     CheckpointRecord,
     Held,
@@ -21,6 +19,8 @@ from trainer.checkpoint_files import (
     read_part,
     write_part,
 )
+from schemas.errors import DamageError
+from schemas.storage import Store
 
 RNG = np.random.default_rng(0)
 MATRIX, VECTOR = RNG.normal(size=(7, 6)).astype(np.float32), np.arange(5, dtype=np.int32)

@@ -1,0 +1,186 @@
+"""DeepSeek-V3 (also R1, V3.1 and Moonlight): latent attention, and experts chosen by sigmoid and bias within groups.
+
+The released files are in FP8 (models/packed.py); an export has floats.
+
+Source: HF transformers `configuration_deepseek_v3`, `modeling_deepseek_v3`.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from models.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
+from models.families.family import Family, common_fields, dense_tensors, norm_tensors, not_exportable
+from models.families.grouped import (
+    dense_then_experts,
+    expert_groups,
+    first_dense,
+    moe_tensors,
+    mtp_prefixes,
+    shared_experts,
+)
+from models.families.llama import DENSE_DEFAULTS
+from models.families.values import Values
+from models.tensors import BlockTensor, Layout
+
+
+def _read(values: Values) -> ModelConfig:
+    latent = _latent(values)
+    width = latent.plain_dim + latent.rope_dim
+    rope = replace(values.rope(), interleaved=values.flag("rope_interleave"))
+    bias, kinds = values.flag("attention_bias"), dense_then_experts(values)
+    heads: dict[str, Any] = {"num_kv_heads": _kv_heads(values), "head_dim": width}
+    return ModelConfig(
+        **common_fields(values, kinds) | heads,
+        rope=rope,
+        latent=latent,
+        attention_scale=softmax_scale(width, rope),
+        qkv_bias=bias,
+        output_bias=bias,
+        moe=_moe(values),
+        mtp_layers=values.count("num_nextn_predict_layers"),
+        family="deepseek_v3",
+    )
+
+
+def _latent(values: Values) -> LatentConfig:
+    if values["head_dim"] not in (None, values["qk_rope_head_dim"]):  # transformers rotates by it
+        raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
+    return LatentConfig(
+        query_rank=values.size_or_none("q_lora_rank"),
+        rank=values.size("kv_lora_rank"),
+        plain_dim=values.size("qk_nope_head_dim"),
+        rope_dim=values.size("qk_rope_head_dim"),
+        value_dim=values.size("v_head_dim"),
+    )
+
+
+def _kv_heads(values: Values) -> int:
+    heads = values.size("num_attention_heads")
+    if (values.size_or_none("num_key_value_heads") or heads) != heads:
+        raise values.bad("num_key_value_heads", f"{heads}: every query head has keys and values of its own")
+    return heads
+
+
+def softmax_scale(width: int, rope: RopeConfig) -> float:
+    """Of queries and keys of this width: YaRN's amplitude is squared into it where `mscale_all_dim` says so."""
+    amplitude = 1.0
+    if rope.kind != "default" and rope.mscale_all_dim and rope.factor > 1:
+        amplitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
+    return width**-0.5 * amplitude * amplitude
+
+
+def _moe(values: Values) -> MoeConfig:
+    groups, kept = expert_groups(values)
+    width = values.size("moe_intermediate_size")
+    return MoeConfig(
+        num_experts=values.size("n_routed_experts"),
+        top_k=values.size("num_experts_per_tok"),
+        expert_size=width,
+        shared_size=values.size("n_shared_experts") * width,
+        scores="sigmoid",
+        renormalise=values.flag("norm_topk_prob"),
+        scaling=values.number("routed_scaling_factor"),
+        groups=groups,
+        groups_kept=kept,
+        bias=True,
+        native_bias=True,
+        float32_router=True,
+    )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    latent, moe = config.latent, config.moe_config
+    if latent is None or config.attention_scale != softmax_scale(config.head_dim, config.rope):
+        raise not_exportable("attention without latent vectors, or another scale", "both", "use another family")
+    if moe.scores != "sigmoid" or not moe.native_bias or not moe.shared_size or config.qkv_bias != config.output_bias:
+        raise not_exportable(
+            f"scores {moe.scores}, a shared expert of {moe.shared_size}, some biases of attention",
+            "sigmoid scores with a bias, a shared expert, biases of attention all or none",
+            "use another family",
+        )
+    return {
+        "head_dim": latent.rope_dim,  # as transformers has it; what is rotated
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.rank,
+        "qk_nope_head_dim": latent.plain_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_interleave": config.rope.interleaved,
+        "attention_bias": config.qkv_bias,
+        "first_k_dense_replace": first_dense(config),
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_size,
+        "n_shared_experts": shared_experts(moe),
+        "norm_topk_prob": moe.renormalise,
+        "routed_scaling_factor": moe.scaling,
+        "n_group": moe.groups,
+        "topk_group": moe.groups_kept,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _layout(config: ModelConfig) -> Layout:
+    common = [*norm_tensors(), *_latent_tensors(config)]
+    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
+    return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
+
+
+def _latent_tensors(config: ModelConfig) -> list[BlockTensor]:
+    found = [
+        BlockTensor("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a", 1),
+        BlockTensor("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm"),
+        BlockTensor("self_attn.kv_b_proj.weight", "attention/kv_b", 1),
+        BlockTensor("self_attn.o_proj.weight", "attention/o", 2),
+    ]
+    narrow = config.latent is not None and config.latent.query_rank is not None
+    if narrow:
+        found += [
+            BlockTensor("self_attn.q_a_proj.weight", "attention/q_a", 1),
+            BlockTensor("self_attn.q_a_layernorm.weight", "attention/q_a_norm"),
+            BlockTensor("self_attn.q_b_proj.weight", "attention/q_b", 1),
+        ]
+    else:
+        found.append(BlockTensor("self_attn.q_proj.weight", "attention/q", 1))
+    if config.qkv_bias:
+        found.append(BlockTensor("self_attn.kv_a_proj_with_mqa.bias", "attention/kv_a_bias"))
+        found += [BlockTensor("self_attn.q_a_proj.bias", "attention/q_a_bias")] * narrow
+    if config.output_bias:
+        found.append(BlockTensor("self_attn.o_proj.bias", "attention/o_bias"))
+    return found
+
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    defaults=DENSE_DEFAULTS
+    | {
+        "num_key_value_heads": None,
+        "max_position_embeddings": 4096,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_nextn_predict_layers": 1,
+    },
+    read=_read,
+    write=_write,
+    layout=_layout,
+    # Sums of other keys, losses of training, and how experts were dealt out then.
+    harmless=frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"}),
+    neutral={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)

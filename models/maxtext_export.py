@@ -1,0 +1,127 @@
+"""A decoder as MaxText takes it: a scanned parameter checkpoint, written by Orbax, with the HF files beside it.
+
+    <out>/items/                              `load_parameters_path` of MaxText, with scan_layers=True
+    <out>/config.json, tokenizer.json, ...    of the same model as an HF directory has them
+
+The folder is one that is read again like any checkpoint (maxtext.py). Orbax writes a checkpoint under another name and
+renames it, and config.json is written last: what a killed export leaves is no checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from models.decoder import Decoder
+from models.export import PRODUCER
+from models.families import config_to_hf
+from models.identity import CONFIG, locate_checkpoint
+from models.maxtext import ITEMS
+from models.maxtext_names import GEMMAS, SCANNED, Conversion, maxtext_layout
+from models.tensors import TensorSlot, tensor_slots
+from models.tokenizer import tokenizer_files
+from schemas.errors import CheckpointError, ConfigError
+from schemas.object_path import local_path
+
+
+def save_maxtext(decoder: Decoder, out: str | os.PathLike[str], *, tokenizer_from: Any = None) -> None:
+    """Write the folder. On the host is a copy of the whole model meanwhile.
+
+    Args:
+        out: a local folder, new or empty.
+        tokenizer_from: as of `save_pretrained`.
+
+    Raises:
+        ConfigError: it is in a bucket, or Orbax is not installed.
+        CheckpointError: MaxText has no such decoder, or something else is there.
+    """
+    target = local_path(os.fspath(out), "--out")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(
+            "the target of an export exists", {"target": target}, "name another folder, or remove this one"
+        )
+    config = config_to_hf(decoder.config, str(decoder.embed[...].dtype)) | {"producer": PRODUCER}
+    tree = maxtext_tree(decoder)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_orbax(target / ITEMS[0], tree)
+        if tokenizer_from is not None:
+            contents, ids = tokenizer_files(locate_checkpoint(tokenizer_from))
+            config |= ids
+            for name, content in contents.items():
+                (target / name).write_bytes(content)
+        (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    except BaseException:
+        shutil.rmtree(target)
+        raise
+
+
+def maxtext_tree(decoder: Decoder) -> dict[str, Any]:
+    """The parameters as MaxText's converters save them: a train state after no steps, without an optimizer.
+
+    Raises:
+        CheckpointError: MaxText has no such decoder, or scans no stack of these blocks.
+    """
+    layout = maxtext_layout(decoder.config)
+    if decoder.config.family in GEMMAS:
+        raise CheckpointError(
+            "Gemma's several stacks are read, but not written",
+            {"family": decoder.config.family},
+            "export an HF directory, and convert it with MaxText's own to_maxtext.py",
+        )
+    parameters = dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
+    stacks: dict[str, list[np.ndarray]] = defaultdict(list)
+    known = set()
+    for slot in tensor_slots(decoder.config, layout):
+        if slot.path in parameters and not slot.beside:
+            known.add(slot.path)
+            stacks[_array_name(slot)].append(np.asarray(parameters[slot.path].get_value()[slot.index]))
+    if unknown := ["/".join(map(str, path)) for path in parameters if path not in known]:
+        raise CheckpointError(
+            "MaxText has no place for some of the parameters",
+            {"family": decoder.config.family, "parameters": ", ".join(unknown[:8])},
+            "export an HF directory",
+        )
+    convert, blocks = Conversion.of(decoder.config), decoder.config.num_blocks
+    tree: dict[str, Any] = {}
+    for name, values in stacks.items():
+        if name.startswith(SCANNED) and len(values) != blocks:
+            raise CheckpointError(
+                "MaxText scans blocks of one kind only",
+                {"parameter": name, "blocks": f"{len(values)} of {blocks}"},
+                "export an HF directory",
+            )
+        value = np.stack(values, axis=1) if name.startswith(SCANNED) else values[0]
+        _put(tree, name.split("."), convert.from_hf(name, value))
+    return {"step": np.zeros((), np.int32), "params": {"params": tree}, "opt_state": {}}
+
+
+def _array_name(slot: TensorSlot) -> str:
+    """The name with `scan_layers`: one for all blocks."""
+    if not slot.name.startswith("decoder.layers_"):
+        return slot.name
+    return SCANNED + slot.name.split(".", 2)[2]
+
+
+def _put(tree: dict[str, Any], path: list[str], value: np.ndarray) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def _write_orbax(folder: Path, tree: dict[str, Any]) -> None:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ConfigError(
+            "writing MaxText's checkpoints needs Orbax",
+            {"missing": error.name},
+            "pip install 'distillcache[maxtext]'",
+        ) from error
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))

@@ -1,0 +1,82 @@
+"""Which heads, neurons, experts or numbers of the stream stay: the first, the heaviest, or those worth most on rows."""
+
+import numpy as np
+
+from models.surgery.parts import STREAM, Block, Parts
+from schemas.errors import ConfigError
+from schemas.student_config import SurgeryOp
+
+
+def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np.ndarray | None]:
+    """Of every block the places that stay along an axis, ascending; None where a block has no such axis.
+
+    `H` is kept by KV group, and `E` by group of experts: `to` counts for all of them.
+    """
+    config = parts.config
+    if letter == STREAM:
+        return [_best(_stream_scores(parts, op), 1, to)] * len(parts.blocks)
+    groups = {"H": config.num_kv_heads, "E": config.moe.groups if config.moe else 1}.get(letter, 1)
+    has = {"F": lambda kind: not kind.moe, "E": lambda kind: kind.moe}.get(letter, lambda kind: True)
+    return [
+        _best(block_scores(parts, at, letter, op), groups, to) if has(kind) else None
+        for at, kind in enumerate(config.kinds)
+    ]
+
+
+def block_scores(parts: Parts, block: int, letter: str, op: SurgeryOp) -> np.ndarray:
+    """What each entry along an axis of a block is worth, `[size]`; what is first is worth more by `index`."""
+    config = parts.config
+    if letter == "K":
+        by_head = block_scores(parts, block, "H", op).reshape(config.num_kv_heads, -1)
+        return np.arange(config.num_kv_heads, 0, -1) if op.by == "index" else np.sum(by_head, axis=1)
+    if op.by == "importance":
+        if parts.scores is None or letter in parts.unscored:
+            raise _unmeasured(op, parts)
+        return parts.scores.blocks[block][letter]
+    value = _output_norms(parts.blocks[block], letter)
+    return np.arange(len(value), 0, -1) if op.by == "index" else value
+
+
+def expert_neuron_scores(block: Block, op: SurgeryOp) -> np.ndarray:
+    """Of the neurons of every expert, `[E, W]`."""
+    down = block["mlp/down"]
+    if op.by == "index":
+        return np.broadcast_to(np.arange(down.shape[1], 0, -1), down.shape[:2])
+    return _norm(down, 2)
+
+
+def _output_norms(block: Block, letter: str) -> np.ndarray:
+    """What each entry can at most add to the stream: the squared norm of its rows of the output projection, float64."""
+    return _norm(block["attention/o" if letter == "H" else "mlp/down"], (1, 2) if letter in "HE" else 1)
+
+
+def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
+    return np.sum(np.square(value.astype(np.float64)), axis=axes)
+
+
+def _stream_scores(parts: Parts, op: SurgeryOp) -> np.ndarray:
+    """Of the numbers of the stream, `[D]`. By weights: the squared norm of all that is written into each."""
+    if op.by == "index":
+        return np.arange(parts.config.hidden_size, 0, -1)
+    if op.by == "importance":
+        if parts.scores is None:
+            raise _unmeasured(op, parts)
+        return parts.scores.stream
+    written = [value for block in parts.blocks for value in (block["attention/o"], block["mlp/down"])]
+    return np.sum([_norm(v.reshape(-1, v.shape[-1]), 0) for v in (parts.outer["embed"], *written)], axis=0)
+
+
+def _best(scores: np.ndarray, groups: int, to: int) -> np.ndarray:
+    """The places of the best `to / groups` of each group of neighbours, ascending; of equals the earlier."""
+    split = scores.reshape(groups, -1)
+    order = np.argsort(-split, axis=1, kind="stable")[:, : to // groups]
+    return (np.sort(order, axis=1) + split.shape[1] * np.arange(groups)[:, None]).reshape(-1)
+
+
+def _unmeasured(op: SurgeryOp, parts: Parts) -> ConfigError:
+    made = "an operation before this one made them" if parts.scores is not None else "no rows of a cache were given"
+    return ConfigError(
+        "the importance of these was not measured",
+        {"surgery": op.spelled, "found": made},
+        "choose by: index or by: weight_norm",
+    )

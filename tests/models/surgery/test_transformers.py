@@ -1,0 +1,73 @@
+"""Students of every operation, exported and computed by transformers: the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.checkpoint import load_pretrained, save_pretrained
+from models.decoder import Decoder
+from models.surgery import Scores, apply_surgery
+from schemas.student_config import SurgeryOp
+from tests.models.conftest import GOLDEN
+from tests.models.test_parity import assert_close
+
+DENSE = [
+    [{"op": "query_heads", "to": 2, "by": "weight_norm"}],
+    [{"op": "kv_heads", "to": 1, "by": "importance"}],
+    [{"op": "mlp_width", "to": 17, "by": "importance"}],
+    [{"op": "drop_blocks", "blocks": [1]}],
+    [{"op": "hidden_size", "to": 30, "by": "importance"}],
+    [{"op": "upcycle", "experts": 3, "noise": 0.1}],
+    [{"op": "mlp_width", "to": 36}, {"op": "upcycle", "experts": 4, "how": "partition", "top_k": 3}],
+]
+CASES = [("llama_yarn", ops) for ops in DENSE]
+CASES += [("llama_tied", [{"op": "hidden_size", "to": 24}]), ("mistral_window", DENSE[5])]
+CASES += [
+    (name, [op])
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe")
+    for op in (
+        {"op": "experts", "to": 4, "by": "importance"},
+        {"op": "expert_width", "to": 9},
+        {"op": "hidden_size", "to": 24, "by": "weight_norm"},
+        {"op": "drop_blocks", "blocks": [0]},
+    )
+]
+CASES += [(name, [{"op": "mlp_width", "to": 11}]) for name in ("qwen2_moe", "qwen3_moe")]
+CASES += [("glm4_moe", [{"op": "experts", "to": 8}, {"op": "drop_blocks", "blocks": [2]}])]
+CASES += [
+    ("deepseek_v3", [{"op": "kv_heads", "to": 4, "by": "weight_norm"}, {"op": "experts", "to": 8}]),
+    ("deepseek_v3", [{"op": "hidden_size", "to": 32}]),
+    ("gpt_oss", [{"op": "query_heads", "to": 2, "by": "importance"}, {"op": "experts", "to": 3, "by": "importance"}]),
+    ("gemma3_text", [{"op": "mlp_width", "to": 16}, {"op": "drop_blocks", "blocks": [0]}]),
+    ("olmo2", [{"op": "hidden_size", "to": 36}]),
+    ("qwen2", [{"op": "upcycle", "experts": 3, "noise": 0.1}]),
+    ("qwen3", [{"op": "drop_blocks", "blocks": [0]}, {"op": "kv_heads", "to": 1}]),
+]
+
+
+def scores_of(decoder: Decoder) -> Scores:
+    rng, config = np.random.default_rng(0), decoder.config
+    sizes = {"H": config.num_heads, "F": config.intermediate_size, "E": config.moe.num_experts if config.moe else 1}
+    blocks = tuple({letter: rng.random(size) for letter, size in sizes.items()} for _ in config.kinds)
+    return Scores(blocks, rng.random(config.hidden_size))
+
+
+@pytest.mark.parametrize(("name", "ops"), CASES, ids=str)
+def test_the_same_logits(name: str, ops: list[dict[str, Any]], tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `parity`)")
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra `parity`)")
+    teacher = load_pretrained(GOLDEN / name, jnp.float32)
+    student = apply_surgery(teacher, [SurgeryOp.model_validate(op) for op in ops], scores_of(teacher))
+    save_pretrained(student, tmp_path / "export")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = np.random.default_rng(1).integers(0, student.config.vocab_size, (2, 13))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    assert_close(student(jnp.asarray(tokens)).logits, theirs)
