@@ -2,6 +2,7 @@
 # make test       the tests (minutes); make test-slow: kills and other slow proofs
 # make chaos      two minutes of builders that are killed at random over a store that fails
 # make check      lint, format and types
+# make browser    Chromium (from Debian's packages) and what drives it, for the tests of pages, which are skipped without
 # Everything installs itself into .venv: what the demo needs, and for the others also test servers, Beam and linters.
 # Every target is safe to run again.
 
@@ -11,7 +12,10 @@ DEMO_ARGS ?=
 # Two workers that keep neighbouring tests together: fixtures and compiled programs of a file are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow chaos check install clean
+CHROMIUM := /usr/bin/chromium
+APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
+
+.PHONY: demo test test-slow chaos check browser install clean
 
 install: .venv/installed
 
@@ -28,6 +32,16 @@ install: .venv/installed
 	@echo "installing what tests and checks need, about a minute"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
+
+.venv/installed-browser: .venv/installed-dev
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	@touch $@
+
+browser: .venv/installed-browser
+	@test -x $(CHROMIUM) || command -v apt-get > /dev/null || \
+	  { echo "error: there is no apt-get to install Chromium with; put one at $(CHROMIUM) yourself"; exit 2; }
+	@test -x $(CHROMIUM) || { echo "installing Chromium, about two minutes" && \
+	  $(APT) update -qq && $(APT) install -y -qq --no-install-recommends chromium > /dev/null; }
 
 demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)

@@ -1,10 +1,11 @@
 """`browser`: Debian's Chromium, without a window, driven by Playwright; and what every page must be in it.
 
-Skipped where Chromium or Playwright is missing: `apt-get install chromium`, `pip install -e '.[browser]'`. Screenshots
-are kept in .pytest_cache/screenshots.
+Skipped where Chromium or Playwright is missing (`make browser` installs both); failed instead where
+DISTILLCACHE_NEED_BROWSER is set, as in continuous integration. Screenshots are kept in .pytest_cache/screenshots.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ def browser() -> Iterator[Any]:
     """One for each module: Playwright's event loop runs as long, and no other can be started in this thread."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"a browser is driven by {', '.join(missing)}: pip install -e '.[browser]'")
+        _do_without(f"a browser is driven by {', '.join(missing)}: make browser, or pip install -e '.[browser]'")
     if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
+        _do_without(f"no browser at {CHROMIUM}: make browser, or apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -33,6 +34,12 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield chromium
         chromium.close()
+
+
+def _do_without(reason: str) -> None:
+    if os.environ.get("DISTILLCACHE_NEED_BROWSER"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def visit(browser: Any, address: str, name: str) -> Any:

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("tools.plan", "run", "what a build would take, before anything is written"),
     "copy": ("tools.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
     "inspect": ("tools.inspect", "run", "what a cache holds"),
+    "serve": ("tools.serve", "run", "a cache or a run in the browser: rows, tokens, blocks, search, and live"),
     "report": ("tools.report", "run", "a cache or a run as one HTML file: tables, curves, heat maps"),
     "show": ("tools.show", "run", "one row: text, documents, masks, and what every block made of each token"),
     "stats": ("tools.stats", "run", "rms, kurtosis, outlier dimensions and rank of a sample, by block"),
@@ -35,7 +36,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _answer(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, so that a reader who has gone is noticed here
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain again while it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _answer(words: list[str]) -> int:
+    """What one command line does, with help and mistakes as text."""
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
@@ -46,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistillcacheError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; Python would complain again while it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

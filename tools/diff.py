@@ -18,7 +18,9 @@ from schemas.segment import segment_name
 from schemas.storage import Store, use
 from tools.diff_caches import compare_caches
 from tools.diff_runs import compare_runs
+from tools.fidelity_topk import words
 from tools.stored_rows import StoredRows
+from tools.terminal import table_console
 from trainer.run_folder import RESOLVED
 
 SHOWN = 20  # lines of a table on a terminal; --json tells all
@@ -70,7 +72,7 @@ def kind_of(url: str) -> str:
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = table_console(markup=False)
     console.print(f"A {found['a']}\nB {found['b']}")
     for line in found["summary"]:
         console.print(f"  {line}")
@@ -87,7 +89,10 @@ def _print(found: dict[str, Any]) -> None:
     _table(console, ("tap", "slot", "rms of all rows, A", "B"), statistics)
     figures = [(t["tap"], t["slot"], t["cosine_distance"], t["error"], t["wrong_rows"]) for t in found["taps"]]
     title = f"{len(found['rows']['compared'])} rows: tap"
-    _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures, shown=len(figures))
+    figures.sort(key=lambda each: each[4] == 0)  # of many slots the wrong ones first
+    _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures)
+    if found["topk_logits"] is not None:
+        console.print(f"\n{words(found['topk_logits'])}")
 
 
 def _table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[Any]], shown: int = SHOWN) -> None:

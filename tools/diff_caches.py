@@ -17,6 +17,7 @@ from schemas.rows import Row
 from schemas.segment import Segment
 from tools import fidelity_compare as compare
 from tools.fidelity_compare import RowMeasure, TapMeasure
+from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, stored_logits
 from tools.fidelity_verdict import Look, Reference, judge
 from tools.flat import differences, flattened
 from tools.stored_rows import StoredRows, StoredTap, finite
@@ -31,8 +32,9 @@ def compare_caches(a: StoredRows, b: StoredRows, count: int, seed: int) -> dict[
     """What differs, as plain values; the findings' `kind` is as `fidelity` has it."""
     plans = differences(_plan(a), _plan(b), FREE)
     numbers = [number for number in a.sample(count, seed) if number < len(b) and b.committed(number)]
-    measured, other_rows, looks = _measured(a, b, numbers)
+    measured, logits, other_rows, looks = _measured(a, b, numbers)
     looks += judge(measured, Reference("A"))
+    looks += judge_topk(logits, "A", [row.row for row in measured if row.wrong])
     found = {
         "plans": plans,
         "statistics": list(_statistics(a, b)),
@@ -40,6 +42,7 @@ def compare_caches(a: StoredRows, b: StoredRows, count: int, seed: int) -> dict[
         "rows": {"compared": numbers, "other_tokens": other_rows},
         "findings": [{"kind": look.kind, "line": look.line, "where": look.where} for look in looks],
         "taps": _figures(measured),
+        "topk_logits": figures(logits),
     }
     return {"kind": "caches", "a": a.store.url, "b": b.store.url, "summary": _summary(found, len(a), len(b)), **found}
 
@@ -62,9 +65,11 @@ def _settled(segment: Segment) -> dict[str, Any]:
     return plan
 
 
-def _measured(a: StoredRows, b: StoredRows, numbers: Sequence[int]) -> tuple[list[RowMeasure], list[int], list[Look]]:
-    """The rows that have the same tokens in both, the numbers of those that have not, and what is damaged."""
-    measured, others, looks = [], [], []
+def _measured(
+    a: StoredRows, b: StoredRows, numbers: Sequence[int]
+) -> tuple[list[RowMeasure], list[TopKMeasure], list[int], list[Look]]:
+    """The rows that have the same tokens in both, and their logits; the numbers of those that have not; damage."""
+    measured, logits, others, looks = [], [], [], []
     for number in numbers:
         try:
             row, there = a.row(number), b.row(number)
@@ -72,6 +77,7 @@ def _measured(a: StoredRows, b: StoredRows, numbers: Sequence[int]) -> tuple[lis
                 others.append(number)
                 continue
             measured.append(_measure(a, b, number, row))
+            logits += _measured_logits(a, b, number, row)
         except DamageError as error:
             facts = error.facts
             kind = {"truncated": "truncated-object", "stale": "stale-shard"}.get(
@@ -82,7 +88,26 @@ def _measured(a: StoredRows, b: StoredRows, numbers: Sequence[int]) -> tuple[lis
                 looks.append(
                     Look(kind, f"{place}: {facts.get('detail', error.what)}", {"rows": [number], "file": place})
                 )
-    return measured, others, looks
+    return measured, logits, others, looks
+
+
+def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> list[TopKMeasure]:
+    """Of a row whose logits are in both, as many of a token."""
+    if not all(TOPK_LOGITS in rows.tap_names(number) for rows in (a, b)):
+        return []
+    (one, own), (other, given) = (
+        (stored, stored_logits(stored, rows.locate(number)[1]))
+        for rows in (a, b)
+        for stored in [_codec(rows, number, TOPK_LOGITS)]
+    )
+    if own.values.shape != given.values.shape:
+        return []
+    values = np.asarray(finite(np.asarray(given.values)), np.float64)
+    # A's own codec may have lost what B keeps.
+    lost = float(np.linalg.norm(kept_values(one, given._replace(values=finite(np.asarray(given.values)))) - values))
+    noise = NOISE + compare.CODEC_MARGIN * lost / max(float(np.linalg.norm(values)), compare.TINY)
+    real, kept = row.segment_ids > 0, kept_values(other, own)
+    return [measure_topk(number, b.shard(number), given, own, kept, real, noise)]
 
 
 def _same_tokens(a: Row, b: Row) -> bool:

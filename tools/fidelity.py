@@ -5,26 +5,25 @@ what it looks like, and why.
 """
 
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from models.checkpoint import read_config
 from schemas import layout, settings
 from schemas.canonical import read_canonical
 from schemas.errors import DamageError, InputError
 from schemas.look_config import FidelityConfig
-from schemas.manifest import Plan, Stats
+from schemas.manifest import TOPK_LOGITS, Plan, Stats
 from schemas.progress import Progress
 from schemas.rows import Row
 from schemas.storage import use
 from tools import fidelity_compare as compare
 from tools import fidelity_rows as texts
 from tools.fidelity_compare import RowMeasure, TapMeasure
+from tools.fidelity_print import print_fidelity
+from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, stored_logits
 from tools.fidelity_verdict import GAIN, LOSSY, Look, Reference, gravest, judge
 from tools.live_teacher import VARIANTS, LiveTeacher, comparable
 from tools.stored_rows import StoredRows, StoredTap
@@ -41,7 +40,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(found))
     else:
-        _print(found)
+        print_fidelity(found, config.every_slot)
     return 0 if found["verdict"]["kind"] == "faithful" else 2
 
 
@@ -66,8 +65,9 @@ def check_fidelity(rows: StoredRows, teacher: str | None, count: int, seed: int)
     misfit = _misfit(path, plan)
     if misfit is not None:
         return _report(rows, path, [], gravest([misfit]))
+    logits = next((each.tap for each in rows.taps(numbers[0]) if each.tap.name == TOPK_LOGITS), None)
     names = [name for name in rows.tap_names(numbers[0]) if comparable(name)]
-    live = LiveTeacher(path, plan.numerics.dtype, names)
+    live = LiveTeacher(path, plan.numerics.dtype, names, None if logits is None else logits.k)
     return compare_rows(rows, live, numbers)
 
 
@@ -76,7 +76,8 @@ def compare_rows(rows: StoredRows, live: LiveTeacher, numbers: Sequence[int]) ->
     tokenizers = texts.open_texts(rows.store, rows.plan, live.path)
     padding = texts.padding_ids(tokenizers.of_cache)
     measured: list[RowMeasure] = []
-    looks: list[Look] = [*_statistics(rows)]
+    logits: list[TopKMeasure] = []
+    looks: list[Look] = []
     codecs: dict[str, Look] = {}
     with Progress("fidelity", len(numbers), unit="rows") as bar:
         for number in numbers:
@@ -84,13 +85,23 @@ def compare_rows(rows: StoredRows, live: LiveTeacher, numbers: Sequence[int]) ->
             try:
                 row = rows.row(number)
                 looks += _row_looks(number, row, tokenizers, padding)
-                measure, lossy = _measure(rows, live, number, row, _variants(measured), codecs.keys())
+                measure, lossy, of_logits = _measure(rows, live, number, row, _variants(measured))
                 measured.append(measure)
-                codecs |= lossy
+                logits += [] if of_logits is None else [of_logits]
+                codecs = {**lossy, **codecs}
             except DamageError as error:
                 looks.append(_damage(number, error))
-    looks += judge(measured, Reference("the teacher", live.path, live.digest, rows.plan.teacher.weights_digest))
-    return _report(rows, live.path, measured, gravest([*_once(looks), *codecs.values()]))
+    reference = Reference("the teacher", live.path, live.digest, rows.plan.teacher.weights_digest)
+    looks += judge(_without_known(measured, looks), reference)
+    looks += judge_topk(logits, reference.name, [row.row for row in measured if row.wrong])
+    looks += _statistics(rows)
+    return _report(rows, live.path, measured, gravest([*_once(looks), *codecs.values()]), logits)
+
+
+def _without_known(measured: Sequence[RowMeasure], looks: Sequence[Look]) -> list[RowMeasure]:
+    """The rows whose masks can be right: where others are wrong, so are the numbers, and no more need be found."""
+    known = {row for look in looks if look.kind == "padding-as-text" for row in look.where["rows"]}
+    return [row for row in measured if not (row.wrong and row.row in known)]
 
 
 def _variants(measured: Sequence[RowMeasure]) -> list[str]:
@@ -100,10 +111,11 @@ def _variants(measured: Sequence[RowMeasure]) -> list[str]:
 
 
 def _measure(
-    rows: StoredRows, live: LiveTeacher, number: int, row: Row, variants: Sequence[str], known: Container[str]
-) -> tuple[RowMeasure, dict[str, Look]]:
-    """A row's figures, and the taps whose codecs lose much of it, those that are known to left out."""
-    real, own, numerics = row.segment_ids > 0, live.taps(row), rows.plan.numerics
+    rows: StoredRows, live: LiveTeacher, number: int, row: Row, variants: Sequence[str]
+) -> tuple[RowMeasure, dict[str, Look], TopKMeasure | None]:
+    """A row's figures, the taps whose codecs lose much of it, and the figures of its logits."""
+    real, numerics = row.segment_ids > 0, rows.plan.numerics
+    own, logits = live.taps_and_logits(row)
     noise = compare.teacher_noise(numerics.dtype, numerics.platform, live.platform)
     _, place = rows.locate(number)
     taps = [stored for stored in rows.taps(number) if comparable(stored.tap.name)]
@@ -119,7 +131,16 @@ def _measure(
     lossy = [
         _lossy(stored, there, measure, real) for stored, there, measure in zip(taps, teacher, measures, strict=True)
     ]
-    return found, {stored.tap.name: look for stored, look in zip(taps, lossy, strict=True) if look is not None}
+    of_logits = next((each for each in rows.taps(number) if each.tap.name == TOPK_LOGITS), None)
+    return (
+        found,
+        {stored.tap.name: look for stored, look in zip(taps, lossy, strict=True) if look is not None},
+        None
+        if of_logits is None or logits is None
+        else measure_topk(
+            number, found.shard, stored_logits(of_logits, place), logits, kept_values(of_logits, logits), real, noise
+        ),
+    )
 
 
 def _explain(
@@ -242,15 +263,22 @@ def _once(looks: Sequence[Look]) -> list[Look]:
     return list(first.values())
 
 
-def _report(rows: StoredRows, path: str, measured: Sequence[RowMeasure], looks: Sequence[Look]) -> dict[str, Any]:
+def _report(
+    rows: StoredRows,
+    path: str,
+    measured: Sequence[RowMeasure],
+    looks: Sequence[Look],
+    logits: Sequence[TopKMeasure] = (),
+) -> dict[str, Any]:
     return {
         "cache": rows.store.url,
         "teacher": path,
         "finished": rows.finished,
         "rows": [row.row for row in measured],
-        "verdict": {"kind": looks[0].kind, "line": looks[0].line},
-        "findings": [{"kind": look.kind, "line": look.line, "where": look.where} for look in looks],
+        "verdict": {"kind": looks[0].kind, "line": looks[0].line, "next": looks[0].next},
+        "findings": [{"kind": look.kind, "line": look.line, "next": look.next, "where": look.where} for look in looks],
         "taps": _figures(measured),
+        "topk_logits": figures(logits),
     }
 
 
@@ -277,23 +305,3 @@ def _figures(measured: Sequence[RowMeasure]) -> list[dict[str, Any]]:
         worst = {"row": row, "token": token, "error": error}
         figures.append({"tap": name, "slot": slot, **means, "wrong_rows": wrong, "worst": worst})
     return figures
-
-
-def _print(found: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    color = "green" if found["verdict"]["kind"] == "faithful" else "red"
-    for look in found["findings"]:
-        console.print(f"[{color}]{escape(look['line'])}[/]")
-    if not found["taps"]:
-        return
-    console.print(f"{len(found['rows'])} rows of {found['cache']} against {found['teacher']}", markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tap", "slot", "cosine distance", "error", "of the codec", "worst", "in row", "token", "wrong rows"):
-        table.add_column(column, justify="left" if column == "tap" else "right")
-    for each in found["taps"]:
-        worst = each["worst"]
-        wrong = f"[red]{each['wrong_rows']}[/]" if each["wrong_rows"] else "0"
-        figures = [f"{each[key]:.2g}" for key in ("cosine_distance", "error", "codec_error")]
-        place = f"{worst['error']:.2g}", str(worst["row"]), str(worst["token"])
-        table.add_row(each["tap"], str(each["slot"]), *figures, *place, wrong)
-    console.print(table)

@@ -28,9 +28,33 @@ KINDS = {
     "other-rows": "the teacher saw other tokens than the rows hold",
     "other-teacher": "the numbers are another teacher's",
     "other-numbers": "some blocks hold other numbers",
+    "other-logits": "the recorded logits are others",
     "padding-as-text": "padding is counted as text",
     "lossy-codec": "the codec loses much of these numbers",
     "faithful": "the cache decodes to what the teacher gives, as nearly as its codecs keep it",
+}
+REPAIR = "distillcache build --repair makes what is damaged again (a copy: distillcache copy SRC DST --repair)"
+REBUILD = "build the cache again in another place, and delete this one"
+# What to do about it.
+NEXT = {
+    "truncated-object": REPAIR,
+    "damaged-object": REPAIR,
+    "non-finite": f"check the teacher's weights, and compute in another dtype: --dtype float32; then {REBUILD}",
+    "wrong-tokenizer": "prepare the text with the teacher's own tokenizer (leave out data.tokenizer); then " + REBUILD,
+    "shifted-tokens": "train nothing on it; look for what moves tokens between the rows and the teacher, then "
+    + REBUILD,
+    "wrong-masks": "train nothing on it; see that the teacher gets the rows' segment_ids and positions, then "
+    + REBUILD,
+    "swapped-blocks": "train nothing on it; look for what sorts layers by name (10 before 2), then " + REBUILD,
+    "scaled-block": f"look for what scales this block (a norm's weight, a multiplier, a codec's scale); then {REBUILD}",
+    "stale-shard": f"{REBUILD}; the shards named here were left by another build, or written by another machine's",
+    "other-rows": "see which rows the teacher was given; then " + REBUILD,
+    "other-teacher": "name the teacher that made it with --teacher, or " + REBUILD,
+    "other-numbers": "compare these blocks with another implementation of the teacher; then " + REBUILD,
+    "other-logits": "see which head, vocabulary and scale the logits were computed with; then " + REBUILD,
+    "padding-as-text": "see that segment_ids are 0 at padding; prepare the rows again, then " + REBUILD,
+    "lossy-codec": "build with taps.<tap>.rotate: true, with groups, or in int8; distillcache plan shows the sizes",
+    "faithful": "nothing to do",
 }
 LOSSY = 0.25  # an error of the codec alone that no training should be given without knowing
 EXPLAINED = 0.1  # of a difference: what a factor may leave over and still be called the reason
@@ -44,6 +68,11 @@ class Look:
     kind: str
     evidence: str
     where: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def next(self) -> str:
+        """What to do about it."""
+        return NEXT[self.kind]
 
     @property
     def line(self) -> str:

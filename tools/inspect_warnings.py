@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from schemas import layout
-from schemas.canonical import read_canonical
 from schemas.errors import DamageError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from schemas.segment import Segment
+from schemas.times import SegmentTimes, Spread
 from tools.fidelity_rows import counted_padding
+from tools.segment_facts import sampled_receipts, sampled_shards, segment_stats, segment_times
 
-SAMPLED_SHARDS = 64
 DEAD = 1e-6  # of the median block's rms
 OUTLIER = 50.0  # times the rms: normal numbers reach 6
 UNLIKE = 1.5  # times the median shard's: rows differ by some percent
 FEW = 4  # shards: too few to say which one is unlike the others
+SLOW, SLOW_S = 2.0, 1.0  # times the median, and seconds more: what is shorter is the machine's own unrest
 
 
 def find_warnings(segments: Sequence[Segment]) -> list[str]:
@@ -28,47 +28,68 @@ def find_warnings(segments: Sequence[Segment]) -> list[str]:
     for segment in segments:
         prefix = "" if len(segments) == 1 else f"segment {segment.plan.segment}: "
         try:
-            found += [prefix + sentence for sentence in _of_segment(segment)]
+            for sentence in _of_segment(segment):
+                found.append(prefix + sentence)  # not a list of all: what was found before damage is kept
         except DamageError as error:
-            where = next(iter(error.facts.values()), "")
-            found.append(f"{prefix}{error.what} ({where}): run `distillcache verify`")
+            found.append(prefix + _damaged(error))
     return found
 
 
+def _damaged(error: DamageError) -> str:
+    where = next(iter(error.facts.values()), "")
+    return f"{error.what} ({where}): run `distillcache verify`"
+
+
 def _of_segment(segment: Segment) -> Iterator[str]:
-    plan, shards = segment.plan, _sampled(segment)
-    if segment.committed is None:
-        stats = read_canonical(segment.store, f"{layout.segment_prefix(plan.segment)}/stats.json", Stats)
-        found = stats.taps if stats is not None else {}
-        words = "" if stats is None else counted_padding(plan, stats)
-        yield from [words] if words else []
-    else:
-        receipts = _receipts(segment, shards)
-        found = receipts[0].stats if receipts else {}
-        yield from _unlike_statistics(plan, receipts)
-        elsewhere = [receipt.shard for receipt in receipts if receipt.numerics is not None]
-        if elsewhere:
-            yield f"shards {elsewhere[:6]} were computed on another platform than the plan's"
+    plan, receipts = segment.plan, sampled_receipts(segment)
+    try:
+        found = segment_stats(segment, receipts)
+    except DamageError as error:  # the index may still say something
+        found = {}
+        yield _damaged(error)
     for tap in plan.taps:
         if tap.name in found:
             yield from _of_tap(tap, found[tap.name])
-    yield from _of_index(segment, shards)
+    if segment.committed is None:
+        words = counted_padding(plan, Stats(taps=dict(found)))
+        yield from [words] if words else []
+    yield from _unlike_statistics(plan, receipts)
+    elsewhere = [receipt.shard for receipt in receipts if receipt.numerics is not None]
+    if elsewhere:
+        yield f"shards {elsewhere[:6]} were computed on another platform than the plan's"
+    yield from _of_index(segment, sampled_shards(segment))
+    yield from _slow(segment_times(segment, receipts))
 
 
-def _sampled(segment: Segment) -> list[int]:
-    shards = range(segment.plan.num_shards) if segment.committed is None else sorted(segment.committed)
-    if not shards:
-        return []
-    return [
-        shards[at] for at in sorted({*np.linspace(0, len(shards) - 1, SAMPLED_SHARDS).round().astype(int).tolist()})
+def _slow(times: SegmentTimes | None) -> Iterator[str]:
+    """Shards, and machines, that took much longer than the others."""
+    if times is None or times.shards < FEW:
+        return
+    phases: list[tuple[str, str, Spread]] = [
+        ("compute", "to compute", times.compute),
+        ("write", "to write", times.write),
     ]
+    for phase, words, spread in phases:
+        slow = {
+            each.shard: (getattr(each.seconds, phase), each.seconds.host)
+            for each in times.slowest
+            if _is_slow(getattr(each.seconds, phase), spread.median)
+        }
+        if slow:
+            named = ", ".join(
+                f"shard {shard} {seconds:.3g} s on {host}" for shard, (seconds, host) in sorted(slow.items())[:6]
+            )
+            more = f" and {len(slow) - 6} more" if len(slow) > 6 else ""
+            yield f"shards that took much longer {words} than the median's {spread.median:.3g} s: {named}{more}"
+        hosts = {host: getattr(each, phase) for host, each in times.hosts.items() if each.shards >= FEW}
+        for host, seconds in hosts.items():
+            others = [value for name, value in hosts.items() if name != host]
+            if others and _is_slow(seconds, float(np.median(others))):
+                yield f"{host} took {seconds:.3g} s a shard {words}, other machines {np.median(others):.3g} s"
 
 
-def _receipts(segment: Segment, shards: Sequence[int]) -> list[ShardReceipt]:
-    """Those that are still there: a build may be finished meanwhile."""
-    keys = [layout.receipt_key(segment.plan.segment, shard) for shard in shards]
-    found = (read_canonical(segment.store, key, ShardReceipt) for key in keys)
-    return [receipt for receipt in found if receipt is not None]
+def _is_slow(seconds: float, usual: float) -> bool:
+    return seconds > SLOW * usual and seconds - usual > SLOW_S
 
 
 def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:

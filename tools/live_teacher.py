@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 
 from models.checkpoint import load_pretrained, weights_digest
 from models.recorder import make_recorder
-from schemas.config import TapConfig, TapsConfig
+from schemas.codecs import TopK
+from schemas.config import TapConfig, TapsConfig, TopKConfig
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row, teacher_batch
 from schemas.tap_plan import choose_taps
@@ -34,11 +35,12 @@ VARIANTS = {
 class LiveTeacher:
     """A checkpoint, loaded."""
 
-    def __init__(self, path: str, dtype: str, taps: Sequence[str]) -> None:
+    def __init__(self, path: str, dtype: str, taps: Sequence[str], k: int | None = None) -> None:
         """
         Args:
             dtype: what it computes in.
-            taps: their names; `topk_logits` is not recomputed.
+            taps: their names; `topk_logits` are computed where k is given.
+            k: how many logits of a token.
 
         Raises:
             CheckpointError: there is no usable checkpoint.
@@ -49,17 +51,27 @@ class LiveTeacher:
         self.num_blocks, self.hidden, self.vocab = config.num_blocks, config.hidden_size, config.vocab_size
         # `resid` always: its slot 0 tells which tokens a teacher saw.
         wanted: dict[str, Any] = {"attn_out": None, **dict.fromkeys(["resid", *filter(comparable, taps)], F32)}
+        if k is not None:
+            wanted[TOPK_LOGITS] = TopKConfig(k=min(k, self.vocab), dtype="f32")
         plans = choose_taps(TapsConfig(**wanted), tuple(range(self.num_blocks)), self.hidden, self.vocab)
-        self.names = tuple(plan.name for plan in plans)
+        self.names = tuple(plan.name for plan in plans if comparable(plan.name))
         self._record, self._parameters = make_recorder(decoder, plans, {})
         self._decoder = decoder
         self.platform = jax.devices()[0].platform
 
     def taps(self, row: Row) -> Taps:
         """What it gives for a row: of every tap all slots of all blocks."""
+        return self.taps_and_logits(row)[0]
+
+    def taps_and_logits(self, row: Row) -> tuple[Taps, TopK | None]:
+        """`taps`, and its largest logits: values and ids `[T, k]`, logsumexp `[T]`; None where none are asked for."""
         arrays = teacher_batch([row], 1, len(row.tokens))
-        found = self._record(self._parameters, *map(jnp.asarray, arrays))
-        return {name: np.asarray(found.codes[name]["codes"][0]) for name in self.names}
+        codes = self._record(self._parameters, *map(jnp.asarray, arrays)).codes
+        taps = {name: np.asarray(codes[name]["codes"][0]) for name in self.names}
+        if TOPK_LOGITS not in codes:
+            return taps, None
+        values, ids, logsumexp = (np.asarray(codes[TOPK_LOGITS][part][0, 0]) for part in ("codes", "ids", "logsumexp"))
+        return taps, TopK(values, ids, logsumexp[..., 0])  # type: ignore[arg-type]
 
     def variant(self, row: Row, name: str) -> Taps:
         """What it gives for a row that was changed as one of `VARIANTS` says."""

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -20,8 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from cache_builder.build import SEGMENT
 from cache_builder.documents import Document, TokenDocument, file_documents
@@ -40,10 +38,10 @@ from schemas.errors import ConfigError
 from schemas.index import record_dtype
 from schemas.layout import ITEM_BYTES
 from schemas.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
-from schemas.progress import format_seconds
 from schemas.rows import RowReader
 from schemas.storage import Store, is_url, use
 from schemas.tap_codec import signs_of
+from tools.plan_print import print_plan
 
 SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
 SAMPLE_FILES = 16  # the sample is drawn from so many files, evenly spaced
@@ -85,7 +83,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
     else:
-        _print(report)
+        print_plan(report)
 
 
 def describe_build(config: PlanConfig) -> dict[str, Any]:
@@ -107,6 +105,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
     unsure = free is None or (plan.is_compressed and total > free)
     return {
         "cache": config.cache,
+        "teacher": plan.teacher.model_dump(exclude={"weights_digest"}) | {"dtype": plan.numerics.dtype},
         "rows": {
             "count": plan.rows.count,
             "row_tokens": plan.rows.row_tokens,
@@ -317,69 +316,3 @@ def _objects(plan: Plan, part: PartPlan) -> int:
 def _object_bytes(plan: Plan, part: PartPlan) -> int:
     """Of a full one; its index of chunks, 16 bytes each, is not counted."""
     return plan.shard_rows * part.slots_per_object * plan.rows.row_tokens * part.width * ITEM_BYTES[part.dtype]
-
-
-def _print(report: Mapping[str, Any]) -> None:
-    console, rows, shards = Console(), report["rows"], report["shards"]
-    facts = Table.grid(padding=(0, 2))
-    about = "" if rows["exact"] else "about "
-    facts.add_row("rows", f"{about}{rows['count']:,} of {rows['row_tokens']} tokens, {about}{rows['tokens']:,} tokens")
-    most = "at most " if report["at_most"] else ""
-    size = f"{most}{about}{_gb(report['bytes'])}, {report['bytes_per_token']:,} bytes a token"
-    facts.add_row("size", size + (" before compression" if most else ""))
-    facts.add_row("shards", f"{shards['count']:,} of {shards['rows']} rows, {most}{_gb(shards['bytes'])} each")
-    facts.add_row("objects", f"{report['objects']:,}")
-    facts.add_row("memory", f"{_gb(report['memory_in_flight'])} between teacher and store, at most")
-    if report["seconds"] is not None:
-        speed = f"{report['tokens_per_s']:,.0f} tokens/s, {report['processes']} process(es) like this one"
-        facts.add_row("time", f"about {format_seconds(report['seconds'])}  ({speed})")
-    facts.add_row("free", "unknown: a bucket" if report["free_bytes"] is None else _gb(report["free_bytes"]))
-    console.print(facts)
-    if not rows["exact"]:
-        console.print("The text is large: a sample was tokenised, and the numbers above are estimates.")
-    if report["enough_room"] is False:
-        console.print(f"[bold red]There is too little room at {report['cache']}: choose another place or codec.[/]")
-    if report["enough_room"] is None and report["free_bytes"] is not None:
-        console.print(f"There may be too little room at {report['cache']}: it depends on how far the taps compress.")
-    console.print()
-    console.print(_taps_table(report))
-    console.print()
-    console.print(_choices_table(report))
-
-
-def _taps_table(report: Mapping[str, Any]) -> Table:
-    table = _table("array", "codec", "bytes/token", "size", "objects", "an object", "blocks in it")
-    for tap in report["taps"]:
-        for number, (array, facts) in enumerate(tap["arrays"].items()):
-            most = "" if tap["compress"] == "none" else "≤ "
-            sizes = (f"{most}{tap['bytes_per_token']:,}", most + _gb(tap["bytes"])) if number == 0 else ("", "")
-            each = (f"{facts['objects']:,}", most + _gb(facts["object_bytes"]), str(facts["slots_per_object"]))
-            codec = tap["codec"] + (f", {tap['compress']}" if most else "")
-            table.add_row(array, codec, *sizes, *each)
-    return table
-
-
-def _choices_table(report: Mapping[str, Any]) -> Table:
-    table = _table("other choices", "blocks", "bytes/token", "size", "of bf16, all blocks")
-    for choice in report["choices"]:
-        if "impossible" in choice:
-            table.add_row(choice["codec"], str(choice["blocks"]), choice["impossible"], "", "")
-            continue
-        sizes = (f"{choice['bytes_per_token']:,}", _gb(choice["bytes"]), f"{choice['of_bf16']:.3f}")
-        table.add_row(choice["codec"], str(choice["blocks"]), *sizes)
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _gb(size: int) -> str:
-    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size / 1000:,.1f} kB"

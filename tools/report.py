@@ -44,7 +44,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     """
     place, name = _place(config.out)
     store = Store(config.target)
-    kind = _kind(store)
+    kind = kind_of(store)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     footer = (
         f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. This file loads nothing from anywhere."
@@ -72,7 +72,12 @@ def _place(out: str) -> tuple[str, str]:
     return (folder or "/") if slash else ".", name
 
 
-def _kind(store: Store) -> str:
+def kind_of(store: Store) -> str:
+    """`cache` or `run`.
+
+    Raises:
+        InputError: there is neither.
+    """
     if store.read(IDENTITY) is not None:
         return "run"
     if read_manifest(store) is not None or read_plan(store, segment_name(0)) is not None:

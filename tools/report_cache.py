@@ -1,18 +1,16 @@
 """A report's sections about a cache: what it is, progress, storage, statistics of its blocks, some of its rows."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from schemas.canonical import from_canonical
-from schemas.claim import Claim, is_live
-from schemas.layout import segment_prefix
 from schemas.manifest import TOPK_LOGITS
 from schemas.segment import Segment
 from schemas.storage import Store
 from tools.inspect import describe_cache
+from tools.inspect_print import said_of_times
+from tools.report_claims import workers
 from tools.report_figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from tools.report_html import (
     Numeric,
@@ -50,10 +48,10 @@ def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, d
     unfinished = "The cache is not finished: run the same `distillcache build` again."
     told = [*([] if found["finished"] else [unfinished]), *found["warnings"], *row_warnings(sample)]
     page = Page(f"Cache {_last(store.url)}", _subtitle(found), footer)
-    page.add("What it is", note("Look at this first", told), _what(found), _config(segments))
-    page.add("Progress", *_progress(found, segments))
-    page.add("Storage", _storage(found), _arrays(found))
-    page.add("Blocks", *_blocks(found))
+    page.add("What it is", note("Look at this first", told), plan_facts(found), config_table(segments))
+    page.add("Progress", *build_progress(found, segments))
+    page.add("Storage", storage_table(found), array_table(found))
+    page.add("Blocks", *slot_statistics(found))
     page.add("Rows", *_rows(sample))
     page.add("Similarity of blocks", *_similarity(sample))
     return page, {"of": "cache", "rows": [row.number for row in sample.rows], "warnings": told}
@@ -64,8 +62,10 @@ def _subtitle(found: dict[str, Any]) -> str:
     return f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"
 
 
-def _what(found: dict[str, Any]) -> str:
+def plan_facts(found: dict[str, Any]) -> str:
+    """What the cache is."""
     rows, teacher, numerics, made = found["rows"], found["teacher"], found["numerics"], found["created"]
+    times = said_of_times(found["segments"])
     return facts(
         "The plan",
         {
@@ -83,11 +83,13 @@ def _what(found: dict[str, Any]) -> str:
             "Tokens": f"{rows['tokens']:,} without padding "
             f"({rows['tokens'] / max(rows['count'] * rows['row_tokens'], 1):.1%} of all places)",
             "Blocks": _some(found["blocks"], most=200),
+            **({"Time": "; ".join(times)} if times else {}),
         },
     )
 
 
-def _config(segments: Sequence[Segment]) -> str:
+def config_table(segments: Sequence[Segment]) -> str:
+    """The build's config, to unfold."""
     rows = [(name, value) for name, value in _flat(segments[0].plan.config)]
     return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
 
@@ -100,7 +102,7 @@ def _flat(config: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
+def build_progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
     """Of what is being built; nothing of a cache that is finished and was never extended."""
     if found["finished"] and len(segments) == 1:
         return []
@@ -120,22 +122,12 @@ def _progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
         if segment.committed is not None:
             done = len(segment.committed)
             pieces.insert(0, progress(f"Shards of segment {segment.plan.segment}", done, segment.plan.num_shards))
-            pieces.append(_workers(segment))
+            pieces.append(workers(segment))
     return pieces
 
 
-def _workers(segment: Segment) -> str:
-    """Who holds claims at the moment."""
-    now, claims = time.time(), []
-    for key in segment.store.keys(f"{segment_prefix(segment.plan.segment)}/claims/"):
-        data = segment.store.read(key)
-        if data is not None and is_live(data, key, now):
-            claims.append((key, from_canonical(Claim, data, key)))
-    rows = [(key.rpartition("/")[2].removesuffix(".json"), claim.host, str(claim.pid)) for key, claim in claims]
-    return table("Who is at work", ("piece", "host", "process"), rows) or paragraph("Nobody is at work on it now.")
-
-
-def _storage(found: dict[str, Any]) -> str:
+def storage_table(found: dict[str, Any]) -> str:
+    """Bytes of every tap."""
     tokens = sum(entry["rows"] for entry in found["segments"] if entry["rows_of"] is None) * found["rows"]["row_tokens"]
     hidden = found["teacher"]["hidden_size"]
     rows = []
@@ -152,7 +144,8 @@ def _storage(found: dict[str, Any]) -> str:
     return table("Bytes by tap", header, rows) + paragraph(shard)
 
 
-def _arrays(found: dict[str, Any]) -> str:
+def array_table(found: dict[str, Any]) -> str:
+    """The zarr arrays, to unfold."""
     rows = [
         (
             array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
@@ -168,7 +161,7 @@ def _arrays(found: dict[str, Any]) -> str:
     return folded("The arrays", table("Arrays on disk", header, rows))
 
 
-def _blocks(found: dict[str, Any]) -> list[str]:
+def slot_statistics(found: dict[str, Any]) -> list[str]:
     """Root mean square and largest number of every slot, from the receipts alone."""
     taps = [tap for tap in found["taps"] if "rms" in tap]
     if not taps:
@@ -240,9 +233,8 @@ def _row_figure(row: RowLook) -> Figure | None:
 
 def _norm_map(row: RowLook, name: str) -> HeatMap:
     values = np.where(row.real, row.norms[name], np.nan)
-    pooled = _pooled(values, COLUMNS)
     return HeatMap(
-        values=pooled,
+        values=pooled(values, COLUMNS),
         title=f"{name}: {NAMES.get(name, name)}",
         x="token",
         y="slot",
@@ -255,7 +247,7 @@ def _norm_map(row: RowLook, name: str) -> HeatMap:
     )
 
 
-def _pooled(values: np.ndarray, most: int) -> np.ndarray:
+def pooled(values: np.ndarray, most: int) -> np.ndarray:
     """Neighbouring columns joined by their maximum, down to `most` of them; NaN only where all are."""
     width = -(-values.shape[1] // most)
     if width == 1:

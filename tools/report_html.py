@@ -49,6 +49,15 @@ class Numeric:
 
 
 @dataclass(frozen=True)
+class Linked:
+    """A table's cell that leads to another page. href: of our own making, never a reader's words."""
+
+    value: str
+    href: str
+    right: bool = False
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page under a heading; pieces are HTML."""
 
@@ -73,9 +82,7 @@ class Page:
 
     def render(self) -> str:
         """The whole file."""
-        contents = "\n".join(
-            f'<li><a href="#{_slug(each.title)}">{text(each.title)}</a></li>' for each in self.sections
-        )
+        contents = "\n".join(f'<li><a href="#{slug(each.title)}">{text(each.title)}</a></li>' for each in self.sections)
         return PAGE.substitute(
             title=text(self.title),
             subtitle=text(self.subtitle),
@@ -83,7 +90,7 @@ class Page:
             style=STYLE,
             script=SCRIPT,
             contents=contents,
-            sections="\n".join(map(_section, self.sections)),
+            sections="\n".join(map(section_html, self.sections)),
         )
 
 
@@ -118,12 +125,12 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]])
     """A table that scrolls by itself where it is too wide; the first cell of a row is its heading.
 
     Args:
-        rows: cells as text, or as `Numeric`.
+        rows: cells as text, or as `Numeric` or `Linked`.
     """
     rows = [list(row) for row in rows]
     if not rows:
         return ""
-    numeric = [isinstance(cell, Numeric) for cell in rows[0]]
+    numeric = [_is_right(cell) for cell in rows[0]]
     head = "".join(
         f'<th scope="col"{_right(right)}>{text(name)}</th>' for name, right in zip(header, numeric, strict=True)
     )
@@ -175,17 +182,18 @@ def figures(drawn: Sequence[Figure | None]) -> str:
 
 def _figure(figure: Figure) -> str:
     named = f'<svg role="img" aria-label="{text(figure.alt)}" '
-    svg = figure.svg.replace("<svg ", named, 1).replace(ID, _slug(figure.title))
+    svg = figure.svg.replace("<svg ", named, 1).replace(ID, slug(figure.title))
     return f"<figure><figcaption>{text(figure.title)}</figcaption>{svg}<p>{text(figure.caption)}</p></figure>"
 
 
-def _section(section: Section) -> str:
-    slug = _slug(section.title)
-    inside = "\n".join(section.pieces)
-    return f'<section aria-labelledby="{slug}">\n<h2 id="{slug}">{text(section.title)}</h2>\n{inside}\n</section>'
+def section_html(section: Section) -> str:
+    """Under its heading, which links can point at by `slug`."""
+    name, inside = slug(section.title), "\n".join(section.pieces)
+    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{text(section.title)}</h2>\n{inside}\n</section>'
 
 
-def _slug(title: str) -> str:
+def slug(title: str) -> str:
+    """A heading as an id."""
     return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
 
 
@@ -199,8 +207,13 @@ def _scrolling(caption: str, inside: str, kind: str = "") -> str:
 
 def _cell(cell: Any, tag: str) -> str:
     scope = ' scope="row"' if tag == "th" else ""
-    right = isinstance(cell, Numeric)
-    return f"<{tag}{scope}{_right(right)}>{text(cell.value if right else cell)}</{tag}>"
+    words = text(cell.value if isinstance(cell, Numeric | Linked) else cell)
+    inside = f'<a href="{text(cell.href)}">{words}</a>' if isinstance(cell, Linked) else words
+    return f"<{tag}{scope}{_right(_is_right(cell))}>{inside}</{tag}>"
+
+
+def _is_right(cell: Any) -> bool:
+    return isinstance(cell, Numeric) or (isinstance(cell, Linked) and cell.right)
 
 
 def _right(right: bool) -> str:

@@ -16,6 +16,7 @@ from schemas.layout import TOKENIZER
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
 from schemas.storage import Store
+from tools.sample_checks import SampleChecks
 from tools.stored_rows import StoredRows
 
 KEPT_BYTES = 128 * 2**20  # of one row's sampled vectors
@@ -50,32 +51,34 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Sample:
-    """likeness: by tap. damaged: of rows that are not what was committed, what is wrong."""
+    """likeness: by tap. damaged: of rows that are not what was committed, what is wrong. odd: what cannot be right."""
 
     rows: tuple[RowLook, ...]
     likeness: dict[str, Likeness]
     damaged: tuple[str, ...]
+    odd: tuple[str, ...] = ()
 
 
 def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
     """Look at `count` committed rows, drawn by `seed`; fewer where there are fewer."""
     decode, looks, damaged = _decoder(stored.store), [], []
     likeness: dict[str, Likeness] = {}
+    checks = SampleChecks.of(stored.store, stored.plan)
     for number in stored.sample(count, seed) if count else []:
         try:
-            look, alike = _look(stored, number, decode)
+            look, alike = _look(stored, number, decode, checks)
         except DamageError as error:
             damaged.append(f"Row {number}: {error.what} ({error.facts.get('file', '')}).")
             continue
         looks.append(look)
         for name, found in alike.items():
             likeness[name] = _joined(likeness.get(name), found)
-    return Sample(tuple(looks), likeness, tuple(damaged))
+    return Sample(tuple(looks), likeness, tuple(damaged), tuple(checks.findings()))
 
 
 def row_warnings(sample: Sample) -> list[str]:
-    """Damaged rows, and real tokens of a row whose numbers are not finite, or all zero in a slot."""
-    told = list(sample.damaged)
+    """Damaged rows, what cannot be right, and real tokens whose numbers are not finite, or all zero in a slot."""
+    told = [*sample.damaged, *(f"{each}." for each in sample.odd)]
     for name in sorted({name for row in sample.rows for name in row.norms}):
         odd: dict[int, int] = {}
         silent: dict[tuple[int, ...], list[int]] = {}
@@ -98,15 +101,16 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _look(
-    stored: StoredRows, number: int, decode: Callable[[list[int]], str]
+    stored: StoredRows, number: int, decode: Callable[[list[int]], str], checks: SampleChecks
 ) -> tuple[RowLook, Mapping[str, Likeness]]:
     """One row, and the likeness of slots in it."""
     row = stored.row(number)
     real = row.segment_ids > 0
+    checks.row(number, stored.shard(number), row)
     slots, norms, alike = {}, {}, {}
     for name in stored.tap_names(number):
         if name != TOPK_LOGITS:  # which belongs to no block
-            slots[name], norms[name], alike[name] = _look_at_tap(stored, number, name, real)
+            slots[name], norms[name], alike[name] = _look_at_tap(stored, number, name, real, checks)
     look = RowLook(
         number=number,
         held_out=row.split == "eval",
@@ -120,7 +124,7 @@ def _look(
 
 
 def _look_at_tap(
-    stored: StoredRows, number: int, name: str, real: Bool[np.ndarray, "T"]
+    stored: StoredRows, number: int, name: str, real: Bool[np.ndarray, "T"], checks: SampleChecks
 ) -> tuple[tuple[int, ...], Float[np.ndarray, "S T"], Likeness]:
     count = len({slot for each in stored.taps(number) if each.tap.name == name for slot in each.tap.slots})
     most = KEPT_BYTES // (4 * stored.plan.teacher.hidden_size * max(count, 1))
@@ -130,6 +134,7 @@ def _look_at_tap(
         for slot, values in stored.slots(number, name):
             norms[slot] = np.linalg.norm(values, axis=-1)
             kept[slot] = _unit(values[picked])
+            checks.slot(name, slot, values)
     slots = tuple(sorted(norms))
     stack = np.stack([kept[slot] for slot in slots])
     cosine = np.einsum("snd,tnd->st", stack, stack, optimize=True) / max(len(picked), 1)

@@ -41,20 +41,20 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     data = store.read(RESOLVED)
     config = yaml.safe_load(data) if data else {}
     lines, evaluations, loads = read_metrics(store.url), read_evaluations(store), read_loads(store.url)
-    done, of = (lines[-1]["step"] if lines else 0), _steps(config)
+    done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
     told = warnings(lines, evaluations, done, of) + expert_warnings(loads)
-    page = Page(f"Run {_last(store.url)}", _subtitle(config, done, of), footer)
+    page = Page(f"Run {_last(store.url)}", run_subtitle(config, done, of), footer)
     page.add(
         "What it is",
         note("Look at this first", told),
         progress("Steps", done, of) if done < of else "",
-        _what(store, config, lines, evaluations),
+        run_facts(store, config, lines, evaluations),
     )
-    page.add("Loss", *_losses(lines))
-    page.add("Evaluations", *_evaluations(evaluations))
-    page.add("Blocks before and after", *_blocks(evaluations))
+    page.add("Loss", *loss_pieces(lines))
+    page.add("Evaluations", *evaluation_pieces(evaluations))
+    page.add("Blocks before and after", *block_pieces(evaluations))
     page.add("Experts", *expert_pieces(lines, loads))
-    page.add("Speed", *_speed(lines))
+    page.add("Speed", *speed_pieces(lines))
     page.add("Config", folded("config.yaml", code(data.decode(), "The resolved config")) if data else "")
     return page, {"of": "run", "steps": {"done": done, "of": of}, "warnings": told}
 
@@ -85,20 +85,23 @@ def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluatio
     return told
 
 
-def _steps(config: Mapping[str, Any]) -> int:
+def planned_steps(config: Mapping[str, Any]) -> int:
+    """How many steps the config asks for, over all stages."""
     stages = config.get("stages")
     return sum(stage["steps"] for stage in stages) if stages else int(config.get("steps", 0))
 
 
-def _subtitle(config: Mapping[str, Any], done: int, of: int) -> str:
+def run_subtitle(config: Mapping[str, Any], done: int, of: int) -> str:
+    """Mode or stages, and how far it is."""
     stages = config.get("stages")
     mode = "stages: " + ", ".join(stage["mode"] for stage in stages) if stages else config.get("mode", "")
     return f"{mode}, step {done:,} of {of:,}"
 
 
-def _what(
+def run_facts(
     store: Store, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]
 ) -> str:
+    """What the run is and how far it is, in a table."""
     _, losses = series(lines, "distill/total_loss")
     student = config.get("student", {})
     surgery = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in student.get("surgery") or [])
@@ -143,8 +146,9 @@ def _begun(store: Store) -> str | None:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))} UTC on {host}"
 
 
-def _losses(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    drawn = [_terms_figure(lines), _rate_figure(lines)]
+def loss_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Losses by term and by block."""
+    drawn = [terms_figure(lines), _rate_figure(lines)]
     tables = []
     for prefix, words in (("feature/", "attention output"), ("mlp/", "MLP output")):
         found = block_curves(lines, prefix)
@@ -168,7 +172,8 @@ def _terms(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
     return found[:1] if len(found) == 2 else found
 
 
-def _terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Every term of the loss by step."""
     terms = _terms(lines)
     if not terms:
         return None
@@ -222,7 +227,8 @@ def _ends(values: np.ndarray) -> tuple[float | None, float | None, float | None]
     return (float(known[0]), float(known.min()), float(known[-1])) if len(known) else (None, None, None)
 
 
-def _evaluations(evaluations: Sequence[Evaluation]) -> list[str]:
+def evaluation_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Evaluations on held-out rows, or that there are none."""
     if not evaluations:
         return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
     columns = {
@@ -263,7 +269,7 @@ def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Seq
     )
 
 
-def _blocks(evaluations: Sequence[Evaluation]) -> list[str]:
+def block_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
     """Cosine distance of every block, at the first and at the last evaluation."""
     if not evaluations or not evaluations[-1].blocks:
         return []
@@ -293,7 +299,8 @@ def _gone(before: float | None, after: float) -> Numeric:
     return Numeric(f"{1 - after / before:.1%}") if before else number(None)
 
 
-def _speed(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def speed_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Throughput, waiting and MFU."""
     kinds = {
         "perf/tokens_per_second": ("Throughput", "tokens a second"),
         "perf/data_wait_share": ("Waiting for data", "share of the time"),

@@ -64,6 +64,8 @@ progress {{ width: 100%; max-width: 24rem; height: 1rem; accent-color: var(--s1)
   h2, caption {{ break-after: avoid; }}
   .scroll, pre {{ overflow: visible; background: none; }}
   pre {{ white-space: pre-wrap; }}
+  table {{ font-size: 8pt; }} /* what does not fit on the page is lost */
+  th {{ white-space: normal; }}
   .figures {{ grid-template-columns: 1fr 1fr; }}
 }}
 """

@@ -70,23 +70,25 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
     row = rows.row(number)
     tokenizer = cache_tokenizer(rows.store, rows.plan)
     pieces = tuple(tokenizer.decode([int(token)]) for token in row.tokens)
-    taps = [_tap_facts(rows, number, name, row, block) for name in rows.tap_names(number) if name != TOPK_LOGITS]
+    taps = [tap_facts(rows, number, name, row, block) for name in rows.tap_names(number) if name != TOPK_LOGITS]
     found = tuple(tap for tap in taps if tap is not None)
     if block is not None and not found:
         recorded = sorted({slot for stored in rows.taps(number) for slot in stored.tap.slots})
         raise InputError(
             "the cache does not hold this block", {"cache": rows.store.url, "block": block, "slots": recorded}
         )
-    return RowFacts(number, rows.shard(number), row, pieces, _documents(row), found)
+    return RowFacts(number, rows.shard(number), row, pieces, documents_of(row), found)
 
 
-def _documents(row: Row) -> tuple[tuple[int, int, int], ...]:
+def documents_of(row: Row) -> tuple[tuple[int, int, int], ...]:
+    """(segment id, first token, token behind the last) of each document."""
     edges = [0, *(np.flatnonzero(np.diff(row.segment_ids)) + 1).tolist(), len(row.segment_ids)]
     runs = pairwise(edges)
     return tuple((int(row.segment_ids[a]), a, b) for a, b in runs if row.segment_ids[a] > 0)
 
 
-def _tap_facts(rows: StoredRows, number: int, name: str, row: Row, block: int | None) -> TapFacts | None:
+def tap_facts(rows: StoredRows, number: int, name: str, row: Row, block: int | None) -> TapFacts | None:
+    """One tap of a committed row; None where it does not hold the block. See `read_row`."""
     stored = sorted({slot for each in rows.taps(number) if each.tap.name == name for slot in each.tap.slots})
     near = (block, block + 1) if block is not None and name == "resid" else (block,)
     wanted = [slot for slot in stored if block is None or slot in near]

@@ -1,12 +1,10 @@
 """`distillcache show`: one row of a cache, as text with its documents and masks, next to what the blocks made of it."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,10 +13,11 @@ from schemas.look_config import ShowConfig
 from schemas.storage import use
 from tools.fidelity_rows import cache_tokenizer
 from tools.row_facts import RowFacts, TapFacts, read_row, shown, summary
+from tools.sample_checks import SampleChecks
 from tools.show_image import draw
 from tools.stored_rows import StoredRows
+from tools.terminal import table_console
 
-WIDTH = 120  # columns, where there is no terminal
 PIECE_SHOWN = 20  # characters of a token
 TEXT_SHOWN = 400  # characters of a document on a terminal
 
@@ -29,13 +28,13 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     use(config.storage)
     rows = StoredRows(config.cache)
     facts = read_row(rows, config.row, config.block)
-    texts = _texts(rows, facts)
+    texts, odd = _texts(rows, facts), _odd(rows, facts)
     if config.image is not None:
         draw(facts, config.image)
     if as_json:
-        print(json.dumps(_describe(rows, facts, texts)))
+        print(json.dumps({**_describe(rows, facts, texts), "warnings": odd}))
         return
-    _print(rows, facts, texts, range(config.start, min(config.start + config.tokens, len(facts.pieces))))
+    _print(rows, facts, texts, odd, range(config.start, min(config.start + config.tokens, len(facts.pieces))))
     if config.image is not None:
         print(f"the picture is in {config.image}")
 
@@ -43,6 +42,21 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
 def _texts(rows: StoredRows, facts: RowFacts) -> list[str]:
     tokenizer = cache_tokenizer(rows.store, rows.plan)
     return [tokenizer.decode(facts.row.tokens[start:stop].tolist()) for _, start, stop in facts.documents]
+
+
+def _odd(rows: StoredRows, facts: RowFacts) -> list[str]:
+    """What cannot be right in the row, by itself."""
+    checks = SampleChecks.of(rows.store, rows.plan)
+    checks.row(facts.number, facts.shard, facts.row)
+    if any(tap.tap == "resid" for tap in facts.taps):
+        for slot, values in rows.slots(facts.number, "resid", [slot for slot in (0,) if _has(rows, facts, slot)]):
+            checks.slot("resid", slot, values)
+    broken = [f"{tap.tap}: {int(tap.nonfinite.sum()):,} numbers are not finite" for tap in facts.taps]
+    return [*checks.findings(), *(words for words, tap in zip(broken, facts.taps, strict=True) if tap.nonfinite.any())]
+
+
+def _has(rows: StoredRows, facts: RowFacts, slot: int) -> bool:
+    return any(stored.tap.name == "resid" and slot in stored.tap.slots for stored in rows.taps(facts.number))
 
 
 def _describe(rows: StoredRows, facts: RowFacts, texts: Sequence[str]) -> dict[str, Any]:
@@ -83,9 +97,8 @@ def _rounded(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in line] for line in values]
 
 
-def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], tokens: range) -> None:
-    # In a pipe rich would take the width of an old terminal, and cut.
-    console, row = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH), facts.row
+def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], odd: Sequence[str], tokens: range) -> None:
+    console, row = table_console(), facts.row
     real, targets = int(facts.real.sum()), int(row.loss_mask.sum())
     console.print(
         f"row {facts.number} of {len(rows):,} ({row.split}), shard {facts.shard[1]} of segment {facts.shard[0]}: "
@@ -102,6 +115,8 @@ def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], tokens: rang
         console.print(
             "norm and largest: the largest of all slots; cosine: the least one to the next slot; @ which slot"
         )
+    for words in odd:
+        console.print(f"[yellow]warning:[/] {escape(words)}")
     if len(tokens) < len(row.tokens):
         console.print(
             f"tokens {tokens.start} to {tokens.stop - 1} of {len(row.tokens)}: --start and --tokens show others"

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from cache_builder.check_shard import check_object, stored_objects
 from schemas import layout, storage
 from schemas.addressing import RowGroup, row_groups
+from schemas.cache_words import Facts, as_html, as_text, describe_codec, numbers_in_runs, segment_words, teacher_words
 from schemas.codecs import Codec, TopK
 from schemas.errors import DamageError, InputError
 from schemas.manifest import TOPK_LOGITS, PartPlan, TapPlan
@@ -23,6 +24,7 @@ from schemas.rows import Row
 from schemas.segment import Segment, open_cache
 from schemas.storage import Store
 from schemas.tap_codec import tap_codec
+from tools.fidelity_rows import cache_tokenizer
 
 TAP_ORDER = ("resid", "attn_out", "mlp_out")  # as a block computes them; `topk_logits` belongs to no block
 
@@ -117,6 +119,32 @@ class StoredRows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __repr__(self) -> str:
+        return as_text(f"StoredRows({self.store.url!r})", self._facts())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(f"StoredRows of {self.store.url}", self._facts())
+
+    def _facts(self) -> Facts:
+        """What the cache is; taps as `slots` gives them."""
+        own = [group.base.plan.rows for group in self.groups]
+        held_out, plan = sum(len(rows.eval_indices) for rows in own), self.plan
+        taps = [
+            (
+                tap.name,
+                f"[{plan.rows.row_tokens}, {tap.numbers_per_token(plan.teacher.hidden_size)}] float32 in slots "
+                f"{numbers_in_runs(tap.slots)}, codec {describe_codec(tap)}, "
+                f"{sum(part.bytes_per_token for part in tap.parts):,} bytes a token",
+            )
+            for segment in self.segments
+            for tap in segment.plan.taps
+        ]
+        rows = f"{len(self) - held_out:,} train + {held_out:,} eval of {plan.rows.row_tokens:,} tokens"
+        state = "" if self.finished else "; not finished: `committed(number)` says which are there"
+        facts = [("rows", rows + state), ("tokens", f"{sum(rows.tokens for rows in own):,} without padding")]
+        return [*facts, *taps, ("teacher", teacher_words(plan)), *segment_words(self.segments)]
+
     def locate(self, number: int) -> tuple[int, int]:
         """(group, row in it).
 
@@ -152,6 +180,16 @@ class StoredRows:
         """
         group, row = self.locate(number)
         return self.groups[group].base.row(row)
+
+    def text(self, number: int) -> list[str]:
+        """The documents of a row, as the cache's tokenizer reads them; padding left out.
+
+        Raises:
+            DistillcacheError: the cache has lost its tokenizer.
+        """
+        row, tokenizer = self.row(number), cache_tokenizer(self.store, self.plan)
+        documents = [row.tokens[row.segment_ids == each] for each in np.unique(row.segment_ids[row.segment_ids > 0])]
+        return [tokenizer.decode(tokens.tolist()) for tokens in documents]
 
     def taps(self, number: int) -> list[StoredTap]:
         """What holds taps of a row by now, in the order in which a block computes them."""

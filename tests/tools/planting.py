@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from cache_builder.finish import finish_segment
 from cache_builder.write import ShardBuffer, commit_shard
 from models.recorder import SlotSums
+from schemas.codecs import TopK
 from schemas.layout import MANIFEST
 from schemas.manifest import Plan
 from schemas.rows import Row
@@ -18,7 +20,7 @@ from schemas.segment import Segment, open_cache
 from schemas.storage import Store
 from tools.stored_rows import StoredTap
 
-Values = dict[str, np.ndarray]  # tap -> [rows, S, T, D]
+Values = dict[str, np.ndarray]  # tap -> [rows, S, T, D]; of topk_logits also its other parts, by their arrays' names
 Change = Callable[[int, list[Row], Values], tuple[list[Row], Values]]  # (shard, ...) -> what is stored instead
 
 
@@ -48,6 +50,9 @@ def _shard(segment: Segment, taps: list[StoredTap], shard: int) -> tuple[list[Ro
         each.tap.name: np.stack([np.stack([v for _, v in each.decoded(each.read(row))]) for row in numbers])
         for each in taps
     }
+    for each in (each for each in taps if each.tap.k is not None):
+        codes = [each.read(row) for row in numbers]
+        values |= {part.array: np.stack([row[part.part] for row in codes]) for part in each.tap.parts[1:]}
     return [segment.row(row) for row in numbers], values
 
 
@@ -56,7 +61,11 @@ def _buffer(plan: Plan, taps: list[StoredTap], shard: int, rows: list[Row], valu
     real = np.stack([row.segment_ids > 0 for row in rows])[:, None, :, None]
     for each in taps:
         name = each.tap.name
-        encoded = each.codec.encode(jnp.moveaxis(jnp.asarray(values[name]), 1, 0))
+        stacks = [jnp.moveaxis(jnp.asarray(values[part.array]), 1, 0) for part in each.tap.parts]
+        given: Any = stacks[0]
+        if each.tap.k is not None:
+            given = TopK(given, stacks[1], stacks[2][..., 0])
+        encoded = each.codec.encode(given)
         codes |= {part.array: np.moveaxis(np.asarray(encoded[part.part]), 0, 1) for part in each.tap.parts}
         finite = np.isfinite(values[name]) & real
         clean = np.where(finite, values[name], 0)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "link", "input"}
 
 
 @dataclass
@@ -75,7 +75,7 @@ class ReadPage(HTMLParser):
             self.figures[self._title] = self._alt
 
     def handle_data(self, data: str) -> None:
-        inside = self._open[-1] if self._open else ""
+        inside = next((tag for tag in reversed(self._open) if tag != "a"), "")
         if inside == "caption":
             self._table.caption += data
         elif inside in ("th", "td"):

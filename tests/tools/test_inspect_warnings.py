@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache_builder.finish import finish_segment
+from schemas import layout
+from schemas.canonical import to_canonical
 from schemas.manifest import Stats
 from schemas.segment import open_cache
 from schemas.storage import Store
+from schemas.times import ShardSeconds, summed_up
 from tests.tools.planting import Change, in_every_row, plant
 from tools.cli import main
-from tools.inspect_warnings import find_warnings
+from tools.inspect_warnings import _slow, find_warnings
+from tools.segment_facts import sampled_receipts
 
 
 def warnings(cache: Path) -> list[str]:
@@ -83,3 +88,59 @@ def test_a_damaged_index_is_a_warning(cache: Path, tmp_path: Path) -> None:
     index.write_bytes(index.read_bytes()[:-3])
     (found,) = warnings(copied)
     assert "index is damaged" in found
+
+
+def timed(store: Store, seconds: dict[int, tuple[float, str]]) -> None:
+    """Other times in the receipts of an unfinished cache."""
+    (segment,) = open_cache(store, partial=True)
+    for receipt in sampled_receipts(segment):
+        compute, host = seconds[receipt.shard]
+        noted = ShardSeconds(compute=compute, write=0.5, total=compute + 0.5, host=host)
+        store.write(
+            layout.receipt_key("0000", receipt.shard), to_canonical(receipt.model_copy(update={"seconds": noted}))
+        )
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_shards_and_machines_that_are_slow(
+    cache: Path, tmp_path: Path, finished: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the cache is built, and from what is kept of the receipts afterwards."""
+    copied = plant(cache, tmp_path / "c", lambda _, rows, values: (rows, values), tidy=False)
+    store = Store(str(copied))
+    timed(store, {0: (3.0, "a"), 1: (3.1, "a"), 2: (9.0, "b"), 3: (2.9, "a"), 4: (1.0, "a")})
+    if finished:
+        finish_segment(store, open_cache(store, partial=True)[0].plan)
+    (found,) = warnings(copied)
+    assert found == "shards that took much longer to compute than the median's 3 s: shard 2 9 s on b"
+    assert not main(["inspect", str(copied), "--json"])
+    seconds = json.loads(capsys.readouterr().out)["segments"][0]["seconds"]
+    assert (seconds["shards"], seconds["compute"]["median"], seconds["hosts"]["a"]["shards"]) == (5, 3.0, 4)
+    assert not main(["inspect", str(copied)])
+    said = capsys.readouterr().out
+    assert "a shard took 3 s (1 to 9) to compute and 0.5 s (0.5 to 0.5) to write, on 2 machines" in said
+
+
+def test_a_slow_machine() -> None:
+    seconds = {
+        shard: ShardSeconds(compute=4.0 if shard < 4 else 1.0, write=0.1, total=5, host="ab"[shard >= 4])
+        for shard in range(10)
+    }
+    words = list(_slow(summed_up(seconds)))
+    assert words[-1] == "a took 4 s a shard to compute, other machines 1 s"
+
+
+def test_a_cache_without_times(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As earlier versions left them."""
+    copied = shutil.copytree(cache, tmp_path / "c")
+    (copied / "segments/0000/times.json").unlink()
+    assert warnings(copied) == []
+    assert not main(["inspect", str(copied)])
+    assert "to compute" not in capsys.readouterr().out
+
+
+def test_damaged_statistics_do_not_end_it(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = shutil.copytree(cache, tmp_path / "c")
+    (copied / "segments/0000/stats.json").write_bytes(b"{}")
+    assert not main(["inspect", str(copied)])
+    assert "stats.json): run `distillcache verify`" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from tests.tools.report_reading import ReadPage, check_page
 from tests.trainer.test_segments import half_built
 from tools.cli import main
 from tools.report import write_report
-from tools.report_cache import _pooled
+from tools.report_cache import pooled
 from tools.report_curves import POINTS, block_curves, curve
 from tools.report_figures import HeatMap, draw_maps
 from tools.report_rows import Sample, row_warnings, sample_rows
@@ -246,8 +246,8 @@ def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
 
 def test_pooling_keeps_the_largest_and_the_blanks() -> None:
     values = np.asarray([[1.0, 5.0, 2.0, np.nan, np.nan, np.nan, np.nan]])
-    np.testing.assert_array_equal(_pooled(values, 4), [[5.0, 2.0, np.nan, np.nan]])
-    assert _pooled(values, 7) is values
+    np.testing.assert_array_equal(pooled(values, 4), [[5.0, 2.0, np.nan, np.nan]])
+    assert pooled(values, 7) is values
 
 
 @pytest.mark.slow

@@ -1,0 +1,72 @@
+"""What is known of a segment without a row or a tap: statistics and times, from its small files or its receipts.
+
+Of an unfinished segment with many shards, some receipts are read, evenly drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from cache_builder.finish import total_stats
+from schemas import layout
+from schemas.canonical import from_canonical, read_canonical
+from schemas.manifest import ShardReceipt, Stats, TapStats
+from schemas.segment import Segment
+from schemas.times import SegmentTimes, summed_up
+
+SAMPLED_SHARDS = 64  # a large cache has hundreds of thousands
+READERS = 8  # of receipts at a time: a bucket takes tens of milliseconds for each
+
+
+def shards_done(segment: Segment) -> Sequence[int]:
+    """The committed shards, ascending."""
+    return range(segment.plan.num_shards) if segment.committed is None else sorted(segment.committed)
+
+
+def sampled_shards(segment: Segment) -> list[int]:
+    """Up to `SAMPLED_SHARDS` of the committed shards, evenly drawn, the first and the last among them."""
+    return evenly_drawn(shards_done(segment), SAMPLED_SHARDS)
+
+
+def evenly_drawn(shards: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of them."""
+    if not shards:
+        return []
+    return [shards[at] for at in sorted({*np.linspace(0, len(shards) - 1, count).round().astype(int).tolist()})]
+
+
+def sampled_receipts(segment: Segment) -> list[ShardReceipt]:
+    """Of an unfinished segment, those of the sampled shards that are still there: it may be finished meanwhile."""
+
+    def read(shard: int) -> ShardReceipt | None:
+        return read_canonical(segment.store, layout.receipt_key(segment.plan.segment, shard), ShardReceipt)
+
+    if segment.committed is None:
+        return []
+    with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
+        return [receipt for receipt in pool.map(read, sampled_shards(segment)) if receipt is not None]
+
+
+def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping[str, TapStats]:
+    """Of all its rows; of an unfinished one, of those of these receipts.
+
+    Raises:
+        DamageError: the statistics are missing or damaged.
+    """
+    if segment.committed is not None:
+        return total_stats(list(receipts)) if receipts else {}
+    key = f"{layout.segment_prefix(segment.plan.segment)}/stats.json"
+    return (read_canonical(segment.store, key, Stats) or from_canonical(Stats, b"", segment.store.where(key))).taps
+
+
+def segment_times(segment: Segment, receipts: Sequence[ShardReceipt]) -> SegmentTimes | None:
+    """How long its shards took; of an unfinished one, those of these receipts. None: it was built by a version that
+    did not say, or nothing is committed yet.
+
+    Raises:
+        DamageError: what was noted of it is damaged.
+    """
+    if segment.committed is None:
+        return read_canonical(segment.store, layout.times_key(segment.plan.segment), SegmentTimes)
+    return summed_up({receipt.shard: receipt.seconds for receipt in receipts if receipt.seconds is not None})
