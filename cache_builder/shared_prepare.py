@@ -8,7 +8,6 @@ by whoever sees its claim expire; and what is receipted is never done again, so 
     3. once                  -> the digest of all records, rows.json, and the unfinished folder goes
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -196,7 +195,7 @@ class _Work:
         return all(before) and self._job.is_enough(sum(receipt.tokens for receipt in before if receipt))
 
     def _bar(self, title: str, total: int, unit: str) -> Progress:
-        return Progress(title, total, unit=unit, stream=open(os.devnull, "w") if self._quiet else None)
+        return Progress(title, total, unit=unit, quiet=self._quiet)
 
 
 class _BarWatch(Watch):

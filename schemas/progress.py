@@ -29,16 +29,17 @@ def be_quiet() -> None:
 class Progress:
     """`with Progress("train", 2000, unit="steps") as bar: bar.advance(1, note="loss 0.12")`."""
 
-    def __init__(self, title: str, total: int, *, unit: str, stream: TextIO | None = None) -> None:
+    def __init__(self, title: str, total: int, *, unit: str, stream: TextIO | None = None, quiet: bool = False) -> None:
         """
         Args:
             title: what is going on, a word or two.
             total: how many units there are in all.
             unit: their name in the plural.
             stream: where to print; default: standard error.
+            quiet: print nothing.
         """
         self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self._skipped, self._note, self._printed = 0, "", -1
+        self._skipped, self._note, self._printed, self._quiet = 0, "", -1, quiet
         self._stream = stream if stream is not None else sys.stderr
         self._bar: RichProgress | None = None
         self._task = None
@@ -59,7 +60,7 @@ class Progress:
         self.done += count
         self._note = note or self._note
         now = time.monotonic()
-        if _quiet or now - self._start < QUIET_S:
+        if _quiet or self._quiet or now - self._start < QUIET_S:
             return
         if self._stream.isatty():
             self._draw()
