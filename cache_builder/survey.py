@@ -12,6 +12,7 @@ from schemas import layout
 from schemas.canonical import read_canonical
 from schemas.errors import DamageError, InputError
 from schemas.manifest import Manifest, Plan, SegmentEntry
+from schemas.segment import look_again
 from schemas.storage import Store
 
 _SHARD_FILE = re.compile(r"(rows|receipts|claims)/(\d+)\.(?:array_record|json)")
@@ -77,7 +78,7 @@ def survey_cache(store: Store) -> Survey:
     keys = frozenset(store.keys())
     names = sorted({match[1] for key in keys if (match := re.match(r"segments/([^/]+)/plan\.json$", key))})
     if not names and layout.MANIFEST not in keys:
-        raise InputError("there is no cache here", {"cache": store.url}, "check the path, or build it first")
+        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     findings: list[Finding] = []
     manifest = _read_manifest(store, keys, names, findings)
     entries = {entry.segment: entry for entry in manifest.segments} if manifest is not None else {}

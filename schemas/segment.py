@@ -24,6 +24,7 @@ RECORDS_KEPT = 256  # shards' index records and rows held in memory: some 50 MB,
 # Where a tenth of all answers is cut, one request in a million is taken for damage.
 READS_FROM_AFAR = 6
 
+RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run_folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
 
 Value = TypeVar("Value")
@@ -267,6 +268,8 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
 
 def look_again(store: Store) -> str:
     """What to do where there is no cache: to a reader, a bucket that is not there looks like an empty one."""
+    if store.read(RUN_MARK) is not None:
+        return "this is a run of `distillcache train`, which `report`, `serve` and `diff` look at; name its cache here"
     place = "the path and the bucket's name" if store.is_bucket else "the path"
     return f"check {place}, or build it first"
 

@@ -27,7 +27,10 @@ def print_cache(found: Mapping[str, Any]) -> None:
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     if not warnings:
-        console.print("Nothing odd in plans, statistics and some of the index; `fidelity` asks the teacher.")
+        console.print(
+            "Nothing odd in plans, statistics and some of the index; "
+            "`stats` reads some rows, `verify` every byte, `fidelity` asks the teacher."
+        )
 
 
 def _facts(found: Mapping[str, Any]) -> Table:

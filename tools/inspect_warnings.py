@@ -99,6 +99,7 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
     rms = [math.sqrt(total / max(stats.count, 1)) for total in stats.square_sum]
     median = float(np.median(rms))
     dead = [slot for slot, value in zip(tap.slots, rms, strict=True) if value <= DEAD * median]
+    dead = [slot for slot in dead if broken.get(slot, 0) < stats.count]  # all NaN: told above, and no zeros
     if dead:
         yield f"{tap.name}: dead blocks, all but zero: {dead[:8]}"
     peaks = {slot: peak / value for slot, peak, value in zip(tap.slots, stats.abs_max, rms, strict=True) if value > 0}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from schemas.cache_words import numbers_in_runs
 from schemas.errors import InputError
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
@@ -75,9 +76,21 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
     if block is not None and not found:
         recorded = sorted({slot for stored in rows.taps(number) for slot in stored.tap.slots})
         raise InputError(
-            "the cache does not hold this block", {"cache": rows.store.url, "block": block, "slots": recorded}
+            "the cache does not hold this block",
+            {"cache": rows.store.url, "block": block, "slots": numbers_in_runs(recorded)},
+            "choose one of these",
         )
     return RowFacts(number, rows.shard(number), row, pieces, documents_of(row), found)
+
+
+def not_finite(taps: Sequence[TapFacts]) -> list[str]:
+    """A sentence for each tap that has numbers which are NaN or infinite."""
+    broken = [(tap, [tap.slots[at] for at in np.flatnonzero(tap.nonfinite)]) for tap in taps]
+    return [
+        f"{tap.tap}: {int(tap.nonfinite.sum()):,} numbers are not finite, in slots {numbers_in_runs(slots)}"
+        for tap, slots in broken
+        if slots
+    ]
 
 
 def documents_of(row: Row) -> tuple[tuple[int, int, int], ...]:

@@ -4,6 +4,7 @@ A tap that is damaged is told on the page; the others are shown.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from schemas.rows import Row
 from tools.report_cache import COLUMNS, NAMES, pooled
 from tools.report_figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from tools.report_html import Linked, Numeric, figures, folded, note, number, paragraph, table, text
-from tools.row_facts import TapFacts, documents_of, shown, summary, tap_facts
+from tools.row_facts import TapFacts, documents_of, not_finite, shown, summary, tap_facts
+from tools.sample_checks import SampleChecks
 from tools.serve_asked import choice_in, number_in
 from tools.serve_page import View, address, choice, form, number_field, steps
 from tools.serve_watch import WatchedCache
@@ -58,6 +60,7 @@ def row_page(watched: WatchedCache, at: int, query: Mapping[str, str]) -> View:
     found = look(watched, at, row, names if tap == "all" else [tap], block)
     view = View(f"Row {at}", _subtitle(stored, at, row), "/rows")
     view.put(_moves(stored, at, query), note("This is damaged", found.damaged))
+    view.put(note("This cannot be right", _odd(watched, found)))
     view.add("Text", *_text(watched, row))
     view.add("Blocks", _chooser(at, tap, names, block, slots, start), *_blocks(found, block))
     view.add("Tokens", *_tokens(watched, found, start, {"tap": query.get("tap"), "block": query.get("block")}))
@@ -87,6 +90,19 @@ def look(watched: WatchedCache, at: int, row: Row, names: Sequence[str], block: 
         else:
             found += [each] if each is not None else []
     return RowLook(at, row, tuple(found), tuple(damaged))
+
+
+def _odd(watched: WatchedCache, found: RowLook) -> list[str]:
+    """What cannot be right in the row, by itself, as `show` says it."""
+    stored, at = watched.rows(), found.number
+    padding = watched.once("padding", lambda: SampleChecks.of(stored.store, stored.plan).padding)
+    checks = SampleChecks(padding)
+    checks.row(at, stored.shard(at), found.row)
+    if any(tap.tap == "resid" for tap in found.taps) and 0 in watched.taps().get("resid", ()):
+        with suppress(DamageError, InputError, StorageError):  # told above, or not there yet
+            for slot, values in stored.slots(at, "resid", [0]):
+                checks.slot("resid", slot, values)
+    return [*checks.findings(), *not_finite(found.taps)]
 
 
 def one_line(error: DamageError | StorageError) -> str:

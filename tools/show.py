@@ -12,7 +12,7 @@ from schemas import settings
 from schemas.look_config import ShowConfig
 from schemas.storage import use
 from tools.fidelity_rows import cache_tokenizer
-from tools.row_facts import RowFacts, TapFacts, read_row, shown, summary
+from tools.row_facts import RowFacts, TapFacts, not_finite, read_row, shown, summary
 from tools.sample_checks import SampleChecks
 from tools.show_image import draw
 from tools.stored_rows import StoredRows
@@ -51,8 +51,7 @@ def _odd(rows: StoredRows, facts: RowFacts) -> list[str]:
     if any(tap.tap == "resid" for tap in facts.taps):
         for slot, values in rows.slots(facts.number, "resid", [slot for slot in (0,) if _has(rows, facts, slot)]):
             checks.slot("resid", slot, values)
-    broken = [f"{tap.tap}: {int(tap.nonfinite.sum()):,} numbers are not finite" for tap in facts.taps]
-    return [*checks.findings(), *(words for words, tap in zip(broken, facts.taps, strict=True) if tap.nonfinite.any())]
+    return [*checks.findings(), *not_finite(facts.taps)]
 
 
 def _has(rows: StoredRows, facts: RowFacts, slot: int) -> bool:

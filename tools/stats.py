@@ -35,7 +35,10 @@ TINY = 1e-30
 
 @dataclass
 class SlotStats:
-    """Sums over the real tokens of one slot, by dimension, float64 `[D]`."""
+    """Sums over the real tokens of one slot, by dimension, float64 `[D]`.
+
+    cosines: of tokens' vectors with theirs in the next slot, over compared tokens.
+    """
 
     count: int = 0
     total: Any = 0.0
@@ -43,6 +46,8 @@ class SlotStats:
     fourth: Any = 0.0
     largest: Any = 0.0
     nonfinite: int = 0
+    cosines: float = 0.0
+    compared: int = 0
     sample: list[Float[np.ndarray, "t D"]] = field(default_factory=list)
 
     def add(self, values: Float[np.ndarray, "t D"], sampled: int) -> None:
@@ -58,6 +63,13 @@ class SlotStats:
         self.largest = np.maximum(self.largest, np.abs(wide).max(0, initial=0))
         places = np.linspace(0, len(wide) - 1, min(sampled, len(wide))).round().astype(int)
         self.sample.append(wide[np.unique(places)].astype(np.float32))
+
+    def compare(self, values: Float[np.ndarray, "t D"], after: Float[np.ndarray, "t D"]) -> None:
+        """The same tokens here and in the next slot; those with a vector of zeros, or not finite, do not count."""
+        norms = np.linalg.norm(values, axis=1) * np.linalg.norm(after, axis=1)
+        counts = np.isfinite(norms) & (norms > 0)
+        self.cosines += float(np.sum(np.einsum("td,td->t", values[counts], after[counts]) / norms[counts]))
+        self.compared += int(np.count_nonzero(counts))
 
     @property
     def rms(self) -> Float[np.ndarray, "D"]:
@@ -91,6 +103,7 @@ class SlotStats:
             "kurtosis": float(of_all),
             "dead_dimensions": int(np.count_nonzero(rms == 0)),
             "outlier_dimensions": [[at, float(rms[at] / median)] for at in outliers],
+            "cosine_to_next": self.cosines / self.compared if self.compared else None,
             "effective_rank": self.effective_rank(),
             "rank_tokens": sum(map(len, self.sample)),
             "nonfinite": self.nonfinite,
@@ -168,9 +181,14 @@ def _read(
                 row = rows.row(number)
                 checks.row(number, rows.shard(number), row)
                 for name in taps:
+                    before: tuple[int, np.ndarray] | None = None
                     for slot, values in rows.slots(number, name, slots):
-                        found.setdefault((name, slot), SlotStats()).add(values[row.segment_ids > 0], sampled)
+                        real = values[row.segment_ids > 0]
+                        found.setdefault((name, slot), SlotStats()).add(real, sampled)
                         checks.slot(name, slot, values)
+                        if before is not None and before[0] == slot - 1:
+                            found[name, slot - 1].compare(before[1], real)
+                        before = (slot, real)
             except DamageError as error:
                 damaged[number] = error
     return found, damaged
@@ -228,7 +246,7 @@ def _print(found: dict[str, Any]) -> None:
     console = table_console()
     console.print(f"{len(found['rows'])} rows, {found['tokens']:,} tokens of {found['cache']}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tap", "slot", "rms", "max", "kurtosis", "rank", "outlier dimensions"):
+    for column in ("tap", "slot", "rms", "max", "kurtosis", "rank", "to next", "outlier dimensions"):
         table.add_column(column, justify="left" if column in ("tap", "outlier dimensions") else "right")
     for each in found["slots"]:
         outliers = each["outlier_dimensions"]
@@ -238,10 +256,12 @@ def _print(found: dict[str, Any]) -> None:
         notes.append(f"{each['dead_dimensions']} dead dimensions" if each["dead_dimensions"] else "")
         figures = [f"{each[key]:.3g}" for key in ("rms", "abs_max", "kurtosis")]
         rank = f"{each['effective_rank']:.0f}"
-        table.add_row(each["tap"], str(each["slot"]), *figures, rank, "; ".join(filter(None, notes)))
+        alike = "" if each["cosine_to_next"] is None else f"{each['cosine_to_next']:.3f}"
+        table.add_row(each["tap"], str(each["slot"]), *figures, rank, alike, "; ".join(filter(None, notes)))
     console.print(table)
     tokens = found["slots"][0]["rank_tokens"]
     console.print("outlier dimensions: by how many times their rms is that of the median dimension")
     console.print(f"rank: the effective rank of {tokens} sampled tokens, which cannot be more than that")
+    console.print("to next: the mean cosine with the next slot; of resid, near 1 where a block hardly turns the stream")
     for warning in found["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")

@@ -94,7 +94,7 @@ def _print(found: dict[str, Any]) -> None:
     for column in ("what", "object", "shard", "rows", "tap", "slots", "detail"):
         table.add_column(column, overflow="fold", justify="right" if column == "shard" else "left")
     for finding in findings[:SHOWN]:
-        rows = "" if finding["rows"] is None else f"{finding['rows'][0]} to {finding['rows'][1] - 1}"
+        rows = "" if finding["rows"] is None else numbers_in_runs(range(*finding["rows"]))
         shard = "" if finding["shard"] is None else str(finding["shard"])
         slots = numbers_in_runs(finding["slots"])
         words = (finding["what"], finding["object"], shard, rows, finding["tap"] or "", slots, finding["detail"])

@@ -6,10 +6,11 @@ from models.families.values import Values, unknown_key
 
 KEY = "quantization_config"
 MXFP4, FP8 = "mxfp4", "fp8"
-# Which parts were left alone is told by the tensors, and how activations are rounded is no matter of the weights.
+# Which parts were left alone is told by the tensors, and how activations are rounded is no matter of the weights;
+# `scale_fmt` (DeepSeek-V3.1) says that scales are powers of two, which they are as float32 as well.
 UNDERSTOOD = {
     MXFP4: frozenset({"quant_method", "modules_to_not_convert", "dequantize"}),
-    FP8: frozenset({"quant_method", "modules_to_not_convert", "dequantize", "activation_scheme", "fmt"}),
+    FP8: frozenset({"quant_method", "modules_to_not_convert", "dequantize", "activation_scheme", "fmt", "scale_fmt"}),
 }
 BLOCK = "weight_block_size"
 

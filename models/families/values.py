@@ -25,12 +25,13 @@ EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytor
 # Keys that do not change the forward pass: bookkeeping, initialisation, generation, dropout and auxiliary losses
 # (training only), `pretraining_tp` (slices the same matrix products), labels of heads that a language model lacks.
 HARMLESS_KEYS = frozenset(
-    """_attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation auto_map
-    bos_token_id chunk_size_feed_forward dtype embedding_dropout eos_token_id finetuning_task id2label
-    initializer_range is_llama_config label2id model_type name_or_path num_labels output_attentions output_dropout
-    output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type producer return_dict
-    router_aux_loss_coef router_z_loss_coef sep_token_id task_specific_params tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version unk_token_id use_cache""".split()  # noqa: SIM905 - one a line would be two screens
+    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
+    attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype embedding_dropout eos_token_id
+    finetuning_task id2label initializer_range is_llama_config label2id max_length max_sequence_length model_type
+    name_or_path num_labels output_attentions output_dropout output_hidden_states output_router_logits pad_token_id
+    prefix pretraining_tp problem_type producer return_dict router_aux_loss_coef router_z_loss_coef sep_token_id
+    task_specific_params tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905 - one a line would be two screens
 )
 # Keys that would change the forward pass, with the values under which they do not.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {

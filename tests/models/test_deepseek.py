@@ -97,6 +97,10 @@ def test_released_config():
     assert found.attention_scale == pytest.approx(0.1352337788608801, rel=1e-12)
 
 
+def test_released_config_of_v31():
+    assert read(quantization_config=FP8 | {"scale_fmt": "ue8m0"}) == read()
+
+
 def test_defaults_are_those_of_transformers():
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "model_type")
     found = config_from_hf({key: RELEASED[key] for key in kept}, FILE)

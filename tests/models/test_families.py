@@ -130,6 +130,12 @@ def test_round_trip_is_exact(config: ModelConfig):
     assert config_from_hf(config_to_hf(config, "float32"), FILE) == config
 
 
+def test_keys_of_mirrors_and_old_files_change_nothing():
+    """Unsloth's mirrors of gated checkpoints, Vicuna 16k, the first files of Llama 2."""
+    keys = {"unsloth_fixed": True, "unsloth_version": "2025.3.19", "max_sequence_length": 16384, "max_length": 4096}
+    assert read(**keys, _attn_implementation="eager") == read()
+
+
 def test_a_llama_that_llama_configs_cannot_say_is_written_as_a_mistral():
     odd = replace(read(), num_heads=5, num_kv_heads=1, head_dim=8)
     raw = config_to_hf(odd, "float32")

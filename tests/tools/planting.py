@@ -61,10 +61,10 @@ def _buffer(plan: Plan, taps: list[StoredTap], shard: int, rows: list[Row], valu
     real = np.stack([row.segment_ids > 0 for row in rows])[:, None, :, None]
     for each in taps:
         name = each.tap.name
-        stacks = [jnp.moveaxis(jnp.asarray(values[part.array]), 1, 0) for part in each.tap.parts]
-        given: Any = stacks[0]
+        given: Any = jnp.moveaxis(jnp.asarray(values[name]), 1, 0)
         if each.tap.k is not None:
-            given = TopK(given, stacks[1], stacks[2][..., 0])
+            ids, total = (jnp.moveaxis(jnp.asarray(values[part.array]), 1, 0) for part in each.tap.parts[1:])
+            given = TopK(given, ids, total[..., 0])
         encoded = each.codec.encode(given)
         codes |= {part.array: np.moveaxis(np.asarray(encoded[part.part]), 0, 1) for part in each.tap.parts}
         finite = np.isfinite(values[name]) & real

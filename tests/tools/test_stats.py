@@ -34,6 +34,16 @@ def test_figures_are_those_of_all_tokens_at_once(
         assert entry["rms"] == pytest.approx(np.sqrt(np.square(tokens).mean()))
         assert entry["kurtosis"] == pytest.approx(kurtosis(tokens))
         assert entry["abs_max"] == pytest.approx(np.abs(tokens).max())
+        after = [
+            dict(rows.slots(number, entry["tap"])).get(entry["slot"] + 1, np.zeros((0, 0))) for number in found["rows"]
+        ]
+        if after[0].size:
+            real = [rows.row(number).segment_ids > 0 for number in found["rows"]]
+            others = np.concatenate([values[mask] for values, mask in zip(after, real, strict=True)]).astype(np.float64)
+            norms = np.linalg.norm(tokens, axis=1) * np.linalg.norm(others, axis=1)
+            assert entry["cosine_to_next"] == pytest.approx(np.mean(np.sum(tokens * others, axis=1) / norms), abs=1e-6)
+        else:
+            assert entry["cosine_to_next"] is None
     with np.load(tmp_path / "d.npz") as arrays:
         assert arrays["resid.rms"].shape == (4, 24)
         np.testing.assert_allclose(arrays["attn_out.rms"][2], np.sqrt(np.square(tokens).mean(0)), rtol=1e-5)

@@ -25,7 +25,7 @@ from trainer.train import train
 LONG = RopeConfig(100.0, "longrope", 8.0, 8, fraction=0.5, short_factor=(1.0, 1.5), long_factor=(2.0, 7.0))
 YARN = RopeConfig(100.0, "yarn", 4.0, 8, mscale=0.7, mscale_all_dim=0.9, interleaved=True)
 CONFIGS: dict[str, ModelConfig] = {
-    "olmo2": replace(TINY, family="olmo2", norms="post", qk_norm="full"),
+    "olmo2": replace(TINY, family="olmo2", norms="post", norm_product="wide", qk_norm="full"),
     "granite": replace(
         TINY,
         family="granite",
@@ -66,6 +66,7 @@ CONFIGS |= {
         intermediate_size=14,
         qkv_bias=True,
         output_bias=True,
+        norm_product="wide",
         sinks=True,
         rope=RopeConfig(100.0, "yarn", 4.0, 8, truncate=False),
         layers=plan_layers([BlockKind(5, moe=True), BlockKind(moe=True)] * 2),
