@@ -114,7 +114,14 @@ def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Place) -> Toke
         )
     merges = [_merge(text) for text in metadata(reader, "tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_SPLITS))
+    try:
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in WHOLE_SPLITS))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(
+            "the GGUF file's merges do not fit its vocabulary",
+            {"file": file, "found": error},
+            "set data.tokenizer to the model's tokenizer.json",
+        ) from error
     if pre in COMPOSED_SPLITS:
         backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)

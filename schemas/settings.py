@@ -6,9 +6,10 @@ value is one `ConfigError`.
 """
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,12 +99,22 @@ def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> Co
         for finding in error.errors():
             # Members of a union are tried one by one; their names in the path would only confuse.
             keys = [str(key) for key in finding["loc"] if not ("[" in str(key) or key in _MEMBER_NAMES)]
-            message = finding["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:]
+            message = _message(finding)
             # What a validator of the whole model found is the whole config: it says itself what is wrong there.
             given = "" if finding["type"] == "missing" or not keys else f" (found {finding['input']!r})"
             facts.setdefault(".".join(keys) or "config", message + given)
         raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
+
+
+def _message(finding: Mapping[str, Any]) -> str:
+    """What pydantic found, in words for somebody who knows neither it nor regular expressions."""
+    if finding["type"] == "list_type":
+        return "should be a list, such as '[1, 2]' or '[resid]'"
+    if finding["type"] == "string_pattern_mismatch" and finding["ctx"]["pattern"].startswith("\\."):
+        endings = re.findall("[a-z]+", finding["ctx"]["pattern"])
+        return "should end in " + " or ".join(f".{ending}" for ending in endings)
+    message = finding["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
 def load_yaml(path: str) -> dict[str, Any]:

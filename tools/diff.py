@@ -90,7 +90,10 @@ def _print(found: dict[str, Any]) -> None:
     figures = [(t["tap"], t["slot"], t["cosine_distance"], t["error"], t["wrong_rows"]) for t in found["taps"]]
     title = f"{len(found['rows']['compared'])} rows: tap"
     figures.sort(key=lambda each: each[4] == 0)  # of many slots the wrong ones first
-    _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures)
+    if figures and not any(error for _, _, _, error, _ in figures):
+        console.print(f"\n{len(found['rows']['compared'])} rows compared: the same numbers in all {len(figures)} slots")
+    else:
+        _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures)
     if found["topk_logits"] is not None:
         console.print(f"\n{words(found['topk_logits'])}")
 

@@ -17,7 +17,7 @@ from schemas.rows import Row
 from schemas.segment import Segment
 from tools import fidelity_compare as compare
 from tools.fidelity_compare import RowMeasure, TapMeasure
-from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, stored_logits
+from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, rounding_of, stored_logits
 from tools.fidelity_verdict import Look, Reference, judge
 from tools.flat import differences, flattened
 from tools.stored_rows import StoredRows, StoredTap, finite
@@ -107,7 +107,7 @@ def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> lis
     lost = float(np.linalg.norm(kept_values(one, given._replace(values=finite(np.asarray(given.values)))) - values))
     noise = NOISE + compare.CODEC_MARGIN * lost / max(float(np.linalg.norm(values)), compare.TINY)
     real, kept = row.segment_ids > 0, kept_values(other, own)
-    return [measure_topk(number, b.shard(number), given, own, kept, real, noise)]
+    return [measure_topk(number, b.shard(number), given, own, kept, real, noise, rounding_of(other))]
 
 
 def _same_tokens(a: Row, b: Row) -> bool:

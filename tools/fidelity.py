@@ -23,7 +23,7 @@ from tools import fidelity_compare as compare
 from tools import fidelity_rows as texts
 from tools.fidelity_compare import RowMeasure, TapMeasure
 from tools.fidelity_print import print_fidelity
-from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, stored_logits
+from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, rounding_of, stored_logits
 from tools.fidelity_verdict import GAIN, LOSSY, Look, Reference, gravest, judge
 from tools.live_teacher import VARIANTS, LiveTeacher, comparable
 from tools.stored_rows import StoredRows, StoredTap
@@ -138,7 +138,14 @@ def _measure(
         None
         if of_logits is None or logits is None
         else measure_topk(
-            number, found.shard, stored_logits(of_logits, place), logits, kept_values(of_logits, logits), real, noise
+            number,
+            found.shard,
+            stored_logits(of_logits, place),
+            logits,
+            kept_values(of_logits, logits),
+            real,
+            noise,
+            rounding_of(of_logits),
         ),
     )
 

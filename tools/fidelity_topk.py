@@ -78,6 +78,11 @@ def stored_logits(stored: StoredTap, row: int) -> TopK:
     return TopK(*map(np.asarray, found))  # type: ignore[arg-type]
 
 
+def rounding_of(stored: StoredTap) -> float:
+    """By how much storing a value may have changed it, relative to it."""
+    return 2.0**-8 if stored.tap.parts[0].bits_of == "bfloat16" else 2.0**-24
+
+
 def kept_values(stored: StoredTap, logits: TopK) -> np.ndarray:
     """What the tap's codec keeps of other values."""
     given: Any = logits
@@ -93,12 +98,14 @@ def measure_topk(
     kept: np.ndarray,
     real: Bool[np.ndarray, "T"],
     noise: float,
+    rounding: float,
 ) -> TopKMeasure:
     """The figures of one row.
 
     Args:
         own: the teacher's. kept: what the codec of `given` keeps of its values.
         noise: a relative error that is no fault, beside the codec's.
+        rounding: what storing did to `given`, relative; also where `own` was stored as well.
     """
     values, theirs = (np.asarray(each.values, np.float64)[real] for each in (given, own))
     ids, own_ids = (np.asarray(each.ids)[real] for each in (given, own))
@@ -112,8 +119,9 @@ def measure_topk(
     clearly = CLEARLY * limit * scale
     apart = np.where(shared, values - matched, 0.0)
     worst = int(np.abs(apart).max(-1).argmax())
-    # A value's own rounding moves a probability by as much.
-    too_much = np.exp(values - sums[:, None]).sum(-1) > np.exp(clearly) + 1e-3
+    # A value's own rounding moves the logarithm of its probability by as much.
+    rounded = rounding * np.abs(values).max(-1, initial=0.0)
+    too_much = np.exp(values - sums[:, None]).sum(-1) > np.exp(np.maximum(clearly, rounded)) + 1e-3
     return TopKMeasure(
         row=row,
         shard=shard,

@@ -47,9 +47,9 @@ td:not(.n) {{ min-width: 6rem; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .facts th {{ color: var(--soft); min-width: 7rem; }}
 .facts td {{ overflow-wrap: anywhere; }}
-.figures {{ display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }}
+.figures {{ display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }}
 figure {{ margin: 0; min-width: 0; }}
-figure svg {{ display: block; width: 100%; height: auto; max-width: 34rem; }}
+figure svg {{ display: block; width: 100%; height: auto; max-width: 40rem; }}
 figure svg text {{ font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }}
 figcaption {{ font-weight: 600; margin-bottom: .25rem; }}
 figure p {{ font-size: .875rem; margin: .25rem 0 0; max-width: 60ch; color: var(--soft); }}

@@ -49,7 +49,7 @@ def shared_experts(moe: MoeConfig) -> int:
         raise not_exportable(
             f"a shared expert of {moe.shared_size}, others of {moe.expert_size}",
             "a shared expert that is a whole number of the others wide",
-            "change the width of the shared expert",
+            f"give the experts a width that divides {moe.shared_size}",
         )
     return moe.shared_size // moe.expert_size
 

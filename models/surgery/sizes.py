@@ -155,6 +155,8 @@ def named_blocks(op: SurgeryOp, blocks: int) -> set[int]:
     named = list(range(blocks)) if op.blocks in ("all", None) else list(op.blocks)
     if beyond := sorted(block for block in named if not 0 <= block < blocks):
         raise refused(op, "blocks", beyond, f"0 to {blocks - 1}: the model has {blocks} blocks", "name others")
+    if not named or len(set(named)) < len(named):
+        raise refused(op, "blocks", named, "at least one, and none twice", "name each block once, or leave this out")
     return set(named)
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from schemas.config import BuildConfig, Config, DemoConfig, PrepareConfig, TrainConfig
 from schemas.errors import ConfigError
+from schemas.look_config import StatsConfig
 from schemas.settings import HelpRequested, dump_yaml, help_text, load_yaml, merge, parse, validate
 
 
@@ -265,3 +266,10 @@ def test_maxtexts_keys_must_agree_with_ours(argv: list[str], told: str) -> None:
         train_config(*argv)
     assert told in str(caught.value)
     assert "found {" not in str(caught.value)
+
+
+def test_lists_and_endings_are_asked_for_in_plain_words() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(StatsConfig, {"cache": "c", "taps": "resid", "out": "d.npy"}, "stats")
+    assert caught.value.facts["taps"] == "should be a list, such as '[1, 2]' or '[resid]' (found 'resid')"
+    assert caught.value.facts["out"] == "should end in .npz (found 'd.npy')"

@@ -87,11 +87,11 @@ def test_faults_are_named(recorded: Path, live: LiveTeacher, tmp_path: Path, fau
 def test_ties_may_change_places() -> None:
     own = TopK(np.asarray([[5.0, 3.0, 3.0]]), np.asarray([[7, 1, 2]]), np.asarray([6.0]))  # type: ignore[arg-type]
     given = TopK(np.asarray([[5.0, 3.0, 3.0]]), np.asarray([[7, 9, 1]]), np.asarray([6.0]))  # type: ignore[arg-type]
-    found = measure_topk(0, ("0000", 0), given, own, np.asarray(own.values), np.ones(1, bool), 1e-3)
+    found = measure_topk(0, ("0000", 0), given, own, np.asarray(own.values), np.ones(1, bool), 1e-3, 2.0**-24)
     assert not found.wrong
     assert found.shared == pytest.approx(2 / 3)
     far = TopK(np.asarray([[5.0, 4.0, 3.0]]), np.asarray([[7, 9, 1]]), np.asarray([6.0]))  # type: ignore[arg-type]
-    found = measure_topk(0, ("0000", 0), far, own, np.asarray(own.values), np.ones(1, bool), 1e-3)
+    found = measure_topk(0, ("0000", 0), far, own, np.asarray(own.values), np.ones(1, bool), 1e-3, 2.0**-24)
     assert found.reasons() == ["33% of the ids are others"]
 
 
@@ -104,3 +104,16 @@ def test_two_caches_logits(recorded: Path, tmp_path: Path) -> None:
     found = compare_caches(a, other, 4, 0)
     assert [each["kind"] for each in found["findings"]] == ["other-logits"]
     assert "the recorded logits are others: topk_logits against A" in found["summary"][0]
+
+
+def test_rounded_values_beside_an_exact_sum_are_no_fault() -> None:
+    """As two caches of one teacher have them: large logits in bfloat16, with probabilities that sum to over 1."""
+    exact = np.asarray([[30.06, 29.94]])
+    rounded = np.asarray([[30.125, 30.0]])  # to steps of 1/8, upwards
+    total = np.asarray([float(np.log(np.exp(exact).sum()))])
+    stored = TopK(rounded, np.asarray([[3, 4]]), total)  # type: ignore[arg-type]
+    assert np.exp(rounded[0] - total[0]).sum() > 1.06
+    of_bf16 = measure_topk(0, ("0000", 0), stored, stored, rounded, np.ones(1, bool), 1e-6, 2.0**-8)
+    assert not of_bf16.wrong
+    of_float32 = measure_topk(0, ("0000", 0), stored, stored, rounded, np.ones(1, bool), 1e-6, 2.0**-24)
+    assert of_float32.reasons() == ["the probabilities of 1 tokens add up to more than 1"]

@@ -61,6 +61,15 @@ def test_faults_are_named(cache: Path, tmp_path: Path, words: str, capsys: pytes
     assert "warning:" in capsys.readouterr().out
 
 
+def test_a_block_that_is_all_nan_is_not_called_dead(cache: Path, tmp_path: Path) -> None:
+    def all_nan(values: np.ndarray) -> np.ndarray:
+        values[:, 1] = np.nan
+        return values
+
+    (found,) = warnings(plant(cache, tmp_path / "c", in_every_row("attn_out", all_nan)))
+    assert "numbers are not finite, in slots [1]" in found
+
+
 def test_a_shard_unlike_the_others_while_the_cache_is_built(cache: Path, tmp_path: Path) -> None:
     def louder(shard: int, rows: list, values: dict) -> tuple[list, dict]:
         return rows, {**values, "resid": values["resid"] * (4 if shard == 2 else 1)}

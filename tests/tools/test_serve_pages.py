@@ -10,8 +10,9 @@ pytest.importorskip("starlette", reason="the viewer needs the extra `serve`")
 
 from starlette.testclient import TestClient
 
+from schemas.rows import Row
 from tests.conftest import byte_tokenizer
-from tests.tools.planting import in_every_row, plant
+from tests.tools.planting import changed, in_every_row, plant, with_rows
 from tests.tools.serving import client, numbers, read, viewer
 from tools import serve_search
 from tools.stored_rows import StoredRows
@@ -157,6 +158,17 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, cache: Path) -> None:
     assert read(client, "/row/0/token/2").tables["This token in resid"].row("1")[2] == "3"
     (said,) = read(client, "/slot/resid/1?rows=1").tables["Over the sample"].row("Not finite")
     assert said == "3"
+
+
+def test_what_cannot_be_right_in_a_row_is_told(tmp_path: Path, cache: Path) -> None:
+    def everything_is_text(row: Row) -> Row:
+        real = np.ones_like(row.segment_ids)
+        return changed(row, segment_ids=real, loss_mask=real > 0)
+
+    assert "This cannot be right" not in read(viewer(cache), "/row/37").words
+    words = read(viewer(plant(cache, tmp_path / "text", with_rows(everything_is_text))), "/row/37").words
+    assert "This cannot be right" in words
+    assert "and marked as text, in row 37" in words
 
 
 def test_a_lost_tokenizer_is_told_and_ids_are_shown(tmp_path: Path, cache: Path) -> None:

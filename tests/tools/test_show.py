@@ -92,4 +92,15 @@ def test_what_is_not_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["show", str(cache), "--row", "99"]) == 2
     assert "0 to 37" in capsys.readouterr().err
     assert main(["show", str(cache), "--block", "9"]) == 2
-    assert "does not hold this block" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "does not hold this block" in said
+    assert "0 to 3" in said
+
+
+@pytest.mark.parametrize("command", ["show", "inspect", "verify", "fidelity"])
+def test_a_run_where_a_cache_is_wanted_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert main([command, str(tmp_path)]) == 2
+    assert "this is a run of `distillcache train`" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_the_report_and_the_exit_code(copy: Path, capsys: pytest.CaptureFixture[
         assert out.count("\n") == 1
         assert main(["verify", str(copy)]) == 2
         shown = capsys.readouterr()
-        assert "8 to 8" in shown.out
+        assert "c/1/0/0/0 1 8 attn_out 0 1 of" in " ".join(shown.out.split())
         assert "1 damaged; 1 of 38 rows cannot be trusted" in shown.out
         assert "build --repair" in shown.err
     with pytest.raises(InputError, match="no cache here"):
