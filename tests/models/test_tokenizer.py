@@ -196,6 +196,7 @@ def test_qwens_tokenizer_composes_characters(tmp_path: Path):
         ({"pre": "new-pre"}, "tokenizer.ggml.pre"),
         ({"pre": None}, "tokenizer.ggml.pre"),
         ({"model": "bert"}, "tokenizer.ggml.model"),
+        ({"merges": ["no piece"]}, "merges"),
         ({"model": "llama"}, "scores"),
         ({"tokens": None}, "no tokenizer"),
         ({"token_type": [1]}, "token types"),
