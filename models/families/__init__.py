@@ -25,7 +25,7 @@ from models.families.phi3 import PHI3, says_heads
 from models.families.qwen import QWEN2, QWEN3
 from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from models.families.smollm3 import SMOLLM3
-from models.families.values import NEUTRAL_VALUES, Values, rope_from_hf
+from models.families.values import NEUTRAL_VALUES, Values, bad_value, rope_from_hf
 from models.rope import rotated_width
 from models.tensors import Layout
 from schemas.errors import CheckpointError
@@ -56,6 +56,7 @@ KNOWN = (
     BAILING_MOE,
     BAILING_MOE_V2,
 )
+DEEPEST = 2000  # blocks; the deepest model known has 126
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 # Of models with eyes, what is read and exported.
 LANGUAGE_MODELS = {LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
@@ -74,10 +75,18 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     values = Values(raw, family.defaults, file, family.aliases)
     values.check_keys(family.understood | {PACKING}, {**NEUTRAL_VALUES, **family.neutral})
     check_packing(values)
+    _check_depth(raw, file)
     config = family.read(values)
     check_heads(config, file)
     _check_experts(config, file)
     return config
+
+
+def _check_depth(raw: Mapping[str, Any], file: Place) -> None:
+    """A depth that no model has is a typing error, and would keep the planning of layers busy for hours."""
+    depth = raw.get("num_hidden_layers")
+    if isinstance(depth, int) and depth > DEEPEST:
+        raise bad_value(file, "num_hidden_layers", depth, f"at most {DEEPEST}")
 
 
 def _family_of(raw: Mapping[str, Any], file: Place) -> Family:

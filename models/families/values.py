@@ -207,6 +207,7 @@ def rope_from_hf(
         )
     parameters = given["rope_parameters"] | given["rope_scaling"]
     parameters.pop("finetuned", None)  # of the first YaRN models; says how they came about
+    parameters.pop("attn_factor", None)  # vLLM's name for a factor that transformers does not apply under it
     kind = parameters.pop("rope_type", "default")
     kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
     base = parameters.pop("rope_theta", None) or raw.get("rope_theta") or theta

@@ -162,6 +162,7 @@ def test_mixed_blocks_cannot_be_exported():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"num_hidden_layers": 10_000_000}, "at most 2000"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "above 0"),
