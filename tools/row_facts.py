@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from schemas.cache_words import numbers_in_runs
-from schemas.errors import InputError
+from schemas.errors import DamageError, InputError
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
 from tools.fidelity_rows import cache_tokenizer
@@ -42,7 +42,9 @@ class TapFacts:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """pieces: the text of every token. documents: (segment id, first token, token behind the last)."""
+    """pieces: the text of every token. documents: (segment id, first token, token behind the last). damaged: why
+    some of the row's taps are missing.
+    """
 
     number: int
     shard: tuple[str, int]
@@ -50,6 +52,7 @@ class RowFacts:
     pieces: tuple[str, ...]
     documents: tuple[tuple[int, int, int], ...]
     taps: tuple[TapFacts, ...]
+    damaged: tuple[DamageError, ...] = ()
 
     @property
     def real(self) -> np.ndarray:
@@ -71,16 +74,22 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
     row = rows.row(number)
     tokenizer = cache_tokenizer(rows.store, rows.plan)
     pieces = tuple(tokenizer.decode([int(token)]) for token in row.tokens)
-    taps = [tap_facts(rows, number, name, row, block) for name in rows.tap_names(number) if name != TOPK_LOGITS]
-    found = tuple(tap for tap in taps if tap is not None)
-    if block is not None and not found:
+    found, damaged = [], []
+    for name in (name for name in rows.tap_names(number) if name != TOPK_LOGITS):
+        try:
+            tap = tap_facts(rows, number, name, row, block)
+        except DamageError as error:
+            damaged.append(error)
+            continue
+        found += [] if tap is None else [tap]
+    if block is not None and not found and not damaged:
         recorded = sorted({slot for stored in rows.taps(number) for slot in stored.tap.slots})
         raise InputError(
             "the cache does not hold this block",
             {"cache": rows.store.url, "block": block, "slots": numbers_in_runs(recorded)},
             "choose one of these",
         )
-    return RowFacts(number, rows.shard(number), row, pieces, documents_of(row), found)
+    return RowFacts(number, rows.shard(number), row, pieces, documents_of(row), tuple(found), tuple(damaged))
 
 
 def not_finite(taps: Sequence[TapFacts]) -> list[str]:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from schemas import settings
+from schemas.errors import DamageError
 from schemas.look_config import ShowConfig
 from schemas.storage import use
 from tools.fidelity_rows import cache_tokenizer
@@ -22,21 +23,30 @@ PIECE_SHOWN = 20  # characters of a token
 TEXT_SHOWN = 400  # characters of a document on a terminal
 
 
-def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Print the row as tables or as one JSON object, and draw it where a picture is asked for."""
+def run(argv: Sequence[str], command: str, as_json: bool) -> int:
+    """Print the row as tables or as one JSON object, and draw it where a picture is asked for.
+
+    Returns: the exit code, 2 where some of the row is damaged.
+    """
     config = settings.parse(ShowConfig, argv, command, positional=("cache",))
     use(config.storage)
     rows = StoredRows(config.cache)
     facts = read_row(rows, config.row, config.block)
-    texts, odd = _texts(rows, facts), _odd(rows, facts)
+    code = 2 if facts.damaged else 0
+    texts, odd = _texts(rows, facts), [*map(_told, facts.damaged), *_odd(rows, facts)]
     if config.image is not None:
         draw(facts, config.image)
     if as_json:
         print(json.dumps({**_describe(rows, facts, texts), "warnings": odd}))
-        return
+        return code
     _print(rows, facts, texts, odd, range(config.start, min(config.start + config.tokens, len(facts.pieces))))
     if config.image is not None:
         print(f"the picture is in {config.image}")
+    return code
+
+
+def _told(error: DamageError) -> str:
+    return f"{error.what}: {error.facts.get('file', '')}. {error.next or ''}".strip()
 
 
 def _texts(rows: StoredRows, facts: RowFacts) -> list[str]:
@@ -107,8 +117,9 @@ def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], odd: Sequenc
         cut = f"{text[:TEXT_SHOWN]} ..." if len(text) > TEXT_SHOWN else text
         console.print(f"[bold]document {number}[/], tokens {start} to {stop - 1}: {escape(shown(cut))}")
     console.print()
-    console.print(_slot_table(facts))
-    console.print()
+    if facts.taps:
+        console.print(_slot_table(facts))
+        console.print()
     console.print(_token_table(facts, tokens))
     if any(len(tap.slots) > 1 for tap in facts.taps):
         console.print(

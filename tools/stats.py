@@ -204,11 +204,11 @@ def _broken(slots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _told(damaged: Mapping[int, DamageError]) -> Iterator[str]:
     """A line for every damaged file, with the rows that were left out for it."""
-    by_file: dict[tuple[str, str], list[int]] = {}
+    by_file: dict[tuple[str, str, str], list[int]] = {}
     for number, error in damaged.items():
-        by_file.setdefault((str(error.facts.get("file", "")), error.what), []).append(number)
-    for (file, what), numbers in by_file.items():
-        yield f"{what}: {file}; rows {numbers} are left out. Make it again: distillcache build --repair"
+        by_file.setdefault((str(error.facts.get("file", "")), error.what, error.next or ""), []).append(number)
+    for (file, what, advice), numbers in by_file.items():
+        yield f"{what}: {file}; rows {numbers} are left out. {advice[:1].upper()}{advice[1:]}"
 
 
 def describe(rows: StoredRows, numbers: Sequence[int], slots: dict[tuple[str, int], SlotStats]) -> dict[str, Any]:

@@ -261,6 +261,13 @@ def has_row(segment: Segment, row: int) -> bool:
     return segment.committed is None or row // segment.plan.shard_rows in segment.committed
 
 
+def repair_of(segment: Segment) -> str:
+    """How what is damaged in a segment is made again."""
+    if segment.plan.copied_from is not None:
+        return f"copy it again: distillcache copy <what it was copied from> {segment.store.url} --repair"
+    return "make it again: distillcache build --repair"
+
+
 def damage_of(segment: Segment, part: PartPlan, row: int, slots: Sequence[int]) -> DamageError:
     """What is wrong with the object that holds one of these stored slots, as `verify` would say it."""
     shard = row // segment.plan.shard_rows
@@ -273,7 +280,7 @@ def damage_of(segment: Segment, part: PartPlan, row: int, slots: Sequence[int]) 
                 return DamageError(
                     "a stored object is not what was committed",
                     {**facts, "detail": fault.finding.detail},
-                    "make it again: distillcache build --repair",
+                    repair_of(segment),
                 )
     return segment.chunk_damage(part.array, row, slots[0])
 

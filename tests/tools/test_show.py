@@ -104,3 +104,17 @@ def test_a_run_where_a_cache_is_wanted_is_told(
     (tmp_path / "run.json").write_text("{}")
     assert main([command, str(tmp_path)]) == 2
     assert "this is a run of `distillcache train`" in capsys.readouterr().err
+
+
+def test_the_rest_of_a_row_with_a_damaged_tap(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoilt = shutil.copytree(cache, tmp_path / "c")
+    damaged = min((spoilt / "segments/0000/taps/attn_out/c").glob("0/*/*/*"))
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    assert main(["show", str(spoilt), "--json", "--row", "1"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["taps"]) == ["resid"]
+    assert found["documents"] == shown(cache, capsys, "--row", "1")["documents"]
+    assert str(damaged) in found["warnings"][0]
+    assert "distillcache build --repair" in found["warnings"][0]
+    assert main(["show", str(spoilt), "--row", "1", "--image", str(tmp_path / "row.svg")]) == 2
+    assert "warning: a stored object is not what was committed" in capsys.readouterr().out
