@@ -55,5 +55,8 @@ def test_inspect_reads_no_data_and_show_one_row(cache: Path, gcs: Bucket, capsys
     upload(cache, url)
     Store(url).delete_keys("segments/0000/taps/attn_out/c/")
     assert not main(["inspect", url])
+    capsys.readouterr()
     assert main(["show", url, "--row", "1", "--json"]) == 2  # its attn_out is gone
-    assert "is not what was committed" in capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["taps"]) == ["resid"]
+    assert "is not what was committed" in found["warnings"][0]
