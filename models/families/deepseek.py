@@ -9,15 +9,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from models.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
+from models.config import LatentConfig, ModelConfig, RopeConfig
 from models.families.family import Family, common_fields, dense_tensors, norm_tensors, not_exportable
 from models.families.grouped import (
     dense_then_experts,
-    expert_groups,
-    first_dense,
     moe_tensors,
     mtp_prefixes,
-    shared_experts,
+    sigmoid_moe,
+    sigmoid_moe_keys,
 )
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import Values
@@ -37,7 +36,7 @@ def _read(values: Values) -> ModelConfig:
         attention_scale=softmax_scale(width, rope),
         qkv_bias=bias,
         output_bias=bias,
-        moe=_moe(values),
+        moe=sigmoid_moe(values, values.size("n_shared_experts")),
         mtp_layers=values.count("num_nextn_predict_layers"),
         family="deepseek_v3",
     )
@@ -70,25 +69,6 @@ def softmax_scale(width: int, rope: RopeConfig) -> float:
     return width**-0.5 * amplitude * amplitude
 
 
-def _moe(values: Values) -> MoeConfig:
-    groups, kept = expert_groups(values)
-    width = values.size("moe_intermediate_size")
-    return MoeConfig(
-        num_experts=values.size("n_routed_experts"),
-        top_k=values.size("num_experts_per_tok"),
-        expert_size=width,
-        shared_size=values.size("n_shared_experts") * width,
-        scores="sigmoid",
-        renormalise=values.flag("norm_topk_prob"),
-        scaling=values.number("routed_scaling_factor"),
-        groups=groups,
-        groups_kept=kept,
-        bias=True,
-        native_bias=True,
-        float32_router=True,
-    )
-
-
 def _write(config: ModelConfig) -> dict[str, Any]:
     latent, moe = config.latent, config.moe_config
     if latent is None or config.attention_scale != softmax_scale(config.head_dim, config.rope):
@@ -108,16 +88,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "v_head_dim": latent.value_dim,
         "rope_interleave": config.rope.interleaved,
         "attention_bias": config.qkv_bias,
-        "first_k_dense_replace": first_dense(config),
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.expert_size,
-        "n_shared_experts": shared_experts(moe),
-        "norm_topk_prob": moe.renormalise,
-        "routed_scaling_factor": moe.scaling,
-        "n_group": moe.groups,
-        "topk_group": moe.groups_kept,
-        "num_nextn_predict_layers": 0,
+        **sigmoid_moe_keys(config),
     }
 
 

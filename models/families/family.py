@@ -147,6 +147,11 @@ def dense_tensors(config: ModelConfig, prefix: str = "mlp") -> list[BlockTensor]
     return found
 
 
+def dense_layout(config: ModelConfig) -> Layout:
+    """The names in files of dense blocks with both pre-norms, as in Llama."""
+    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
+
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 

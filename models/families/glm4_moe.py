@@ -5,7 +5,7 @@ Source: HF transformers `configuration_glm4_moe`, `modeling_glm4_moe`.
 
 from typing import Any
 
-from models.config import ModelConfig, MoeConfig
+from models.config import ModelConfig
 from models.families.family import (
     Family,
     attention_tensors,
@@ -16,11 +16,10 @@ from models.families.family import (
 )
 from models.families.grouped import (
     dense_then_experts,
-    expert_groups,
-    first_dense,
     moe_tensors,
     mtp_prefixes,
-    shared_experts,
+    sigmoid_moe,
+    sigmoid_moe_keys,
 )
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import PARTIAL, Values
@@ -33,49 +32,20 @@ def _read(values: Values) -> ModelConfig:
         rope=values.rope(fraction=0.5, partial=True),
         qkv_bias=values.flag("attention_bias"),
         qk_norm="head" if values.flag("use_qk_norm") else "none",
-        moe=_moe(values),
+        moe=sigmoid_moe(values, values.count("n_shared_experts")),
         mtp_layers=values.count("num_nextn_predict_layers"),
         family="glm4_moe",
-    )
-
-
-def _moe(values: Values) -> MoeConfig:
-    groups, kept = expert_groups(values)
-    width = values.size("moe_intermediate_size")
-    return MoeConfig(
-        num_experts=values.size("n_routed_experts"),
-        top_k=values.size("num_experts_per_tok"),
-        expert_size=width,
-        shared_size=values.count("n_shared_experts") * width,
-        scores="sigmoid",
-        renormalise=values.flag("norm_topk_prob"),
-        scaling=values.number("routed_scaling_factor"),
-        groups=groups,
-        groups_kept=kept,
-        bias=True,
-        native_bias=True,
-        float32_router=True,
     )
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     if config.output_bias:
         raise not_exportable("a bias of the output projection", "none", "use another family")
-    moe = config.moe_config
     return {
-        "first_k_dense_replace": first_dense(config),
         PARTIAL: config.rope.fraction,  # for transformers 4, and stated where it is 1: half is assumed
         "attention_bias": config.qkv_bias,
         "use_qk_norm": config.qk_norm == "head",
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.expert_size,
-        "n_shared_experts": shared_experts(moe),
-        "norm_topk_prob": moe.renormalise,
-        "routed_scaling_factor": moe.scaling,
-        "n_group": moe.groups,
-        "topk_group": moe.groups_kept,
-        "num_nextn_predict_layers": 0,
+        **sigmoid_moe_keys(config),
     }
 
 

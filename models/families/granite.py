@@ -11,16 +11,13 @@ from typing import Any
 from models.config import BlockKind, ModelConfig
 from models.families.family import (
     Family,
-    attention_tensors,
     common_fields,
-    dense_tensors,
-    norm_tensors,
+    dense_layout,
     not_exportable,
     only_kind,
 )
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import Values
-from models.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:
@@ -55,10 +52,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: ModelConfig) -> Layout:
-    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
-
-
 GRANITE = Family(
     name="granite",
     architecture="GraniteForCausalLM",
@@ -75,5 +68,5 @@ GRANITE = Family(
     },
     read=_read,
     write=_write,
-    layout=_layout,
+    layout=dense_layout,
 )

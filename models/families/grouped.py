@@ -1,8 +1,10 @@
-"""What GLM and Bailing share: dense blocks first, experts in groups, and layers of multi-token prediction.
+"""What GLM, DeepSeek and Bailing share: dense blocks first, experts in groups, and layers of multi-token prediction.
 
 Those layers guess tokens further ahead. Checkpoints have them behind the last block, numbered on; the forward pass that
 predicts the next token does not run them, and we leave them out.
 """
+
+from typing import Any
 
 from models.config import BlockKind, ModelConfig, MoeConfig
 from models.families.family import bias_tensors, expert_tensors, not_exportable, shared_tensors
@@ -52,6 +54,51 @@ def shared_experts(moe: MoeConfig) -> int:
             f"give the experts a width that divides {moe.shared_size}",
         )
     return moe.shared_size // moe.expert_size
+
+
+def sigmoid_moe(values: Values, shared: int) -> MoeConfig:
+    """Experts ranked by sigmoid and a bias that the files have, as DeepSeek-V3 and GLM-4 spell them.
+
+    Args:
+        shared: how many routed experts the shared one is as wide as.
+    """
+    groups, kept = expert_groups(values)
+    width = values.size("moe_intermediate_size")
+    return MoeConfig(
+        num_experts=values.size("n_routed_experts"),
+        top_k=values.size("num_experts_per_tok"),
+        expert_size=width,
+        shared_size=shared * width,
+        scores="sigmoid",
+        renormalise=values.flag("norm_topk_prob"),
+        scaling=values.number("routed_scaling_factor"),
+        groups=groups,
+        groups_kept=kept,
+        bias=True,
+        native_bias=True,
+        float32_router=True,
+    )
+
+
+def sigmoid_moe_keys(config: ModelConfig) -> dict[str, Any]:
+    """What `sigmoid_moe` and `dense_then_experts` read, of this decoder.
+
+    Raises:
+        CheckpointError: they cannot say it.
+    """
+    moe = config.moe_config
+    return {
+        "first_k_dense_replace": first_dense(config),
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_size,
+        "n_shared_experts": shared_experts(moe),
+        "norm_topk_prob": moe.renormalise,
+        "routed_scaling_factor": moe.scaling,
+        "n_group": moe.groups,
+        "topk_group": moe.groups_kept,
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def moe_tensors(config: ModelConfig, bias: str) -> list[BlockTensor]:

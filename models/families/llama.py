@@ -8,15 +8,12 @@ from typing import Any
 from models.config import BlockKind, ModelConfig
 from models.families.family import (
     Family,
-    attention_tensors,
     common_fields,
-    dense_tensors,
-    norm_tensors,
+    dense_layout,
     not_exportable,
     only_kind,
 )
 from models.families.values import Values
-from models.tensors import Layout
 
 DENSE_DEFAULTS: dict[str, Any] = {
     "head_dim": None,
@@ -68,10 +65,6 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": only_kind(config).window}
 
 
-def _layout(config: ModelConfig) -> Layout:
-    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
-
-
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
@@ -84,7 +77,7 @@ LLAMA = Family(
     },
     read=lambda values: _read(values, "llama"),
     write=_write_llama,
-    layout=_layout,
+    layout=dense_layout,
     neutral={"sliding_window": (None,)},  # transformers ignores it here
 )
 MISTRAL = Family(
@@ -93,6 +86,6 @@ MISTRAL = Family(
     defaults=DENSE_DEFAULTS | {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
     read=lambda values: _read(values, "mistral"),
     write=_write_mistral,
-    layout=_layout,
+    layout=dense_layout,
     neutral={"attention_bias": (False, None), "mlp_bias": (False, None)},  # transformers ignores them here
 )

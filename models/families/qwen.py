@@ -11,16 +11,13 @@ from typing import Any
 from models.config import BlockKind, ModelConfig
 from models.families.family import (
     Family,
-    attention_tensors,
     common_fields,
-    dense_tensors,
-    norm_tensors,
+    dense_layout,
     not_exportable,
 )
 from models.families.kinds import check_dense, typed_windows, window_in_use, window_keys
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import Values
-from models.tensors import Layout
 
 
 def _kinds(values: Values) -> list[BlockKind]:
@@ -71,10 +68,6 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
     return _write(config) | {"attention_bias": config.qkv_bias}
 
 
-def _layout(config: ModelConfig) -> Layout:
-    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
-
-
 QWEN_DEFAULTS = DENSE_DEFAULTS | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -89,7 +82,7 @@ QWEN2 = Family(
     defaults=QWEN_DEFAULTS,
     read=_read_qwen2,
     write=_write_qwen2,
-    layout=_layout,
+    layout=dense_layout,
     neutral={"use_mrope": (False, None)},  # of models with eyes
 )
 QWEN3 = Family(
@@ -98,5 +91,5 @@ QWEN3 = Family(
     defaults=QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
     read=_read_qwen3,
     write=_write_qwen3,
-    layout=_layout,
+    layout=dense_layout,
 )

@@ -8,16 +8,13 @@ from typing import Any
 from models.config import BlockKind, ModelConfig
 from models.families.family import (
     Family,
-    attention_tensors,
     common_fields,
-    dense_tensors,
-    norm_tensors,
+    dense_layout,
     not_exportable,
 )
 from models.families.kinds import check_dense, rotary_blocks, typed_windows, window_in_use, window_keys
 from models.families.llama import DENSE_DEFAULTS
 from models.families.values import Values
-from models.tensors import Layout
 
 THETA = 2_000_000.0
 INTERVAL = 4
@@ -50,10 +47,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: ModelConfig) -> Layout:
-    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
-
-
 SMOLLM3 = Family(
     name="smollm3",
     architecture="SmolLM3ForCausalLM",
@@ -72,6 +65,6 @@ SMOLLM3 = Family(
     },
     read=_read,
     write=_write,
-    layout=_layout,
+    layout=dense_layout,
     harmless=frozenset({"max_window_layers"}),  # in the published files; no code reads it
 )
