@@ -3,9 +3,8 @@
 python tests/golden/make_deepseek.py
 """
 
-import torch
 from goldens import SIZES as ALL_SIZES
-from goldens import make_model
+from goldens import fill_biases, make_model
 from transformers import DeepseekV3Config
 
 SIZES = {key: size for key, size in ALL_SIZES.items() if key not in ("head_dim", "num_key_value_heads")}
@@ -56,14 +55,6 @@ MODELS: dict[str, DeepseekV3Config] = {
         rope_parameters=ROPE,
     ),
 }
-
-
-def fill_biases(model: torch.nn.Module) -> None:
-    """Biases of the choice are buffers, float32 in every file; 0.2 changes it for more than half of the tokens."""
-    for layer in model.model.layers:
-        gate = getattr(layer.mlp, "gate", None)
-        if gate is not None:
-            gate.e_score_correction_bias = 0.2 * torch.randn(gate.num_experts)
 
 
 def main() -> None:

@@ -3,8 +3,7 @@
 python tests/golden/make_glm.py
 """
 
-import torch
-from goldens import SIZES, make_model
+from goldens import SIZES, fill_biases, make_model
 from transformers import Glm4MoeConfig
 
 # A theta of 100 spreads the wavelengths over the 24 tokens; at 10,000 half of the angles would hardly move.
@@ -39,14 +38,6 @@ MODELS: dict[str, Glm4MoeConfig] = {
         rope_parameters=ROPE | {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 1.0},
     ),
 }
-
-
-def fill_biases(model: torch.nn.Module) -> None:
-    """Biases of the choice are buffers, float32 in every file; 0.2 changes it for more than half of the tokens."""
-    for layer in model.model.layers:
-        gate = getattr(layer.mlp, "gate", None)
-        if gate is not None:
-            gate.e_score_correction_bias = 0.2 * torch.randn(gate.num_experts)
 
 
 def main() -> None:
