@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from schemas.errors import ConfigError
+from schemas.yaml_text import MAX_CHARACTERS, YamlError, parse_yaml, to_yaml
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
 
@@ -100,14 +100,47 @@ def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> Co
             # Members of a union are tried one by one; their names in the path would only confuse.
             keys = [str(key) for key in finding["loc"] if not ("[" in str(key) or key in _MEMBER_NAMES)]
             message = _message(finding)
+            if finding["type"] == "extra_forbidden":
+                message = _unknown_key(model, keys)
+            elif finding["type"] == "missing":
+                message = _required(model, keys)
             # What a validator of the whole model found is the whole config: it says itself what is wrong there.
-            given = "" if finding["type"] == "missing" or not keys else f" (found {finding['input']!r})"
-            facts.setdefault(".".join(keys) or "config", message + given)
+            elif keys:
+                message += f" (found {_shortly(finding['input'])})"
+            facts.setdefault(".".join(keys) or "config", message)
         raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
+
+
+def _shortly(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_FIELDS else f"{shown[:MAX_FIELDS]}..."
+
+
+def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
+    """The finding for a key of a file that no field has: what was meant, by its name or by its place."""
+    known = [name for name, *_ in _fields(model, "")]
+    names = [name.replace("-", "_") for name in known]
+    path = ".".join(keys).replace("-", "_")
+    leaf = path.rsplit(".", 1)[-1]
+    same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
+    beside = [name for name in names if name.rpartition(".")[0] == path.rpartition(".")[0]]
+    close = difflib.get_close_matches(path, beside, n=1, cutoff=0.6) if not same else same[:3]
+    close = close or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
+    return f"is no field: did you mean {' or '.join(close)}?" if close else "is no field"
+
+
+def _required(model: type[BaseModel], keys: list[str]) -> str:
+    """The finding for a field that was not given: what it is for, and its flag."""
+    described = {name: description for name, _, _, description in _fields(model, "")}
+    flag = ".".join(keys).replace("_", "-")
+    said = described.get(".".join(keys), "")
+    return f"is required: give --{flag}" + (f" ({said})" if said else "")
 
 
 def _message(finding: Mapping[str, Any]) -> str:
     """What pydantic found, in words for somebody who knows neither it nor regular expressions."""
+    if finding["type"] == "string_type" and isinstance(finding["input"], bool | int | float):
+        return "should be text: put it in quotes"
     if finding["type"] == "list_type":
         return "should be a list, such as '[1, 2]' or '[resid]'"
     if finding["type"] == "string_pattern_mismatch" and finding["ctx"]["pattern"].startswith("\\."):
@@ -120,31 +153,47 @@ def _message(finding: Mapping[str, Any]) -> str:
 def load_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file, at a local path or a URL."""
     try:
-        loaded = yaml.safe_load(_place(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the config file cannot be read", {"file": path, "cause": error}) from error
-    except yaml.YAMLError as error:
-        raise ConfigError("the config file is not YAML", {"file": path, "cause": str(error)}) from error
+        data = _config_bytes(path)
+    except (OSError, ValueError) as error:
+        next = "name a YAML file that can be read"
+        raise ConfigError("the config file cannot be read", {"file": path, "cause": error}, next) from error
+    return stored_settings(data, path)
+
+
+def stored_settings(data: bytes, place: str) -> dict[str, Any]:
+    """The mapping in a YAML file's bytes.
+
+    Args:
+        place: where they lie, for messages.
+    """
+    try:
+        loaded = parse_yaml(data.decode())
+    except UnicodeDecodeError as error:
+        facts = {"file": place, "cause": error}
+        raise ConfigError("the config file cannot be read", facts, "save it as UTF-8") from error
+    except YamlError as error:
+        next = "correct the file; it is one document of plain values, whose keys are texts"
+        raise ConfigError("the config file cannot be used as YAML", {"file": place, "cause": error}, next) from error
     if not isinstance(loaded, dict):
-        raise ConfigError(
-            "the config file holds no mapping",
-            {"file": path, "found": type(loaded).__name__},
-            "write `key: value` lines",
-        )
+        found = "nothing" if loaded is None else type(loaded).__name__
+        facts = {"file": place, "found": found}
+        raise ConfigError("the config file holds no mapping", facts, "write `key: value` lines")
     return loaded
 
 
-def _place(path: str) -> Any:
+def _config_bytes(path: str) -> bytes:
+    """The file's bytes, no more of them than a config may have, and one, which shows that there are more."""
     if "://" not in path:
-        return Path(path)
+        with Path(path).open("rb") as stream:
+            return stream.read(4 * MAX_CHARACTERS + 1)
     from schemas.object_path import locate  # here, since TensorStore takes a while to import, and most files are local
 
-    return locate(path)
+    return locate(path).read_bytes()
 
 
 def dump_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, every field included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -285,16 +334,23 @@ def _given(value: str | None, flag: str, command: str) -> str:
 
 
 def _parse_value(text: str, annotation: Any, flag: str) -> Any:
+    """The value of a flag: for a field of text the very words, whatever YAML would make of them."""
     members = _members(annotation)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        next = "name it in UTF-8; file names in another encoding are not supported"
+        raise ConfigError("a flag's value is not UTF-8", {"flag": flag, "found": shown}, next)
+    if str in members and (members == [str] or text.strip()[:1] not in ("[", "{")):
+        return text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except YamlError as error:
         if str in members:
             return text
-        raise ConfigError("a flag's value is not YAML", {"flag": flag, "found": text}) from error
-    if value is None or (isinstance(value, list | dict) and text.strip()[:1] in ("[", "{") and members != [str]):
-        return value
-    return text if str in members else value
+        raise ConfigError("a flag's value is not YAML", {"flag": flag, "found": text, "cause": error}) from error
+    if value is None and text.strip().lower() not in ("null", "~"):  # `#` and `!` are nothing to YAML
+        raise ConfigError("a flag's value is empty", {"flag": flag, "found": text}, "put it in quotes, or leave it out")
+    return value if isinstance(value, list | dict) or str not in members else text
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any, flag: str) -> None:

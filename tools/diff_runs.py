@@ -3,9 +3,8 @@
 import math
 from typing import Any
 
-import yaml
-
 from schemas.errors import InputError
+from schemas.settings import stored_settings
 from schemas.storage import Store
 from tools.flat import differences, flattened
 from trainer.metrics_log import read_metrics
@@ -29,7 +28,7 @@ def _config(run: str) -> dict[str, Any]:
     data = store.read(RESOLVED)
     if data is None:
         raise InputError("the run has lost its config", {"file": store.where(RESOLVED)}, "name another run")
-    return flattened(yaml.safe_load(data))
+    return flattened(stored_settings(data, store.where(RESOLVED)))
 
 
 def _curves(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:

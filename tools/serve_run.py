@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from schemas.settings import stored_settings
 from schemas.storage import Store
 from tools.report_experts import expert_pieces, expert_warnings
 from tools.report_html import Numeric, code, figures, note, number, paragraph, progress, table
@@ -78,7 +77,7 @@ class WatchedRun:
         """Read what is there."""
         data, url = self.store.read(RESOLVED), self.store.url
         words = data.decode() if data else ""
-        config = yaml.safe_load(words) if words else {}
+        config = stored_settings(data, self.store.where(RESOLVED)) if data else {}
         checkpoints = Checkpoints(self.store).steps()
         found = RunLook(words, config, read_metrics(url), read_evaluations(self.store), read_loads(url), checkpoints)
         if self._seen[0] != found.state:

@@ -87,7 +87,18 @@ def test_the_last_of_two_flags_wins() -> None:
         (["--path", "[a, b]"], "path", ["a", "b"]),
         (["--path", "data-[ab]*.txt"], "path", "data-[ab]*.txt"),
         (["--path=a=b: c"], "path", "a=b: c"),
-        (["--inner.name", "null"], "inner", Inner(name=None)),
+        (["--inner.name", "null"], "inner", Inner(name="null")),
+        (["--inner.name", "!"], "inner", Inner(name="!")),
+        (["--inner.name", "~"], "inner", Inner(name="~")),
+        (["--inner.name", "#"], "inner", Inner(name="#")),
+        (["--inner.name", "[x"], "inner", Inner(name="[x")),
+        (["--path", "2025-13-45"], "path", "2025-13-45"),
+        (["--path", "!!int x"], "path", "!!int x"),
+        (["--path", "!"], "path", "!"),
+        (["--path", "~"], "path", "~"),
+        (["--path", "007"], "path", "007"),
+        (["--path", "1_0e"], "path", "1_0e"),
+        (["--row-tokens", "010"], "row_tokens", 10),  # eight, to YAML 1.1
         (["--accept-platform", "false"], "accept_platform", False),
         (["--items", "[{size: 1}, {name: b}]"], "items", [Inner(size=1), Inner(name="b")]),
     ],
@@ -124,7 +135,10 @@ def test_bare_words_fill_the_positional_fields() -> None:
         (["--path", "x", "--items", "[{size: 1}, {size: 0}]"], ["items.1.size", "found 0"]),
         (["--path", "x", "--inner", "3", "--inner.size", "4"], ["--inner.size", "not a mapping"]),
         (["--path", "{a: b}"], ["path", "{'a': 'b'}"]),
-        ([], ["path", "required"]),
+        ([], ["path", "is required: give --path"]),
+        (["--row-tokens", "#"], ["value is empty", "--row-tokens"]),
+        (["--path", "x", "--row-tokens", "!!int x"], ["not YAML", "'x' is no !!int"]),
+        (["--path", "caf\udce9"], ["not UTF-8", "caf\\udce9"]),
     ],
 )
 def test_what_is_wrong_is_named(argv: list[str], told: list[str]) -> None:
@@ -152,12 +166,33 @@ def test_an_unknown_key_of_a_file_is_named(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
+        ("row_tokns: 3", "row_tokns  is no field: did you mean row_tokens?"),
+        ("inner: {sise: 3}", "inner.sise  is no field: did you mean inner.size?"),
+        ("size: 3", "size  is no field: did you mean inner.size or maybe.size"),
+        ("inner: {row_tokens: 3}", "inner.row_tokens  is no field: did you mean row_tokens?"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_answered_with_the_right_one(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"path: x\n{content}\n")
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(tmp_path / "a.yaml"))
+    key, said = told.split("  ")
+    assert str(caught.value.facts[key]).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
         (None, "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
-        (b"a: [1", "is not YAML"),
-        (b"a: !!python/object:os.system x", "is not YAML"),
+        (b"a: [1", "cannot be used as YAML"),
+        (b"a: !!python/object:os.system x", "the tag !!python/object:os.system is not known here (line 1, column 4)"),
+        (b"a: 1\n---\nb: 2\n", "a second document begins (line 2, column 1)"),
+        (b"a: 1\na: 2\n", "the key a is given twice (line 2, column 1)"),
+        (b"a: " + b"[" * 3000, "brackets inside each other"),
+        (b"#" * (1 << 21), "characters, where"),
         (b"- a\n", "found  list"),
-        (b"", "found  NoneType"),
+        (b"", "found  nothing"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes | None, told: str) -> None:
