@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Bool, Int32
 from numpy import ndarray
 
-from cache_builder.chat import written_chat
+from cache_builder.chat import written_chats
 from cache_builder.inputs import InputFile, InputReader, input_files
 from cache_builder.text import line_records, text_of_record, whole_text
 from models.tokenizer import TextTokenizer
@@ -95,7 +95,7 @@ def _of_records(
 ) -> Iterator[Document]:
     for where, record in records:
         if data.format == "chat":
-            text, spans = written_chat(record, tokenizer, data, where)
-            yield Document(text, where, spans=tuple(spans))
+            for text, spans in written_chats(record, tokenizer, data, where):
+                yield Document(text, where, spans=tuple(spans))
         else:
             yield Document(text_of_record(record, data.text_field, where), where)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache_builder.chat import MESSAGES
+from cache_builder.chat import MESSAGES, TOOLS, without_nulls
 from cache_builder.inputs import InputFile, InputReader, on_disk, unreadable
 from schemas.config import DataConfig
 from schemas.errors import InputError
@@ -20,7 +20,7 @@ def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Ite
         InputError: the file is no parquet file, or lacks the column.
     """
     chat = data.format == "chat"
-    wanted = [MESSAGES, "tools"] if chat else [data.text_field]
+    wanted = [MESSAGES, TOOLS] if chat else [data.text_field]
     with on_disk(file, reader) as path, _opened(file, path) as table:
         names = table.schema_arrow.names
         if wanted[0] not in names:
@@ -34,7 +34,7 @@ def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Ite
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
-                    yield f"{file} row {row}", record
+                    yield f"{file} row {row}", without_nulls(record) if chat else record
         except OSError as error:  # pyarrow's own for damaged pages
             raise unreadable(file, error) from error
 

@@ -1,9 +1,10 @@
-"""Chats as text: a tokenizer's own chat template, in Jinja's sandbox, and which of the text its assistant wrote.
+"""Chats as text: a tokenizer's own chat template, and which of the text its assistant wrote.
 
-A template comes with the tokenizer (chat_template.jinja, or `chat_template` of tokenizer_config.json) and is a
-stranger's program, so it runs in `ImmutableSandboxedEnvironment`. It sees what transformers' `apply_chat_template`
-shows it: `messages`, `tools`, `add_generation_prompt`, the special tokens by their names, `raise_exception`,
-`strftime_now`, and blocks `{% generation %}` around what the assistant says.
+A template comes with the tokenizer (`chat_files.py` says where it is looked for) and is a stranger's program, so it
+runs in Jinja's `ImmutableSandboxedEnvironment`, in a process of its own with limits of time and memory
+(`template_worker.py`). It sees what transformers' `apply_chat_template` shows it: `messages`, `tools`,
+`add_generation_prompt`, the special tokens by their names, `raise_exception`, `strftime_now`, and blocks
+`{% generation %}` around what the assistant says; but nothing random, since rows must not depend on chance.
 
 A *span* is `(start, end)`, characters of the rendered text.
 """
@@ -14,49 +15,63 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import xxhash
 
+from models import template_worker
+from models.template_process import BEGIN, END
 from schemas.errors import ConfigError, InputError
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-# Noncharacters, which no text holds: they stand where a `{% generation %}` block begins and ends until the text is
-# whole. Unlike positions taken while it is written, they stay right inside macros and captured blocks.
-BEGIN, END = "\ufdd0", "\ufdd1"
-
-# What a message's reasoning is called. Source: transformers 5.23, `_alias_reasoning_fields`.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+# What a message's reasoning is called. Source: transformers 5.24, `_alias_reasoning_fields`.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateFailure(Exception):
     """The template itself refused the messages, or failed on them."""
 
 
+class TemplateLimit(InputError):
+    """The template needs more time, memory or text than a chat may take, or asks for random values."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """How a tokenizer writes chats.
 
-    source: the Jinja template.
+    source: the Jinja template; None: the tokenizer has named ones only, for chats with tools.
     tool_source: another one for chats with tools, where the tokenizer has two.
     special_tokens: `bos_token`, `eos_token`, ... as the template names them.
+    whole_tokens: tokens of the vocabulary that only the files beside tokenizer.json declare to be taken whole, as
+        keyword arguments of `tokenizers.AddedToken`.
+    unknown_tokens: what those files declare and the vocabulary lacks.
     """
 
-    source: str
+    source: str | None
     tool_source: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    whole_tokens: tuple[Mapping[str, Any], ...] = ()
+    unknown_tokens: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
         """xxh3-128 of all that decides how messages are written."""
-        content = [self.source, self.tool_source, dict(self.special_tokens)]
+        content: list[Any] = [self.source, self.tool_source, dict(self.special_tokens)]
+        if self.whole_tokens:  # only then: the digests of other templates stay what they were
+            content.append([dict(token) for token in self.whole_tokens])
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+
+    def check(self) -> None:
+        """Raise `InputError` for a template that cannot be compiled."""
+        for source in {self.source, self.tool_source} - {None}:
+            _marks(source)
 
     def marks_assistant(self, tools: Sequence[Any] | None = None) -> bool:
         """Whether the template has `{% generation %}` blocks."""
-        return _compiled(self._source(tools)).has_generation
+        return _marks(self._source(tools))
 
     def render(
         self,
@@ -74,55 +89,25 @@ class ChatTemplate:
 
         Raises:
             TemplateFailure: the template refuses these messages.
+            TemplateLimit: it takes too much.
             ConfigError: the template asks for the date, and none is given.
         """
-        compiled = _compiled(self._source(tools))
-        try:
-            marked = compiled.template.render(
-                messages=[_as_templates_expect(message) for message in messages],
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=lambda format: _needed(today).strftime(format),
-                **self.special_tokens,
-            )
-        except (ConfigError, InputError):
-            raise
-        except Exception as error:  # a stranger's program may raise anything
-            raise TemplateFailure(f"{type(error).__name__}: {error}") from error
-        return take_marks_out(marked) if compiled.has_generation else (marked, [])
+        values = {
+            **self.special_tokens,
+            "messages": [_as_templates_expect(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        day = None if today is None else today.isoformat()
+        reply = _asked({"source": self._source(tools), "values": values, "today": day})
+        return take_marks_out(reply["text"]) if reply["marks"] else (reply["text"], [])
 
     def _source(self, tools: Sequence[Any] | None) -> str:
-        return self.tool_source if tools and self.tool_source is not None else self.source
-
-
-def chat_template_from(
-    config: Mapping[str, Any], file: str | None, special_tokens: Mapping[str, str]
-) -> ChatTemplate | None:
-    """The chat template of a tokenizer; None where it has none.
-
-    Args:
-        config: tokenizer_config.json.
-        file: the text of chat_template.jinja, which goes before the config's.
-        special_tokens: name -> token, as in the config.
-    """
-    found = config.get("chat_template")
-    named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else {"default": found}
-    if file is not None:
-        named["default"] = file
-    source = named.get("default")
-    return None if source is None else ChatTemplate(source, named.get("tool_use"), dict(special_tokens))
-
-
-def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, as templates see them."""
-    found = {}
-    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found
+        found = self.tool_source if tools and self.tool_source is not None else self.source
+        if found is None:
+            raise TemplateFailure("the tokenizer has a template for chats with tools alone, and none named default")
+        return found
 
 
 def take_marks_out(marked: str) -> tuple[str, list[Span]]:
@@ -130,7 +115,7 @@ def take_marks_out(marked: str) -> tuple[str, list[Span]]:
     pieces: list[str] = []
     spans: list[Span] = []
     length = start = depth = 0
-    for piece in _split_at_marks(marked):
+    for piece in re.split(f"([{BEGIN}{END}])", marked):
         if piece == BEGIN:
             start, depth = (length if depth == 0 else start), depth + 1
         elif piece == END:
@@ -143,87 +128,58 @@ def take_marks_out(marked: str) -> tuple[str, list[Span]]:
     return "".join(pieces), spans
 
 
-def _split_at_marks(marked: str) -> list[str]:
-    return re.split(f"([{BEGIN}{END}])", marked)
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    template: Any
-    has_generation: bool
-
-
 @lru_cache(maxsize=8)
-def _compiled(source: str) -> _Compiled:
-    """The template, compiled with the settings and extensions that transformers has."""
-    try:
-        from jinja2 import TemplateError, nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
+def _marks(source: str) -> bool:
+    return _asked({"source": source})["marks"]
+
+
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    """The reply of the template's process; whatever can be wrong is one error."""
+    reply = template_worker.PROCESS.ask(request)
+    kind, message = reply.get("error"), reply.get("message")
+    if kind is None:
+        return reply
+    if kind == "failure":
+        raise TemplateFailure(message)
+    if kind == "library":
         raise InputError(
-            "a library is missing that writes chats", {"cause": error}, "pip install 'distillcache[chat]'"
-        ) from error
-
-    seen: list[int] = []
-
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}`: the text between, in marks."""
-
-        tags: ClassVar[set[str]] = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            seen.append(line)
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_mark")
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return f"{BEGIN}{caller()}{END}"
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        return _Compiled(environment.from_string(source), bool(seen))
-    except TemplateError as error:
+            "a library is missing that writes chats", {"cause": message}, "pip install 'distillcache[chat]'"
+        )
+    if kind == "syntax":
         raise InputError(
             "the tokenizer's chat template cannot be read",
-            {"cause": error, "line": getattr(error, "lineno", "unknown")},
+            {"cause": message, "line": reply["line"] or "unknown"},
             "copy chat_template.jinja again from where it came",
-        ) from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: Jinja's own filter writes `<` as an escape, for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateFailure(message)
-
-
-def _needed(today: date | None) -> date:
-    if today is None:
+        )
+    if kind == "date":
         raise ConfigError(
             "the chat template writes today's date, and rows must not depend on the day",
             {"data.chat_date": None},
             "set data.chat_date to the day to write, for example 2025-01-31",
         )
-    return today
+    raise _limit_of(kind, message)
+
+
+def _limit_of(kind: str, message: str | None) -> TemplateLimit:
+    if kind == "chance":
+        return TemplateLimit(
+            "the chat template asks for random values, and rows must not depend on chance",
+            {"found": "lipsum or random"},
+            "use the template without them",
+        )
+    found = {
+        "time": f"more than {template_worker.CPU_S} s of processor time",
+        "memory": f"more than {template_worker.MEMORY_BYTES >> 20} MiB of memory",
+    }.get(kind, message)
+    return TemplateLimit(
+        "the chat template takes more than a chat may",
+        {"found": found},
+        "use the template of the model's own publisher: a sound one takes less than a millisecond",
+    )
 
 
 def _as_templates_expect(message: Message) -> dict[str, Any]:
     """The message without its empty fields, its reasoning under the names that templates ask for."""
     kept = {name: value for name, value in message.items() if value is not None}
-    reasoning = next((kept[name] for name in _REASONING if name in kept), None)
+    reasoning = next((kept[name] for name in REASONING if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}

@@ -8,6 +8,7 @@ Truncation and padding that a tokenizer.json asks for are turned off: they would
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from models.chat_template import ChatTemplate, chat_template_from, special_tokens_of
+from models.chat_files import (
+    PROCESSOR_TEMPLATE,
+    SPECIAL_TOKENS_MAP,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG,
+    chosen_template,
+    content_of,
+    folder_template,
+    named_templates,
+    read_settings,
+    special_tokens_of,
+    template_files,
+)
+from models.chat_template import ChatTemplate
 from models.gguf_tokenizer import gguf_tokenizer
 from models.ggufs import is_gguf, metadata, open_gguf
 from models.runs import hf_folder, numbered
@@ -29,15 +43,20 @@ TOKENIZER_JSON = "tokenizer.json"
 # What a tokenizer consists of in an HF directory, and what an export copies.
 TOKENIZER_FILES = (
     TOKENIZER_JSON,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
+    PROCESSOR_TEMPLATE,
     "generation_config.json",
 )
+# Ids up to here are accepted whatever the file's size; beyond, an id must not exceed the bytes that could list its
+# vocabulary. The tokenizers library allocates by the highest id: 4 bytes for each.
+FREE_IDS = 1 << 20
+MOST_ID = 2**31 - 1  # tokens are int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +118,18 @@ class TextTokenizer:
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The special tokens as they are spelled in a text."""
-        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+        own = (token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+        declared = () if self.chat is None else self.chat.whole_tokens
+        return (*own, *(token["content"] for token in declared if token.get("special")))
 
     @cached_property
     def _verbatim(self) -> Tokenizer:
         """The same without a post-processor, which adds nothing here, and takes spaces out of the tokens' offsets."""
         content = json.loads(self.to_json())
-        return Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+        backend = Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+        if self.chat is not None:
+            backend.add_tokens([AddedToken(**token) for token in self.chat.whole_tokens])
+        return backend
 
     @cached_property
     def vocab_size(self) -> int:
@@ -131,8 +155,8 @@ def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | N
     """The tokenizer of a tokenizer.json, an HF directory, a run or a .gguf file, on a local disk or in a bucket.
 
     EOS is `eos_token` where it is given; else, for a GGUF, the file's own; else what stands beside tokenizer.json:
-    `eos_token` of tokenizer_config.json, then `eos_token_id` of generation_config.json and of config.json (the first
-    of a list).
+    `eos_token` of tokenizer_config.json and special_tokens_map.json (`chat_files.py` says which counts), then
+    `eos_token_id` of generation_config.json and of config.json (the first of a list).
     """
     where = numbered(locate(path))
     if isinstance(where, Path) and not where.exists():
@@ -142,7 +166,7 @@ def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | N
     file = hf_folder(where) / TOKENIZER_JSON if _is_folder(where) else where
     backend = _parse(file)
     eos_id, bos_id = _eos_id(backend, file, eos_token), _named_id(backend, file, "bos")
-    return TextTokenizer(backend, eos_id, bos_id, chat=_chat_template(file))
+    return TextTokenizer(backend, eos_id, bos_id, chat=folder_template(file.parent, backend))
 
 
 def _is_gguf(place: Place) -> bool:
@@ -198,7 +222,14 @@ def _files_of(source: Place) -> dict[str, bytes]:
         return {}
     file = hf_folder(source) / TOKENIZER_JSON if _is_folder(source) else source
     beside = [file.parent / name for name in TOKENIZER_FILES[1:]]
-    return {TOKENIZER_JSON: file.read_bytes()} | {each.name: each.read_bytes() for each in beside if each.exists()}
+    found = {TOKENIZER_JSON: file.read_bytes()} | {each.name: each.read_bytes() for each in beside if each.exists()}
+    templates = template_files(file.parent)
+    if templates.keys() - {"default"}:  # an export has no folders: named templates go into the config, as a list
+        named = [{"name": name, "template": each.read_text(encoding="utf-8")} for name, each in templates.items()]
+        config = read_settings(file.parent / TOKENIZER_CONFIG) | {"chat_template": named}
+        found[TOKENIZER_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        found.pop(TEMPLATE_FILE, None)
+    return found
 
 
 class _NoEos(InputError):
@@ -209,19 +240,99 @@ def _parse(file: Place) -> Tokenizer:
     try:
         data = file.read_bytes()
     except FileNotFoundError as error:
+        names = sorted(each.name for each in file.parent.iterdir())
         raise InputError(
             f"the directory has no {file.name}",
-            {"directory": file.parent, "found": some(sorted(x.name for x in file.parent.iterdir())) or "nothing"},
-            "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
+            {"directory": file.parent, "found": some(names) or "nothing"},
+            _other_kind(names) or SAVE_IT,
         ) from error
+    except OSError as error:
+        raise InputError(
+            "the tokenizer cannot be read", {"file": file, "cause": error}, "see that it is a file, and who may read it"
+        ) from error
+    _check_ids(data, file)
     try:
         return Tokenizer.from_str(data.decode())
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             "this is not a tokenizer.json, or a damaged one",
             {"file": file, "bytes": len(data), "found": error},
-            "name a tokenizer.json as the tokenizers library writes it",
+            _kind_of_bytes(data) or "name a tokenizer.json as the tokenizers library writes it",
         ) from error
+
+
+def _check_ids(data: bytes, file: Place) -> None:
+    """Refuse ids far beyond what the file can list, before the tokenizers library allocates an array up to them."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return  # the library says what is wrong
+    content = content if isinstance(content, dict) else {}
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ())]
+    ids += [token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
+    highest = max((each for each in ids if isinstance(each, int)), default=0)
+    most = min(max(FREE_IDS, len(data)), MOST_ID)
+    if highest > most:
+        raise InputError(
+            "a token's id is beyond any vocabulary that the tokenizer's file could hold",
+            {"file": file, "bytes": len(data), "id": highest, "expected": f"{most} or less"},
+            "copy the file again from where it came",
+        )
+
+
+SAVE_IT = "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+
+
+def _other_kind(names: Sequence[str]) -> str | None:
+    """The next step where a folder holds a tokenizer of another kind."""
+    if "tekken.json" in names:
+        return _KINDS["tekken"]
+    if any(name.endswith((".tiktoken", "tiktoken.model")) for name in names):
+        return _KINDS["tiktoken"]
+    if any(name in names for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")):
+        return _KINDS["sentencepiece"]
+    return None
+
+
+def _kind_of_file(file: Place) -> str | None:
+    """The same of a file of any name. In a bucket the name alone tells."""
+    if not isinstance(file, Path):
+        return _other_kind([file.name])
+    try:
+        with file.open("rb") as stream:
+            return _kind_of_bytes(stream.read(1 << 16))
+    except OSError:
+        return None  # the caller's own error says it
+
+
+def _kind_of_bytes(data: bytes) -> str | None:
+    """The next step where a file holds a tokenizer of another kind: by its content, since any name is given to any."""
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data[:4096]):
+        return _KINDS["tiktoken"]
+    if data[:1] == b"\n" and b"\x00" in data[:4096]:
+        return _KINDS["sentencepiece"]
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(content, dict) and isinstance(content.get("vocab"), list) and "config" in content:
+        return _KINDS["tekken"]
+    if isinstance(content, dict) and {"tokenizer_class", "chat_template", "eos_token"} & content.keys():
+        return "this is a tokenizer's settings: name the tokenizer.json beside it, or the folder"
+    if isinstance(content, dict) and content and all(isinstance(each, int) for each in content.values()):
+        return f"this is a vocabulary alone (vocab.json): {SAVE_IT}"
+    return None
+
+
+# Kind -> the next step. Only tokenizer.json and GGUF are read.
+_KINDS = {
+    "tekken": "this is Mistral's own tokenizer (tekken.json), which is not read: take tokenizer.json from the model's "
+    "Hugging Face folder, or " + SAVE_IT,
+    "tiktoken": "this is a tiktoken vocabulary, which does not say how text is cut: " + SAVE_IT,
+    "sentencepiece": "this is a SentencePiece model: " + SAVE_IT,
+}
 
 
 def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
@@ -231,7 +342,8 @@ def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
             "the tokenizer does not say which token ends a document",
             {
                 "file": file,
-                "looked in": "tokenizer_config.json (eos_token), generation_config.json, config.json (eos_token_id)",
+                "looked in": "tokenizer_config.json, special_tokens_map.json (eos_token), generation_config.json, "
+                "config.json (eos_token_id)",
             },
             "set data.eos_token, for example to '<|endoftext|>'",
         )
@@ -240,16 +352,15 @@ def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
 
 def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
     """The id of `eos` or `bos`, as the files beside a tokenizer.json name it."""
-    config = file.parent / "tokenizer_config.json"
-    token = _read_json(config).get(f"{role}_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    token = special_tokens_of(file.parent).get(f"{role}_token")
     if token is not None:
-        return _token_id(backend, token, f"{config.name} {role}_token", file)
+        names = f"{TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP}"
+        return _token_id(backend, token, f"{names} {role}_token", file)
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(file.parent / name).get(f"{role}_token_id")
+        value = read_settings(file.parent / name).get(f"{role}_token_id")
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and not isinstance(value, bool):
-            if backend.id_to_token(value) is None:
+            if not 0 <= value <= MOST_ID or backend.id_to_token(value) is None:
                 raise InputError(
                     "a special token is not in the tokenizer's vocabulary",
                     {"file": file.parent / name, f"{role}_token_id": value, "tokenizer": file},
@@ -257,13 +368,6 @@ def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
                 )
             return value
     return None
-
-
-def _chat_template(file: Place) -> ChatTemplate | None:
-    """The chat template beside a tokenizer.json: a file of its own goes before the entry of tokenizer_config.json."""
-    config, beside = _read_json(file.parent / "tokenizer_config.json"), file.parent / "chat_template.jinja"
-    text = beside.read_text(encoding="utf-8") if beside.exists() else None
-    return chat_template_from(config, text, special_tokens_of(config))
 
 
 def _token_id(backend: Tokenizer, token: object, origin: str, file: Place) -> int:
@@ -277,30 +381,22 @@ def _token_id(backend: Tokenizer, token: object, origin: str, file: Place) -> in
     return found
 
 
-def _read_json(file: Place) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise InputError(
-            f"{file.name} cannot be read as JSON", {"file": file, "found": error}, "copy the file again"
-        ) from error
-    return value if isinstance(value, dict) else {}
-
-
 def _from_gguf(file: Place, eos_token: str | None) -> TextTokenizer:
     try:
         reader = open_gguf(file)
     except CheckpointError as error:
-        raise InputError(error.what, error.facts, error.next) from error
+        raise InputError(error.what, error.facts, _kind_of_file(file) or error.next) from error
     backend, tokens, ids = gguf_tokenizer(reader, file)
     eos_id = ids["eos"] if eos_token is None else None
     names = {"pad_token": ids["padding"], "unk_token": ids["unknown"]}
     extras = {key: tokens[value] for key, value in names.items() if value is not None}
-    template = metadata(reader, "tokenizer.chat_template")
-    extras |= {} if template is None else {"chat_template": template}
+    template, for_tools = (metadata(reader, f"tokenizer.chat_template{end}") for end in ("", ".tool_use"))
+    named = {name: each for name, each in (("default", template), ("tool_use", for_tools)) if each is not None}
+    as_list = [{"name": name, "template": each} for name, each in named.items()]
+    extras |= {} if not named else {"chat_template": template if for_tools is None else as_list}
     eos_id = eos_id if eos_id is not None else _eos_id(backend, file, eos_token)
     spelled = {"eos_token": tokens[eos_id], **({} if ids["bos"] is None else {"bos_token": tokens[ids["bos"]]})}
-    chat = chat_template_from(extras, None, special_tokens_of(spelled | extras))
+    config = spelled | extras
+    names = {name: token for name in config if name.endswith("_token") and (token := content_of(config[name]))}
+    chat = chosen_template(named_templates(config.get("chat_template"), file), names, config)
     return TextTokenizer(backend, eos_id, ids["bos"], extras, chat)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_builder.chat import written_chat
-from cache_builder.documents import documents
+from cache_builder.chat import written_chats
+from cache_builder.documents import Document, documents
 from cache_builder.packing import BEGINS, COUNTED
 from cache_builder.prepare import prepare_rows
 from cache_builder.text_digest import inputs_digest
@@ -70,7 +70,7 @@ def test_tokens_and_masks_are_those_of_transformers(tmp_path: Path, family: str,
     assert tokenizer.chat is not None
     assert tokenizer.chat.marks_assistant() == blocks
     data = write_chats(tmp_path / "chats.jsonl", {"messages": expected["messages"], "tools": expected.get("tools")})
-    assert written_chat(expected, tokenizer, data, "here")[0] == expected["text"]
+    assert written_chats(expected, tokenizer, data, "here")[0][0] == expected["text"]
     assert encoded(data, tokenizer) == [(expected["ids"], expected["mask"])]
 
 
@@ -187,3 +187,126 @@ def test_where_the_template_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         list(documents(data.model_copy(update={"format": "auto"})))
     assert caught.value.next.startswith("set data.format to chat")
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}}
+WITH_TOOLS = "{% for t in tools or [] %}{{ t | tojson ~ '\n' }}{% endfor %}{{ messages | length }}"
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], json.dumps([json.dumps(TOOL)])])
+def test_tools_may_be_json_text(tmp_path: Path, tools: object) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", WITH_TOOLS + "{% generation %}{% endgeneration %}")
+    data = write_chats(tmp_path / "chats.jsonl")
+    ((text, _),) = written_chats({"messages": HELLO, "tools": tools}, tokenizer, data, "here")
+    assert text == json.dumps(TOOL) + "\n2"
+
+
+@pytest.mark.parametrize("tools", [None, [], "[]", "", " ", "null"])
+def test_no_tools_are_none(tmp_path: Path, tools: object) -> None:
+    template = "{{ 'some' if tools is not none else 'none' }}{% generation %}{% endgeneration %}"
+    data, tokenizer = write_chats(tmp_path / "chats.jsonl"), chat_tokenizer(tmp_path / "tokenizer", template)
+    assert written_chats({"messages": HELLO, "tools": tools}, tokenizer, data, "here") == [("none", [])]
+
+
+@pytest.mark.parametrize("tools", [TOOL, json.dumps(TOOL), "f", ["f"], [3], 3, "[", [[TOOL]], '["\\ufdd0"]'])
+def test_tools_that_are_none_are_refused(tmp_path: Path, tools: object) -> None:
+    data, tokenizer = write_chats(tmp_path / "chats.jsonl"), chat_tokenizer(tmp_path / "tokenizer", WITH_TOOLS)
+    with pytest.raises(InputError, match="here"):
+        written_chats({"messages": HELLO, "tools": tools}, tokenizer, data, "here")
+
+
+def test_fields_that_a_table_adds_are_not_written(tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    call = [{"function": {"name": "f", "arguments": {"x": "1", "list": ["a", None]}}}]
+    other = [{"function": {"name": "g", "arguments": {"y": 2}}}]
+    record = {
+        "messages": [*HELLO, {"role": "assistant", "content": "", "tool_calls": [*call, *other]}],
+        "tools": [TOOL, {"function": {"name": "g", "parameters": {"properties": {"y": {"type": "int"}}}}}],
+    }
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{% endfor %}{% generation %}{% endgeneration %}"
+    )
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template)
+    data = write_chats(tmp_path / "a.jsonl", record)
+    pq.write_table(pa.Table.from_pylist([record, {**record, "tools": None}]), tmp_path / "a.parquet")
+    of_table = documents(data.model_copy(update={"path": str(tmp_path / "a.parquet")}), tokenizer)
+    texts = [
+        each.text for found in (of_table, documents(data, tokenizer)) for each in found if isinstance(each, Document)
+    ]
+    assert len(texts) == 3
+    assert sorted(texts[0]) == sorted(texts[2])  # fields in the table's own order
+    assert "null" not in texts[0].replace('["a", null]', "")
+
+
+# In the manner of Qwen3: only the turns behind the last question keep their thinking, the last always has some.
+QWEN = """\
+{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' ~ m.role ~ '\\n' }}
+    {%- set said = m.content %}
+    {%- if m.role == 'assistant' %}
+        {%- set thought = '' %}
+        {%- if '</think>' in said %}
+            {%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set said = said.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}
+        {%- endif %}
+    {%- endif %}
+    {{- said ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def said(texts: list[tuple[str, list[tuple[int, int]]]]) -> list[list[str]]:
+    return [[text[start:end] for start, end in spans] for text, spans in texts]
+
+
+def test_turns_that_are_rewritten_later_are_examples_of_their_own(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nuno"},
+        {"role": "user", "content": "Two"},
+        {"role": "assistant", "content": "<think>\nlook\n</think>\n\ncall"},
+        {"role": "tool", "content": "two"},
+        {"role": "assistant", "content": "dos"},
+    ]
+    data, tokenizer = write_chats(tmp_path / "a.jsonl", {"messages": chat}), chat_tokenizer(tmp_path / "tok", QWEN)
+    texts = written_chats({"messages": chat}, tokenizer, data, "here")
+    assert said(texts) == [
+        ["<think>\nhm\n</think>\n\nuno<|im_end|>"],
+        ["<think>\nlook\n</think>\n\ncall<|im_end|>", "<think>\n\n</think>\n\ndos<|im_end|>"],
+    ]
+    assert tokenizer.chat is not None
+    for (text, _), end in zip(texts, (2, 6), strict=True):  # each is what the model would have seen
+        assert text == tokenizer.chat.render(chat[:end])[0]
+    assert "hm" not in texts[1][0]
+    assert [mask.count("1") > 0 for _, mask in encoded(data, tokenizer)] == [True, True]
+
+
+def test_a_chat_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    chat = [{"role": "assistant", "content": "hello"}, *HELLO]
+    data = write_chats(tmp_path / "a.jsonl", {"messages": chat})
+    first = "{% if messages[0].role == 'system' %}S{% endif %}"
+    turns = "{% for m in messages %}{{ '<|header|>' ~ m.role ~ '\n' ~ m.content ~ '<|turn|>' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '<|header|>assistant\n' }}{% endif %}"
+    for number, template in enumerate([first + turns + prompt, turns + prompt, first + turns]):
+        tokenizer = chat_tokenizer(tmp_path / f"tok{number}", template)
+        ((text, spans),) = written_chats({"messages": chat}, tokenizer, data, "here")
+        assert tokenizer.chat is not None
+        assert text == tokenizer.chat.render(chat)[0]
+        ends = ["hello<|turn|>", "Ho<|turn|>"]
+        assert [turn[-len(end) :] for turn, end in zip(said([(text, spans)])[0], ends, strict=True)] == ends
+        if prompt in template:
+            assert said([(text, spans)]) == [ends]
+
+
+def test_a_prompt_that_opens_thinking_is_no_obstacle(tmp_path: Path) -> None:
+    turns = "{% for m in messages %}{{ '<|header|>' ~ m.role ~ '<|/header|>' ~ m.content ~ '<|turn|>' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|><think>\n' }}{% endif %}"
+    chat = [*HELLO, {"role": "user", "content": "More"}, {"role": "assistant", "content": "<b>"}]
+    data, tokenizer = write_chats(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path / "tok", turns + prompt)
+    assert said(written_chats({"messages": chat}, tokenizer, data, "here")) == [["Ho<|turn|>", "<b><|turn|>"]]

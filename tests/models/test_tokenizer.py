@@ -273,3 +273,44 @@ def test_a_tokenizer_without_eos_is_still_copied(tiny: Decoder, tmp_path: Path):
     shutil.rmtree(source)
     assert load_tokenizer(tmp_path / "out", "<|end|>").eos_id == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("place", ["added_tokens", "vocab"])
+def test_an_id_beyond_what_the_file_could_list_is_refused_before_memory_is_taken(place: str, tmp_path: Path):
+    file = save(byte_level(), tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if place == "vocab":
+        content["model"]["vocab"]["he"] = 2**31 - 1
+    else:
+        content["added_tokens"][0]["id"] = 2**31 - 1
+    file.write_text(json.dumps(content))
+    refused(file, "2147483647", "bytes")
+
+
+@pytest.mark.parametrize("value", [2**31, 2**40, -1])
+def test_an_eos_id_that_no_token_can_have_is_refused(value: int, tmp_path: Path):
+    refused(save(byte_level(), tmp_path, generation_config={"eos_token_id": value}), str(value))
+
+
+TEKKEN = json.dumps({"config": {"pattern": "."}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}).encode()
+RANKS, PIECES = b"IQ== 0\nIg== 1\n", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tekken.json", TEKKEN, "Mistral's own tokenizer"),
+        ("tiktoken.model", RANKS, "a tiktoken vocabulary"),
+        ("qwen.tiktoken", RANKS, "a tiktoken vocabulary"),
+        ("tokenizer.model", PIECES, "a SentencePiece model"),
+        ("vocab.json", b'{"a": 0}', "a vocabulary alone"),
+        ("tokenizer_config.json", b'{"eos_token": "</s>"}', "a tokenizer's settings"),
+    ],
+)
+def test_other_kinds_of_tokenizers_are_recognised(name: str, content: bytes, said: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, said)
+    if name not in ("vocab.json", "tokenizer_config.json"):
+        refused(tmp_path, said)
+    (tmp_path / "tokenizer.json").write_bytes(content)  # under the name that is read
+    refused(tmp_path, said)
