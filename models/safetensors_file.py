@@ -28,6 +28,8 @@ from schemas.object_path import ObjectPath, Place
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_COUNT = 2**63
+MAX_AXES = 64  # numpy's limit
 ALIGNMENT = 8  # the header is padded with spaces to it
 METADATA = "__metadata__"
 NUMPY_TYPES: dict[str, type[np.generic] | np.dtype] = {
@@ -143,13 +145,15 @@ def _parse(path: Place, header: bytes, start: int) -> tuple[dict[str, Entry], in
     """The tensors, and where the last one ends. start: where the header does."""
     tensors: dict[str, Entry] = {}
     try:
-        for name, entry in json.loads(header).items():
+        for name, entry in json.loads(header, object_pairs_hook=_once).items():
             if name == METADATA:
                 continue
-            first, last = entry["data_offsets"]
-            tensors[name] = _checked(Entry(entry["dtype"], tuple(entry["shape"]), start + first, start + last))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        truncated(path, error)
+            first, last = _counts(entry["data_offsets"])
+            if not isinstance(kind := entry["dtype"], str):
+                raise ValueError(f"{str(kind)[:80]} where the name of a dtype is expected")
+            tensors[name] = _checked(Entry(kind, _counts(entry["shape"]), start + first, start + last))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        truncated(path, f"{type(error).__name__}: {error}"[:300])
     stop = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
         if tensor.start != stop:
@@ -158,8 +162,27 @@ def _parse(path: Place, header: bytes, start: int) -> tuple[dict[str, Entry], in
     return tensors, stop
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose names stands twice: readers differ in which one they would take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return found
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    """Sizes or offsets: whole numbers from 0, below what 64 bits hold, no more of them than numpy has axes."""
+    if not isinstance(values, list) or len(values) > MAX_AXES:
+        raise ValueError(f"{str(values)[:80]} where a list of at most {MAX_AXES} whole numbers is expected")
+    if not all(type(value) is int and 0 <= value < MAX_COUNT for value in values):
+        raise ValueError(f"{str(values)[:80]} where whole numbers from 0 are expected")
+    return tuple(values)
+
+
 def _checked(entry: Entry) -> Entry:
     size = entry.stop - entry.start
+    if size < 0:
+        raise ValueError(f"a tensor that ends {-size} bytes before it starts")
     known = entry.dtype in NUMPY_TYPES
     if known and size != prod(entry.shape) * np.dtype(NUMPY_TYPES[entry.dtype]).itemsize:
         raise ValueError(f"{size} bytes for {entry.dtype} {list(entry.shape)}")

@@ -14,7 +14,7 @@ from models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
 from models.families.glm4_moe import GLM4_MOE
 from models.families.gpt_oss import GPT_OSS
 from models.families.granite import GRANITE
-from models.families.llama import LLAMA, MISTRAL, exported_family
+from models.families.llama import LLAMA, MINISTRAL, MISTRAL, MISTRAL3, exported_family
 from models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from models.families.mixtral import MIXTRAL
 from models.families.olmo import OLMO2, OLMO3
@@ -25,7 +25,7 @@ from models.families.phi3 import PHI3, says_heads
 from models.families.qwen import QWEN2, QWEN3
 from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from models.families.smollm3 import SMOLLM3
-from models.families.values import NEUTRAL_VALUES, Values, bad_value, rope_from_hf
+from models.families.values import Values, rope_from_hf
 from models.rope import rotated_width
 from models.tensors import Layout
 from schemas.errors import CheckpointError
@@ -34,6 +34,8 @@ from schemas.object_path import Place
 KNOWN = (
     LLAMA,
     MISTRAL,
+    MINISTRAL,
+    MISTRAL3,
     QWEN2,
     QWEN3,
     SMOLLM3,
@@ -56,10 +58,10 @@ KNOWN = (
     BAILING_MOE,
     BAILING_MOE_V2,
 )
-DEEPEST = 2000  # blocks; the deepest model known has 126
+MOST_EXPERTS = 2**18  # of all blocks; Kimi K2 has 23,040, each with tensors of its own
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
-# Of models with eyes, what is read and exported.
-LANGUAGE_MODELS = {LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
+# Vision-language models: the text model that is read and exported.
+LANGUAGE_MODELS = {MISTRAL3.name: MISTRAL.name, LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
 
 __all__ = ["check_heads", "config_from_hf", "config_to_hf", "exported_layout_of", "layout_of", "rope_from_hf"]
 
@@ -73,20 +75,13 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     """
     family = _family_of(raw, file)
     values = Values(raw, family.defaults, file, family.aliases)
-    values.check_keys(family.understood | {PACKING}, {**NEUTRAL_VALUES, **family.neutral})
+    values.check_keys(family.understood | {PACKING}, family.neutral)
     check_packing(values)
-    _check_depth(raw, file)
     config = family.read(values)
+    values.check_stated(config)
     check_heads(config, file)
     _check_experts(config, file)
     return config
-
-
-def _check_depth(raw: Mapping[str, Any], file: Place) -> None:
-    """A depth that no model has is a typing error, and would keep the planning of layers busy for hours."""
-    depth = raw.get("num_hidden_layers")
-    if isinstance(depth, int) and depth > DEEPEST:
-        raise bad_value(file, "num_hidden_layers", depth, f"at most {DEEPEST}")
 
 
 def _family_of(raw: Mapping[str, Any], file: Place) -> Family:
@@ -150,6 +145,12 @@ def _check_experts(config: ModelConfig, file: Place) -> None:
     if (moe := config.moe) is None:
         return
     found = {"file": file, "experts": moe.num_experts, "of a token": moe.top_k}
+    if moe.num_experts * len(config.moe_blocks) > MOST_EXPERTS:
+        raise CheckpointError(
+            "no model has so many experts",
+            found | {"blocks with experts": len(config.moe_blocks), "expected": f"at most {MOST_EXPERTS} in all"},
+            "correct the numbers of blocks and experts",
+        )
     found |= {"groups": moe.groups, "groups kept": moe.groups_kept} if moe.groups > 1 else {}
     if moe.num_experts % moe.groups or moe.groups_kept > moe.groups:
         raise CheckpointError(

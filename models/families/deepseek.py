@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (also R1, V3.1 and Moonlight): latent attention, and experts chosen by sigmoid and bias within groups.
+"""DeepSeek-V3 (also R1, V3.1, Moonlight, Kimi K2): latent attention, experts ranked by sigmoid and bias within groups.
 
 The released files are in FP8 (models/packed.py); an export has floats.
 
@@ -150,6 +150,7 @@ DEEPSEEK_V3 = Family(
     read=_read,
     write=_write,
     layout=_layout,
+    also=("kimi_k2",),
     # Sums of other keys, losses of training, and how experts were dealt out then.
     harmless=frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"}),
     neutral={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},

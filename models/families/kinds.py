@@ -34,7 +34,9 @@ def typed_windows(values: Values, window: int | None, slides: Callable[[int], bo
     return [window if kind == SLIDING else None for kind in types]
 
 
-def typed_ropes(values: Values, theta: float, local_theta: float, old_local: str) -> tuple[RopeConfig, RopeConfig]:
+def typed_ropes(
+    values: Values, theta: float, local_theta: float, old_local: str, *, flat: bool = False
+) -> tuple[RopeConfig, RopeConfig]:
     """Rotary embedding of the blocks that see all, and of those with a window.
 
     Transformers 5 has both in `rope_parameters`, by the kinds of `layer_types`; before, `rope_theta` and `rope_scaling`
@@ -42,8 +44,14 @@ def typed_ropes(values: Values, theta: float, local_theta: float, old_local: str
 
     Args:
         theta, local_theta: the bases that are assumed. old_local: the key of the latter's base before transformers 5.
+        flat: the family's first files of transformers 5 had the former's parameters alone, not by kinds, and its base
+            for both. A file that it saved again has them beside the kinds, where no version reads them.
     """
     given = values["rope_parameters"] or {}
+    if flat and isinstance(given, dict):
+        typed = {key: part for key, part in given.items() if key in (FULL, SLIDING)}
+        base = {"rope_theta": given["rope_theta"]} if given.get("rope_theta") is not None else {}
+        given = typed or ({FULL: given, SLIDING: base} if given else {})
     if not isinstance(given, dict) or not all(isinstance(part, dict | None) for part in given.values()):
         raise values.bad("rope_parameters", f"an object with an object for each of {FULL} and {SLIDING}")
     for key in given.keys() - {FULL, SLIDING}:

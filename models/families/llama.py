@@ -1,8 +1,13 @@
-"""Llama and Mistral: dense blocks of one kind.
+"""Llama, Mistral and Ministral: dense blocks, of which those of Ministral may differ in their window.
 
-Source: HF transformers `configuration_llama`, `configuration_mistral`, versions 4.5x and 5.x.
+`mistral3` is Mistral Small with eyes: a `mistral` inside its config and behind a prefix of its tensors, and of it that
+alone is read; it is exported as `mistral`.
+
+Source: HF transformers `configuration_llama`, `configuration_mistral`, `configuration_ministral`,
+`configuration_mistral3`, versions 4.5x and 5.x.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from models.config import BlockKind, ModelConfig
@@ -13,7 +18,10 @@ from models.families.family import (
     not_exportable,
     only_kind,
 )
+from models.families.kinds import check_dense, typed_window_keys, typed_windows
+from models.families.multimodal import read_language_model, text_config
 from models.families.values import Values
+from models.tensors import Layout
 
 DENSE_DEFAULTS: dict[str, Any] = {
     "head_dim": None,
@@ -24,7 +32,7 @@ DENSE_DEFAULTS: dict[str, Any] = {
 
 
 def _read(values: Values, family: str) -> ModelConfig:
-    kind = BlockKind(values.size_or_none("sliding_window"))
+    kind = BlockKind(values.size_or_none("sliding_window") if family == "mistral" else None)
     attention_bias, mlp_bias = (
         (values.flag("attention_bias"), values.flag("mlp_bias")) if family == "llama" else (False, False)
     )
@@ -35,6 +43,31 @@ def _read(values: Values, family: str) -> ModelConfig:
         output_bias=attention_bias,
         mlp_bias=mlp_bias,
         family=family,
+    )
+
+
+def _read_ministral(values: Values) -> ModelConfig:
+    windows = typed_windows(values, values.size_or_none("sliding_window"), lambda block: True)
+    kinds = [BlockKind(window) for window in windows]
+    return ModelConfig(**common_fields(values, kinds), rope=values.rope(), family="ministral")
+
+
+def _read_mistral3(values: Values) -> ModelConfig:
+    """The head is a matrix of its own unless `text_config` ties it: beside that, transformers 5 writes true of models
+    whose files have both."""
+    inside = text_config(values, MISTRAL).get("tie_word_embeddings")
+    tied = values.flag("tie_word_embeddings") if inside is None else bool(inside)
+    return replace(read_language_model(values, MISTRAL), family="mistral3", tie_embeddings=tied)
+
+
+def _multimodal_layout(config: ModelConfig) -> Layout:
+    return replace(
+        dense_layout(config),
+        embed=f"{PREFIX}embed_tokens.weight",
+        block=f"{PREFIX}layers.{{block}}.",
+        final_norm=f"{PREFIX}norm.weight",
+        foreign=FOREIGN,
+        spellings=((OLD_PREFIX, PREFIX), (OLD_HEAD, HEAD)),
     )
 
 
@@ -61,10 +94,21 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
+def _write_ministral(config: ModelConfig) -> dict[str, Any]:
+    check_dense(config)
+    if config.qkv_bias or config.output_bias or config.mlp_bias:
+        raise not_exportable("biases", "none", "use another family")
+    return typed_window_keys(config)
+
+
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": only_kind(config).window}
 
 
+# In old files and in new ones the language model's tensors begin with these.
+PREFIX, OLD_PREFIX = "model.language_model.", "language_model.model."
+HEAD, OLD_HEAD = "lm_head.", "language_model.lm_head."
+FOREIGN = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
@@ -88,4 +132,24 @@ MISTRAL = Family(
     write=_write_mistral,
     layout=dense_layout,
     neutral={"attention_bias": (False, None), "mlp_bias": (False, None)},  # transformers ignores them here
+)
+MINISTRAL = Family(
+    name="ministral",
+    architecture="MinistralForCausalLM",
+    defaults={**MISTRAL.defaults, "layer_types": None},
+    read=_read_ministral,
+    write=_write_ministral,
+    layout=dense_layout,
+)
+MISTRAL3 = Family(
+    name="mistral3",
+    architecture="Mistral3ForConditionalGeneration",
+    defaults={"text_config": None, "tie_word_embeddings": False},
+    read=_read_mistral3,
+    write=_write_mistral,
+    layout=_multimodal_layout,
+    harmless=frozenset(
+        """image_token_id image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size
+        vision_config vision_feature_layer""".split()  # noqa: SIM905 - as in keys.py
+    ),
 )

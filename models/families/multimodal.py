@@ -5,7 +5,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.families.family import SIZES, Family
-from models.families.values import NEUTRAL_VALUES, ROPE_KEYS, Values, unknown_key
+from models.families.values import ROPE_KEYS, Values, unknown_key
 
 
 def read_language_model(values: Values, text: Family) -> ModelConfig:
@@ -21,8 +21,10 @@ def read_language_model(values: Values, text: Family) -> ModelConfig:
         if values[key] is not None:
             raise unknown_key(values.file, key, values[key])
     inner = Values(text_config(values, text), text.defaults, values.file, text.aliases)
-    inner.check_keys(text.understood, {**NEUTRAL_VALUES, **text.neutral})
-    return text.read(inner)
+    inner.check_keys(text.understood, text.neutral)
+    config = text.read(inner)
+    inner.check_stated(config)
+    return config
 
 
 def text_config(values: Values, text: Family) -> Mapping[str, Any]:

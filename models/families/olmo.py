@@ -32,7 +32,7 @@ def _read_olmo2(values: Values) -> ModelConfig:
 
 def _read_olmo3(values: Values) -> ModelConfig:
     windows = typed_windows(values, values.size("sliding_window"), lambda block: (block + 1) % 4 != 0)
-    everywhere, local = typed_ropes(values, THETA, THETA, "rope_theta")
+    everywhere, local = typed_ropes(values, THETA, THETA, "rope_theta", flat=True)
     kinds = [BlockKind(window, local_rope=window is not None) for window in windows]
     return ModelConfig(**_fields(values, kinds), rope=everywhere, local_rope=local, family="olmo3")
 

@@ -4,10 +4,12 @@ The list of keys is closed. A key is understood, or known not to change what the
 key that we do not know may be one that changes the numbers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.config import RopeConfig
+from models.config import ModelConfig, RopeConfig
+from models.families.keys import NEUTRAL_VALUES, STATED, is_harmless
 from schemas.errors import CheckpointError
 from schemas.object_path import Place
 
@@ -22,29 +24,22 @@ ACTIVATION_NAMES = {
 }
 EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
-# Keys that do not change the forward pass: bookkeeping, initialisation, generation, dropout and auxiliary losses
-# (training only), `pretraining_tp` (slices the same matrix products), labels of heads that a language model lacks.
-HARMLESS_KEYS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype embedding_dropout eos_token_id
-    finetuning_task id2label initializer_range is_llama_config label2id max_length max_sequence_length model_type
-    name_or_path num_labels output_attentions output_dropout output_hidden_states output_router_logits pad_token_id
-    prefix pretraining_tp problem_type producer return_dict router_aux_loss_coef router_z_loss_coef sep_token_id
-    task_specific_params tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
-    unk_token_id unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905 - one a line would be two screens
-)
-# Keys that would change the forward pass, with the values under which they do not.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False, True, None),
-    "is_encoder_decoder": (False, None),
-    "layer_types": (None,),
-    "partial_rotary_factor": (1, None),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "rope_interleaved": (False, None),
-    "tie_encoder_decoder": (False, None),
+# What no model exceeds; a larger number is a typing error, and would cost hours or memory before any tensor is seen.
+MOST = 2**31 - 1
+# Under these null may mean that there is none, so it does not stand for a default.
+SWITCHED_OFF_BY_NULL = ("sliding_window", "attention_chunk_size", "head_dim")
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2000,  # the deepest model known has 126
+    "num_nextn_predict_layers": 2000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
 }
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
@@ -96,28 +91,49 @@ class Values:
                 if self._raw.setdefault(key, value) != value:
                     raise bad_value(file, other, value, f"the same as {key}, which is {_short(self._raw[key])}")
         self._values = {**defaults, **self._raw}
+        self._defaults = dict(defaults)
+        self._stated: list[str] = []
 
     def check_keys(self, understood: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise `CheckpointError` for a key that may change the numbers in a way that is not understood.
 
+        Null says nothing under any key. Keys of `STATED` wait for `check_stated`.
+
         Args:
             understood: keys that are read, or known to be harmless.
-            neutral: keys that change nothing as long as they have one of these values.
+            neutral: keys that change nothing as long as they have one of these values, beside those of all families.
         """
         for key, value in self._values.items():
-            if key in understood or key in HARMLESS_KEYS:
+            if key in understood or is_harmless(key) or value is None:
                 continue
-            if not any(_same(value, allowed) for allowed in neutral.get(key, ())):
+            allowed = neutral.get(key, NEUTRAL_VALUES.get(key, ()))
+            if any(_same(value, each) for each in allowed):
+                continue
+            if key not in STATED:
                 raise unknown_key(self.file, key, value)
+            self._stated.append(key)
+
+    def check_stated(self, config: ModelConfig) -> None:
+        """Raise `CheckpointError` for a key that the family does not read and that contradicts what was read."""
+        for key in self._stated:
+            if not _same(self[key], STATED[key](config)):
+                raise unknown_key(self.file, key, self[key])
 
     def __getitem__(self, key: str) -> Any:
         """The value as it is; None where there is none."""
         return self._values.get(key)
 
-    def size(self, key: str) -> int:
+    def _given(self, key: str) -> Any:
+        """The value; the family's default where null stands for that."""
         value = self[key]
+        return self._defaults.get(key) if value is None and key not in SWITCHED_OFF_BY_NULL else value
+
+    def size(self, key: str) -> int:
+        value = self._given(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.bad(key, "a positive whole number")
+        if value > (most := LARGEST.get(key, MOST)):
+            raise self.bad(key, f"at most {most}")
         return value
 
     def size_or_none(self, key: str) -> int | None:
@@ -128,20 +144,23 @@ class Values:
         return 0 if self[key] in (None, 0) and self[key] is not False else self.size(key)
 
     def number(self, key: str) -> float:
-        if not is_number(self[key]) or not self[key] > 0:
+        value = self._given(key)
+        if not is_number(value) or not value > 0:
             raise self.bad(key, "a positive number")
-        return float(self[key])
+        return float(value)
 
     def number_or_zero(self, key: str) -> float:
-        return 0.0 if is_number(self[key]) and self[key] == 0 else self.number(key)
+        value = self._given(key)
+        return 0.0 if is_number(value) and value == 0 else self.number(key)
 
     def number_or_none(self, key: str) -> float | None:
         return None if self[key] is None else self.number(key)
 
     def flag(self, key: str) -> bool:
-        if not isinstance(self[key], bool):
+        value = self._given(key)
+        if not isinstance(value, bool):
             raise self.bad(key, "true or false")
-        return self[key]
+        return value
 
     def blocks(self, key: str, count: int) -> list[int]:
         """A list of block numbers below `count`; empty where it is null."""
@@ -160,9 +179,10 @@ class Values:
         return value
 
     def activation(self, key: str = "hidden_act") -> str:
-        if not isinstance(self[key], str) or self[key] not in ACTIVATION_NAMES:
+        value = self._given(key)
+        if not isinstance(value, str) or value not in ACTIVATION_NAMES:
             raise self.bad(key, ", ".join(ACTIVATION_NAMES))
-        return ACTIVATION_NAMES[self[key]]
+        return ACTIVATION_NAMES[value]
 
     def rope(
         self,
@@ -316,8 +336,10 @@ def bad_value(file: Place, key: str, value: object, expected: str) -> Checkpoint
 
 
 def is_number(value: object) -> bool:
-    """True and False are no numbers here."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """True and False are no numbers here, nor is what float64 cannot hold, NaN, or infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def _is_index(value: object, count: int) -> bool:

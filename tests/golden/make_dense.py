@@ -1,4 +1,4 @@
-"""Golden values of dense families beside Llama (see goldens.py): Qwen, SmolLM3, OLMo 2 and 3, Granite, Phi-3.
+"""Golden values of dense families beside Llama (see goldens.py): Qwen, SmolLM3, OLMo 2 and 3, Granite, Phi-3, ...
 
 python tests/golden/make_dense.py
 """
@@ -10,6 +10,7 @@ import torch
 from goldens import SIZES, HookAdded, hook_attention, hook_norm, make_model
 from transformers import (
     GraniteConfig,
+    MinistralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
@@ -83,6 +84,9 @@ MODELS: dict[str, PreTrainedConfig] = {
     # Heads that are together wider than the stream, as those of cut students may be.
     "phi3_plain": Phi3Config(
         **SIZES | {"num_hidden_layers": 2}, **NO_PADDING, tie_word_embeddings=True, rope_parameters=ROPE
+    ),
+    "ministral": MinistralConfig(
+        **SIZES, sliding_window=5, layer_types=[SLIDING, FULL, SLIDING], rope_parameters=ROPE, tie_word_embeddings=True
     ),
 }
 

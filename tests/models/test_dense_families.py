@@ -158,7 +158,7 @@ def test_refusals_of_every_family(family: str, changes: dict[str, Any], named: s
     [
         ("qwen2", {"layer_types": [SLIDING] * 5}, "no sliding_window in use"),
         ("qwen2", {"layer_types": [FULL] * 4}, "layer_types"),
-        ("qwen2", {"use_sliding_window": None}, "use_sliding_window"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window"),
         ("qwen2", {"use_mrope": True}, "use_mrope"),
         ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias"),

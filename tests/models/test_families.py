@@ -8,7 +8,7 @@ import pytest
 
 from models.checkpoint import read_config
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
-from models.families import config_from_hf, config_to_hf
+from models.families import FAMILIES, config_from_hf, config_to_hf
 from schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN
 
@@ -136,6 +136,65 @@ def test_keys_of_mirrors_and_old_files_change_nothing():
     assert read(**keys, _attn_implementation="eager") == read()
 
 
+GENERATION_KEYS = """assistant_confidence_threshold assistant_early_exit bad_words_ids begin_suppress_tokens
+    cache_implementation disable_compile diversity_penalty do_sample dola_layers early_stopping
+    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    force_words_ids forced_bos_token_id forced_decoder_ids forced_eos_token_id guidance_scale length_penalty low_memory
+    max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits
+    output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
+    repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias stop_strings suppress_tokens
+    target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mambapy watermarking_config"""
+CONFIG_KEYS = """_attn_implementation_autoset _commit_hash _name_or_path attn_implementation chunk_size_feed_forward
+    decoder_start_token_id dtype finetuning_task gradient_checkpointing id2label label2id num_labels output_attentions
+    prefix problem_type return_dict sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype
+    torchscript transformers_version unsloth_fixed unsloth_tokenizer_class use_bfloat16"""
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", *MOE_FAMILIES])
+def test_keys_of_generation_and_bookkeeping_are_never_a_reason_to_refuse(family: str):
+    """With values that are no defaults: before transformers 5, save_pretrained left them in config.json."""
+    found = dict.fromkeys(f"{GENERATION_KEYS} {CONFIG_KEYS}".split(), 7)
+    assert read_moe(family, **found) == read_moe(family)
+
+
+def test_every_key_of_the_installed_generation_config_is_known():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `parity`)")
+    found = {key: 3 for key in transformers.GenerationConfig().to_dict() if not key.startswith("_")}
+    assert read(**found) == read()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "ministral", "granite", "olmo2", "gemma2", *MOE_FAMILIES])
+def test_null_stands_for_the_default(family: str):
+    """Under every switch and number, and under a key that is not known."""
+    short = SIZES | {"num_key_value_heads": 48}
+    expected = config_from_hf(short | {"model_type": family}, FILE)
+    nulls = [key for key, default in FAMILIES[family].defaults.items() if isinstance(default, bool | float | str)]
+    # Gemma 2's caps are off where they are null.
+    nulls = [key for key in nulls if not key.endswith("softcapping")]
+    for key in (*nulls, "max_position_embeddings", "rope_theta", "rope_scaling", "new_trick", "pruned_heads"):
+        assert config_from_hf(short | {"model_type": family, key: None}, FILE) == expected, key
+
+
+@pytest.mark.parametrize(
+    ("family", "stated"),
+    [
+        # Qwen3-Coder-30B-A3B-Instruct
+        ("qwen3_moe", {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 4, "mlp_layer_types": ["sparse"] * 4}),
+        ("llama", {"layer_types": ["full_attention"] * 4, "qkv_bias": False, "use_sliding_window": False}),
+        ("mistral", {"layer_types": ["sliding_attention"] * 4, "attention_bias": False}),
+        ("mixtral", {"layer_types": ["full_attention"] * 4, "mlp_bias": False, "lm_head_bias": False}),
+        ("olmoe", {"use_qk_norm": True, "shared_expert_intermediate_size": None}),
+        ("qwen2", {"qkv_bias": True, "attention_out_bias": False, "num_key_value_heads": None}),
+        ("gpt_oss", {"qkv_bias": True}),
+    ],
+)
+def test_keys_that_state_what_is_so_anyway(family: str, stated: dict[str, Any]):
+    heads = {"num_key_value_heads": None} if family == "qwen2" else {}
+    assert read_moe(family, **stated) == read_moe(family, **heads)
+
+
 def test_a_llama_that_llama_configs_cannot_say_is_written_as_a_mistral():
     odd = replace(read(), num_heads=5, num_kv_heads=1, head_dim=8)
     raw = config_to_hf(odd, "float32")
@@ -163,6 +222,18 @@ def test_mixed_blocks_cannot_be_exported():
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"num_hidden_layers": 10_000_000}, "at most 2000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"vocab_size": 2**40}, "vocab_size"),
+        ({"hidden_size": 10**400}, "hidden_size"),
+        ({"head_dim": 2**33}, "head_dim"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"lm_head_bias": True}, "lm_head_bias"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "above 0"),
@@ -304,13 +375,17 @@ def test_refusals_of_mixtures(family: str, changes: dict[str, Any], named: str):
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types"),
         ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4}, "no sliding_window in use"),
-        ("qwen3_moe", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ("qwen3_moe", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("qwen3_moe", {"qkv_bias": True}, "qkv_bias"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+        ("qwen3_moe", {"mlp_only_layers": [0], "mlp_layer_types": ["sparse"] * 4}, "mlp_layer_types"),
         ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers"),
         ("qwen3_moe", {"mlp_only_layers": 2}, "mlp_only_layers"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts"),
-        ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob"),
-        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
         ("olmoe", {"clip_qkv": 0}, "clip_qkv"),
         ("olmoe", {"head_dim": 4}, "head_dim"),
         ("olmoe", {"hidden_size": 100}, "num_attention_heads"),
