@@ -1,5 +1,6 @@
 # make demo       the main job on a real teacher (downloads it once, about 90 MB)
 # make test       the tests (minutes); make test-slow: kills and other slow proofs
+# make test-bits  the tests of which bits are equal, on two instruction sets, with one thread and with two
 # make chaos      two minutes of builders that are killed at random over a store that fails
 # make check      lint, format and types
 # make browser    Chromium (from Debian's packages) and what drives it, for the tests of pages, which are skipped without
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test test-slow chaos check browser install clean
+.PHONY: demo test test-slow test-bits chaos check browser install clean
 
 install: .venv/installed
 
@@ -51,6 +52,14 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(PYTEST) -m slow
+
+# Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8); with it and
+# on all threads; and the codecs optimised as a user's programs are.
+test-bits: .venv/installed-dev
+	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -m "bits and not slow" -k "not fp8"
+	XLA_FLAGS="--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=true" $(PYTEST) -m "bits and not slow"
+	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=true" \
+	  $(PYTEST) -m "bits and not slow" tests/trainer/test_feed.py tests/schemas/test_codecs_delta.py
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120

@@ -93,7 +93,7 @@ def select_experts(
     Args:
         logits: float32.
         bias: added to the rank: to the logits of `softmax` and `sigmoid_input` (0.1 on probabilities of 128 experts
-            would decide nearly every choice), to the sigmoids of `sigmoid`. None: no bias; zeros give the same bits.
+            would decide nearly every choice), to the sigmoids of `sigmoid`. None: no bias, which zeros are as well.
         groups: of neighbouring experts. A group ranks by the sum of its two best; experts outside the best
             `groups_kept` are never chosen.
 

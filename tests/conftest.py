@@ -9,10 +9,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # emitters of fused loops that go through MLIR take three fifths of what is left, so the older ones do it; an extra
 # option that XLA no longer knows is ignored, a flag would end the process.
 # Eight devices, for the tests of meshes; all others use the first.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    " --xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+# The caller's flags come last, where they win: another instruction set is asked for with all the rest as it is. What a
+# worker inherits has ours in it already.
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(
+        [
+            "--xla_cpu_multi_thread_eigen=false",
+            "--xla_backend_optimization_level=0",
+            "--xla_force_host_platform_device_count=8",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+            *os.environ.get("XLA_FLAGS", "").split(),
+        ]
+    )
 )
 
 # Programs compiled once for all tests, workers and later runs: many tests train the same tiny students. A third of the

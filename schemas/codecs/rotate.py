@@ -56,9 +56,13 @@ class Rotation:
 
 
 def _transform(y: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-    """By a matrix product: on CPU four times faster than butterflies, and it is what accelerators are made for.
+    """By a matrix product, which is what accelerators are made for, and on CPUs the fastest too.
 
     In full float32: at an accelerator's default precision the product would be less exact than the codes are.
+
+    XLA sums in an order of its own for every shape and processor, so two programs agree to rounding (docs/design.md,
+    "Which bits are equal"). Butterflies, whose order is fixed, take 17.7 ms where this takes 8.1 for 4,096 tokens of
+    576 numbers, and 14.7 ms for 10.2 for 1,024 of 2048 (two cores with AVX2, in a scan).
     """
     size = block_size(y.shape[-1])
     blocks = y.reshape(*y.shape[:-1], y.shape[-1] // size, size)

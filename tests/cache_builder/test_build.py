@@ -42,6 +42,7 @@ from schemas.segment import open_cache, read_manifest, read_plan
 from schemas.storage import Store
 from schemas.times import SegmentTimes
 from tests.conftest import EOS, TINY, build_config, byte_tokenizer, save_teacher
+from tests.rounding import assert_rounded
 
 
 def tree(cache: Path) -> dict[str, bytes]:
@@ -138,6 +139,7 @@ def test_every_object_is_covered_by_the_index(cache: Path) -> None:
                 assert xxhash.xxh3_64_intdigest(codes.copy()) == segment.chunk_digests("attn_out", row)[slot]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("shard_rows", [2, 4, 8, 64])
 def test_shards_may_be_smaller_or_larger_than_a_batch(
     tmp_path: Path, teacher: Path, corpus: Path, cache: Path, shard_rows: int
@@ -146,12 +148,14 @@ def test_shards_may_be_smaller_or_larger_than_a_batch(
     np.testing.assert_array_equal(read_tap(tmp_path / "c", "resid"), read_tap(cache, "resid"))
 
 
+@pytest.mark.bits
 def test_blocks_and_taps_can_be_chosen(tmp_path: Path, teacher: Path, corpus: Path, cache: Path) -> None:
     taps = TapsConfig(attn_out=None, mlp_out=TapConfig(codec="f32"))
     build_cache(build_config(tmp_path / "c", teacher, corpus, taps=taps, blocks=[1]))
     plan = open_cache(Store(str(tmp_path / "c")))[0].plan
     assert {tap.name: tap.slots for tap in plan.taps} == {"resid": (1, 2), "mlp_out": (1,)}
-    np.testing.assert_array_equal(read_tap(tmp_path / "c", "resid"), read_tap(cache, "resid")[:, 1:3])
+    # Another choice is another program, which may round elsewhere.
+    assert_rounded(read_tap(tmp_path / "c", "resid"), read_tap(cache, "resid")[:, 1:3], "bf16")
 
 
 def test_the_last_mlp_is_skipped_only_where_nothing_needs_it(tmp_path: Path, teacher: Path, corpus: Path) -> None:
@@ -170,6 +174,7 @@ def test_building_again_changes_nothing(tmp_path: Path, teacher: Path, corpus: P
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
 def test_an_interrupted_build_ends_in_the_same_bytes(
     tmp_path: Path, teacher: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int

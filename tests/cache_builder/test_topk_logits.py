@@ -24,6 +24,7 @@ from schemas.manifest import Stats
 from schemas.segment import open_cache
 from schemas.storage import Store
 from tests.conftest import TINY, build_config, save_teacher
+from tests.rounding import assert_rounded
 from tools.cli import main
 from tools.inspect import describe_cache
 from tools.plan import describe_build
@@ -71,6 +72,19 @@ def read(cache: Path, **options: object) -> dict[str, np.ndarray]:
     return CacheSource(str(cache), ("topk_logits",), **options)[range(ROWS)]["topk_logits"]  # type: ignore[arg-type]
 
 
+def assert_same_ids(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Of a program that records something else: all but logits that nearly tie are in the same order."""
+    assert np.mean(found["ids"] != expected["ids"]) < 0.001
+
+
+def assert_same_logits(found: Path, expected: Path) -> None:
+    """Of builds that record other taps beside them, which are other programs."""
+    ours, theirs = read(found), read(expected)
+    assert_same_ids(ours, theirs)
+    for part in ("codes", "logsumexp"):
+        assert_rounded(ours[part], theirs[part])
+
+
 def test_they_are_the_decoders_own(recorded: Path, logits: np.ndarray) -> None:
     source = CacheSource(str(recorded), ("attn_out", "topk_logits"), blocks=[1])
     parts = source[range(ROWS)]["topk_logits"]
@@ -88,22 +102,25 @@ def test_they_are_the_decoders_own(recorded: Path, logits: np.ndarray) -> None:
     np.testing.assert_allclose(logsumexp, total, rtol=1e-6)
 
 
+@pytest.mark.bits
 def test_sixteen_bits_by_default(tmp_path: Path, teacher: Path, corpus: Path, recorded: Path) -> None:
     build_cache(config_of(tmp_path / "c", teacher, corpus, taps={"topk_logits": {"k": K}}))
     found, expected = read(tmp_path / "c"), read(recorded)
     assert found["codes"].dtype == np.uint16
-    np.testing.assert_array_equal(found["codes"].view(ml_dtypes.bfloat16), expected["codes"].astype(ml_dtypes.bfloat16))
-    np.testing.assert_array_equal(found["ids"], expected["ids"])
-    np.testing.assert_array_equal(found["logsumexp"], expected["logsumexp"])
+    assert_rounded(found["codes"].view(ml_dtypes.bfloat16), expected["codes"].astype(ml_dtypes.bfloat16), "bf16")
+    assert_same_ids(found, expected)
+    assert_rounded(found["logsumexp"], expected["logsumexp"])
 
 
+@pytest.mark.bits
 def test_the_largest_of_a_bfloat16_teacher_are_kept_as_they_are(tmp_path: Path, corpus: Path) -> None:
     low = save_teacher(tmp_path / "low", dtype="bfloat16")
     caches = {dtype: tmp_path / dtype for dtype in ("bf16", "f32")}
     for dtype, folder in caches.items():
         build_cache(config_of(folder, low, corpus, taps={"topk_logits": {"k": K, "dtype": dtype}}))
-    codes = read(caches["bf16"])["codes"].view(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(codes, read(caches["f32"])["codes"])
+    exact = read(caches["f32"])["codes"]
+    np.testing.assert_array_equal(exact, exact.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert_rounded(read(caches["bf16"])["codes"].view(ml_dtypes.bfloat16), exact, "bf16")
 
 
 def test_any_reader_opens_the_arrays(recorded: Path) -> None:
@@ -125,10 +142,11 @@ def test_the_lines_of_the_docs(tmp_path: Path, teacher: Path, corpus: Path, logi
     np.testing.assert_allclose(names["log_probabilities"], expected, atol=0.02)  # bfloat16 of values up to 4
 
 
+@pytest.mark.bits
 def test_alone_and_without_leaving_streams(tmp_path: Path, teacher: Path, corpus: Path, recorded: Path) -> None:
     taps = {"attn_out": None, "resid": None, "topk_logits": TOPK}
     build_cache(config_of(tmp_path / "c", teacher, corpus, taps=taps))
-    assert objects(tmp_path / "c") == objects(recorded)  # the last block's MLP runs for the logits
+    assert_same_logits(tmp_path / "c", recorded)  # the last block's MLP runs for the logits
     source = CacheSource(str(recorded), ("resid", "topk_logits"), blocks=[2], leaving=False)
     assert source.slots == {"resid": (2,), "topk_logits": (0,)}
 
@@ -143,10 +161,10 @@ def test_a_cache_is_extended_by_them(
     manifest = build_cache(config)
     assert [(entry.segment, entry.rows_of) for entry in manifest.segments] == [("0000", None), ("0001", "0000")]
     assert [tap.name for tap in open_cache(Store(str(folder)))[1].plan.taps] == ["topk_logits"]
-    assert objects(folder, "0001") == objects(recorded)
     source = CacheSource(str(folder), ("attn_out", "topk_logits"), blocks=[2])
-    expected = CacheSource(str(recorded), ("attn_out", "topk_logits"), blocks=[2])
-    jax.tree.map(np.testing.assert_array_equal, source[range(ROWS)], expected[range(ROWS)])
+    in_first = CacheSource(str(cache), ("attn_out",), blocks=[2])[range(ROWS)]
+    np.testing.assert_array_equal(source[range(ROWS)]["attn_out"]["codes"], in_first["attn_out"]["codes"])
+    assert_same_logits(folder, recorded)
     assert verify_cache(Store(str(folder)))["findings"] == []
     assert build_cache(config) == manifest
     with pytest.raises(ConfigError, match=r"another codec[\s\S]*taps.topk_logits.k +there 5, here 6"):

@@ -18,6 +18,7 @@ from models.ggufs import GgufSource, open_gguf
 from schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN, randomized
 from tests.models.test_checkpoint import assert_same_parameters
+from tests.rounding import assert_rounded
 
 BLOCK = {
     "input_layernorm": "attn_norm",
@@ -150,6 +151,7 @@ def refused(path: Path | str, *named: str) -> None:
         assert text in str(caught.value)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["llama_tied", "llama_linear"])
 def test_equals_the_load_of_the_hf_directory(name: str, tmp_path: Path):
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0} if name == "llama_linear" else {}
@@ -159,8 +161,8 @@ def test_equals_the_load_of_the_hf_directory(name: str, tmp_path: Path):
     assert found.config.rope == expected.config.rope
     tokens = jnp.asarray(load_file(GOLDEN / name / "expected.safetensors")["tokens"])
     out, theirs = (x(tokens, taps=("attn_out",)) for x in (found, expected))
-    np.testing.assert_array_equal(out.taps["attn_out"][0], theirs.taps["attn_out"][0])
-    if expected.config.activation == "silu":
+    assert_rounded(out.taps["attn_out"][0], theirs.taps["attn_out"][0])
+    if expected.config.activation == "silu":  # one config, one program
         assert found.config == expected.config
         np.testing.assert_array_equal(out.logits, theirs.logits)
 

@@ -40,6 +40,7 @@ def test_dynamic_stretches_only_beyond_the_trained_length():
     np.testing.assert_allclose(longer[0, :, 0, :4], np.cos(angles), atol=2e-5)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     "rope",
     [
@@ -56,7 +57,8 @@ def test_a_document_in_a_row_is_rotated_as_it_is_alone(rope: RopeConfig):
     for row, start, length in ((0, 0, 6), (0, 6, 10), (1, 0, 19)):
         alone = rope_tables(rope, 8, jnp.arange(length)[None], 8)
         for one, other in zip(together, alone, strict=True):
-            np.testing.assert_array_equal(one[row, start : start + length], other[0])
+            # Of another length: the last few of a row may go through another approximation of the cosine.
+            np.testing.assert_allclose(one[row, start : start + length], other[0], rtol=0, atol=1e-6)
 
 
 def test_longrope_divides_by_one_list_or_the_other():

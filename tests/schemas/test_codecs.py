@@ -16,6 +16,7 @@ from schemas.codecs.quantise import Quantiser
 from schemas.codecs.rotate import Rotation, block_size, hadamard
 from schemas.errors import ConfigError
 from schemas.layout import ITEM_BYTES
+from tests.rounding import assert_rounded
 
 HIDDEN = 96  # three groups of 32; a Hadamard block of 32
 SIGNS = make_signs("a plan", HIDDEN)
@@ -192,6 +193,7 @@ def test_what_is_not_finite_is_seen_and_stays_in_its_token(options: dict[str, An
     np.testing.assert_array_equal(got[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+@pytest.mark.bits
 @codecs(EVERY)
 def test_same_bits_every_time_and_decoding_in_every_program(options: dict[str, Any]) -> None:
     codec, encode, decode = compiled(options)
@@ -202,11 +204,12 @@ def test_same_bits_every_time_and_decoding_in_every_program(options: dict[str, A
     eager = codec.encode(jnp.asarray(x))
     # A multiply-add that one program fuses and another does not moves a number across the edge between two codes.
     assert np.mean(np.asarray(eager["codes"]) != np.asarray(parts["codes"])) < 0.01
-    np.testing.assert_allclose(codec.decode(parts), decode(parts), rtol=1e-6, atol=1e-4)
+    assert_rounded(codec.decode(parts), decode(parts))
     if isinstance(codec, Quantiser):
         np.testing.assert_array_equal(codec.restore(parts), jax.jit(codec.restore)(parts))
 
 
+@pytest.mark.bits
 @codecs(EVERY)
 def test_slots_of_a_memoryless_codec_are_coded_alone(options: dict[str, Any]) -> None:
     codec, encode, decode = compiled(options)
@@ -214,8 +217,8 @@ def test_slots_of_a_memoryless_codec_are_coded_alone(options: dict[str, Any]) ->
     carry, parts = jax.jit(codec.encode_slot)(codec.start(x.shape), x, 5)
     assert carry is None
     assert codec.first_slot(5) == 5
-    np.testing.assert_array_equal(parts["codes"], encode(x)["codes"])
-    np.testing.assert_array_equal(jax.jit(codec.decode_slot)(None, parts, 5)[1], decode(parts))
+    assert np.mean(np.asarray(parts["codes"]) != np.asarray(encode(x)["codes"])) < 0.01
+    assert_rounded(jax.jit(codec.decode_slot)(None, parts, 5)[1], decode(parts))
 
 
 def test_groups_and_options_that_do_not_fit_are_refused() -> None:

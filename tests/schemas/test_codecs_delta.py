@@ -71,6 +71,7 @@ def test_keyframes_are_closer_than_bfloat16_and_have_their_own_slots(name: str) 
     assert (error < (0.1 if name == "int8" else 1.0) * bf16).all()
 
 
+@pytest.mark.bits
 @NAMES
 @pytest.mark.parametrize("wanted", [0, 7, 8, 13, 18])
 def test_a_scan_may_begin_at_the_keyframe_before(name: str, wanted: int) -> None:
@@ -86,6 +87,7 @@ def test_a_scan_may_begin_at_the_keyframe_before(name: str, wanted: int) -> None
     np.testing.assert_allclose(x, decode(parts)[wanted], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.bits
 @NAMES
 @pytest.mark.parametrize("keyframe_every", [0, EVERY])
 def test_encoder_and_decoder_carry_the_same_bits(name: str, keyframe_every: int) -> None:

@@ -153,6 +153,7 @@ class Stop(StopRequest):
         monkeypatch.setattr(loop._Run, "_keep", counted)
 
 
+@pytest.mark.bits
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypatch):
     with monkeypatch.context() as patch:
         Stop(patch, after=4)
