@@ -12,21 +12,22 @@ Tokens are taken as they are. Rows that were packed before are cut into their do
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
-from safetensors import SafetensorError
 
 from cache_builder.documents import Document, TokenDocument
-from cache_builder.inputs import InputFile, InputReader, on_disk, unreadable
+from cache_builder.inputs import InputFile, InputReader, foreign, on_disk
 from cache_builder.text import check_unicode
-from cache_builder.tf_example import decode_example
+from cache_builder.tf_example import TwoFeatures, decode_example
 from schemas.config import DataConfig
-from schemas.errors import InputError
+from schemas.errors import RecordError
 
 BATCH_RECORDS = 256  # in memory at once
+NEXT = "leave the file out, or convert it"
 
 _TOKENS = ("tokens", "input_ids", "inputs")
 _SEGMENTS = ("segment_ids", "inputs_segmentation", "tokens_segmentation")
@@ -40,19 +41,21 @@ def record_documents(file: InputFile, reader: InputReader, data: DataConfig) -> 
         InputError: no ArrayRecord file, or a record with neither text nor tokens.
     """
     with on_disk(file, reader) as path:
-        try:
-            # No read-ahead: its buffers and threads hold megabytes for every open file.
-            records = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
-            count = records.num_records()
-            if count == 0 and file.size:  # how it answers to what is no such file
-                raise RuntimeError("no records in it: not an ArrayRecord file, or an empty one")
-            for start in range(0, count, BATCH_RECORDS):
-                batch = records.read(start, min(start + BATCH_RECORDS, count))
-                for number, record in enumerate(batch, start):
-                    yield from _of_record(record, data.text_field, f"{file} record {number}")
-            records.close()
-        except RuntimeError as error:
-            raise unreadable(file, RuntimeError(str(error).split(";")[0])) from error
+        for number, record in enumerate(foreign(file, _stored_records(file, path))):
+            yield from _of_record(record, data.text_field, f"{file} record {number}")
+
+
+def _stored_records(file: InputFile, path: Path) -> Iterator[bytes]:
+    # No read-ahead: its buffers and threads hold megabytes for every open file.
+    records = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    try:
+        count = records.num_records()
+        if count == 0 and file.size:  # how it answers to what is no such file
+            raise ValueError("no records in it: not an ArrayRecord file, or an empty one")
+        for start in range(0, count, BATCH_RECORDS):
+            yield from records.read(start, min(start + BATCH_RECORDS, count))
+    finally:
+        records.close()
 
 
 def _of_record(record: bytes, text_field: str, where: str) -> Iterator[Document | TokenDocument]:
@@ -63,7 +66,7 @@ def _of_record(record: bytes, text_field: str, where: str) -> Iterator[Document 
         return
     name = next((name for name in (text_field, *_TOKENS) if name in features), None)
     if name is None:
-        raise InputError(
+        raise RecordError(
             "a record holds neither text nor tokens",
             {
                 "record": where,
@@ -74,7 +77,7 @@ def _of_record(record: bytes, text_field: str, where: str) -> Iterator[Document 
         )
     tokens = _numbers(features, name, where)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= 2**31):
-        raise InputError(
+        raise RecordError(
             "a record's tokens are no token ids",
             {"record": where, "feature": name, "found": f"{tokens.min()} to {tokens.max()}"},
             "set data.text_field to the feature's name",
@@ -104,7 +107,7 @@ def _numbers(features: Mapping[str, Any], name: str, where: str, size: int | Non
     fits = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub"
     if not fits or (size is not None and values.size != size):
         found = f"{values.dtype}{list(values.shape)}" if isinstance(values, np.ndarray) else "bytes"
-        raise InputError(
+        raise RecordError(
             "a record's feature is not what it should be",
             {"record": where, "feature": name, "found": found, "expected": f"whole numbers [{size or 'n'}]"},
             "write the records again, or leave the file out",
@@ -115,17 +118,19 @@ def _numbers(features: Mapping[str, Any], name: str, where: str, size: int | Non
 def _features(record: bytes, where: str) -> dict[str, Any]:
     try:
         features = decode_example(record)
+    except TwoFeatures as error:
+        raise RecordError("a record gives a feature twice", {"record": where, "cause": error}, NEXT) from error
     except ValueError:  # UnicodeDecodeError among them
         features = None
     if features:
         return dict(features)
     try:
         return dict(safetensors.numpy.load(record))
-    except (SafetensorError, KeyError) as error:
-        raise InputError(
+    except Exception as error:  # SafetensorError, KeyError of a dtype, ValueError of a shape
+        raise RecordError(
             "a record is neither a tf.train.Example nor a safetensors byte string",
             {"record": where, "cause": error},
-            "leave the file out, or convert it",
+            NEXT,
         ) from error
 
 
@@ -133,7 +138,7 @@ def _decoded(text: bytes, where: str) -> str:
     try:
         decoded = text.decode()
     except UnicodeDecodeError as error:
-        raise InputError(
+        raise RecordError(
             "a record's text is not UTF-8", {"record": where, "cause": error.reason}, "convert it, or leave it out"
         ) from error
     check_unicode(decoded, where)

@@ -10,9 +10,9 @@ from typing import Any
 from jaxtyping import Bool, Int32
 from numpy import ndarray
 
-from cache_builder.chat import written_chats
+from cache_builder.chat import MESSAGES, TOOLS, written_chats
 from cache_builder.inputs import InputFile, InputReader, input_files
-from cache_builder.text import line_records, text_of_record, whole_text
+from cache_builder.text import line_records, text_of_record, too_long, whole_text
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig
 from schemas.errors import InputError
@@ -70,8 +70,10 @@ def file_documents(
     file: InputFile, reader: InputReader, data: DataConfig, tokenizer: TextTokenizer | None
 ) -> Generator[Document | TokenDocument]:
     """The documents of one file, in order, read through `reader`, which may stay unfinished."""
+    limit = data.max_document_mib << 20
+    fields = (MESSAGES, TOOLS) if data.format == "chat" else (data.text_field,)
     if file.kind.startswith(".txt"):
-        found: Iterator[Document | TokenDocument] = iter([Document(whole_text(file, reader), str(file))])
+        found: Iterator[Document | TokenDocument] = iter([Document(whole_text(file, reader, limit), str(file))])
     elif file.kind == ".array_record":
         from cache_builder.array_records import record_documents  # here, since few corpora need these formats
 
@@ -81,12 +83,14 @@ def file_documents(
 
         found = _of_records(table_records(file, reader, data), data, tokenizer)
     else:
-        found = _of_records(line_records(file, reader), data, tokenizer)
+        found = _of_records(line_records(file, reader, fields, limit), data, tokenizer)
     for document in found:
         if isinstance(document, TokenDocument):
             if document.tokens.size:
                 yield document
         elif document.text and not document.text.isspace():
+            if len(document.text) > limit:  # of a table or a record, whose lengths nobody has looked at yet
+                raise too_long(document.where, limit)
             yield document
 
 

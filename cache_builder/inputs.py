@@ -11,20 +11,25 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
+from cache_builder.file_marks import MARK_BYTES, refuse_other_kind
 from cache_builder.remote import RemoteObject, check_unchanged, open_remote, remote_objects
 from schemas.config import DataConfig
-from schemas.errors import InputError, StorageError
+from schemas.errors import DistillcacheError, InputError, StorageError
 from schemas.storage import is_url
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet", ".array_record")
 READ_BYTES = 1 << 20
+
+Found = TypeVar("Found")
 
 _SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz)?$|(\.parquet)$|\.array_?record(-\d+-of-\d+)?$")
 _KIND_OF_FORMAT = {"text": ".txt", "jsonl": ".jsonl", "chat": ".jsonl", "parquet": ".parquet"}
@@ -79,6 +84,8 @@ class InputReader(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         count = self._raw.readinto(buffer) or 0
+        if not self.consumed:
+            refuse_other_kind(self._file.kind, bytes(buffer[: min(count, MARK_BYTES)]), self._file)
         self._hash.update(buffer[:count])
         self.consumed += count
         return count
@@ -139,13 +146,13 @@ def _local_files(path: str, format: str) -> list[InputFile]:
     if os.path.isfile(path):
         return [_local_file(Path(path), _kind_of_named(path, format))]
     # A name that exists is taken as it is, brackets and all; only then it may be a pattern.
-    matches = [path] if os.path.isdir(path) else glob.glob(path, recursive=True)
+    matches = {Path(path): False} if os.path.isdir(path) else _matching(path)
     kinds: dict[Path, str] = {}
-    for match in matches:
-        if os.path.isdir(match):
-            kinds |= {file: _kind(file.name, format) for file in _walk(match)}
+    for match, named in matches.items():
+        if match.is_dir():
+            kinds = {file: _kind(file.name, format) for file in _walk(match)} | kinds
         else:
-            kinds[Path(match)] = _kind(match, format, named=True)
+            kinds[match] = _kind(match.name, format, named=named)
     texts = sorted(file for file, kind in kinds.items() if kind)
     _refuse_none(texts, path, f"{len(kinds)} other files" if matches else "no such file or folder")
     return [_local_file(file, kinds[file]) for file in texts]
@@ -190,11 +197,55 @@ def _refuse_none(texts: list, path: str, found: str) -> None:
         )
 
 
-def _walk(folder: str) -> Iterator[Path]:
-    """The files below a folder; hidden ones are left out, as a glob does."""
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def _walk(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
+    """The files below a folder, links to folders followed, each folder once, so that links in circles end.
+
+    Names are sorted, so that of several links to a folder always the same one counts.
+
+    Args:
+        hidden: hidden files and folders as well; else they are left out, as a glob does.
+    """
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if real not in seen and (hidden or not name.startswith(".")):
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        yield from (Path(parent, name) for name in sorted(names) if hidden or not name.startswith("."))
+
+
+def _matching(pattern: str) -> dict[Path, bool]:
+    """What a pattern matches, and whether the pattern names the very file, not a folder above it.
+
+    `**` is our own: Python's goes round in links to folders above, 40 times for one link, for ever for several.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return {Path(match): True for match in glob.glob(pattern)}
+    first = parts.index("**")
+    rest, found = parts[first:], {}
+    hidden = any(part.startswith(".") for part in rest)
+    for base in glob.glob(str(Path(*parts[:first]))):
+        for file in _walk(Path(base), hidden=hidden):
+            names = file.relative_to(base).parts
+            if _fits(names, rest):
+                found[file] = True
+            elif any(_fits(names[:size], rest) for size in range(1, len(names))):
+                found[file] = False
+    return found
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts are what a pattern's parts ask for; only a stated dot matches a hidden name."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _fits(names, pattern[1:]) or (not names[0].startswith(".") and _fits(names[1:], pattern))
+    shown = pattern[0].startswith(".") or not names[0].startswith(".")
+    return shown and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
 def named_kind(name: str) -> str:
@@ -233,6 +284,20 @@ def unreadable(file: InputFile, error: Exception) -> InputError:
     return InputError(
         "a text file cannot be read", {"file": file.place, "cause": error}, "replace the file, or leave it out"
     )
+
+
+def foreign(file: InputFile, found: Iterator[Found]) -> Iterator[Found]:
+    """What a library makes of a file's bytes, piece by piece; whatever it raises is the error for such a file."""
+    while True:
+        try:
+            piece = next(found)
+        except StopIteration:
+            return
+        except DistillcacheError:
+            raise
+        except Exception as error:  # libraries raise what they like: KeyError, MemoryError, their own
+            raise unreadable(file, error) from error
+        yield piece
 
 
 def _raise_unreadable(error: OSError) -> None:

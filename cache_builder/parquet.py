@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.chat import MESSAGES, TOOLS, without_nulls
-from cache_builder.inputs import InputFile, InputReader, on_disk, unreadable
+from cache_builder.inputs import InputFile, InputReader, foreign, on_disk, unreadable
 from schemas.config import DataConfig
-from schemas.errors import InputError
+from schemas.errors import InputError, RecordError
 
 BATCH_ROWS = 1024  # records in memory at once, beside the row group's own pages
 
@@ -21,8 +21,7 @@ def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Ite
     """
     chat = data.format == "chat"
     wanted = [MESSAGES, TOOLS] if chat else [data.text_field]
-    with on_disk(file, reader) as path, _opened(file, path) as table:
-        names = table.schema_arrow.names
+    with on_disk(file, reader) as path, _opened(file, path) as (table, names):
         if wanted[0] not in names:
             raise InputError(
                 "a parquet file lacks the column that holds the text",
@@ -30,18 +29,44 @@ def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Ite
                 "set data.format to what the column holds" if chat else "set data.text_field to the column's name",
             )
         columns, row = [name for name in wanted if name in names], 0
-        try:
-            for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{file} row {row}", without_nulls(record) if chat else record
-        except OSError as error:  # pyarrow's own for damaged pages
-            raise unreadable(file, error) from error
+        twice = next((name for name in columns if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(
+                "a parquet file has two columns of one name",
+                {"file": file.place, "column": twice, "found": ", ".join(names)},
+                "write the file again with other names, so that it is clear which of them is meant",
+            )
+        for batch in foreign(file, table.iter_batches(BATCH_ROWS, columns=columns)):
+            for record in _records(file, batch, row):
+                row += 1
+                yield f"{file} row {row}", without_nulls(record) if chat else record
+
+
+def _records(file: InputFile, batch: Any, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch as mappings; where one cannot be read, it is named.
+
+    Args:
+        before: how many rows of the file come before these.
+
+    Raises:
+        RecordError: a text is not UTF-8, or another value is none that Python knows.
+    """
+    try:
+        return batch.to_pylist()
+    except Exception:  # which row it was is found by reading each
+        for number in range(batch.num_rows):
+            try:
+                batch.slice(number, 1).to_pylist()
+            except Exception as error:
+                what = "a row's text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a row cannot be read"
+                where = f"{file} row {before + number + 1}"
+                raise RecordError(what, {"record": where, "cause": error}, "correct or remove the row") from error
+        raise
 
 
 def text_bytes(file: InputFile, column: str) -> int:
     """The unpacked length of a column, from the footer of a local file."""
-    with _opened(file, Path(file.place)) as table:
+    with _opened(file, Path(file.place)) as (table, _):
         meta = table.metadata
         return sum(
             group.column(number).total_uncompressed_size
@@ -52,9 +77,9 @@ def text_bytes(file: InputFile, column: str) -> int:
 
 
 @contextmanager
-def _opened(file: InputFile, path: Path) -> Iterator[Any]:
+def _opened(file: InputFile, path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """The table, and the names of its columns."""
     try:
-        import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InputError(
@@ -63,8 +88,9 @@ def _opened(file: InputFile, path: Path) -> Iterator[Any]:
             "pip install 'distillcache[parquet]'",
         ) from error
     try:
-        table = ParquetFile(path, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
+        table = ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        names = table.schema_arrow.names  # a damaged schema shows here only
+    except Exception as error:  # pyarrow's own, OSError, and Python's for names and numbers that are none
         raise unreadable(file, error) from error
     with table:
-        yield table
+        yield table, names

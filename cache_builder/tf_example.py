@@ -15,10 +15,15 @@ Feature = list[bytes] | np.ndarray
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
+class TwoFeatures(ValueError):
+    """Two features of one name, of which protobuf's readers take the last one silently."""
+
+
 def decode_example(record: bytes) -> dict[str, Feature]:
     """Feature name -> list of byte strings, float32 array or int64 array.
 
     Raises:
+        TwoFeatures: a name stands there twice.
         ValueError: the bytes are no Example.
     """
     features: dict[str, Feature] = {}
@@ -29,6 +34,8 @@ def decode_example(record: bytes) -> dict[str, Feature]:
             if (entry_number, entry_wire) != (1, _BYTES):
                 raise ValueError(f"field {entry_number} of Features")
             name, feature = _entry(_view(entry))
+            if name in features:
+                raise TwoFeatures(name)
             features[name] = feature
     return features
 
@@ -56,12 +63,12 @@ def _feature(feature: memoryview) -> Feature:
 
 
 def _bytes_list(values: memoryview) -> list[bytes]:
-    return [bytes(_view(value)) for _, _, value in _fields(values)]
+    return [bytes(_view(value)) for _, _, value in _repeated(values)]
 
 
 def _float_list(values: memoryview) -> np.ndarray:
     parts = []
-    for _, wire, value in _fields(values):
+    for _, wire, value in _repeated(values):
         if wire not in (_BYTES, _FIXED32):
             raise ValueError("a FloatList with other values than floats")
         parts.append(np.frombuffer(_view(value), "<f4"))
@@ -70,12 +77,22 @@ def _float_list(values: memoryview) -> np.ndarray:
 
 def _int64_list(values: memoryview) -> np.ndarray:
     parts = []
-    for _, wire, value in _fields(values):
+    for _, wire, value in _repeated(values):
         if wire == _BYTES:
             parts.append(_packed_varints(_view(value)))
         elif isinstance(value, int):
             parts.append(np.array([value], np.uint64))
+        else:
+            raise ValueError("an Int64List with other values than integers")
     return np.concatenate([*parts, np.empty(0, np.uint64)]).view(np.int64)
+
+
+def _repeated(values: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
+    """The fields of a list, all of number 1."""
+    for field in _fields(values):
+        if field[0] != 1:
+            raise ValueError(f"field {field[0]} of a list")
+        yield field
 
 
 def _packed_varints(packed: memoryview) -> np.ndarray:

@@ -53,6 +53,11 @@ class DataConfig(Config):
     eval_rows: int = Field(
         default=64, ge=0, description="rows held out for evaluation, drawn from the whole corpus"
     )  # 64 x 1024 tokens: perplexity to about 1%
+    max_document_mib: Positive = Field(
+        default=128,
+        exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
+        description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
+    )  # reading takes up to nine times a document's length in memory
     max_rows: Positive | None = Field(default=None, description="stop after so many rows; default: the whole text")
     eval_seed: int = Field(default=0, ge=0, description="which rows are drawn for evaluation")
 

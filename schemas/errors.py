@@ -45,6 +45,10 @@ class InputError(DistillcacheError):
     """Text, rows or a tokenizer that cannot be used."""
 
 
+class RecordError(InputError):
+    """One record of an input file that cannot be used, while the next ones may be; `line` or `record` says which."""
+
+
 class CheckpointError(DistillcacheError):
     """A teacher or student checkpoint that is missing, damaged or not supported."""
 

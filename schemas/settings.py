@@ -119,7 +119,8 @@ def _shortly(value: object) -> str:
 def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     """The finding for a key of a file that no field has: what was meant, by its name or by its place."""
     known = [name for name, *_ in _fields(model, "")]
-    names = [name.replace("-", "_") for name in known]
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    names = [*known, *sorted(sections)]
     path = ".".join(keys).replace("-", "_")
     leaf = path.rsplit(".", 1)[-1]
     same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
