@@ -16,7 +16,8 @@ import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
-from models.families import check_heads
+from models.families import check_experts, check_heads
+from models.families.values import MOST, is_number
 from models.ggufs import ROPE_FREQS, metadata, open_parts, tensor_data
 from models.rope import base_frequencies, llama3_frequencies
 from schemas.errors import CheckpointError
@@ -67,6 +68,9 @@ LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_ORIGINAL_POSITIONS = 8192
 
 
+LARGEST = {"block_count": 2000, "expert_count": 2**16, "attention.head_count": 2**16, "attention.key_length": 2**16}
+
+
 class GgufValues:
     """The keys of a file's architecture, each understood, harmless or refused."""
 
@@ -89,13 +93,25 @@ class GgufValues:
 
     def size(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                "the GGUF file has a size that cannot be used",
-                {"file": self.file, "key": self.key(key), "found": value, "expected": "one positive whole number"},
-                "use a file whose blocks are all of one size",
-            )
+        most = LARGEST.get(key, MOST)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self._bad(key, value, f"one whole number from 1 to {most}")
         return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number, as the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06, so that an export
+        reads as its source."""
+        value = self.get(key, default)
+        if not is_number(value) or not value > 0:
+            raise self._bad(key, value, "one positive number")
+        return float(str(np.float32(value)))
+
+    def _bad(self, key: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(
+            "the GGUF file has a value that cannot be used",
+            {"file": self.file, "key": self.key(key), "found": str(value)[:120], "expected": expected},
+            "use a file whose blocks are all of one size, or the model's HF directory",
+        )
 
     def key(self, key: str) -> str:
         """As the file spells it."""
@@ -123,6 +139,7 @@ def config_from_gguf(reader: gguf.GGUFReader, file: Place) -> ModelConfig:
     tensors = {str(tensor.name): (part, tensor) for part in parts for tensor in part.tensors}
     config = _config(tensors, values, ARCHITECTURES[name])
     check_heads(config, file)
+    check_experts(config, file)
     return config
 
 
@@ -142,7 +159,7 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
         head_dim=_head_dim(values, hidden // heads),
         layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
         rope=_rope(tensors, values, hidden // heads),
-        norm_eps=_short_float(values.get("attention.layer_norm_rms_epsilon", 1e-5)),
+        norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
@@ -185,11 +202,6 @@ def _inner(values: GgufValues) -> int:
     return values.size("feed_forward_length", values.get("expert_feed_forward_length"))
 
 
-def _short_float(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06, so that an export reads as its source."""
-    return float(str(np.float32(value)))
-
-
 def _head_dim(values: GgufValues, default: int) -> int:
     size = values.size("attention.key_length", default)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -204,10 +216,10 @@ def _head_dim(values: GgufValues, default: int) -> int:
 
 def _rope(tensors: Tensors, values: GgufValues, default_dim: int) -> RopeConfig:
     """theta and scaling: linear and YaRN by keys, Llama 3's by its tensor of divisors."""
-    theta = _short_float(values.get("rope.freq_base", 10_000.0))
+    theta = values.number("rope.freq_base", 10_000.0)
     kind = values.get("rope.scaling.type", "linear" if values.get("rope.scale_linear") is not None else "none")
-    factor = _short_float(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
-    if kind not in ("none", "linear", "yarn") or factor <= 0:
+    factor = values.number("rope.scaling.factor", values.get("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear", "yarn"):
         raise CheckpointError(
             "the GGUF file has a rotary scaling that is not supported",
             {"file": values.file, values.key("rope.scaling.type"): kind, "factor": factor,

@@ -16,6 +16,13 @@ from schemas.object_path import Place
 # GGUF token types (llama.h, llama_token_type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+# Control tokens whatever their type says.
+# Source: llama.cpp `llama-vocab.cpp` ("control-looking token was not control-type").
+CONTROL_TOKENS = frozenset(
+    """<|eot_id|> <|eom_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <EOT> _<EOT> <end_of_utterance>
+    <|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()  # noqa: SIM905
+)
+
 # How the text is cut before the merges, by `tokenizer.ggml.pre`.
 # Source: llama.cpp `llama-vocab.cpp`; the same cuts as in the tokenizer.json of SmolLM2, StarCoder, GPT-2,
 # Llama 3, Mistral Nemo and Qwen2.
@@ -65,13 +72,12 @@ def gguf_tokenizer(reader: gguf.GGUFReader, file: Place) -> GgufTokenizer:
             {"file": file, "tokenizer.ggml.model": model, "supported": "gpt2, llama"},
             "set data.tokenizer to the model's tokenizer.json",
         )
-    # A special token goes through the text whole; a user-defined one as well, but it is text when decoded.
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == CONTROL]
-    )
-    backend.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED]
-    )
+    # A special token goes through the text whole, the unknown one among them; a user-defined one as well, but it is
+    # text when decoded. Unused tokens and bytes are spelled out. Source: llama.cpp, `cache_special_tokens`.
+    special = {t for t, k in zip(tokens, types, strict=True) if k in (CONTROL, UNKNOWN) or t in CONTROL_TOKENS}
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens if t in special])
+    own = [t for t, k in zip(tokens, types, strict=True) if k == USER_DEFINED and t not in special]
+    backend.add_tokens([AddedToken(t, normalized=False) for t in own])
     ids = {role: _special(reader, tokens, role, file) for role in ("bos", "eos", "padding", "unknown")}
     backend.post_processor = _post_processor(reader, tokens, ids, file)  # pyright: ignore[reportAttributeAccessIssue]
     return GgufTokenizer(backend, tokens, ids)
@@ -94,7 +100,7 @@ def _vocabulary(reader: gguf.GGUFReader, file: Place) -> tuple[list[str], list[i
 def _special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Place) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
     found = metadata(reader, key)
-    if found is not None and not 0 <= found < len(tokens):
+    if found is not None and not (type(found) is int and 0 <= found < len(tokens)):
         raise InputError(
             "a special token is not in the tokenizer's vocabulary",
             {"file": file, key: found, "vocabulary": len(tokens)},
@@ -172,7 +178,7 @@ def merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequ
     Source: HF transformers `convert_slow_tokenizer.generate_merges`; of splits of one piece, the longest left part
     goes first.
     """
-    pieces = {t: s for t, k, s in zip(tokens, types, scores, strict=True) if k in (NORMAL, USER_DEFINED)}
+    pieces = {t: s for t, k, s in zip(tokens, types, scores, strict=True) if k in (NORMAL, USER_DEFINED, UNUSED)}
     found = [
         (-score, -cut, piece[:cut], piece[cut:])
         for piece, score in pieces.items()

@@ -13,7 +13,7 @@ Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel: `permute`; Qwen2MoeModel:
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from models.config import ModelConfig
+from models.gguf_reader import DAMAGE, CheckedGguf
 from models.ranges import Span, SpanReader
-from models.remote_gguf import PAST_THE_END, RemoteGguf, damaged, open_remote
+from models.remote_gguf import RemoteGguf, damaged, open_remote
 from models.tensors import Box, some
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
@@ -72,6 +73,39 @@ TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 ROPE_FREQS = "rope_freqs.weight"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+TEXT = ("a string", lambda value: isinstance(value, str))
+WHOLE = ("a whole number from 0", _whole)
+SWITCH = ("true or false", lambda value: isinstance(value, bool))
+TEXTS = ("an array of strings", _list_of(str))
+# Keys that are read whatever the architecture, and their types: what is expected, and a test of it.
+METADATA_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "general.architecture": TEXT,
+    "split.count": WHOLE,
+    "split.no": WHOLE,
+    "tokenizer.chat_template": TEXT,
+    "tokenizer.ggml.add_bos_token": SWITCH,
+    "tokenizer.ggml.add_eos_token": SWITCH,
+    "tokenizer.ggml.add_space_prefix": SWITCH,
+    "tokenizer.ggml.merges": TEXTS,
+    "tokenizer.ggml.model": TEXT,
+    "tokenizer.ggml.pre": TEXT,
+    "tokenizer.ggml.scores": (
+        "an array of numbers",
+        lambda value: _list_of(float)(value) and all(each == each for each in value),
+    ),
+    "tokenizer.ggml.token_type": ("an array of whole numbers", _list_of(int)),
+    "tokenizer.ggml.tokens": TEXTS,
+}
 
 
 def is_gguf(place: Place) -> bool:
@@ -152,8 +186,8 @@ def _open(path: Place, magic: bytes, _version: object) -> gguf.GGUFReader:
     if isinstance(path, ObjectPath):
         return open_remote(path)
     try:
-        return gguf.GGUFReader(path)
-    except PAST_THE_END as error:
+        return CheckedGguf(path)
+    except DAMAGE as error:
         raise damaged(path, path.stat().st_size, error) from error
 
 
@@ -178,9 +212,31 @@ def _span(reader: RemoteGguf, tensor: ReaderTensor, expert: int | None) -> Span:
 
 
 def metadata(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of a metadata key, or `default` where the file has no such key."""
+    """The value of a metadata key, or `default` where the file has no such key.
+
+    Raises:
+        CheckpointError: it is of another type than the key has, or no UTF-8.
+    """
     field = reader.fields.get(key)
-    return default if field is None else field.contents()
+    if field is None:
+        return default
+    try:
+        value = field.contents()
+    except DAMAGE as error:
+        raise _bad_metadata(reader, key, str(error)[:200], "strings in UTF-8") from error
+    expected, fits = METADATA_TYPES.get(key, ("", lambda _: True))
+    if not fits(value):
+        raise _bad_metadata(reader, key, repr(value)[:120], expected)
+    return value
+
+
+def _bad_metadata(reader: gguf.GGUFReader, key: str, found: str, expected: str) -> CheckpointError:
+    place = reader.file.path if isinstance(reader, RemoteGguf) else getattr(reader.data, "filename", None)
+    return CheckpointError(
+        "the metadata of a GGUF file cannot be read",
+        {"file": place, "key": key, "found": found, "expected": expected},
+        "copy or download the file again, or use the model's HF directory",
+    )
 
 
 class StoredTensor(NamedTuple):

@@ -3,21 +3,19 @@
 import tempfile
 from typing import Any
 
-import gguf
 import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
+from models.gguf_reader import DAMAGE, AbsurdSize, CheckedGguf
 from models.ranges import RemoteFile, Span
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath
 
 FIRST_BYTES = 16 * 2**20  # more than the headers of nearly all files: 8 MB for Llama 3's vocabulary
 MOST_BYTES = 2**30  # a longer header is damage
-# What the reader raises when it runs past the end of the bytes, according to where.
-PAST_THE_END = (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError)
 
 
-class RemoteGguf(gguf.GGUFReader):
+class RemoteGguf(CheckedGguf):
     """The reader of a header alone. The tensors' `data` have their dtypes and shapes, and all zeros: see `span`."""
 
     data_offset = MOST_BYTES  # until the end of the header is known
@@ -63,8 +61,8 @@ def open_remote(path: ObjectPath) -> RemoteGguf:
         size = file.length(size) if whole else size
         try:
             reader = RemoteGguf(file, file.read(0, size))
-        except PAST_THE_END as error:
-            if whole or size >= MOST_BYTES:
+        except DAMAGE as error:
+            if isinstance(error, AbsurdSize) or whole or size >= MOST_BYTES:
                 raise damaged(path, size, error) from error
             size *= 2
             continue
@@ -77,6 +75,6 @@ def damaged(path: object, size: int, found: object) -> CheckpointError:
     """The error for a file that is not whole."""
     return CheckpointError(
         "this GGUF file is truncated or damaged",
-        {"file": path, "bytes": size, "found": found},
+        {"file": path, "bytes": size, "found": str(found)[:300]},
         "copy or download the file again",
     )

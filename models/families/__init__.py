@@ -63,7 +63,15 @@ FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 # Vision-language models: the text model that is read and exported.
 LANGUAGE_MODELS = {MISTRAL3.name: MISTRAL.name, LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
 
-__all__ = ["check_heads", "config_from_hf", "config_to_hf", "exported_layout_of", "layout_of", "rope_from_hf"]
+__all__ = [
+    "check_experts",
+    "check_heads",
+    "config_from_hf",
+    "config_to_hf",
+    "exported_layout_of",
+    "layout_of",
+    "rope_from_hf",
+]
 
 
 def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
@@ -80,7 +88,7 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     config = family.read(values)
     values.check_stated(config)
     check_heads(config, file)
-    _check_experts(config, file)
+    check_experts(config, file)
     return config
 
 
@@ -140,7 +148,7 @@ def _check_factors(rope: RopeConfig, frequencies: int, file: Place) -> None:
         )
 
 
-def _check_experts(config: ModelConfig, file: Place) -> None:
+def check_experts(config: ModelConfig, file: Place) -> None:
     """The groups of experts are equal, and those that are kept have as many experts as a token takes."""
     if (moe := config.moe) is None:
         return

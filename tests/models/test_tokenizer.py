@@ -250,6 +250,34 @@ def test_merges_leave_out_tokens_that_are_not_pieces():
     assert merges_from_scores(tokens, types, [0.0, 0.0, -1.0, 0.0, 0.0]) == [("a", "b")]
 
 
+@pytest.mark.parametrize("kind", [2, 3, 4])
+def test_gguf_tokens_that_go_through_the_text_whole(kind: int, tmp_path: Path):
+    """llama.cpp caches unknown, control and user-defined tokens, in either kind of vocabulary."""
+    types = [kind, *SPM["token_type"][1:]]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", **SPM | {"token_type": types}))
+    ids = {token: index for index, token in enumerate(SPM_TOKENS)}
+    assert tokenizer.encode("<unk>a") == [1, 0, ids["▁a"]]
+    assert tokenizer.encode("a<unk><unk>") == [1, ids["▁a"], 0, 0]
+    assert tokenizer.backend.decode([ids["▁a"], 0]) == ("a<unk>" if kind == 4 else "a")
+    tokens = ["<unk>", *TOKENS[1:]]
+    types = [kind, 3, *[1] * (len(TOKENS) - 2)]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "b.gguf", tokens=tokens, token_type=types))
+    assert tokenizer.encode("hello<unk>") == [tokens.index("hello"), 0]
+
+
+@pytest.mark.parametrize("kind", [1, 5, 6])
+def test_gguf_tokens_that_are_spelled_out(kind: int, tmp_path: Path):
+    tokens, types = ["<odd>", *TOKENS[1:]], [kind, 3, *[1] * (len(TOKENS) - 2)]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "b.gguf", tokens=tokens, token_type=types))
+    assert 0 not in tokenizer.encode("hello<odd>")
+
+
+def test_gguf_tokens_that_look_like_control_are(tmp_path: Path):
+    tokens, types = ["<|im_end|>", *TOKENS[1:]], [1, 3, *[1] * (len(TOKENS) - 2)]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "b.gguf", tokens=tokens, token_type=types))
+    assert tokenizer.encode("hello<|im_end|>") == [tokens.index("hello"), 0]
+
+
 def test_exports_carry_the_tokenizer(tiny: Decoder, tmp_path: Path):
     source = write_gguf(tmp_path / "a.gguf")
     save_pretrained(tiny, tmp_path / "out", tokenizer_from=source)
