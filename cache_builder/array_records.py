@@ -19,8 +19,9 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
 
-from cache_builder.documents import Document, TokenDocument
+from cache_builder.documents import Document, FoundDocument, TokenDocument
 from cache_builder.inputs import InputFile, InputReader, foreign, on_disk
+from cache_builder.skipped import skipped_record
 from cache_builder.text import check_unicode
 from cache_builder.tf_example import TwoFeatures, decode_example
 from schemas.config import DataConfig
@@ -34,7 +35,7 @@ _SEGMENTS = ("segment_ids", "inputs_segmentation", "tokens_segmentation")
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 
 
-def record_documents(file: InputFile, reader: InputReader, data: DataConfig) -> Iterator[Document | TokenDocument]:
+def record_documents(file: InputFile, reader: InputReader, data: DataConfig) -> Iterator[FoundDocument]:
     """The documents of an ArrayRecord file, in order.
 
     Raises:
@@ -42,7 +43,12 @@ def record_documents(file: InputFile, reader: InputReader, data: DataConfig) -> 
     """
     with on_disk(file, reader) as path:
         for number, record in enumerate(foreign(file, _stored_records(file, path))):
-            yield from _of_record(record, data.text_field, f"{file} record {number}")
+            where = f"{file} record {number}"
+            try:
+                found: list[FoundDocument] = [*_of_record(record, data.text_field, where)]
+            except RecordError as error:
+                found = [skipped_record(error, where, data.on_error)]
+            yield from found
 
 
 def _stored_records(file: InputFile, path: Path) -> Iterator[bytes]:

@@ -18,7 +18,15 @@ from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ign
 from cache_builder.prepare import begin_rows
 from cache_builder.rows_files import RowsJob, RowsPlanned, plan_rows
 from cache_builder.shared_prepare import finish_rows, gather_streams, write_packed
-from cache_builder.token_parts import PartsStream, StreamIndex, Unfinished, Watch, job_fingerprint, write_parts
+from cache_builder.token_parts import (
+    PartsStream,
+    StreamIndex,
+    Unfinished,
+    Watch,
+    job_fingerprint,
+    skipped_in,
+    write_parts,
+)
 from models.tokenizer import TextTokenizer
 from schemas.config import PrepareConfig
 from schemas.rows import INDEX_KEY, RowReader, RowsIndex
@@ -86,7 +94,8 @@ class _Step(beam.DoFn):
         if self._streams is None:
             index = gather_streams(self._folder, len(self._job.files))
             stream = PartsStream(self._folder, index)
-            self._streams = stream, plan_rows(self._job, stream.length), index
+            skipped = len(skipped_in(index, self._job))
+            self._streams = stream, plan_rows(self._job, stream.length, skipped), index
         return self._streams
 
 

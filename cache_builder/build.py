@@ -44,7 +44,7 @@ from schemas.config import BuildConfig, PrepareConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
-from schemas.rows import Row, RowReader, teacher_batch
+from schemas.rows import SKIPPED_KEY, Row, RowReader, teacher_batch
 from schemas.segment import committed_shards, read_manifest, read_plan, segment_name
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
@@ -198,6 +198,9 @@ def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer,
     if rows is None:
         _prepare(store, config, tokenizer, segment)
         rows = RowReader(store, f"{layout.segment_prefix(segment)}/prepared/")
+        if rows.index.skipped:
+            listed = store.where(f"{layout.segment_prefix(segment)}/prepared/{SKIPPED_KEY}")
+            print(f"{rows.index.skipped} records of the text were skipped, see {listed}", file=sys.stderr)
     if rows.index.tokenizer_digest != tokenizer.digest:
         raise InputError(
             "the rows were made with another tokenizer than the teacher's",

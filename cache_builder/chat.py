@@ -18,7 +18,7 @@ from models.chat_template import ChatTemplate, Message, Span, TemplateFailure, T
 from models.template_process import BEGIN, END
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig
-from schemas.errors import ConfigError, InputError
+from schemas.errors import ConfigError, RecordError
 
 MESSAGES = "messages"  # the field of HF chat data sets
 TOOLS = "tools"
@@ -49,7 +49,7 @@ def written_chats(
     """A record's chat as one text or several, and the spans of each that the assistant wrote.
 
     Raises:
-        InputError: the record holds no chat, or the template cannot write it so that the turns are known.
+        RecordError: the record holds no chat, or the template cannot write it so that the turns are known.
     """
     template, closing = named_chat_template(tokenizer), tokenizer.special_tokens if tokenizer is not None else ()
     messages, tools = _messages_of(record, where), _tools_of(record, where)
@@ -58,7 +58,7 @@ def written_chats(
     check_unicode(text, where)
     unknown = next((token for token in template.unknown_tokens if token in text), None)
     if unknown is not None:
-        raise InputError(
+        raise RecordError(
             "a chat holds a special token that the tokenizer's vocabulary lacks",
             {"line": where, "token": repr(unknown), "declared in": "tokenizer_config.json or special_tokens_map.json"},
             "save the tokenizer with transformers, which adds the token, or correct the line",
@@ -84,7 +84,7 @@ class _Chat:
         try:
             return self._template.render(messages, tools=self._tools, add_generation_prompt=prompt, today=self._today)
         except TemplateFailure as error:
-            raise InputError(
+            raise RecordError(
                 "the chat template cannot write a chat",
                 {"line": self._where, "messages": f"{len(messages)} of {len(self._messages)}", "cause": error},
                 "correct or remove the line, or use a template that takes such chats",
@@ -146,7 +146,7 @@ class _Chat:
         """
         try:
             before, _ = self.write([], prompt=True)
-        except InputError:
+        except RecordError:
             before = None
         if before is not None and after.startswith(before):
             return len(before)
@@ -162,9 +162,9 @@ class _Chat:
         prompted, _ = self.write(self._messages[:1], prompt=True)
         return prompted[len(text) :] if prompted.startswith(text) else ""
 
-    def _not_stable(self, number: int, before: str, after: str) -> InputError:
+    def _not_stable(self, number: int, before: str, after: str) -> RecordError:
         place = _common(before, after)
-        return InputError(
+        return RecordError(
             "the chat template writes a chat otherwise once it goes on, so the assistant's turns cannot be told",
             {
                 "line": self._where,
@@ -197,13 +197,13 @@ def _messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
     messages = record.get(MESSAGES)
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         found = ", ".join(record) or "no field" if messages is None else repr(messages)[:80]
-        raise InputError(
+        raise RecordError(
             "a line holds no chat",
             {"line": where, "found": found, "expected": '{"messages": [{"role": "user", "content": "..."}, ...]}'},
             "correct or remove the line, or set data.format to what the files hold",
         )
     if any(_has_mark(text) for text in _texts([messages, record.get(TOOLS)])):
-        raise InputError(
+        raise RecordError(
             "a chat holds a noncharacter (U+FDD0 or U+FDD1)", {"line": where}, "correct or remove the line"
         )
     return messages
@@ -213,20 +213,20 @@ def _tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
     """The tools of a chat. Many data sets store them as JSON text, whole or one text a tool.
 
     Raises:
-        InputError: they are no list of mappings, which transformers refuses too.
+        RecordError: they are no list of mappings, which transformers refuses too.
     """
     tools = _parsed(record.get(TOOLS))
     tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(
+        raise RecordError(
             "a chat's tools are no list of descriptions",
             {"line": where, "found": repr(tools)[:80], "expected": '[{"type": "function", "function": {...}}, ...]'},
             "correct or remove the line",
         )
     if any(_has_mark(text) for text in _texts(tools)):  # JSON text may spell them
-        raise InputError(
+        raise RecordError(
             "a chat holds a noncharacter (U+FDD0 or U+FDD1)", {"line": where}, "correct or remove the line"
         )
     return tools

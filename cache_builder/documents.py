@@ -10,12 +10,13 @@ from typing import Any
 from jaxtyping import Bool, Int32
 from numpy import ndarray
 
-from cache_builder.chat import MESSAGES, TOOLS, written_chats
+from cache_builder.chat import MESSAGES, TOOLS, named_chat_template, written_chats
 from cache_builder.inputs import InputFile, InputReader, input_files
+from cache_builder.skipped import Skipped, skipped_record
 from cache_builder.text import line_records, text_of_record, too_long, whole_text
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig
-from schemas.errors import InputError
+from schemas.errors import InputError, RecordError
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class TokenDocument:
     read_bytes: int = 0
 
 
+FoundDocument = Document | TokenDocument | Skipped
+
+
 def documents(data: DataConfig, tokenizer: TextTokenizer | None = None) -> Iterator[Document | TokenDocument]:
-    """Every document of the input files, in order.
+    """Every document of the input files, in order, without what is skipped.
 
     Args:
         tokenizer: whose chat template writes chats; needed for them only.
@@ -54,26 +58,38 @@ def documents(data: DataConfig, tokenizer: TextTokenizer | None = None) -> Itera
     for file in input_files(data):
         with InputReader(file) as reader:
             for document in file_documents(file, reader, data, tokenizer):
-                empty = False
-                yield replace(document, read_bytes=before + reader.consumed)
+                if not isinstance(document, Skipped):
+                    empty = False
+                    yield replace(document, read_bytes=before + reader.consumed)
         before += file.size
     if empty:
         raise no_text(data)
 
 
-def no_text(data: DataConfig) -> InputError:
-    """The error for files without a document in them."""
-    return InputError("the text is empty", {"data.path": data.path}, "name files that hold some text")
+def no_text(data: DataConfig, skipped: int = 0) -> InputError:
+    """The error for files without a document in them.
+
+    Args:
+        skipped: records that data.on_error left out.
+    """
+    facts = {"data.path": data.path, **({"skipped": f"{skipped} records (data.on_error)"} if skipped else {})}
+    step = "set data.on_error to stop, which names what is wrong" if skipped else "name files that hold some text"
+    return InputError("the text is empty", facts, step)
 
 
 def file_documents(
     file: InputFile, reader: InputReader, data: DataConfig, tokenizer: TextTokenizer | None
-) -> Generator[Document | TokenDocument]:
-    """The documents of one file, in order, read through `reader`, which may stay unfinished."""
+) -> Generator[FoundDocument]:
+    """The documents of one file, in order, read through `reader`, which may stay unfinished.
+
+    Among them are the notes of records that are skipped; what is wrong with the whole file is raised.
+    """
+    if data.format == "chat":
+        named_chat_template(tokenizer).check()
     limit = data.max_document_mib << 20
     fields = (MESSAGES, TOOLS) if data.format == "chat" else (data.text_field,)
     if file.kind.startswith(".txt"):
-        found: Iterator[Document | TokenDocument] = iter([Document(whole_text(file, reader, limit), str(file))])
+        found = _of_text(file, reader, data, limit)
     elif file.kind == ".array_record":
         from cache_builder.array_records import record_documents  # here, since few corpora need these formats
 
@@ -83,9 +99,11 @@ def file_documents(
 
         found = _of_records(table_records(file, reader, data), data, tokenizer)
     else:
-        found = _of_records(line_records(file, reader, fields, limit), data, tokenizer)
+        found = _of_records(line_records(file, reader, fields, limit, data.on_error), data, tokenizer)
     for document in found:
-        if isinstance(document, TokenDocument):
+        if isinstance(document, Skipped):
+            yield document
+        elif isinstance(document, TokenDocument):
             if document.tokens.size:
                 yield document
         elif document.text and not document.text.isspace():
@@ -94,12 +112,26 @@ def file_documents(
             yield document
 
 
+def _of_text(file: InputFile, reader: InputReader, data: DataConfig, limit: int) -> Iterator[FoundDocument]:
+    try:
+        yield Document(whole_text(file, reader, limit), str(file))
+    except RecordError as error:
+        yield skipped_record(error, str(file), data.on_error)
+
+
 def _of_records(
-    records: Iterator[tuple[str, dict[str, Any]]], data: DataConfig, tokenizer: TextTokenizer | None
-) -> Iterator[Document]:
+    records: Iterator[tuple[str, dict[str, Any] | Skipped]], data: DataConfig, tokenizer: TextTokenizer | None
+) -> Iterator[FoundDocument]:
     for where, record in records:
-        if data.format == "chat":
-            for text, spans in written_chats(record, tokenizer, data, where):
-                yield Document(text, where, spans=tuple(spans))
-        else:
-            yield Document(text_of_record(record, data.text_field, where), where)
+        try:
+            found = [record] if isinstance(record, Skipped) else _of_record(record, data, tokenizer, where)
+        except RecordError as error:
+            found = [skipped_record(error, where, data.on_error)]
+        yield from found
+
+
+def _of_record(record: dict[str, Any], data: DataConfig, tokenizer: TextTokenizer | None, where: str) -> list[Document]:
+    if data.format != "chat":
+        return [Document(text_of_record(record, data.text_field, where), where)]
+    texts = written_chats(record, tokenizer, data, where)
+    return [Document(text, where, spans=tuple(spans)) for text, spans in texts]

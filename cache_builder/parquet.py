@@ -7,13 +7,16 @@ from typing import Any
 
 from cache_builder.chat import MESSAGES, TOOLS, without_nulls
 from cache_builder.inputs import InputFile, InputReader, foreign, on_disk, unreadable
-from schemas.config import DataConfig
+from cache_builder.skipped import Skipped, skipped_record
+from schemas.config import DataConfig, OnError
 from schemas.errors import InputError, RecordError
 
 BATCH_ROWS = 1024  # records in memory at once, beside the row group's own pages
 
 
-def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def table_records(
+    file: InputFile, reader: InputReader, data: DataConfig
+) -> Iterator[tuple[str, dict[str, Any] | Skipped]]:
     """Where each row stands, for messages, and its column (of chats: `messages`, and `tools` where there is one).
 
     Raises:
@@ -37,13 +40,13 @@ def table_records(file: InputFile, reader: InputReader, data: DataConfig) -> Ite
                 "write the file again with other names, so that it is clear which of them is meant",
             )
         for batch in foreign(file, table.iter_batches(BATCH_ROWS, columns=columns)):
-            for record in _records(file, batch, row):
+            for record in _records(file, batch, row, data.on_error):
                 row += 1
                 yield f"{file} row {row}", without_nulls(record) if chat else record
 
 
-def _records(file: InputFile, batch: Any, before: int) -> list[dict[str, Any]]:
-    """The rows of a batch as mappings; where one cannot be read, it is named.
+def _records(file: InputFile, batch: Any, before: int, on_error: OnError) -> list[dict[str, Any] | Skipped]:
+    """The rows of a batch as mappings; where one cannot be read, it is named or skipped.
 
     Args:
         before: how many rows of the file come before these.
@@ -54,14 +57,18 @@ def _records(file: InputFile, batch: Any, before: int) -> list[dict[str, Any]]:
     try:
         return batch.to_pylist()
     except Exception:  # which row it was is found by reading each
-        for number in range(batch.num_rows):
-            try:
-                batch.slice(number, 1).to_pylist()
-            except Exception as error:
-                what = "a row's text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a row cannot be read"
-                where = f"{file} row {before + number + 1}"
-                raise RecordError(what, {"record": where, "cause": error}, "correct or remove the row") from error
-        raise
+        return [
+            _record(batch.slice(row, 1), f"{file} row {before + row + 1}", on_error) for row in range(batch.num_rows)
+        ]
+
+
+def _record(row: Any, where: str, on_error: OnError) -> dict[str, Any] | Skipped:
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:  # of one damaged value
+        what = "a row's text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a row cannot be read"
+        found = RecordError(what, {"record": where, "cause": error}, "correct or remove the row")
+        return skipped_record(found, where, on_error)
 
 
 def text_bytes(file: InputFile, column: str) -> int:

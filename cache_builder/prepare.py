@@ -15,14 +15,13 @@ from pathlib import Path
 
 import xxhash
 
-from cache_builder.documents import file_documents
 from cache_builder.inputs import InputReader, input_files, named_kind
 from cache_builder.packing import SpooledStream, count_begins
 from cache_builder.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
 from cache_builder.shared_prepare import KB, Share, prepare_shared, stop_if_asked
+from cache_builder.skipped import Skipped
 from cache_builder.text_digest import known_digest, remember_inputs, total_digest
 from cache_builder.token_parts import UNFINISHED
-from cache_builder.tokenise import token_arrays
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas.canonical import from_canonical
 from schemas.config import DataConfig, PrepareConfig
@@ -36,7 +35,17 @@ TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a 
 PIECEWISE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
 
 # What a user may have changed, and how the message about it names it.
-_COMPARED = ("max_rows", "row_tokens", "eval_rows", "eval_seed", "format", "text_field", "chat_date", "eos_token")
+_COMPARED = (
+    "max_rows",
+    "row_tokens",
+    "eval_rows",
+    "eval_seed",
+    "format",
+    "text_field",
+    "chat_date",
+    "eos_token",
+    "on_error",
+)
 
 
 def prepare_rows(
@@ -66,8 +75,8 @@ def prepare_rows(
     size, processes = sum(file.size for file in job.files), config.num_processes * config.workers
     with watch_for_stop() as stop:
         if size < (PIECEWISE_BYTES if processes == 1 else shared_from_bytes):
-            index = _prepare_alone(store, job, stop)
-            if commit_index(store, index):
+            index, skipped = _prepare_alone(store, job, stop)
+            if commit_index(store, index, skipped):
                 return index
             text_digest = index.text_digest
         else:
@@ -128,14 +137,15 @@ def _may_be_rows(path: str) -> bool:
     return scheme in ("gs", "s3") and not any(letter in place for letter in "*?[") and not named_kind(name)
 
 
-def _prepare_alone(store: Store, job: RowsJob, stop: StopRequest) -> RowsIndex:
+def _prepare_alone(store: Store, job: RowsJob, stop: StopRequest) -> tuple[RowsIndex, list[Skipped]]:
     """All rows, by this process, through a temporary file: the eval rows can be drawn only when their number is known.
 
     A corpus need not fit in memory; the file takes 5 bytes a token.
     """
     with _temporary_stream() as stream:
-        lines, documents = _spool_tokens(stream, store, job, stop)
-        planned = plan_rows(job, stream.length)
+        skipped: list[Skipped] = []
+        lines, documents = _spool_tokens(stream, store, job, stop, skipped)
+        planned = plan_rows(job, stream.length, len(skipped))
         content, files = xxhash.xxh3_128(), []
         for number in range(planned.num_files):
             stop_if_asked(stop, store, kept="nothing: a small text is prepared in one go")
@@ -145,19 +155,27 @@ def _prepare_alone(store: Store, job: RowsJob, stop: StopRequest) -> RowsIndex:
             files.append(write_rows_file(store, number, records))
     text_digest = total_digest(lines, job.data, job.tokenizer)
     remember_inputs(store, job.files, text_digest)
-    return rows_index(planned, documents, files, content.hexdigest(), text_digest)
+    return rows_index(planned, documents, files, content.hexdigest(), text_digest, len(skipped)), skipped
 
 
-def _spool_tokens(stream: SpooledStream, store: Store, job: RowsJob, stop: StopRequest) -> tuple[list[str], int]:
-    """The token stream of the text, as far as it matters: the files' lines in its digest, and the documents."""
+def _spool_tokens(
+    stream: SpooledStream, store: Store, job: RowsJob, stop: StopRequest, skipped: list[Skipped]
+) -> tuple[list[str], int]:
+    """The token stream of the text, as far as it matters: the files' lines in its digest, and the documents.
+
+    Args:
+        skipped: gets the notes of what was left out.
+    """
     lines, before, documents = [], 0, 0
     with Progress("prepare", sum(file.size for file in job.files) // KB, unit="kB") as bar:
         for file in job.files:
             with InputReader(file) as reader:
                 if not job.is_enough(stream.length):
-                    found = token_arrays(file_documents(file, reader, job.data, job.tokenizer), job.tokenizer)
-                    with closing(found):
+                    with closing(job.marked(file, reader)) as found:
                         for marked in found:
+                            if isinstance(marked, Skipped):
+                                skipped.append(marked)
+                                continue
                             stop_if_asked(stop, store, kept="nothing: a small text is prepared in one go")
                             # Documents that begin behind the last row do not count.
                             most = job.most_tokens

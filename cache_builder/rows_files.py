@@ -3,16 +3,19 @@
 One process writes all files in order, or many write some each; the bytes are the same.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import xxhash
 
-from cache_builder.documents import no_text
-from cache_builder.inputs import InputFile
+from cache_builder.documents import file_documents, no_text
+from cache_builder.inputs import InputFile, InputReader
 from cache_builder.packing import TokenStream, draw_eval_rows, pack_rows_of
+from cache_builder.skipped import Skipped, write_skipped
+from cache_builder.tokenise import token_arrays
 from models.tokenizer import TextTokenizer
 from schemas.canonical import to_canonical
 from schemas.config import DataConfig
@@ -32,6 +35,11 @@ class RowsJob:
     tokenizer: TextTokenizer
     files: tuple[InputFile, ...]
     rows_per_file: int
+
+    def marked(self, file: InputFile, reader: InputReader) -> Generator[np.ndarray | Skipped]:
+        """The marked tokens of a file's documents, and the notes of what was skipped, in order."""
+        found = file_documents(file, reader, self.data, self.tokenizer)
+        return token_arrays(found, self.tokenizer, self.data.on_error)
 
     @property
     def most_tokens(self) -> int | None:
@@ -88,14 +96,17 @@ class RowsPlanned:
         return [encode_row(row) for row in rows]
 
 
-def plan_rows(job: RowsJob, length: int) -> RowsPlanned:
+def plan_rows(job: RowsJob, length: int, skipped: int = 0) -> RowsPlanned:
     """The rows of a stream of this length.
+
+    Args:
+        skipped: records that were left out, for the message where nothing is left.
 
     Raises:
         InputError: there is no text, or no row would be left to train on.
     """
     if not length:
-        raise no_text(job.data)
+        raise no_text(job.data, skipped)
     planned = RowsPlanned(job, length)
     _ = planned.held_out
     return planned
@@ -132,7 +143,12 @@ def stored_content_digest(store: Store, files: Sequence[RowsFile]) -> str:
 
 
 def rows_index(
-    planned: RowsPlanned, documents: int, files: Iterable[RowsFile], content_digest: str, text_digest: str
+    planned: RowsPlanned,
+    documents: int,
+    files: Iterable[RowsFile],
+    content_digest: str,
+    text_digest: str,
+    skipped: int = 0,
 ) -> RowsIndex:
     """What `rows.json` says of finished rows."""
     job = planned.job
@@ -141,6 +157,7 @@ def rows_index(
         row_tokens=job.data.row_tokens,
         eval_indices=planned.held_out,
         documents=documents,
+        skipped=skipped,
         tokens=planned.tokens,
         vocab_size=job.tokenizer.vocab_size,
         eos_id=job.tokenizer.eos_id,
@@ -153,8 +170,12 @@ def rows_index(
     )
 
 
-def commit_index(store: Store, index: RowsIndex) -> bool:
-    """Write `rows.json`, which makes the rows exist; False where another process was first."""
+def commit_index(store: Store, index: RowsIndex, skipped: Sequence[Skipped]) -> bool:
+    """Write the list of what was skipped, then `rows.json`, which makes the rows exist.
+
+    Returns: False where another process was first.
+    """
+    write_skipped(store, skipped)
     return store.create(INDEX_KEY, to_canonical(index))
 
 

@@ -33,6 +33,7 @@ from cache_builder.token_parts import (
     Watch,
     claim_key,
     job_fingerprint,
+    skipped_in,
     write_parts,
 )
 from schemas.canonical import from_canonical, to_canonical
@@ -98,7 +99,7 @@ class _Work:
     def through(self) -> str:
         index = self._folder.read_streams() or self._read_files()
         stream = PartsStream(self._folder, index)
-        planned = plan_rows(self._job, stream.length)
+        planned = plan_rows(self._job, stream.length, len(skipped_in(index, self._job)))
         self._write_rows(stream, planned)
         self._share_out(
             range(1),
@@ -259,7 +260,8 @@ def finish_rows(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, i
     documents = stream.documents_until(planned.tokens)
     content_digest = stored_content_digest(store, files)
     remember_inputs(store, job.files, text_digest)
-    commit_index(store, rows_index(planned, documents, files, content_digest, text_digest))
+    skipped = skipped_in(index, job)
+    commit_index(store, rows_index(planned, documents, files, content_digest, text_digest, len(skipped)), skipped)
     store.delete_folder(UNFINISHED)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from typing_extensions import Buffer
 
 from cache_builder.inputs import READ_BYTES, InputFile, InputReader, unreadable
+from cache_builder.skipped import Skipped, skipped_record
+from schemas.config import OnError
 from schemas.errors import InputError, RecordError
 
 _BOM = b"\xef\xbb\xbf"  # the UTF-8 byte order mark that some editors write first
@@ -36,7 +38,7 @@ def whole_text(file: InputFile, reader: InputReader, limit: int) -> str:
     try:
         return _decode(b"".join(chunks), 0)
     except UnicodeDecodeError as error:
-        raise InputError(
+        raise RecordError(
             "a text file is not UTF-8",
             {"file": file.place, **_wrong_byte(error, size)},
             "convert the file to UTF-8, or leave it out",
@@ -44,8 +46,8 @@ def whole_text(file: InputFile, reader: InputReader, limit: int) -> str:
 
 
 def line_records(
-    file: InputFile, reader: InputReader, fields: Sequence[str], limit: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    file: InputFile, reader: InputReader, fields: Sequence[str], limit: int, on_error: OnError
+) -> Iterator[tuple[str, dict[str, Any] | Skipped]]:
     """Where each line of a .jsonl file stands, for messages, and the object in it. Empty lines are none.
 
     Args:
@@ -61,7 +63,10 @@ def line_records(
         where = f"{file}:{number}"
         if len(line) > limit:
             raise too_long(where, limit)
-        record = _record_in(line, file, number, offset, fields)
+        try:
+            record = _record_in(line, file, number, offset, fields)
+        except RecordError as error:
+            record = skipped_record(error, where, on_error)
         offset += len(line)
         if record is not None:
             yield where, record

@@ -20,11 +20,10 @@ from itertools import accumulate
 import numpy as np
 from pydantic import Field
 
-from cache_builder.documents import file_documents
 from cache_builder.inputs import InputReader
 from cache_builder.packing import MARKED, count_begins
 from cache_builder.rows_files import RowsJob
-from cache_builder.tokenise import token_arrays
+from cache_builder.skipped import Skipped, SkippedRecord
 from schemas.canonical import from_canonical, to_canonical
 from schemas.config import Config
 from schemas.digest import digest_bytes
@@ -49,6 +48,9 @@ class FileReceipt(Config):
 
     line: str = Field(description="the file's line in the digest of the text")
     parts: tuple[PartEntry, ...]
+    skipped: tuple[SkippedRecord, ...] = Field(
+        default=(), exclude_if=lambda value: not value, description="what data.on_error left out"
+    )
 
     @property
     def tokens(self) -> int:
@@ -59,6 +61,15 @@ class StreamIndex(Config):
     """All receipts, in the order of the files."""
 
     files: tuple[FileReceipt, ...]
+
+
+def skipped_in(index: StreamIndex, job: RowsJob) -> list[Skipped]:
+    """What was left out of the text, as far as its tokens matter: the same as one process meets in reading order."""
+    found, before = [], 0
+    for file in index.files:
+        found += [Skipped(each.where, each.error) for each in file.skipped if not job.is_enough(before + each.tokens)]
+        before += file.tokens
+    return found
 
 
 class PartsGone(Exception):
@@ -118,16 +129,16 @@ def write_parts(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *
         watch: is told how much is read, and may stop the work.
         digest_only: its tokens are known not to matter.
     """
-    file, parts = job.files[number], []
+    file, parts, skipped = job.files[number], [], []
     with InputReader(file) as reader:
         if not digest_only:
-            found = token_arrays(file_documents(file, reader, job.data, job.tokenizer), job.tokenizer)
+            found = job.marked(file, reader)
             with closing(found):
-                for part in _parts(_watched(found, reader, watch), job):
+                for part in _parts(_watched(found, reader, watch), job, skipped):
                     data = part.tobytes()
                     folder.store.write(folder.part_key(number, len(parts)), data)
                     parts.append(PartEntry(tokens=part.size, documents=count_begins(part), digest=digest_bytes(data)))
-        receipt = FileReceipt(line=reader.finish(), parts=tuple(parts))
+        receipt = FileReceipt(line=reader.finish(), parts=tuple(parts), skipped=tuple(skipped))
     folder.store.write(folder.receipt_key("files", number), to_canonical(receipt))
     return receipt
 
@@ -139,17 +150,26 @@ class Watch:
         """So many bytes of the present input file are read; raises to stop the work."""
 
 
-def _watched(found: Iterator[np.ndarray], reader: InputReader, watch: Watch) -> Iterator[np.ndarray]:
+def _watched(
+    found: Iterator[np.ndarray | Skipped], reader: InputReader, watch: Watch
+) -> Iterator[np.ndarray | Skipped]:
     for marked in found:
         watch.read(reader.consumed)
         yield marked
 
 
-def _parts(found: Iterator[np.ndarray], job: RowsJob) -> Iterator[np.ndarray]:
-    """Documents joined to parts of PART_TOKENS or somewhat more, until no further one matters."""
+def _parts(found: Iterator[np.ndarray | Skipped], job: RowsJob, skipped: list[SkippedRecord]) -> Iterator[np.ndarray]:
+    """Documents joined to parts of PART_TOKENS or somewhat more, until no further one matters.
+
+    Args:
+        skipped: gets the notes of what was left out.
+    """
     gathered: list[np.ndarray] = []
     size = total = 0
     for marked in found:
+        if isinstance(marked, Skipped):
+            skipped.append(SkippedRecord(where=marked.where, error=marked.error, tokens=total))
+            continue
         gathered.append(marked)
         size, total = size + marked.size, total + marked.size
         if size >= PART_TOKENS:

@@ -3,10 +3,11 @@
 The description of each field is its help text (`distillcache build --help`); its default's reason is beside it.
 """
 
+import re
 from datetime import date
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Config as Config
 from schemas.base import Positive as Positive
@@ -20,6 +21,8 @@ from schemas.teacher_config import TopKConfig as TopKConfig
 from schemas.train_config import SurgeryOp
 from schemas.train_config import TrainConfig as TrainConfig
 
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+OnError = Literal["stop", "skip"]
 DataFormat = Literal["auto", "text", "jsonl", "chat", "parquet", "array_record"]
 
 
@@ -42,6 +45,12 @@ class DataConfig(Config):
         exclude_if=lambda value: value is None,
         description="the day that a chat template may write as today's, such as 2025-01-31",
     )  # no default, since the same text must give the same rows on every day
+    on_error: OnError = Field(
+        default="stop",
+        exclude_if=lambda value: value == "stop",
+        description="a line, row or record that cannot be used: stop ends the command; skip leaves it out, counts it "
+        "and lists it in skipped.jsonl beside the rows",
+    )  # stop: nobody finds out later that half of a text was left out
     tokenizer: str | None = Field(
         default=None,
         description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own (prepare needs one)",
@@ -60,6 +69,14 @@ class DataConfig(Config):
     )  # reading takes up to nine times a document's length in memory
     max_rows: Positive | None = Field(default=None, description="stop after so many rows; default: the whole text")
     eval_seed: int = Field(default=0, ge=0, description="which rows are drawn for evaluation")
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: object) -> object:
+        """Numbers are no dates: pydantic would take them for seconds since 1970."""
+        if value is None or isinstance(value, date) or (isinstance(value, str) and _DAY.fullmatch(value)):
+            return value
+        raise ValueError("a day is written as 2025-01-31")
 
 
 class PrepareConfig(Config):

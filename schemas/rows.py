@@ -31,6 +31,7 @@ SPLITS: tuple[Split, ...] = ("train", "eval")  # stored as the place in this tup
 
 INDEX_KEY = "rows.json"
 TOKENIZER_KEY = "tokenizer.json"
+SKIPPED_KEY = "skipped.jsonl"
 
 _DTYPES = {
     "tokens": np.dtype(np.int32),
@@ -193,6 +194,12 @@ class RowsIndex(Config):
     row_tokens: Positive = Field(description="T")
     eval_indices: tuple[int, ...] = Field(description="the rows that are held out, ascending")
     documents: Positive = Field(description="documents in the text")
+    skipped: int = Field(
+        default=0,
+        ge=0,
+        exclude_if=lambda value: value == 0,
+        description="records of the text that data.on_error left out; skipped.jsonl lists them",
+    )
     tokens: Positive = Field(description="tokens in the rows, padding not counted")
     vocab_size: Positive = Field(description="the highest id that the tokenizer can give, plus one")
     eos_id: int = Field(ge=0, description="the id that ends every document")

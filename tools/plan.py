@@ -26,6 +26,7 @@ from cache_builder.documents import Document, TokenDocument, file_documents
 from cache_builder.inputs import InputFile, InputReader, input_files
 from cache_builder.plan import make_plan
 from cache_builder.prepare import open_rows, prepare_rows
+from cache_builder.skipped import Skipped
 from cache_builder.tokenise import token_arrays
 from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
@@ -256,7 +257,8 @@ def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int]
     text, tokens = 0, 0
     for file in sampled:
         for document in _beginning(file, data, tokenizer, SAMPLE_BYTES // len(sampled)):
-            one = sum(marked.size for marked in token_arrays([document], tokenizer))
+            arrays = token_arrays([document], tokenizer, data.on_error)
+            one = sum(marked.size for marked in arrays if not isinstance(marked, Skipped))
             is_text = isinstance(document, Document)
             text += len(document.text.encode()) if is_text else one * TOKEN_RECORD_BYTES
             tokens += one
@@ -269,6 +271,8 @@ def _beginning(
     """The first documents of a file, of about `limit` characters or tokens; a longer text is cut."""
     with InputReader(file) as reader, closing(file_documents(file, reader, data, tokenizer)) as found:
         for document in found:
+            if isinstance(document, Skipped):
+                continue
             yield replace(document, text=document.text[:limit]) if isinstance(document, Document) else document
             limit -= len(document.text) if isinstance(document, Document) else document.tokens.size
             if limit <= 0:

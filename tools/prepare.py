@@ -8,7 +8,7 @@ from cache_builder.prepare import prepare_rows
 from schemas import settings
 from schemas.config import PrepareConfig
 from schemas.errors import InputError
-from schemas.rows import RowsIndex
+from schemas.rows import SKIPPED_KEY, RowsIndex
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -24,11 +24,15 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         "row_tokens": index.row_tokens,
         "tokens": index.tokens,
     }
+    if index.skipped:
+        summary["skipped"] = index.skipped
     if as_json:
         print(json.dumps(summary))
     else:
         text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if name != "out")
         print(f"rows in {config.out}: {text}", file=sys.stderr)
+        if index.skipped:
+            print(f"what was skipped: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:

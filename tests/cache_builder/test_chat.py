@@ -14,6 +14,7 @@ from cache_builder.chat import written_chats
 from cache_builder.documents import Document, documents
 from cache_builder.packing import BEGINS, COUNTED
 from cache_builder.prepare import prepare_rows
+from cache_builder.skipped import Skipped
 from cache_builder.text_digest import inputs_digest
 from cache_builder.tokenise import token_arrays
 from models.tokenizer import TextTokenizer, load_tokenizer
@@ -55,7 +56,8 @@ def write_chats(path: Path, *chats: object) -> DataConfig:
 
 def encoded(data: DataConfig, tokenizer: TextTokenizer) -> list[tuple[list[int], str]]:
     """Ids and mask of every chat."""
-    arrays = list(token_arrays(documents(data, tokenizer), tokenizer))
+    found = token_arrays(documents(data, tokenizer), tokenizer)
+    arrays = [array for array in found if not isinstance(array, Skipped)]
     assert all((array["marks"] & BEGINS).tolist() == [1] + [0] * (array.size - 1) for array in arrays)
     masks = ["".join("1" if mark else "0" for mark in array["marks"] & COUNTED) for array in arrays]
     return [(array["token"].tolist(), mask) for array, mask in zip(arrays, masks, strict=True)]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from cache_builder import prepare as prepare_module
+from cache_builder import rows_files
 from cache_builder.documents import documents
 from cache_builder.inputs import input_files
 from cache_builder.packing import draw_eval_rows, mark_document, pack_tokens
@@ -272,7 +272,7 @@ def test_a_damaged_index_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_shows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     config = make_config(tmp_path, ["abcdefg"], out="file/rows")
-    monkeypatch.setattr(prepare_module, "token_arrays", lambda *_: pytest.fail("tokenised before"))
+    monkeypatch.setattr(rows_files, "token_arrays", lambda *_: pytest.fail("tokenised before"))
     with pytest.raises(StorageError):
         prepare_rows(config, tokenizer=make_tokenizer())
 
