@@ -245,14 +245,16 @@ def _parsed(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, names of fields among them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
+    """All texts in a value, names of fields among them. No recursion: JSON may nest as deep as Python's stack."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            left += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple):
+            left += each
 
 
 def _has_mark(text: str) -> bool:

@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import sys
+from contextlib import suppress
 from datetime import date
 from functools import lru_cache
 from typing import Any
@@ -37,19 +38,23 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        _limit(resource.RLIMIT_CPU, int(_cpu_seconds()) + 1 + request["cpu_s"])
-        _limit(resource.RLIMIT_AS, request["memory_bytes"])
         try:
-            reply = answer(request)
-        except MemoryError:
-            reply = {"error": "memory"}
-        try:
-            text = json.dumps(reply)
+            text = json.dumps(_limited(line))
         except MemoryError:
             text = '{"error": "memory"}'
+        except RecursionError:
+            text = '{"error": "failure", "message": "the chat is nested too deep"}'
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+
+def _limited(line: bytes) -> dict[str, Any]:
+    """The reply to a line, within the limits that it names."""
+    request = json.loads(line)
+    _limit(resource.RLIMIT_CPU, int(_cpu_seconds()) + 1 + request["cpu_s"])
+    with suppress(ValueError, OSError):  # macOS has no such limit; the one of time holds there too
+        _limit(resource.RLIMIT_AS, request["memory_bytes"])
+    return answer(request)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class TemplateProcess:
     """A running process, or none yet. Threads take turns; a fork starts its own."""
 
     def __init__(self) -> None:
-        self._lock, self._process, self._owner = threading.Lock(), None, 0
+        self._lock, self._owner = threading.Lock(), 0
+        self._process: Any = None  # a subprocess.Popen with both streams
         atexit.register(self.close)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,10 @@ class TemplateProcess:
 
         Values that JSON lacks (bytes, dates) are shown to the template as `<type>`, as transformers does.
         """
-        content = json.dumps(request, default=_placeholder)
+        try:
+            content = json.dumps(request, default=_placeholder)
+        except RecursionError:
+            return {"error": "failure", "message": "the chat is nested too deep"}
         limits = {
             "cpu_s": CPU_S + len(content) // CPU_BYTES,
             "memory_bytes": MEMORY_BYTES + MEMORY_FACTOR * len(content),

@@ -203,6 +203,23 @@ def test_tools_may_be_json_text(tmp_path: Path, tools: object) -> None:
     assert text == json.dumps(TOOL) + "\n2"
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_a_chat_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", "{{ messages | length }}{% generation %}{% endgeneration %}")
+    data = write_chats(tmp_path / "a.jsonl")
+    flat, deep = ({"messages": [{"role": "user", "content": nested(depth)}]} for depth in (100, 5000))
+    assert written_chats(flat, tokenizer, data, "here") == [("1", [])]
+    with pytest.raises(InputError, match="nested too deep"):
+        written_chats(deep, tokenizer, data, "here")
+    assert written_chats(flat, tokenizer, data, "here") == [("1", [])]
+
+
 @pytest.mark.parametrize("tools", [None, [], "[]", "", " ", "null"])
 def test_no_tools_are_none(tmp_path: Path, tools: object) -> None:
     template = "{{ 'some' if tools is not none else 'none' }}{% generation %}{% endgeneration %}"
