@@ -58,7 +58,7 @@ class Attention(nnx.Module):
     def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
         """The same, of what the norm before the sublayer made of the stream."""
         out = jnp.einsum("bthk,hkd->btd", self.mix(x, context), self.o[...])
-        return post_norm(self, out + self.o_bias[...] if self.config.output_bias else out)
+        return post_norm(self, out, self.o_bias[...] if self.config.output_bias else None)
 
     def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H hd"]:
         """What the heads give to the output projection."""
@@ -70,14 +70,18 @@ class Attention(nnx.Module):
                 one = jnp.ones((), q.dtype)
                 q, k = rms_norm(q, one, self.config.norm_eps), rms_norm(k, one, self.config.norm_eps)
         elif self.config.temperature is not None:
-            q = (q * _temperature(self.config.temperature, context.positions)).astype(q.dtype)
+            q = q * _temperature(self.config.temperature, context.positions)
+        q, k = q.astype(x.dtype), k.astype(x.dtype)
         return attend(q, k, v, context, self.kind, self.config, self.sinks[...] if self.config.sinks else None)
 
     def _heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
-        """Queries [B, T, H, hd], keys and values [B, T, K, hd], before the rotation."""
+        """Queries [B, T, H, hd], keys and values [B, T, K, hd], before the rotation.
+
+        Queries and keys are float32, to be rounded when they have been turned: bfloat16 would round at every step.
+        """
         config = self.config
-        q = jnp.einsum("btd,dhk->bthk", x, self.q[...])
-        k = jnp.einsum("btd,dhk->bthk", x, self.k[...])
+        q = jnp.einsum("btd,dhk->bthk", x, self.q[...]).astype(jnp.float32)
+        k = jnp.einsum("btd,dhk->bthk", x, self.k[...]).astype(jnp.float32)
         v = jnp.einsum("btd,dhk->bthk", x, self.v[...])
         if config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]

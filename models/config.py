@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kernel = Literal["xla", "splash", "cudnn"]
-NormProduct = Literal["rounded", "wide", "offset"]
+NormProduct = Literal["wide", "offset"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class ModelConfig:
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
     norms: Literal["pre", "post", "both"] = "pre"
-    norm_product: NormProduct = "rounded"
+    norm_product: NormProduct = "wide"
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None

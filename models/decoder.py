@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         """The residual stream that enters block 0."""
         found = self.embed[...][tokens]
         scale = self.config.embed_scale
-        return found if scale == 1 else found * jnp.asarray(scale, found.dtype)
+        return found if scale == 1 else (found.astype(jnp.float32) * scale).astype(found.dtype)
 
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:
         """What the blocks share; computed once, outside the scan."""

@@ -114,12 +114,13 @@ def _dense(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gatin
     @jax.checkpoint
     def one(total: Array, step: tuple[Experts, Array]) -> tuple[Array, None]:
         mine, number = step
-        share = jnp.sum(jnp.where(ids == number, weights, 0.0), axis=-1, keepdims=True).astype(x.dtype)
-        given = x * share if weighs_input else x
-        out = _gated(gating, mine, given)
+        share = jnp.sum(jnp.where(ids == number, weights, 0.0), axis=-1, keepdims=True)
+        given = (x * share).astype(x.dtype) if weighs_input else x
+        out = _of_expert(gating, mine, given)
         return total + (out if weighs_input else out * share), None
 
-    return jax.lax.scan(one, jnp.zeros_like(x), (experts, jnp.arange(experts.gate.shape[0])))[0]
+    zeros = jnp.zeros(x.shape, jnp.float32)  # bfloat16 would round once for every expert
+    return jax.lax.scan(one, zeros, (experts, jnp.arange(experts.gate.shape[0])))[0].astype(x.dtype)
 
 
 def _ragged(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
@@ -127,25 +128,25 @@ def _ragged(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gati
     count, top_k = experts.gate.shape[0], ids.shape[-1]
     here = (ids >= 0) & (ids < count)
     flat = jnp.where(here, ids, count).reshape(-1)
-    share = jnp.where(here, weights, 0.0).reshape(-1, 1).astype(x.dtype)
+    share = jnp.where(here, weights, 0.0).reshape(-1, 1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
     inside = (jnp.arange(flat.shape[0]) < jnp.sum(sizes))[:, None]
     # ragged_dot leaves open what it computes beyond the groups, forward and backward: both are cut off by `where`.
     given, share = jnp.where(inside, x[order // top_k], 0), share[order]
     if weighs_input:
-        given = given * share
+        given = (given * share).astype(x.dtype)
     owner = jnp.minimum(flat[order], count - 1)
 
     def product(x: Array, matrices: Array, biases: Array | None) -> Array:
         found = jax.lax.ragged_dot(x, matrices, sizes)
         return found if biases is None else jnp.where(inside, found + biases[owner], 0)
 
-    hidden = gating(product(given, experts.gate, experts.gate_bias), product(given, experts.up, experts.up_bias))
+    hidden = gated(gating, product(given, experts.gate, experts.gate_bias), product(given, experts.up, experts.up_bias))
     out = product(hidden, experts.down, experts.down_bias)
     out = jnp.where(inside, out if weighs_input else out * share, 0)
     back = jnp.argsort(order)  # a gather, not a scatter: the sum's order is fixed
-    return jnp.sum(out[back].reshape(*ids.shape, -1), axis=1)
+    return jnp.sum(out[back].reshape(*ids.shape, -1), axis=1).astype(x.dtype)
 
 
 def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
@@ -155,7 +156,7 @@ def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gatin
     """
     count, top_k = experts.gate.shape[0], ids.shape[-1]
     here = (ids >= 0) & (ids < count)
-    flat, share = jnp.where(here, ids, count).reshape(-1), jnp.where(here, weights, 0.0).astype(x.dtype)
+    flat, share = jnp.where(here, ids, count).reshape(-1), jnp.where(here, weights, 0.0)
     size = flat.shape[0]
     tiles = size // TILE + count  # the most there can be
     order = jnp.argsort(flat, stable=True)
@@ -172,10 +173,11 @@ def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gatin
     filled = (filled_by < size)[:, None]
     given = jnp.where(filled, x[jnp.minimum(filled_by, size - 1) // top_k], 0)
     if weighs_input:
-        given = given * jnp.where(filled, share.reshape(-1, 1)[jnp.minimum(filled_by, size - 1)], 0)
+        share_of = jnp.where(filled, share.reshape(-1, 1)[jnp.minimum(filled_by, size - 1)], 0)
+        given = (given * share_of).astype(x.dtype)
     out: Array = _run_tiles(gating, experts, given, expert_of, ends[-1] // TILE)
     out = out.at[slots].get(mode="fill", fill_value=0).reshape(*ids.shape, -1)
-    return jnp.sum(out if weighs_input else out * share[..., None], axis=1)
+    return jnp.sum(out if weighs_input else out * share[..., None], axis=1).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -188,7 +190,7 @@ def _run_tiles(gating: Gating, experts: Experts, given: Array, expert_of: Array,
 
     def one(tile: Array, out: Array) -> Array:
         mine = _expert(experts, expert_of[tile])
-        found = _gated(gating, mine, jax.lax.dynamic_slice_in_dim(given, tile * TILE, TILE))
+        found = _of_expert(gating, mine, jax.lax.dynamic_slice_in_dim(given, tile * TILE, TILE))
         return jax.lax.dynamic_update_slice_in_dim(out, found, tile * TILE, 0)
 
     return jax.lax.fori_loop(0, used, one, jnp.zeros_like(given))
@@ -204,7 +206,7 @@ def _run_tiles_backward(gating: Gating, kept: tuple[Any, ...], above: Array) -> 
     def one(tile: Array, slopes: tuple[Experts, Array]) -> tuple[Experts, Array]:
         number, at = expert_of[tile], tile * TILE
         inner = jax.lax.dynamic_slice_in_dim(given, at, TILE)
-        back = jax.vjp(partial(_gated, gating), _expert(experts, number), inner)[1]
+        back = jax.vjp(partial(_of_expert, gating), _expert(experts, number), inner)[1]
         of_expert, of_given = back(jax.lax.dynamic_slice_in_dim(above, at, TILE))
         total = jax.tree.map(lambda sum_, own: sum_.at[number].add(own), slopes[0], of_expert)
         return total, jax.lax.dynamic_update_slice_in_dim(slopes[1], of_given, at, 0)
@@ -223,10 +225,19 @@ def _expert(experts: Experts, number: Array) -> Experts:
     return jax.tree.map(lambda matrix: jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False), experts)
 
 
-def _gated(gating: Gating, mine: Experts, given: Array) -> Array:
-    hidden = gating(_biased(given @ mine.gate, mine.gate_bias), _biased(given @ mine.up, mine.up_bias))
-    return _biased(hidden @ mine.down, mine.down_bias)
+def _of_expert(gating: Gating, mine: Experts, given: Array) -> Array:
+    hidden = gated(gating, given @ mine.gate, given @ mine.up, mine.gate_bias, mine.up_bias)
+    out = hidden @ mine.down
+    return out if mine.down_bias is None else out + mine.down_bias
+
+
+def gated(
+    gating: Gating, gate: Array, up: Array, gate_bias: Array | None = None, up_bias: Array | None = None
+) -> Array:
+    """The neurons that gate and up make: float32 inside, rounded once to the dtype of `up`."""
+    return gating(_biased(gate, gate_bias), _biased(up, up_bias)).astype(up.dtype)
 
 
 def _biased(x: Array, bias: Array | None) -> Array:
-    return x if bias is None else x + bias
+    wide = x.astype(jnp.float32)
+    return wide if bias is None else wide + bias

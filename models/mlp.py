@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from models.config import ClampedGlu, ModelConfig, MoeConfig
 from models.context import BlockContext
-from models.experts import Experts, Gating, apply_experts
+from models.experts import Experts, Gating, apply_experts, gated
 from models.parameter import norm_weight, parameter
 from models.routing import RouterOutput, expert_load, route
 from models.sublayer import post_norm, pre_norm
@@ -43,15 +43,13 @@ class Mlp(nnx.Module):
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
         """What the sublayer adds to the residual stream, and no routing."""
         out = self.hidden(resid) @ self.down[...]
-        return post_norm(self, out + self.down_bias[...] if self.config.mlp_bias else out), None
+        return post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None), None
 
     def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """What the neurons give to the output projection."""
         x = pre_norm(self, resid)
-        gate, up = x @ self.gate[...], x @ self.up[...]
-        if self.config.mlp_bias:
-            gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
-        return ACTIVATIONS[self.config.activation](gate) * up
+        biases = (self.gate_bias[...], self.up_bias[...]) if self.config.mlp_bias else (None, None)
+        return gated(_gating(ACTIVATIONS[self.config.activation]), x @ self.gate[...], x @ self.up[...], *biases)
 
 
 class Moe(nnx.Module):
@@ -110,8 +108,11 @@ class Moe(nnx.Module):
             weighs_input=moe.scores == "sigmoid_input",
         )
         if moe.shared_size:
-            shared = (activation(x @ self.shared_gate[...]) * (x @ self.shared_up[...])) @ self.shared_down[...]
-            out = out + (jax.nn.sigmoid(x @ self.shared_router[...]) * shared if moe.shared_gate else shared)
+            hidden = gated(_gating(activation), x @ self.shared_gate[...], x @ self.shared_up[...])
+            shared = (hidden @ self.shared_down[...]).astype(jnp.float32)
+            if moe.shared_gate:
+                shared = jax.nn.sigmoid((x @ self.shared_router[...]).astype(jnp.float32)) * shared
+            out = (out + shared).astype(x.dtype)
         return post_norm(self, out), router
 
     def _experts(self) -> Experts:
@@ -133,7 +134,7 @@ class Moe(nnx.Module):
         return bias if context.bias_groups is None else bias[context.bias_groups][:, None]
 
 
-def _gating(activation: Callable[[Array], Array], clamped: ClampedGlu | None) -> Gating:
+def _gating(activation: Callable[[Array], Array], clamped: ClampedGlu | None = None) -> Gating:
     """Gate and up of an expert to its neurons."""
     if clamped is None:
         return lambda gate, up: activation(gate) * up

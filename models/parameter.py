@@ -14,25 +14,25 @@ def norm_weight(shape: tuple[int, ...], config: ModelConfig, dtype: jnp.dtype) -
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float, *, product: NormProduct = "rounded"
+    x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float, *, product: NormProduct = "wide"
 ) -> Float[Array, "*B D"]:
-    """`x` over its root mean square, times `weight`; float32 inside, the dtype of `x` outside.
+    """`x` over its root mean square, times `weight`; float32 inside, rounded once to the dtype of `x`.
 
-    product: with the weight. `rounded`: of the rounded numbers, as in Llama. `wide`: in float32, rounded once (OLMo 2,
-        gpt-oss). `offset`: with `1 + weight`, in float32 (Gemma): near one bfloat16 has steps of 2^-8, and weights are
-        near zero.
+    product: `wide`: with the weight. `offset`: with `1 + weight` (Gemma): near one bfloat16 has steps of 2^-8, and
+        weights are near zero.
     """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    if product == "rounded":
-        return weight * wide.astype(x.dtype)
     factor = weight.astype(jnp.float32) + (1.0 if product == "offset" else 0.0)
     return (wide * factor).astype(x.dtype)
 
 
 def softcap(x: Float[Array, "*B"], cap: float) -> Float[Array, "*B"]:
-    """`cap * tanh(x / cap)`: nearly `x` where it is small, never above `cap`. Source: Gemma 2 (arXiv 2408.00118)."""
-    return cap * jnp.tanh(x / cap)
+    """`cap * tanh(x / cap)`: nearly `x` where it is small, never above `cap`; float32 inside, rounded once.
+
+    Source: Gemma 2 (arXiv 2408.00118).
+    """
+    return (cap * jnp.tanh(x.astype(jnp.float32) / cap)).astype(x.dtype)
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:

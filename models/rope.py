@@ -54,14 +54,15 @@ def rotated_width(rope: RopeConfig, head_dim: int) -> int:
 def rotate(
     x: Float[Array, "B T H hd"], cos: Float[Array, "B T 1 rd"], sin: Float[Array, "B T 1 rd"], rope: RopeConfig
 ) -> Float[Array, "B T H hd"]:
-    """`x` turned by its token's angles, in the dtype of `x`; what lies beyond the rotated width passes."""
-    width = cos.shape[-1]
-    x, passed = x[..., :width], x[..., width:]
+    """`x` turned by its token's angles, float32 inside, rounded once to the dtype of `x`; what lies beyond the rotated
+    width passes."""
+    width, dtype = cos.shape[-1], x.dtype
+    x, passed = x[..., :width].astype(jnp.float32), x[..., width:]
     if rope.interleaved:
         turned = jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
     else:
         turned = jnp.concatenate([-x[..., width // 2 :], x[..., : width // 2]], axis=-1)
-    rotated = x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
+    rotated = (x * cos + turned * sin).astype(dtype)
     return jnp.concatenate([rotated, passed], axis=-1) if passed.shape[-1] else rotated
 
 

@@ -26,12 +26,21 @@ def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "
     return rms_norm(resid, sublayer.norm[...], config.norm_eps, product=config.norm_product)
 
 
-def post_norm(sublayer: Sublayer, out: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """What is added to the stream: the sublayer's output, normed and multiplied where the family does."""
-    config = sublayer.config
+def post_norm(
+    sublayer: Sublayer, out: Float[Array, "B T D"], bias: Float[Array, "D"] | None = None
+) -> Float[Array, "B T D"]:
+    """What is added to the stream: the sublayer's output, normed and multiplied where the family does.
+
+    Float32 inside, rounded once: bfloat16 would know a factor of 0.22 as 0.2197.
+
+    Args:
+        bias: added to the output first.
+    """
+    config, wide = sublayer.config, out.astype(jnp.float32)
+    if bias is not None:
+        wide = wide + bias
     if config.norms != "pre":
-        out = rms_norm(out, sublayer.post_norm[...], config.norm_eps, product=config.norm_product)
-    if config.residual_scale == 1:
-        return out
-    # In float32: bfloat16 knows 0.22 as 0.2197.
-    return (out.astype(jnp.float32) * config.residual_scale).astype(out.dtype)
+        wide = rms_norm(wide, sublayer.post_norm[...], config.norm_eps, product=config.norm_product)
+    if config.residual_scale != 1:
+        wide = wide * config.residual_scale
+    return wide.astype(out.dtype)

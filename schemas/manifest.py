@@ -95,6 +95,7 @@ class NumericsPlan(Config):
     mesh: devices along data, fsdp, tensor and expert; (1,) for a single one. processes: over how many the mesh lies,
     where that counts: more than two partial sums are added across devices, in the order of the collectives in use, or
     shards are larger than a process's part of a call, so that the rows of a call are not consecutive (lockstep.py).
+    versions: of libraries, and `forward`, the revision of the decoder's roundings (models/describe.py).
     """
 
     dtype: str

@@ -12,7 +12,7 @@ from typing import Any
 from models.checkpoint import load_pretrained, read_config, weights_digest
 from models.config import Kernel
 from models.decoder import Decoder, with_attention
-from models.describe import NUMERIC_LIBRARIES, describe_numerics, describe_teacher
+from models.describe import FORWARD, NUMERIC_LIBRARIES, describe_numerics, describe_teacher
 from models.kernels import chosen_kernel
 from models.recorder import RecordFunction, make_recorder
 from schemas.addressing import RowGroup, row_groups
@@ -180,7 +180,7 @@ def _warn_of_platform(url: str, plans: Sequence[Plan], attention: Kernel) -> Non
     for plan in plans:
         here, there = describe_numerics(plan.numerics.dtype, (), attention=attention), plan.numerics
         pairs = {name: (getattr(there, name), getattr(here, name)) for name in facts}
-        pairs |= {name: (there.versions.get(name), here.versions.get(name)) for name in NUMERIC_LIBRARIES}
+        pairs |= {name: (there.versions.get(name), here.versions.get(name)) for name in (*NUMERIC_LIBRARIES, FORWARD)}
         differing |= {name: f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b}
     if differing:
         print(

@@ -28,7 +28,6 @@ def _read(values: Values) -> ModelConfig:
         rope=ROPE if silent else _rope(values),
         qkv_bias=bias,
         output_bias=bias,
-        norm_product="wide",
         sinks=True,
         moe=MoeConfig(
             num_experts=values.size("num_local_experts"),

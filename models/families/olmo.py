@@ -44,7 +44,6 @@ def _fields(values: Values, kinds: list[BlockKind]) -> dict[str, Any]:
         "output_bias": bias,
         "qk_norm": "full",
         "norms": "post",
-        "norm_product": "wide",
     }
 
 

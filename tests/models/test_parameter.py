@@ -1,4 +1,4 @@
-"""The norm's three products with its weight, each against NumPy."""
+"""The norm's two products with its weight, each against NumPy."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,14 +12,13 @@ BF16 = ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
-@pytest.mark.parametrize("product", ["rounded", "wide", "offset"])
+@pytest.mark.parametrize("product", ["wide", "offset"])
 def test_rms_norm(product: NormProduct, dtype: type):
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(5, 64)).astype(dtype), rng.normal(size=64).astype(dtype)
     wide = x.astype(np.float64) / np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=-1, keepdims=True) + 1e-5)
     factor = weight.astype(np.float64) + (product == "offset")
-    first = wide.astype(np.float32).astype(dtype).astype(np.float64) if product == "rounded" else wide
-    expected = (first * factor).astype(np.float32).astype(dtype).astype(np.float64)
+    expected = (wide * factor).astype(np.float32).astype(dtype).astype(np.float64)
     found = np.asarray(rms_norm(jnp.asarray(x), jnp.asarray(weight), 1e-5, product=product))
     assert found.dtype == dtype
     # Rounding may go the other way where float32 and float64 differ: one step of the dtype in some of 320 numbers.

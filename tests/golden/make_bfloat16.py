@@ -1,0 +1,50 @@
+"""How far transformers' bfloat16 forward is from its float32 one, for the stored models of every family.
+
+python tests/golden/make_bfloat16.py
+
+Writes `bfloat16.json`: of every directory here with bfloat16 weights and expected values (see goldens.py), the median
+over tokens of `|x - truth| / |truth|`, averaged over all slots of `resid` but the first. Attention runs through
+`scaled_dot_product_attention` where the family has it, the more exact of transformers' two.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from goldens import HERE, forward
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+NO_LAYERS = ("gemma3",)  # a model of images and text, whose layers the hooks do not reach; gemma3_text is its decoder
+
+
+def median_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """`[L + 1, B, T, D]` each."""
+    error = (found.float() - truth).norm(dim=-1) / truth.norm(dim=-1)
+    return error[1:].flatten(1).median(dim=1).values.mean().item()
+
+
+def open_model(folder: Path) -> torch.nn.Module:
+    """In bfloat16, with the attention that users get."""
+    options = {"dtype": torch.bfloat16, "experts_implementation": "eager"}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+    except ValueError:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+
+
+def main() -> None:
+    errors = {}
+    for file in sorted(HERE.glob("*/expected.safetensors")):
+        folder = file.parent
+        stored = load_file(folder / "model.safetensors") if (folder / "model.safetensors").exists() else {}
+        if folder.name in NO_LAYERS or not any(value.dtype == torch.bfloat16 for value in stored.values()):
+            continue
+        expected = load_file(file)
+        found = forward(open_model(folder), expected["tokens"].long())
+        errors[folder.name] = median_error(found["resid"], expected["resid"])
+    (HERE / "bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The decoder in bfloat16: no further from the float32 truth than transformers (tests/golden/make_bfloat16.py)."""
+
+import json
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from models.checkpoint import load_pretrained
+from models.config import RopeConfig
+from models.experts import gated
+from models.rope import rope_tables, rotate
+from tests.models.conftest import GOLDEN
+
+PEER: dict[str, float] = json.loads((GOLDEN / "bfloat16.json").read_text())
+
+
+@cache
+def median_error(name: str) -> float:
+    """As the golden script takes it: over 48 tokens, of each slot but the first, then the slots' mean."""
+    graph, state = nnx.split(load_pretrained(GOLDEN / name, dtype="bfloat16"))
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens, taps=("resid",), logits=False).taps["resid"])
+    found, truth = np.asarray(run(state, jnp.asarray(expected["tokens"])), np.float32), expected["resid"]
+    error = np.linalg.norm(found - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
+    return float(np.mean(np.median(error[1:].reshape(len(error) - 1, -1), axis=1)))
+
+
+@pytest.mark.parametrize("name", PEER)
+def test_no_family_is_further_from_the_truth_than_transformers(name: str):
+    assert median_error(name) < 1.1 * PEER[name]
+
+
+def test_families_together_are_nearer():
+    ratios = [median_error(name) / peer for name, peer in PEER.items()]
+    assert np.exp(np.mean(np.log(ratios))) < 0.95
+
+
+def test_rotation_and_gate_round_once():
+    """Each is within half a step of bfloat16, 2^-9 of the larger operands, of the exact value of its inputs."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 64, 2, 32)), jnp.bfloat16)
+    cos, sin = rope_tables(RopeConfig(), 32, jnp.arange(64)[None], 64)
+    exact = np.asarray(rotate(x.astype(jnp.float32), cos, sin, RopeConfig()))
+    np.testing.assert_array_equal(rotate(x, cos, sin, RopeConfig()), exact.astype(jnp.bfloat16))
+    gate, up = (jnp.asarray(rng.normal(size=256), jnp.bfloat16) for _ in range(2))
+    exact = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    found = gated(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
