@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.export import SOURCE_DTYPE
 from models.export import save_pretrained as save_pretrained
 from models.families import config_from_hf, layout_of
 from models.fill import plan_fill
@@ -91,6 +92,33 @@ def read_config(path: str | os.PathLike[str] | ObjectPath) -> ModelConfig:
     """What `load_pretrained` would build, without reading weights."""
     where = locate_checkpoint(path)
     return config_from_gguf(open_gguf(where), where) if is_gguf(where) else _config_of_directory(hf_folder(where))
+
+
+def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
+    """Name the dtype that an export of this checkpoint has: that of its tensors; of packed weights, which are codes,
+    the one that config.json names. A run's is that of the checkpoint that its student was made of."""
+    where = locate_checkpoint(path)
+    if is_gguf(where):
+        config, source, layout = _open(where)
+    else:
+        folder = hf_folder(where)
+        stated = read_json(folder / CONFIG)
+        named = stated.get("dtype") or stated.get("torch_dtype")
+        if folder != where or stated.get(SOURCE_DTYPE) in FLOAT_DTYPES.values():
+            return source_dtype(folder)
+        if stated.get("quantization_config") is not None and named in FLOAT_DTYPES.values():
+            return str(named)
+        config, source, layout = _open(folder)
+    try:
+        return str(_own_dtype(source, config, layout))
+    finally:
+        source.close()
+
+
+def source_dtype(folder: Place) -> str:
+    """Read which dtype a run's student folder notes; float32 where a version before this wrote it."""
+    found = read_json(folder / CONFIG).get(SOURCE_DTYPE)
+    return str(found) if found in FLOAT_DTYPES.values() else "float32"
 
 
 def _run_of(where: Place) -> RunCheckpoint | None:

@@ -37,6 +37,9 @@ SHARD_BYTES = 5_000_000_000
 # In the safetensors metadata: `format` is what transformers asks for, `producer` is how we know our own exports.
 FILE_METADATA = {"format": "pt"}  # one key only: safetensors writes several in no fixed order
 PRODUCER = "distillcache"  # in config.json: by this an export of ours is known
+# In config.json of a run's student, which is float32: what exports of the run are stored in.
+SOURCE_DTYPE = "distillcache_source_dtype"
+GENERATION = "generation_config.json"
 WEIGHTS_PATTERN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 KNOWN_FILES = frozenset({CONFIG, INDEX_NAME, ROUTER_BIAS_FILE, UNFINISHED, *TOKENIZER_FILES})
 
@@ -55,6 +58,7 @@ def save_pretrained(
     *,
     tokenizer_from: str | os.PathLike[str] | ObjectPath | TextTokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
+    source_dtype: str | None = None,
 ) -> None:
     """Write an HF directory, whole or not at all: a killed export leaves nothing that could be taken for one.
 
@@ -64,27 +68,47 @@ def save_pretrained(
         tokenizer_from: a tokenizer, or the HF directory, tokenizer.json or .gguf file whose tokenizer goes along.
         shard_bytes: above this size the weights are split into shards with an index. In a bucket one shard is held in
             memory, and stored with one write.
+        source_dtype: noted in config.json: the dtype of the checkpoint that the decoder was made of.
     """
     target = locate(path)
     _check_target(target)
-    files = _export_files(decoder, tokenizer_from, shard_bytes)
+    noted = {} if source_dtype is None else {SOURCE_DTYPE: source_dtype}
+    files = _export_files(decoder, tokenizer_from, shard_bytes, noted)
     if isinstance(target, ObjectPath):
         _write_objects(target, files)
     else:
         _write_directory(target, files)
 
 
-def _export_files(decoder: Decoder, tokenizer_from: Any, shard_bytes: int) -> list[ExportFile]:
+def _export_files(
+    decoder: Decoder, tokenizer_from: Any, shard_bytes: int, noted: Mapping[str, Any]
+) -> list[ExportFile]:
     """All files, in the order in which they are written: config.json is the last."""
     config = config_to_hf(decoder.config, str(decoder.dtype))
     files = list(_weights(decoder, shard_bytes))
     if tokenizer_from is not None:
         given = tokenizer_from if isinstance(tokenizer_from, TextTokenizer) else locate_checkpoint(tokenizer_from)
         contents, ids = tokenizer_files(given)
-        config |= ids
+        config |= ids | generation_ids(contents, decoder.config.vocab_size)
         files[:0] = [_whole(name, content) for name, content in contents.items()]
-    config["producer"] = PRODUCER
+    config |= {**noted, "producer": PRODUCER}
     return [*files, _json(CONFIG, config)]
+
+
+def generation_ids(contents: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]:
+    """Take the ids that config.json shares with generation_config.json, where that is among these files: readers that
+    know config.json alone stop and pad by the same tokens. Ids beyond the vocabulary are left out."""
+    try:
+        stated = json.loads(contents.get(GENERATION, b"{}"))
+    except (ValueError, RecursionError):
+        return {}  # the file is copied as it is; whoever generates by it will say so
+    found: dict[str, Any] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = stated.get(key) if isinstance(stated, dict) else None
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if ids and all(type(each) is int and 0 <= each < vocab_size for each in ids):
+            found[key] = value
+    return found
 
 
 def _whole(name: str, content: bytes) -> ExportFile:

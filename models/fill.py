@@ -102,11 +102,13 @@ class ParameterFill:
                 {"parameter": self.name, "found": trained.shape(self.name), "expected": tuple(self.like.shape)},
                 "name a run whose folder `student` is the one that it began with",
             )
-        parts = list(trained.boxes(self.name, self.boxes))
-        for part in parts:
-            if bad := count_non_finite(part):
-                raise _not_finite(trained.where, self.name, part, bad, part.dtype)
-        return [part.astype(self.like.dtype, copy=False) for part in parts]
+        parts = trained.boxes(self.name, self.boxes)
+        with np.errstate(over="ignore"):  # what overflows is found below, by name
+            found = [part.astype(self.like.dtype, copy=False) for part in parts]
+        for part, taken in zip(parts, found, strict=True):
+            if bad := count_non_finite(taken):
+                raise _not_finite(trained.where, self.name, part, bad, self.like.dtype)
+        return found
 
     def _read(self, source: TensorSource) -> list[np.ndarray]:
         parts = [np.zeros([axis.stop - axis.start for axis in box], self.like.dtype) for box in self.boxes]

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from models.decoder import Decoder
-from models.export import PRODUCER
+from models.export import PRODUCER, generation_ids
 from models.families import config_to_hf
 from models.identity import CONFIG, locate_checkpoint
 from models.maxtext import ITEMS
@@ -52,7 +52,7 @@ def save_maxtext(decoder: Decoder, out: str | os.PathLike[str], *, tokenizer_fro
         _write_orbax(target / ITEMS[0], tree)
         if tokenizer_from is not None:
             contents, ids = tokenizer_files(locate_checkpoint(tokenizer_from))
-            config |= ids
+            config |= ids | generation_ids(contents, decoder.config.vocab_size)
             for name, content in contents.items():
                 (target / name).write_bytes(content)
         (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -286,6 +286,9 @@ class ExportConfig(Config):
         description="hf: safetensors; maxtext: a scanned parameter checkpoint by Orbax (out/items is MaxText's "
         "load_parameters_path), and the HF files beside it, without weights; needs the extra distillcache[maxtext]",
     )  # what most tools load
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the weights; default: that of the checkpoint that the student was made of"
+    )
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
     storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")

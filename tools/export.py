@@ -25,7 +25,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     if config.best:
         best = best_evaluation(config.run)
         step, note = best.step, f", the best with a held-out perplexity of {best.perplexity:.2f},"
-    student = load_student(config.run, step)
+    student = load_student(config.run, step, config.dtype)
     save = save_maxtext if config.format == "maxtext" else save_pretrained
     save(student.decoder, config.out, tokenizer_from=student.tokenizer)
     moe = student.decoder.config.moe
@@ -36,6 +36,10 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
             file=sys.stderr,
         )
     if as_json:
-        print(json.dumps({"run": config.run, "step": student.step, "out": config.out}))
+        print(
+            json.dumps(
+                {"run": config.run, "step": student.step, "out": config.out, "dtype": str(student.decoder.dtype)}
+            )
+        )
     else:
-        print(f"step {student.step} of {config.run}{note} is in {config.out}", file=sys.stderr)
+        print(f"step {student.step} of {config.run}{note} is in {config.out}, {student.decoder.dtype}", file=sys.stderr)

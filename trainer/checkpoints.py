@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.checkpoint import load_pretrained
+from models.checkpoint import load_pretrained, source_dtype
 from models.decoder import Decoder
 from models.routing import BalanceState
 from schemas.checkpoint_files import (
@@ -35,6 +35,7 @@ from schemas.checkpoint_files import (
     write_part,
 )
 from schemas.errors import CheckpointError, DamageError, StorageError
+from schemas.object_path import locate
 from schemas.peers import ALONE, Peers
 from schemas.storage import Store
 from trainer.host_parameters import HostShards, Kept
@@ -204,8 +205,11 @@ class TrainedStudent:
     step: int
 
 
-def load_student(run: str, step: int | None = None) -> TrainedStudent:
+def load_student(run: str, step: int | None = None, dtype: str | None = "float32") -> TrainedStudent:
     """The student of a run after `step` steps; default: at its newest checkpoint.
+
+    Args:
+        dtype: of its parameters; None: that of the checkpoint that it was made of.
 
     Raises:
         CheckpointError: there is no run, or it has no such checkpoint.
@@ -216,7 +220,8 @@ def load_student(run: str, step: int | None = None) -> TrainedStudent:
     if chosen is None:
         raise CheckpointError("the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again")
     checkpoints.open(chosen)  # says which there are, if not this one
-    decoder = load_pretrained(store.where(_folder(chosen)), dtype="float32")
+    own = source_dtype(locate(store.where(STUDENT))) if dtype is None else dtype
+    decoder = load_pretrained(store.where(_folder(chosen)), dtype=own)
     return TrainedStudent(decoder, store.where(STUDENT), chosen)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from models.checkpoint import load_pretrained, read_config, save_pretrained
+from models.checkpoint import checkpoint_dtype, load_pretrained, read_config, save_pretrained
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.ggufs import is_gguf
@@ -68,7 +68,8 @@ def open_student(
         student = _operated(run, path, config, ops, open_source)
     if router_bias and student.config.moe is not None:
         student = add_router_bias(student)
-    save_pretrained(student, kept, tokenizer_from=_tokenizer(path, run, source))
+    tokenizer = _tokenizer(path, run, source)
+    save_pretrained(student, kept, tokenizer_from=tokenizer, source_dtype=checkpoint_dtype(path))
     if shared is None:
         return student
     del student

@@ -1,15 +1,20 @@
 """Exports into buckets: the bytes of a local one, whole or not to be taken for one."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from models import export
-from models.checkpoint import load_pretrained, save_pretrained
+from models.checkpoint import checkpoint_dtype, load_pretrained, save_pretrained
+from models.config import ModelConfig
 from models.decoder import Decoder
+from models.export import generation_ids
 from schemas.errors import CheckpointError, StorageError
 from schemas.object_path import ObjectPath
 from schemas.storage import Store
+from tests.conftest import byte_tokenizer
 from tests.models.conftest import GOLDEN, upload
 from tests.models.test_checkpoint import assert_same_parameters, refused
 from tests.models.test_hf_files import tokenizer_folder
@@ -80,3 +85,46 @@ def test_nothing_is_written_where_no_config_means_the_decoder(
     with pytest.raises(CheckpointError, match="no config"):
         save_pretrained(tiny, f"{gcs.url}/out")
     assert Store(gcs.url).keys() == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"eos_token_id": [2, 7], "pad_token_id": 7}, {"eos_token_id": [2, 7], "pad_token_id": 7}),
+        ({"eos_token_id": 2, "bos_token_id": 1}, {"eos_token_id": 2, "bos_token_id": 1}),
+        ({"eos_token_id": [2, 99], "pad_token_id": 61, "bos_token_id": None}, {}),  # beyond the vocabulary
+        ({"eos_token_id": "x", "pad_token_id": True, "temperature": 0.6}, {}),
+        ([], {}),
+    ],
+)
+def test_config_has_the_ids_of_the_generation_config(stated: Any, expected: dict[str, Any]):
+    assert generation_ids({"generation_config.json": json.dumps(stated).encode()}, 61) == expected
+
+
+def test_an_export_pads_and_stops_as_its_source(tiny: Decoder, tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    byte_tokenizer().save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "pad_token_id": 5}))
+    save_pretrained(tiny, tmp_path / "out", tokenizer_from=source)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == ([0, 5], 5)
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
+        source / "generation_config.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_of_a_checkpoint_is_that_of_its_tensors(tiny_config: ModelConfig, dtype: str, tmp_path: Path):
+    save_pretrained(Decoder(tiny_config, dtype=dtype), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text()) | {"torch_dtype": "float32", "dtype": "float32"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert checkpoint_dtype(tmp_path / "out") == dtype
+
+
+def test_packed_weights_are_exported_as_their_config_says(tmp_path: Path):
+    config = json.loads((GOLDEN / "deepseek_v3" / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert checkpoint_dtype(tmp_path) == "bfloat16"

@@ -333,6 +333,28 @@ def test_a_student_of_another_width_is_refused(tmp_path, cache, teacher):
     assert {"cache", "student"} == set(caught.value.facts)
 
 
+def check_dtypes(run: Path, out: Path) -> None:
+    """An export is stored as the checkpoint was that the student was made of, unless another dtype is asked for."""
+    file = run / "student" / "config.json"
+    noted = json.loads(file.read_text())
+    assert noted["distillcache_source_dtype"] == "float32"
+    for written, asked, expected in (
+        ("bfloat16", [], "bfloat16"),
+        ("bfloat16", ["--dtype", "float16"], "float16"),
+        (None, [], "float32"),  # as runs of the version before
+    ):
+        file.write_text(json.dumps(noted | {"distillcache_source_dtype": written}))
+        assert cli.main(["export", str(run), str(out), *asked]) == 0
+        config = json.loads((out / "config.json").read_text())
+        assert (config["dtype"], config["torch_dtype"]) == (expected, expected)
+        assert "distillcache_source_dtype" not in config
+        exported, trained = load_pretrained(out), load_student(str(run)).decoder
+        assert exported.dtype == expected
+        for name, value in all_parameters(trained).items():
+            np.testing.assert_array_equal(all_parameters(exported)[name], value.astype(expected))
+    assert cli.main(["export", str(run), str(out), "--dtype", "float64"]) == 2
+
+
 def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
     run, out = shutil.copytree(whole, tmp_path / "run"), tmp_path / "out"
     first, last = read_evaluations(whole)
@@ -345,6 +367,7 @@ def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
     exported, trained = load_pretrained(out), load_student(str(run)).decoder
     for name, value in all_parameters(trained).items():
         np.testing.assert_array_equal(all_parameters(exported)[name], value)
+    check_dtypes(run, out)
     (run / "eval.json").write_text(json.dumps([first.model_dump()]))
     assert cli.main(["export", str(run), str(out), "--best"]) == 2
     assert "no checkpoint of the run was evaluated" in capsys.readouterr().err
