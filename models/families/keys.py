@@ -14,8 +14,8 @@ from models.config import ModelConfig
 BOOKKEEPING = """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation _flash_attn_2_enabled _name_or_path _pre_quantization_dtype architectures attention_dropout
     attn_dropout attn_implementation attn_pdrop auto_map base_model_ep_plan base_model_pp_plan base_model_tp_plan
-    bos_token bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id distillcache_source_dtype dtype
-    embd_pdrop embedding_dropout eos_token eos_token_id experts_implementation finetuning_task flash_attention fsdp
+    bos_token bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id distillcache_source_dtype
+    dtype embd_pdrop embedding_dropout eos_token eos_token_id experts_implementation finetuning_task flash_attention fsdp
     generation_config gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_range
     is_llama_config keys_to_ignore_at_inference label2id language loss_type max_sequence_length model_max_length
     model_name model_type name_or_path num_labels output_attentions output_dropout output_hidden_states output_past
