@@ -23,6 +23,7 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from models.config import ModelConfig
+from models.foreign import LFS_MAGIC, LFS_STEP
 from models.gguf_reader import DAMAGE, CheckedGguf
 from models.ranges import Span, SpanReader
 from models.remote_gguf import RemoteGguf, damaged, open_remote
@@ -138,6 +139,15 @@ def open_parts(reader: gguf.GGUFReader, path: Place) -> list[gguf.GGUFReader]:
     """
     files, count = part_files(path), max(metadata(reader, "split.count", 1), 1)
     missing = [file.name for file in files[1:] if not file.exists()]
+    match = PART_NAME.fullmatch(path.name)
+    if match is not None and int(match[2]) != 1:
+        first = path.parent / f"{match[1]}-00001-of-{match[3]}.gguf"
+        raise CheckpointError(
+            "this GGUF file is a later part of a split model",
+            {"file": path, "found": f"part {int(match[2])} of {int(match[3])}"},
+            f"name the first part, {first.name}"
+            + ("" if first.exists() else ", and put it and the others beside this"),
+        )
     if count != len(files) or missing:
         raise CheckpointError(
             "this GGUF file is one part of a split model, whose other parts are not found by its name",
@@ -178,10 +188,11 @@ def _version(path: Place) -> tuple[Place, bytes, object]:
 @functools.lru_cache(maxsize=1)
 def _open(path: Place, magic: bytes, _version: object) -> gguf.GGUFReader:
     if magic != MAGIC:
+        pointer = LFS_MAGIC.startswith(magic)
         raise CheckpointError(
             "this file is not a GGUF file",
             {"file": path, "found": f"it starts with {magic!r}", "expected": f"it starts with {MAGIC!r}"},
-            "name a .gguf file, or the directory of an HF checkpoint",
+            LFS_STEP if pointer and magic else "name a .gguf file, or the directory of an HF checkpoint",
         )
     if isinstance(path, ObjectPath):
         return open_remote(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from models.foreign import LFS_STEP, is_lfs_pointer, step_for_folder
 from models.ranges import REQUESTS, SpanReader
 from models.safetensors_file import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
 from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
@@ -141,7 +142,10 @@ def read_json(file: Place) -> dict[str, Any]:
         CheckpointError: it is missing, no object of JSON, nested too deep, or has a key twice with different values.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_agreeing)
+        data = file.read_bytes()
+        if is_lfs_pointer(data[:200]):
+            raise lfs_pointer(file)
+        value = json.loads(data.decode(), object_pairs_hook=_agreeing)
     except FileNotFoundError as error:
         raise _missing(file) from error
     except (ValueError, OSError, RecursionError) as error:
@@ -154,6 +158,11 @@ def read_json(file: Place) -> dict[str, Any]:
             f"{file.name} is not a JSON object", {"file": file, "found": type(value).__name__}, "copy the file again"
         )
     return value
+
+
+def lfs_pointer(file: Place) -> CheckpointError:
+    """The error for a pointer in the place of a file."""
+    return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)
 
 
 def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,6 +184,7 @@ def _missing(file: Place) -> CheckpointError:
             "this is an Orbax checkpoint, which does not say what the model is: make a folder with the config.json and "
             'the tokenizer of the HF model, and maxtext.json: {"checkpoint": "PATH"}; then name that folder'
         )
+    step = step_for_folder(file.parent, names) or step
     if UNFINISHED in names:
         step = "an export to this place was stopped: run it again"
     facts = {"directory": file.parent, "found": some(names) or "nothing"}
@@ -183,6 +193,9 @@ def _missing(file: Place) -> CheckpointError:
 
 def _open_local(file: Place) -> MappedSafetensors:
     try:
+        with Path(str(file)).open("rb") as stream:
+            if is_lfs_pointer(stream.read(200)):
+                raise lfs_pointer(file)
         return MappedSafetensors(Path(str(file)))
     except OSError as error:
         raise CheckpointError(
@@ -198,6 +211,7 @@ def _no_weights(directory: Place, names: list[str]) -> CheckpointError:
         step = "load it with transformers and save it again: save_pretrained writes safetensors (pickles are not read)"
     if ggufs:
         step = f"name the file itself: {directory / ggufs[0]}"
+    step = step_for_folder(directory, names) or step
     return CheckpointError(
         "the checkpoint has no safetensors weights",
         {"directory": directory, "expected": f"{WEIGHTS_NAME} or {INDEX_NAME}", "found": some(names) or "nothing"},

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from models.families import config_from_hf
+from models.foreign import step_for_missing_path
 from models.ggufs import is_gguf, open_gguf, open_parts, part_files
 from models.hf_files import open_all, read_json, weight_files
 from models.maxtext import MaxtextPlace, MaxtextSource, find_maxtext
@@ -28,7 +29,7 @@ def locate_checkpoint(path: str | os.PathLike[str] | ObjectPath) -> Place:
     """The place of a checkpoint. Raises `CheckpointError` where a local one is not there."""
     where = numbered(locate(path))
     if isinstance(where, Path) and not where.exists():
-        raise CheckpointError("no such checkpoint", {"path": where}, "name an HF directory, a run or a .gguf file")
+        raise CheckpointError("no such checkpoint", {"path": where}, step_for_missing_path(where))
     return where
 
 

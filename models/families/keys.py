@@ -12,23 +12,25 @@ from models.config import ModelConfig
 # `PretrainedConfig`'s own, initialisation, dropout and auxiliary losses (training only), `pretraining_tp` (slices the
 # same matrix products), labels of heads that a language model lacks, and which kernels compute it.
 BOOKKEEPING = """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _experts_implementation _flash_attn_2_enabled _name_or_path _pre_quantization_dtype architectures attention_dropout
-    attn_dropout attn_implementation attn_pdrop auto_map base_model_ep_plan base_model_pp_plan base_model_tp_plan
-    bos_token bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id distillcache_source_dtype
-    dtype embd_pdrop embedding_dropout eos_token eos_token_id experts_implementation finetuning_task flash_attention fsdp
-    generation_config gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_range
-    is_llama_config keys_to_ignore_at_inference label2id language loss_type max_sequence_length model_max_length
-    model_name model_type name_or_path num_labels output_attentions output_dropout output_hidden_states output_past
-    output_router_logits pad_token pad_token_id prefix pretraining_tp problem_type producer resid_pdrop return_dict
-    router_aux_loss_coef router_z_loss_coef sep_token_id task_specific_params tf_legacy_loss tokenizer_class
-    tokenizer_name torch_dtype torchscript transformers.js_config transformers_version transformers_weights unk_token_id
-    use_bfloat16 use_cache use_flash_attention use_flash_attention_2 use_flash_attn use_return_dict xla_device"""
+    _experts_implementation _flash_attn_2_enabled _name_or_path _pre_quantization_dtype architectures
+    attention_dropout attn_dropout attn_implementation attn_pdrop auto_map base_model_ep_plan base_model_pp_plan
+    base_model_tp_plan bos_token bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id
+    distillcache_source_dtype dtype embd_pdrop embedding_dropout eos_token eos_token_id experts_implementation
+    finetuning_task flash_attention fsdp generation_config gradient_checkpointing hidden_dropout hidden_dropout_prob
+    id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id language loss_type
+    max_sequence_length model_max_length model_name model_type name_or_path num_labels output_attentions
+    output_dropout output_hidden_states output_past output_router_logits pad_token pad_token_id prefix
+    pretraining_tp problem_type producer resid_pdrop return_dict router_aux_loss_coef router_z_loss_coef
+    sep_token_id task_specific_params tf_legacy_loss tokenizer_class tokenizer_name torch_dtype torchscript
+    transformers.js_config transformers_version transformers_weights unk_token_id use_bfloat16 use_cache
+    use_flash_attention use_flash_attention_2 use_flash_attn use_return_dict xla_device"""
 GENERATION = """assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids
-    begin_suppress_tokens cache_config cache_implementation compile_config constraints continuous_batching_config
-    disable_compile diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size
-    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids
-    forced_bos_token_id forced_decoder_ids forced_eos_token_id guidance_scale is_assistant length_penalty low_memory
-    max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    begin_suppress_tokens
+    cache_config cache_implementation compile_config constraints continuous_batching_config disable_compile
+    diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids forced_bos_token_id
+    forced_decoder_ids forced_eos_token_id guidance_scale is_assistant length_penalty low_memory max_length
+    max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits
     output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
     repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias stop_strings suppress_tokens

@@ -3,6 +3,8 @@
 from typing import Any
 
 from models.families.values import Values, unknown_key
+from models.foreign import UNQUANTISED, quantised_as
+from schemas.errors import CheckpointError
 
 KEY = "quantization_config"
 MXFP4, FP8 = "mxfp4", "fp8"
@@ -21,8 +23,8 @@ def check_packing(values: Values) -> None:
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in UNDERSTOOD:
-        raise unknown_key(values.file, KEY, found)
+    if not isinstance(method, str) or method not in UNDERSTOOD:
+        raise _quantised(values, found)
     for key, value in found.items():
         if key not in UNDERSTOOD[method] and not (method == FP8 and key == BLOCK):
             raise unknown_key(values.file, f"{KEY}.{key}", value)
@@ -35,4 +37,21 @@ def _check_fp8(values: Values, found: dict[str, Any]) -> None:
     block = found.get(BLOCK)
     sized = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     if not sized or found.get("fmt", "e4m3") != "e4m3" or found.get("activation_scheme", "dynamic") != "dynamic":
-        raise values.bad(KEY, f"{BLOCK} of two numbers, fmt e4m3 and activation_scheme dynamic")
+        raise _quantised(values, found)
+
+
+def _quantised(values: Values, found: object) -> CheckpointError:
+    """The error for weights whose codes are not unpacked here."""
+    if (method := quantised_as(found)) is None:
+        return unknown_key(values.file, KEY, found)
+    facts = {key: found[key] for key in (BLOCK, "activation_scheme", "fmt") if isinstance(found, dict) and key in found}
+    return CheckpointError(
+        f"the checkpoint is quantised ({method}), which is not read",
+        {
+            "file": values.file,
+            "key": KEY,
+            **facts,
+            "expected": f"floats, {MXFP4}, or {FP8} with {BLOCK} of two numbers, fmt e4m3, activation_scheme dynamic",
+        },
+        UNQUANTISED,
+    )

@@ -1,0 +1,108 @@
+"""Places that hold something other than a checkpoint that is read: recognised, with the step that helps.
+
+Hub cache: `models--owner--name/{blobs,refs,snapshots/<commit>}` (huggingface_hub). LoRA: `adapter_config.json` beside
+`adapter_model.safetensors` (peft). Git LFS: a pointer of three lines in the place of a file's bytes. Mistral's own
+format: `params.json` and `consolidated*.safetensors`. Quantised weights: `quantization_config` in config.json
+(transformers), `quantization` (MLX).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas.object_path import ObjectPath, Place
+
+LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+LFS_STEP = "this is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the files themselves"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SHARD_NAME = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+# quant_method -> what it is, for a message.
+METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "FP8 with static scales, or with one scale a tensor",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "modelopt": "ModelOpt",
+    "hqq": "HQQ",
+    "eetq": "EETQ",
+    "quanto": "Quanto",
+    "torchao": "torchao",
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "vptq": "VPTQ",
+    "bitnet": "BitNet",
+}
+UNQUANTISED = (
+    "take the checkpoint that was quantised (the original, in bfloat16 or float16), or a .gguf file of the model; "
+    "the codes are unreadable without the key, so removing it does not help"
+)
+
+
+def quantised_as(found: object) -> str | None:
+    """The method of a `quantization_config`; None where it names none."""
+    if not isinstance(found, dict):
+        return None
+    method = found.get("quant_method")
+    if method is None:  # of old files of bitsandbytes, and of MLX
+        bits = next((key for key in ("load_in_4bit", "load_in_8bit") if found.get(key)), None)
+        return "bitsandbytes" if bits else "MLX" if {"group_size", "bits"} <= found.keys() else None
+    return METHODS.get(str(method).lower(), str(method)[:40])
+
+
+def step_for_missing_path(path: Place) -> str:
+    """The next step where nothing lies at a path."""
+    text = str(path)
+    relative = Path(text).name and "/".join(Path(text).parts[-2:])
+    if HUB_ID.fullmatch(relative or "") and not Path(text).parent.exists():
+        return (
+            f"if this is the name of a model on the Hugging Face hub, download it first: `hf download {relative} "
+            f"--local-dir DIR`, then name DIR"
+        )
+    return "name an HF directory, a run or a .gguf file"
+
+
+def step_for_folder(directory: Place, names: Sequence[str]) -> str | None:
+    """The next step for a folder that lacks config.json or weights, where it is known for something else."""
+    if "adapter_config.json" in names:
+        return (
+            "this is a LoRA adapter, which changes a model and is none: merge it with peft "
+            "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and name DIR"
+        )
+    if "snapshots" in names:
+        found = _snapshots(directory)
+        named = f": {found[-1]}" if found else ", with a snapshot in it: it is empty, so download the model again"
+        return f"this is the root of a model in the Hugging Face cache: name a folder in its snapshots{named}"
+    if any(name.startswith("models--") for name in names):
+        return "this is the Hugging Face cache: name models--OWNER--NAME/snapshots/COMMIT in it"
+    if any(name.startswith("consolidated") and name.endswith((".safetensors", ".pth")) for name in names):
+        return (
+            "consolidated files are in the format of the model's makers (with params.json): take the Hugging Face "
+            "files of the same model (config.json and model*.safetensors), or convert it with transformers"
+        )
+    if shards := [name for name in names if SHARD_NAME.fullmatch(name)]:
+        return f"{len(shards)} shards lie here without model.safetensors.index.json: copy that from the model's folder"
+    if "model_index.json" in names:
+        return "this is a diffusers pipeline: name the folder of its language model, if it has one"
+    return None
+
+
+def _snapshots(directory: Place) -> Sequence[Place]:
+    if isinstance(directory, ObjectPath):
+        return []
+    folder = directory / "snapshots"
+    return sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Tell whether these first bytes of a file are a pointer of Git LFS."""
+    return data.startswith(LFS_MAGIC)
+
+
+def mlx_quantised(raw: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is of weights that MLX has quantised."""
+    return isinstance(raw.get("quantization"), dict)

@@ -1,0 +1,103 @@
+"""What users name for a checkpoint and is none: each is told what it is, and what helps."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.checkpoint import load_pretrained
+from schemas.errors import CheckpointError
+from tests.models.conftest import GOLDEN
+from tests.models.test_checkpoint import refused
+from tests.models.test_ggufs import parts_of, write_gguf
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4976698672\n"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "llama_tied", tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("packing", "named"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, "AWQ"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": False}, "GPTQ"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "compressed-tensors"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "FP8"),
+        ({"quant_method": "new-method"}, "new-method"),
+    ],
+)
+def test_quantised_weights_are_told_what_helps(saved: Path, packing: dict[str, Any], named: str):
+    change(saved, quantization_config=packing)
+    text = message(saved)
+    assert "is quantised" in text
+    assert named in text
+    assert "the original, in bfloat16" in text
+    assert "remove the key" not in text
+
+
+def test_weights_that_mlx_quantised(saved: Path):
+    change(saved, quantization={"group_size": 64, "bits": 4})
+    assert "is quantised (MLX)" in message(saved)
+
+
+def change(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def message(path: Path | str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors", "config.json"], "merge_and_unload"),
+        (["models--a--b/refs/main"], "models--OWNER--NAME/snapshots/COMMIT"),
+        (["blobs/ab", "refs/main", "snapshots/0123/config.json"], "snapshots/0123"),
+        (["params.json", "consolidated.safetensors", "tekken.json"], "in the format of the model's makers"),
+        (["params.json", "consolidated.00.pth"], "in the format of the model's makers"),
+        (["config.json", "consolidated.safetensors"], "in the format of the model's makers"),
+        (["config.json", "model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
+    ],
+)
+def test_folders_of_another_kind(files: list[str], named: str, tmp_path: Path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((GOLDEN / "llama_tied/config.json").read_bytes() if "config" in name else b"{}")
+    refused(tmp_path, named)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pointers_of_git_lfs(saved: Path, name: str):
+    (saved / name).write_bytes(POINTER)
+    refused(saved, name, "git lfs pull")
+
+
+def test_a_gguf_that_is_a_pointer(tmp_path: Path):
+    (tmp_path / "a.gguf").write_bytes(POINTER)
+    refused(tmp_path / "a.gguf", "git lfs pull")
+
+
+def test_the_name_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    refused("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B")
+    (tmp_path / "Qwen").mkdir()
+    assert "hf download" not in message("Qwen/Qwen3-0.6B")
+
+
+def test_one_part_of_a_split_gguf(tmp_path: Path):
+    write_gguf(GOLDEN / "llama_linear", tmp_path / "model.gguf", split_max_tensors=12)
+    first, second, _ = parts_of(tmp_path / "model.gguf")
+    refused(second, "name the first part", first.name)
