@@ -12,6 +12,7 @@ Which file counts where two differ follows transformers 5.24 (`PreTrainedTokeniz
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -47,8 +48,7 @@ def folder_template(folder: Place, backend: Tokenizer) -> ChatTemplate | None:
     if not named:
         file = folder / PROCESSOR_TEMPLATE
         named = named_templates(read_settings(file).get("chat_template"), file)
-    tokens = special_tokens_of(folder)
-    return chosen_template(named, tokens, config, *_declared_tokens(folder, tokens, backend))
+    return chosen_template(named, special_tokens_of(folder), config, *_declared_tokens(folder, backend))
 
 
 def chosen_template(
@@ -100,15 +100,23 @@ def named_templates(entry: object, file: Place) -> dict[str, str]:
 
 def special_tokens_of(folder: Place) -> dict[str, str]:
     """Every special token by the name that templates and settings give it."""
-    config = read_settings(folder / TOKENIZER_CONFIG)
-    found = {name: config.get(name) for name in config if name.endswith("_token")}
-    for name in ("model_specific_special_tokens", "extra_special_tokens"):
-        found |= config[name] if isinstance(config.get(name), dict) else {}
-    if "added_tokens_decoder" not in config:
-        for name, token in read_settings(folder / SPECIAL_TOKENS_MAP).items():
-            found |= token if name == "extra_special_tokens" and isinstance(token, dict) else {name: token}
-    spelled = {name: content_of(token) for name, token in found.items()}
+    spelled = {name: content_of(token) for name, token in _named_tokens(folder).items()}
     return {name: token for name, token in spelled.items() if token is not None}
+
+
+def _named_tokens(folder: Place) -> dict[str, Any]:
+    """Name -> token as it is stored, a text or its settings.
+
+    Names beyond the standard ones (`image_token`) that the config spells out count before those of the map.
+    """
+    config = read_settings(folder / TOKENIZER_CONFIG)
+    legacy = {} if "added_tokens_decoder" in config else read_settings(folder / SPECIAL_TOKENS_MAP)
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    own = {name: token for name, token in named.items() if name not in _STANDARD and isinstance(token, str)}
+    places = [(config, "model_specific_special_tokens"), (config, "extra_special_tokens")]
+    for settings, name in [*places, (legacy, "extra_special_tokens")]:
+        own |= settings[name] if isinstance(settings.get(name), dict) else {}
+    return {**named, **legacy, **own}
 
 
 def content_of(token: object) -> str | None:
@@ -117,24 +125,26 @@ def content_of(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _declared_tokens(
-    folder: Place, tokens: Mapping[str, str], backend: Tokenizer
-) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+def _declared_tokens(folder: Place, backend: Tokenizer) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Tokens that are declared beside tokenizer.json alone: those in its vocabulary, and those that it lacks."""
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new = {content: token for content, token in _declarations(folder, tokens).items() if content not in added}
+    new = {content: token for content, token in _declarations(folder).items() if content not in added}
     whole = tuple(token for content, token in new.items() if backend.token_to_id(content) is not None)
     return whole, tuple(content for content in new if backend.token_to_id(content) is None)
 
 
-def _declarations(folder: Place, tokens: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """How a token is spelled -> its settings, of all that stand beside tokenizer.json."""
+def _declarations(folder: Place) -> dict[str, dict[str, Any]]:
+    """How a token is spelled -> its settings, of all that stand beside tokenizer.json; the last of several counts."""
     config = read_settings(folder / TOKENIZER_CONFIG)
     decoder = config.get("added_tokens_decoder")
     legacy = {} if decoder is not None else read_settings(folder / SPECIAL_TOKENS_MAP)
     lists = [each.get(name) for each in (config, legacy) for name in _LISTS]
-    listed = [*tokens.values(), *(token for each in lists if isinstance(each, list) for token in each)]
-    declared = {each: _special(each) for each in map(content_of, listed) if each}
+    named = _named_tokens(folder)
+    ordered = [named.get(name) for name in _STANDARD] + [
+        token for name, token in named.items() if name not in _STANDARD
+    ]
+    listed = [*ordered, *(token for each in lists if isinstance(each, list) for token in each)]
+    declared = {content: _special(token, content) for token in listed if (content := content_of(token))}
     if decoder is None:
         for content in read_settings(folder / ADDED_TOKENS):
             declared.setdefault(content, {"content": content, "special": False, "normalized": True})
@@ -145,8 +155,9 @@ def _declarations(folder: Place, tokens: Mapping[str, str]) -> dict[str, dict[st
     return declared
 
 
-def _special(content: str) -> dict[str, Any]:
-    return {"content": content, "special": True, "normalized": False}
+def _special(token: object, content: str) -> dict[str, Any]:
+    flags = {name: bool(token[name]) for name in _FLAGS if name in token} if isinstance(token, Mapping) else {}
+    return {"content": content, "normalized": False, **flags, "special": True}
 
 
 def _template_files(folder: Place) -> dict[str, str]:
@@ -159,7 +170,8 @@ def template_files(folder: Place) -> dict[str, Place]:
     beside, more = folder / TEMPLATE_FILE, folder / TEMPLATE_FOLDER
     found = {"default": beside} if beside.exists() else {}
     # Of a bucket's folder only the listing tells whether it is there.
-    for file in sorted(more.iterdir(), key=str) if not hasattr(more, "is_dir") or more.is_dir() else ():
+    there = more.is_dir() if isinstance(more, Path) else True
+    for file in sorted(more.iterdir(), key=str) if there else ():
         if file.name.endswith(".jinja"):
             found[file.name.removesuffix(".jinja")] = file
     return found

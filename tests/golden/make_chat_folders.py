@@ -89,6 +89,22 @@ FOLDERS: dict[str, tuple[dict[str, Any], Any]] = {
         },
         None,
     ),
+    "map strips": (
+        {**_template(), "special_tokens_map.json": {"pad_token": {**_token("<own>"), "lstrip": True, "rstrip": True}}},
+        None,
+    ),
+    "config strips": (_template(pad_token={"__type": "AddedToken", **_token("<own>"), "lstrip": True}), None),
+    "config's image over the map's": (
+        {**_template(image_token="<img>"), "special_tokens_map.json": {"image_token": "<own>"}},
+        None,
+    ),
+    "map's image over the config's typed one": (
+        {
+            **_template(image_token={"__type": "AddedToken", **_token("<img>")}),
+            "special_tokens_map.json": {"image_token": "<own>"},
+        },
+        None,
+    ),
     "map names an image": ({**_template(), "special_tokens_map.json": {"image_token": "<img>"}}, None),
     "map's extra mapping": (
         {**_template(), "special_tokens_map.json": {"extra_special_tokens": {"image_token": "<img>"}}},
