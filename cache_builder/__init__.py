@@ -1,6 +1,7 @@
 """Stage 1: text to a cache.
 
 inputs.py    what data.path names, anywhere    documents.py what the files hold (text, chat, parquet, array_records)
+file_marks.py what first bytes say
 tokenise.py  documents to tokens               packing.py   tokens to rows
 prepare.py   a rows folder, by one process     shared_prepare.py  by many; beam.py: by a pipeline
 plan.py      what will be built

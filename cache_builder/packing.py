@@ -51,12 +51,18 @@ class SpooledStream:
         return np.frombuffer(self._spool.read((stop - start) * MARKED.itemsize), MARKED)
 
 
-def mark_document(tokens: Int32[np.ndarray, "n"], counted: Bool[np.ndarray, "n"] | None = None) -> np.ndarray:
-    """A document's tokens with their marks; without `counted` all of them are targets."""
+def mark_document(
+    tokens: Int32[np.ndarray, "n"], counted: Bool[np.ndarray, "n"] | None = None, *, begins: bool = True
+) -> np.ndarray:
+    """A document's tokens with their marks; without `counted` all of them are targets.
+
+    Args:
+        begins: the document begins with these; else they go on with one.
+    """
     marked = np.empty(tokens.size, MARKED)
     marked["token"] = tokens
     marked["marks"] = COUNTED if counted is None else counted * np.uint8(COUNTED)
-    marked["marks"][:1] |= BEGINS
+    marked["marks"][:1] |= np.uint8(BEGINS if begins else 0)
     return marked
 
 

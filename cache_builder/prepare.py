@@ -22,6 +22,7 @@ from cache_builder.shared_prepare import KB, Share, prepare_shared, stop_if_aske
 from cache_builder.skipped import Skipped
 from cache_builder.text_digest import known_digest, remember_inputs, total_digest
 from cache_builder.token_parts import UNFINISHED
+from cache_builder.tokenise import Pace
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas.canonical import from_canonical
 from schemas.config import DataConfig, PrepareConfig
@@ -171,7 +172,8 @@ def _spool_tokens(
         for file in job.files:
             with InputReader(file) as reader:
                 if not job.is_enough(stream.length):
-                    with closing(job.marked(file, reader)) as found:
+                    pace = Pace(reader)
+                    with closing(job.marked(file, reader, pace)) as found:
                         for marked in found:
                             if isinstance(marked, Skipped):
                                 skipped.append(marked)
@@ -181,7 +183,7 @@ def _spool_tokens(
                             most = job.most_tokens
                             documents += count_begins(marked) if most is None or stream.length <= most else 0
                             stream.append(marked)
-                            bar.advance((before + reader.consumed) // KB - bar.done)
+                            bar.advance((before + pace.done) // KB - bar.done)
                             if job.is_enough(stream.length):
                                 break
                 lines.append(reader.finish())

@@ -15,7 +15,7 @@ from cache_builder.documents import file_documents, no_text
 from cache_builder.inputs import InputFile, InputReader
 from cache_builder.packing import TokenStream, draw_eval_rows, pack_rows_of
 from cache_builder.skipped import Skipped, write_skipped
-from cache_builder.tokenise import token_arrays
+from cache_builder.tokenise import Pace, token_arrays
 from models.tokenizer import TextTokenizer
 from schemas.canonical import to_canonical
 from schemas.config import DataConfig
@@ -36,10 +36,14 @@ class RowsJob:
     files: tuple[InputFile, ...]
     rows_per_file: int
 
-    def marked(self, file: InputFile, reader: InputReader) -> Generator[np.ndarray | Skipped]:
-        """The marked tokens of a file's documents, and the notes of what was skipped, in order."""
+    def marked(self, file: InputFile, reader: InputReader, pace: Pace) -> Generator[np.ndarray | Skipped]:
+        """The marked tokens of a file's documents, and the notes of what was skipped, in order.
+
+        Args:
+            pace: is told how far the work is.
+        """
         found = file_documents(file, reader, self.data, self.tokenizer)
-        return token_arrays(found, self.tokenizer, self.data.on_error)
+        return token_arrays(found, self.tokenizer, self.data.on_error, pace)
 
     @property
     def most_tokens(self) -> int | None:

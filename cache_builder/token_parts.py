@@ -2,7 +2,7 @@
 
     <out>/unfinished/<fingerprint>/
         claims/                     who is at work on what
-        tokens/00003/00000          a *part*: marked tokens of input file 3, whole documents
+        tokens/00003/00000          a *part*: marked tokens of input file 3
         files/00003.json            the receipt of input file 3: its digest and its parts
         streams.json                all receipts in one, once they are there
         rows/00007.json             the receipt of one file of rows
@@ -24,6 +24,7 @@ from cache_builder.inputs import InputReader
 from cache_builder.packing import MARKED, count_begins
 from cache_builder.rows_files import RowsJob
 from cache_builder.skipped import Skipped, SkippedRecord
+from cache_builder.tokenise import Pace
 from schemas.canonical import from_canonical, to_canonical
 from schemas.config import Config
 from schemas.digest import digest_bytes
@@ -132,9 +133,10 @@ def write_parts(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *
     file, parts, skipped = job.files[number], [], []
     with InputReader(file) as reader:
         if not digest_only:
-            found = job.marked(file, reader)
+            pace = Pace(reader)
+            found = job.marked(file, reader, pace)
             with closing(found):
-                for part in _parts(_watched(found, reader, watch), job, skipped):
+                for part in _parts(_watched(found, pace, watch), job, skipped):
                     data = part.tobytes()
                     folder.store.write(folder.part_key(number, len(parts)), data)
                     parts.append(PartEntry(tokens=part.size, documents=count_begins(part), digest=digest_bytes(data)))
@@ -150,11 +152,9 @@ class Watch:
         """So many bytes of the present input file are read; raises to stop the work."""
 
 
-def _watched(
-    found: Iterator[np.ndarray | Skipped], reader: InputReader, watch: Watch
-) -> Iterator[np.ndarray | Skipped]:
+def _watched(found: Iterator[np.ndarray | Skipped], pace: Pace, watch: Watch) -> Iterator[np.ndarray | Skipped]:
     for marked in found:
-        watch.read(reader.consumed)
+        watch.read(pace.done)
         yield marked
 
 

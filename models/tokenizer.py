@@ -9,12 +9,13 @@ Truncation and padding that a tokenizer.json asks for are turned off: they would
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from tokenizers import AddedToken, Tokenizer
 
@@ -34,6 +35,7 @@ from models.chat_files import (
 from models.chat_template import ChatTemplate
 from models.gguf_tokenizer import gguf_tokenizer
 from models.ggufs import is_gguf, metadata, open_gguf
+from models.long_text import token_runs
 from models.runs import hf_folder, numbered
 from models.tensors import some
 from schemas.errors import CheckpointError, InputError
@@ -106,6 +108,27 @@ class TextTokenizer:
             for each, inside in zip(encoded, spans, strict=True)
         ]
 
+    def encode_long_document(self, text: str) -> Iterator[np.ndarray]:
+        """`encode_document` in pieces, int32 [n], in memory that does not grow with the text.
+
+        Raises:
+            NoCommonTokens: it cannot be done by windows (long_text.py).
+        """
+        before, after = self._rule
+        for number, run in enumerate(token_runs(self._bare, text)):
+            yield run.ids if number else np.concatenate([before, run.ids])
+        yield after
+
+    def encode_long_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`encode_spans` of one text in pieces: int32 [n], and bool [n]. Raises as `encode_long_document` does."""
+        places = np.array(sorted(span for span in spans if span[0] < span[1]), np.int64).reshape(-1, 2)
+        for run in token_runs(self._verbatim, text):
+            first = np.searchsorted(
+                places[:, 1], run.begins, side="right"
+            )  # of each token: the first span not yet over
+            starts = np.append(places[:, 0], len(text) + 1)[first]
+            yield run.ids, starts < run.ends
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special ones spelled out."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -121,6 +144,20 @@ class TextTokenizer:
         own = (token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
         declared = () if self.chat is None else self.chat.whole_tokens
         return (*own, *(token["content"] for token in declared if token.get("special")))
+
+    @cached_property
+    def _bare(self) -> Tokenizer:
+        """The backend without its post-processor."""
+        content = json.loads(self.to_json())
+        return Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+
+    @cached_property
+    def _rule(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that stand in front of and behind those of a document, int32."""
+        encoding = self.backend.encode("a")
+        added = np.array(encoding.special_tokens_mask, bool)
+        ids, text = np.array(self._end(encoding.ids), np.int32), np.flatnonzero(~added)
+        return ids[: text[0]], ids[text[-1] + 1 :]
 
     @cached_property
     def _verbatim(self) -> Tokenizer:

@@ -1,6 +1,6 @@
 """What is on disk and in configs; imports none of the other folders.
 
-config.py     the configs of every command          settings.py   YAML, dotted flags, help
+config.py     the configs of every command          settings.py   dotted flags, help; yaml_text.py
 errors.py     what a user gets wrong                 canonical.py  JSON with one byte form and a digest
 storage.py    paths and buckets                      digest.py     xxh3-128
 buckets.py    what is peculiar to gs:// and s3://    claim.py      who is at work on something, until when
