@@ -10,6 +10,8 @@ from cache_builder.chat import written_chats
 from models.tokenizer import load_tokenizer, tokenizer_files
 from schemas.config import DataConfig
 from schemas.errors import ConfigError, InputError
+from schemas.storage import Store
+from tests.servers.fixtures import Bucket
 
 pytest.importorskip("jinja2")
 
@@ -101,3 +103,13 @@ def test_a_gguf_has_a_template_for_tools(tmp_path: Path) -> None:
     record = {"messages": [{"role": "user", "content": "x"}]}
     assert written_chats(record, tokenizer, DATA, "here") == [("D", [])]
     assert written_chats({**record, "tools": [{"name": "f"}]}, tokenizer, DATA, "here") == [("U", [])]
+
+
+@pytest.mark.parametrize("name", ["file and folder, tools", "folder's default alone", "map alone"])
+def test_a_folder_in_a_bucket_is_read_likewise(name: str, gcs: Bucket, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, CASES[name]["files"])
+    store = Store(f"{gcs.url}/{name}".replace(" ", "_").replace(",", "").replace("'", ""))
+    for file in folder.rglob("*.*"):
+        store.write(str(file.relative_to(folder)), file.read_bytes())
+    ((text, _),) = written_chats(CASES[name]["record"], load_tokenizer(store.url), DATA, "here")
+    assert text == CASES[name]["text"]
