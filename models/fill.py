@@ -26,7 +26,7 @@ CHECKED_AT_ONCE = 2**18  # numbers; what is compared stays in the processor's ca
 def count_non_finite(values: np.ndarray) -> int:
     """Count the NaNs and infinities: those whose exponent's bits are all set.
 
-    Some 5 GB/s on one core; `np.isfinite` of bfloat16 takes 15 times as long.
+    Measured: 1.3 to 1.5 GB/s on one of two busy cores, where `np.isfinite` took 7 (bfloat16) to 12 times as long.
     """
     kind = np.dtype(values.dtype)
     flat, word = values.reshape(-1), np.dtype(f"u{kind.itemsize}")

@@ -31,6 +31,7 @@ from schemas.object_path import Place, locate
 NOTES = "maxtext.json"
 ITEMS = ("items", "default")  # what checkpoint managers call the tree within a step's folder
 OPTIMIZER = "opt_state."
+MOST_AXES, MOST_NUMBERS = 8, 2**42  # of one array; all of Kimi K2 has 2**40
 
 
 class MaxtextNotes(Config):
@@ -118,6 +119,12 @@ class MaxtextSource:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for name, array in self._opened.items():
+            if len(array.shape) > MOST_AXES or prod(array.shape) > MOST_NUMBERS:
+                raise CheckpointError(
+                    "an array of an Orbax checkpoint has a shape that no model has",
+                    {"checkpoint": self.where, "array": name, "found": list(array.shape)},
+                    "copy the checkpoint again",
+                )
             self._add(name, array, config)
         self._wanted: dict[tuple[str, str], list[int]] = {}  # of a stack's part, the places that will be asked for
         self._held: _Held | None = None

@@ -111,7 +111,7 @@ def _read_metadata(place: Place) -> dict[str, Any]:
         found.setdefault("use_ocdbt", (place / OCDBT_MANIFEST).exists())
         _names(found)
         return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             "this is no Orbax checkpoint of a tree of arrays",
             {"folder": place, "file": METADATA, "found": f"{type(error).__name__}: {error}"},
@@ -124,7 +124,10 @@ def _names(metadata: Mapping[str, Any]) -> list[str]:
     found = []
     for leaf in metadata["tree_metadata"].values():
         if not leaf["value_metadata"].get("skip_deserialize"):
-            found.append(".".join(str(part["key"]) for part in leaf["key_metadata"]))
+            name = ".".join(str(part["key"]) for part in leaf["key_metadata"])
+            if "/" in name or "\\" in name or name.strip(".") == "":
+                raise ValueError(f"the name {name[:80]!r} leads to another place")
+            found.append(name)
     return found
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from models.checkpoint import load_pretrained
 from models.families import config_from_hf
 from models.fill import count_non_finite
+from models.orbax_files import OrbaxArrays
 from models.safetensors_file import MappedSafetensors
 from schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN
@@ -187,3 +188,18 @@ def test_any_value_under_any_key_ends_in_an_error_of_ours(name: str, tmp_path: P
                 with contextlib.suppress(CheckpointError):
                     config_from_hf(raw, tmp_path / "config.json")
             place[key] = before
+
+
+@pytest.mark.parametrize("keys", [["a/../../b"], ["a", "../../b"], [".."], ["/etc"], [""]])
+def test_names_of_an_orbax_checkpoint_lead_nowhere_else(keys: list[str], tmp_path: Path):
+    leaf = {"key_metadata": [{"key": key} for key in keys], "value_metadata": {}}
+    (tmp_path / "_METADATA").write_text(json.dumps({"tree_metadata": {"leaf": leaf}}))
+    with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
+        OrbaxArrays(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "3", "{}", '{"tree_metadata": 3}', '{"tree_metadata": {"a": {}}}'])
+def test_metadata_that_is_no_orbax_tree(text: str, tmp_path: Path):
+    (tmp_path / "_METADATA").write_text(text)
+    with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
+        OrbaxArrays(tmp_path)
