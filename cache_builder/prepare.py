@@ -8,6 +8,7 @@ process in one go; a large one, or one for several processes, in pieces that out
 """
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -203,6 +204,7 @@ def _prepare_together(store: Store, job: RowsJob, config: PrepareConfig, stop: S
         )
         for worker in range(config.workers)
     ]
+    os.environ["PYTHONSAFEPATH"] = "1"  # else workers would import Python's own modules from the working folder first
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in any state
     workers = [
         context.Process(target=_work, args=(config, job, share), daemon=True, name=f"prepare-{share.process_id}")

@@ -9,5 +9,6 @@ manifest.py   plan, receipt, manifest                index.py      the record of
 segment.py    reading one segment, checked           codecs/       what the bytes of a tap mean
 addressing.py rows and slots of several segments     tap_codec.py  from a plan's tap to its codec
 progress.py   how far a long piece of work is        checkpoint_files.py  of a run: arrays in pieces
+child_python.py  processes that we start
 times.py      how long shards took               cache_words.py  a cache in words, for repr and notebooks
 """

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, Any
 
+from schemas.child_python import python_environment, python_words
 from schemas.peers import SUPERVISED, PeerError
 
 RUNTIME = re.compile(
@@ -42,8 +43,8 @@ def supervise(module: str, words: Sequence[str]) -> int:
     """
     read, write = os.pipe()
     child = subprocess.Popen(
-        [sys.executable, "-m", module, *words],
-        env={**os.environ, SUPERVISED: str(write)},
+        python_words("-m", module, *words),
+        env={**python_environment(), SUPERVISED: str(write)},
         pass_fds=[write],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

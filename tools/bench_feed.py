@@ -220,7 +220,7 @@ def open_figures(folder: Path, sizes: FeedSizes) -> dict[str, float]:
     plan = synthetic_plan(sizes.million, (30, 8, 64), {"resid": "bf16", TAP: "bf16"}, shard_rows=2)
     write_large_index(folder, plan)
     done = subprocess.run(
-        [sys.executable, "-c", OPEN_SCRIPT, str(folder)], stdout=subprocess.PIPE, check=True, text=True
+        [sys.executable, "-P", "-c", OPEN_SCRIPT, str(folder)], stdout=subprocess.PIPE, check=True, text=True
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return {

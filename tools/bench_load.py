@@ -17,7 +17,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,6 +30,7 @@ from models.decoder import Decoder
 from models.families import config_to_hf, layout_of
 from models.safetensors_file import TensorToWrite, header_of
 from models.tensors import INDEX_NAME, tensor_slots
+from schemas.child_python import python_environment, python_words
 from schemas.config import BenchConfig
 from schemas.errors import DistillcacheError
 from tools.bench import Goal, Measured, scratch_folder
@@ -120,11 +120,11 @@ def load_share(path: Path, axis: str, processes: int, loads: int) -> dict[str, f
     """
     coordinator = f"127.0.0.1:{_free_port()}"
     flags = "--xla_force_host_platform_device_count=1"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**python_environment(), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     running = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "tools.load_share", str(path), "--axis", axis, "--process", str(number)),
+                *python_words("-m", "tools.load_share", str(path), "--axis", axis, "--process", str(number)),
                 *("--processes", str(processes), "--loads", str(loads), "--coordinator", coordinator),
             ],
             env=environment,

@@ -36,6 +36,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        _begin_again_in_utf8()
     try:
         code = _answer(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, so that a reader who has gone is noticed here
@@ -44,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone; Python would complain again while it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _begin_again_in_utf8() -> None:
+    """Replace this process by itself in Python's UTF-8 mode.
+
+    Under `LC_ALL=C` without that mode, Python spells a path with an umlaut in half surrogate pairs, which no C++
+    library takes. What the operating system hands over are the same bytes in both.
+    """
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that we start
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _answer(words: list[str]) -> int:

