@@ -53,13 +53,12 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(PYTEST) -m slow
 
-# Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8); with it and
-# on all threads; and the codecs optimised as a user's programs are.
+# Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8); then
+# the codecs as the machine has it: optimised as a user's programs are, on all threads.
 test-bits: .venv/installed-dev
 	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -m "bits and not slow" -k "not fp8"
-	XLA_FLAGS="--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=true" $(PYTEST) -m "bits and not slow"
 	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=true" \
-	  $(PYTEST) -m "bits and not slow" tests/trainer/test_feed.py tests/schemas/test_codecs_delta.py
+	  $(PYTEST) -m "bits and not slow" tests/trainer/test_feed.py tests/schemas
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120

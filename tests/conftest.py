@@ -1,5 +1,6 @@
 """A tiny teacher with a tokenizer, a tiny corpus, and caches made from them: what most tests start from."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,14 @@ from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
 __all__ = ["gcs", "gcs_server", "s3", "s3_server"]  # fixtures, found here by every test
 
 EOS = "<|end|>"
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often: what is imported and collected stays, and tracing makes objects by the million."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
 
 TINY = ModelConfig(
     vocab_size=263,  # more than the tokenizer has: padded vocabularies are usual
