@@ -22,12 +22,12 @@ from schemas.base import Config
 from schemas.peers import ALONE, Peers
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
-from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss
+from trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss, without_padding
 from trainer.open import Sources
 from trainer.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
 from trainer.source import Batch, Source
 from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
-from trainer.tables import Table, TapReading, block_starts, evaluation_table, student_spans
+from trainer.tables import Table, TapReading, block_starts, evaluation_table, real_vocab, student_spans
 
 
 class Evaluation(Config):
@@ -185,12 +185,12 @@ def _mean_token_loss(
     of every expert."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
-    model = decoder.config
+    model, real = decoder.config, real_vocab(decoder.config, source.plan)
     load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
     with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows, peers):
             stored = None if record is None else batch["topk_logits"]
-            sums, loads = _token_loss(graph, record, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
+            sums, loads = _token_loss(graph, record, real, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
             total, weight = total + float(sums.total), weight + float(sums.weight)
             if load is not None:
                 load = load + np.asarray(loads, np.float64)
@@ -202,10 +202,11 @@ def _mean_token_loss(
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _token_loss(
     graph: Any,
     record: _Record | None,
+    real: int | None,
     parameters: Any,
     stored: Mapping[str, Array] | None,
     tokens: Int[Array, "B T"],
@@ -231,8 +232,9 @@ def _token_loss(
         x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
         logits = decoder.logits(x)
         if record is None:
-            return next_token_loss(logits, *fields)
-        return topk_kl_loss(logits, *record.codec.decode(parts), *fields, tau=1.0, rest_bucket=record.rest_bucket)
+            return next_token_loss(without_padding(logits, real), *fields)
+        recorded = record.codec.decode(parts)
+        return topk_kl_loss(logits, *recorded, *fields, tau=1.0, rest_bucket=record.rest_bucket, real_vocab=real)
 
     parts = stored and {name: value[0] for name, value in stored.items()}
     sums = jax.lax.map(one, (stream, (tokens, segment_ids, loss_mask), parts))

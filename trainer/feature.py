@@ -35,6 +35,7 @@ from trainer.losses import (
     support_kl,
     support_logits,
     topk_cross_entropy,
+    without_padding,
 )
 from trainer.optimizer import clip_all, update_blocks, update_one
 from trainer.parameters import PROJECTOR, Parameters, Place, cast, of_place, of_places, outer, place_prefix
@@ -83,6 +84,7 @@ class FeatureStep:
     remat: str = "block"
     compute_dtype: str = "float32"
     balancing: Balancing | None = None
+    real_vocab: int | None = None  # see losses.without_padding
 
     @property
     def compares_tokens(self) -> bool:
@@ -197,7 +199,7 @@ class FeatureStep:
         def row_losses(row: tuple[Array, Mapping[str, Array], Any]) -> dict[str, Array]:
             x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
             logits = decoder.logits(x)
-            losses = {"ce": next_token_loss(logits, **fields).total}
+            losses = {"ce": next_token_loss(without_padding(logits, self.real_vocab), **fields).total}
             if codec is None:
                 return losses
             recorded = codec.decode(parts)
@@ -209,6 +211,7 @@ class FeatureStep:
                 recorded.logsumexp,
                 counts,
                 rest_bucket=self.loss.rest_bucket,
+                real_vocab=self.real_vocab,
             )
             teacher = topk_cross_entropy(*recorded, **fields)
             return losses | {

@@ -102,6 +102,13 @@ def next_token_loss(
     return _masked_sum(jax.nn.logsumexp(wide, axis=-1) - chosen, counts)
 
 
+def without_padding(logits: Float[Array, "B T V"], real_vocab: int | None) -> Float[Array, "B T V"]:
+    """The logits with no mass beyond the tokenizer's ids, float32; as they are where `real_vocab` is None."""
+    if real_vocab is None or real_vocab >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < real_vocab, logits.astype(jnp.float32), NO_MASS)
+
+
 def counted_predictions(segment_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
     """Whether position t's prediction of token t + 1 counts, as in `next_token_loss`; the last position's never does.
 
@@ -129,6 +136,7 @@ def topk_kl_loss(
     *,
     tau: Float[Array, ""] | float,
     rest_bucket: bool,
+    real_vocab: int | None = None,
 ) -> MaskedSum:
     """KL(teacher || student) at temperature tau > 0 of every prediction that counts, in nats, without a factor tau².
 
@@ -143,7 +151,9 @@ def topk_kl_loss(
     Source: Hinton et al. 2015. MaxText issue 4056: teacher and student normalised over different supports.
     """
     counts = counted_predictions(segment_ids, loss_mask)
-    support = support_logits(student_logits, values, ids, logsumexp, counts, rest_bucket=rest_bucket)
+    support = support_logits(
+        student_logits, values, ids, logsumexp, counts, rest_bucket=rest_bucket, real_vocab=real_vocab
+    )
     return support_kl(support, counts, tau)
 
 
@@ -155,6 +165,7 @@ def support_logits(
     counts: Bool[Array, "B T"],
     *,
     rest_bucket: bool,
+    real_vocab: int | None = None,
 ) -> SupportLogits:
     """Both sides' logits over the teacher's top k, zeros where nothing counts: all that a KL at any tau needs.
 
@@ -167,12 +178,17 @@ def support_logits(
     rounded to bfloat16, to about 2e-2 (record them as f32 then). A rest that cannot be told from none, or that the
     rounding made negative, is none: `NO_MASS`. With k = V there is none on either side. An id that the student's
     vocabulary lacks gives NaN.
+
+    real_vocab: ids from here on are padding, of no mass on either side, whatever the teacher recorded; of it the
+    student may have fewer or more rows. What the teacher's padding has outside its top k stays in its rest.
     """
-    wide, values = _real(student_logits, counts), _real(values, counts)
+    wide, values = _real(without_padding(student_logits, real_vocab), counts), _real(values, counts)
+    teacher_rest = _rest_logit(values, jnp.where(counts, logsumexp.astype(jnp.float32), 0.0))
     chosen = jnp.take_along_axis(wide, ids, axis=-1)
+    if real_vocab is not None:
+        values, chosen = (jnp.where(ids < real_vocab, part, NO_MASS) for part in (values, chosen))
     if not rest_bucket or values.shape[-1] == wide.shape[-1]:
         return SupportLogits(values, chosen)
-    teacher_rest = _rest_logit(values, jnp.where(counts, logsumexp.astype(jnp.float32), 0.0))
     others = jnp.put_along_axis(wide, ids, NO_MASS, axis=-1, inplace=False)
     student_rest = jax.nn.logsumexp(others, axis=-1)
     return SupportLogits(

@@ -49,7 +49,17 @@ from trainer.step import (
     padded_table,
     unpadded,
 )
-from trainer.tables import Span, Table, TapReading, block_starts, is_in_step, make_table, student_spans, with_column
+from trainer.tables import (
+    Span,
+    Table,
+    TapReading,
+    block_starts,
+    is_in_step,
+    make_table,
+    real_vocab,
+    student_spans,
+    with_column,
+)
 
 BEHIND_BLOCKS = ("final_norm", "head")  # what computes logits, and nothing else
 # `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
@@ -361,6 +371,7 @@ class StageRun:
                     config.remat,
                     config.compute_dtype,
                     self._balancing,
+                    real_vocab(self.stack.config, source.plan),
                 )
             )
         balance = {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer.importance import OpenSource, teacher_importance
 from trainer.parameters import Parameters, all_parameters, make_projectors
 from trainer.source import Source
 from trainer.stack import StudentStack
-from trainer.tables import FROM_TEACHER, block_starts, check_ascending, student_spans
+from trainer.tables import FROM_TEACHER, block_starts, check_ascending, real_vocab, student_spans
 from trainer.teacher import check_teacher
 
 SURGERY = "surgery.json"  # in the run's folder
@@ -153,10 +154,8 @@ def _checked_teacher(source: Source, path: str | None) -> str:
 def _check_fit(found: ModelConfig, path: str, config: StudentConfig, source: Source) -> None:
     teacher = source.plan.teacher
     student_spans(found, teacher.num_blocks, block_starts(config, teacher.num_blocks))
-    sizes = {
-        "hidden size": (teacher.hidden_size, found.hidden_size, "set student.projector: linear"),
-        "vocabulary": (teacher.vocab_size, found.vocab_size, "choose a student with the teacher's vocabulary"),
-    }
+    _check_vocabulary(found, path, source)
+    sizes = {"hidden size": (teacher.hidden_size, found.hidden_size, "set student.projector: linear")}
     if config.projector == "linear":
         if found.hidden_size == teacher.hidden_size:
             raise ConfigError(
@@ -172,6 +171,27 @@ def _check_fit(found: ModelConfig, path: str, config: StudentConfig, source: Sou
                 {"cache": f"{source.url}/{MANIFEST}   {expected}", "student": f"{path}   {here}"},
                 f"{advice}, or build a cache with another teacher",
             )
+
+
+def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
+    """Teacher and student may differ in rows that no token has; the user is told once, when the student is made."""
+    real, rows = source.plan.rows.vocab_size, source.plan.teacher.vocab_size
+    if found.vocab_size < real:
+        raise ConfigError(
+            "the cache and the student disagree on the vocabulary",
+            {
+                "cache": f"{source.url}/{MANIFEST}   ids up to {real - 1}",
+                "student": f"{path}   {found.vocab_size}",
+                "expected": f"{real} or more",
+            },
+            "choose a student with the teacher's tokenizer, or build a cache with another teacher",
+        )
+    if real_vocab(found, source.plan) is not None:
+        print(
+            f"note: the teacher's vocabulary has {rows:,} rows, the student's {found.vocab_size:,}; the tokenizer uses "
+            f"{real:,}, and the rest is left out of losses and of perplexity",
+            file=sys.stderr,
+        )
 
 
 def _tokenizer(path: str, run: Store, source: Source) -> str:

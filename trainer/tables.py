@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.surgery.sizes import kept_blocks
 from schemas.codecs import Codec
 from schemas.errors import ConfigError
+from schemas.manifest import Plan
 from schemas.student_config import StudentConfig
 from trainer.source import Source
 
@@ -62,6 +63,12 @@ def block_starts(config: StudentConfig, teacher_blocks: int) -> list[int] | None
         if op.op == "drop_blocks":
             return [0, *kept_blocks(op, teacher_blocks)[1:]]
     return None
+
+
+def real_vocab(student: ModelConfig, plan: Plan) -> int | None:
+    """The tokenizer's highest id plus one, where padding is masked: where the student and the teacher have different
+    numbers of rows in their vocabularies. None where these are equal, and padding is trained like any other row."""
+    return plan.rows.vocab_size if student.vocab_size != plan.teacher.vocab_size else None
 
 
 def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence[int] | None) -> tuple[Span, ...]:
