@@ -3,20 +3,25 @@
 A finished segment is never touched: the manifest lists it.
 """
 
+import re
 import sys
+from collections.abc import Sequence
 
 from schemas import layout
 from schemas.claim import is_anothers_claim
 from schemas.errors import ConfigError, InputError
 from schemas.manifest import Manifest
-from schemas.segment import segment_name
+from schemas.segment import NAME_DIGITS
 from schemas.storage import Store
 
 
-def abandon_extension(store: Store, manifest: Manifest | None) -> None:
+def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) -> None:
     """Delete the unfinished segment of a finished cache, if there is one.
 
     Safe to repeat after a crash: receipts go before the objects that they commit, and the plan goes last.
+
+    Args:
+        expiry_s: of a claim that does not say how long it holds.
 
     Raises:
         InputError: the cache is not finished: there is nothing that was added to it.
@@ -28,26 +33,34 @@ def abandon_extension(store: Store, manifest: Manifest | None) -> None:
             {"cache": store.url, "missing": layout.MANIFEST},
             "finish it: the same command without --abandon",
         )
-    segment = segment_name(len(manifest.segments))
-    folder = layout.segment_prefix(segment)
-    keys = store.keys(f"{folder}/")
+    number = len(manifest.segments)
+    name = re.compile(rf"segments/({number:04d}(?:-[0-9a-f]{{{NAME_DIGITS}}}|\.prepared)?)/")
+    keys = [key for key in store.keys(f"segments/{number:04d}") if name.match(key)]
     if not keys:
         return
-    _refuse_live_builders(store, folder, [key for key in keys if key.startswith(f"{folder}/claims/")])
-    plan = layout.plan_key(segment)
+    folders = sorted({match[0].rstrip("/") for key in keys if (match := name.match(key))})
+    _refuse_live_builders(store, folders, [key for key in keys if "/claims/" in key], expiry_s)
+    for folder in folders:
+        _delete_segment(store, folder, [key for key in keys if key.startswith(f"{folder}/")])
+    store.remove_stale_locks()
+    for folder in folders:
+        store.delete_folder(folder)
+    print(f"deleted: {', '.join(map(store.where, folders))}, an extension that was not finished", file=sys.stderr)
+
+
+def _delete_segment(store: Store, folder: str, keys: Sequence[str]) -> None:
+    """Delete the keys of a folder, the plan last: as long as it is there the folder is known to be an extension."""
+    plan = f"{folder}/plan.json"
     receipts = [key for key in keys if key.startswith(f"{folder}/receipts/")]
     for key in [*receipts, *(key for key in keys if key not in {plan, *receipts}), plan]:
         store.delete(key)
-    store.remove_stale_locks()
-    store.delete_folder(folder)
-    print(f"deleted: {store.where(folder)}, an extension that was not finished", file=sys.stderr)
 
 
-def _refuse_live_builders(store: Store, folder: str, claims: list[str]) -> None:
-    live = [key for key in claims if is_anothers_claim(store, key)]
+def _refuse_live_builders(store: Store, folders: Sequence[str], claims: Sequence[str], expiry_s: float) -> None:
+    live = [key for key in claims if is_anothers_claim(store, key, expiry_s)]
     if live:
         raise ConfigError(
             "a process is at work on the extension",
-            {"segment": store.where(folder), "its claims": ", ".join(live[:3])},
+            {"segment": ", ".join(map(store.where, folders)), "its claims": ", ".join(live[:3])},
             "stop it first, or wait until its claim has expired",
         )

@@ -8,6 +8,8 @@ teacher batches, which it claims one by one (schemas/claims.py), so that any num
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder
 from cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
 from cache_builder.replica import Replica, is_job, open_replica
 from cache_builder.text_digest import inputs_digest
+from cache_builder.token_parts import rows_fingerprint
 from models.checkpoint import read_config, weights_digest
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -41,11 +44,25 @@ from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.claims import Claims
 from schemas.config import BuildConfig, PrepareConfig
-from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.errors import (
+    ConfigError,
+    DamageError,
+    DistillcacheError,
+    InputError,
+    PlanMismatchError,
+    StorageError,
+)
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import SKIPPED_KEY, Row, RowReader, teacher_batch
-from schemas.segment import committed_shards, read_manifest, read_plan, segment_name
+from schemas.segment import (
+    begun_plan,
+    check_place,
+    committed_shards,
+    read_manifest,
+    read_plan,
+    segment_name,
+)
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
 
@@ -85,6 +102,37 @@ def build_cache(config: BuildConfig) -> Manifest:
     """
     use(config.storage)
     store = Store(config.cache)
+    return unless_finished(store, lambda: _build_cache(store, config), alone=not is_job(config))
+
+
+def unless_finished(store: Store, work: Callable[[], Manifest], alone: bool = True) -> Manifest:
+    """What `work` gives. Where it fails over what another process tidied up when it finished, it is done once more.
+
+    It finds the finished segment then, and that nothing is left to do.
+
+    Args:
+        alone: the process works for itself; those of a job have to do everything together.
+    """
+    before = _num_segments(store)
+    try:
+        return work()
+    except (InputError, DamageError, StorageError):
+        if not alone or _num_segments(store) <= before:
+            raise
+    return work()
+
+
+def _num_segments(store: Store) -> int:
+    """How many segments are finished; a damaged manifest is for others to speak of."""
+    try:
+        manifest = read_manifest(store)
+    except DamageError:
+        return 0
+    return 0 if manifest is None else len(manifest.segments)
+
+
+def _build_cache(store: Store, config: BuildConfig) -> Manifest:
+    """`build_cache`, in an open store."""
     if config.repair:
         if is_job(config):
             raise ConfigError(
@@ -101,12 +149,12 @@ def build_cache(config: BuildConfig) -> Manifest:
     tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     manifest = read_manifest(store)
     if config.abandon or config.extend or manifest is None:
-        segment = segment_name(len(manifest.segments) if manifest is not None else 0)
-        store.check_writable(f"{layout.segment_prefix(segment)}/claims/")
+        number = len(manifest.segments) if manifest is not None else 0
+        store.check_writable(f"{layout.prepared_prefix(number)}/")
     if config.abandon:
         from cache_builder.abandon import abandon_extension
 
-        abandon_extension(store, manifest)
+        abandon_extension(store, manifest, config.claim_expiry_s)
     if config.extend:
         from cache_builder.extend import extend_cache  # likewise
 
@@ -160,21 +208,64 @@ def build_segment(
 ) -> Manifest:
     """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
     peers = replica.peers
-    with held_together(store, plan, config, peers):
+    with held_together(store, plan, config, peers) as check_held:
         plan = settle_together(store, plan, config, peers)
-        if peers.first:
-            for key, value in fixed_files(plan, decoder, tokenizer).items():
-                store.put_once(key, value)
-            _warn_if_small(store, plan)
-        work = {"store": store, "plan": plan, "config": config, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
-        if peers.count > 1:
-            return build_together(Together(**work, replica=replica))
-        claims = Claims(store, plan.segment, config.claim_expiry_s)
-        try:
-            _build_pieces(_Job(**work, stop=replica.stop, claims=claims))
-        finally:
-            claims.close()
-        return by_one_process(store, plan, config, replica.stop, lambda: finish_segment(store, plan))
+        with keeping_place(store, plan, check_held) as placed:
+            return _build_settled(store, placed, config, tokenizer, decoder, plan, rows, replica)
+
+
+@contextmanager
+def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lambda: None) -> Iterator[Store]:
+    """The store for writing a segment with, as long as the segment's plan lies where it was settled.
+
+    What was written in the moment in which the plan went is deleted again.
+
+    Args:
+        check_held: raises where the segment is another job's by now.
+    """
+
+    def check() -> None:
+        check_held()
+        check_place(store, plan)
+
+    try:
+        yield store.guarded(check)
+    except DistillcacheError:
+        if store.read(layout.plan_key(plan.segment)) is None:
+            store.delete_folder(layout.segment_prefix(plan.segment))
+        check_place(store, plan)  # a folder that is deleted meanwhile fails in many ways: this is why
+        raise
+
+
+def _build_settled(
+    store: Store,
+    placed: Store,
+    config: BuildConfig,
+    tokenizer: TextTokenizer,
+    decoder: Decoder,
+    plan: Plan,
+    rows: RowSource,
+    replica: Replica,
+) -> Manifest:
+    """`build_segment`, after the plan is settled.
+
+    Args:
+        store: for claims. placed: for everything else.
+    """
+    peers = replica.peers
+    if peers.first:
+        for key, value in fixed_files(plan, decoder, tokenizer).items():
+            placed.put_once(key, value)
+        _warn_if_small(store, plan)
+    work = {"store": placed, "plan": plan, "config": config, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
+    if peers.count > 1:
+        return build_together(Together(**work, replica=replica))
+    claims = Claims(store, plan.segment, config.claim_expiry_s)
+    try:
+        _build_pieces(_Job(**work, stop=replica.stop, claims=claims))
+    finally:
+        claims.close()
+    return by_one_process(store, plan, config, replica.stop, lambda: finish_segment(placed, plan))
 
 
 def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
@@ -192,14 +283,30 @@ def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
     return model
 
 
-def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str = SEGMENT) -> RowReader:
-    """The prepared rows that the config names; where it names text, they are prepared inside the segment first."""
+def open_or_prepare(
+    store: Store, config: BuildConfig, tokenizer: TextTokenizer, number: int = 0, plan: Plan | None = None
+) -> RowReader:
+    """The prepared rows that the config names; where it names text, they are prepared inside the cache first.
+
+    Args:
+        number: of the segment that they are for.
+        plan: of a segment whose rows are made again.
+    """
     rows = open_rows(config.data)
     if rows is None:
-        _prepare(store, config, tokenizer, segment)
-        rows = RowReader(store, f"{layout.segment_prefix(segment)}/prepared/")
+        folder = _prepared_folder(store, config, tokenizer, number, plan)
+        prepare = PrepareConfig(
+            out=f"{store.url}/{folder}",
+            data=config.data,
+            storage=config.storage,
+            process_id=config.process_id,
+            num_processes=config.num_processes,
+            claim_expiry_s=config.claim_expiry_s,
+        )
+        _prepare(store, prepare, tokenizer, folder, planned=begun_plan(store, number) is not None)
+        rows = RowReader(store, f"{folder}/")
         if rows.index.skipped:
-            listed = store.where(f"{layout.segment_prefix(segment)}/prepared/{SKIPPED_KEY}")
+            listed = store.where(f"{folder}/{SKIPPED_KEY}")
             print(f"{rows.index.skipped} records of the text were skipped, see {listed}", file=sys.stderr)
     if rows.index.tokenizer_digest != tokenizer.digest:
         raise InputError(
@@ -210,44 +317,47 @@ def open_or_prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer,
     return rows
 
 
-def _prepare(store: Store, config: BuildConfig, tokenizer: TextTokenizer, segment: str) -> None:
-    """Prepare rows inside the segment. Without a plan, what lies there belongs to a build that never began."""
-    folder = f"{layout.segment_prefix(segment)}/prepared"
-    prepare = PrepareConfig(
-        out=f"{store.url}/{folder}",
-        data=config.data,
-        storage=config.storage,
-        process_id=config.process_id,
-        num_processes=config.num_processes,
-        claim_expiry_s=config.claim_expiry_s,
-    )
-    planned = read_plan(store, segment) is not None
+def _prepare(store: Store, config: PrepareConfig, tokenizer: TextTokenizer, folder: str, planned: bool) -> None:
+    """Prepare rows inside the cache. Without a plan, what lies there belongs to a build that never began."""
     try:
-        prepare_rows(prepare, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
-    except PlanMismatchError:
+        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
+    except PlanMismatchError:  # another text of the same length
         if planned:
             raise
         store.delete_folder(folder)
-        prepare_rows(prepare, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
+        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
     except InputError:  # the text's fault, so no other process of this build gets further
         if not planned:
             store.delete_folder(folder)
         raise
 
 
+def _prepared_folder(
+    store: Store, config: BuildConfig, tokenizer: TextTokenizer, number: int, plan: Plan | None
+) -> str:
+    """Where the rows of this text go. Rows of other text or settings never lie there, whoever is paused meanwhile.
+
+    A segment that an earlier version began has them in its own folder, and so has one that is repaired.
+    """
+    begun = plan or begun_plan(store, number)
+    if begun is not None and (plan is not None or begun.segment == segment_name(number)):
+        return f"{layout.segment_prefix(begun.segment)}/prepared"
+    return f"{layout.prepared_prefix(number)}/{rows_fingerprint(config.data, tokenizer)[:16]}"
+
+
 def _check_finished(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest) -> Manifest:
     """The manifest of a finished cache, if it is of this config; tidies up what a crash at the very end left."""
-    tidy(store, finished_plan(store, config, tokenizer))
+    tidy(store, finished_plan(store, config, tokenizer, manifest))
     return manifest
 
 
-def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer) -> Plan:
+def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest) -> Plan:
     """The plan of a finished cache.
 
     Raises:
         PlanMismatchError: the cache belongs to another config.
     """
-    plan = read_plan(store, SEGMENT)
+    plan = read_plan(store, manifest.segments[0].segment)
     if plan is None:
         raise InputError("the cache has a manifest but no plan", {"cache": store.url}, "build it elsewhere")
     rows = open_rows(config.data)

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 import xxhash
 
+from cache_builder.build import keeping_place, unless_finished
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import array_files
 from cache_builder.pieces import Batches, ClaimedPieces, by_one_process, keep_batch, work_through
@@ -30,7 +31,7 @@ from schemas.errors import ConfigError, InputError
 from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan, RowsPlan, TapPlan
 from schemas.progress import Progress
 from schemas.rows import Row, encode_row
-from schemas.segment import open_cache, read_manifest, segment_name
+from schemas.segment import named_by_plan, open_cache, read_manifest, segment_name
 from schemas.signals import watch_for_stop
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
@@ -59,6 +60,11 @@ def copy_cache(config: CopyConfig) -> Manifest:
         config, repaired = repair_copy(config, source, store)
         if repaired is not None:
             return repaired
+    return unless_finished(store, lambda: _copy(config, source, store))
+
+
+def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
+    """`copy_cache`, once the places are known to be right."""
     groups = row_groups(open_cache(source))
     rows = SelectedRows(groups, config.rows)
     with watch_for_stop() as stop:
@@ -72,21 +78,23 @@ def copy_cache(config: CopyConfig) -> Manifest:
             return finished
         for tap, what in recoded.items():
             print(f"{tap}: {what}", file=sys.stderr)
-        for key, value in copied_files(source, groups[0], plan).items():
-            store.put_once(key, value)
-        claims = Claims(store, plan.segment, config.claim_expiry_s)
-        try:
-            job = ClaimedPieces(store=store, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
-            work_through(job, "copy", None, Copying(plan, rows).run)
-        finally:
-            claims.close()
-        return by_one_process(store, plan, config, stop, lambda: finish_segment(store, plan))
+        with keeping_place(store, plan) as placed:
+            for key, value in copied_files(source, groups[0], plan).items():
+                placed.put_once(key, value)
+            claims = Claims(store, plan.segment, config.claim_expiry_s)
+            try:
+                job = ClaimedPieces(store=placed, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
+                work_through(job, "copy", None, Copying(plan, rows).run)
+            finally:
+                claims.close()
+            return by_one_process(store, plan, config, stop, lambda: finish_segment(placed, plan))
 
 
 def _with_recoded(plan: Plan, recoded: Mapping[str, str]) -> Plan:
     """The plan with what is recoded, and with the machine that does it, whose arithmetic the codes depend on."""
     here = describe_numerics("float32", plan.taps) if recoded else None
-    return plan.model_copy(update={"recoded_on": here, "config": {**plan.config, "recoded": dict(recoded)}})
+    changed = {"recoded_on": here, "config": {**plan.config, "recoded": dict(recoded)}}
+    return named_by_plan(plan.model_copy(update=changed))
 
 
 class SelectedRows:

@@ -22,10 +22,10 @@ from models.tokenizer import TextTokenizer
 from schemas import layout
 from schemas.addressing import CODEC_FIELDS, RowGroup, row_groups
 from schemas.config import BuildConfig, DataConfig
-from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.errors import ConfigError, InputError, PlaceLostError, PlanMismatchError
 from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
 from schemas.rows import Row
-from schemas.segment import Segment, open_cache, read_plan, segment_name
+from schemas.segment import Segment, begun_plan, open_cache, segment_name
 from schemas.storage import Store
 from schemas.tap_plan import with_slots
 
@@ -47,18 +47,18 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             "build it first: the same command without --extend, and with the first config",
         )
     model, groups = checked_model(config, tokenizer), row_groups(open_cache(store))
-    segment = segment_name(len(manifest.segments))
+    number = len(manifest.segments)
     _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
     store.clear_stale_locks()
-    with _naming_unfinished(store, segment):
-        addition = _choose_addition(store, config, tokenizer, groups, segment, chosen_taps(config, model))
+    with _naming_unfinished(store, number):
+        addition = _choose_addition(store, config, tokenizer, groups, number, chosen_taps(config, model))
     if not addition.taps:
         return manifest
     with open_replica(config) as replica:
         decoder = replica.load(config)
         plan = make_plan(
             config,
-            segment,
+            segment_name(number),
             model,
             replica.describe_teacher(config.teacher.path, model),
             addition.plan,
@@ -68,21 +68,24 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             processes=replica.peers.count,
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
-        with _naming_unfinished(store, segment):
+        with _naming_unfinished(store, number):
             return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
 
 
 @contextmanager
-def _naming_unfinished(store: Store, segment: str) -> Iterator[None]:
+def _naming_unfinished(store: Store, number: int) -> Iterator[None]:
     """A plan that does not fit is an extension that another command began: say how to be rid of it."""
     try:
         yield
+    except PlaceLostError:
+        raise
     except PlanMismatchError as error:
-        if read_plan(store, segment) is None:
+        begun = begun_plan(store, number)
+        if begun is None:
             raise
         raise PlanMismatchError(
             "an extension with another config was begun and is not finished",
-            {"unfinished": store.where(layout.segment_prefix(segment)), **error.facts},
+            {"unfinished": store.where(layout.segment_prefix(begun.segment)), **error.facts},
             "finish it with the config that it was begun with, or delete it first: the same command with --abandon",
         ) from error
 
@@ -102,14 +105,14 @@ def _choose_addition(
     config: BuildConfig,
     tokenizer: TextTokenizer,
     groups: Sequence[RowGroup],
-    segment: str,
+    number: int,
     taps: Sequence[TapPlan],
 ) -> _Addition:
     """What the config asks for and the cache lacks; without taps, where it lacks nothing."""
     group = _group_of_text(groups, config.data, tokenizer)
     if group is None:
         _check_new_rows(store, groups, config.data, taps)
-        rows = open_or_prepare(store, config, tokenizer, segment)
+        rows = open_or_prepare(store, config, tokenizer, number)
         plan = describe_rows(rows)
         # The same rows may come from other files, or from prepared ones.
         group = next((each for each in groups if each.base.plan.rows == plan), None)
@@ -120,8 +123,8 @@ def _choose_addition(
     if not missing:  # perhaps since a moment ago, when a crash kept the build from tidying up
         for each in group.segments:
             tidy(store, each.plan)
-        if read_plan(store, segment) is None:  # only rows were prepared there, to find that the cache has them
-            tidy(store, base.model_copy(update={"segment": segment}))
+        if begun_plan(store, number) is None:  # only rows were prepared there, to find that the cache has them
+            tidy(store, base.model_copy(update={"segment": segment_name(number)}))
     return _Addition(_SegmentRows(group.base), base.rows, base.segment, missing)
 
 

@@ -14,7 +14,7 @@ from schemas.digest import digest_bytes
 from schemas.errors import DistillcacheError, PlanMismatchError
 from schemas.index import encode_record
 from schemas.manifest import Manifest, Plan, SegmentEntry, ShardReceipt, Stats, TapStats
-from schemas.segment import read_manifest, read_plan
+from schemas.segment import check_place, read_manifest, segment_number
 from schemas.storage import Store
 from schemas.times import summed_up
 
@@ -27,7 +27,7 @@ BUILD_FOLDERS = ("receipts", "claims", "prepared")  # what only an unfinished se
 def finish_segment(store: Store, plan: Plan) -> Manifest:
     """Write index.bin, stats.json and the manifest of a segment whose shards are all committed, then tidy up."""
     prefix = layout.segment_prefix(plan.segment)
-    _check_plan(store, plan)
+    check_place(store, plan)
     receipts = _read_receipts(store, plan)
     if receipts is None:  # another process finished and tidied up meanwhile
         manifest = read_manifest(store)
@@ -48,18 +48,6 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
     manifest = _list_segment(store, plan, segment_entry(store, plan, index))
     tidy(store, plan)
     return manifest
-
-
-def _check_plan(store: Store, plan: Plan) -> None:
-    """Raise if the segment's plan is another one: S3's conditional writes let two processes win at one moment."""
-    stored = read_plan(store, plan.segment)
-    rest = {"config", "created"}
-    if stored is None or stored.model_dump(exclude=rest) != plan.model_dump(exclude=rest):
-        raise PlanMismatchError(
-            "another plan was settled in this place at the same moment",
-            {"plan": store.where(layout.plan_key(plan.segment))},
-            "build one of the two in another place, and this one again from the start",
-        )
 
 
 def segment_entry(store: Store, plan: Plan, index: bytes) -> SegmentEntry:
@@ -86,6 +74,12 @@ def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
         before = None if data is None else from_canonical(Manifest, data, store.where(layout.MANIFEST))
         if before is not None and lists_segment(before, plan.segment):
             return before  # another process was first: it wrote the same
+        if len(before.segments if before else ()) != segment_number(plan.segment):
+            raise PlanMismatchError(
+                "another segment was added in this one's place",
+                {"cache": store.url, "segment": plan.segment, "listed": len(before.segments if before else ())},
+                "run the command again: it adds what the cache still lacks",
+            )
         own_rows = plan.rows_of is None
         manifest = Manifest(
             segments=(*(before.segments if before else ()), entry),
@@ -102,6 +96,8 @@ def tidy(store: Store, plan: Plan) -> None:
     prefix = layout.segment_prefix(plan.segment)
     for folder in BUILD_FOLDERS:
         store.delete_keys(f"{prefix}/{folder}/")
+    prepared = layout.prepared_prefix(segment_number(plan.segment))
+    store.delete_folder(prepared)
     store.remove_stale_locks()
     for folder in BUILD_FOLDERS:
         store.remove_empty_folders(f"{prefix}/{folder}")

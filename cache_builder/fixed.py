@@ -8,14 +8,14 @@ from models.describe import attention_norms
 from models.tokenizer import TextTokenizer
 from schemas import layout
 from schemas.manifest import Plan
-from schemas.segment import part_metadata, segment_name
+from schemas.segment import part_metadata, segment_number
 from schemas.tap_codec import signs_of
 
 
 def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[str, bytes]:
     """What does not depend on the rows, by key: the tokenizer, the arrays' metadata, the teacher's attention norms."""
     prefix = layout.segment_prefix(plan.segment)
-    files = {layout.TOKENIZER: tokenizer.to_json().encode()} if plan.segment == segment_name(0) else {}
+    files = {layout.TOKENIZER: tokenizer.to_json().encode()} if segment_number(plan.segment) == 0 else {}
     side = {**attention_norms(decoder), **signs_of(plan)}
     files[f"{prefix}/side.safetensors"] = safetensors.numpy.save(side)
     return files | array_files(plan)

@@ -10,7 +10,7 @@ nothing recorded between devices: what a process copies and writes is its share 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -33,14 +33,15 @@ from schemas import layout
 from schemas.canonical import from_canonical, to_canonical
 from schemas.claims import Claims
 from schemas.config import BuildConfig
-from schemas.errors import InputError, Interrupted, StorageError
+from schemas.errors import InputError, Interrupted, PlaceLostError, StorageError
 from schemas.manifest import Manifest, Plan
 from schemas.peers import Peers
 from schemas.progress import Progress
 from schemas.rows import Row, teacher_batch
-from schemas.segment import committed_shards, read_manifest, read_plan
+from schemas.segment import begun_plan, committed_shards, read_manifest, segment_names, segment_number
 from schemas.storage import Store
 from schemas.tap_codec import signs_of
+from schemas.waiting import Waiting, holder_words
 
 # Calls after which the processes wait for each other. On a mesh with `data` alone nothing else holds one back that is
 # faster, and all of them stop where the fastest is.
@@ -110,19 +111,32 @@ class Together:
 
 
 @contextmanager
-def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -> Iterator[None]:
+def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -> Iterator[Callable[[], None]]:
     """The segment, held against other jobs while this one works on it; by the first process, for all.
+
+    Returns: what raises `PlaceLostError` where another job has it by now.
 
     Raises:
         InputError: another job works on it.
     """
     if peers.count == 1:
-        yield
+        yield lambda: None
         return
-    claims = Claims(store, plan.segment, config.claim_expiry_s, key=layout.job_claim_key) if peers.first else None
+    begun = segment_names(store, segment_number(plan.segment))  # perhaps on another platform, which is accepted
+    segment = begun[0] if begun else plan.segment
+    claims = Claims(store, segment, config.claim_expiry_s, key=layout.job_claim_key) if peers.first else None
+
+    def check() -> None:
+        if claims is not None and not claims.holds(0):
+            raise PlaceLostError(
+                "another job builds this cache now: this one was silent for longer than its claim holds",
+                {"cache": store.url, "claim": store.where(layout.job_claim_key(segment, 0))},
+                "let the other one finish, or stop it and start this one again",
+            )
+
     try:
         peers.share("held", lambda: _hold(store, claims, config.claim_expiry_s))
-        yield
+        yield check
         if claims is not None:
             claims.done(0)  # finished, and tidied up
     finally:
@@ -132,14 +146,20 @@ def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -
 
 def _hold(store: Store, claims: Claims | None, expiry_s: float) -> bytes:
     """Take the claim; the one that a killed job left on another machine has to expire first."""
-    until = time.monotonic() + 1.5 * expiry_s
+    until, waiting = time.monotonic() + 1.5 * expiry_s, Waiting("for another job")
     while claims is not None and not claims.take(0):
+        holder = claims.holder()
         if time.monotonic() > until:
             raise InputError(
                 "another job builds this cache",
-                {"cache": store.url, "waited": f"{1.5 * expiry_s:.0f} s"},
+                {
+                    "cache": store.url,
+                    "claim": "changing hands" if holder is None else holder_words(holder),
+                    "waited": f"{1.5 * expiry_s:.0f} s",
+                },
                 "let it finish, or stop it first",
             )
+        waiting.tell(holder)
         time.sleep(POLL_S)
     return b"held"
 
@@ -156,7 +176,7 @@ def settle_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers)
     said = peers.share("plan", lambda: to_canonical(settle_plan(store, plan, config.accept_platform)))
     if peers.first:
         return from_canonical(Plan, said, store.where(layout.plan_key(plan.segment)))
-    if read_plan(store, plan.segment) is None:
+    if begun_plan(store, segment_number(plan.segment)) is None:
         raise StorageError(
             "a process does not see what the first one wrote",
             {"cache": store.url, "process": f"{peers.number} of {peers.count}"},

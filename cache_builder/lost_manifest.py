@@ -18,7 +18,7 @@ from schemas.errors import DamageError
 from schemas.index import record_dtype
 from schemas.manifest import Manifest, Stats
 from schemas.rows import unpack_rows
-from schemas.segment import segment_name
+from schemas.segment import segment_number
 from schemas.storage import Store
 
 
@@ -70,8 +70,8 @@ def _wrong_file(
 ) -> str:
     """A file of the segment that is not what it must be, of those that no index record vouches for; empty: none."""
     plan = view.plan
-    if plan.segment != segment_name(number):
-        return layout.plan_key(segment_name(number))
+    if segment_number(plan.segment) != number:
+        return layout.plan_key(plan.segment)
     if not store.length_is(view.key("index.bin"), plan.num_shards * record_dtype(plan).itemsize):
         return view.key("index.bin")
     for key, value in fixed_files(view).items():

@@ -27,7 +27,7 @@ from schemas.index import encode_record, record_dtype
 from schemas.manifest import Manifest, NumericsPlan, Plan, SegmentEntry, ShardReceipt, Stats
 from schemas.progress import Progress
 from schemas.rows import Row
-from schemas.segment import segment_name
+from schemas.segment import segment_number
 from schemas.signals import StopRequest
 from schemas.storage import Store
 
@@ -54,7 +54,7 @@ class Damage:
         cls, store: Store, view: SegmentView, entry: SegmentEntry, manifest: Manifest, findings: Sequence[Finding]
     ) -> "Damage":
         """Of the findings those about this segment; the first segment answers for the tokenizer, too."""
-        first = view.plan.segment == segment_name(0)
+        first = segment_number(view.plan.segment) == 0
         mine = [
             finding
             for finding in findings

@@ -4,6 +4,7 @@ A *piece* is the consecutive shards of whole batches. Any number of processes ma
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from cache_builder.finish import lists_segment, tidy
 from cache_builder.pipeline import ShardWriter
+from cache_builder.write import ShardBuffer, commit_shard
 from models.recorder import Recording
 from schemas import layout
 from schemas.claims import Claims
@@ -21,9 +23,10 @@ from schemas.errors import Interrupted, NonFiniteError
 from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan
 from schemas.progress import Progress
 from schemas.rows import Row
-from schemas.segment import committed_shards, read_manifest
+from schemas.segment import check_place, committed_shards, read_manifest
 from schemas.signals import StopRequest
 from schemas.storage import Store
+from schemas.waiting import Waiting
 
 POLL_S = 1.0  # how often to look, at first, whether other processes have finished their pieces
 
@@ -84,12 +87,19 @@ def work_through(
         if not piece:
             job.claims.done(job.piece_of(shard))
 
+    def commit(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None) -> None:
+        if job.claims.holds(job.piece_of(buffer.shard)):
+            commit_shard(store, buffer, numerics)
+        else:
+            print(f"shard {buffer.shard} is left to the process that took it over meanwhile", file=sys.stderr)
+
     writer = ShardWriter(
         job.store,
         job.plan,
         max_bytes=job.config.max_in_flight_mib << 20,
         numerics=numerics,
         on_commit=on_commit,
+        commit=commit,
     )
     with progress as bar:
         try:
@@ -103,8 +113,9 @@ def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> 
     count = -(-job.plan.rows.count // job.piece_rows)
     order = _order(count, job.config.process_id, job.config.num_processes)
     committed = _Committed(job, bar)
-    pauses = _pauses(job.store, job.config)
+    pauses, waiting = _pauses(job.store, job.config), Waiting("for pieces that another process has claimed")
     while True:
+        check_place(job.store, job.plan)
         committed.look()
         order = [piece for piece in order if not committed.has(piece)]
         if not order or _is_finished(job):
@@ -124,7 +135,9 @@ def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> 
             yield from piece_batches(job, writer, piece)
         if took_any:
             pauses = _pauses(job.store, job.config)
+            waiting.over()
         else:
+            waiting.tell(job.claims.holder())
             _wait(job.stop, next(pauses))
         _stop_if_asked(job.store, job.stop)
         writer.wait()
@@ -187,6 +200,7 @@ def by_one_process(
     if config.num_processes == 1:
         return finish()
     claims = Claims(store, plan.segment, config.claim_expiry_s, key=layout.finish_claim_key)
+    waiting = Waiting("for another process to finish")
     try:
         for pause in _pauses(store, config):
             manifest = read_manifest(store)
@@ -195,6 +209,7 @@ def by_one_process(
                 return manifest
             if claims.take(0):
                 return finish()
+            waiting.tell(claims.holder())
             _wait(stop, pause)
             _stop_if_asked(store, stop)
     finally:

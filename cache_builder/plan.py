@@ -14,7 +14,7 @@ from schemas.canonical import to_canonical
 from schemas.config import BuildConfig
 from schemas.errors import ConfigError, PlanMismatchError
 from schemas.manifest import Plan, RowsPlan, TapPlan, TeacherPlan
-from schemas.segment import read_plan
+from schemas.segment import begun_plan, named_by_plan, segment_names, segment_number
 from schemas.storage import Store
 from schemas.tap_plan import choose_taps, chosen_blocks
 
@@ -33,6 +33,7 @@ def make_plan(
     """The plan of a segment. Pure but for the machine's platform, versions, name and clock.
 
     Args:
+        segment: its number, of four digits; the plan makes a name of it.
         rows_of: the segment whose rows they are, if another one's.
         taps: what to record, as `chosen_taps` gives it; default: all that the config asks for.
         processes: over which one replica of the teacher lies.
@@ -44,7 +45,7 @@ def make_plan(
     taps = chosen_taps(config, model) if taps is None else taps
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * rows.row_tokens
     shard_rows = layout.choose_shard_rows(row_bytes, rows.count, config.batch_rows, config.shard_mib, config.shard_rows)
-    return Plan(
+    plan = Plan(
         segment=segment,
         rows_of=rows_of,
         teacher=teacher,
@@ -67,6 +68,7 @@ def make_plan(
             "distillcache": version("distillcache"),
         },
     )
+    return named_by_plan(plan)
 
 
 def counted_processes(config: BuildConfig, processes: int, shard_rows: int) -> int:
@@ -113,15 +115,27 @@ def refuse_foreign_folder(store: Store, flag: str) -> None:
 def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
     """The plan that is in the store: ours if nobody was first, else the stored one if it describes the same work.
 
+    Plans that differ have folders of their own, so whoever settles one looks once more afterwards: of two that were
+    settled at one moment the later one sees the other, and goes.
+
     Raises:
         PlanMismatchError: the place holds another plan; the message lists what differs.
     """
-    key = layout.plan_key(plan.segment)
-    if store.create(key, to_canonical(plan)):
-        return plan
-    stored = read_plan(store, plan.segment)
-    if stored is None:  # deleted since: with --abandon
-        return settle_plan(store, plan, accept_platform)
+    number = segment_number(plan.segment)
+    stored = begun_plan(store, number)
+    if stored is None:
+        key = layout.plan_key(plan.segment)
+        if not store.create(key, to_canonical(plan)):
+            return settle_plan(store, plan, accept_platform)
+        others = [name for name in segment_names(store, number) if name != plan.segment]
+        if not others:
+            return plan
+        store.delete(key)
+        raise PlanMismatchError(
+            "another plan was settled in this place at the same moment",
+            {"plan": store.where(layout.plan_key(others[0]))},
+            "build one of the two in another place, or this one again when the other is finished",
+        )
     differences = plan_differences(stored, plan)
     platform_only = all(name.startswith("numerics.") for name in differences)
     if differences and not (platform_only and accept_platform):
@@ -139,7 +153,7 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
 
 def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (stored, wanted), for every field that the bytes of a segment depend on."""
-    ignored = {"config", "created"}
+    ignored = {"config", "created", "segment"}  # the segment's name follows from the rest
     differences: dict[str, tuple[Any, Any]] = {}
 
     def compare(name: str, there: Any, here: Any) -> None:

@@ -40,7 +40,7 @@ from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
-from schemas.segment import look_again, read_plan, segment_name
+from schemas.segment import look_again, read_plan, segment_names
 from schemas.settings import merge, validate
 from schemas.signals import watch_for_stop
 from schemas.storage import LOCK_SUFFIX, Store, use
@@ -61,10 +61,7 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
         return values
     use(validate(StorageConfig, values.get("storage", {}), "storage"))
     store = Store(values["cache"])
-    plans, number = [], 0
-    while (plan := read_plan(store, segment_name(number))) is not None:
-        plans.append(plan)
-        number += 1
+    plans = [plan for name in segment_names(store) if (plan := read_plan(store, name)) is not None]
     if not plans:
         raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     built = [plan for plan in plans if plan.copied_from is None]
@@ -171,6 +168,7 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
     print(f"repaired: {keys} files, {shards} shards", file=sys.stderr)
     for finding in findings:
         leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
+        leftover = leftover or not survey.store.keys(finding.object)  # removed just now
         if finding.what == "foreign" and not leftover and not finding.object.endswith(LOCK_SUFFIX):
             print(f"left there: {survey.store.where(finding.object)} is not the cache's", file=sys.stderr)
     for view in survey.segments:
@@ -338,7 +336,7 @@ def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: Te
     if not there:
         facts |= {"text then": plan.rows.text_digest, **{f"now {path}": digest for path, digest in found.items()}}
         raise PlanMismatchError("rows of the cache are damaged, and their text is not there now", facts, advice)
-    rows = open_or_prepare(store, config.model_copy(update={"data": there[0]}), tokenizer, plan.segment)
+    rows = open_or_prepare(store, config.model_copy(update={"data": there[0]}), tokenizer, plan=plan)
     if describe_rows(rows) != plan.rows:
         facts |= {
             "rows then": f"{plan.rows.count}, digest {plan.rows.content_digest}",

@@ -38,11 +38,12 @@ from cache_builder.token_parts import (
 )
 from schemas.canonical import from_canonical, to_canonical
 from schemas.claims import Claims
-from schemas.errors import Interrupted, StorageError
+from schemas.errors import DamageError, Interrupted, StorageError
 from schemas.progress import Progress
 from schemas.rows import INDEX_KEY, RowsFile
 from schemas.signals import StopRequest
 from schemas.storage import Store
+from schemas.waiting import Waiting
 
 POLL_S, LONGEST_POLL_S = 0.2, 5.0  # how often to look for others' receipts: soon at first, then rarely
 REQUESTS = 32  # receipts read at a time
@@ -75,6 +76,9 @@ def prepare_shared(store: Store, job: RowsJob, share: Share, stop: StopRequest, 
             digest = work.through()
         except PartsGone:
             pass
+        except (StorageError, DamageError):  # over what another process has tidied up, perhaps
+            if store.read(INDEX_KEY) is None:
+                raise
         finally:
             work.claims.close()
         if store.read(INDEX_KEY) is not None:
@@ -151,7 +155,7 @@ class _Work:
             first_claim: the claim of piece 0; the others follow.
             finished: looks which pieces are.
         """
-        left, pause = self._in_order(pieces), POLL_S
+        left, pause, waiting = self._in_order(pieces), POLL_S, Waiting("for what another process prepares")
         while True:
             done = finished()
             left = [piece for piece in left if piece not in done]
@@ -170,7 +174,10 @@ class _Work:
                     work(piece)
                     self.claims.done(first_claim + piece)
             pause = POLL_S if worked else min(2 * pause, LONGEST_POLL_S)
-            if not worked:
+            if worked:
+                waiting.over()
+            else:
+                waiting.tell(self.claims.holder())
                 time.sleep(pause)
 
     def _raise_if_all_is_done(self) -> None:

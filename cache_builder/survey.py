@@ -12,10 +12,11 @@ from schemas import layout
 from schemas.canonical import read_canonical
 from schemas.errors import DamageError, InputError
 from schemas.manifest import Manifest, Plan, SegmentEntry
-from schemas.segment import look_again
+from schemas.segment import look_again, planned_segments, read_plan, segment_number
 from schemas.storage import Store
 
 _SHARD_FILE = re.compile(r"(rows|receipts|claims)/(\d+)\.(?:array_record|json)")
+_PREPARED = re.compile(r"segments/(\d+)\.prepared/")
 _OBJECT = re.compile(r"taps/([^/]+)/c/(\d+)/(\d+)/0/0")
 
 
@@ -76,7 +77,7 @@ def survey_cache(store: Store) -> Survey:
         InputError: there is no cache here.
     """
     keys = frozenset(store.keys())
-    names = sorted({match[1] for key in keys if (match := re.match(r"segments/([^/]+)/plan\.json$", key))})
+    names = planned_segments(keys)
     if not names and layout.MANIFEST not in keys:
         raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     findings: list[Finding] = []
@@ -124,7 +125,7 @@ def _view_segment(
     what: What = "missing"
     problem = "without it"
     try:
-        plan = read_canonical(store, key, Plan)
+        plan = read_plan(store, name)
     except DamageError as error:
         plan, what, problem = None, "damaged", error.what
     if plan is None:
@@ -159,7 +160,13 @@ def _foreign(key: str, views: dict[str, SegmentView], listed: set[str]) -> Findi
         return None
     if view is None and top == "segments" and (name in listed or inner == "plan.json"):
         return None  # of a segment whose plan is lost: nobody knows
-    build = view is not None and inner.split("/")[0] in ("receipts", "claims", "prepared")
+    prepared = _PREPARED.match(key)
+    if prepared and any(
+        view.shards is not None and segment_number(each) == int(prepared[1]) for each, view in views.items()
+    ):
+        return None  # rows of a segment that is being built
+    left = view is not None and inner.split("/")[0] in ("receipts", "claims", "prepared")
+    build = left or prepared is not None
     detail = "left over from building: the same `distillcache build` removes it" if build else "not the cache's"
     return Finding(what="foreign", object=key, detail=detail, segment=name if view is not None else None)
 

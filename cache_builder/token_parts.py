@@ -20,13 +20,14 @@ from itertools import accumulate
 import numpy as np
 from pydantic import Field
 
-from cache_builder.inputs import InputReader
+from cache_builder.inputs import InputReader, input_files
 from cache_builder.packing import MARKED, count_begins
 from cache_builder.rows_files import RowsJob
 from cache_builder.skipped import Skipped, SkippedRecord
 from cache_builder.tokenise import Pace
+from models.tokenizer import TextTokenizer
 from schemas.canonical import from_canonical, to_canonical
-from schemas.config import Config
+from schemas.config import Config, DataConfig
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
 from schemas.storage import Store
@@ -121,6 +122,11 @@ def job_fingerprint(job: RowsJob) -> str:
     files = [[file.kind, file.size, file.version] for file in job.files]
     content = [settings, job.tokenizer.digest, template, job.rows_per_file, PART_TOKENS, files]
     return digest_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def rows_fingerprint(data: DataConfig, tokenizer: TextTokenizer) -> str:
+    """`job_fingerprint` of the rows of a text, before anything is known of their number."""
+    return job_fingerprint(RowsJob(data, tokenizer, tuple(input_files(data)), 0))
 
 
 def write_parts(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *, digest_only: bool) -> FileReceipt:

@@ -17,7 +17,7 @@ from models.recorder import SlotSums
 from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DistillcacheError, StorageError
+from schemas.errors import DistillcacheError, PlaceLostError, StorageError
 from schemas.manifest import NumericsPlan, ObjectReceipt, PartPlan, PartReceipt, Plan, ShardReceipt, TapStats
 from schemas.rows import Row, encode_row, pack_rows
 from schemas.storage import Store
@@ -98,6 +98,8 @@ def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | Non
         rounded = {phase: round(value, 4) for phase, value in seconds.items()}
         receipt = receipt.model_copy(update={"seconds": ShardSeconds(**rounded, host=socket.gethostname())})
         store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
+    except PlaceLostError:
+        raise
     except DistillcacheError as error:
         start, stop = plan.shard_range(shard)
         facts = {"shard": f"{shard} (rows {start} to {stop - 1}), not committed", **error.facts}

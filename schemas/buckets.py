@@ -14,6 +14,7 @@ from typing import Any
 import tensorstore as ts
 
 from schemas.storage_config import StorageConfig
+from schemas.url_secrets import refuse_secret
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # of a URL, and TensorStore's name for it
 FAILURES = (ValueError, OSError, RuntimeError)  # what TensorStore raises, NotImplementedError included
@@ -42,6 +43,7 @@ def _s3_place(config: StorageConfig) -> dict[str, str]:
     environment = os.environ
     endpoint = config.s3_endpoint or environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
     region = config.s3_region or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    refuse_secret(endpoint or "", "endpoint of S3")
     if not endpoint:
         return {}  # TensorStore asks Amazon where the bucket lies
     return {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}  # a region is part of the signature

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from schemas.manifest import Plan, TapPlan
+from schemas.redaction import redacted
 from schemas.segment import Segment
 
 Facts = list[tuple[str, str]]  # (what, words)
@@ -48,7 +49,7 @@ def teacher_words(plan: Plan) -> str:
     """Which one, and what it computed in."""
     teacher = plan.teacher
     return (
-        f"{teacher.path}, {teacher.num_blocks} blocks of {teacher.hidden_size:,}, in {plan.numerics.dtype}, "
+        f"{redacted(teacher.path)}, {teacher.num_blocks} blocks of {teacher.hidden_size:,}, in {plan.numerics.dtype}, "
         f"weights {teacher.weights_digest[:12]}"
     )
 

@@ -1,7 +1,8 @@
 """A claim: the small file by which a process says that something is its own for now.
 
 It ends when its owner deletes it, when its heartbeat is older than its expiry, or at once when its owner was a process
-of this machine and boot that is gone: after `kill -9` nobody waits.
+of this machine and boot that is gone: after `kill -9` nobody waits. One that would hold for longer than any heartbeat
+makes it was written by a clock that runs ahead, and counts for nothing.
 """
 
 import os
@@ -16,18 +17,34 @@ from schemas.canonical import from_canonical
 from schemas.errors import DamageError
 from schemas.storage import Store
 
+AHEAD = 3  # expiries: a claim that ends later than so many from now was written by a clock that runs ahead
+EXPIRY_S = 60.0  # of a claim that does not say how long it holds, where nothing else is known
+
 
 class Claim(Config):
-    """Who holds something, and until when. `expires` is in seconds since the epoch, by the owner's clock."""
+    """Who holds something, and until when. Times are in seconds since the epoch, by the owner's clock."""
 
     host: str
     boot: str = Field(description="the kernel's boot id and pid namespace; empty where there are none")
     pid: int
     started: str = Field(description="when the process began, in the kernel's ticks: pids are reused")
     expires: float
+    since: float | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="when it was taken; earlier versions do not say",
+    )
+    expiry_s: float | None = Field(
+        default=None, gt=0, exclude_if=lambda value: value is None, description="how long it holds after a heartbeat"
+    )
+
+    @property
+    def owner(self) -> tuple[str, str, int, str]:
+        """The process."""
+        return self.host, self.boot, self.pid, self.started
 
 
-def this_process_claim(expires: float) -> Claim:
+def this_process_claim(expires: float, since: float | None = None, expiry_s: float | None = None) -> Claim:
     """A claim of this process's."""
     return Claim(
         host=socket.gethostname(),
@@ -35,29 +52,43 @@ def this_process_claim(expires: float) -> Claim:
         pid=os.getpid(),
         started=_process_start(os.getpid()),
         expires=expires,
+        since=since,
+        expiry_s=expiry_s,
     )
 
 
-def is_anothers_claim(store: Store, key: str) -> bool:
+def is_anothers_claim(store: Store, key: str, expiry_s: float = EXPIRY_S) -> bool:
     """Whether a live process other than this one holds the claim, or held it until less than the expiry ago."""
     data = store.read(key)
-    if data is None or not is_live(data, store.where(key), time.time()):
-        return False
-    claim = from_canonical(Claim, data, store.where(key))
-    return claim.model_copy(update={"expires": 0.0}) != this_process_claim(0.0)
+    claim = None if data is None else live_claim(data, store.where(key), time.time(), expiry_s)
+    return claim is not None and claim.owner != this_process_claim(0.0).owner
 
 
-def is_live(data: bytes, where: str, now: float) -> bool:
-    """Whether these bytes are a claim that holds at `now`, in seconds since the epoch.
+def is_own_claim(data: bytes, where: str) -> bool:
+    """Whether these bytes are a claim of this process's, expired or not."""
+    claim = _claim_in(data, where)
+    return claim is not None and claim.owner == this_process_claim(0.0).owner
+
+
+def live_claim(data: bytes, where: str, now: float, expiry_s: float = EXPIRY_S) -> Claim | None:
+    """The claim in these bytes, if it holds at `now`, in seconds since the epoch.
 
     Args:
         where: how messages name the object.
+        expiry_s: of a claim that does not say its own.
     """
+    claim = _claim_in(data, where)
+    if claim is None:
+        return None
+    longest = AHEAD * max(expiry_s, claim.expiry_s or expiry_s)
+    return claim if now < claim.expires <= now + longest and not _owner_is_gone(claim) else None
+
+
+def _claim_in(data: bytes, where: str) -> Claim | None:
     try:
-        claim = from_canonical(Claim, data, where)
+        return from_canonical(Claim, data, where)
     except DamageError:
-        return False  # half-written by a killed process: nobody's
-    return now < claim.expires and not _owner_is_gone(claim)
+        return None  # half-written by a killed process: nobody's
 
 
 def _owner_is_gone(claim: Claim) -> bool:

@@ -3,7 +3,8 @@
 Of a build, a piece is the consecutive shards of whole teacher batches. Claims save double work; they are not needed for
 correctness: two processes that build one piece write the same bytes.
 
-A claim ends when its work is committed, and as every claim does (schemas/claim.py).
+A claim ends when its work is committed, and as every claim does (schemas/claim.py). It is written anew only where it
+is still there and this process's own: what was taken over or deleted while this process was paused stays so.
 """
 
 import threading
@@ -14,7 +15,7 @@ from functools import partial
 
 from schemas import layout
 from schemas.canonical import to_canonical
-from schemas.claim import Claim, is_live, this_process_claim
+from schemas.claim import Claim, is_own_claim, live_claim, this_process_claim
 from schemas.storage import Store
 
 BEATING = 8  # claims renewed at a time: one answer that comes late must not let the others expire
@@ -33,7 +34,8 @@ class Claims:
         """
         self._store, self._expiry_s = store, expiry_s
         self._key = partial(key, segment)
-        self._held: set[int] = set()
+        self._held: dict[int, tuple[float, float]] = {}  # piece -> (since, expires), as last written
+        self._others: dict[int, Claim] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failure: Exception | None = None
@@ -46,15 +48,38 @@ class Claims:
             raise self._failure
         key = self._key(piece)
         data, generation = self._store.read_with_generation(key, confirm=False)
-        if data is not None and not self._lives(key, data):  # or it came short from a bucket
+        if data is not None and self._living(key, data) is None:  # or it came short from a bucket
             data, generation = self._store.read_with_generation(key)
-        if data is not None and self._lives(key, data):
+        holder = None if data is None else self._living(key, data)
+        if holder is not None:
+            self._others[piece] = holder
             return False
-        if not self._store.replace(key, to_canonical(self._claim()), generation):
+        self._others.pop(piece, None)
+        claim = self._claim(time.time())
+        if not self._store.replace(key, to_canonical(claim), generation):
             return False
         with self._lock:
-            self._held.add(piece)
+            self._held[piece] = (claim.since or 0.0, claim.expires)
         return True
+
+    def holder(self) -> Claim | None:
+        """The claim on the first piece that `take` last found in another's hands."""
+        return self._others[min(self._others)] if self._others else None
+
+    def holds(self, piece: int) -> bool:
+        """Whether the piece is still ours: nobody takes over a claim before it expires."""
+        with self._lock:
+            held = self._held.get(piece)
+        if held is None:
+            return False
+        if time.time() < held[1]:
+            return True
+        data = self._store.read(self._key(piece))
+        if data is not None and is_own_claim(data, self._store.where(self._key(piece))):
+            return True
+        with self._lock:
+            self._held.pop(piece, None)
+        return False
 
     @property
     def failure(self) -> Exception | None:
@@ -64,21 +89,22 @@ class Claims:
     def done(self, piece: int) -> None:
         """The piece's shards are committed: its receipts speak for it from now on."""
         with self._lock:
-            self._held.discard(piece)
+            self._held.pop(piece, None)
 
     def close(self) -> None:
         """Stop the heartbeat and release unfinished pieces, so that others need not wait for the expiry."""
         self._stop.set()
         self._thread.join()
         for piece in sorted(self._held):
-            self._store.delete(self._key(piece))
+            if self.holds(piece):
+                self._store.delete(self._key(piece))
         self._held.clear()
 
-    def _lives(self, key: str, data: bytes) -> bool:
-        return is_live(data, self._store.where(key), time.time())
+    def _living(self, key: str, data: bytes) -> Claim | None:
+        return live_claim(data, self._store.where(key), time.time(), self._expiry_s)
 
-    def _claim(self) -> Claim:
-        return this_process_claim(time.time() + self._expiry_s)
+    def _claim(self, since: float) -> Claim:
+        return this_process_claim(time.time() + self._expiry_s, since, self._expiry_s)
 
     def _beat(self) -> None:
         with ThreadPoolExecutor(BEATING, thread_name_prefix="claims") as pool:
@@ -93,6 +119,16 @@ class Claims:
 
     def _renew(self, piece: int) -> None:
         with self._lock:
-            held = piece in self._held
-        if held and not self._stop.is_set():
-            self._store.write(self._key(piece), to_canonical(self._claim()))
+            held = self._held.get(piece)
+        if held is None or self._stop.is_set():
+            return
+        key = self._key(piece)
+        data, generation = self._store.read_with_generation(key)
+        ours = data is not None and is_own_claim(data, self._store.where(key))
+        claim = self._claim(held[0])
+        renewed = ours and self._store.replace(key, to_canonical(claim), generation)
+        with self._lock:
+            if piece in self._held and not ours:
+                del self._held[piece]
+            elif piece in self._held and renewed:
+                self._held[piece] = (held[0], claim.expires)

@@ -7,6 +7,8 @@ its traceback.
 
 from collections.abc import Mapping
 
+from schemas.redaction import redacted
+
 
 class DistillcacheError(Exception):
     """A mistake in the input, the config or the environment, with what to do about it.
@@ -26,9 +28,9 @@ class DistillcacheError(Exception):
     def __str__(self) -> str:
         rows = {**self.facts, **({"next": self.next} if self.next else {})}
         width = max((len(label) for label in rows), default=0)
-        lines = [f"  {label.ljust(width)}  {value}" for label, value in rows.items()]
+        lines = [f"  {label.ljust(width)}  {redacted(str(value))}" for label, value in rows.items()]
         title = "stopped" if isinstance(self, Interrupted) else "error"
-        return "\n".join([f"{title}: {self.what}", *lines])
+        return "\n".join([f"{title}: {redacted(self.what)}", *lines])
 
 
 class Interrupted(DistillcacheError):
@@ -55,6 +57,10 @@ class CheckpointError(DistillcacheError):
 
 class PlanMismatchError(DistillcacheError):
     """A directory that already holds the work of another config."""
+
+
+class PlaceLostError(PlanMismatchError):
+    """Work whose place was deleted or taken over while it was paused: it must not write there any more."""
 
 
 class StorageError(DistillcacheError):

@@ -32,6 +32,11 @@ def segment_prefix(segment: str) -> str:
     return f"segments/{segment}"
 
 
+def prepared_prefix(number: int) -> str:
+    """Where rows for the segment of this number are prepared, before there is a plan: a folder for each text."""
+    return f"segments/{number:04d}.prepared"
+
+
 def plan_key(segment: str) -> str:
     return f"{segment_prefix(segment)}/plan.json"
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from schemas.buckets import is_garbled
 from schemas.errors import ConfigError, StorageError
 from schemas.storage import Store, is_url
+from schemas.url_secrets import refuse_secret
 
 READS = 4  # of a whole object, until it comes whole
 
@@ -118,6 +119,7 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Place:
     if isinstance(path, ObjectPath):
         return path
     text = os.fspath(path)
+    refuse_secret(text, "path")
     if not is_url(text):
         return Path(text.removeprefix("file://")).expanduser()
     scheme, _, rest = text.partition("://")

@@ -1,6 +1,8 @@
 """Reading one segment of a cache: its plan, its arrays, its index records, its rows."""
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -10,7 +12,7 @@ import tensorstore as ts
 from schemas import layout, storage
 from schemas.canonical import read_canonical, to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DamageError, InputError, StorageError
+from schemas.errors import DamageError, InputError, PlaceLostError, StorageError
 from schemas.index import decode_record, encode_record, record_dtype
 from schemas.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
 from schemas.remembered import Remembered
@@ -26,6 +28,9 @@ READS_FROM_AFAR = 6
 
 RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run_folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
+
+NAME_DIGITS = 16  # of the plan's digest, in a segment's name
+_PLAN_KEY = re.compile(r"segments/(\d{4,8}(?:-[0-9a-f]{16})?)/plan\.json$")
 
 Value = TypeVar("Value")
 
@@ -231,8 +236,64 @@ def read_manifest(store: Store) -> Manifest | None:
 
 
 def read_plan(store: Store, segment: str) -> Plan | None:
-    """The plan of a segment, or None where nobody has started it."""
-    return read_canonical(store, layout.plan_key(segment), Plan)
+    """The plan of a segment, or None where nobody has started it.
+
+    Raises:
+        DamageError: it is damaged, or another segment's.
+    """
+    plan = read_canonical(store, layout.plan_key(segment), Plan)
+    if plan is not None and plan.segment != segment:
+        raise DamageError(
+            "a plan lies in another segment's folder",
+            {"object": store.where(layout.plan_key(segment)), "found": plan.segment, "expected": segment},
+            DAMAGE_NEXT,
+        )
+    return plan
+
+
+def segment_names(store: Store, number: int | None = None) -> list[str]:
+    """The segments, finished or not, that have a plan; sorted, so in the order of their numbers.
+
+    Args:
+        number: only those of this number. Two plans of one number are never in one folder.
+    """
+    names = planned_segments(store.keys("segments/" if number is None else f"segments/{number:04d}"))
+    return [name for name in names if number is None or segment_number(name) == number]
+
+
+def planned_segments(keys: Iterable[str]) -> list[str]:
+    """The segments that have a plan among these keys of a cache, in the order of their numbers."""
+    found = {match[1] for key in keys if (match := _PLAN_KEY.match(key))}
+    return sorted(found, key=lambda name: (segment_number(name), name))
+
+
+def begun_plan(store: Store, number: int) -> Plan | None:
+    """The plan of the segment of this number, finished or not; None where nobody has started one.
+
+    Raises:
+        InputError: there are two.
+    """
+    names = segment_names(store, number)
+    if len(names) > 1:
+        raise InputError(
+            "two segments of one number were begun",
+            {"cache": store.url, "found": ", ".join(names)},
+            "stop their builders, then delete the one that nobody wants, or both: --abandon",
+        )
+    return read_plan(store, names[0]) if names else None
+
+
+def check_place(store: Store, plan: Plan) -> None:
+    """Raise `PlaceLostError` unless the plan still lies in the store, as it was settled."""
+    key = layout.plan_key(plan.segment)
+    found = store.read(key)
+    if found == to_canonical(plan):
+        return
+    raise PlaceLostError(
+        "this build's plan is gone: it was abandoned or deleted while the build went on or was paused",
+        {"plan": store.where(key), "found": "nothing" if found is None else "another plan"},
+        "nothing more was written; run the command again if what it builds is still wanted",
+    )
 
 
 def committed_shards(store: Store, plan: Plan) -> set[int]:
@@ -260,7 +321,7 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
     finished = _open_finished(store, manifest) if manifest is not None or not partial else []
     if not partial:
         return finished
-    plan = read_plan(store, segment_name(len(finished)))
+    plan = begun_plan(store, len(finished))
     if plan is None and not finished:
         raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     return finished if plan is None else [*finished, Segment(store, plan, None)]
@@ -275,13 +336,33 @@ def look_again(store: Store) -> str:
 
 
 def segment_name(number: int) -> str:
-    """Segments are numbered in the order in which they are added."""
+    """Segments are numbered in the order in which they are added. So were they called before plans named them, too."""
     return f"{number:04d}"
+
+
+def segment_number(segment: str) -> int:
+    """The number in a segment's name."""
+    return int(segment.partition("-")[0])
+
+
+def named_by_plan(plan: Plan) -> Plan:
+    """The plan with its segment called by its number and, but for the first, by all that its bytes depend on.
+
+    So two extensions never write to one path, whatever was paused or abandoned meanwhile. The first segment's folder
+    can only be lost with the whole cache; what is written there depends on the generation of what it replaces.
+    """
+    number = segment_number(plan.segment)
+    if number == 0:
+        return plan
+    facts = plan.model_dump(mode="json", exclude={"segment", "config", "created"})
+    del facts["teacher"]["path"]  # the weights count, wherever they lie
+    digest = digest_bytes(json.dumps(facts, sort_keys=True).encode())
+    return plan.model_copy(update={"segment": f"{segment_name(number)}-{digest[:NAME_DIGITS]}"})
 
 
 def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
     if manifest is None:
-        unfinished = read_plan(store, "0000") is not None
+        unfinished = bool(segment_names(store, 0))
         raise InputError(
             "the cache is not finished" if unfinished else "there is no cache here",
             {"cache": store.url, "missing": layout.MANIFEST},

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from schemas.errors import ConfigError
+from schemas.redaction import redacted
+from schemas.url_secrets import refuse_secret, refuse_secrets
 from schemas.yaml_text import MAX_CHARACTERS, YamlError, parse_yaml, to_yaml
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -62,6 +64,9 @@ def parse(
     """
     if "--help" in argv or "-h" in argv:
         raise HelpRequested(help_text(model, command, positional))
+    for before, word in zip(["", *argv], argv, strict=False):
+        flag = word.partition("=")[0] if word.startswith("--") else before
+        refuse_secret(word, redacted(flag) if flag.startswith("--") else "argument")
     values: dict[str, Any] = {}
     overrides: list[tuple[list[str], str | None, str]] = []
     words, bare = list(argv), list(positional)
@@ -80,6 +85,7 @@ def parse(
         name = flag[2:].replace("-", "_")
         if name == "config":
             values = merge(values, load_yaml(_given(value, flag, command)))
+            refuse_secrets(values)
         else:
             overrides.append((name.split("."), value, flag))
     for keys, value, flag in overrides:

@@ -7,6 +7,7 @@ is peculiar to them.
 """
 
 import contextlib
+import copy
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from schemas import buckets
 from schemas.errors import DamageError, StorageError
 from schemas.stale_locks import held
 from schemas.storage_config import StorageConfig
+from schemas.url_secrets import refuse_secret
 
 LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
 AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # waits before what came garbled from a bucket is asked for once more
@@ -41,6 +43,7 @@ _current = _Current()
 
 def use(config: StorageConfig) -> None:
     """Ask buckets in this way from now on, in this process. Stores that are open already keep their own."""
+    refuse_secret(config.s3_endpoint or "", "storage.s3_endpoint")
     with _current.lock:
         if config != _current.config:
             _current.config, _current.context = config, None
@@ -68,6 +71,7 @@ class Store:
     """The keys below one URL. Values are bytes; a write is durable (synced) when it returns."""
 
     def __init__(self, url: str) -> None:
+        refuse_secret(url, "url")
         self.url = url.rstrip("/") or "/"
         self.local = _local_path(self.url)
         if self.local is not None and self.local.exists() and not self.local.is_dir():
@@ -82,6 +86,19 @@ class Store:
         except buckets.FAILURES as error:
             raise self._failure("the store cannot be opened", {"url": url}, error) from error
         self._spec = self._kv.spec().to_json() if bucket is None else bucket
+        self._may_write: Callable[[], None] = _always
+
+    def guarded(self, may_write: Callable[[], None]) -> "Store":
+        """The same store for one piece of work that may lose the place while it is paused.
+
+        Args:
+            may_write: called before every write and every deletion of a single key; raises where it must not be. It
+                is called after the key's generation was read, and the write depends on that: what another process
+                writes once this one has lost the place is never overwritten, however long this one was paused.
+        """
+        found = copy.copy(self)
+        found._may_write = may_write
+        return found
 
     def spec(self, key: str) -> dict[str, Any]:
         """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there (with `context()`)."""
@@ -155,7 +172,11 @@ class Store:
 
     def write(self, key: str, value: bytes) -> None:
         """Store the value, whatever was there, and check the length that is stored."""
-        self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
+        if self._may_write is _always:
+            self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
+        else:
+            while not self.replace(key, value, self._read(key, slice(0, 0))[1]):
+                pass
         self._check_length(key, len(value))
 
     def create(self, key: str, value: bytes) -> bool:
@@ -169,6 +190,7 @@ class Store:
         True also where the value is there although the store says that another was first: the answer to our own write
         was lost, and what was refused is TensorStore's second try. (Equal values of two writers are as good.)
         """
+        self._may_write()
         stamp = self._ask("cannot be written", key, lambda: self._kv.write(key, value, if_equal=generation).result())
         if stamp.generation or not self.is_bucket:
             return bool(stamp.generation)
@@ -186,12 +208,14 @@ class Store:
 
     def put_once(self, key: str, value: bytes) -> None:
         """Store the value where another is, or none. Of many processes with one value, one writes it."""
-        found, generation = self.read_with_generation(key)
-        if found != value and not self.replace_whole(key, value, generation) and self.read(key) != value:
-            self.write(key, value)
+        while True:
+            found, generation = self.read_with_generation(key)
+            if found == value or self.replace_whole(key, value, generation):
+                return
 
     def delete(self, key: str) -> None:
         """Remove the key; nothing happens where it is absent."""
+        self._may_write()
         try:
             self._ask("cannot be deleted", key, lambda: self._kv.write(key, None).result())
         except StorageError:
@@ -332,6 +356,10 @@ class Store:
         return StorageError(
             what, {**facts, "cause": text}, advice or "check the place, then run the same command again"
         )
+
+
+def _always() -> None:
+    """Nothing is in the way of a write."""
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from schemas import settings
 from schemas.errors import InputError
-from schemas.layout import MANIFEST, plan_key
+from schemas.layout import MANIFEST
 from schemas.look_config import DiffConfig
-from schemas.segment import segment_name
+from schemas.segment import segment_names
 from schemas.storage import Store, use
 from tools.diff_caches import compare_caches
 from tools.diff_runs import compare_runs
@@ -64,7 +64,7 @@ def kind_of(url: str) -> str:
         InputError: it is neither.
     """
     store = Store(url)
-    if store.read(MANIFEST) is not None or store.read(plan_key(segment_name(0))) is not None:
+    if store.read(MANIFEST) is not None or segment_names(store, 0):
         return "cache"
     if store.read(RESOLVED) is not None:
         return "run"

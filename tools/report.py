@@ -13,7 +13,7 @@ from typing import Any
 from schemas import settings
 from schemas.errors import ConfigError, InputError
 from schemas.report_config import ReportConfig
-from schemas.segment import read_manifest, read_plan, segment_name
+from schemas.segment import read_manifest, segment_names
 from schemas.storage import Store, use
 from tools.report_cache import cache_page
 from tools.report_html import size
@@ -80,7 +80,7 @@ def kind_of(store: Store) -> str:
     """
     if store.read(IDENTITY) is not None:
         return "run"
-    if read_manifest(store) is not None or read_plan(store, segment_name(0)) is not None:
+    if read_manifest(store) is not None or segment_names(store, 0):
         return "cache"
     raise InputError(
         "there is neither a cache nor a run here",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from schemas.manifest import TOPK_LOGITS
+from schemas.redaction import redacted
 from schemas.segment import Segment
 from schemas.storage import Store
 from tools.inspect import describe_cache
@@ -90,7 +91,7 @@ def plan_facts(found: dict[str, Any]) -> str:
 
 def config_table(segments: Sequence[Segment]) -> str:
     """The build's config, to unfold."""
-    rows = [(name, value) for name, value in _flat(segments[0].plan.config)]
+    rows = [(name, redacted(value)) for name, value in _flat(segments[0].plan.config)]
     return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
 
 

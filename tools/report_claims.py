@@ -2,8 +2,7 @@
 
 import time
 
-from schemas.canonical import from_canonical
-from schemas.claim import Claim, is_live
+from schemas.claim import live_claim
 from schemas.layout import claim_key, segment_prefix
 from schemas.segment import Segment
 from tools.report_html import paragraph, table
@@ -18,8 +17,8 @@ def workers(segment: Segment) -> str:
     for piece in _open_pieces(segment)[:MOST_READ]:
         key = claim_key(segment.plan.segment, piece)
         data = segment.store.read(key)
-        if data is not None and is_live(data, key, now):
-            claim = from_canonical(Claim, data, key)
+        claim = None if data is None else live_claim(data, key, now)
+        if claim is not None:
             pieces.setdefault((claim.host, claim.pid), []).append(piece)
     rows = [(host, str(pid), _listed(claimed)) for (host, pid), claimed in sorted(pieces.items())]
     return table("Who is at work", ("host", "process", "on pieces"), rows) or paragraph("Nobody is at work on it now.")

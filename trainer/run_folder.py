@@ -8,15 +8,23 @@
 import contextlib
 import fcntl
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from schemas import settings
 from schemas.claims import Claims
 from schemas.config import TrainConfig
-from schemas.errors import CheckpointError, DistillcacheError, InputError, PlanMismatchError, StorageError
+from schemas.errors import (
+    CheckpointError,
+    DistillcacheError,
+    InputError,
+    PlaceLostError,
+    PlanMismatchError,
+    StorageError,
+)
 from schemas.layout import TOKENIZER
 from schemas.storage import LOCK_SUFFIX, Store
 from trainer.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
@@ -69,40 +77,64 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
 
 
 @contextlib.contextmanager
-def only_one(store: Store) -> Iterator[None]:
+def only_one(store: Store) -> Iterator[Callable[[], None]]:
     """Hold the run against other jobs, until this process ends, however it ends.
+
+    Returns: what raises `PlaceLostError` where the run is another process's by now, or was deleted.
 
     Raises:
         InputError: another one is at work.
     """
-    with _claimed(store) if store.local is None else _locked(store, store.local):
-        yield
+    with _claimed(store) if store.local is None else _locked(store, store.local) as check:
+        yield check
 
 
 @contextlib.contextmanager
-def _locked(store: Store, folder: Path) -> Iterator[None]:
+def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise _busy(store) from error
-        yield
+
+        def check() -> None:
+            try:
+                same = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise _lost(store)
+
+        yield check
 
 
 @contextlib.contextmanager
-def _claimed(store: Store) -> Iterator[None]:
+def _claimed(store: Store) -> Iterator[Callable[[], None]]:
     """A claim that is written anew while the context lasts (schemas/claims.py)."""
     claims = Claims(store, "", CLAIM_EXPIRY_S, key=lambda *_: CLAIM)
     try:
         if not claims.take(0):
             raise _busy(store)
-        yield
+
+        def check() -> None:
+            if not claims.holds(0):
+                raise _lost(store)
+
+        yield check
     finally:
         if claims.failure is not None:  # the training itself does not need the claim
             print(f"warning: the claim on {store.url} could not be kept: {claims.failure}", file=sys.stderr)
         with contextlib.suppress(StorageError):  # then it expires
             claims.close()
+
+
+def _lost(store: Store) -> PlaceLostError:
+    return PlaceLostError(
+        "the run is no longer this process's: it was deleted or taken over while this one was paused",
+        {"run": store.url},
+        "nothing more was written there; start the command again if the run is still wanted",
+    )
 
 
 def _busy(store: Store) -> DistillcacheError:

@@ -110,7 +110,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         if peers.first:
             began = not has_student(store)
             claim_run(store, config, sources.rows)
-            held.enter_context(only_one(store))
+            store = store.guarded(held.enter_context(only_one(store)))
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
             decoder = _open_student(store, config, sources, peers)

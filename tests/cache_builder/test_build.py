@@ -17,6 +17,7 @@ from flax import nnx
 from cache_builder import build as build_module
 from cache_builder.build import build_cache
 from cache_builder.prepare import prepare_rows
+from cache_builder.token_parts import rows_fingerprint
 from models.checkpoint import load_pretrained, save_pretrained
 from models.decoder import Decoder
 from models.tokenizer import load_tokenizer
@@ -308,7 +309,7 @@ def test_a_live_claim_is_respected_and_a_dead_one_is_taken(tmp_path: Path) -> No
 
 def test_a_claim_of_a_dead_process_or_an_old_heartbeat_is_taken(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "c"))
-    alive = this_process_claim(expires=4e9)
+    alive = this_process_claim(expires=time.time() + 60)
     dead = alive.model_copy(update={"pid": 2**22 + 1, "started": "1"})
     elsewhere = alive.model_copy(update={"host": "elsewhere"})
     old = elsewhere.model_copy(update={"expires": 1.0})
@@ -378,11 +379,12 @@ def test_what_fails_at_the_start_leaves_nothing_and_may_be_corrected(
 
 def test_rows_of_a_build_that_never_began_are_replaced(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     config = build_config(tmp_path / "c", teacher, corpus, data=DataConfig(path=str(corpus), row_tokens=32))
-    out = f"{config.cache}/segments/0000/prepared"
     tokenizer = load_tokenizer(teacher)
+    wanted = config.data.model_copy(update={"eval_rows": 2})
+    out = f"{config.cache}/{layout.prepared_prefix(0)}/{rows_fingerprint(wanted, tokenizer)[:16]}"
     other = DataConfig(path=str(corpus), row_tokens=16, eval_rows=4)
     prepare_rows(PrepareConfig(out=out, data=other), tokenizer=tokenizer)
-    build_cache(config.model_copy(update={"data": config.data.model_copy(update={"eval_rows": 2})}))
+    build_cache(config.model_copy(update={"data": wanted}))
     plan = read_plan(Store(config.cache), "0000")
     assert plan is not None
     assert plan.rows.row_tokens == 32

@@ -1,6 +1,7 @@
 """A cache that grew equals one that was built at once: same codes, nothing rewritten, whatever interrupted it."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -16,7 +17,7 @@ from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.config import BuildConfig, DataConfig, TapConfig, TapsConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError, StorageError
-from schemas.segment import open_cache, read_manifest
+from schemas.segment import open_cache, read_manifest, segment_names, segment_number
 from schemas.storage import Store
 from tests.conftest import build_config, save_teacher
 from tests.rounding import assert_rounded
@@ -80,12 +81,13 @@ def with_mlp(grown: Path, teacher: Path, corpus: Path, **changes: object) -> Bui
 def test_another_tap(grown: Path, whole: Path, teacher: Path, corpus: Path) -> None:
     before = files(grown)
     manifest = build_cache(with_mlp(grown, teacher, corpus))
-    assert [(entry.segment, entry.rows_of) for entry in manifest.segments] == [("0000", None), ("0001", "0000")]
+    names = [(segment_number(entry.segment), entry.rows_of) for entry in manifest.segments]
+    assert names == [(0, None), (1, "0000")]
     assert (manifest.rows, manifest.tokens) == (38, 596)
     assert_only_grown(before, grown)
     added = open_cache(Store(str(grown)))[1]
     assert [tap.name for tap in added.plan.taps] == ["mlp_out"]
-    assert not (grown / "segments/0001/rows").exists()
+    assert not (grown / "segments" / added.plan.segment / "rows").exists()
     assert_reads_like(grown, whole)
     assert verify_cache(Store(str(grown)))["findings"] == []
 
@@ -176,7 +178,7 @@ def test_a_failing_store_is_gone_on_from(
     real = Store.write
 
     def write(store: Store, key: str, value: bytes) -> None:
-        if key.startswith("segments/0001/taps/mlp_out/c/2/"):
+        if re.match("segments/0001-[0-9a-f]{16}/taps/mlp_out/c/2/", key):
             raise StorageError("an object cannot be written", {"object": key})
         real(store, key, value)
 
@@ -199,7 +201,7 @@ def test_two_extensions_at_once_keep_each_other(grown: Path, teacher: Path, corp
     assert finish_module._list_segment(store, plan, entry) == manifest
     other = plan.model_copy(update={"segment": "0002"})
     both = finish_module._list_segment(store, other, entry.model_copy(update={"segment": "0002"}))
-    assert [each.segment for each in both.segments] == ["0000", "0001", "0002"]
+    assert [each.segment for each in both.segments] == ["0000", plan.segment, "0002"]
 
 
 def test_what_does_not_belong_is_refused(
@@ -230,7 +232,7 @@ def abandoned(grown: Path, teacher: Path, corpus: Path, monkeypatch: pytest.Monk
     real = Store.write
 
     def write(store: Store, key: str, value: bytes) -> None:
-        if key.startswith("segments/0001/taps/mlp_out/c/3/"):
+        if re.match("segments/0001-[0-9a-f]{16}/taps/mlp_out/c/3/", key):
             raise Killed
         real(store, key, value)
 
@@ -238,8 +240,9 @@ def abandoned(grown: Path, teacher: Path, corpus: Path, monkeypatch: pytest.Monk
         patch.setattr(Store, "write", write)
         with pytest.raises(Killed):
             build_cache(with_mlp(grown, teacher, corpus))
-    (grown / "segments/0001/taps/mlp_out/c/3/0/0").mkdir(parents=True, exist_ok=True)
-    (grown / "segments/0001/taps/mlp_out/c/3/0/0/0.__lock").write_bytes(b"half")
+    (segment,) = grown.glob("segments/0001-*")
+    (segment / "taps/mlp_out/c/3/0/0").mkdir(parents=True, exist_ok=True)
+    (segment / "taps/mlp_out/c/3/0/0/0.__lock").write_bytes(b"half")
     return grown
 
 
@@ -275,7 +278,7 @@ def test_the_first_config_does_away_with_an_extension(
     assert {name: data for name, (_, data) in files(abandoned).items()} == {
         name: data for name, (_, data) in files(cache).items()
     }
-    assert not (abandoned / "segments/0001").exists()
+    assert not list(abandoned.glob("segments/0001*"))
     build_cache(build_config(abandoned, teacher, corpus, abandon=True))  # nothing left to delete
     with pytest.raises(InputError, match="no finished cache"):
         build_cache(build_config(abandoned / "nowhere", teacher, corpus, abandon=True))
@@ -286,7 +289,7 @@ def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teache
     started = claims_module._process_start(builder.pid)
     claim = claims_module.this_process_claim(time.time() + 60)
     claim = claim.model_copy(update={"pid": builder.pid, "started": started})
-    Store(str(abandoned)).write(layout.claim_key("0001", 3), to_canonical(claim))
+    Store(str(abandoned)).write(layout.claim_key(segment_names(Store(str(abandoned)), 1)[0], 3), to_canonical(claim))
     before = files(abandoned)
     with pytest.raises(ConfigError, match="at work on the extension"):
         build_cache(build_config(abandoned, teacher, corpus, abandon=True))
@@ -294,7 +297,7 @@ def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teache
     builder.kill()
     builder.wait()
     build_cache(build_config(abandoned, teacher, corpus, abandon=True))
-    assert not (abandoned / "segments/0001").exists()
+    assert not list(abandoned.glob("segments/0001*"))
 
 
 def test_a_deletion_that_is_killed_is_gone_on_with(
@@ -315,7 +318,7 @@ def test_a_deletion_that_is_killed_is_gone_on_with(
             patch.setattr(Store, "delete", delete)
             with pytest.raises(Killed):
                 build_cache(build_config(abandoned, teacher, corpus, abandon=True))
-        assert (abandoned / "segments/0001/plan.json").exists()
+        assert list(abandoned.glob("segments/0001-*/plan.json"))
         assert [one for one in verify_cache(Store(str(abandoned)))["findings"] if one["what"] != "foreign"] == []
     build_cache(build_config(abandoned, teacher, corpus, abandon=True))
     assert set(files(abandoned)) == set(files(cache))

@@ -70,7 +70,7 @@ def test_a_tap_that_only_some_rows_have_is_refused(tmp_path: Path, teacher: Path
         CacheSource(str(folder))
     described = describe_cache(Store(str(folder)))
     assert described["rows"]["count"] == 58
-    assert [segment["segment"] for segment in described["segments"]] == ["0000", "0001"]
+    assert [segment["segment"][:5] for segment in described["segments"]] == ["0000", "0001-"]
 
 
 def half_built(config: BuildConfig, monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
