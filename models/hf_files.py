@@ -12,6 +12,7 @@ from models.foreign import LFS_STEP, is_lfs_pointer, step_for_folder
 from models.ranges import REQUESTS, SpanReader
 from models.safetensors_file import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
 from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
+from schemas.base import is_name_inside
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
 
@@ -115,6 +116,13 @@ def weight_files(directory: Place) -> list[Place]:
             "put the shards beside the index, and correct their names in it",
         )
     files = sorted(set(listed.values()))
+    outside = [file for file in files if not is_name_inside(file)]
+    if outside:
+        raise CheckpointError(
+            "the index of the shards names files outside its folder",
+            {"index": directory / INDEX_NAME, "found": some(outside)},
+            "do not use this checkpoint: no tool that saves one writes such names",
+        )
     missing = [file for file in files if file not in names and not (directory / file).exists()]
     if missing:
         raise CheckpointError(

@@ -24,7 +24,7 @@ import xxhash
 from pydantic import Field
 from safetensors.numpy import save
 
-from schemas.base import Config
+from schemas.base import Config, Name
 from schemas.canonical import from_canonical, to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
@@ -43,7 +43,7 @@ class Piece(Config):
     array: str
     start: tuple[int, ...]
     shape: tuple[int, ...]
-    file: str
+    file: Name
     offset: int
     digest: Digest
 

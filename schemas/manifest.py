@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from schemas.base import Name, RelativeName, SegmentName
 from schemas.config import Config
 from schemas.layout import ITEM_BYTES, Compression
 from schemas.times import ShardSeconds
@@ -25,8 +26,8 @@ class PartPlan(Config):
     loss; a plan without compression does not name it, as plans did before there was any.
     """
 
-    array: str
-    part: str
+    array: Name
+    part: Name
     dtype: str
     width: int
     bits_of: str | None = None
@@ -54,7 +55,7 @@ class TapPlan(Config):
     belongs to no block, 0 alone; for the others, block l.
     """
 
-    name: str
+    name: Name
     codec: str
     group: int | None = None
     rotate: bool = False
@@ -135,8 +136,8 @@ class Plan(Config):
     """
 
     format: Literal["distillcache/1"] = FORMAT
-    segment: str
-    rows_of: str | None = None
+    segment: SegmentName
+    rows_of: SegmentName | None = None
     copied_from: str | None = None
     recoded_on: NumericsPlan | None = Field(default=None, exclude_if=lambda value: value is None)
     teacher: TeacherPlan
@@ -214,7 +215,7 @@ class ShardReceipt(Config):
     shard: int
     rows: tuple[int, int]
     rows_file: ObjectReceipt | None
-    parts: dict[str, PartReceipt]
+    parts: dict[Name, PartReceipt]
     stats: dict[str, TapStats]
     numerics: NumericsPlan | None = Field(
         default=None, description="where they differ from the plan's (--accept-platform)"
@@ -235,12 +236,12 @@ class SegmentEntry(Config):
     index.bin; files maps every other small file of the segment to its digest.
     """
 
-    segment: str
-    rows_of: str | None = None
+    segment: SegmentName
+    rows_of: SegmentName | None = None
     rows: int
     index_digest: str
     index_length: int
-    files: dict[str, str]
+    files: dict[RelativeName, str]
 
 
 class Manifest(Config):

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int32
 from pydantic import Field
 from safetensors import SafetensorError
 
+from schemas.base import RelativeName
 from schemas.canonical import from_canonical
 from schemas.config import Config, DataConfig, Positive
 from schemas.digest import digest_bytes
@@ -180,7 +181,7 @@ def teacher_batch(rows: Sequence[Row | None], batch_rows: int, row_tokens: int) 
 class RowsFile(Config):
     """One file of rows, as the index knows it."""
 
-    name: str = Field(description="key below the rows folder")
+    name: RelativeName = Field(description="key below the rows folder")
     rows: Positive = Field(description="records in the file")
     length: Positive = Field(description="bytes")
     digest: str = Field(description="of the file's bytes")

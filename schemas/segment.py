@@ -78,6 +78,7 @@ class Segment:
 
     def open_array(self, part: PartPlan, context: ts.Context | None = None) -> ts.TensorStore:
         """The zarr array `[N, slots, T, width]`, for reading; its metadata comes from the plan, not the disk."""
+        self.store.check_inside(layout.array_folder(self.plan.segment, part.array))
         spec = layout.array_spec(
             self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, part)
         )

@@ -17,15 +17,15 @@ class held:
 
     def __enter__(self) -> int | None:
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW)
             lock_as_tensorstore(self._descriptor)
             # A writer may have renamed it to its key between the two calls: then this is a committed file.
-            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+            if not os.path.samestat(os.fstat(self._descriptor), os.lstat(self._path)):
                 return None
         except (FileNotFoundError, BlockingIOError, PermissionError):
             return None
         except OSError as error:
-            if error.errno == errno.EROFS:
+            if error.errno in (errno.EROFS, errno.ELOOP):  # ELOOP: a link, which no writer of ours leaves
                 return None
             raise
         return self._descriptor

@@ -135,6 +135,7 @@ class Store:
             time.sleep(waits.pop(0))
 
     def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
+        self.check_inside(key)
         result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
         return (result.value if result.state == "value" else None), result.stamp.generation
 
@@ -173,6 +174,7 @@ class Store:
     def write(self, key: str, value: bytes) -> None:
         """Store the value, whatever was there, and check the length that is stored."""
         if self._may_write is _always:
+            self.check_inside(key, LOCK_SUFFIX)
             self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
         else:
             while not self.replace(key, value, self._read(key, slice(0, 0))[1]):
@@ -191,6 +193,7 @@ class Store:
         was lost, and what was refused is TensorStore's second try. (Equal values of two writers are as good.)
         """
         self._may_write()
+        self.check_inside(key, LOCK_SUFFIX)
         stamp = self._ask("cannot be written", key, lambda: self._kv.write(key, value, if_equal=generation).result())
         if stamp.generation or not self.is_bucket:
             return bool(stamp.generation)
@@ -214,8 +217,9 @@ class Store:
                 return
 
     def delete(self, key: str) -> None:
-        """Remove the key; nothing happens where it is absent."""
+        """Remove the key; nothing happens where it is absent. Of a link, the link itself goes."""
         self._may_write()
+        self.check_inside(str(Path(key).parent), f"/{Path(key).name}{LOCK_SUFFIX}")
         try:
             self._ask("cannot be deleted", key, lambda: self._kv.write(key, None).result())
         except StorageError:
@@ -254,6 +258,7 @@ class Store:
     def length_is(self, key: str, length: int) -> bool:
         """Whether the stored value has exactly this length, without reading it."""
         if self.local is not None:
+            self.check_inside(key)
             try:
                 return (self.local / key).stat().st_size == length
             except (FileNotFoundError, NotADirectoryError):
@@ -309,8 +314,27 @@ class Store:
         """Remove what deleting the last key of a folder leaves behind on a local disk."""
         if self.local is None:
             return
+        self.check_inside(key)
         for folder, _, _ in os.walk(self.local / key, topdown=False):
             _remove_if_empty(Path(folder))
+
+    def check_inside(self, *ends: str) -> None:
+        """Raise unless a key, also with each further end, lies below this store on the disk, links followed.
+
+        A cache may come from others, and so may the links in it.
+        """
+        if self.local is None:
+            return
+        root = os.path.realpath(self.local)
+        for count in range(1, len(ends) + 1):
+            path = f"{root}/{''.join(ends[:count])}"
+            found = os.path.realpath(path)
+            if found != root and not found.startswith(f"{root.rstrip('/')}/"):
+                raise StorageError(
+                    "a name or a link leads out of its folder",
+                    {"object": path, "leads to": found, "folder": self.url},
+                    "remove the link: nothing of its target was touched",
+                )
 
     def _check_length(self, key: str, length: int) -> None:
         """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail.

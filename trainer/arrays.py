@@ -76,6 +76,7 @@ class LocalArray:
     def __init__(self, segment: Segment, part: PartPlan, *, integrity: bool, pool: Executor) -> None:
         self._segment, self._part, self._integrity, self._pool = segment, part, integrity, pool
         self._shard_rows, self._slots = segment.plan.shard_rows, part.slots_per_object
+        self._inside: set[str] = set()  # objects that no link leads to from elsewhere
         self._chunk_bytes = segment.plan.rows.row_tokens * part.width * layout.ITEM_BYTES[part.dtype]
 
     @staticmethod
@@ -97,6 +98,9 @@ class LocalArray:
         digests = self._segment.chunk_digests(self._part.array, row) if self._integrity else []
         for group, wanted in groupby(pairs, key=lambda pair: pair[1] // self._slots):
             key = layout.object_key(self._segment.plan.segment, self._part.array, shard, group)
+            if key not in self._inside:
+                self._segment.store.check_inside(key)
+                self._inside.add(key)
             descriptor = os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
             try:
                 spans = self._spans(descriptor, key, inside)
