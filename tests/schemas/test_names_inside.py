@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +24,7 @@ OUTSIDE = ["", ".", "..", "../x", "a/../x", "/x", "a//b", "a/", ".hidden", "a\\b
 
 @pytest.mark.parametrize("text", OUTSIDE)
 @pytest.mark.parametrize("kind", [Name, RelativeName, SegmentName], ids=["name", "relative", "segment"])
-def test_such_names_are_none(kind: object, text: str) -> None:
+def test_such_names_are_none(kind: Any, text: str) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(kind).validate_python(text)
 
