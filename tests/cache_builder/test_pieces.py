@@ -5,13 +5,14 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache_builder import pieces
-from cache_builder.pieces import by_one_process
+from cache_builder.pieces import by_one_process, raise_if_too_large
 from schemas import layout
 from schemas.claims import Claims
-from schemas.errors import Interrupted
+from schemas.errors import Interrupted, NonFiniteError
 from schemas.segment import open_cache, read_manifest
 from schemas.signals import StopRequest
 from schemas.storage import Store
@@ -67,3 +68,14 @@ def test_waiting_for_the_one_that_finishes_ends_when_asked_to_stop(cache: Path, 
     with pytest.raises(Interrupted):
         by_one_process(store, segment.plan, config, stop, lambda: pytest.fail("two have finished"))
     finisher.close()
+
+
+def test_activations_whose_squares_overflow_are_an_error() -> None:
+    largest = np.array([[1.0, 3e18], [2.0, 2e19]], np.float32)
+    with np.errstate(over="ignore"):
+        squares = np.square(largest) * 4
+    raise_if_too_large("resid", (0, 3), squares[:1], largest[:1], 16)
+    with pytest.raises(NonFiniteError, match="overflow") as caught:
+        raise_if_too_large("resid", (0, 3), squares, largest, 16)
+    assert (caught.value.facts["row"], caught.value.facts["block"]) == (17, 3)
+    assert caught.value.facts["found"] == "numbers up to 2e+19"
