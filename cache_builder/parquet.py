@@ -9,7 +9,7 @@ from cache_builder.chat import MESSAGES, TOOLS, without_nulls
 from cache_builder.inputs import InputFile, InputReader, foreign, on_disk, unreadable
 from cache_builder.skipped import Skipped, skipped_record
 from schemas.config import DataConfig, OnError
-from schemas.errors import InputError, RecordError
+from schemas.errors import InputError, RecordError, install_advice
 
 BATCH_ROWS = 1024  # records in memory at once, beside the row group's own pages
 
@@ -92,7 +92,7 @@ def _opened(file: InputFile, path: Path) -> Iterator[tuple[Any, list[str]]]:
         raise InputError(
             "a library is missing that reads parquet files",
             {"file": file.place, "cause": error},
-            "pip install 'distillcache[parquet]'",
+            install_advice("parquet"),
         ) from error
     try:
         table = ParquetFile(path, pre_buffer=False, page_checksum_verification=True)

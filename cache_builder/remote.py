@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from schemas.errors import InputError
+from schemas.errors import InputError, install_advice
 from schemas.storage import current
 
 BLOCK_BYTES = 8 << 20  # a request's overhead (tens of milliseconds) is small beside its bytes
@@ -109,7 +109,7 @@ def filesystem(url: str) -> Any:
         return _filesystem(scheme, client, where)
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
-        advice = f"pip install 'distillcache[{extra}]'" if extra else f"install what fsspec needs for {scheme}://"
+        advice = install_advice(extra) if extra else f"install what fsspec needs for {scheme}://"
         raise InputError(
             "a library is missing that reads this place", {"place": url, "cause": error}, advice
         ) from error

@@ -21,7 +21,7 @@ import xxhash
 
 from models import template_worker
 from models.template_process import BEGIN, END
-from schemas.errors import ConfigError, InputError
+from schemas.errors import ConfigError, InputError, install_advice
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -142,9 +142,7 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     if kind == "failure":
         raise TemplateFailure(message)
     if kind == "library":
-        raise InputError(
-            "a library is missing that writes chats", {"cause": message}, "pip install 'distillcache[chat]'"
-        )
+        raise InputError("a library is missing that writes chats", {"cause": message}, install_advice("chat"))
     if kind == "syntax":
         raise InputError(
             "the tokenizer's chat template cannot be read",

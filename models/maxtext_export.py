@@ -25,7 +25,7 @@ from models.maxtext import ITEMS
 from models.maxtext_names import GEMMAS, SCANNED, Conversion, maxtext_layout
 from models.tensors import TensorSlot, tensor_slots
 from models.tokenizer import tokenizer_files
-from schemas.errors import CheckpointError, ConfigError
+from schemas.errors import CheckpointError, ConfigError, install_advice
 from schemas.object_path import local_path
 
 
@@ -121,7 +121,7 @@ def _write_orbax(folder: Path, tree: dict[str, Any]) -> None:
         raise ConfigError(
             "writing MaxText's checkpoints needs Orbax",
             {"missing": error.name},
-            "pip install 'distillcache[maxtext]'",
+            install_advice("maxtext"),
         ) from error
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))

@@ -18,9 +18,12 @@ class Config(BaseModel):
 
     other_names: keys that files and flags may have beside the fields, and their types; a validator of the model
     replaces them.
+    usual: the fields or sections (dotted) that `--help` explains, in this order; `--help-all` explains all of them.
+    Empty: so does `--help`.
     """
 
     other_names: ClassVar[Mapping[str, Any]] = {}
+    usual: ClassVar[tuple[str, ...]] = ()
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

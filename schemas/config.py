@@ -5,7 +5,7 @@ The description of each field is its help text (`distillcache build --help`); it
 
 import re
 from datetime import date
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -97,6 +97,26 @@ class PrepareConfig(Config):
 
 class BuildConfig(Config):
     """A teacher and text in, a cache out."""
+
+    usual: ClassVar = (
+        "cache",
+        "teacher",
+        "data.path",
+        "data.format",
+        "data.row_tokens",
+        "data.eval_rows",
+        "data.max_rows",
+        "taps.attn_out.codec",
+        "taps.resid.codec",
+        "taps.resid.delta",
+        "blocks",
+        "batch_rows",
+        "dtype",
+        "mesh",
+        "extend",
+        "repair",
+        "abandon",
+    )
 
     cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
     teacher: TeacherConfig
@@ -225,6 +245,8 @@ class PlanConfig(BuildConfig):
     `--simulate` instead: what known teachers and up to 1T tokens would take, with fields of its own (add --help).
     """
 
+    usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
+
     measure: bool = Field(
         default=True, description="run the teacher on a few batches of random tokens, to expect a time"
     )  # without it there is nothing to expect a time from
@@ -284,7 +306,7 @@ class ExportConfig(Config):
     format: Literal["hf", "maxtext"] = Field(
         default="hf",
         description="hf: safetensors; maxtext: a scanned parameter checkpoint by Orbax (out/items is MaxText's "
-        "load_parameters_path), and the HF files beside it, without weights; needs the extra distillcache[maxtext]",
+        "load_parameters_path), and the HF files beside it, without weights; needs pip install -e '.[maxtext]'",
     )  # what most tools load
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the weights; default: that of the checkpoint that the student was made of"

@@ -73,3 +73,12 @@ class DamageError(DistillcacheError):
 
 class NonFiniteError(DistillcacheError):
     """NaN or infinity where numbers must be finite."""
+
+
+def install_advice(extra: str) -> str:
+    """The command that installs one of our optional dependencies, for the next step of an error.
+
+    It is the one of a checkout: the project's name belongs to nobody on the package index, so that
+    `pip install 'distillcache[...]'` would fetch nothing or a stranger's package.
+    """
+    return f"in the project's folder: pip install -e '.[{extra}]'"

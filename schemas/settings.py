@@ -7,6 +7,7 @@ value is one `ConfigError`.
 
 import difflib
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ _MEMBER_NAMES = (
 )  # how pydantic names a union's members, where not `list[...]`
 
 
+MAX_BRIEF = 84  # characters of a description on a line of --help that only names a flag
 MAX_FIELDS = 200  # characters in which help names all fields of a mapping
 
 
@@ -60,10 +62,12 @@ def parse(
 
     Raises:
         ConfigError: an unknown flag, a value that does not fit, a missing field, an unreadable file.
-        HelpRequested: `--help` or `-h` is among the words.
+        HelpRequested: `--help`, `-h` or `--help-all` is among the words.
     """
-    if "--help" in argv or "-h" in argv:
+    if "--help-all" in argv:
         raise HelpRequested(help_text(model, command, positional))
+    if "--help" in argv or "-h" in argv:
+        raise HelpRequested(short_help_text(model, command, positional))
     for before, word in zip(["", *argv], argv, strict=False):
         flag = word.partition("=")[0] if word.startswith("--") else before
         refuse_secret(word, redacted(flag) if flag.startswith("--") else "argument")
@@ -213,15 +217,68 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def help_text(model: type[BaseModel], command: str, positional: Sequence[str] = ()) -> str:
-    """What `--help` prints: every field, its type, its default and what it means."""
+    """Explains every field: its type, its default and its meaning. `--help-all` prints it."""
+    lines = [line for row in _fields(model, "") for line in _explained(row)]
+    return "\n".join([*_usage(model, command, positional), *lines, *_COMMON_FLAGS])
+
+
+def short_help_text(model: type[BaseModel], command: str, positional: Sequence[str] = ()) -> str:
+    """Explains the usual fields and names the others, a line each. `--help` prints it.
+
+    A model that declares no usual fields gets the text of `help_text`.
+    """
+    usual: Sequence[str] = getattr(model, "usual", ())
+    if not usual:
+        return help_text(model, command, positional)
+    rows = _fields(model, "")
+    shown = [row for prefix in usual for row in rows if row[0] == prefix or row[0].startswith(f"{prefix}.")]
+    lines = [line for row in shown for line in _explained(row)]
+    explained = {row[0] for row in shown}
+    # A section is named once, by its first line; a field of a section that is shown in part by its own.
+    others = [
+        row
+        for row in rows
+        if row[0] not in explained
+        and not any(name.startswith(f"{row[0]}.") for name in explained)
+        and not any(row[0].startswith(f"{other[0]}.") for other in rows if _is_hidden_section(other, explained))
+    ]
+    width = max((len(_flag(name)) for name, *_ in others), default=0)
+    more = [f"  {_flag(name).ljust(width)}  {_in_brief(meaning)}" for name, _, _, meaning in others]
+    heading = ["", f"Less usual; {command} --help-all explains these too:", ""]
+    return "\n".join([*_usage(model, command, positional), *lines, *_COMMON_FLAGS, *heading, *more])
+
+
+def _in_brief(meaning: str) -> str:
+    """The first clause of a field's description, on one line."""
+    return textwrap.shorten(meaning.split("; ")[0], MAX_BRIEF, placeholder=" ...")
+
+
+def _is_hidden_section(row: tuple[str, str, str, str], explained: set[str]) -> bool:
+    """True for the heading of a section of which no field is explained."""
+    name, kinds = row[0], row[1]
+    return kinds.endswith("its fields:") and not any(each.startswith(f"{name}.") for each in explained)
+
+
+_COMMON_FLAGS = (
+    "  --config FILE.yaml",
+    "        the same fields as a file, local or at gs:// or s3://; flags go first",
+    "  --json",
+    "        one JSON object on standard output, and nothing else there",
+)
+
+
+def _usage(model: type[BaseModel], command: str, positional: Sequence[str]) -> list[str]:
     usage = " ".join([command, *(f"<{name}>" for name in positional), "[--config FILE.yaml]", "[--field value ...]"])
-    lines = [f"usage: {usage}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
-    for name, type_name, default, description in _fields(model, ""):
-        lines.append(f"  --{name.replace('_', '-')} {type_name}{default}")
-        lines.append(f"        {description}")
-    lines += ["  --config FILE.yaml", "        the same fields as a file, local or at gs:// or s3://; flags go first"]
-    lines += ["  --json", "        one JSON object on standard output, and nothing else there"]
-    return "\n".join(lines)
+    return [f"usage: {usage}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _explained(row: tuple[str, str, str, str]) -> list[str]:
+    name, type_name, default, description = row
+    return [f"  {_flag(name)} {type_name}{default}", f"        {description}"]
 
 
 def _fields(

@@ -86,20 +86,31 @@ class LossConfig(Config):
         default=FeatureLossConfig(), description="attention output against the teacher's"
     )
     mlp: MlpLossConfig = Field(default=MlpLossConfig(), description="MLP output against the teacher's, blockwise mode")
-    load_balance: LoadBalanceConfig = Field(default=LoadBalanceConfig(), description="of routers")
-    router_z: Weight = Field(default=0.0, description="zeta; for students with routers")
+    load_balance: LoadBalanceConfig = Field(
+        default=LoadBalanceConfig(), description="loss that keeps experts evenly loaded"
+    )
+    router_z: Weight = Field(
+        default=0.0, description="zeta, the weight of the router z-loss; for students with routers"
+    )
 
 
 class OptimizerConfig(Config):
     """AdamW with linear warm-up and cosine decay; state is per block, and in blockwise mode clipping as well."""
 
-    learning_rate: float = Field(default=1e-3, gt=0, description="at its highest")
+    learning_rate: float = Field(default=1e-3, gt=0, description="at its highest, after the warm-up")
     warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")  # Adam's moments need a few
-    final_fraction: float = Field(default=0.0, ge=0, le=1, description="of learning_rate, at the last step")
+    final_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of learning_rate, at the last step of a stage: it falls along half a cosine",
+    )
     b1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first decay")
     b2: float = Field(default=0.95, ge=0, lt=1, description="Adam's second decay")  # short runs: a shorter memory
     eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled")  # students start near the answer
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's decoupled weight decay"
+    )  # students start near the answer
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="clip each block's gradient (feature mode: the whole) to this norm; null: never"
     )  # one bad block must not slow the others
@@ -128,6 +139,27 @@ class TrainConfig(Config):
     """A cache in, a trained student out."""
 
     other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's
+    usual: ClassVar = (
+        "run",
+        "cache",
+        "student.init",
+        "student.surgery",
+        "mode",
+        "steps",
+        "batch_rows",
+        "micro_batches",
+        "optimizer.learning_rate",
+        "optimizer.warmup_steps",
+        "optimizer.final_fraction",
+        "loss.alpha",
+        "loss.feature.weight",
+        "loss.mlp.weight",
+        "eval_every",
+        "checkpoint_every",
+        "compute_dtype",
+        "mesh",
+        "seed",
+    )
 
     run: str = Field(description="folder of the run: checkpoints, metrics, the student")
     cache: str = Field(default="", description="the cache to train from")

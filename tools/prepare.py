@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cache_builder.prepare import prepare_rows
 from schemas import settings
 from schemas.config import PrepareConfig
-from schemas.errors import InputError
+from schemas.errors import InputError, install_advice
 from schemas.rows import SKIPPED_KEY, RowsIndex
 
 
@@ -49,6 +49,6 @@ def _with_beam(config: PrepareConfig, options: Sequence[str]) -> RowsIndex:
         from cache_builder.beam import prepare_with_beam
     except ImportError as error:
         raise InputError(
-            "a library is missing that runs pipelines", {"cause": error}, "pip install 'distillcache[beam]'"
+            "a library is missing that runs pipelines", {"cause": error}, install_advice("beam")
         ) from error
     return prepare_with_beam(config, options)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 
 from schemas import progress, settings
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, install_advice
 from schemas.serve_config import ServeConfig
 from schemas.storage import Store, use
 from tools.report import kind_of
@@ -82,7 +82,7 @@ def check_packages() -> None:
         raise ConfigError(
             "the viewer needs packages that are not installed",
             {"missing": ", ".join(missing)},
-            "pip install 'distillcache[serve]'",
+            install_advice("serve"),
         )
 
 

@@ -144,7 +144,7 @@ def test_a_missing_library_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://elsewhere.invalid")  # so that none is remembered
     with pytest.raises(InputError, match="library is missing") as caught:
         input_files(DataConfig(path="gs://bucket/a.txt"))
-    assert caught.value.next == "pip install 'distillcache[gcs]'"
+    assert caught.value.next == "in the project's folder: pip install -e '.[gcs]'"
 
 
 def test_cut_and_failing_blocks_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

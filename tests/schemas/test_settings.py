@@ -1,5 +1,6 @@
 """Configs from files and flags: what wins, how values are read, what is refused, and what help says."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from pydantic import BaseModel, Field
 from schemas.config import BuildConfig, Config, DemoConfig, PrepareConfig, TrainConfig
 from schemas.errors import ConfigError
 from schemas.look_config import StatsConfig
-from schemas.settings import HelpRequested, dump_yaml, help_text, load_yaml, merge, parse, validate
+from schemas.settings import HelpRequested, dump_yaml, help_text, load_yaml, merge, parse, short_help_text, validate
 
 
 class Inner(Config):
@@ -256,6 +257,43 @@ def test_help_states_types_and_defaults() -> None:
         "--items [{size: int, name: str}, ...]  (default: [])",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("model", [BuildConfig, TrainConfig])
+def test_short_help_explains_the_usual_and_names_every_other_flag_or_its_section(model: type[BaseModel]) -> None:
+    explained, _, rest = short_help_text(model, "distillcache x").partition("\nLess usual; distillcache x --help-all ")
+    shown = re.findall("^  --([a-z0-9.-]+)", explained, re.MULTILINE)
+    named = re.findall("^  --([a-z0-9.-]+)", rest, re.MULTILINE)
+    assert not set(shown) & set(named)
+    for usual in getattr(model, "usual", ()):
+        assert any(f"{flag.replace('-', '_')}.".startswith(f"{usual}.") for flag in shown), usual
+    for path in field_paths(model):
+        flag = path.replace("_", "-")
+        sections = {flag.rsplit(".", cut)[0] for cut in range(flag.count(".") + 1)}
+        parts = [each for each in (*shown, *named) if each.startswith(f"{flag}.")]
+        assert sections & {*shown, *named} or parts, f"{flag} cannot be found in the help"
+    assert max(map(len, rest.split("\n"))) <= 120
+
+
+def test_the_learning_rate_comes_before_what_few_need() -> None:
+    lines = short_help_text(TrainConfig, "distillcache train").split("\n")
+    (rate,) = (at for at, line in enumerate(lines) if "--optimizer.learning-rate" in line)
+    (online,) = (at for at, line in enumerate(lines) if "--online" in line)
+    assert rate < online
+    assert len(lines) < 120
+    assert any("half a cosine" in line for line in lines)
+
+
+def test_help_all_explains_what_help_only_names() -> None:
+    with pytest.raises(HelpRequested) as short:
+        train_config("--help")
+    with pytest.raises(HelpRequested) as whole:
+        train_config("--help-all")
+    assert "--online.taps.resid.codec" not in str(short.value)
+    assert "--online.taps.resid.codec" in str(whole.value)
+    with pytest.raises(HelpRequested) as small:
+        read("--help")
+    assert str(small.value) == help_text(Sample, "distillcache sample")
 
 
 def test_help_of_weights_and_stages_is_one_line_each() -> None:

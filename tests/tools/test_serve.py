@@ -114,7 +114,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
         serve.check_packages()
     assert caught.value.facts == {"missing": "no_such_package"}
-    assert "distillcache[serve]" in caught.value.next
+    assert "pip install -e '.[serve]'" in caught.value.next
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
