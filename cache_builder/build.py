@@ -44,6 +44,7 @@ from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.claims import Claims
 from schemas.config import BuildConfig, PrepareConfig
+from schemas.differences import differing, told
 from schemas.errors import (
     ConfigError,
     DamageError,
@@ -366,32 +367,29 @@ def finished_plan(store: Store, config: BuildConfig, tokenizer: TextTokenizer, m
         "tokenizer": (plan.rows.tokenizer_digest, tokenizer.digest),
         "text": (plan.rows.text_digest, rows.index.text_digest if rows else inputs_digest(config.data, tokenizer)),
     }
-    facts = config_differences(plan, config) | {
-        name: f"there {then!r}, here {now!r}" for name, (then, now) in identities.items() if then != now
+    differences = config_differences(plan, config) | {
+        name: (then, now) for name, (then, now) in identities.items() if then != now
     }
-    if facts:
+    if differences:
         raise PlanMismatchError(
             "the cache is finished, and belongs to another config",
-            {"cache": store.url, **facts},
+            {"cache": store.url, **told(differences)},
             "name another cache, or add to this one with --extend",
         )
     return plan
 
 
-def config_differences(plan: Plan, config: BuildConfig) -> dict[str, str]:
-    """Field -> what the plan's config and this one say, where that decides what is recorded; places do not."""
-    now = config.model_dump(mode="json")
-    facts = {}
-    known = (
-        now.keys() | plan.config.keys()
-    ) & BuildConfig.model_fields.keys()  # some are written only where they are set
-    for name in known - OF_ONE_RUN:
-        then, here = plan.config.get(name), now.get(name)
-        if name == "data":
-            then, here = _row_settings(then or {}), _row_settings(here or {})
-        if then != here:
-            facts[name] = f"there {then!r}, here {here!r}"
-    return dict(sorted(facts.items()))
+def config_differences(plan: Plan, config: BuildConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (plan's config, this one), where that decides what is recorded; places do not."""
+    # Some fields are written only where they are set.
+    there, here = plan.config, config.model_dump(mode="json")
+    known = (here.keys() | there.keys()) & BuildConfig.model_fields.keys() - OF_ONE_RUN
+    then, now = ({name: _compared(name, values.get(name)) for name in known} for values in (there, here))
+    return differing(then, now)
+
+
+def _compared(name: str, value: Any) -> Any:
+    return _row_settings(value or {}) if name == "data" else value
 
 
 def _row_settings(data: dict[str, Any]) -> dict[str, Any]:

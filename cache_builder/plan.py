@@ -1,6 +1,5 @@
 """What will be built: sizes, slots and fingerprints, from a config, a teacher's config and the rows."""
 
-import json
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,13 +12,12 @@ from models.kernels import chosen_kernel
 from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.config import BuildConfig
+from schemas.differences import differing, told
 from schemas.errors import ConfigError, PlanMismatchError
 from schemas.manifest import Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.segment import begun_plan, named_by_plan, segment_names, segment_number
 from schemas.storage import Store
 from schemas.tap_plan import choose_taps, chosen_blocks
-
-MAX_DIFFERENCES = 8  # named in a message; one field of the config changes several of the plan
 
 
 def make_plan(
@@ -142,7 +140,7 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
     differences = plan_differences(stored, plan)
     platform_only = all(name.startswith("numerics.") for name in differences)
     if differences and not (platform_only and accept_platform):
-        facts = _told_differences(differences)
+        facts = told(differences)
         advice = (
             "go on where it was begun, or accept other bits with --accept-platform"
             if platform_only
@@ -157,44 +155,11 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
 def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (stored, wanted), for every field that the bytes of a segment depend on."""
     ignored = {"config", "created", "segment"}  # the segment's name follows from the rest
-    differences: dict[str, tuple[Any, Any]] = {}
-
-    def compare(name: str, there: Any, here: Any) -> None:
-        if isinstance(there, dict) and isinstance(here, dict):
-            for key in sorted({*there, *here}):
-                compare(f"{name}.{key}" if name else key, there.get(key), here.get(key))
-        elif _by_name(there) is not None and _by_name(here) is not None:
-            compare(name, _by_name(there), _by_name(here))
-        elif there != here:
-            differences[name] = (there, here)
-
-    compare("", stored.model_dump(mode="json", exclude=ignored), wanted.model_dump(mode="json", exclude=ignored))
+    differences = differing(
+        stored.model_dump(mode="json", exclude=ignored), wanted.model_dump(mode="json", exclude=ignored)
+    )
     differences.pop("teacher.path", None)  # identity is the weights, wherever they lie
     return differences
-
-
-def _by_name(value: Any) -> dict[str, Any] | None:
-    """Name -> element, of a list of named elements such as taps and their arrays; None for anything else.
-
-    Differences are then told field by field instead of as two long lists.
-    """
-    named = isinstance(value, list) and value and all(isinstance(each, dict) and "name" in each for each in value)
-    return {each["name"]: each for each in value} if named else None
-
-
-def _told_differences(differences: dict[str, tuple[Any, Any]]) -> dict[str, str]:
-    """The first `MAX_DIFFERENCES` for an error message, those of rows and teacher before what follows from them."""
-    order = sorted(differences, key=lambda name: not name.startswith(("teacher.", "rows.", "tokenizer")))
-    facts = {
-        name: f"there {_as_json(differences[name][0])}, here {_as_json(differences[name][1])}"
-        for name in order[:MAX_DIFFERENCES]
-    }
-    return facts | ({"also": f"{len(order) - MAX_DIFFERENCES} more"} if len(order) > MAX_DIFFERENCES else {})
-
-
-def _as_json(value: Any) -> str:
-    """A value as the plan's JSON writes it."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _with_objects(tap: TapPlan, row_tokens: int, shard_rows: int, object_mib: int) -> TapPlan:

@@ -36,6 +36,7 @@ from models.sharding import make_mesh
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
 from schemas.config import BuildConfig, DataConfig, TeacherMeshConfig
+from schemas.differences import told
 from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
@@ -194,7 +195,7 @@ def _check_describes_one(store: Store, plans: Sequence[Plan], config: BuildConfi
     if all(found):
         raise PlanMismatchError(
             "the cache belongs to another config",
-            {"cache": store.url, **min(found, key=len)},
+            {"cache": store.url, **told(min(found, key=len))},
             f"repair it by its own: distillcache build --repair --cache {store.url}",
         )
 

@@ -156,7 +156,8 @@ class ModelConfig:
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
     norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_product: how a norm
     multiplies by its weight, see `rms_norm` in models/parameter.py. embed_scale, residual_scale: factors on embeddings,
-    and on what a sublayer adds to the stream. attention_scale: factor on the products of queries and keys; None:
+    and on what a sublayer adds to the stream. embed_scale_rounded: the first is rounded to the parameters' dtype
+    before it is used, as in Gemma's training. attention_scale: factor on the products of queries and keys; None:
     hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/parameter.py.
     local_rope: rotary embedding of the blocks whose kind says so. sinks: every query head has a learned logit that
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
@@ -186,6 +187,7 @@ class ModelConfig:
     norms: Literal["pre", "post", "both"] = "pre"
     norm_product: NormProduct = "wide"
     embed_scale: float = 1.0
+    embed_scale_rounded: bool = False
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None

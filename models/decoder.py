@@ -124,6 +124,8 @@ class Decoder(nnx.Module):
         """The residual stream that enters block 0."""
         found = self.embed[...][tokens]
         scale = self.config.embed_scale
+        if self.config.embed_scale_rounded:
+            return found * jnp.asarray(scale, found.dtype)
         return found if scale == 1 else (found.astype(jnp.float32) * scale).astype(found.dtype)
 
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:

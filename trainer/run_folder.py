@@ -17,6 +17,7 @@ from typing import Any
 from schemas import settings
 from schemas.claims import Claims
 from schemas.config import TrainConfig
+from schemas.differences import differing, told
 from schemas.errors import (
     CheckpointError,
     DistillcacheError,
@@ -66,7 +67,7 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
             )
         known = _spelled_json(identity)
         store.write(IDENTITY, known)
-    differences = _differences(json.loads(known), identity)
+    differences = told(differing(json.loads(known), identity))
     if differences:
         raise PlanMismatchError(
             "the run's folder holds the run of another config or cache",
@@ -146,7 +147,8 @@ def remove_beginning(store: Store) -> None:
     if store.keys(f"{CHECKPOINTS}/"):
         return
     store.delete_folder(STUDENT)
-    for key in [key for key in store.keys("") if _is_leftover(key)]:
+    # The lock goes last: every deletion asks whether the run is still this process's, and the lock's file says so.
+    for key in sorted((key for key in store.keys("") if _is_leftover(key)), key=lambda key: key in (LOCK, CLAIM)):
         store.delete(key)
     if store.local is not None:
         for lock in store.local.glob(f"*{LOCK_SUFFIX}"):
@@ -191,22 +193,6 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
 def _is_leftover(key: str) -> bool:
     """What a process leaves that ended before the student was whole, for whatever reason."""
     return key in LEFTOVERS or key.startswith((f".{STUDENT}.", f"{STUDENT}/"))
-
-
-def _differences(there: Any, here: Any, name: str = "") -> dict[str, str]:
-    """Dotted field -> what is there and here, where they differ; the entries of a list are numbered."""
-    if isinstance(there, list) and isinstance(here, list):
-        there, here = (dict(enumerate(entries)) for entries in (there, here))
-    if isinstance(there, dict) and isinstance(here, dict):
-        pairs = ((key, there.get(key), here.get(key)) for key in sorted({*there, *here}))
-        return {k: v for key, a, b in pairs for k, v in _differences(a, b, f"{name}.{key}".lstrip(".")).items()}
-    return {} if there == here else {name: f"there {_shown(there)}, here {_shown(here)}"}
-
-
-def _shown(value: Any) -> str:
-    """A value for a message; of a long list or mapping, its beginning."""
-    text = repr(value)
-    return f"{text[:80]} ..." if len(text) > 80 and not isinstance(value, str) else text
 
 
 def _spelled_json(value: Any) -> bytes:

@@ -47,6 +47,7 @@ def _common(values: Values, kinds: list[BlockKind], family: str) -> dict[str, An
         "norms": "both",
         "norm_product": "offset",
         "embed_scale": hidden**0.5,
+        "embed_scale_rounded": True,
         "attention_scale": values.size("query_pre_attn_scalar") ** -0.5,
         "logits_softcap": values.number_or_none("final_logit_softcapping"),
         "family": family,

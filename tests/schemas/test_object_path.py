@@ -68,7 +68,7 @@ def test_a_config_in_a_bucket(gcs: Bucket):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_yaml(f"{gcs.url}/other.yaml")
     Store(gcs.url).write("build.yaml", b"[")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match="cannot be used as YAML"):
         load_yaml(f"{gcs.url}/build.yaml")
 
 

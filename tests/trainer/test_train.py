@@ -21,7 +21,6 @@ from schemas.train_config import FeatureLossConfig, LossConfig, OptimizerConfig,
 from tests.trainer.events import logged_scalars
 from tools import cli
 from trainer import __main__
-from trainer import run_folder as folder
 from trainer import train as loop
 from trainer.checkpoints import load_student
 from trainer.evaluate import held_out_perplexity
@@ -237,17 +236,6 @@ def test_another_config_is_refused(whole, cache, change, named):
     with pytest.raises(PlanMismatchError) as caught:
         train(config(whole, cache, **change))
     assert set(caught.value.facts) == {"run", named}
-
-
-def test_of_lists_only_the_differing_entries_are_named():
-    there = {"stages": [{"steps": 3, "loss": None}, {"steps": 2, "loss": {"alpha": 0.0}}], "blocks": [1]}
-    here = {"stages": [{"steps": 3, "loss": None}, {"steps": 4, "loss": {"alpha": 0.5}}], "blocks": [1, 2]}
-    assert folder._differences(there, here) == {
-        "stages.1.steps": "there 2, here 4",
-        "stages.1.loss.alpha": "there 0.0, here 0.5",
-        "blocks.1": "there None, here 2",
-    }
-    assert len(folder._differences({"stages": None}, here | {"stages": here["stages"] * 9})["stages"]) < 120
 
 
 def test_another_cache_is_refused(whole, sparse_cache):
