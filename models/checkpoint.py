@@ -30,7 +30,7 @@ from models.identity import CONFIG, locate_checkpoint
 from models.identity import weights_digest as weights_digest
 from models.maxtext import MaxtextSource, find_maxtext
 from models.maxtext_names import maxtext_layout
-from models.packed import unpacked
+from models.packed import unpacked, without_padding
 from models.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
 from models.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
 from schemas.errors import CheckpointError
@@ -154,6 +154,7 @@ def fill_decoder(
         trained: parameters that are taken from here instead.
     """
     layout = _tied_layout(config, source, layout or layout_of(config))
+    source = without_padding(source, layout, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
     parameters = dict(nnx.to_flat_state(abstract))
     slots = defaultdict(list)
@@ -206,9 +207,20 @@ def _check_tensors(
             {"checkpoint": source.where, **facts},
             "set tie_word_embeddings to true in config.json if the embeddings are the head; else copy the missing file"
             if no_head
-            else "check that config.json belongs to these weights, and that they are a whole causal language model",
+            else _step_for_rows(config, found.get(layout.embed, ()))
+            or "check that config.json belongs to these weights, and that they are a whole causal language model",
         )
     _own_dtype(source, config, layout)
+
+
+def _step_for_rows(config: ModelConfig, embedding: tuple[int, ...]) -> str | None:
+    """Name the next step where the embedding has fewer rows than the config has ids, and is else as expected."""
+    if len(embedding) != 2 or embedding[0] >= config.vocab_size or embedding[1] != config.hidden_size:
+        return None
+    return (
+        f"set vocab_size to {embedding[0]} in config.json if all ids of the tokenizer are below that; "
+        "else copy the config.json and the weights of one checkpoint"
+    )
 
 
 def _is_foreign(name: str, layout: Layout) -> bool:

@@ -11,6 +11,7 @@ is asked for is read, so such checkpoints load as others do, tensor by tensor in
   (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`. Products are float32.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from models.config import ModelConfig
 from models.tensors import ROWS_AT_ONCE, Box, Layout, TensorSource, whole
 from schemas.errors import CheckpointError
 
@@ -51,7 +53,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True)
 class Renamed:
-    """As it is, under another name."""
+    """As it is, under another name; with a smaller shape, its first rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -192,6 +194,26 @@ def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]
             squares = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
             _check_scales(source, name, name + INVERSE, squares)
             yield name, BlockFp8(name, name + INVERSE, shape, (block[0], block[1]))
+
+
+def without_padding(source: TensorSource, layout: Layout, config: ModelConfig) -> TensorSource:
+    """Leave out the rows that embedding and head have behind the config's `vocab_size`, which no id names; with a note
+    on standard error. A matrix that differs from the config in another way too stays as it is."""
+    names = [layout.embed, *([layout.head] if layout.head_in_axes == 1 else [])]
+    size = (config.vocab_size, config.hidden_size)
+    longer = {
+        name: shape[0]
+        for name in names
+        if len(shape := source.shapes.get(name, ())) == 2 and shape[0] > size[0] and shape[1] == size[1]
+    }
+    if not longer:
+        return source
+    print(
+        f"note: {source.where}: {' and '.join(f'{name} has {rows:,} rows' for name, rows in longer.items())}, "
+        f"vocab_size in config.json is {size[0]:,}; the rows behind it are padding and left out",
+        file=sys.stderr,
+    )
+    return UnpackedSource(source, {name: Renamed(name, size, source.dtypes[name]) for name in longer}, frozenset())
 
 
 def _check_scales(source: TensorSource, name: str, scales: str, expected: tuple[int, ...]) -> None:
