@@ -27,6 +27,6 @@ def test_a_bfloat16_build_of_the_first_revision_is_not_gone_on_with(tmp_path: Pa
     before = now.model_copy(update={"numerics": now.numerics.model_copy(update={"versions": kept})})
     store = Store(str(tmp_path / "begun"))
     store.write(plan_key("0000"), to_canonical(before))
-    with pytest.raises(PlanMismatchError, match=r"numerics\.versions\.forward +there None, here '2'"):
+    with pytest.raises(PlanMismatchError, match=r'numerics\.versions\.forward +there null, here "2"'):
         settle_plan(store, now, accept_platform=False)
     assert settle_plan(store, now, accept_platform=True) == before
