@@ -15,9 +15,10 @@ from models.decoder import Decoder
 from models.packed import without_padding
 from models.tensors import Layout, whole
 from schemas.errors import CheckpointError
-from tests.models.conftest import randomized
+from tests.models.conftest import randomized, upload
 from tests.models.test_checkpoint import assert_same_parameters
 from tests.models.test_packed import Stored
+from tests.servers.fixtures import Bucket
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -60,6 +61,12 @@ def test_rows_behind_the_vocabulary_are_left_out(
     for name, value in plain.items():
         np.testing.assert_array_equal(exported[name], value)
     assert json.loads((tmp_path / "export/config.json").read_text())["vocab_size"] == 61
+
+
+def test_a_file_in_a_bucket_is_cut_as_a_local_one_is(tiny: Decoder, gcs: Bucket, tmp_path: Path):
+    save_pretrained(tiny, tmp_path / "plain")
+    padded = with_rows(tmp_path / "plain", 3, (EMBED,) if tiny.config.tie_embeddings else (EMBED, HEAD))
+    assert_same_parameters(tiny, load_pretrained(upload(padded, f"{gcs.url}/padded")))
 
 
 @pytest.mark.parametrize("head_padded", [False, True])
