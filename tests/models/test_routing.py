@@ -305,12 +305,12 @@ def test_pooled_blocks_hide_each_others_imbalance():
 def test_padding_counts_nowhere(scope: Scope):
     """More of it, on any side, with anything inside: the same value and the same gradient, of which it gets none."""
     probs, ids = routing()
-    value, gradient = jax.value_and_grad(lambda p: loss(p, ids, MASK, scope))(jnp.asarray(probs))
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, ids, MASK, scope)))(jnp.asarray(probs))
     pads = ((0, 0), (1, 1), (0, 2), (0, 0))
     padded = np.pad(np.where(MASK[None, ..., None], probs, np.nan), pads, constant_values=np.nan)
     numbers = np.pad(np.where(MASK[None, ..., None], ids, 99), pads, constant_values=-7)
     mask = np.pad(MASK, pads[1:3])
-    found, slope = jax.value_and_grad(lambda p: loss(p, numbers, mask, scope))(jnp.asarray(padded))
+    found, slope = jax.jit(jax.value_and_grad(lambda p: loss(p, numbers, mask, scope)))(jnp.asarray(padded))
     np.testing.assert_allclose(found, value, rtol=1e-6)
     np.testing.assert_allclose(slope[:, 1:-1, :-2], gradient, rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(slope)[:, ~mask], 0.0)
