@@ -5,14 +5,17 @@ Work that ends within two seconds prints nothing. Everything goes to standard er
 """
 
 import sys
+import textwrap
 import time
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
+BAR_WIDTH = 16  # characters; the words need the rest of an 80-character line
 QUIET_S = 2.0  # shorter work needs no bar
 LINE_EVERY_S = 10.0  # often enough to see life in a log, rare enough not to fill it
 
@@ -44,6 +47,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task = None
         self._start = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first units were done, and how many
 
     def __enter__(self) -> "Progress":
         self._start = self._last_line = time.monotonic()
@@ -60,6 +64,7 @@ class Progress:
         self.done += count
         self._note = note or self._note
         now = time.monotonic()
+        self._first = self._first or (now, count)
         if _quiet or self._quiet or now - self._start < QUIET_S:
             return
         if self._stream.isatty():
@@ -75,40 +80,67 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second, of this process; 0 before anything is done."""
-        return (self.done - self._skipped) / max(time.monotonic() - self._start, 1e-9)
+        """Units a second, of this process; 0 before it can be told.
+
+        The first units are left out, with their time: programs are compiled meanwhile, which says nothing of the rest.
+        """
+        if self._first is None:
+            return 0.0
+        since, count = self._first
+        return max(self.done - self._skipped - count, 0) / max(time.monotonic() - since, 1e-9)
 
     def _draw(self) -> None:
         if self._bar is None:
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=BAR_WIDTH),
                 _RateColumn(self),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                _LeftColumn(self),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             ]
             self._bar = RichProgress(*columns, console=Console(file=self._stream))
             self._task = self._bar.add_task(self.title, total=self.total, completed=self._skipped, note="")
             self._bar.start()
         if self._task is not None:
-            self._bar.update(self._task, completed=self.done, note=self._note)
+            self._bar.update(self._task, completed=self.done, note=self._fitting_note(self._bar.console.width))
+
+    def _fitting_note(self, width: int) -> str:
+        """The note, cut to what is left of a line: a second line would be left behind at every redrawing."""
+        used = len(f"{self.title} {self.describe()} {self.describe_left()} ") + BAR_WIDTH + 2
+        return textwrap.shorten(self._note, max(width - used, 0), placeholder=" ...") if width > used + 4 else ""
 
     def _print_line(self) -> None:
         self._printed = self.done
-        left = (self.total - self.done) / self.rate if self.rate else 0.0
-        words = [f"{self.title}: {self.describe()}", f"{format_seconds(left)} left" if left > 0 else "", self._note]
+        words = [f"{self.title}: {self.describe()}", self.describe_left(), self._note]
         print(", ".join(word for word in words if word), file=self._stream, flush=True)
 
     def describe(self) -> str:
-        """`120/2000 steps, 3.1 steps/s`."""
-        return f"{self.done:,}/{self.total:,} {self.unit}, {_short(self.rate)} {self.unit}/s"
+        """`120/2,000 steps, 3.1 steps/s`; no rate before it can be told."""
+        rate = f", {_short(self.rate)} {self.unit}/s" if self.rate else ""
+        return f"{self.done:,}/{self.total:,} {self.unit}{rate}"
+
+    def describe_left(self) -> str:
+        """`3 min 20 s left`; empty at the end, and before the rate can be told."""
+        left = (self.total - self.done) / self.rate if self.rate else 0.0
+        return f"{format_seconds(left)} left" if left > 0 else ""
+
+
+class _LeftColumn(ProgressColumn):
+    """The words of `Progress.describe_left`: rich's own estimate counts the time of compilation."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._progress = progress
+
+    def render(self, task: Task) -> Text:
+        return Text(self._progress.describe_left())
 
 
 class _RateColumn(ProgressColumn):
     """The words of `Progress.describe`: rich's own rate forgets what a resumed run had done."""
 
     def __init__(self, progress: Progress) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._progress = progress
 
     def render(self, task: Task) -> Text:

@@ -21,6 +21,7 @@ from tools.report_html import (
     folded,
     note,
     number,
+    page_title,
     paragraph,
     progress,
     size,
@@ -48,7 +49,7 @@ def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, d
     segments, sample = stored.segments, sample_rows(stored, rows, seed)
     unfinished = "The cache is not finished: run the same `distillcache build` again."
     told = [*([] if found["finished"] else [unfinished]), *found["warnings"], *row_warnings(sample)]
-    page = Page(f"Cache {_last(store.url)}", _subtitle(found), footer)
+    page = Page(page_title("Cache", store.url), _subtitle(found), footer)
     page.add("What it is", note("Look at this first", told), plan_facts(found), config_table(segments))
     page.add("Progress", *build_progress(found, segments))
     page.add("Storage", storage_table(found), array_table(found))
@@ -192,15 +193,21 @@ def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: st
     ]
     if not lines:
         return None
-    ends = "; ".join(
-        f"{line.name} from {line.y[0]:.3g} at {line.x[0]:.0f} to {line.y[-1]:.3g} at {line.x[-1]:.0f}" for line in lines
-    )
+    spans = "; ".join(_span(line) for line in lines)
     unit = {"rms": "root mean square", "abs_max": "largest magnitude"}[key]
     return Figure(
         title=f"{title} by block",
-        caption=f"{ends}. Slot l of resid is the stream entering block l.",
-        alt=f"Line chart of the {unit} of each tap by slot: {ends}.",
+        caption=f"{spans}. Slot l of resid is the stream entering block l.",
+        alt=f"Line chart of the {unit} of each tap by slot: {spans}.",
         svg=draw_lines(lines, "slot", unit, points=True, whole=True),
+    )
+
+
+def _span(line: Line) -> str:
+    """`resid from 0.9 (slot 0) to 2.6e+04 (slot 27)`: a line's smallest and largest value, and where."""
+    low, high = int(np.argmin(line.y)), int(np.argmax(line.y))
+    return (
+        f"{line.name} from {line.y[low]:.3g} (slot {line.x[low]:.0f}) to {line.y[high]:.3g} (slot {line.x[high]:.0f})"
     )
 
 
@@ -306,7 +313,3 @@ def _some(numbers: Sequence[int], most: int = 12) -> str:
         return f"{numbers[0]} to {numbers[-1]}"
     listed = ", ".join(map(str, numbers[:most]))
     return listed if len(numbers) <= most else f"{listed} and {len(numbers) - most} more"
-
-
-def _last(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2] or url

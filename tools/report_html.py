@@ -65,6 +65,11 @@ class Section:
     pieces: Sequence[str]
 
 
+def page_title(kind: str, url: str) -> str:
+    """`Cache caches/mine`: a folder's own name alone is often just the kind again."""
+    return f"{kind} {'/'.join(url.rstrip('/').split('/')[-2:])}"
+
+
 @dataclass
 class Page:
     """title, subtitle and footer are plain text."""

@@ -11,7 +11,20 @@ from schemas.storage import Store
 from tools.report_curves import BlockCurves, block_curves, curve, series, step_map
 from tools.report_experts import expert_pieces, expert_warnings
 from tools.report_figures import Figure, Line, draw_lines, draw_maps
-from tools.report_html import Numeric, Page, code, facts, figures, folded, note, number, paragraph, progress, table
+from tools.report_html import (
+    Numeric,
+    Page,
+    code,
+    facts,
+    figures,
+    folded,
+    note,
+    number,
+    page_title,
+    paragraph,
+    progress,
+    table,
+)
 from trainer.checkpoints import Checkpoints
 from trainer.evaluate import Evaluation
 from trainer.metrics_log import TENSORBOARD, read_loads, read_metrics
@@ -43,7 +56,7 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     lines, evaluations, loads = read_metrics(store.url), read_evaluations(store), read_loads(store.url)
     done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
     told = warnings(lines, evaluations, done, of) + expert_warnings(loads)
-    page = Page(f"Run {_last(store.url)}", run_subtitle(config, done, of), footer)
+    page = Page(page_title("Run", store.url), run_subtitle(config, done, of), footer)
     page.add(
         "What it is",
         note("Look at this first", told),
@@ -333,7 +346,3 @@ def _warm(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Without the first line of a step, which compiled the program and would flatten the others."""
     timed = [line for line in lines if "perf/step_time_seconds" in line]
     return timed[1:] if len(timed) > 2 else timed
-
-
-def _last(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2] or url

@@ -25,7 +25,7 @@ from tools.serve_guard import Guard
 from tools.serve_live import build_page
 from tools.serve_page import Frame, View
 from tools.serve_row import row_page
-from tools.serve_run import PAGES, WatchedRun, run_view
+from tools.serve_run import EXPERTS, PAGES, WatchedRun, run_view
 from tools.serve_search import search_page
 from tools.serve_slot import slot_page
 from tools.serve_token import token_page
@@ -164,4 +164,5 @@ def _cache_site(url: str) -> Site:
 def _run_site(url: str) -> Site:
     watched = WatchedRun(url)
     pages: dict[str, Make] = {path: (lambda parts, query, path=path: run_view(watched, path)) for _, path in PAGES}
-    return Site(_frame("run", watched.store.url, PAGES), pages, lambda: False)
+    links = tuple(page for page in PAGES if page[1] != EXPERTS or watched.look().may_have_experts)
+    return Site(_frame("run", watched.store.url, links), pages, lambda: False)

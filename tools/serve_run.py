@@ -30,11 +30,12 @@ from trainer.metrics_log import read_loads, read_metrics
 from trainer.run_folder import RESOLVED, best_of, read_evaluations
 
 EVERY_S = 5.0
+EXPERTS = "/experts"
 PAGES = (
     ("Overview", "/"),
     ("Losses", "/losses"),
     ("Evaluations", "/evaluations"),
-    ("Experts", "/experts"),
+    ("Experts", EXPERTS),
     ("Speed", "/speed"),
     ("Config", "/config"),
 )
@@ -54,6 +55,11 @@ class RunLook:
     @property
     def done(self) -> int:
         return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def may_have_experts(self) -> bool:
+        """False once a step is logged and it tells nothing of routers."""
+        return not self.lines or bool(expert_pieces(self.lines, self.loads))
 
     @property
     def of(self) -> int:
@@ -107,7 +113,7 @@ def run_view(watched: WatchedRun, here: str) -> View:
             *block_pieces(found.evaluations),
             _checkpoints(found),
         ],
-        "/experts": lambda: expert_pieces(found.lines, found.loads),
+        EXPERTS: lambda: expert_pieces(found.lines, found.loads),
         "/speed": lambda: speed_pieces(found.lines) if found.lines else [],
         "/config": lambda: [code(found.text, "The resolved config")] if found.text else [],
     }
@@ -119,7 +125,7 @@ def run_view(watched: WatchedRun, here: str) -> View:
     )
     view.put(*watched.once(here, found, makers[here]))
     if not view.pieces:
-        empty = "The student has no experts." if here == "/experts" else "Nothing is written yet."
+        empty = "The student has no experts." if here == EXPERTS else "Nothing is written yet."
         view.put(paragraph(empty))
     return view
 

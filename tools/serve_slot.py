@@ -58,7 +58,10 @@ def slot_page(watched: WatchedCache, tap: str, slot: int, query: Mapping[str, st
         if name != tap and slot in of
     ]
     view.put(steps("Neighbouring slots", [*moves, *others]))
-    asked = [number_field("rows", "rows to read", count, MOST_ROWS), number_field("seed", "drawn by", seed, 10**9)]
+    asked = [
+        number_field("rows", "rows to read", count, MOST_ROWS),
+        number_field("seed", "seed of the draw", seed, 10**9),
+    ]
     view.put(form(f"/slot/{tap}/{slot}", asked, "read them", "Choose a sample"))
     view.put(note("This is damaged, and left out", found.damaged))
     view.add("The slot", _facts(watched, tap, slot, found))

@@ -56,6 +56,8 @@ from trainer.stages import Stage, resolve_stages
 from trainer.student import open_student, start_parameters
 from trainer.trace import Trace, check_profile
 
+WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -275,8 +277,8 @@ class _Run:
             times = StepTimes(seconds, counted, (feed.wait_s - waited) / seconds, flops.of_step, flops.peak)
             metrics |= times.metrics()
             metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
-            wait = f"{100 * times.wait_share:.0f}% waiting"
-            bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s, {wait}")
+            wait = f", {times.wait_share:.0%} of it waiting for data" if times.wait_share >= WORTH_SAYING else ""
+            bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s{wait}")
             self._keep(run, number, metrics, run.routing(sums), {**feed.get_state(), "next_step": number})
 
     def _settle(self, run: StageRun, number: int, sums: Any, teacher: RouterSums | None) -> dict[str, float]:

@@ -18,9 +18,10 @@ from tests.tools.report_reading import ReadPage, check_page
 from tests.trainer.test_segments import half_built
 from tools.cli import main
 from tools.report import write_report
-from tools.report_cache import pooled
+from tools.report_cache import _span, pooled
 from tools.report_curves import POINTS, block_curves, curve
-from tools.report_figures import HeatMap, draw_maps
+from tools.report_figures import HeatMap, Line, draw_maps
+from tools.report_html import page_title
 from tools.report_rows import Sample, row_warnings, sample_rows
 from tools.stored_rows import StoredRows
 from trainer.feed import CacheSource
@@ -268,4 +269,15 @@ def test_reports_of_and_in_a_bucket(kind: str, request: pytest.FixtureRequest, t
             html = (Store(place).read("report.html") or b"").decode()
             assert "</html>" in html
             pages.append(html.partition("<footer>")[0].replace(target, "URL").replace(str(folder), "URL"))
+            pages[-1] = pages[-1].replace("/".join(target.split("/")[-2:]), "NAME")
         assert pages[0] == pages[1]
+
+
+def test_titles_name_the_thing_and_not_only_its_kind() -> None:
+    assert page_title("Cache", "demo/cache/") == "Cache demo/cache"
+    assert page_title("Run", "gs://bucket/runs/cut") == "Run runs/cut"
+
+
+def test_a_caption_gives_the_smallest_and_the_largest_value() -> None:
+    line = Line("resid", np.array([0.0, 1.0, 2.0, 3.0]), np.array([2.0, 1.0, 9.0, 4.0]))
+    assert _span(line) == "resid from 1 (slot 1) to 9 (slot 2)"
