@@ -251,11 +251,13 @@ def test_another_platform_is_refused_unless_accepted(
     assert Plan.model_validate(read_plan(store, "0000")).numerics.platform == "TPU v5e"
 
 
-def test_nan_in_the_teacher_names_shard_row_block_and_tap(tmp_path: Path, corpus: Path) -> None:
-    folder = save_teacher(tmp_path / "nan")
+def test_an_overflow_in_the_teacher_names_shard_row_block_and_tap(tmp_path: Path, corpus: Path) -> None:
+    """Weights that are not finite are refused when they are loaded; these are finite, and their product is not."""
+    folder = save_teacher(tmp_path / "huge")
     decoder = load_pretrained(folder)
     block = decoder.groups[0].blocks[0]
-    block.mlp.down[...] = block.mlp.down[...].at[1].set(jnp.nan)  # block 1's MLP: seen in the stream into block 2
+    for matrix in (block.mlp.up, block.mlp.down):  # block 1's MLP: seen in the stream into block 2
+        matrix[...] = matrix[...].at[1].set(1e30)
     shutil.rmtree(folder)
     save_pretrained(decoder, folder)
     save_teacher_tokenizer(folder)
