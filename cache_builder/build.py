@@ -63,6 +63,7 @@ from schemas.segment import (
     read_manifest,
     read_plan,
     segment_name,
+    small_file_damage,
 )
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
@@ -159,8 +160,11 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
     if config.extend:
         from cache_builder.extend import extend_cache  # likewise
 
+        if manifest is not None:
+            _check_small_files(store, manifest)
         return extend_cache(store, config, tokenizer, manifest)
     if manifest is not None:
+        _check_small_files(store, manifest)
         return _check_finished(store, config, tokenizer, manifest)
     model = checked_model(config, tokenizer)
     check_choices(config, model)
@@ -344,6 +348,12 @@ def _prepared_folder(
     if begun is not None and (plan is not None or begun.segment == segment_name(number)):
         return f"{layout.segment_prefix(begun.segment)}/prepared"
     return f"{layout.prepared_prefix(number)}/{rows_fingerprint(config.data, tokenizer)[:16]}"
+
+
+def _check_small_files(store: Store, manifest: Manifest) -> None:
+    """Raise the first damage to the files beside rows and taps, so that nobody is told of a whole cache."""
+    for damage in small_file_damage(store, manifest.segments, manifest.tokenizer_digest):
+        raise damage
 
 
 def _check_finished(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest) -> Manifest:

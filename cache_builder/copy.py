@@ -31,7 +31,7 @@ from schemas.errors import ConfigError, InputError
 from schemas.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan, RowsPlan, TapPlan
 from schemas.progress import Progress
 from schemas.rows import Row, encode_row
-from schemas.segment import named_by_plan, open_cache, read_manifest, segment_name
+from schemas.segment import named_by_plan, open_cache, read_manifest, read_tokenizer, segment_name
 from schemas.signals import watch_for_stop
 from schemas.storage import Store, use
 from schemas.tap_codec import signs_of
@@ -255,12 +255,9 @@ def _check_codec_named(name: str, codec: TapConfig) -> None:
 
 def copied_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
     """What does not depend on the rows, by key."""
-    tokenizer = source.read(layout.TOKENIZER)
-    if tokenizer is None:
-        raise InputError("the cache has lost its tokenizer", {"missing": source.where(layout.TOKENIZER)})
     side = {name: value for name, value in group.base.side().items() if not name.startswith("signs.")}
     return {
-        layout.TOKENIZER: tokenizer,
+        layout.TOKENIZER: read_tokenizer(source),
         f"{layout.segment_prefix(plan.segment)}/side.safetensors": safetensors.numpy.save({**side, **signs_of(plan)}),
         **array_files(plan),
     }

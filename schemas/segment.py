@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ READS_FROM_AFAR = 6
 
 RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run_folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
+MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to mend it"
 
 NAME_DIGITS = 16  # of the plan's digest, in a segment's name
 _PLAN_KEY = re.compile(r"segments/(\d{4,8}(?:-[0-9a-f]{16})?)/plan\.json$")
@@ -90,13 +91,16 @@ class Segment:
 
     def side(self) -> dict[str, np.ndarray]:
         """The arrays of the segment's side file."""
-        key = f"{self._prefix}/side.safetensors"
-        data = self.store.read(key)
-        if data is None or (self.entry is not None and digest_bytes(data) != self.entry.files["side.safetensors"]):
-            raise DamageError(
-                "the side file of a segment is missing or damaged", {"file": self.store.where(key)}, DAMAGE_NEXT
-            )
-        return safetensors.numpy.load(data)
+        return safetensors.numpy.load(self.small_file("side.safetensors"))
+
+    def small_file(self, name: str) -> bytes:
+        """A file of the segment, checked against the manifest where the segment is finished.
+
+        Raises:
+            DamageError: it is missing, or is not what was committed.
+        """
+        digest = None if self.entry is None else self.entry.files.get(name, "")
+        return read_small_file(self.store, f"{self._prefix}/{name}", digest)
 
     def record(self, shard: int) -> Any:
         """The index record of a shard (a NumPy record of `index.record_dtype`)."""
@@ -236,6 +240,55 @@ def read_manifest(store: Store) -> Manifest | None:
     return read_canonical(store, layout.MANIFEST, Manifest)
 
 
+def read_small_file(store: Store, key: str, digest: str | None) -> bytes:
+    """The whole of a file, if it has this digest; None: nothing vouches for it yet.
+
+    Raises:
+        DamageError: it is missing, or is not what was committed.
+    """
+
+    def check(data: bytes) -> bytes:
+        if digest is not None and digest_bytes(data) != digest:
+            raise DamageError(
+                "a file of the cache is not what was committed",
+                {"file": store.where(key), "found": f"{len(data)} bytes, digest {digest_bytes(data)}"}
+                | {"expected": f"digest {digest or 'absent: the manifest does not name this file'}"},
+                MEND_NEXT,
+            )
+        return data
+
+    data = store.read_checked(key, check)
+    if data is None:
+        raise DamageError("a file of the cache is missing", {"file": store.where(key)}, MEND_NEXT)
+    return data
+
+
+def read_tokenizer(store: Store) -> bytes:
+    """The cache's tokenizer.json, checked against the manifest where there is one.
+
+    Raises:
+        DamageError: it is missing, or is not what was committed.
+    """
+    manifest = read_manifest(store)
+    return read_small_file(store, layout.TOKENIZER, None if manifest is None else manifest.tokenizer_digest)
+
+
+def small_file_damage(store: Store, entries: Sequence[SegmentEntry], tokenizer_digest: str) -> Iterator[DamageError]:
+    """What is wrong with the files beside rows and taps, one error a file; of an index, only its length is asked."""
+    files = {layout.TOKENIZER: tokenizer_digest}
+    for entry in entries:
+        prefix = layout.segment_prefix(entry.segment)
+        files |= {f"{prefix}/{name}": digest for name, digest in entry.files.items()}
+        if not store.length_is(f"{prefix}/index.bin", entry.index_length):
+            place = store.where(f"{prefix}/index.bin")
+            yield DamageError("the index of a segment is missing or cut short", {"file": place}, MEND_NEXT)
+    for key, digest in files.items():
+        try:
+            read_small_file(store, key, digest)
+        except DamageError as error:
+            yield error
+
+
 def read_plan(store: Store, segment: str) -> Plan | None:
     """The plan of a segment, or None where nobody has started it.
 
@@ -319,13 +372,21 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
         DamageError: its manifest or a plan is damaged.
     """
     manifest = read_manifest(store)
-    finished = _open_finished(store, manifest) if manifest is not None or not partial else []
+    lost = manifest is None and is_manifest_lost(store)
+    finished = _open_finished(store, manifest) if manifest is not None or lost or not partial else []
     if not partial:
         return finished
     plan = begun_plan(store, len(finished))
     if plan is None and not finished:
         raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
     return finished if plan is None else [*finished, Segment(store, plan, None)]
+
+
+def is_manifest_lost(store: Store) -> bool:
+    """Whether a cache without a manifest was finished once: receipts go after the manifest is there, not the index."""
+    prefix = layout.segment_prefix(segment_name(0))
+    left = f"{prefix}/index.bin" in store.keys(f"{prefix}/index.bin") and not store.keys(f"{prefix}/receipts/")
+    return left and read_manifest(store) is None  # asked last: a build may have been finished meanwhile
 
 
 def look_again(store: Store) -> str:
@@ -364,6 +425,10 @@ def named_by_plan(plan: Plan) -> Plan:
 def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
     if manifest is None:
         unfinished = bool(segment_names(store, 0))
+        if unfinished and is_manifest_lost(store):
+            raise DamageError(
+                "the manifest of a finished cache is missing", {"file": store.where(layout.MANIFEST)}, MEND_NEXT
+            )
         raise InputError(
             "the cache is not finished" if unfinished else "there is no cache here",
             {"cache": store.url, "missing": layout.MANIFEST},

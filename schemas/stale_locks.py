@@ -6,6 +6,9 @@ import os
 import struct
 from pathlib import Path
 
+# A disk that cannot be written, or a file system without locks.
+UNTOLD = (errno.EROFS, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 class held:
     """`with held(path) as descriptor`: the file opened and locked; None where a live process holds it, or where
@@ -25,7 +28,7 @@ class held:
         except (FileNotFoundError, BlockingIOError, PermissionError):
             return None
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.ELOOP):  # ELOOP: a link, which no writer of ours leaves
+            if error.errno in UNTOLD or error.errno == errno.ELOOP:  # a link, which no writer of ours leaves
                 return None
             raise
         return self._descriptor

@@ -64,7 +64,7 @@ class LoadBalanceConfig(Config):
     scope: Literal["layer", "model", "sequence", "global_batch"] = Field(
         default="layer",
         description="over which the load is balanced: each block, all blocks together (feature mode), each row, or "
-        "each block over all micro-batches",
+        "each block, its load counted over the step's micro-batches so far",
     )  # one block's imbalance cannot hide another's, as it can with model
 
 
@@ -213,8 +213,10 @@ class TrainConfig(Config):
     steps: Positive = Field(default=1000, description="optimizer steps")
     batch_rows: Positive = Field(default=8, description="rows in the global batch")
     micro_batches: Positive = Field(
-        default=1, description="parts that a batch is computed in, one after the other"
-    )  # for memory; the gradient is the whole batch's
+        default=1,
+        description="parts that a batch is computed in, one after the other; loads are balanced within each, unless "
+        "loss.load_balance.scope says otherwise",
+    )  # for memory; all but load_balance has the whole batch's gradient
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the student's forward and backward; parameters stay float32"
     )  # CPUs have no fast bfloat16

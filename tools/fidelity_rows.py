@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from models.tokenizer import TextTokenizer, load_tokenizer, tokenizer_from_json
-from schemas.errors import DistillcacheError
+from schemas.errors import DamageError, DistillcacheError
 from schemas.layout import TOKENIZER
 from schemas.manifest import Plan, Stats
 from schemas.rows import Row
+from schemas.segment import MEND_NEXT, read_tokenizer
 from schemas.storage import Store
 
 LONGEST_RUN = 8  # of one and the same padding token at a row's end, as text would hardly have it
@@ -41,13 +42,18 @@ def open_texts(store: Store, plan: Plan, teacher: str) -> Texts:
 
 
 def cache_tokenizer(store: Store, plan: Plan) -> TextTokenizer:
-    """What made the cache's tokens."""
-    data = store.read(TOKENIZER)
-    if data is None:
-        raise DistillcacheError(
-            "the cache has lost its tokenizer", {"file": store.where(TOKENIZER)}, "run `distillcache build --repair`"
-        )
-    return tokenizer_from_json(data.decode(), plan.rows.eos_id)
+    """What made the cache's tokens.
+
+    Raises:
+        DamageError: it is missing, or is not what was committed.
+    """
+    data = read_tokenizer(store)
+    try:
+        return tokenizer_from_json(data.decode(), plan.rows.eos_id)
+    except Exception as error:  # the tokenizers library raises bare ones; of a cache that is being built, any bytes
+        raise DamageError(
+            "the cache's tokenizer cannot be read", {"file": store.where(TOKENIZER), "cause": error}, MEND_NEXT
+        ) from error
 
 
 def row_faults(row: Row, padding: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from schemas.errors import DamageError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
-from schemas.segment import Segment
+from schemas.segment import Segment, read_manifest, small_file_damage
 from schemas.times import SegmentTimes, Spread
 from tools.fidelity_rows import counted_padding
 from tools.segment_facts import sampled_receipts, sampled_shards, segment_stats, segment_times
@@ -32,7 +32,17 @@ def find_warnings(segments: Sequence[Segment]) -> list[str]:
                 found.append(prefix + sentence)  # not a list of all: what was found before damage is kept
         except DamageError as error:
             found.append(prefix + _damaged(error))
-    return found
+    return [*found, *(sentence for sentence in _of_files(segments) if not any(sentence in said for said in found))]
+
+
+def _of_files(segments: Sequence[Segment]) -> Iterator[str]:
+    """Of the finished segments, the small files that are not what was committed."""
+    manifest = read_manifest(segments[0].store) if segments else None
+    if manifest is not None:
+        entries = [segment.entry for segment in segments if segment.entry is not None]
+        for error in small_file_damage(segments[0].store, entries, manifest.tokenizer_digest):
+            if not str(error.facts["file"]).endswith("index.bin"):  # whose records are read, and say more
+                yield _damaged(error)
 
 
 def _damaged(error: DamageError) -> str:
@@ -102,6 +112,7 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
     dead = [slot for slot in dead if broken.get(slot, 0) < stats.count]  # all NaN: told above, and no zeros
     if dead:
         yield f"{tap.name}: dead blocks, all but zero: {dead[:8]}"
+    yield from _twice(tap, stats)
     peaks = {slot: peak / value for slot, peak, value in zip(tap.slots, stats.abs_max, rms, strict=True) if value > 0}
     worst = max(peaks, key=lambda slot: peaks[slot], default=None)
     if worst is not None and peaks[worst] > OUTLIER and tap.codec.startswith("int") and not tap.rotate:
@@ -109,6 +120,17 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
             f"{tap.name}: outlier dimensions (up to {peaks[worst]:.0f} times the rms, in slot {worst}) in {tap.codec} "
             "without rotation: `distillcache fidelity` says what that costs"
         )
+
+
+def _twice(tap: TapPlan, stats: TapStats) -> Iterator[str]:
+    """Slots whose sums and maxima are equal to the bit: two blocks that differ at all do not have them."""
+    slots: dict[tuple[float, float], list[int]] = {}
+    for slot, total, peak in zip(tap.slots, stats.square_sum, stats.abs_max, strict=True):
+        if total > 0:
+            slots.setdefault((total, peak), []).append(slot)
+    for same in [group for group in slots.values() if len(group) > 1]:
+        reason = "the blocks between add nothing, or the recorder is off" if tap.name == "resid" else "a recorder off"
+        yield f"{tap.name}: slots {same[:8]} have equal statistics to the bit: {reason} by one"
 
 
 def _unlike_statistics(plan: Plan, receipts: Sequence[ShardReceipt]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from schemas.errors import DamageError
 from schemas.layout import TOKENIZER
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
+from schemas.segment import read_manifest, read_tokenizer
 from schemas.storage import Store
 from tools.sample_checks import SampleChecks
 from tools.stored_rows import StoredRows
@@ -167,8 +168,8 @@ def _starts(row: Row) -> tuple[int, ...]:
 
 def _decoder(store: Store) -> Callable[[list[int]], str]:
     """Ids to text; to nothing where the cache has no tokenizer yet."""
-    data = store.read(TOKENIZER)
-    tokenizer = Tokenizer.from_str(data.decode()) if data else None
+    known = store.read(TOKENIZER) is not None or read_manifest(store) is not None
+    tokenizer = Tokenizer.from_str(read_tokenizer(store).decode()) if known else None
 
     def decode(ids: list[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)

@@ -56,8 +56,8 @@ def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping
     """
     if segment.committed is not None:
         return total_stats(list(receipts)) if receipts else {}
-    key = f"{layout.segment_prefix(segment.plan.segment)}/stats.json"
-    return (read_canonical(segment.store, key, Stats) or from_canonical(Stats, b"", segment.store.where(key))).taps
+    where = segment.store.where(f"{layout.segment_prefix(segment.plan.segment)}/stats.json")
+    return from_canonical(Stats, segment.small_file("stats.json"), where).taps
 
 
 def segment_times(segment: Segment, receipts: Sequence[ShardReceipt]) -> SegmentTimes | None:

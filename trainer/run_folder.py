@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from schemas.errors import (
     PlanMismatchError,
     StorageError,
 )
+from schemas.file_lock import try_lock
 from schemas.layout import TOKENIZER
 from schemas.storage import LOCK_SUFFIX, Store
 from trainer.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
@@ -85,6 +85,7 @@ def only_one(store: Store) -> Iterator[Callable[[], None]]:
 
     Raises:
         InputError: another one is at work.
+        StorageError: the file system cannot say.
     """
     with _claimed(store) if store.local is None else _locked(store, store.local) as check:
         yield check
@@ -94,10 +95,8 @@ def only_one(store: Store) -> Iterator[Callable[[], None]]:
 def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise _busy(store) from error
+        if not try_lock(lock.fileno(), folder / LOCK):
+            raise _busy(store)
 
         def check() -> None:
             try:

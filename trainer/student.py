@@ -17,6 +17,7 @@ from models.identity import locate_checkpoint
 from models.surgery import add_router_bias, changed_config, operate
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
+from schemas.segment import read_tokenizer
 from schemas.storage import Store
 from schemas.student_config import StudentConfig, SurgeryOp
 from trainer.checkpoints import STUDENT, has_student
@@ -200,8 +201,5 @@ def _tokenizer(path: str, run: Store, source: Source) -> str:
     if is_gguf(where) or (where / TOKENIZER).exists():
         return path
     store = Store(source.url)
-    data = store.read(TOKENIZER)
-    if data is None:
-        raise CheckpointError("the cache has lost its tokenizer", {"missing": store.where(TOKENIZER)}, "copy it again")
-    run.write(TOKENIZER, data)
+    run.write(TOKENIZER, read_tokenizer(store))
     return run.where(TOKENIZER)

@@ -176,6 +176,6 @@ def test_a_lost_tokenizer_is_told_and_ids_are_shown(tmp_path: Path, cache: Path)
     shutil.copytree(cache, folder)
     (folder / "tokenizer.json").unlink()
     client, token = viewer(folder), int(CacheSource(str(cache))[[3]]["tokens"][0, 5])
-    assert "the cache has lost its tokenizer, so tokens are shown by their ids" in read(client, "/").words
+    assert "a file of the cache is missing, so tokens are shown by their ids" in read(client, "/").words
     assert read(client, "/row/3").tables["Tokens 0 to 15 of 16"].row("5")[0] == f"{token} "
     assert "/row/3/token/" in str(read(client, f"/search?start=3&ids={token}").addresses)
