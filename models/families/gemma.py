@@ -90,6 +90,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     scalar = round(scale**-2)
     found = {
         "embed_scale": (config.embed_scale, config.hidden_size**0.5),
+        "embed_scale_rounded": (config.embed_scale_rounded, True),
         "attention_scale": (config.attention_scale, scalar**-0.5),
         "biases": ((config.qkv_bias, config.mlp_bias), (config.output_bias, False)),
         "hidden size over heads, rest": (config.hidden_size % config.num_heads, 0),

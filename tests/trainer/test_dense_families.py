@@ -41,6 +41,7 @@ GEMMA: dict[str, Any] = {
     "norms": "both",
     "norm_product": "offset",
     "embed_scale": 24**0.5,
+    "embed_scale_rounded": True,
     "attention_scale": 5**-0.5,
     "logits_softcap": 3.0,
     "activation": "gelu_tanh",

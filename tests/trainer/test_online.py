@@ -290,10 +290,11 @@ def test_what_is_missing_is_said(tmp_path: Path, teacher: Path, corpus: Path) ->
 
 
 def broken(path: Path, folder: Path) -> Path:
-    """The teacher with a number in its last block that is not finite."""
+    """The teacher with a last block of finite weights whose products are not finite."""
     decoder = load_pretrained(path)
-    norm = decoder.groups[0].blocks[0].mlp.norm
-    norm[...] = norm[...].at[-1, 3].set(jnp.nan)
+    mlp = decoder.groups[0].blocks[0].mlp
+    for matrix in (mlp.up, mlp.down):
+        matrix[...] = matrix[...].at[-1].set(1e30)
     save_pretrained(decoder, folder, tokenizer_from=path)
     return folder
 
