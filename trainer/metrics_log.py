@@ -4,21 +4,29 @@ On a disk lines are added to `metrics.jsonl`. An object in a bucket cannot grow,
 again: there the lines go into `metrics/<first step>.jsonl`, a new object for every half minute, checkpoint or
 evaluation, so that a killed process loses no line that a checkpoint counts on. TensorBoard's event files are made in a
 temporary folder and brought there alike.
+
+Everything is written by the thread that logs: a full disk ends the run with one message. A writer's own thread would
+die of it, and the run would wait for that thread for ever.
 """
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
+from schemas.errors import StorageError
 from schemas.storage import Store
 
 LINES = "metrics"
@@ -29,18 +37,27 @@ FLUSH_S = 30.0
 
 
 class MetricsLog:
-    """A run's metrics. Lines past `last_step` are cut first: the steps that a killed run repeats."""
+    """A run's metrics. Lines past `last_step` are cut first: the steps that a killed run repeats.
+
+    Every method raises `StorageError` where the disk is full or cannot be written.
+    """
 
     def __init__(self, store: Store, last_step: int) -> None:
+        self._store, self._failed = store, False
+        with self._told():
+            self._open(store, last_step)
+
+    def _open(self, store: Store, last_step: int) -> None:
         self._lines, self._loads = _Lines(store, LINES, last_step), _Lines(store, LOADS, last_step)
         self._tensorboard = _Tensorboard(store, last_step + 1)
         self._flushed = time.monotonic()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add the metrics after `step` steps."""
-        self._lines.add({"step": step, **values})
-        for name, value in values.items():
-            self._tensorboard.writer.add_scalar(name, value, step)
+        with self._told():
+            self._lines.add({"step": step, **values})
+            for name, value in values.items():
+                self._tensorboard.add(summary.scalar(name, value), step)
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
@@ -51,29 +68,56 @@ class MetricsLog:
         """
         share = load / np.maximum(load.sum(axis=1, keepdims=True), 1.0)
         rows = [[round(float(value), 6) for value in row] for row in share]
-        self._loads.add({"step": step, "blocks": list(blocks), "share": rows})
         grey = np.clip(share * load.shape[1] / 2, 0, 1)
         image = np.kron(grey, np.ones((PIXELS, PIXELS)))[None]
-        self._tensorboard.writer.add_image("router/load", image, step)
+        with self._told():
+            self._loads.add({"step": step, "blocks": list(blocks), "share": rows})
+            self._tensorboard.add(summary.image("router/load", image), step)
 
     def flush(self) -> None:
         """Make everything that was logged durable, and readable by others."""
-        for each in (self._lines, self._loads, self._tensorboard):
-            each.flush()
+        with self._told():
+            for each in (self._lines, self._loads, self._tensorboard):
+                each.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flush and close."""
-        for each in (self._lines, self._loads, self._tensorboard):
-            each.close()
+        """Flush and close. After a failure, which was raised already, only close."""
+        with contextlib.ExitStack() as stack:
+            for each in (self._lines, self._loads, self._tensorboard):
+                stack.callback(self._close, each)
+
+    def _close(self, each: "_Lines | _Tensorboard") -> None:
+        if self._failed:
+            with contextlib.suppress(OSError, StorageError):
+                each.close()
+        else:
+            with self._told():
+                each.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            raise StorageError(
+                "the run's metrics cannot be written",
+                {"run": self._store.url, "cause": error.strerror or error},
+                "make room, then start the same command again: it goes on from its last checkpoint",
+            ) from error
+        except StorageError:
+            self._failed = True
+            raise
 
 
 class _Lines:
     """A file of JSON lines, each with a step, that grows."""
 
     def __init__(self, store: Store, name: str, last_step: int) -> None:
-        self._store, self._name, self._new = store, name, []
-        self._file = None
+        self._store, self._name = store, name
+        self._new: list[dict[str, Any]] = []
+        self._file: FileIO | None = None
         self._cut(last_step)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -87,25 +131,39 @@ class _Lines:
         text = "".join(map(_spell, self._new))
         if self._store.local is not None:
             if self._file is None:
-                self._file = (self._store.local / f"{self._name}.jsonl").open("a", encoding="utf-8")
-            self._file.write(text)
-            self._file.flush()
+                self._file = (self._store.local / f"{self._name}.jsonl").open("ab", buffering=0)
+            self._append(text.encode())
         else:
             self._store.write(_part(self._name, self._new[0]["step"]), text.encode())
         self._new = []
 
+    def _append(self, data: bytes) -> None:
+        """All of the data at the file's end, or none of it: a full disk must leave no half line behind."""
+        assert self._file is not None
+        length = os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), length)
+            raise
+
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def _cut(self, last_step: int) -> None:
         """Forget the lines past `last_step`, and one that a killed process left unfinished."""
         if self._store.local is not None:
-            path = self._store.local / f"{self._name}.jsonl"
-            if path.exists():
-                kept = [line for line in _read(self._store, self._name) if line["step"] <= last_step]
-                path.write_text("".join(map(_spell, kept)))
+            # Replaced as a whole: whatever ends this process, the steps that a checkpoint counts on stay readable.
+            key = f"{self._name}.jsonl"
+            before = self._store.read(key)
+            kept = [line for line in _lines(before or b"") if line["step"] <= last_step]
+            if before is not None and before != (after := "".join(map(_spell, kept)).encode()):
+                self._store.write(key, after)
             return
         for key in self._store.keys(f"{self._name}/"):
             lines = _lines(self._store.read(key) or b"")
@@ -120,34 +178,43 @@ class _Tensorboard:
     """Event files. TensorBoard drops what an earlier process wrote from the purged step on."""
 
     def __init__(self, store: Store, purge_step: int) -> None:
-        self._store, self._purge = store, purge_step
-        self._files = 0
+        self._store, self._files = store, 0
         self._folder = tempfile.mkdtemp(prefix="distillcache-events-") if store.local is None else None
-        self.writer = SummaryWriter(
-            self._folder or str(store.local / TENSORBOARD),  # type: ignore[operator]
-            purge_step=purge_step,
-            filename_suffix=f".{purge_step}",  # a run that goes on within the same second writes a file of its own
-        )
+        folder = Path(self._folder) if store.local is None else store.local / TENSORBOARD  # type: ignore[arg-type]
+        folder.mkdir(parents=True, exist_ok=True)
+        # A run that goes on within the same second writes a file of its own.
+        self._prefix, self._suffix = str(folder / "events"), f".{purge_step}"
+        self._writer = EventsWriter(self._prefix, self._suffix)
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, values: Any, step: int) -> None:
+        """Add a summary of tensorboardX."""
+        self._write(Event(step=step, summary=values))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
     def flush(self) -> None:
         """In a bucket: bring what was written there as a file of its own, and begin another."""
         if self._folder is None:
-            self.writer.flush()
+            self._writer.flush()
             return
-        self.writer.close()
+        self._writer.close()
         for file in sorted(Path(self._folder).iterdir()):
             self._files += 1
             self._store.write(f"{TENSORBOARD}/{file.name}.{self._files:06d}", file.read_bytes())
             file.unlink()
-        self.writer = SummaryWriter(self._folder)
+        self._writer = EventsWriter(self._prefix, self._suffix)
 
     def close(self) -> None:
-        if self._folder is not None:
+        try:
             self.flush()
-        self.writer.close()
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self._folder)
+        finally:
+            with contextlib.suppress(OSError):  # a buffer that could not be flushed; that was raised by then
+                self._writer.close()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -1,9 +1,15 @@
 """A run's metrics, read back: lines, and TensorBoard's scalars and images of routers."""
 
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from schemas.errors import StorageError
 from schemas.storage import Store
 from tests.trainer.events import logged_images, logged_scalars
 from trainer.metrics_log import PIXELS, MetricsLog, read_loads, read_metrics
@@ -50,3 +56,68 @@ def test_images_of_routers(tmp_path: Path) -> None:
     grey = grey[..., 0] if grey.ndim == 3 else grey
     np.testing.assert_allclose(grey, [[0.5] * 4, [0, 0.5, 0.5, 1]], atol=1 / 250)
     assert read_loads(tmp_path) == [{"step": 7, "blocks": [2, 3], "share": [[0.25] * 4, [0, 0.25, 0.25, 0.5]]}]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB in memory, of its own, so that it can be filled."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a disk of a test's own is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def log_until_it_fails(log: MetricsLog) -> None:
+    for step in range(1, 10_000):
+        log.log(step, {f"distill/loss_{number}": 0.1 for number in range(40)})
+
+
+def test_a_full_disk_ends_the_log_with_one_error_and_whole_lines(small_disk: Path) -> None:
+    log = MetricsLog(Store(str(small_disk)), -1)
+    with pytest.raises(StorageError, match="metrics cannot be written") as caught:
+        log_until_it_fails(log)
+    assert "No space left" in str(caught.value)
+    log.close()  # says nothing more, and waits for nobody
+    lines = read_metrics(small_disk)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert (small_disk / "metrics.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_going_on_with_a_full_disk_loses_no_step(small_disk: Path) -> None:
+    store = Store(str(small_disk))
+    log = MetricsLog(store, -1)
+    for step in range(1, 201):
+        log.log(step, {"distill/total_loss": 1.0})
+    log.close()
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(StorageError):
+        MetricsLog(store, 150)
+    assert len(read_metrics(small_disk)) == 200  # what was there before, to the last step
+    (small_disk / "filler").unlink()
+    log = MetricsLog(store, 150)
+    log.log(151, {"distill/total_loss": 2.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(small_disk)] == list(range(1, 152))
+
+
+def test_cut_lines_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed while lines are cut has the old file or the new one."""
+    store = Store(str(tmp_path))
+    log = MetricsLog(store, -1)
+    for step in range(1, 11):
+        log.log(step, {"distill/total_loss": 1.0})
+    log.close()
+
+    def stop(*_: object) -> None:
+        raise StorageError("stopped before the write")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", stop)
+        with pytest.raises(StorageError, match="stopped"):
+            MetricsLog(store, 5)
+    assert len(read_metrics(tmp_path)) == 10
