@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from models.decoder import BlockOutput, Decoder
 from models.routing import expert_load, max_violation
 from schemas.base import Config
+from schemas.errors import InputError
 from schemas.peers import ALONE, Peers
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
@@ -182,7 +183,11 @@ def _mean_token_loss(
     decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None, peers: Peers
 ) -> tuple[float, np.ndarray | None]:
     """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; and the load
-    of every expert."""
+    of every expert.
+
+    Raises:
+        InputError: no token of the rows is a target, so that there is no mean.
+    """
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
     model, real = decoder.config, real_vocab(decoder.config, source.plan)
@@ -196,7 +201,13 @@ def _mean_token_loss(
                 load = load + np.asarray(loads, np.float64)
             bar.advance(rows)
     total, weight = peers.sum(np.asarray([total, weight]))
-    return float(total / max(weight, 1.0)), None if load is None else peers.sum(load)
+    if not weight:
+        raise InputError(
+            "no token of the held-out rows is a target, so that a perplexity is undefined",
+            {"rows": source.url, "held out": f"{len(source):,} rows, 0 targets"},
+            "hold out rows with targets (of chats: with answers of the assistant), or none: data.eval_rows: 0",
+        )
+    return float(total / weight), None if load is None else peers.sum(load)
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")

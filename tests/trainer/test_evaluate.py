@@ -1,0 +1,29 @@
+"""Figures of held-out rows, and where there are none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from models.checkpoint import load_pretrained
+from schemas.errors import InputError
+from trainer import evaluate
+from trainer.evaluate import held_out_perplexity
+from trainer.feed import CacheSource
+
+
+def test_a_perplexity_without_targets_is_no_number(cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of chats in which the assistant never answers: the mean of nothing was 0, and its perplexity 1."""
+    source, decoder = CacheSource(str(cache), taps=[], split="eval"), load_pretrained(teacher)
+    assert held_out_perplexity(decoder, source, 4) > 1
+    real = evaluate._batches
+
+    def without_targets(*args: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        for batch, rows in real(*args):
+            yield {**batch, "loss_mask": jnp.zeros_like(batch["loss_mask"])}, rows
+
+    monkeypatch.setattr(evaluate, "_batches", without_targets)
+    with pytest.raises(InputError, match="no token of the held-out rows is a target"):
+        held_out_perplexity(decoder, source, 4)
