@@ -167,7 +167,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         _check_small_files(store, manifest)
         return _check_finished(store, config, tokenizer, manifest)
     model = checked_model(config, tokenizer)
-    check_choices(config, model)
+    check_choices(config, model, tokenizer.vocab_size)
     refuse_foreign_folder(store, "--cache")
     if is_job(config):  # before the processes meet: from then on they wait for each other
         store.clear_stale_locks()

@@ -17,6 +17,7 @@ from cache_builder.prepare import open_rows
 from cache_builder.replica import open_replica
 from cache_builder.text_digest import inputs_digest
 from models.checkpoint import weights_digest
+from models.config import ModelConfig
 from models.describe import COMPRESSING_LIBRARY, describe_rows
 from models.tokenizer import TextTokenizer
 from schemas import layout
@@ -27,7 +28,7 @@ from schemas.manifest import Manifest, Plan, RowsPlan, TapPlan
 from schemas.rows import Row
 from schemas.segment import Segment, begun_plan, open_cache, segment_name
 from schemas.storage import Store
-from schemas.tap_plan import with_slots
+from schemas.tap_plan import counting_as_recorded, with_slots
 
 
 def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
@@ -51,7 +52,9 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
     _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
     store.clear_stale_locks()
     with _naming_unfinished(store, number):
-        addition = _choose_addition(store, config, tokenizer, groups, number, chosen_taps(config, model))
+        addition = _choose_addition(
+            store, config, tokenizer, groups, number, _asked_taps(config, model, tokenizer, groups)
+        )
     if not addition.taps:
         return manifest
     with open_replica(config) as replica:
@@ -70,6 +73,14 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
         with _naming_unfinished(store, number):
             return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
+
+
+def _asked_taps(
+    config: BuildConfig, model: ModelConfig, tokenizer: TextTokenizer, groups: Sequence[RowGroup]
+) -> list[TapPlan]:
+    """What the config asks for, with logits of the ids that the cache's are of."""
+    recorded = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
+    return counting_as_recorded(chosen_taps(config, model, tokenizer.vocab_size), recorded)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from schemas.errors import ConfigError, PlanMismatchError
 from schemas.manifest import Plan, RowsPlan, TapPlan, TeacherPlan
 from schemas.segment import begun_plan, named_by_plan, segment_names, segment_number
 from schemas.storage import Store
-from schemas.tap_plan import choose_taps, chosen_blocks
+from schemas.tap_plan import choose_taps, chosen_blocks, counting_as_recorded
 
 
 def make_plan(
@@ -43,7 +43,7 @@ def make_plan(
         ConfigError: the config asks for blocks, sizes or taps that cannot be.
     """
     blocks = chosen_blocks(config.blocks, model.num_blocks)
-    taps = chosen_taps(config, model) if taps is None else taps
+    taps = chosen_taps(config, model, rows.vocab_size) if taps is None else taps
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * rows.row_tokens
     shard_rows = layout.choose_shard_rows(row_bytes, rows.count, config.batch_rows, config.shard_mib, config.shard_rows)
     plan = Plan(
@@ -79,14 +79,17 @@ def counted_processes(config: BuildConfig, processes: int, shard_rows: int) -> i
     return processes if sums_more_than_two or not in_order else 1
 
 
-def chosen_taps(config: BuildConfig, model: ModelConfig) -> list[TapPlan]:
+def chosen_taps(config: BuildConfig, model: ModelConfig, token_ids: int | None = None) -> list[TapPlan]:
     """The taps that a config asks for, with their slots and arrays; the objects are not divided yet.
+
+    Args:
+        token_ids: how many ids the tokenizer gives; None: as many as the teacher has rows.
 
     Raises:
         ConfigError: the config asks for blocks, codecs or taps that cannot be.
     """
     blocks = chosen_blocks(config.blocks, model.num_blocks)
-    return choose_taps(config.taps, blocks, model.hidden_size, model.vocab_size)
+    return choose_taps(config.taps, blocks, model.hidden_size, model.vocab_size, token_ids)
 
 
 def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:
@@ -94,9 +97,9 @@ def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, obje
     return tuple(_with_objects(tap, row_tokens, shard_rows, object_mib) for tap in taps)
 
 
-def check_choices(config: BuildConfig, model: ModelConfig) -> None:
+def check_choices(config: BuildConfig, model: ModelConfig, token_ids: int) -> None:
     """Raise `ConfigError` for blocks, taps or sizes that cannot be, before anything is prepared or written."""
-    chosen_taps(config, model)
+    chosen_taps(config, model, token_ids)
     layout.choose_shard_rows(1, 1, config.batch_rows, config.shard_mib, config.shard_rows)
 
 
@@ -153,7 +156,11 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
 
 
 def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (stored, wanted), for every field that the bytes of a segment depend on."""
+    """Dotted field -> (stored, wanted), for every field that the bytes of a segment depend on.
+
+    Of which ids logits are is settled by the stored plan, which is the one that is gone on with.
+    """
+    wanted = wanted.model_copy(update={"taps": tuple(counting_as_recorded(wanted.taps, stored.taps))})
     ignored = {"config", "created", "segment"}  # the segment's name follows from the rest
     differences = differing(
         stored.model_dump(mode="json", exclude=ignored), wanted.model_dump(mode="json", exclude=ignored)

@@ -178,7 +178,8 @@ def _record_topk(
     places: RecordingMesh | None,
 ) -> tuple[dict[str, Array], SlotSums]:
     """The encoded logits of the stream that leaves the last block, and the statistics of their values; one slot."""
-    found = topk_logits(decoder, stream, tap.numbers_per_token(decoder.config.hidden_size), places)
+    k = tap.numbers_per_token(decoder.config.hidden_size)
+    found = topk_logits(decoder, stream, k, places, tap.vocab_size)
     parts = tap_codec(tap, {}).encode(found)  # type: ignore[arg-type]
     return {name: part[:, None] for name, part in parts.items()}, SlotSums(
         *(value[:, None] for value in slot_sums(found.values, real))

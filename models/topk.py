@@ -15,7 +15,13 @@ from schemas.codecs import TopK
 LOGITS_BYTES = 256 << 20  # of float32 logits at a time: enough tokens to keep an accelerator busy
 
 
-def topk_logits(decoder: Decoder, stream: Float[Array, "B T D"], k: int, places: RecordingMesh | None = None) -> TopK:
+def topk_logits(
+    decoder: Decoder,
+    stream: Float[Array, "B T D"],
+    k: int,
+    places: RecordingMesh | None = None,
+    vocab_size: int | None = None,
+) -> TopK:
     """Every token's `k` largest logits and the logsumexp of all, float32; ties as `jax.lax.top_k` breaks them.
 
     The LM head runs over some tokens at a time: `[B, T, V]` would be the largest array by far. On a mesh every device
@@ -23,8 +29,9 @@ def topk_logits(decoder: Decoder, stream: Float[Array, "B T D"], k: int, places:
 
     Args:
         stream: what leaves the last block.
+        vocab_size: ids from here on are padding, and count nowhere; None: all rows of the vocabulary are ids.
     """
-    of_tokens = partial(_of_tokens, decoder.config, k)
+    of_tokens = partial(_of_tokens, decoder.config, k, vocab_size)
     weights = decoder.final_norm[...], decoder.head_matrix
     if places is None:
         return of_tokens(*weights, stream)
@@ -38,7 +45,12 @@ def topk_logits(decoder: Decoder, stream: Float[Array, "B T D"], k: int, places:
 
 
 def _of_tokens(
-    config: ModelConfig, k: int, norm: Float[Array, "D"], head: Float[Array, "D V"], stream: Float[Array, "B T D"]
+    config: ModelConfig,
+    k: int,
+    vocab_size: int | None,
+    norm: Float[Array, "D"],
+    head: Float[Array, "D V"],
+    stream: Float[Array, "B T D"],
 ) -> TopK:
     batch, tokens, hidden = stream.shape
     size = min(batch * tokens, max(1, LOGITS_BYTES // (4 * config.vocab_size)))
@@ -46,7 +58,7 @@ def _of_tokens(
     chunks = jnp.pad(flat, ((0, -len(flat) % size), (0, 0))).reshape(-1, size, hidden)
 
     def take(chunk: Float[Array, "C D"]) -> TopK:
-        logits = logits_of(config, norm, head, chunk[None])[0].astype(jnp.float32)
+        logits = logits_of(config, norm, head, chunk[None])[0, :, :vocab_size].astype(jnp.float32)
         values, ids = jax.lax.top_k(logits, k)
         return TopK(values, ids, jax.nn.logsumexp(logits, axis=-1))
 

@@ -14,7 +14,8 @@ from schemas.errors import DamageError, InputError
 from schemas.manifest import TOPK_LOGITS, TOPK_SLOTS, TapPlan
 from schemas.segment import Segment
 
-CODEC_FIELDS = ("codec", "group", "rotate", "delta", "keyframe_every", "k")  # what says how a tap's bytes are read
+# what says how a tap's bytes are read
+CODEC_FIELDS = ("codec", "group", "rotate", "delta", "keyframe_every", "k", "vocab_size")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def describe_codec(tap: TapPlan) -> str:
     """`int8, groups of 32, rotated, delta, keyframes every 8, zstd`."""
     words = [tap.codec]
     if tap.k is not None:
-        words.append(f"the largest {tap.k}")
+        words.append(f"the largest {tap.k}" + (f" of {tap.vocab_size:,} ids" if tap.vocab_size else ""))
     if tap.group is not None:
         words.append(f"groups of {tap.group}" if tap.group else "one group")
     if tap.rotate:

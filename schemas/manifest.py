@@ -51,6 +51,9 @@ class TapPlan(Config):
     """One tap: its codec with its options, and the slots that are stored.
 
     k: of `topk_logits`, how many logits a token has; a plan of any other tap does not name it.
+    vocab_size: of `topk_logits`, where the teacher has rows for more ids than the tokenizer gives: how many ids count.
+    Neither the largest logits nor their logsumexp know of the others. A plan without it counts every row, as all did
+    before there was this field.
     slots: for `resid`, l is the stream entering block l (and L the one leaving the last); for `topk_logits`, which
     belongs to no block, 0 alone; for the others, block l.
     """
@@ -62,6 +65,7 @@ class TapPlan(Config):
     delta: bool = False
     keyframe_every: int = 0
     k: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    vocab_size: int | None = Field(default=None, exclude_if=lambda value: value is None)
     slots: tuple[int, ...]
     parts: tuple[PartPlan, ...]
 

@@ -22,8 +22,13 @@ def chosen_blocks(blocks: str | list[int], num_blocks: int) -> tuple[int, ...]:
     return chosen
 
 
-def choose_taps(taps: TapsConfig, blocks: tuple[int, ...], hidden: int, vocab: int) -> list[TapPlan]:
+def choose_taps(
+    taps: TapsConfig, blocks: tuple[int, ...], hidden: int, vocab: int, token_ids: int | None = None
+) -> list[TapPlan]:
     """The taps with their slots and arrays; the objects are not divided yet.
+
+    Args:
+        vocab: rows of the teacher's vocabulary. token_ids: how many of them are ids of the tokenizer; None: all.
 
     Raises:
         ConfigError: a tap cannot be stored so, or there is none.
@@ -37,7 +42,7 @@ def choose_taps(taps: TapsConfig, blocks: tuple[int, ...], hidden: int, vocab: i
         slots = sorted({*blocks, *(block + 1 for block in blocks)}) if name == "resid" else blocks
         chosen.append(tap_plan(name, config, slots, hidden))
     if taps.topk_logits is not None:
-        chosen.append(topk_plan(taps.topk_logits, hidden, vocab))
+        chosen.append(topk_plan(taps.topk_logits, hidden, vocab, token_ids))
     if not chosen:
         raise ConfigError("there is nothing to record", {"taps": "all are null"}, "set taps.attn_out or taps.resid")
     return chosen
@@ -66,20 +71,32 @@ def tap_plan(name: str, config: TapConfig, slots: Sequence[int], hidden: int) ->
     return with_compression(with_slots(tap, slots, hidden), config.compress)
 
 
-def topk_plan(config: TopKConfig, hidden: int, vocab: int) -> TapPlan:
-    """The tap `topk_logits`; the objects are not divided yet.
+def topk_plan(config: TopKConfig, hidden: int, vocab: int, token_ids: int | None = None) -> TapPlan:
+    """The tap `topk_logits`; the objects are not divided yet. Rows of the vocabulary behind `token_ids` are left out.
 
     Raises:
         ConfigError: the vocabulary has fewer ids.
     """
-    if config.k > vocab:
+    ids = vocab if token_ids is None else min(vocab, token_ids)
+    if config.k > ids:
+        padding = f", {vocab - ids} rows of padding left out" if ids < vocab else ""
         raise ConfigError(
             "a token has fewer logits than are to be recorded",
-            {"taps.topk_logits.k": config.k, "the teacher's vocabulary": vocab},
-            f"lower taps.topk_logits.k to {vocab} or less",
+            {"taps.topk_logits.k": config.k, "the teacher's vocabulary": f"{ids} ids{padding}"},
+            f"lower taps.topk_logits.k to {ids} or less",
         )
-    tap = TapPlan(name=TOPK_LOGITS, codec=config.dtype, k=config.k, slots=(), parts=())
+    real = ids if ids < vocab else None
+    tap = TapPlan(name=TOPK_LOGITS, codec=config.dtype, k=config.k, vocab_size=real, slots=(), parts=())
     return with_compression(with_slots(tap, TOPK_SLOTS, hidden), config.compress)
+
+
+def counting_as_recorded(taps: Sequence[TapPlan], recorded: Sequence[TapPlan]) -> list[TapPlan]:
+    """The taps, with logits of the same ids as what is recorded already, so that both mean the same."""
+    counted = {tap.name: tap.vocab_size for tap in recorded if tap.k is not None}
+    return [
+        tap.model_copy(update={"vocab_size": counted[tap.name]}) if tap.k is not None and tap.name in counted else tap
+        for tap in taps
+    ]
 
 
 def with_slots(tap: TapPlan, slots: Sequence[int], hidden: int) -> TapPlan:

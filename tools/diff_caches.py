@@ -25,6 +25,7 @@ from tools.stored_rows import StoredRows, StoredTap, finite
 SAMPLED_SHARDS = 64  # whose digests are compared, evenly drawn
 NOISE = 1e-6  # float32's rounding between two decodings of the same codes
 SAME_RMS = 1e-3  # a relative difference of two caches' rms that their codecs explain (they count before encoding)
+LAYOUT_FIELDS = ("codec", "rotate", "delta", "slots", "k", "vocab_size")  # of a tap: why its codes differ
 FREE = ("created.", "config.cache", "config.storage", "config.process_id", "config.num_processes")
 
 
@@ -92,7 +93,7 @@ def _measured(
 
 
 def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> list[TopKMeasure]:
-    """Of a row whose logits are in both, as many of a token."""
+    """Of a row whose logits are in both, as many of a token and of the same ids."""
     if not all(TOPK_LOGITS in rows.tap_names(number) for rows in (a, b)):
         return []
     (one, own), (other, given) = (
@@ -100,7 +101,7 @@ def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> lis
         for rows in (a, b)
         for stored in [_codec(rows, number, TOPK_LOGITS)]
     )
-    if own.values.shape != given.values.shape:
+    if own.values.shape != given.values.shape or one.tap.vocab_size != other.tap.vocab_size:
         return []
     values = np.asarray(finite(np.asarray(given.values)), np.float64)
     # A's own codec may have lost what B keeps.
@@ -236,9 +237,7 @@ def _summary(found: dict[str, Any], rows_a: int, rows_b: int) -> list[str]:
     }
     lines += [text for key, text in words.items() if any(name.endswith(key) for name in plans)]
     taps = {key: values for key, values in plans.items() if "taps." in key and "config." not in key}
-    lines += [
-        f"{key} {a} and {b}" for key, (a, b) in taps.items() if key.endswith(("codec", "rotate", "delta", "slots"))
-    ]
+    lines += [f"{key} {a} and {b}" for key, (a, b) in taps.items() if key.endswith(LAYOUT_FIELDS)]
     if rows_a != rows_b:
         lines.append(f"{rows_a:,} and {rows_b:,} rows")
     if found["rows"]["other_tokens"]:

@@ -67,7 +67,7 @@ def check_fidelity(rows: StoredRows, teacher: str | None, count: int, seed: int)
         return _report(rows, path, [], gravest([misfit]))
     logits = next((each.tap for each in rows.taps(numbers[0]) if each.tap.name == TOPK_LOGITS), None)
     names = [name for name in rows.tap_names(numbers[0]) if comparable(name)]
-    live = LiveTeacher(path, plan.numerics.dtype, names, None if logits is None else logits.k)
+    live = LiveTeacher(path, plan.numerics.dtype, names, logits)
     return compare_rows(rows, live, numbers)
 
 

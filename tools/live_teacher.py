@@ -17,7 +17,7 @@ from models.checkpoint import load_pretrained, weights_digest
 from models.recorder import make_recorder
 from schemas.codecs import TopK
 from schemas.config import TapConfig, TapsConfig, TopKConfig
-from schemas.manifest import TOPK_LOGITS
+from schemas.manifest import TOPK_LOGITS, TapPlan
 from schemas.rows import Row, teacher_batch
 from schemas.tap_plan import choose_taps
 
@@ -35,12 +35,12 @@ VARIANTS = {
 class LiveTeacher:
     """A checkpoint, loaded."""
 
-    def __init__(self, path: str, dtype: str, taps: Sequence[str], k: int | None = None) -> None:
+    def __init__(self, path: str, dtype: str, taps: Sequence[str], logits: TapPlan | None = None) -> None:
         """
         Args:
             dtype: what it computes in.
-            taps: their names; `topk_logits` are computed where k is given.
-            k: how many logits of a token.
+            taps: their names.
+            logits: the plan of recorded `topk_logits`, of which as many are computed, of the same ids; None: none are.
 
         Raises:
             CheckpointError: there is no usable checkpoint.
@@ -51,9 +51,16 @@ class LiveTeacher:
         self.num_blocks, self.hidden, self.vocab = config.num_blocks, config.hidden_size, config.vocab_size
         # `resid` always: its slot 0 tells which tokens a teacher saw.
         wanted: dict[str, Any] = {"attn_out": None, **dict.fromkeys(["resid", *filter(comparable, taps)], F32)}
-        if k is not None:
-            wanted[TOPK_LOGITS] = TopKConfig(k=min(k, self.vocab), dtype="f32")
-        plans = choose_taps(TapsConfig(**wanted), tuple(range(self.num_blocks)), self.hidden, self.vocab)
+        if logits is not None:
+            ids = min(logits.vocab_size or self.vocab, self.vocab)
+            wanted[TOPK_LOGITS] = TopKConfig(k=min(logits.numbers_per_token(self.hidden), ids), dtype="f32")
+        plans = choose_taps(
+            TapsConfig(**wanted),
+            tuple(range(self.num_blocks)),
+            self.hidden,
+            self.vocab,
+            None if logits is None else logits.vocab_size,
+        )
         self.names = tuple(plan.name for plan in plans if comparable(plan.name))
         self._record, self._parameters = make_recorder(decoder, plans, {})
         self._decoder = decoder

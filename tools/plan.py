@@ -297,7 +297,10 @@ def _describe_tap(plan: Plan, tap: TapPlan) -> dict[str, Any]:
     per_token = sum(part.bytes_per_token for part in tap.parts)
     return {
         "name": tap.name,
-        "codec": tap.codec + (", differences" if tap.delta else "") + (f", the largest {tap.k}" if tap.k else ""),
+        "codec": tap.codec
+        + (", differences" if tap.delta else "")
+        + (f", the largest {tap.k}" if tap.k else "")
+        + (f" of {tap.vocab_size:,} ids" if tap.vocab_size else ""),
         "compress": tap.compress,
         "slots": len(tap.slots),
         "bytes_per_token": per_token,

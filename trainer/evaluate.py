@@ -190,7 +190,7 @@ def _mean_token_loss(
     """
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
-    model, real = decoder.config, real_vocab(decoder.config, source.plan)
+    model, real = decoder.config, real_vocab(decoder.config, source)
     load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
     with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows, peers):

@@ -180,7 +180,9 @@ def support_logits(
     vocabulary lacks gives NaN.
 
     real_vocab: ids from here on are padding, of no mass on either side, whatever the teacher recorded; of it the
-    student may have fewer or more rows. What the teacher's padding has outside its top k stays in its rest.
+    student may have fewer or more rows. `logsumexp` leaves padding out as well, but in records of earlier versions,
+    where the mass that the teacher's padding has outside its top k cannot be told from that of tokens: it stays in
+    its rest. Where the top k holds every id that counts, there is no rest on either side.
     """
     wide, values = _real(without_padding(student_logits, real_vocab), counts), _real(values, counts)
     teacher_rest = _rest_logit(values, jnp.where(counts, logsumexp.astype(jnp.float32), 0.0))
@@ -191,6 +193,8 @@ def support_logits(
         return SupportLogits(values, chosen)
     others = jnp.put_along_axis(wide, ids, NO_MASS, axis=-1, inplace=False)
     student_rest = jax.nn.logsumexp(others, axis=-1)
+    # A mass that the student cannot have, however small, would have a divergence without bound.
+    teacher_rest = jnp.where(student_rest > NO_MASS / 2, teacher_rest, NO_MASS)
     return SupportLogits(
         jnp.concatenate([values, teacher_rest[..., None]], axis=-1),
         jnp.concatenate([chosen, student_rest[..., None]], axis=-1),

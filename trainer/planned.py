@@ -68,11 +68,12 @@ def prepared_group(
         taps: None: attention output and stream, without loss.
     """
     dtype = str(decoder.dtype)
-    chosen = _all_blocks(taps or lossless_taps(dtype), teacher)
+    described = describe_rows(rows)
+    chosen = _all_blocks(taps or lossless_taps(dtype), teacher, described.vocab_size)
     plan = Plan(
         segment=segment_name(0),
         teacher=teacher,
-        rows=describe_rows(rows),
+        rows=described,
         taps=chosen,
         blocks=tuple(range(teacher.num_blocks)),
         batch_rows=batch_rows,
@@ -112,11 +113,13 @@ def _planned(
     if dtype:
         changes["numerics"] = plan.numerics.model_copy(update={"dtype": dtype})
     if taps:
-        changes |= {"taps": _all_blocks(taps, plan.teacher), "blocks": tuple(range(plan.teacher.num_blocks))}
+        chosen = _all_blocks(taps, plan.teacher, plan.rows.vocab_size)
+        changes |= {"taps": chosen, "blocks": tuple(range(plan.teacher.num_blocks))}
     plan = plan.model_copy(update=changes)
     side = segment.side() | (signs_of(plan) if taps else {})
     return PlannedSegment(segment.store, plan, group.base.row, side)
 
 
-def _all_blocks(taps: TapsConfig, teacher: TeacherPlan) -> tuple[TapPlan, ...]:
-    return tuple(choose_taps(taps, tuple(range(teacher.num_blocks)), teacher.hidden_size, teacher.vocab_size))
+def _all_blocks(taps: TapsConfig, teacher: TeacherPlan, token_ids: int) -> tuple[TapPlan, ...]:
+    blocks = tuple(range(teacher.num_blocks))
+    return tuple(choose_taps(taps, blocks, teacher.hidden_size, teacher.vocab_size, token_ids))

@@ -371,7 +371,7 @@ class StageRun:
                     config.remat,
                     config.compute_dtype,
                     self._balancing,
-                    real_vocab(self.stack.config, source.plan),
+                    real_vocab(self.stack.config, source),
                 )
             )
         balance = {}

@@ -187,7 +187,7 @@ def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
             },
             "choose a student with the teacher's tokenizer, or build a cache with another teacher",
         )
-    if real_vocab(found, source.plan) is not None:
+    if real_vocab(found, source) is not None:
         print(
             f"note: the teacher's vocabulary has {rows:,} rows, the student's {found.vocab_size:,}; the tokenizer uses "
             f"{real:,}, and the rest is left out of losses and of perplexity",

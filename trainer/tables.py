@@ -18,7 +18,6 @@ from models.config import ModelConfig
 from models.surgery.sizes import kept_blocks
 from schemas.codecs import Codec
 from schemas.errors import ConfigError
-from schemas.manifest import Plan
 from schemas.student_config import StudentConfig
 from trainer.source import Source
 
@@ -65,10 +64,14 @@ def block_starts(config: StudentConfig, teacher_blocks: int) -> list[int] | None
     return None
 
 
-def real_vocab(student: ModelConfig, plan: Plan) -> int | None:
+def real_vocab(student: ModelConfig, source: Source) -> int | None:
     """The tokenizer's highest id plus one, where padding is masked: where the student and the teacher have different
-    numbers of rows in their vocabularies. None where these are equal, and padding is trained like any other row."""
-    return plan.rows.vocab_size if student.vocab_size != plan.teacher.vocab_size else None
+    numbers of rows in their vocabularies, or the recorded logits leave padding out. None elsewhere: padding is then
+    trained like any other row."""
+    taps = [tap for segment in source.segments() for tap in segment.plan.taps]
+    if student.vocab_size != source.plan.teacher.vocab_size or any(tap.vocab_size is not None for tap in taps):
+        return source.plan.rows.vocab_size
+    return None
 
 
 def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence[int] | None) -> tuple[Span, ...]:

@@ -23,11 +23,15 @@ from schemas.errors import ConfigError, NonFiniteError, StorageError
 from schemas.manifest import Stats
 from schemas.segment import open_cache
 from schemas.storage import Store
-from tests.conftest import TINY, build_config, save_teacher
+from schemas.tap_plan import topk_plan
+from tests.conftest import build_config, save_teacher
 from tests.rounding import assert_rounded
 from tools.cli import main
+from tools.diff_caches import compare_caches
+from tools.fidelity import check_fidelity
 from tools.inspect import describe_cache
 from tools.plan import describe_build
+from tools.stored_rows import StoredRows
 from tools.verify import verify_cache
 from trainer.feed import CacheSource
 
@@ -36,6 +40,7 @@ K = 5
 TOPK = {"k": K, "dtype": "f32"}
 DOCS = Path(__file__).parents[2] / "docs" / "cache.md"
 ROWS = 38  # of the tiny corpus
+IDS = 257  # of the byte tokenizer: the teacher's vocabulary has six more rows
 
 
 def config_of(folder: Path, teacher: Path, corpus: Path, **changes: object) -> BuildConfig:
@@ -53,9 +58,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Pa
 
 @pytest.fixture(scope="module")
 def logits(recorded: Path, teacher: Path) -> np.ndarray:
-    """The teacher's own, float32 `[N, T, V]`."""
+    """The teacher's own of the tokenizer's ids, float32 `[N, T, IDS]`."""
     batch = CacheSource(str(recorded), ())[range(ROWS)]
-    return np.asarray(load_pretrained(teacher)(*(jnp.asarray(batch[name]) for name in FIELDS)).logits)
+    return np.asarray(load_pretrained(teacher)(*(jnp.asarray(batch[name]) for name in FIELDS)).logits)[..., :IDS]
 
 
 FIELDS = ("tokens", "positions", "segment_ids")
@@ -171,10 +176,8 @@ def test_a_cache_is_extended_by_them(
         build_cache(config_of(folder, teacher, corpus, extend=True, taps={"topk_logits": {**TOPK, "k": 6}}))
 
 
-@pytest.mark.slow
-def test_an_interrupted_build_ends_in_the_same_bytes(
-    tmp_path: Path, teacher: Path, corpus: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, config: BuildConfig) -> None:
+    """Begin a build that ends with its third shard."""
     real = Store.write
 
     def write(store: Store, key: str, value: bytes) -> None:
@@ -182,10 +185,18 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
             raise StorageError("an object cannot be written", {"object": key})
         real(store, key, value)
 
+    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(StorageError, match=r"shard +2"):
+        build_cache(config)
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_ends_in_the_same_bytes(
+    tmp_path: Path, teacher: Path, corpus: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", write)
-        with pytest.raises(StorageError, match=r"shard +2"):
-            build_cache(config_of(tmp_path / "c", teacher, corpus))
+        interrupt(patch, config_of(tmp_path / "c", teacher, corpus))
     build_cache(config_of(tmp_path / "c", teacher, corpus))
     assert objects(tmp_path / "c") == objects(recorded)
 
@@ -221,7 +232,7 @@ def test_what_is_planned_is_what_is_built(tmp_path: Path, teacher: Path, corpus:
     build_cache(config)
     (tap,) = (tap for tap in report["taps"] if tap["name"] == "topk_logits")
     assert tap["bytes_per_token"] == K * (2 + 4) + 4
-    assert (tap["codec"], tap["slots"], sorted(tap["arrays"])) == ("bf16, the largest 5", 1, sorted(ARRAYS))
+    assert (tap["codec"], tap["slots"], sorted(tap["arrays"])) == ("bf16, the largest 5 of 257 ids", 1, sorted(ARRAYS))
     folder = tmp_path / "c" / "segments/0000/taps"
     for array, facts in tap["arrays"].items():
         paths = list((folder / array).glob("c/*/*/*/*"))
@@ -234,8 +245,8 @@ def test_what_is_planned_is_what_is_built(tmp_path: Path, teacher: Path, corpus:
 
 
 def test_more_than_the_vocabulary_is_refused(tmp_path: Path, teacher: Path, corpus: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fewer logits[\s\S]*264[\s\S]*263"):
-        build_cache(config_of(tmp_path / "c", teacher, corpus, taps={"topk_logits": {"k": TINY.vocab_size + 1}}))
+    with pytest.raises(ConfigError, match=r"fewer logits[\s\S]*258[\s\S]*257 ids, 6 rows of padding"):
+        build_cache(config_of(tmp_path / "c", teacher, corpus, taps={"topk_logits": {"k": IDS + 1}}))
     assert not (tmp_path / "c").exists()
 
 
@@ -295,6 +306,60 @@ def test_logits_that_are_not_finite_stop_the_build(tmp_path: Path, corpus: Path)
     with pytest.raises(NonFiniteError, match=r"topk_logits") as caught:
         build_cache(config_of(tmp_path / "c", broken, corpus))
     assert "block" not in caught.value.facts
+
+
+def without_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan logits of every row of the vocabulary, as versions before did."""
+    monkeypatch.setattr("schemas.tap_plan.topk_plan", lambda config, hidden, vocab, _: topk_plan(config, hidden, vocab))
+
+
+def counted_ids(cache: Path) -> list[int | None]:
+    plans = [segment.plan for segment in open_cache(Store(str(cache)))]
+    return [tap.vocab_size for plan in plans for tap in plan.taps if tap.k is not None]
+
+
+def test_padding_is_left_out_and_an_older_cache_keeps_its_meaning(
+    tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built, gone on with, extended and repaired: an older plan's logits stay those of all 263 rows."""
+    padded = save_teacher(tmp_path / "padded")
+    tensors = safetensors.numpy.load_file(padded / "model.safetensors")
+    head = tensors["lm_head.weight"].copy()
+    head[IDS] = 40 * head[7]  # a row of padding that would be the largest wherever that of id 7 is positive
+    safetensors.numpy.save_file({**tensors, "lm_head.weight": head}, padded / "model.safetensors", {"format": "pt"})
+    taps = {"attn_out": None, "resid": None, "topk_logits": TOPK}
+    new, old = (config_of(tmp_path / name, padded, corpus, taps=taps) for name in ("new", "old"))
+    build_cache(new)
+    with monkeypatch.context() as patch:
+        without_ids(patch)
+        interrupt(patch, old)
+    assert (
+        json.loads((tmp_path / "old/segments/0000/plan.json").read_text())["taps"][0].keys().isdisjoint(["vocab_size"])
+    )
+    build_cache(old)  # goes on as it was begun
+    assert (read(tmp_path / "new")["ids"] < IDS).all()
+    assert (read(tmp_path / "old")["ids"] == IDS).any()
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"text": "another text " * 9}) + "\n")
+    for config in (new, old):
+        build_cache(
+            config.model_copy(update={"extend": True, "data": config.data.model_copy(update={"path": str(more)})})
+        )
+    assert counted_ids(tmp_path / "new") == [IDS, IDS]
+    assert counted_ids(tmp_path / "old") == [None, None]
+    whole = objects(tmp_path / "old")
+    victim = next((tmp_path / "old/segments/0000/taps/topk_logits/c").rglob("[0-9]"))
+    while victim.is_dir():
+        victim = sorted(victim.iterdir())[0]
+    victim.write_bytes(b"")
+    build_cache(old.model_copy(update={"repair": True}))
+    assert objects(tmp_path / "old") == whole
+    for name in ("new", "old"):
+        found = check_fidelity(StoredRows(str(tmp_path / name)), None, 4, 0)
+        assert (found["verdict"]["kind"], found["topk_logits"]["wrong_rows"]) == ("faithful", 0)
+        assert main(["show", str(tmp_path / name)]) == 0  # a row of padding has no text, and no traceback
+    lines = compare_caches(StoredRows(str(tmp_path / "old")), StoredRows(str(tmp_path / "new")), 4, 0)["summary"]
+    assert "0000.taps.topk_logits.vocab_size None and 257" in lines
 
 
 def test_a_cache_without_them_is_what_it_was(cache: Path, teacher: Path, corpus: Path) -> None:

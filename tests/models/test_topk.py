@@ -60,6 +60,17 @@ def test_all_logits(stream: jax.Array) -> None:
     np.testing.assert_allclose(jax.nn.logsumexp(found.values, -1), found.logsumexp, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ids", [120, 131])
+def test_rows_of_padding_count_nowhere(stream: jax.Array, ids: int) -> None:
+    decoder = Decoder(CONFIG)
+    decoder.head[...] = decoder.head[...].at[:, 120:].multiply(100.0)  # the largest, wherever they count
+    found = topk.topk_logits(decoder, stream, 6, vocab_size=ids)
+    logits = np.asarray(decoder.logits(stream), np.float64)[..., :ids]
+    np.testing.assert_allclose(found.values, np.sort(logits, -1)[..., :-7:-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.logsumexp, np.log(np.exp(logits).sum(-1)), rtol=1e-5)
+    assert np.any(np.asarray(found.ids) >= 120) == (ids == 131)
+
+
 def compiled(decoder: Decoder, taps: list[TapPlan], batch: int, tokens: int):
     record, parameters = make_recorder(decoder, taps, {})
     shape = jnp.zeros((batch, tokens), jnp.int32)

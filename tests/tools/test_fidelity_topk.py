@@ -9,7 +9,8 @@ import pytest
 from cache_builder.build import build_cache
 from schemas.codecs import TopK
 from schemas.config import TapsConfig, TopKConfig
-from tests.conftest import build_config
+from schemas.tap_plan import topk_plan
+from tests.conftest import TINY, build_config
 from tests.tools.planting import Change, Values, plant
 from tools.diff_caches import compare_caches
 from tools.fidelity import compare_rows
@@ -30,7 +31,7 @@ def recorded(teacher: Path, corpus: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def live(teacher: Path) -> LiveTeacher:
-    return LiveTeacher(str(teacher), "float32", ("attn_out",), K)
+    return LiveTeacher(str(teacher), "float32", ("attn_out",), topk_plan(TopKConfig(k=K), TINY.hidden_size, VOCAB, 257))
 
 
 def looked(cache: Path, live: LiveTeacher) -> dict[str, Any]:

@@ -157,6 +157,7 @@ def test_the_logits_too(tmp_path: Path, bf16_teacher: Path, corpus: Path) -> Non
     stored = CacheSource(str(tmp_path / "c"), names, [1], leaving=False)
     online = OnlineSource(open_teacher(without_taps(tmp_path / "c", tmp_path)), names, [1], leaving=False)
     same(online[[37, 3, 8, 3, 20]], stored[[37, 3, 8, 3, 20]])
+    assert online.taps["topk_logits"].vocab_size == 257  # six of the teacher's rows are padding
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,6 +1,8 @@
 """Teacher and student that differ in rows of the vocabulary that no token has."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,12 @@ import pytest
 from models.checkpoint import read_config, save_pretrained
 from models.decoder import Decoder
 from schemas.errors import ConfigError
+from schemas.manifest import TapPlan
 from schemas.student_config import StudentConfig
 from schemas.train_config import LossConfig
 from tests.trainer.test_train import config
 from trainer.losses import next_token_loss, topk_kl_loss, without_padding
+from trainer.tables import real_vocab
 from trainer.train import train
 
 REAL = 11
@@ -61,6 +65,19 @@ def test_losses_leave_padding_out(rows: int):
     np.testing.assert_allclose(found, numpy_losses(logits, values, ids, tokens), rtol=1e-5)
     assert np.all(np.isfinite(slope))
     assert not np.any(np.asarray(slope)[..., REAL:])
+
+
+@pytest.mark.parametrize(
+    ("student", "recorded", "expected"),
+    [(16, None, None), (13, None, REAL), (16, REAL, REAL), (13, REAL, REAL)],
+    ids=["as many rows", "fewer rows", "a record without padding", "both"],
+)
+def test_padding_is_masked_where_it_is_not_recorded(student: int, recorded: int | None, expected: int | None):
+    tap = TapPlan(name="topk_logits", codec="f32", k=4, vocab_size=recorded, slots=(0,), parts=())
+    plan = SimpleNamespace(teacher=SimpleNamespace(vocab_size=16), rows=SimpleNamespace(vocab_size=REAL), taps=(tap,))
+    source: Any = SimpleNamespace(plan=plan, segments=lambda: [SimpleNamespace(plan=plan)])
+    model: Any = SimpleNamespace(vocab_size=student)
+    assert real_vocab(model, source) == expected
 
 
 def test_equal_vocabularies_are_not_masked():

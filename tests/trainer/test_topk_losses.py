@@ -108,6 +108,33 @@ def test_kl_against_numpy(example: Example, k: int, tau: float, rest_bucket: boo
     assert found.total.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("k", [1, 5, VOCAB])
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 1, VOCAB + 9])
+def test_the_rest_has_no_padding(example: Example, rows: int, k: int) -> None:
+    """A record of the tokenizer's ids, and a student with rows of padding: as if it had none, and no slope on them."""
+    padded = np.concatenate([example.student, np.full((BATCH, TOKENS, rows - VOCAB), 30.0)], axis=-1)
+
+    def loss(student: jax.Array) -> jax.Array:
+        recorded = f32(*example.recorded(k), *example.rows)
+        return topk_kl_loss(student, *recorded, tau=2.0, rest_bucket=True, real_vocab=VOCAB).total
+
+    found, slope = jax.jit(jax.value_and_grad(loss))(jnp.asarray(padded, jnp.float32))
+    np.testing.assert_allclose(found, numpy_kl(example, k, 2.0, rest_bucket=True)[0], rtol=1e-5)
+    assert np.isfinite(slope).all()
+    assert not np.asarray(slope)[..., VOCAB:].any()
+
+
+def test_an_older_record_may_have_a_rest_that_no_student_can_have(example: Example) -> None:
+    """Every id that counts lies in the top k, and logsumexp is of the teacher's rows of padding, too."""
+    k = VOCAB
+    values, ids, total = example.recorded(k)
+    recorded = f32(values, ids, total + 1.0, *example.rows)  # padding has 63% of the mass
+    padded = np.pad(example.student, ((0, 0), (0, 0), (0, 4)), constant_values=20.0)
+    student = jnp.asarray(padded, jnp.float32)
+    found = topk_kl_loss(student, *recorded, tau=1.0, rest_bucket=True, real_vocab=VOCAB).total
+    np.testing.assert_allclose(found, numpy_kl(example, k, 1.0, rest_bucket=True)[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("rest_bucket", [False, True])
 @pytest.mark.parametrize("tau", TAUS)
 def test_with_all_logits_it_is_the_whole_divergence(example: Example, tau: float, rest_bucket: bool) -> None:
