@@ -5,13 +5,10 @@ bucket nothing is renamed: config.json, without which there is no checkpoint, is
 mark lies beside it from the first write to the last, by which the next export knows the remains of one that was killed.
 """
 
-import contextlib
 import io
 import json
 import os
 import re
-import shutil
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,8 +26,9 @@ from models.identity import CONFIG, locate_checkpoint
 from models.safetensors_file import TensorToWrite, write_safetensors
 from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, TensorSlot, some, tensor_slots
 from models.tokenizer import TOKENIZER_FILES, TextTokenizer, tokenizer_files
-from schemas.errors import CheckpointError, StorageError
+from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place, locate
+from schemas.whole_file import refusals, staged_folder
 
 # transformers' own limit of a shard until version 5; a file below it can be copied by every tool, and is one PUT.
 SHARD_BYTES = 5_000_000_000
@@ -138,37 +136,13 @@ def _write_objects(target: ObjectPath, files: list[ExportFile]) -> None:
 
 def _write_directory(target: Path, files: list[ExportFile]) -> None:
     """Into a temporary sibling, which is then renamed."""
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    with _refusals("a checkpoint cannot be written here", target, "name a folder that can be written"):
-        staging.mkdir(parents=True)
-    try:
+    with staged_folder(target, "a checkpoint cannot be written here") as staging:
         for file in files:
-            step = "free some space or name another place; nothing was kept"
-            refusals = _refusals("an export cannot be written", target / file.name, step)
-            with refusals, (staging / file.name).open("wb") as stream:
+            with (
+                refusals(target / file.name, "an export cannot be written"),
+                (staging / file.name).open("wb") as stream,
+            ):
                 file.write(stream)
-        _publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _refusals(what: str, path: Path, step: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(what, {"path": path, "cause": error}, step) from error
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Rename into place. An earlier export steps aside first: a directory cannot be replaced by one rename."""
-    if target.exists() and any(target.iterdir()):
-        aside = staging.with_name(f"{staging.name}.old")
-        os.rename(target, aside)
-        os.rename(staging, target)
-        shutil.rmtree(aside)
-    else:
-        os.rename(staging, target)
 
 
 def _weights(decoder: Decoder, shard_bytes: int) -> Iterator[ExportFile]:

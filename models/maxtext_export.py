@@ -3,13 +3,12 @@
     <out>/items/                              `load_parameters_path` of MaxText, with scan_layers=True
     <out>/config.json, tokenizer.json, ...    of the same model as an HF directory has them
 
-The folder is one that is read again like any checkpoint (maxtext.py). Orbax writes a checkpoint under another name and
-renames it, and config.json is written last: what a killed export leaves is no checkpoint.
+The folder is one that is read again like any checkpoint (maxtext.py). It is written beside its place and renamed, so
+that a killed or failed export leaves nothing there.
 """
 
 import json
 import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from models.tensors import TensorSlot, tensor_slots
 from models.tokenizer import tokenizer_files
 from schemas.errors import CheckpointError, ConfigError, install_advice
 from schemas.object_path import local_path
+from schemas.whole_file import staged_folder
 
 
 def save_maxtext(decoder: Decoder, out: str | os.PathLike[str], *, tokenizer_from: Any = None) -> None:
@@ -47,18 +47,14 @@ def save_maxtext(decoder: Decoder, out: str | os.PathLike[str], *, tokenizer_fro
         )
     config = config_to_hf(decoder.config, str(decoder.embed[...].dtype)) | {"producer": PRODUCER}
     tree = maxtext_tree(decoder)
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_orbax(target / ITEMS[0], tree)
+    with staged_folder(target, "an export cannot be written") as staging:
+        _write_orbax(staging / ITEMS[0], tree)
         if tokenizer_from is not None:
             contents, ids = tokenizer_files(locate_checkpoint(tokenizer_from))
             config |= ids | generation_ids(contents, decoder.config.vocab_size)
             for name, content in contents.items():
-                (target / name).write_bytes(content)
-        (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except BaseException:
-        shutil.rmtree(target)
-        raise
+                (staging / name).write_bytes(content)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def maxtext_tree(decoder: Decoder) -> dict[str, Any]:

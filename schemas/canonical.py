@@ -7,13 +7,14 @@ that stands before it. A reader accepts these bytes and no others: any flipped, 
 import json
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
 from schemas.storage import Store
 
 ModelType = TypeVar("ModelType", bound=BaseModel)
+Value = TypeVar("Value")
 
 
 def to_canonical(model: BaseModel) -> bytes:
@@ -74,6 +75,29 @@ def read_canonical(store: Store, key: str, model_type: type[ModelType]) -> Model
         DamageError: as `from_canonical`, of what is stored, not of an answer that came short.
     """
     return store.read_checked(key, lambda data: from_canonical(model_type, data, store.where(key)))
+
+
+def from_plain(kind: TypeAdapter[Value], data: bytes, where: str, step: str) -> Value:
+    """The value in JSON that has no digest, since people may read and write it.
+
+    Args:
+        kind: what the bytes should hold.
+        where: how messages name the object.
+        step: what to do where they hold something else.
+
+    Raises:
+        DamageError: the bytes are something else.
+    """
+    try:
+        return kind.validate_python(json.loads(data.decode()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(key) for key in first["loc"]) or "the whole file"
+        found: dict[str, object] = {"field": place, "found": first["msg"]}
+        cause: Exception = error
+    except (ValueError, RecursionError) as error:
+        found, cause = {"found": f"{len(data)} bytes that are not JSON", "cause": error}, error
+    raise DamageError("a JSON file does not hold what it should", {"object": where, **found}, step) from cause
 
 
 def _with_digest(body: bytes) -> bytes:

@@ -7,7 +7,7 @@ its traceback.
 
 from collections.abc import Mapping
 
-from schemas.redaction import redacted
+from schemas.redaction import redacted, shown
 
 
 class DistillcacheError(Exception):
@@ -22,7 +22,7 @@ class DistillcacheError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, facts: Mapping[str, object] | None = None, next: str = "") -> None:
-        self.what, self.facts, self.next = what, dict(facts or {}), next
+        self.what, self.facts, self.next = redacted(what), shown(dict(facts or {})), redacted(next)
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class DistillcacheError(Exception):
         width = max((len(label) for label in rows), default=0)
         lines = [f"  {label.ljust(width)}  {redacted(str(value))}" for label, value in rows.items()]
         title = "stopped" if isinstance(self, Interrupted) else "error"
-        return "\n".join([f"{title}: {redacted(self.what)}", *lines])
+        return "\n".join([f"{title}: {self.what}", *lines])
 
 
 class Interrupted(DistillcacheError):

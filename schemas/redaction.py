@@ -1,6 +1,9 @@
 """Credentials in URLs, made unreadable: for whatever is printed of plans and configs that earlier versions wrote."""
 
 import re
+from typing import TypeVar, cast
+
+Value = TypeVar("Value")
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"]+")
 _QUERY = re.compile(
@@ -17,6 +20,17 @@ def has_secret(text: str) -> bool:
 def redacted(text: str) -> str:
     """The text with *** in place of every credential in a URL."""
     return _URL.sub(lambda match: _redacted_url(match[0]), text) if "://" in text else text
+
+
+def shown(value: Value) -> Value:
+    """The same nested mappings and lists with every text `redacted`: what is shown of a stored plan or config."""
+    if isinstance(value, str):
+        return cast(Value, redacted(value))
+    if isinstance(value, dict):
+        return cast(Value, {key: shown(inner) for key, inner in value.items()})
+    if isinstance(value, list | tuple):
+        return cast(Value, type(value)(map(shown, value)))
+    return value
 
 
 def _redacted_url(url: str) -> str:

@@ -100,6 +100,10 @@ class Store:
         found._may_write = may_write
         return found
 
+    def check_may_write(self) -> None:
+        """Raise where a guarded store must not be written now: before writes that do not go through it."""
+        self._may_write()
+
     def spec(self, key: str) -> dict[str, Any]:
         """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there (with `context()`)."""
         return {**self._spec, "path": self._spec.get("path", "") + key.rstrip("/") + "/"}

@@ -36,6 +36,7 @@ from models.decoder import Decoder
 from schemas.config import BenchConfig, BuildConfig, TapConfig, TapsConfig, TeacherConfig, TrainConfig
 from schemas.object_path import local_path
 from schemas.train_config import FeatureLossConfig, LoadBalanceConfig, LossConfig, OptimizerConfig, StudentConfig
+from schemas.whole_file import writing
 from tools.bench import Goal, Measured, scratch_folder
 from tools.demo import default_data
 from trainer.evaluate import Evaluation
@@ -255,4 +256,6 @@ def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
         panel.set_xlabel("step")
     panels[0, 0].legend()
     with rc_context({"svg.hashsalt": path.name}):  # the same numbers, the same file
-        figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kind = path.suffix.removeprefix(".")
+        with writing(path) as file:
+            figure.savefig(file, dpi=110, format=kind or None, metadata={"Date": None} if kind == "svg" else None)

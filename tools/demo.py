@@ -23,6 +23,7 @@ from schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, Teac
 from schemas.errors import ConfigError, PlanMismatchError
 from schemas.object_path import local_path
 from schemas.train_config import OptimizerConfig, StudentConfig, SurgeryOp
+from schemas.whole_file import write_file
 from tools.demo_report import CHART, make_report, print_report, write_chart
 from tools.memory import PeakMemory
 from tools.teacher import fetch_teacher
@@ -128,9 +129,7 @@ def _other_flags_explained(out: Path) -> Iterator[None]:
 
 def _write_json(path: Path, value: Any) -> None:
     """Whole or not at all: a killed demo must find what it can read."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
-    fresh.replace(path)
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def default_data(out: Path) -> DataConfig:
@@ -139,7 +138,7 @@ def default_data(out: Path) -> DataConfig:
 
     folder = out / "corpus"
     lines = [json.dumps({"topic": name, "text": text}) for name, text in sorted(topics.items())]
-    (folder / "pydoc_topics.jsonl").write_text("\n".join(lines) + "\n")
+    write_file(folder / "pydoc_topics.jsonl", ("\n".join(lines) + "\n").encode())
     return with_demo_sizes(DataConfig(path=str(folder)))
 
 

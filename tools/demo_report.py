@@ -11,6 +11,7 @@ from schemas.errors import InputError
 from schemas.segment import open_cache
 from schemas.storage import Store
 from schemas.train_config import SurgeryOp
+from schemas.whole_file import writing
 from trainer.train import TrainResult
 
 CHART = "cosine_distance.png"
@@ -145,5 +146,6 @@ def write_chart(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Attention outputs on held-out rows (teacher's perplexity {perplexity['teacher']:.1f})")
     axes.grid(axis="y", which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with writing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)

@@ -13,6 +13,7 @@ from schemas import layout
 from schemas.canonical import read_canonical
 from schemas.errors import DamageError
 from schemas.manifest import TOPK_LOGITS, Stats
+from schemas.redaction import shown
 from schemas.rows import Row
 from schemas.segment import Segment
 from tools import fidelity_compare as compare
@@ -58,7 +59,7 @@ def _plan(rows: StoredRows) -> dict[str, Any]:
 
 
 def _settled(segment: Segment) -> dict[str, Any]:
-    plan = segment.plan.model_dump(mode="json")
+    plan = shown(segment.plan.model_dump(mode="json"))
     plan["taps"] = {tap["name"]: {k: v for k, v in tap.items() if k not in ("parts", "name")} for tap in plan["taps"]}
     for tap in segment.plan.taps:
         plan["taps"][tap.name]["compress"] = tap.compress

@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 from schemas.errors import InputError
-from schemas.settings import stored_settings
 from schemas.storage import Store
 from tools.flat import differences, flattened
 from trainer.metrics_log import read_metrics
-from trainer.run_folder import RESOLVED, read_evaluations
+from trainer.run_folder import RESOLVED, read_evaluations, shown_config
 
 CURVE_POINTS = 8  # of a curve in the report, evenly drawn over the common steps
 FREE = ("run", "storage", "checkpoint_every", "keep_checkpoints", "log_every")
@@ -25,10 +24,10 @@ def compare_runs(a: str, b: str) -> dict[str, Any]:
 
 def _config(run: str) -> dict[str, Any]:
     store = Store(run)
-    data = store.read(RESOLVED)
-    if data is None:
+    config = shown_config(store)[1]
+    if not config:
         raise InputError("the run has lost its config", {"file": store.where(RESOLVED)}, "name another run")
-    return flattened(stored_settings(data, store.where(RESOLVED)))
+    return flattened(config)
 
 
 def _curves(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import safetensors.numpy
 
 from schemas import settings
 from schemas.addressing import slots_of
-from schemas.errors import ConfigError, InputError, StorageError
+from schemas.errors import ConfigError, InputError
 from schemas.look_config import ExportSamplesConfig
-from schemas.object_path import locate
 from schemas.storage import use
+from schemas.whole_file import write_file
 from tools.stored_rows import StoredRows
 from trainer.source import stack_rows
 
@@ -96,7 +96,4 @@ def write(path: str, arrays: dict[str, np.ndarray]) -> None:
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type] - names, not options
         data = file.getvalue()
-    try:
-        locate(path).write_bytes(data)
-    except OSError as error:
-        raise StorageError("the file cannot be written", {"file": path, "cause": error}) from error
+    write_file(path, data)

@@ -14,6 +14,7 @@ from schemas.cache_words import describe_codec
 from schemas.config import InspectConfig
 from schemas.errors import DamageError
 from schemas.manifest import Plan, TapPlan, TapStats
+from schemas.redaction import shown
 from schemas.segment import Segment, open_cache
 from schemas.storage import Store, use
 from schemas.times import SegmentTimes
@@ -49,9 +50,9 @@ def describe_cache(store: Store) -> dict[str, Any]:
         "cache": store.url,
         "finished": all(segment.committed is None for segment in segments),
         "format": plan.format,
-        "created": plan.created,
-        "teacher": plan.teacher.model_dump(),
-        "numerics": plan.numerics.model_dump(mode="json"),
+        "created": shown(plan.created),
+        "teacher": shown(plan.teacher.model_dump()),
+        "numerics": shown(plan.numerics.model_dump(mode="json")),
         "rows": {
             "count": count,
             "train": count - held_out,

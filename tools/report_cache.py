@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from schemas.manifest import TOPK_LOGITS
-from schemas.redaction import redacted
+from schemas.redaction import shown
 from schemas.segment import Segment
 from schemas.storage import Store
 from tools.inspect import describe_cache
@@ -92,7 +92,7 @@ def plan_facts(found: dict[str, Any]) -> str:
 
 def config_table(segments: Sequence[Segment]) -> str:
     """The build's config, to unfold."""
-    rows = [(name, redacted(value)) for name, value in _flat(segments[0].plan.config)]
+    rows = [(name, value) for name, value in _flat(shown(segments[0].plan.config))]
     return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
 
 

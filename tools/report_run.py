@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from schemas.storage import Store
 from tools.report_curves import BlockCurves, block_curves, curve, series, step_map
@@ -28,7 +27,7 @@ from tools.report_html import (
 from trainer.checkpoints import Checkpoints
 from trainer.evaluate import Evaluation
 from trainer.metrics_log import TENSORBOARD, read_loads, read_metrics
-from trainer.run_folder import RESOLVED, best_of, read_evaluations
+from trainer.run_folder import best_of, read_evaluations, shown_config
 
 TERMS = {
     "distill/total_loss": "total",
@@ -51,8 +50,7 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     Raises:
         StorageError: the run cannot be read.
     """
-    data = store.read(RESOLVED)
-    config = yaml.safe_load(data) if data else {}
+    words, config = shown_config(store)
     lines, evaluations, loads = read_metrics(store.url), read_evaluations(store), read_loads(store.url)
     done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
     told = warnings(lines, evaluations, done, of) + expert_warnings(loads)
@@ -68,7 +66,7 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     page.add("Blocks before and after", *block_pieces(evaluations))
     page.add("Experts", *expert_pieces(lines, loads))
     page.add("Speed", *speed_pieces(lines))
-    page.add("Config", folded("config.yaml", code(data.decode(), "The resolved config")) if data else "")
+    page.add("Config", folded("config.yaml", code(words, "The resolved config")) if words else "")
     return page, {"of": "run", "steps": {"done": done, "of": of}, "warnings": told}
 
 

@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from schemas.errors import DamageError, DistillcacheError, InputError
+from schemas.redaction import redacted
 from tools.report_html import facts, paragraph
 from tools.serve_asked import NotThere, NotUnderstood, number_in, one_of, whole
 from tools.serve_cache import overview, row_list
@@ -122,7 +123,8 @@ def _wrong(error: DistillcacheError) -> View:
     title = "Not here" if missing else "Damaged" if isinstance(error, DamageError) else "Not readable"
     view = View(title, f"{error.what[:1].upper()}{error.what[1:]}.", status=404 if missing else 500)
     found = {name.capitalize(): value for name, value in error.facts.items()}
-    view.put(facts("What is known", {**found, **({"Next": error.next} if error.next else {})}))
+    told = {**found, **({"Next": error.next} if error.next else {})}
+    view.put(facts("What is known", {name: redacted(str(value)) for name, value in told.items()}))
     return view
 
 

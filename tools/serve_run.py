@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.settings import stored_settings
 from schemas.storage import Store
 from tools.report_experts import expert_pieces, expert_warnings
 from tools.report_html import Numeric, code, figures, note, number, paragraph, progress, table
@@ -27,7 +26,7 @@ from tools.serve_page import View
 from trainer.checkpoints import Checkpoints
 from trainer.evaluate import Evaluation
 from trainer.metrics_log import read_loads, read_metrics
-from trainer.run_folder import RESOLVED, best_of, read_evaluations
+from trainer.run_folder import best_of, read_evaluations, shown_config
 
 EVERY_S = 5.0
 EXPERTS = "/experts"
@@ -81,9 +80,8 @@ class WatchedRun:
 
     def look(self) -> RunLook:
         """Read what is there."""
-        data, url = self.store.read(RESOLVED), self.store.url
-        words = data.decode() if data else ""
-        config = stored_settings(data, self.store.where(RESOLVED)) if data else {}
+        url = self.store.url
+        words, config = shown_config(self.store)
         checkpoints = Checkpoints(self.store).steps()
         found = RunLook(words, config, read_metrics(url), read_evaluations(self.store), read_loads(url), checkpoints)
         if self._seen[0] != found.state:

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from schemas.errors import StorageError
-from schemas.object_path import locate
+from schemas.whole_file import write_file
 from tools.row_facts import RowFacts, shown
 
 LABELLED_TOKENS = 80  # more would overlap
@@ -40,10 +39,7 @@ def draw(facts: RowFacts, path: str) -> None:
         data = io.BytesIO()
         kind = path.rpartition(".")[2]
         figure.savefig(data, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
-    try:
-        locate(path).write_bytes(data.getvalue())
-    except OSError as error:
-        raise StorageError("the picture cannot be written", {"file": path, "cause": error}) from error
+    write_file(path, data.getvalue())
 
 
 def _documents(panel: Any, facts: RowFacts) -> None:

@@ -17,12 +17,12 @@ from rich.table import Table
 
 from schemas import settings
 from schemas.cache_words import numbers_in_runs
-from schemas.errors import DamageError, InputError, StorageError
+from schemas.errors import DamageError, InputError
 from schemas.look_config import StatsConfig
 from schemas.manifest import TOPK_LOGITS
-from schemas.object_path import locate
 from schemas.progress import Progress
 from schemas.storage import use
+from schemas.whole_file import write_file
 from tools.sample_checks import SampleChecks
 from tools.stored_rows import StoredRows
 from tools.terminal import table_console
@@ -236,10 +236,7 @@ def write_dimensions(path: str, slots: dict[tuple[str, int], SlotStats]) -> None
         arrays |= {f"{tap}.{name}": np.stack(values).astype(np.float32) for name, values in figures.items()}
     data = io.BytesIO()
     np.savez(data, **arrays)  # type: ignore[arg-type] - names, not options
-    try:
-        locate(path).write_bytes(data.getvalue())
-    except OSError as error:
-        raise StorageError("the file cannot be written", {"file": path, "cause": error}) from error
+    write_file(path, data.getvalue())
 
 
 def _print(found: dict[str, Any]) -> None:

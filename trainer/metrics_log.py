@@ -22,18 +22,44 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
-from schemas.errors import StorageError
+from schemas.errors import DamageError, DistillcacheError, StorageError
 from schemas.storage import Store
+from schemas.whole_file import sync_folder
 
 LINES = "metrics"
 LOADS = "router"  # every expert's share of the tokens, at checkpoints and evaluations
 TENSORBOARD = "tensorboard"
 PIXELS = 8  # of an expert in an image, on each side
 FLUSH_S = 30.0
+SHOWN = 60  # bytes of a damaged line in a message
+
+
+class _Line(BaseModel):
+    """A line of metrics: a step, and numbers by name."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, float]
+    step: int = Field(ge=0)
+
+
+class _LoadLine(BaseModel):
+    """A line of experts' shares, `[Lm][E]`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    step: int = Field(ge=0)
+    blocks: list[int]
+    share: list[list[float]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> "_LoadLine":
+        if len(self.share) != len(self.blocks) or len({len(row) for row in self.share}) != 1:
+            raise ValueError("not as many shares for every block")
+        return self
 
 
 class MetricsLog:
@@ -89,7 +115,7 @@ class MetricsLog:
 
     def _close(self, each: "_Lines | _Tensorboard") -> None:
         if self._failed:
-            with contextlib.suppress(OSError, StorageError):
+            with contextlib.suppress(OSError, DistillcacheError):
                 each.close()
         else:
             with self._told():
@@ -106,7 +132,7 @@ class MetricsLog:
                 {"run": self._store.url, "cause": error.strerror or error},
                 "make room, then start the same command again: it goes on from its last checkpoint",
             ) from error
-        except StorageError:
+        except DistillcacheError:
             self._failed = True
             raise
 
@@ -123,19 +149,36 @@ class _Lines:
     def add(self, line: dict[str, Any]) -> None:
         self._new.append(line)
         if self._store.local is not None:
-            self.flush()
+            self._write_new()
 
     def flush(self) -> None:
+        """Make the lines durable: a checkpoint counts on those before it, also after the power was cut."""
+        self._write_new()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def _write_new(self) -> None:
         if not self._new:
             return
         text = "".join(map(_spell, self._new))
         if self._store.local is not None:
-            if self._file is None:
-                self._file = (self._store.local / f"{self._name}.jsonl").open("ab", buffering=0)
+            self._file = self._file or self._opened(self._store.local)
             self._append(text.encode())
         else:
             self._store.write(_part(self._name, self._new[0]["step"]), text.encode())
         self._new = []
+
+    def _opened(self, folder: Path) -> FileIO:
+        path = folder / f"{self._name}.jsonl"
+        is_new = not path.exists()
+        self._store.check_inside(path.name)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(path.open("ab", buffering=0))
+            self._store.check_may_write()  # now: what is opened of another process's run gets no line
+            stack.pop_all()
+        if is_new:
+            sync_folder(folder)
+        return file
 
     def _append(self, data: bytes) -> None:
         """All of the data at the file's end, or none of it: a full disk must leave no half line behind."""
@@ -161,17 +204,20 @@ class _Lines:
             # Replaced as a whole: whatever ends this process, the steps that a checkpoint counts on stay readable.
             key = f"{self._name}.jsonl"
             before = self._store.read(key)
-            kept = [line for line in _lines(before or b"") if line["step"] <= last_step]
+            kept = [line for line in self._read(key, before or b"") if line["step"] <= last_step]
             if before is not None and before != (after := "".join(map(_spell, kept)).encode()):
                 self._store.write(key, after)
             return
         for key in self._store.keys(f"{self._name}/"):
-            lines = _lines(self._store.read(key) or b"")
+            lines = self._read(key, self._store.read(key) or b"")
             kept = [line for line in lines if line["step"] <= last_step]
             if not kept:
                 self._store.delete(key)
             elif len(kept) < len(lines):
                 self._store.write(key, "".join(map(_spell, kept)).encode())
+
+    def _read(self, key: str, data: bytes) -> list[dict[str, Any]]:
+        return _lines(data, self._store.where(key), self._name)
 
 
 class _Tensorboard:
@@ -229,15 +275,40 @@ def read_loads(run: str | Path) -> list[dict[str, Any]]:
 
 def _read(store: Store, name: str) -> list[dict[str, Any]]:
     keys = [f"{name}.jsonl"] if store.local is not None else store.keys(f"{name}/")
-    return [line for key in keys for line in _lines(store.read(key) or b"")]
+    return [line for key in keys for line in _lines(store.read(key) or b"", store.where(key), name)]
 
 
 def _part(name: str, step: int) -> str:
     return f"{name}/{step:08d}.jsonl"
 
 
-def _lines(data: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data.decode().splitlines(keepends=True) if line.endswith("\n")]
+def _lines(data: bytes, where: str, name: str) -> list[dict[str, Any]]:
+    """The lines of a file; a last one without an end was being written by a process that was killed, and is none.
+
+    Args:
+        name: `LINES` or `LOADS`.
+
+    Raises:
+        DamageError: another line is not what a run writes.
+    """
+    found, kind = [], _Line if name == LINES else _LoadLine
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line.decode())
+            kind.model_validate(value)
+        except (ValueError, RecursionError) as error:
+            raise DamageError(
+                "a line of a run's metrics is not what a run writes",
+                {"file": where, "line": number, "found": _shortened(line)},
+                f"delete line {number}, or write it as it was: nothing but that step's figures is lost with it",
+            ) from error
+        found.append(value)
+    return found
+
+
+def _shortened(line: bytes) -> str:
+    text = line[:SHOWN].decode("utf-8", "backslashreplace")
+    return repr(text) + (f", and {len(line) - SHOWN} more bytes" if len(line) > SHOWN else "")
 
 
 def _spell(line: dict[str, Any]) -> str:

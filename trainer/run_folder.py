@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from schemas import settings
+from schemas.canonical import from_plain
 from schemas.claims import Claims
 from schemas.config import TrainConfig
 from schemas.differences import differing, told
@@ -27,6 +30,7 @@ from schemas.errors import (
 )
 from schemas.file_lock import try_lock
 from schemas.layout import TOKENIZER
+from schemas.redaction import redacted, shown
 from schemas.storage import LOCK_SUFFIX, Store
 from trainer.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
 from trainer.evaluate import Evaluation
@@ -67,7 +71,9 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
             )
         known = _spelled_json(identity)
         store.write(IDENTITY, known)
-    differences = told(differing(json.loads(known), identity))
+    step = f"the run cannot be gone on with without {IDENTITY}: copy it again, or name another --run"
+    then = from_plain(TypeAdapter(dict[str, Any]), known, store.where(IDENTITY), step)
+    differences = told(differing(then, identity))
     if differences:
         raise PlanMismatchError(
             "the run's folder holds the run of another config or cache",
@@ -156,10 +162,29 @@ def remove_beginning(store: Store) -> None:
             store.local.rmdir()
 
 
+def shown_config(store: Store) -> tuple[str, dict[str, Any]]:
+    """The run's config as text and as a mapping, both empty where it has none; credentials in URLs are hidden.
+
+    Raises:
+        ConfigError: the file is no YAML.
+    """
+    data = store.read(RESOLVED) or b""
+    config = settings.stored_settings(data, store.where(RESOLVED)) if data else {}
+    return redacted(data.decode()), shown(config)
+
+
 def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
-    """The evaluations of a run, in the order of their steps."""
-    data = (run if isinstance(run, Store) else Store(str(run))).read(EVALUATIONS)
-    return [Evaluation.model_validate(entry) for entry in json.loads(data)] if data is not None else []
+    """The evaluations of a run, in the order of their steps.
+
+    Raises:
+        DamageError: the file holds something else.
+    """
+    store = run if isinstance(run, Store) else Store(str(run))
+    data = store.read(EVALUATIONS)
+    if data is None:
+        return []
+    step = f"copy {EVALUATIONS} again, or delete it: a run that goes on evaluates what it still needs"
+    return from_plain(TypeAdapter(list[Evaluation]), data, store.where(EVALUATIONS), step)
 
 
 def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:

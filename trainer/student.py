@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
+from pydantic import BaseModel, TypeAdapter
 
 from models.checkpoint import checkpoint_dtype, load_pretrained, read_config, save_pretrained
 from models.config import ModelConfig
@@ -15,6 +16,7 @@ from models.decoder import Decoder
 from models.ggufs import is_gguf
 from models.identity import locate_checkpoint
 from models.surgery import add_router_bias, changed_config, operate
+from schemas.canonical import from_plain
 from schemas.errors import CheckpointError, ConfigError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.segment import read_tokenizer
@@ -130,14 +132,22 @@ def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]
     run.write(SURGERY, (json.dumps(done) + "\n").encode())
 
 
+class _Operated(BaseModel):
+    """What `kept_stream` reads of an operation."""
+
+    op: str
+    kept: list[Any]
+
+
 def kept_stream(run: Store) -> list[int]:
     """The numbers of the teacher's stream that the student's are.
 
     Raises:
         CheckpointError: the run does not say.
     """
-    found = json.loads(run.read(SURGERY) or b"[]")
-    kept = next((op["kept"] for op in found if op["op"] == "hidden_size"), None)
+    step = f"copy {SURGERY} again, or begin a new run"
+    found = from_plain(TypeAdapter(list[_Operated]), run.read(SURGERY) or b"[]", run.where(SURGERY), step)
+    kept = next((op.kept for op in found if op.op == "hidden_size"), None)
     if kept is None:
         raise CheckpointError(
             "the run has lost its record of surgery", {"missing": run.where(SURGERY)}, "copy it again, or begin anew"

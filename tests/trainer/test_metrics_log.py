@@ -1,6 +1,7 @@
 """A run's metrics, read back: lines, and TensorBoard's scalars and images of routers."""
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.errors import StorageError
+from schemas.errors import DamageError, PlaceLostError, StorageError
 from schemas.storage import Store
 from tests.trainer.events import logged_images, logged_scalars
 from trainer.metrics_log import PIXELS, MetricsLog, read_loads, read_metrics
@@ -121,3 +122,83 @@ def test_cut_lines_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(StorageError, match="stopped"):
             MetricsLog(store, 5)
     assert len(read_metrics(tmp_path)) == 10
+
+
+LINE = {"metrics": {"step": 3, "distill/total_loss": 1.0}, "router": {"step": 3, "blocks": [0], "share": [[0.5, 0.5]]}}
+GARBLED = [
+    b"",
+    b"x" * 200,
+    b"\0" * 60,
+    b'{"step": 3, "distill/to',
+    b'{"distill/total_loss": 1.0}',
+    b'{"step": "3"}',
+    b'{"step": -1}',
+    b'{"step": true}',
+    b'{"step": 3, "distill/total_loss": "1.0"}',
+    b'{"step": 3, "distill/total_loss": null}',
+    b"[3]",
+    b"3",
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b'{"step": 3}}',
+    b"1" * 5_000,
+    b'{"step": 3, "blocks": [0], "share": [[0.5], [0.5]]}',
+    b'{"step": 3, "blocks": [0, 1], "share": [[0.5], [0.5, 0.5]]}',
+]
+
+
+@pytest.mark.parametrize("name", ["metrics", "router"])
+@pytest.mark.parametrize("garbled", GARBLED, ids=range(len(GARBLED)))
+def test_a_garbled_line_is_named(tmp_path: Path, name: str, garbled: bytes) -> None:
+    """By whoever reads the lines, and by a run that goes on; the file stays as it is."""
+    whole = json.dumps(LINE[name]).encode()
+    data = b"\n".join([whole, garbled, whole, b""])
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(data)
+    readers = [lambda: MetricsLog(Store(str(tmp_path)), 10), lambda: READERS[name](tmp_path)]
+    for reader in readers:
+        with pytest.raises(DamageError, match="not what a run writes") as caught:
+            reader()
+        assert caught.value.facts["line"] == 2
+        assert str(path) in str(caught.value)
+        assert "delete line 2" in caught.value.next
+        assert len(str(caught.value)) < 1_000
+    assert path.read_bytes() == data
+    path.write_bytes(b"\n".join([whole, whole, garbled]))  # a killed run's last line
+    assert READERS[name](tmp_path) == [LINE[name]] * 2
+
+
+READERS = {"metrics": read_metrics, "router": read_loads}
+
+
+def test_lines_are_durable_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(Store(str(tmp_path)), -1)
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr("trainer.metrics_log.os.fsync", fsync)
+    log.log(1, {"distill/total_loss": 1.0})
+    assert str(tmp_path / "metrics.jsonl") not in synced
+    log.flush()
+    assert str(tmp_path / "metrics.jsonl") in synced
+    log.close()
+
+
+def test_a_late_file_is_not_opened_in_the_run_of_another(tmp_path: Path) -> None:
+    """A run that was paused while its folder was given to another has not opened router.jsonl yet."""
+    run = tmp_path / "run"
+    lost = [False]
+
+    def check() -> None:
+        if lost[0]:
+            raise PlaceLostError("lost")
+
+    log = MetricsLog(Store(str(run)).guarded(check), -1)
+    (run / "router.jsonl").write_text(json.dumps(LINE["router"]) + "\n")  # another's
+    lost[0] = True
+    with pytest.raises(PlaceLostError):
+        log.log_load(7, [0], np.ones((1, 2), np.float32))
+    log.close()
+    assert read_loads(run) == [LINE["router"]]
