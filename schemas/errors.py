@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one of these: one message, exit code 2, no traceback.
+"""What a user gets wrong ends in one of these: one message, no traceback, exit code 2 (3: a training that diverged).
 
 Every message says what is wrong, where it was found, what was found and expected, and what to do next.
 The command line prints `str(error)`; anything that is not a `DistillcacheError` is a bug of ours and keeps
@@ -73,6 +73,20 @@ class DamageError(DistillcacheError):
 
 class NonFiniteError(DistillcacheError):
     """NaN or infinity where numbers must be finite."""
+
+
+class DivergedError(NonFiniteError):
+    """A training whose losses are not finite any more, or whose student ended worse than it began.
+
+    Args:
+        best: the step of the best checkpoint that is kept.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, facts: Mapping[str, object], next: str, best: int | None = None) -> None:
+        super().__init__(what, facts, next)
+        self.best = best
 
 
 def install_advice(extra: str) -> str:

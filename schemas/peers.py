@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from schemas.errors import ConfigError, DistillcacheError, Interrupted
+from schemas.errors import ConfigError, DistillcacheError, DivergedError, Interrupted
 from schemas.signals import StopRequest
 
 SUPERVISED = "DISTILLCACHE_SUPERVISED"  # in the environment: where supervise.py listens
@@ -50,7 +50,7 @@ def tell(**facts: Any) -> None:
 
 
 class PeerError(DistillcacheError):
-    """Another process of the run failed or died."""
+    """Another process of the run failed or died. Its exit code is that process's where it says how the run ended."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,9 @@ class _Watch:
             found = read_failure()
             if found is not None and not self.ours.is_set():
                 # A collective that waits for the dead cannot be interrupted: nothing but the process's end helps.
-                print(_peer_error(found), file=sys.stderr, flush=True)
-                os._exit(PeerError.exit_code)
+                error = _peer_error(found)
+                print(error, file=sys.stderr, flush=True)
+                os._exit(error.exit_code)
 
 
 def _client() -> Any:
@@ -292,7 +293,8 @@ def _say_why(error: BaseException, watch: _Watch, timeout_s: int) -> None:
     watch.ours.set()
     what = str(error) if isinstance(error, DistillcacheError) else f"error: {type(error).__name__}: {error}"
     with contextlib.suppress(Exception):  # somebody else was first, or the service is gone
-        _client().key_value_set(FAILED, f"{jax.process_index()}|{socket.gethostname()}|{what}")
+        code = getattr(error, "exit_code", 1)
+        _client().key_value_set(FAILED, f"{jax.process_index()}|{socket.gethostname()}|{code}|{what}")
     if os.environ.get(SUPERVISED):
         if isinstance(error, DistillcacheError):
             print(error, file=sys.stderr, flush=True)
@@ -310,10 +312,13 @@ def _is_broken_link(error: BaseException) -> bool:
 
 
 def _peer_error(said: str) -> PeerError:
-    number, host, what = said.split("|", 2)
+    number, host, code, what = said.split("|", 3)
     first, *rest = what.split("\n")
-    return PeerError(
+    error = PeerError(
         f"process {number}, on {host}, has ended: {first.removeprefix('error: ')}",
         {"there": " ".join(" ".join(rest).split())} if rest else {},
         "mend what it names, then start all processes again: they go on where they were",
     )
+    if int(code) == DivergedError.exit_code:  # all processes of a run that diverged end alike
+        error.exit_code = DivergedError.exit_code
+    return error

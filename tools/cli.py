@@ -1,7 +1,7 @@
 """`distillcache`: one program, one command for each thing that can be done.
 
 Commands that report take `--json`: one JSON object on standard output, and nothing else there. Progress and logs go to
-standard error. Exit codes: 0, 2 for a mistake of the user's (one message, no traceback), 143 when asked to stop.
+standard error. `--help` has the exit codes.
 """
 
 import importlib
@@ -31,6 +31,14 @@ COMMANDS = {
     "export-samples": ("tools.export_samples", "run", "some rows with decoded taps, as safetensors or npz"),
     "bench": ("tools.bench", "run", "speed against this machine's limits and other formats; what codecs keep"),
     "verify": ("tools.verify", "run", "every byte of a cache against what was committed"),
+}
+
+EXIT_CODES = {
+    0: "done; of verify, diff and fidelity: whole, the same, faithful",
+    1: "a fault of the program's own, with a traceback",
+    2: "what was given cannot be used, or something failed, in one message; of verify, diff and fidelity: they are not",
+    3: "train, demo: the training diverged, or ended worse than it began; the message names the best checkpoint",
+    143: "asked to stop by SIGTERM or SIGINT; the same command goes on",
 }
 
 
@@ -89,7 +97,8 @@ def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {what}" for name, (_, _, what) in COMMANDS.items()]
     usage = "usage: distillcache <command> [--config FILE.yaml] [--field value ...] [--json]"
-    return "\n".join([usage, "", *lines, "", "Every command explains its fields: distillcache build --help"])
+    more = ["Every command explains its fields: distillcache build --help", "", "Exit codes:"]
+    return "\n".join([usage, "", *lines, "", *more, *(f"  {code:>3}  {what}" for code, what in EXIT_CODES.items())])
 
 
 if __name__ == "__main__":

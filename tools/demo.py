@@ -20,7 +20,7 @@ from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
 from schemas import settings
 from schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
-from schemas.errors import ConfigError, PlanMismatchError
+from schemas.errors import ConfigError, DivergedError, PlanMismatchError
 from schemas.object_path import local_path
 from schemas.train_config import OptimizerConfig, StudentConfig, SurgeryOp
 from schemas.whole_file import write_file
@@ -40,8 +40,8 @@ LEARNING_RATE = 3e-3  # closed 93% of the gap where 1e-3 closed 83% and 2e-3 88%
 SHARD_MIB = 256  # some ten shards: little is lost when it is interrupted
 
 
-def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Run the demo, or go on with it, and print its report."""
+def run(argv: Sequence[str], command: str, as_json: bool) -> int:
+    """Run the demo, or go on with it, and print its report; the exit code."""
     config = settings.parse(DemoConfig, argv, command)
     out = local_path(config.out, "--out")
     _start(out)
@@ -51,6 +51,9 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         print(json.dumps(report))
     else:
         print_report(report)
+    if report["diverged"]:
+        print(report["diverged"], file=sys.stderr)
+    return DivergedError.exit_code if report["diverged"] else 0
 
 
 def _start(out: Path) -> None:

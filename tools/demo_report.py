@@ -51,6 +51,7 @@ def make_report(
         },
         "rows": {"train": plan.rows.count - len(plan.rows.eval_indices), "eval": len(plan.rows.eval_indices)},
         "steps": result.steps,
+        "diverged": str(result.diverged) if result.diverged else None,
         "bytes_per_token": plan.bytes_per_token,
         "cache_gb": round(plan.bytes_per_row * plan.rows.count / 1e9, 2),
         "cache": str(out / "cache"),

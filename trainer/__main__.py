@@ -3,17 +3,16 @@
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from schemas import settings
 from schemas.config import TrainConfig
-from schemas.errors import DistillcacheError
+from schemas.errors import DistillcacheError, DivergedError
 from schemas.peers import has_peers
 from schemas.supervise import is_supervised, supervise
 from trainer.evaluate import Evaluation
-from trainer.train import TrainResult, train
+from trainer.train import TrainResult, divergence_summary, train
 
 
 def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> int:
@@ -22,33 +21,30 @@ def train_command(argv: Sequence[str], command: str = "distillcache train", as_j
     config = settings.parse(TrainConfig, argv, command)
     if has_peers(config.coordinator) and not is_supervised():
         return supervise("trainer", [*argv, *(["--json"] if as_json else [])])
-    result = train(config)
+    try:
+        result = train(config)
+    except DivergedError as error:
+        if as_json and not jax.process_index():
+            print(json.dumps({"run": config.run, **divergence_summary(error)}))
+        raise
+    code = result.diverged.exit_code if result.diverged else 0
     if jax.process_index():  # the first process says it for all
-        return 0
+        return code
     if as_json:
-        print(json.dumps(summary(result)))
+        print(json.dumps(result.summary()))
     else:
         print("\n".join(_lines(result)), file=sys.stderr)
-    return 0
-
-
-def summary(result: TrainResult) -> dict[str, Any]:
-    """The result as one JSON object."""
-    evaluations = {"before": result.before, "after": result.after}
-    return {
-        "run": result.run,
-        "steps": result.steps,
-        "resumed_from": result.resumed_from,
-        "loss": result.loss,
-        "tokens_per_s": result.tokens_per_s,
-        **{name: found.model_dump() if found else None for name, found in evaluations.items()},
-    }
+    if result.diverged:
+        print(result.diverged, file=sys.stderr)
+    return code
 
 
 def _lines(result: TrainResult) -> list[str]:
     lines = [f"run {result.run}: {result.steps} steps, loss {result.loss:.4g}, {result.tokens_per_s:,.0f} tokens/s"]
     if result.before and result.after:
         lines += _changes(result.before, result.after)
+    if result.diverged:
+        return lines
     return [*lines, f"write the student: distillcache export {result.run} <folder>"]
 
 
@@ -68,7 +64,7 @@ def _changes(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
+    """Exit code: as that of `distillcache` (tools/cli.py)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return train_command([word for word in words if word != "--json"], "python -m trainer", "--json" in words)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from models.decoder import BlockOutput, Decoder
 from models.routing import expert_load, max_violation
 from schemas.base import Config
-from schemas.errors import InputError
+from schemas.errors import InputError, NonFiniteError
 from schemas.peers import ALONE, Peers
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
@@ -76,7 +76,11 @@ class Evaluator:
         self._rules = BlockRules(compute_dtype=config.compute_dtype, teacher_norm_eps=eps)
 
     def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
-        """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows."""
+        """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows.
+
+        Raises:
+            NonFiniteError: a figure is not finite.
+        """
         rows, source, peers = self._config.eval_batch_rows, self._source, self._peers
         parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
         decoder = self._with(parameters)
@@ -91,7 +95,7 @@ class Evaluator:
                 self._stack, parameters, source, self._table, self._reading, self._rules, rows, peers
             )
             cosine = tuple(float(found[block]) for block in self._blocks)
-        return Evaluation(
+        return _evaluation(
             step=step,
             perplexity=whole.perplexity,
             blocks=self._blocks,
@@ -116,6 +120,15 @@ class Evaluator:
         install(decoder, biases)
         title = "perplexity without router biases"
         return held_out(decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
+
+
+def _evaluation(**figures: Any) -> Evaluation:
+    """The evaluation of these figures; raises `NonFiniteError` where one of them is no finite number."""
+    given = {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in figures.items() if value is not None}
+    bad = {name: numbers[~np.isfinite(numbers)][0] for name, numbers in given.items() if not np.isfinite(numbers).all()}
+    if bad:
+        raise NonFiniteError("figures on held-out rows are not finite", bad)
+    return Evaluation(**figures)
 
 
 class HeldOut(NamedTuple):

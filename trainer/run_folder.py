@@ -3,6 +3,7 @@
 <run>/config.yaml      the resolved config            <run>/metrics.jsonl, router.jsonl, tensorboard/
 <run>/run.json         what the numbers depend on     <run>/eval.json   every evaluation
 <run>/student/         the student before step 1      <run>/checkpoints/
+<run>/summary.json     what came of it, once it has ended
 """
 
 import contextlib
@@ -47,6 +48,7 @@ FREE_FIELDS = frozenset(
 EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
 RESOLVED = "config.yaml"
+SUMMARY = "summary.json"
 LOCK = "lock"
 CLAIM = "claim.json"  # in a bucket, instead of the lock
 CLAIM_EXPIRY_S = 120.0  # a claim is written anew four times in this: rarely enough for one object of a bucket
@@ -190,6 +192,11 @@ def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
 def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
     """All evaluations of a run."""
     store.write(EVALUATIONS, _spelled_json([entry.model_dump() for entry in evaluations]))
+
+
+def write_summary(store: Store, summary: dict[str, Any]) -> None:
+    """What came of a run."""
+    store.write(SUMMARY, _spelled_json(summary))
 
 
 def best_evaluation(run: str) -> Evaluation:

@@ -19,7 +19,7 @@ from models.kernels import chosen_kernel
 from models.routing import RouterSums
 from schemas import progress, storage
 from schemas.config import TrainConfig
-from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from schemas.errors import CheckpointError, ConfigError, DivergedError, Interrupted, NonFiniteError
 from schemas.peers import Peers, join_peers
 from schemas.progress import Progress
 from schemas.signals import StopRequest, watch_for_stop
@@ -31,6 +31,7 @@ from trainer.checkpoints import (
     balance_arrays,
     has_student,
 )
+from trainer.divergence import best_checkpoint, diverged_error, end_of_run
 from trainer.evaluate import Evaluation, Evaluator
 from trainer.feed import Feed, make_feed
 from trainer.flops import peak_flops, step_flops
@@ -42,12 +43,14 @@ from trainer.open import Sources
 from trainer.parameters import Parameters
 from trainer.placement import to_host
 from trainer.run_folder import (
+    SUMMARY,
     best_of,
     claim_run,
     only_one,
     read_evaluations,
     remove_beginning,
     write_evaluations,
+    write_summary,
 )
 from trainer.schedules import may_count
 from trainer.sharding import check_processes, check_rows, make_mesh
@@ -65,7 +68,8 @@ class TrainResult:
 
     metrics: the last line of metrics.jsonl. tokens_per_s: the median over its lines. before, after: evaluations of the
     student at step 0 and at the end; None where no rows are held out. resumed_from: the step at which this process
-    began, `steps` if there was nothing left to do.
+    began, `steps` if there was nothing left to do. diverged: what is to be said where the student ended worse than it
+    began (divergence.py).
     """
 
     run: str
@@ -75,20 +79,44 @@ class TrainResult:
     tokens_per_s: float
     before: Evaluation | None
     after: Evaluation | None
+    diverged: DivergedError | None = None
 
     @property
     def loss(self) -> float:
         """The last step's."""
         return self.metrics["distill/total_loss"]
 
+    def summary(self) -> dict[str, Any]:
+        """The result as one JSON object."""
+        evaluations = {"before": self.before, "after": self.after}
+        return {
+            "run": self.run,
+            "steps": self.steps,
+            "resumed_from": self.resumed_from,
+            "loss": self.loss,
+            "tokens_per_s": self.tokens_per_s,
+            **{name: found.model_dump() if found else None for name, found in evaluations.items()},
+            **divergence_summary(self.diverged),
+        }
+
+
+def divergence_summary(error: DivergedError | None) -> dict[str, Any]:
+    """Whether a run diverged, for its summary; if so, in which words, and at which step its best checkpoint is."""
+    if error is None:
+        return {"diverged": False}
+    return {"diverged": True, "best_checkpoint": error.best, "error": str(error)}
+
 
 def train(config: TrainConfig) -> TrainResult:
     """Train the student that `config` describes, or go on with its run; a finished run is left as it is.
 
+    A student that ended worse than it began is a result, with `diverged`.
+
     Raises:
         PlanMismatchError: the folder holds the run of another config or cache.
         ConfigError, InputError, CheckpointError: what was given cannot be used; no run is begun.
-        NonFiniteError: a loss is not finite; the checkpoints before it stay.
+        DivergedError: a loss is not finite; the checkpoints before it stay.
+        NonFiniteError: the student's figures are not finite before the first step.
         Interrupted: SIGTERM or SIGINT; a checkpoint of the last step was written, and the same command goes on.
         PeerError: another process of the run failed or died.
     """
@@ -128,10 +156,17 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             run = _Run(config, runs, store, sources, decoder, parameters, checkpoints, stop, peers)
             del decoder, parameters  # from here on they are on the host, and in the stages
             first = run.go()
+        except DivergedError as error:
+            if peers.first:
+                write_summary(store, {"run": config.run, "steps": stages[-1].last, **divergence_summary(error)})
+            raise
         finally:
             checkpoints.close()
         peers.meet("end")
-        return _result(config, stages[-1].last, store, first)
+        result = _result(config, stages[-1], store, first)
+        if peers.first and (first < result.steps or store.read(SUMMARY) is None):
+            write_summary(store, result.summary())
+        return result
 
 
 def _check_batches(config: TrainConfig) -> None:
@@ -224,6 +259,7 @@ class _Run:
         self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first]
         self.peers.meet("read")
         if self.peers.first:  # the steps past the checkpoint are done again
+            self.store.delete(SUMMARY)
             write_evaluations(self.store, self.evaluations)
             self.log = MetricsLog(self.store, first if first else -1)
         self._keep_best()
@@ -285,27 +321,34 @@ class _Run:
         """The step's losses, of its sums on the host.
 
         Raises:
-            NonFiniteError: one of them is not a number; nothing of this step is kept.
+            DivergedError: one of them is not a number; nothing of this step is kept.
         """
         losses = run.losses(sums)
         bad = {name: np.flatnonzero(~np.isfinite(np.atleast_1d(value))) for name, value in losses.items()}
         if broken := [name for name, at in bad.items() if at.size]:
-            saved, name = self.checkpoints.latest(), broken[0]
+            name = broken[0]
             value = np.atleast_1d(losses[name])[bad[name][0]]
             by_block = np.ndim(losses[name]) == 1
-            raise NonFiniteError(
+            raise self._diverged(
                 f"the training has diverged: {'the loss of a block' if by_block else 'the loss'} is not finite",
+                run.stage,
                 {
-                    "run": self.config.run,
                     "step": number,
                     "loss": name,
                     **({"block": ", ".join(map(str, bad[name]))} if by_block else {}),
                     "found": value,
-                    "last checkpoint": "none" if saved is None else f"step {saved}",
                 },
-                "start another run with a lower optimizer.learning_rate or optimizer.clip_norm",
             )
         return run.metrics(losses, sums, None if teacher is None else self.peers.join_rows(teacher))
+
+    def _diverged(self, what: str, stage: Stage, facts: dict[str, object]) -> DivergedError:
+        """The error of figures that are not finite any more; the best checkpoint of those before is named in it."""
+        self.checkpoints.wait()
+        if self.log is not None:
+            self.log.flush()
+        lines = read_metrics(self.store.url)
+        best = best_checkpoint(stage, self.checkpoints.steps(), self.evaluations, lines)
+        return diverged_error(what, self.config.run, facts, best)
 
     def _keep(
         self,
@@ -323,7 +366,8 @@ class _Run:
         if evaluates:
             self.parameters |= run.parameters()
             metrics = {**metrics, **self._evaluate(number, run.stage)}
-        if evaluates or last or number % config.log_every == 0:
+        # The first step's loss is what the last one's is compared with.
+        if evaluates or last or number % config.log_every == 0 or number == run.stage.first + 1:
             self._log(number, metrics)
         if routing is not None and self.log is not None and (saves or number == run.stage.first + 1):
             self.log.log_load(number, run.stack.config.moe_blocks, np.asarray(routing.sums.load))
@@ -365,12 +409,26 @@ class _Run:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
         found = next((entry for entry in self.evaluations if entry.step == number), None)
         if found is None:
-            found = self.evaluator.evaluate(number, gathered(self.parameters))
+            found = self._evaluated(number, stage)
             self.evaluations.append(found)
             if self.peers.first:
                 write_evaluations(self.store, self.evaluations)
         first = next((entry for entry in self.evaluations if entry.step == 0), None)
         return evaluation_metrics(found, first, stands_in=not stage.compares_tokens)
+
+    def _evaluated(self, number: int, stage: Stage) -> Evaluation:
+        """A new evaluation. Its figures may be not finite where those of the steps are: blocks are trained apart."""
+        try:
+            return self.evaluator.evaluate(number, gathered(self.parameters))
+        except NonFiniteError as error:
+            if number:
+                what = f"the training has diverged: {error.what}"
+                raise self._diverged(what, stage, {"step": number, **error.facts}) from error
+            raise NonFiniteError(
+                f"{error.what} before the first step",
+                {"run": self.config.run, **error.facts},
+                "start from another student: student.init, student.surgery",
+            ) from error
 
 
 class FlopCount:
@@ -386,9 +444,11 @@ def _teacher_path(config: TrainConfig) -> str | None:
     return config.online.teacher.path if config.source == "online" and config.online.teacher else None
 
 
-def _result(config: TrainConfig, steps: int, store: Store, first: int) -> TrainResult:
+def _result(config: TrainConfig, stage: Stage, store: Store, first: int) -> TrainResult:
+    """What a finished run came to, read from its files. stage: its last."""
     lines = [line for line in read_metrics(store.url) if "distill/total_loss" in line]
-    found = {entry.step: entry for entry in read_evaluations(store)}
+    evaluations, steps = read_evaluations(store), stage.last
+    found = {entry.step: entry for entry in evaluations}
     return TrainResult(
         run=config.run,
         steps=steps,
@@ -397,4 +457,5 @@ def _result(config: TrainConfig, steps: int, store: Store, first: int) -> TrainR
         tokens_per_s=statistics.median(line["perf/tokens_per_second"] for line in lines),
         before=found.get(0),
         after=found.get(steps),
+        diverged=end_of_run(config.run, stage, Checkpoints(store).steps(), evaluations, lines),
     )

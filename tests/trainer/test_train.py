@@ -87,6 +87,7 @@ def test_a_run_from_start_to_end(whole, cache, capsys):
         "metrics.jsonl",
         "run.json",
         "student",
+        "summary.json",
         "surgery.json",
         "tensorboard",
     ]
