@@ -1,9 +1,11 @@
 """What all configs and everything on disk are made of."""
 
+import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 # A name of a file or a folder, as files of ours hold them. Such files come from others: nothing in them leads outside
@@ -25,6 +27,35 @@ class Config(BaseModel):
     other_names: ClassVar[Mapping[str, Any]] = {}
     usual: ClassVar[tuple[str, ...]] = ()
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would take `true` for 1, so that `steps: true` trained for one step."""
+        truth = value if isinstance(value, bool) else _truth_in(value) if isinstance(value, list | tuple) else None
+        if truth is not None and info.field_name and _is_numeric(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"input should be a number, not {str(truth).lower()}")
+        return value
+
+
+def _truth_in(values: list[Any] | tuple[Any, ...]) -> bool | None:
+    return next((value for value in values if isinstance(value, bool)), None)
+
+
+@cache
+def _is_numeric(annotation: Any) -> bool:
+    """True for a type, or a list or union of types, that has numbers among its members and no bool."""
+    leaves = _leaves(annotation)
+    return bool not in leaves and bool({int, float} & leaves)
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return {type(word) for word in typing.get_args(annotation)}
+    if typing.get_origin(annotation) is Annotated:
+        return _leaves(typing.get_args(annotation)[0])
+    inner = typing.get_args(annotation)
+    return {annotation} if not inner else set[Any]().union(*map(_leaves, inner))
 
 
 def is_name_inside(name: str) -> bool:

@@ -35,6 +35,8 @@ _MEMBER_NAMES = (
 )  # how pydantic names a union's members, where not `list[...]`
 
 
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "~")
+
 MAX_BRIEF = 84  # characters of a description on a line of --help that only names a flag
 MAX_FIELDS = 200  # characters in which help names all fields of a mapping
 
@@ -84,9 +86,10 @@ def parse(
             continue
         flag, equals, text = word.partition("=")
         value = text if equals else None
-        if value is None and words and not words[0].startswith("--"):
-            value = words.pop(0)
         name = flag[2:].replace("-", "_")
+        annotation = None if name == "config" else _field_annotation(model, name.split("."), flag, command)
+        if value is None and words and _is_value(words[0], annotation, bare):
+            value = words.pop(0)
         if name == "config":
             values = merge(values, load_yaml(_given(value, flag, command)))
             refuse_secrets(values)
@@ -98,6 +101,17 @@ def parse(
             value = "true"
         _assign(values, keys, _parse_value(_given(value, flag, command), annotation, flag), flag)
     return validate(model, complete(values), command)
+
+
+def _is_value(word: str, annotation: Any, bare: Sequence[str]) -> bool:
+    """True for a word that belongs to the flag before it; `verify --quick cache` names a cache, not how quick.
+
+    Args:
+        bare: fields that bare words may still fill.
+    """
+    if word.startswith("--"):
+        return False
+    return not bare or _members(annotation) != [bool] or word.lower() in _TRUTHS
 
 
 def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
@@ -411,7 +425,9 @@ def _parse_value(text: str, annotation: Any, flag: str) -> Any:
     except YamlError as error:
         if str in members:
             return text
-        raise ConfigError("a flag's value is not YAML", {"flag": flag, "found": text, "cause": error}) from error
+        raise ConfigError(
+            "a flag's value is not YAML", {"flag": flag, "found": _shortly(text), "cause": error}
+        ) from error
     if value is None and text.strip().lower() not in ("null", "~"):  # `#` and `!` are nothing to YAML
         raise ConfigError("a flag's value is empty", {"flag": flag, "found": text}, "put it in quotes, or leave it out")
     return value if isinstance(value, list | dict) or str not in members else text

@@ -116,6 +116,19 @@ def test_bare_words_fill_the_positional_fields() -> None:
     assert caught.value.facts == {"found": "more"}
 
 
+@pytest.mark.parametrize("argv", [["--accept-platform", "corpus"], ["corpus", "--accept-platform"]])
+def test_a_switch_takes_no_word_that_is_not_true_or_false(argv: list[str]) -> None:
+    config = read(*argv, positional=("path",))
+    assert config.path == "corpus"
+    assert config.accept_platform
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    with pytest.raises(ConfigError, match="not YAML") as caught:
+        read("--path", "x", "--row-tokens", "9" * 5000)
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -140,6 +153,11 @@ def test_bare_words_fill_the_positional_fields() -> None:
         (["--row-tokens", "#"], ["value is empty", "--row-tokens"]),
         (["--path", "x", "--row-tokens", "!!int x"], ["not YAML", "'x' is no !!int"]),
         (["--path", "caf\udce9"], ["not UTF-8", "caf\\udce9"]),
+        (["--path", "x", "--row-tokens", "true"], ["row_tokens", "should be a number, not true"]),
+        (["--path", "x", "--rate", "false"], ["rate", "should be a number, not false"]),
+        (["--path", "x", "--blocks", "[1, true]"], ["blocks", "should be a number, not true"]),
+        (["--path", "x", "--items", "[{size: true}]"], ["items.0.size", "should be a number, not true"]),
+        (["--path", "x", "--accept-platform", "perhaps"], ["accept_platform", "valid boolean", "'perhaps'"]),
     ],
 )
 def test_what_is_wrong_is_named(argv: list[str], told: list[str]) -> None:
