@@ -15,7 +15,7 @@ import numpy as np
 from cache_builder.finish import lists_segment, tidy
 from cache_builder.pipeline import ShardWriter
 from cache_builder.write import ShardBuffer, commit_shard
-from models.recorder import Recording
+from models.recorder import Recording, raise_if_too_large
 from schemas import layout
 from schemas.claims import Claims
 from schemas.config import BuildConfig, CopyConfig
@@ -267,7 +267,8 @@ def keep_batch(
     for tap in plan.taps:
         _raise_if_nonfinite(plan, tap.name, tap.slots, np.asarray(sums[tap.name].nonfinite)[: len(rows)], first)
         squares = np.asarray(sums[tap.name].square_sum)[: len(rows)]
-        raise_if_too_large(tap.name, tap.slots, squares, np.asarray(sums[tap.name].abs_max)[: len(rows)], first)
+        largest = np.asarray(sums[tap.name].abs_max)[: len(rows)]
+        raise_if_too_large(tap.name, tap.slots, squares, largest, range(first, first + len(rows)))
     start = 0
     while start < len(rows):
         part = slice(start, min(start + plan.shard_rows - (first + start) % plan.shard_rows, len(rows)))
@@ -297,32 +298,4 @@ def _raise_if_nonfinite(plan: Plan, tap: str, slots: tuple[int, ...], counts: np
             "found": f"{counts[row, slot]} numbers that are NaN or infinite",
         },
         "check the teacher's weights, or compute in another dtype: --dtype float32",
-    )
-
-
-def raise_if_too_large(
-    tap: str, slots: tuple[int, ...], square_sum: np.ndarray, abs_max: np.ndarray, first: int
-) -> None:
-    """Raise `NonFiniteError` where finite activations are so large that their squares are not, in float32.
-
-    Norms, cosines and losses could not be computed from them either.
-
-    Args:
-        square_sum, abs_max: `[rows, S]`.
-        first: the number of the first row.
-    """
-    places = np.argwhere(~np.isfinite(square_sum)).tolist()
-    if not places:
-        return
-    row, slot = min(places, key=lambda place: (place[1], place[0]))
-    raise NonFiniteError(
-        "the teacher gave numbers whose squares overflow float32",
-        {
-            "row": first + row,
-            **({} if tap == TOPK_LOGITS else {"block": slots[slot]}),
-            "tap": tap,
-            "found": f"numbers up to {abs_max[row, slot]:.3g}",
-            "expected": "a sum of squares below 3.4e38",
-        },
-        "check the teacher's weights: no loss can be computed from such numbers",
     )

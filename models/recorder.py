@@ -19,6 +19,7 @@ from models.recording_mesh import RecordingMesh
 from models.routing import RouterSums, router_sums
 from models.topk import topk_logits
 from schemas.codecs import Codec
+from schemas.errors import NonFiniteError
 from schemas.manifest import TOPK_LOGITS, TapPlan
 from schemas.tap_codec import Signs, tap_codec
 
@@ -200,6 +201,34 @@ def slot_sums(value: Float[Array, "B T D"], real: Array) -> SlotSums:
     inner = (1, 2)
     return SlotSums(
         jnp.sum(jnp.square(clean), inner), jnp.max(jnp.abs(clean), inner), jnp.sum(~finite, inner, dtype=jnp.int32)
+    )
+
+
+def raise_if_too_large(
+    tap: str, slots: tuple[int, ...], square_sum: np.ndarray, abs_max: np.ndarray, rows: Sequence[int]
+) -> None:
+    """Raise `NonFiniteError` where finite activations are so large that their squares are not, in float32.
+
+    Norms, cosines and losses could not be computed from them either.
+
+    Args:
+        square_sum, abs_max: `[rows, S]`.
+        rows: their numbers.
+    """
+    places = np.argwhere(~np.isfinite(square_sum)).tolist()
+    if not places:
+        return
+    row, slot = min(places, key=lambda place: (place[1], place[0]))
+    raise NonFiniteError(
+        "the teacher gave numbers whose squares overflow float32",
+        {
+            "row": rows[row],
+            **({} if tap == TOPK_LOGITS else {"block": slots[slot]}),
+            "tap": tap,
+            "found": f"numbers up to {abs_max[row, slot]:.3g}",
+            "expected": "a sum of squares below 3.4e38",
+        },
+        "check the teacher's weights: no loss can be computed from such numbers",
     )
 
 

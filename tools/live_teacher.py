@@ -17,9 +17,11 @@ from models.checkpoint import load_pretrained, weights_digest
 from models.recorder import make_recorder
 from schemas.codecs import TopK
 from schemas.config import TapConfig, TapsConfig, TopKConfig
+from schemas.errors import NonFiniteError
 from schemas.manifest import TOPK_LOGITS, TapPlan
 from schemas.rows import Row, teacher_batch
 from schemas.tap_plan import choose_taps
+from trainer.losses import LARGE, SHRINK
 
 Taps = dict[str, Float[np.ndarray, "S T D"]]
 F32 = TapConfig(codec="f32")
@@ -73,7 +75,15 @@ class LiveTeacher:
     def taps_and_logits(self, row: Row) -> tuple[Taps, TopK | None]:
         """`taps`, and its largest logits: values and ids `[T, k]`, logsumexp `[T]`; None where none are asked for."""
         arrays = teacher_batch([row], 1, len(row.tokens))
-        codes = self._record(self._parameters, *map(jnp.asarray, arrays)).codes
+        recording = self._record(self._parameters, *map(jnp.asarray, arrays))
+        codes = recording.codes
+        for name, sums in recording.sums.items():
+            if count := int(np.sum(sums.nonfinite)):
+                raise NonFiniteError(
+                    "the teacher gives numbers that are not finite",
+                    {"teacher": self.path, "tap": name, "found": f"{count} of a row of {len(row.tokens)} tokens"},
+                    "check the teacher's weights: no cache can be made with them",
+                )
         taps = {name: np.asarray(codes[name]["codes"][0]) for name in self.names}
         if TOPK_LOGITS not in codes:
             return taps, None
@@ -92,17 +102,18 @@ class LiveTeacher:
         """For a few tokens of `resid` slot 0: the id whose embedding is nearest, and its relative distance."""
         best, distance = np.zeros(len(stream), np.int32), np.full(len(stream), np.inf, np.float32)
         embed: Any = self._decoder.embed[...]
-        wide = jnp.asarray(stream, jnp.float32)
+        shrink = np.float32(1 if max(np.abs(stream).max(initial=0), np.abs(embed).max(initial=0)) < LARGE else SHRINK)
+        wide, norms = jnp.asarray(stream, jnp.float32) * shrink, np.linalg.norm(stream * shrink, axis=-1)
         for start in range(0, embed.shape[0], CHUNK):
-            ids, found = map(np.asarray, _nearest(wide, embed[start : start + CHUNK]))
+            ids, found = map(np.asarray, _nearest(wide, embed[start : start + CHUNK], shrink))
             better = found < distance
             best, distance = np.where(better, ids + start, best), np.where(better, found, distance)
-        return best, distance / np.maximum(np.linalg.norm(stream, axis=-1), 1e-30)
+        return best, distance / np.maximum(norms, 1e-30)
 
 
 @jax.jit
-def _nearest(stream: jax.Array, embed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    wide = embed.astype(jnp.float32)
+def _nearest(stream: jax.Array, embed: jax.Array, shrink: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = embed.astype(jnp.float32) * shrink
     scores = jnp.sum(jnp.square(wide), -1) - 2 * stream @ wide.T
     at = jnp.argmin(scores, -1)
     return at, jnp.linalg.norm(stream - wide[at], axis=-1)

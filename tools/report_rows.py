@@ -18,7 +18,7 @@ from schemas.rows import Row
 from schemas.segment import read_manifest, read_tokenizer
 from schemas.storage import Store
 from tools.sample_checks import SampleChecks
-from tools.stored_rows import StoredRows
+from tools.stored_rows import StoredRows, lengths
 
 KEPT_BYTES = 128 * 2**20  # of one row's sampled vectors
 KEPT_TOKENS = 64  # of a row, at most: hundreds over all rows, enough for two digits of a mean cosine
@@ -133,7 +133,7 @@ def _look_at_tap(
     norms, kept = {}, {}
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is shown, and told
         for slot, values in stored.slots(number, name):
-            norms[slot] = np.linalg.norm(values, axis=-1)
+            norms[slot] = lengths(values)
             kept[slot] = _unit(values[picked])
             checks.slot(name, slot, values)
     slots = tuple(sorted(norms))
@@ -144,7 +144,7 @@ def _look_at_tap(
 
 def _unit(values: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
     """Of length 1; zeros where there is no direction."""
-    length = np.linalg.norm(values, axis=-1, keepdims=True)
+    length = lengths(values)[:, None]
     return np.divide(values, length, out=np.zeros_like(values), where=np.isfinite(length) & (length > 0))
 
 

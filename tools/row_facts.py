@@ -16,7 +16,7 @@ from schemas.errors import DamageError, InputError
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
 from tools.fidelity_rows import cache_tokenizer
-from tools.stored_rows import StoredRows, finite
+from tools.stored_rows import StoredRows, finite, lengths
 
 LARGEST = 3  # dimensions named of a slot
 TINY = 1e-30
@@ -135,12 +135,12 @@ def tap_facts(rows: StoredRows, number: int, name: str, row: Row, block: int | N
 
 def _slot_facts(slot: int, values: np.ndarray, before: np.ndarray | None, real: np.ndarray) -> tuple[Any, ...]:
     nonfinite = int(np.count_nonzero(~np.isfinite(values[real])))
-    clean = finite(values.astype(np.float32))
-    norm = np.linalg.norm(clean, axis=-1)
+    clean = finite(values.astype(np.float64))
+    norm = lengths(clean)
     cosine = np.zeros_like(norm)
     if before is not None:
         earlier = finite(before)
-        cosine = (clean * earlier).sum(-1) / np.maximum(norm * np.linalg.norm(earlier, axis=-1), TINY)
+        cosine = (clean * earlier).sum(-1) / np.maximum(norm * lengths(earlier), TINY)
     at = np.abs(clean).argmax(-1)
     rms = np.sqrt(np.square(clean[real]).mean(0)) if real.any() else np.zeros(values.shape[-1])
     largest = tuple((int(each), float(rms[each])) for each in np.argsort(-rms)[:LARGEST])

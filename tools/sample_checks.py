@@ -16,6 +16,7 @@ from schemas.manifest import Plan
 from schemas.rows import Row
 from schemas.storage import Store
 from tools.fidelity_rows import cache_tokenizer, padding_ids, row_faults
+from tools.stored_rows import lengths
 
 NEAR = 0.05  # relative distance of two vectors that are one embedding, after any codec but the coarsest
 OCCURRENCES, OF_ROW = 96, 3  # of one token that are kept, and of each row
@@ -63,7 +64,7 @@ class SampleChecks:
             self._keep(number, row, places, values)
         some = values[places[:ORDER_TOKENS]]
         if np.isfinite(some).all():
-            self._units[slot] = some / np.maximum(np.linalg.norm(some, axis=-1, keepdims=True), 1e-30)
+            self._units[slot] = some / np.maximum(lengths(some)[:, None], 1e-30)
 
     def _keep(self, number: int, row: Row, places: np.ndarray, values: np.ndarray) -> None:
         """Some of the vectors of slot 0, by token."""

@@ -15,7 +15,7 @@ from tools.serve_page import View, address, form, number_field, steps
 from tools.serve_row import one_line
 from tools.serve_watch import WatchedCache
 from tools.stats import RANK_TOKENS, SlotStats
-from tools.stored_rows import StoredRows, finite
+from tools.stored_rows import StoredRows, finite, lengths
 
 ROWS = 4  # read for a page: hundreds of tokens, a second of a local disk
 MOST_ROWS = 16
@@ -98,8 +98,8 @@ def sample_slot(stored: StoredRows, tap: str, slot: int, near: Sequence[int], co
 
 def _cosine_sum(a: Float[np.ndarray, "t D"], b: Float[np.ndarray, "t D"]) -> float:
     a, b = finite(a), finite(b)
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return float(((a * b).sum(-1) / np.maximum(lengths, TINY)).sum())
+    norms = lengths(a) * lengths(b)
+    return float(((a.astype(np.float64) * b).sum(-1) / np.maximum(norms, TINY)).sum())
 
 
 def _around(slots: Sequence[int], place: int) -> list[tuple[str, int]]:

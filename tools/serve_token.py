@@ -17,7 +17,7 @@ from tools.serve_asked import NotThere
 from tools.serve_page import View, steps
 from tools.serve_row import committed_row, one_line, running_text
 from tools.serve_watch import WatchedCache
-from tools.stored_rows import StoredRows, finite
+from tools.stored_rows import StoredRows, finite, lengths
 
 AROUND = 32  # tokens shown on each side
 LARGEST = 5  # dimensions
@@ -117,9 +117,9 @@ def slot_vectors(stored: StoredRows, at: int, name: str, token: int) -> tuple[Sl
 def _described(
     slot: int, vector: Float[np.ndarray, "D"], nonfinite: int, following: Float[np.ndarray, "D"] | None
 ) -> SlotVector:
-    norm, cosine = float(np.linalg.norm(vector)), None
+    norm, cosine = float(lengths(vector)), None
     if following is not None:
-        cosine = float(vector @ following / max(norm * float(np.linalg.norm(following)), TINY))
+        cosine = float(vector.astype(np.float64) @ following / max(norm * float(lengths(following)), TINY))
     largest = tuple((int(at), float(vector[at])) for at in np.argsort(-np.abs(vector))[:LARGEST])
     return SlotVector(slot, norm, cosine, largest, nonfinite)
 

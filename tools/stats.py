@@ -24,7 +24,7 @@ from schemas.progress import Progress
 from schemas.storage import use
 from schemas.whole_file import write_file
 from tools.sample_checks import SampleChecks
-from tools.stored_rows import StoredRows
+from tools.stored_rows import StoredRows, lengths
 from tools.terminal import table_console
 
 OUTLIER = 6.0  # times the median dimension's rms
@@ -66,9 +66,10 @@ class SlotStats:
 
     def compare(self, values: Float[np.ndarray, "t D"], after: Float[np.ndarray, "t D"]) -> None:
         """The same tokens here and in the next slot; those with a vector of zeros, or not finite, do not count."""
-        norms = np.linalg.norm(values, axis=1) * np.linalg.norm(after, axis=1)
+        norms = lengths(values) * lengths(after)
         counts = np.isfinite(norms) & (norms > 0)
-        self.cosines += float(np.sum(np.einsum("td,td->t", values[counts], after[counts]) / norms[counts]))
+        products = np.einsum("td,td->t", values[counts].astype(np.float64), after[counts])
+        self.cosines += float(np.sum(products / norms[counts]))
         self.compared += int(np.count_nonzero(counts))
 
     @property

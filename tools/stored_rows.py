@@ -256,6 +256,11 @@ def finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.zeros((), values.dtype))
 
 
+def lengths(values: np.ndarray) -> np.ndarray:
+    """The norm of every vector, float64 `[*A]` of `[*A, D]`: float32's squares overflow above 1.8e19."""
+    return np.linalg.norm(values.astype(np.float64), axis=-1)
+
+
 def has_row(segment: Segment, row: int) -> bool:
     """Whether a segment has committed the shard of one of its rows."""
     return segment.committed is None or row // segment.plan.shard_rows in segment.committed

@@ -31,7 +31,7 @@ from models.decoder import Decoder
 from models.mlp import Mlp
 from models.sublayer import pre_norm
 from models.surgery import Scores
-from schemas.errors import ConfigError, InputError
+from schemas.errors import ConfigError, InputError, NonFiniteError
 from schemas.layout import MANIFEST
 from schemas.progress import Progress
 from schemas.storage import Store
@@ -107,7 +107,32 @@ def measure_importance(teacher: Decoder, source: Source, rows: int) -> Scores:
     ]
     squares = np.stack([block.pop("D") for block in blocks])
     squares = squares / np.maximum(np.mean(squares, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return Scores(tuple(blocks), np.sqrt(np.mean(squares, axis=0)))
+    scores = Scores(tuple(blocks), np.sqrt(np.mean(squares, axis=0)))
+    _raise_if_not_finite(scores, source.url)
+    return scores
+
+
+def _raise_if_not_finite(scores: Scores, url: str) -> None:
+    """Raise `NonFiniteError` where a sum overflowed: by such scores the wrong parts would be chosen."""
+    for block, found in enumerate(scores.blocks):
+        for letter, value in found.items():
+            if not np.isfinite(value).all():
+                raise NonFiniteError(
+                    "the importance of the teacher's parts is not finite",
+                    {
+                        "cache": url,
+                        "block": block,
+                        "axis": letter,
+                        "found": f"{np.sum(~np.isfinite(value))} of {value.size}",
+                    },
+                    "check the teacher's weights, or choose by: weight_norm",
+                )
+    if not np.isfinite(scores.stream).all():
+        raise NonFiniteError(
+            "the importance of the stream's numbers is not finite",
+            {"cache": url, "axis": "D", "found": f"{np.sum(~np.isfinite(scores.stream))} of {scores.stream.size}"},
+            "check the teacher's weights, or choose by: weight_norm",
+        )
 
 
 @dataclass(frozen=True, eq=False)

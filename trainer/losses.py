@@ -2,7 +2,8 @@
 
 All are computed in float32 whatever comes in: bfloat16 cannot tell distances below about 4e-3 apart. Masked tokens are
 taken out with `where`, not multiplied by zero, and before anything is computed, so that a NaN or a row of zeros in
-the padding reaches neither the sum nor the gradient.
+the padding reaches neither the sum nor the gradient. Scale-free losses hold up to float32's largest numbers: what is so
+large that its squares might overflow is first multiplied by 2^-80. All else keeps its bits.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 COSINE_EPSILON = 1e-6  # floor of a squared norm, as in MaxText (optax.cosine_distance(..., epsilon=1e-6))
 RELATIVE_EPSILON = 1e-6  # the same floor for the teacher's squared norm
+LARGE, SHRINK = 2.0**50, 2.0**-80  # a million squares of numbers below LARGE, or of shrunk ones, fit into float32
 NO_MASS = -1e30  # the logit of an empty rest: no mass, and unlike -inf no NaN in any gradient
 FLOAT32_EPSILON = 2.0**-23
 
@@ -58,8 +60,9 @@ def blockwise_relative_l2_loss(
     A teacher's squared norm below 1e-6 counts as 1e-6, so rows of zeros have finite losses and gradients.
     """
     s, t = _real(student, mask), _real(teacher, mask)
-    size = jnp.maximum(jnp.sum(jnp.square(t), axis=-1), RELATIVE_EPSILON)
-    return _masked_sum(jnp.sum(jnp.square(s - t), axis=-1) / size, mask)
+    scale = _fitting_scale(t)
+    size = jnp.maximum(jnp.sum(jnp.square(t * scale), axis=-1), RELATIVE_EPSILON * scale[..., 0])
+    return _masked_sum(jnp.sum(jnp.square(s * scale - t * scale), axis=-1) / size, mask)
 
 
 def feature_loss(
@@ -255,7 +258,19 @@ def _real(x: Float[Array, "*A D"], mask: Bool[Array, "B T"]) -> Float[Array, "*A
 
 
 def _unit(x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), COSINE_EPSILON))
+    scale = _fitting_scale(x)
+    scaled = x * scale
+    squares = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)
+    return scaled / jnp.sqrt(jnp.maximum(squares, COSINE_EPSILON * scale))
+
+
+def _fitting_scale(x: Float[Array, "*A D"]) -> Float[Array, "*A 1"]:
+    """1, or the power of two by which a vector of very large numbers is multiplied so that its squares can be added.
+
+    Shrunk squares sum to 2^-60 or more, so a floor times the scale is below them.
+    """
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
+    return jnp.where(largest < LARGE, 1.0, SHRINK)
 
 
 def _count(mask: Bool[Array, "B T"]) -> Float[Array, ""]:

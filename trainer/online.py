@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from models.recorder import Recording
+from models.recorder import Recording, raise_if_too_large
 from models.routing import RouterSums
 from schemas.errors import NonFiniteError
 from schemas.manifest import TapPlan
@@ -134,12 +134,15 @@ class OnlineSource(Source):
         """Wait for a call, and check what it gave.
 
         Raises:
-            NonFiniteError: the teacher gave numbers that are not finite, as a build would raise it.
+            NonFiniteError: the teacher gave numbers that are not finite, or whose squares are not, as a build would
+                raise it.
         """
         for tap in work.recorder.taps:
             counts = np.asarray(recording.sums[tap.name].nonfinite)[: len(call.rows)]
             if counts.any():
                 raise _not_finite(self.url, tap, call.rows, counts)
+            squares, largest = (np.asarray(part)[: len(call.rows)] for part in recording.sums[tap.name][:2])
+            raise_if_too_large(tap.name, tap.slots, squares, largest, [row for _, row in call.rows])
         if not work.recorder.checked:
             work.recorder.checked = True
             _compare(self.url, work, call, recording)

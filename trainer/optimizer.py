@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from schemas.train_config import OptimizerConfig
+from trainer.losses import SHRINK
 
 Blocks = Any  # a pytree whose leaves have the block axis in front
 
@@ -40,11 +41,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, *, clips: bool = True) -
         weight_decay=config.weight_decay,
         mask=_decayed,
     )
-    return (
-        adam
-        if config.clip_norm is None or not clips
-        else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
-    )
+    return adam if config.clip_norm is None or not clips else optax.chain(_clipping(config.clip_norm), adam)
 
 
 def init_blocks(optimizer: optax.GradientTransformation, parameters: Blocks) -> Blocks:
@@ -107,7 +104,27 @@ def clip_all(gradients: Blocks, norm: float | None) -> Blocks:
     """Gradients scaled so that the norm of all of them together is at most `norm`."""
     if norm is None:
         return gradients
-    return optax.clip_by_global_norm(norm).update(gradients, optax.EmptyState())[0]
+    return _clipping(norm).update(gradients, optax.EmptyState())[0]
+
+
+def _clipping(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, to the bit, but for gradients whose squares overflow float32: these would become 0.
+
+    (Of gradients that are not finite themselves nothing finite comes out, as in Optax.)
+    """
+
+    def update(gradients: Blocks, state: Any, parameters: Blocks = None) -> tuple[Blocks, Any]:
+        norm = optax.tree.norm(gradients)
+        small = optax.tree.norm(jax.tree.map(lambda leaf: leaf * SHRINK, gradients))
+        fits = jnp.isfinite(norm)
+
+        def clip(leaf: Array) -> Array:
+            whole, shrunk = (leaf / norm.astype(leaf.dtype)) * most, (leaf * SHRINK / small.astype(leaf.dtype)) * most
+            return jnp.where(norm < most, leaf, jnp.where(fits, whole, shrunk))
+
+        return jax.tree.map(clip, gradients), state
+
+    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
 
 
 def _decayed(parameters: Blocks) -> Blocks:

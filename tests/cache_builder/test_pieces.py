@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cache_builder import pieces
-from cache_builder.pieces import by_one_process, raise_if_too_large
+from cache_builder.pieces import by_one_process
+from models.recorder import raise_if_too_large
 from schemas import layout
 from schemas.claims import Claims
 from schemas.errors import Interrupted, NonFiniteError
@@ -74,8 +75,8 @@ def test_activations_whose_squares_overflow_are_an_error() -> None:
     largest = np.array([[1.0, 3e18], [2.0, 2e19]], np.float32)
     with np.errstate(over="ignore"):
         squares = np.square(largest) * 4
-    raise_if_too_large("resid", (0, 3), squares[:1], largest[:1], 16)
+    raise_if_too_large("resid", (0, 3), squares[:1], largest[:1], [16])
     with pytest.raises(NonFiniteError, match="overflow") as caught:
-        raise_if_too_large("resid", (0, 3), squares, largest, 16)
+        raise_if_too_large("resid", (0, 3), squares, largest, [16, 17])
     assert (caught.value.facts["row"], caught.value.facts["block"]) == (17, 3)
     assert caught.value.facts["found"] == "numbers up to 2e+19"

@@ -71,7 +71,9 @@ def _buffer(plan: Plan, taps: list[StoredTap], shard: int, rows: list[Row], valu
         clean = np.where(finite, values[name], 0)
         inner = (2, 3)
         sums[name] = SlotSums(
-            np.square(clean).sum(inner), np.abs(clean).max(inner), (real & ~np.isfinite(values[name])).sum(inner)
+            np.square(clean.astype(np.float64)).sum(inner),
+            np.abs(clean).max(inner),
+            (real & ~np.isfinite(values[name])).sum(inner),
         )
     buffer.put(rows, codes, sums)
     return buffer

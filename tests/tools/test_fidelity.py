@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from cache_builder.build import build_cache
 from models.checkpoint import load_pretrained, save_pretrained
 from schemas.config import TapConfig, TapsConfig
+from schemas.errors import NonFiniteError
 from schemas.rows import Row
 from tests.conftest import build_config, byte_tokenizer, save_teacher
 from tests.tools.planting import Values, changed, in_every_row, plant, with_rows
@@ -223,6 +224,28 @@ def test_int4_on_outlier_dimensions(teacher: Path, corpus: Path, tmp_path: Path)
     assert found["findings"][0]["where"]["tap"] == "resid"
     assert found["findings"][0]["where"]["outlier_dimensions"][0] == 5
     assert "rotate: true" in found["verdict"]["line"]
+
+
+def test_a_teacher_whose_numbers_are_not_finite_is_named(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    decoder = load_pretrained(str(teacher))
+    mlp = decoder.groups[0].blocks[0].mlp
+    for matrix in (mlp.up, mlp.down):
+        matrix[...] = matrix[...].at[1].set(1e30)
+    save_pretrained(decoder, tmp_path / "t", tokenizer_from=str(teacher))
+    with pytest.raises(NonFiniteError, match="not finite") as caught:
+        looked(cache, LiveTeacher(str(tmp_path / "t"), "float32", TAPS), 2)
+    assert caught.value.facts["teacher"] == str(tmp_path / "t")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25, 1e37])
+def test_the_nearest_embedding_of_any_size(size: float, teacher: Path, tmp_path: Path) -> None:
+    decoder = load_pretrained(str(teacher))
+    decoder.embed.set_value(jnp.asarray(decoder.embed[...]) * size)
+    save_pretrained(decoder, tmp_path / "t", tokenizer_from=str(teacher))
+    wanted = np.asarray(decoder.embed[...])[[3, 200, 41]]
+    ids, distance = LiveTeacher(str(tmp_path / "t"), "float32", TAPS).seen_tokens(wanted)
+    assert ids.tolist() == [3, 200, 41]
+    assert (distance < 1e-6).all()
 
 
 def test_a_cache_that_is_still_being_built(cache: Path, live: LiveTeacher, tmp_path: Path) -> None:

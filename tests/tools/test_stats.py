@@ -1,6 +1,7 @@
 """`distillcache stats`: figures against NumPy's own, over rows read one by one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,25 @@ def test_outliers_dead_dimensions_and_nans(cache: Path, tmp_path: Path, capsys: 
     assert two["nonfinite"] == 4
     assert not main(["stats", str(planted), "--rows", "2"])
     assert "2 not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1e18, 1e24, 1e30])
+def test_numbers_whose_squares_overflow(
+    size: float, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every looking tool takes squares and products in float64: figures are those of the same numbers at their size."""
+    planted = plant(cache, tmp_path / "c", in_every_row("resid", lambda values: values * np.float32(size)))
+    plain, large = (stats(each, capsys, "--rows", "2", "--taps", "[resid]") for each in (cache, planted))
+    for one, other in zip(plain["slots"], large["slots"], strict=True):
+        assert other["rms"] == pytest.approx(one["rms"] * size, rel=1e-2)
+        for name in ("kurtosis", "cosine_to_next", "effective_rank"):
+            assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=2e-2))
+    for command in (["show"], ["inspect"], ["diff", str(cache)], ["report", "--out", str(tmp_path / "r.html")]):
+        name, *rest = command
+        main([name, str(planted), *rest, *([] if name == "report" else ["--json"])])
+        told = capsys.readouterr()
+        assert not re.search(r"\b(nan|inf|infinity)\b|RuntimeWarning", told.out + told.err, re.IGNORECASE), command
+    assert not re.search(r">\s*-?(nan|inf)\b", (tmp_path / "r.html").read_text(), re.IGNORECASE)
 
 
 def test_what_is_not_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

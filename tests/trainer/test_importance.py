@@ -14,7 +14,7 @@ from models.checkpoint import load_pretrained
 from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
 from models.decoder import Decoder
 from models.surgery import Scores
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, NonFiniteError
 from schemas.storage import Store
 from schemas.teacher_config import TapConfig, TapsConfig
 from tests.conftest import TINY, build_config, save_teacher
@@ -95,6 +95,18 @@ def test_equals_the_whole_forward_pass(mixed: tuple[Decoder, Path]):
     assert rows % importance.MEASURED_ROWS
     assert (source[list(range(rows))]["segment_ids"] == 0).any()
     assert_close(measure_importance(decoder, source, rows), expected(decoder, source, rows))
+
+
+@pytest.mark.parametrize("letter", ["H", "F"])
+def test_scores_that_overflow_are_an_error(mixed: tuple[Decoder, Path], letter: str):
+    """Finite weights whose squares are not: by NaN and infinity the wrong parts would be kept."""
+    decoder, cache = nnx.clone(mixed[0]), mixed[1]
+    block = decoder.groups[0].blocks[0]
+    weights = block.attention.o if letter == "H" else block.mlp.down
+    weights[...] = jnp.full_like(weights[...], 1e25)
+    with pytest.raises(NonFiniteError, match="not finite") as caught:
+        measure_importance(decoder, CacheSource(str(cache), split="train"), 2)
+    assert (caught.value.facts["block"], caught.value.facts["axis"]) == (0, letter)
 
 
 def test_measured_once_and_kept(mixed: tuple[Decoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -141,3 +141,31 @@ def test_next_tokens_within_documents():
     found = next_token_loss(jnp.float32(logits), jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(counts))
     np.testing.assert_allclose(found.total, total, rtol=1e-6)
     assert found.weight == weight == 7
+
+
+SIZES = [(np.float32, 1e20), (np.float32, 3e38), (jnp.bfloat16, 1e20), (jnp.bfloat16, 3e38), (np.float16, 6e4)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SIZES, ids=str)
+@pytest.mark.parametrize("loss", [blockwise_cosine_loss, blockwise_relative_l2_loss])
+def test_scale_free_losses_hold_where_squares_overflow(loss, dtype, size, features):
+    rng = np.random.default_rng(1)
+    student, teacher = (jnp.asarray(size * rng.uniform(-1, 1, (3, 7, 16)), dtype) for _ in range(2))
+    mask = jnp.asarray(features[2])
+    found, slope = jax.value_and_grad(lambda s: loss(s, teacher, mask).total)(student.astype(jnp.float32))
+    s, t = (np.asarray(each, np.float64) for each in (student, teacher))
+    np.testing.assert_allclose(found, np.where(mask, ORACLES[loss](s, t), 0).sum(), rtol=1e-5)
+    assert np.isfinite(slope).all()
+    if size > 1e30:
+        return  # of such slopes float32 knows none
+    unit = jnp.asarray(s / size, jnp.float32)
+    expected = jax.grad(lambda s: loss(s, jnp.asarray(t / size, jnp.float32), mask).total)(unit)
+    np.testing.assert_allclose(np.asarray(slope, np.float64) * size, expected, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [blockwise_cosine_loss, blockwise_relative_l2_loss])
+def test_one_side_may_be_large(loss):
+    """A student's outputs that explode beside an ordinary teacher: the cosine is right, the rest no number."""
+    student, teacher = np.float32([[[3e25, 4e25]]]), np.float32([[[1.0, 0.0]]])
+    found = float(loss(jnp.asarray(student), jnp.asarray(teacher), jnp.ones((1, 1), bool)).total)
+    assert found == (pytest.approx(0.4) if loss is blockwise_cosine_loss else np.inf)  # the trainer stops at inf

@@ -290,22 +290,25 @@ def test_what_is_missing_is_said(tmp_path: Path, teacher: Path, corpus: Path) ->
         open_teacher(rows)
 
 
-def broken(path: Path, folder: Path) -> Path:
-    """The teacher with a last block of finite weights whose products are not finite."""
+def broken(path: Path, folder: Path, weight: float = 1e30) -> Path:
+    """The teacher with a last block of finite weights whose products are not finite, or too large to be squared."""
     decoder = load_pretrained(path)
     mlp = decoder.groups[0].blocks[0].mlp
     for matrix in (mlp.up, mlp.down):
-        matrix[...] = matrix[...].at[-1].set(1e30)
+        matrix[...] = matrix[...].at[-1].set(weight)
     save_pretrained(decoder, folder, tokenizer_from=path)
     return folder
 
 
-def test_numbers_that_are_not_finite_stop_it(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+@pytest.mark.parametrize(("weight", "place"), [(1e30, "slot"), (1e12, "block")], ids=["not finite", "too large"])
+def test_numbers_that_no_loss_can_be_computed_of_stop_it(
+    weight: float, place: str, tmp_path: Path, teacher: Path, corpus: Path
+) -> None:
     rows = prepared(tmp_path / "rows", teacher, corpus)
-    online = OnlineSource(open_teacher(rows, path=str(broken(teacher, tmp_path / "broken"))), split="train")
+    online = OnlineSource(open_teacher(rows, path=str(broken(teacher, tmp_path / "broken", weight))), split="train")
     with make_feed(online, global_batch_rows=2, seed=0) as feed, pytest.raises(NonFiniteError) as caught:
         next(feed)
-    assert (caught.value.facts["tap"], caught.value.facts["slot"]) == ("resid", 3)
+    assert (caught.value.facts["tap"], caught.value.facts[place]) == ("resid", 3)
 
 
 def test_another_platform_is_told(

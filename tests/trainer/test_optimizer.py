@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from schemas.train_config import OptimizerConfig
-from trainer.optimizer import init_blocks, learning_rate_schedule, make_optimizer, update_blocks
+from trainer.optimizer import clip_all, init_blocks, learning_rate_schedule, make_optimizer, update_blocks
 
 
 def test_schedule_rises_and_falls():
@@ -52,6 +53,24 @@ def test_each_block_is_clipped_and_moved_alone():
     for block in range(3):
         expected = adam_by_hand(config, rates, [gradient[block] for gradient in gradients], value[block])
         np.testing.assert_allclose(parameters["q"][block], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e10, 1e20, 1e38])
+def test_clipping_is_that_of_optax_and_holds_where_squares_overflow(size: float):
+    rng = np.random.default_rng(0)
+    unit = {"q": rng.normal(size=(4, 5)), "norm": rng.uniform(-1, 1, 4)}
+    gradients = {name: jnp.asarray(size * value, jnp.float32) for name, value in unit.items()}
+    found = clip_all(gradients, 2.0)
+    if size < 1e19:
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            found,
+            optax.clip_by_global_norm(2.0).update(gradients, optax.EmptyState())[0],
+        )
+    norm = np.sqrt(sum(np.square(value).sum() for value in unit.values()))
+    factor = min(1.0, 2.0 / (norm * size)) * size
+    for name, value in unit.items():
+        np.testing.assert_allclose(found[name], value * factor, rtol=1e-5)
 
 
 def test_every_leaf_of_the_state_has_the_block_axis():
