@@ -55,7 +55,7 @@ from schemas.errors import (
 )
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
-from schemas.rows import SKIPPED_KEY, Row, RowReader, teacher_batch
+from schemas.rows import SKIPPED_KEY, Row, RowReader, no_targets_note, teacher_batch
 from schemas.segment import (
     begun_plan,
     check_place,
@@ -313,6 +313,8 @@ def open_or_prepare(
         if rows.index.skipped:
             listed = store.where(f"{folder}/{SKIPPED_KEY}")
             print(f"{rows.index.skipped} records of the text were skipped, see {listed}", file=sys.stderr)
+    if without := rows.without_targets():
+        print(f"warning: {no_targets_note(without)}", file=sys.stderr)
     if rows.index.tokenizer_digest != tokenizer.digest:
         raise InputError(
             "the rows were made with another tokenizer than the teacher's",

@@ -2,7 +2,7 @@
 
     <run>                          the newest checkpoint
     <run>/checkpoints/00000100     the student after 100 steps; `best` for the number: of those kept, the one with the
-                                   lowest held-out perplexity
+                                   lowest held-out perplexity (smallest cosine distance, where no token is a target)
 
 What was trained comes from the checkpoint's pieces (schemas/checkpoint_files.py), the rest from `<run>/student`, the
 HF directory that the run began with.
@@ -117,7 +117,24 @@ def steps_of(run: Place) -> list[int]:
 def _best(run: Place, steps: Sequence[int]) -> int | None:
     data = Store(str(run)).read(EVALUATIONS)
     found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
-    return min(found, key=lambda entry: entry["perplexity"])["step"] if found else None
+    place = best_place([(entry["perplexity"], _mean(entry["cosine"])) for entry in found])
+    return None if place is None else found[place]["step"]
+
+
+def best_place(evaluations: Sequence[tuple[float | None, float | None]]) -> int | None:
+    """The place of the best of some evaluations, each a perplexity and a mean cosine distance.
+
+    It is the one of lowest perplexity; where none is defined, of smallest distance; None where no distance is, either.
+    """
+    for figure in (0, 1):
+        known = [(value, place) for place, entry in enumerate(evaluations) if (value := entry[figure]) is not None]
+        if known:
+            return min(known)[1]
+    return None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _no_checkpoint(where: Place, asked: str, steps: Sequence[int]) -> CheckpointError:

@@ -62,6 +62,18 @@ class Row:
     split: Split
 
 
+def num_targets(segment_ids: Int32[np.ndarray, "*B T"], loss_mask: Bool[np.ndarray, "*B T"]) -> int:
+    """The number of tokens that are targets: they count, and a token of their own document stands before them."""
+    follows = (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
+    return int(np.count_nonzero(follows & loss_mask[..., 1:]))
+
+
+def no_targets_note(splits: Sequence[Split]) -> str:
+    """One sentence about splits in which no token is a target."""
+    rows = " or ".join({"train": "the rows to train on", "eval": "the held-out rows"}[split] for split in splits)
+    return f"no token of {rows} is a target: cross-entropy, KL and perplexity are undefined there"
+
+
 def encode_row(row: Row) -> bytes:
     """The row as a record: equal rows give equal bytes."""
     values = {
@@ -252,6 +264,20 @@ class RowReader:
                 decode_row(records[number - first], f"{self._where(file)} row {number - first}") for number in numbers
             )
         return rows
+
+    def without_targets(self) -> tuple[Split, ...]:
+        """The splits in which no token is a target. Of each, rows are read until one has targets: usually one row."""
+        held_out = set(self.index.eval_indices)
+        numbers = {
+            "train": (number for number in range(len(self)) if number not in held_out),
+            "eval": self.index.eval_indices,
+        }
+        sizes = {"train": len(self) - len(held_out), "eval": len(held_out)}
+
+        def has_targets(split: Split) -> bool:
+            return any(num_targets(row.segment_ids, row.loss_mask) for row in map(self.__getitem__, numbers[split]))
+
+        return tuple(split for split in SPLITS if sizes[split] and not has_targets(split))
 
     def _where(self, file: int) -> str:
         return self._store.where(self._prefix + self.index.files[file].name)

@@ -93,11 +93,11 @@ class Trained:
     @property
     def losses(self) -> list[float]:
         """Held-out, in nats."""
-        return [math.log(found.perplexity) for found in self.evaluations]
+        return [math.log(found.perplexity) for found in self.evaluations if found.perplexity is not None]
 
     @property
     def violations(self) -> list[float]:
-        return [found.max_violation or 0.0 for found in self.evaluations]
+        return [found.max_violation for found in self.evaluations if found.max_violation is not None]
 
 
 def measure(config: BenchConfig) -> Measured:
@@ -226,8 +226,9 @@ def summarise(found: Mapping[str, Mapping[str, Trained]]) -> Measured:
             figures[f"{family}_{way}_train_loss"] = run.train_loss
             figures[f"{family}_{way}_max_violation"] = run.violations[-1]
         last = free.evaluations[-1]
-        figures[f"{family}_aux_free_perplexity"] = last.perplexity
-        figures[f"{family}_aux_free_perplexity_without_bias"] = last.perplexity_without_bias or last.perplexity
+        figures[f"{family}_aux_free_perplexity"] = math.exp(free.losses[-1])
+        without = last.perplexity_without_bias or math.exp(free.losses[-1])
+        figures[f"{family}_aux_free_perplexity_without_bias"] = without
         loss, violation = free.losses[-1] / aux.losses[-1], free.violations[-1] / none.violations[-1]
         goals.append(Goal(f"{family}_aux_free_over_aux", loss, LOSS_AT_MOST, "at_most"))
         goals.append(Goal(f"{family}_aux_free_violation_over_none", violation, VIOLATION_AT_MOST, "at_most"))

@@ -141,6 +141,9 @@ def recover(build: BuildConfig, run: Path, steps: int) -> Recovered:
     surgery = [default_surgery(read_config(teacher))]
     result = train(train_config(run, build.cache, surgery, steps, build.batch_rows))
     cut, recovered = (evaluation.perplexity for evaluation in (result.before, result.after) if evaluation)
+    assert perplexity is not None  # of plain text every token counts
+    assert cut is not None
+    assert recovered is not None
     bytes_per_token = open_cache(Store(build.cache))[0].plan.bytes_per_token
     for folder in (Path(build.cache), run):
         shutil.rmtree(folder)

@@ -170,7 +170,7 @@ def _timed(seconds: dict[str, float], stage: str, out: Path) -> Iterator[None]:
         _write_json(out / MARKER, seconds)
 
 
-def _kept_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float:
+def _kept_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float | None:
     """The teacher's perplexity; kept, so that a demo that goes on need not repeat it."""
     kept = out / "corpus" / "teacher_perplexity.json"
     if not kept.exists():
@@ -178,7 +178,7 @@ def _kept_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> fl
     return json.loads(kept.read_text())
 
 
-def teacher_perplexity(teacher: str, cache: str, batch_rows: int) -> float:
-    """The teacher's perplexity on the cache's held-out rows."""
+def teacher_perplexity(teacher: str, cache: str, batch_rows: int) -> float | None:
+    """The teacher's perplexity on the cache's held-out rows; None where none of their tokens is a target."""
     source = CacheSource(cache, taps=(), split="eval")
     return held_out_perplexity(load_pretrained(teacher), source, batch_rows, "teacher's perplexity")

@@ -12,6 +12,7 @@ from schemas.segment import open_cache
 from schemas.storage import Store
 from schemas.train_config import SurgeryOp
 from schemas.whole_file import writing
+from trainer.evaluate import gap_closed, told_perplexity
 from trainer.train import TrainResult
 
 CHART = "cosine_distance.png"
@@ -22,7 +23,7 @@ def make_report(
     out: Path,
     teacher: str,
     surgery: list[SurgeryOp],
-    teacher_perplexity: float,
+    teacher_perplexity: float | None,
     result: TrainResult,
     seconds: dict[str, float],
     peak_anon_gb: float,
@@ -37,7 +38,7 @@ def make_report(
         "teacher": teacher,
         "surgery": [op.model_dump() for op in surgery],
         "perplexity": {"teacher": teacher_perplexity, "cut": cut, "recovered": recovered},
-        "gap_closed": (cut - recovered) / (cut - teacher_perplexity) if cut > teacher_perplexity else None,
+        "gap_closed": gap_closed(teacher_perplexity, cut, recovered),
         "cosine_distance": {
             "block": list(result.after.blocks),
             "cut": list(result.before.cosine),
@@ -80,11 +81,11 @@ def _perplexity_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"Perplexity on {rows['eval']} held-out rows", box=None, title_justify="left")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
-    table.add_row("teacher", f"{perplexity['teacher']:.1f}")
-    table.add_row("student, cut", f"{perplexity['cut']:.1f}")
-    table.add_row("student, recovered", f"{perplexity['recovered']:.1f}")
-    gap = report["gap_closed"]
-    table.add_row("gap closed", "none to close" if gap is None else f"{gap:.1%}")
+    for label, name in (("teacher", "teacher"), ("student, cut", "cut"), ("student, recovered", "recovered")):
+        table.add_row(label, told_perplexity(perplexity[name], ".1f"))
+    if perplexity["recovered"] is not None:
+        gap = report["gap_closed"]
+        table.add_row("gap closed", "none to close" if gap is None else f"{gap:.1%}")
     return table
 
 
@@ -139,12 +140,13 @@ def write_chart(report: dict[str, Any], path: Path) -> None:
     distance, perplexity = report["cosine_distance"], report["perplexity"]
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for name, color, marker in (("cut", CUT_COLOR, "o"), ("recovered", RECOVERED_COLOR, "s")):
-        label = f"{name} (perplexity {perplexity[name]:.1f})"
+        label = f"{name} (perplexity {told_perplexity(perplexity[name], '.1f')})"
         axes.plot(distance["block"], distance[name], color=color, marker=marker, markersize=4, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("block")
     axes.set_ylabel("cosine distance to the teacher")
-    axes.set_title(f"Attention outputs on held-out rows (teacher's perplexity {perplexity['teacher']:.1f})")
+    of_teacher = told_perplexity(perplexity["teacher"], ".1f")
+    axes.set_title(f"Attention outputs on held-out rows (teacher's perplexity {of_teacher})")
     axes.grid(axis="y", which="both", alpha=0.25)
     axes.legend()
     with writing(path) as file:

@@ -102,7 +102,8 @@ def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> lis
         for rows in (a, b)
         for stored in [_codec(rows, number, TOPK_LOGITS)]
     )
-    if own.values.shape != given.values.shape or one.tap.vocab_size != other.tap.vocab_size:
+    same = own.values.shape == given.values.shape and one.tap.vocab_size == other.tap.vocab_size
+    if not same or not (row.segment_ids > 0).any():
         return []
     values = np.asarray(finite(np.asarray(given.values)), np.float64)
     # A's own codec may have lost what B keeps.
@@ -120,6 +121,8 @@ def _measure(a: StoredRows, b: StoredRows, number: int, row: Row) -> RowMeasure:
     real = row.segment_ids > 0
     found = RowMeasure(number, b.shard(number), [])
     stacks: list[tuple[TapMeasure, np.ndarray, np.ndarray]] = []
+    if not real.any():  # padding has nothing to compare
+        return found
     for name in a.tap_names(number):
         if name == TOPK_LOGITS or name not in b.tap_names(number):
             continue
@@ -170,10 +173,10 @@ def _rms(rows: StoredRows) -> dict[tuple[str, int], float]:
         stats = read_canonical(rows.store, key, Stats) if segment.committed is None else None
         for tap in segment.plan.taps:
             of = None if stats is None else stats.taps[tap.name]
-            if of is None:
+            if of is None or not of.count:
                 continue
             for slot, total in zip(tap.slots, of.square_sum, strict=True):
-                found.setdefault((tap.name, slot), math.sqrt(total / max(of.count, 1)))
+                found.setdefault((tap.name, slot), math.sqrt(total / of.count))
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from schemas.errors import InputError
 from schemas.storage import Store
 from tools.flat import differences, flattened
+from trainer.evaluate import told_perplexity
 from trainer.metrics_log import read_metrics
 from trainer.run_folder import RESOLVED, read_evaluations, shown_config
 
@@ -82,5 +83,6 @@ def _summary(found: dict[str, Any]) -> list[str]:
         lines.append(f"{name} at step {curve['steps'][-1]}: {curve['a'][-1]:.4g} and {curve['b'][-1]:.4g}")
     if found["evaluations"]:
         last = found["evaluations"][-1]
-        lines.append(f"perplexity at step {last['step']}: {last['perplexity'][0]:.4g} and {last['perplexity'][1]:.4g}")
+        a, b = (told_perplexity(value, ".4g") for value in last["perplexity"])
+        lines.append(f"perplexity at step {last['step']}: {a} and {b}")
     return lines or ["nothing differs in what was compared"]

@@ -12,6 +12,7 @@ from schemas.config import ExportConfig
 from schemas.errors import ConfigError
 from schemas.storage import use
 from trainer.checkpoints import load_student
+from trainer.evaluate import told_perplexity
 from trainer.run_folder import best_evaluation
 
 
@@ -24,7 +25,9 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     step, note = config.step, ""
     if config.best:
         best = best_evaluation(config.run)
-        step, note = best.step, f", the best with a held-out perplexity of {best.perplexity:.2f},"
+        step, note = best.step, f", the best with a held-out perplexity of {told_perplexity(best.perplexity)},"
+        if best.perplexity is None:
+            note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
     student = load_student(config.run, step, config.dtype)
     save = save_maxtext if config.format == "maxtext" else save_pretrained
     save(student.decoder, config.out, tokenizer_from=student.tokenizer)

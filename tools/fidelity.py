@@ -115,6 +115,8 @@ def _measure(
 ) -> tuple[RowMeasure, dict[str, Look], TopKMeasure | None]:
     """A row's figures, the taps whose codecs lose much of it, and the figures of its logits."""
     real, numerics = row.segment_ids > 0, rows.plan.numerics
+    if not real.any():  # `row_faults` says so
+        return RowMeasure(number, rows.shard(number), []), {}, None
     own, logits = live.taps_and_logits(row)
     noise = compare.teacher_noise(numerics.dtype, numerics.platform, live.platform)
     _, place = rows.locate(number)

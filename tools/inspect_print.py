@@ -28,7 +28,7 @@ def print_cache(found: Mapping[str, Any]) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     if not warnings:
         console.print(
-            "Nothing odd in plans, statistics and some of the index; "
+            "Nothing odd in plans, statistics, some rows and some of the index; "
             "`stats` reads some rows, `verify` every byte, `fidelity` asks the teacher."
         )
 

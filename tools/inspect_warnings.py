@@ -1,4 +1,4 @@
-"""What is odd about a cache, from plans, receipts, statistics and the index alone: no row and no tap is read.
+"""What is odd about a cache, from plans, receipts, statistics and the index; of rows, until some have targets.
 
 Of a cache with many shards some are looked at, evenly drawn.
 """
@@ -10,6 +10,7 @@ import numpy as np
 
 from schemas.errors import DamageError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
+from schemas.rows import SPLITS, Row, Split, no_targets_note, num_targets
 from schemas.segment import Segment, read_manifest, small_file_damage
 from schemas.times import SegmentTimes, Spread
 from tools.fidelity_rows import counted_padding
@@ -32,7 +33,40 @@ def find_warnings(segments: Sequence[Segment]) -> list[str]:
                 found.append(prefix + sentence)  # not a list of all: what was found before damage is kept
         except DamageError as error:
             found.append(prefix + _damaged(error))
-    return [*found, *(sentence for sentence in _of_files(segments) if not any(sentence in said for said in found))]
+    for sentence in (*_of_files(segments), *_of_targets(segments)):
+        found += [] if any(sentence in said for said in found) else [sentence]
+    return found
+
+
+def _of_targets(segments: Sequence[Segment]) -> Iterator[str]:
+    """Splits in which no token is a target, as far as the looked-at shards tell."""
+    bringing = [segment for segment in segments if segment.plan.rows_of is None]
+    shards = {segment.plan.segment: sampled_shards(segment) for segment in bringing}
+
+    def rows(split: Split) -> Iterator[Row]:
+        for segment in bringing:
+            held_out = set(segment.plan.rows.eval_indices)
+            for shard in shards[segment.plan.segment]:
+                for row in range(*segment.plan.shard_range(shard)):
+                    if (row in held_out) == (split == "eval"):
+                        yield segment.row(row)
+
+    def lacks_targets(split: Split) -> bool:
+        found = False
+        for row in rows(split):
+            found = True
+            if num_targets(row.segment_ids, row.loss_mask):
+                return False
+        return found
+
+    try:
+        without: list[Split] = [split for split in SPLITS if lacks_targets(split)]
+    except DamageError as error:
+        yield _damaged(error)
+        return
+    if without:
+        whole = all(len(shards[segment.plan.segment]) == segment.plan.num_shards for segment in bringing)
+        yield ("" if whole else "in the shards that were looked at, ") + no_targets_note(without)
 
 
 def _of_files(segments: Sequence[Segment]) -> Iterator[str]:
@@ -103,10 +137,12 @@ def _is_slow(seconds: float, usual: float) -> bool:
 
 
 def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
+    if not stats.count:  # of no token: zeros that were never summed
+        return
     broken = {slot: count for slot, count in zip(tap.slots, stats.nonfinite, strict=True) if count}
     if broken:
         yield f"{tap.name}: {sum(broken.values()):,} numbers are not finite, in slots {list(broken)[:8]}"
-    rms = [math.sqrt(total / max(stats.count, 1)) for total in stats.square_sum]
+    rms = [math.sqrt(total / stats.count) for total in stats.square_sum]
     median = float(np.median(rms))
     dead = [slot for slot, value in zip(tap.slots, rms, strict=True) if value <= DEAD * median]
     dead = [slot for slot in dead if broken.get(slot, 0) < stats.count]  # all NaN: told above, and no zeros
@@ -137,9 +173,10 @@ def _unlike_statistics(plan: Plan, receipts: Sequence[ShardReceipt]) -> Iterator
     """Of an unfinished segment, whose receipts are still there."""
     for tap in plan.taps:
         rms = {
-            receipt.shard: math.sqrt(sum(stats.square_sum) / max(stats.count * len(stats.square_sum), 1))
+            receipt.shard: math.sqrt(sum(stats.square_sum) / (stats.count * len(stats.square_sum)))
             for receipt in receipts
             for stats in [receipt.stats[tap.name]]
+            if stats.count
         }
         yield from _unlike(f"{tap.name}: the rms", rms)
 

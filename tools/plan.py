@@ -24,6 +24,7 @@ import numpy as np
 from cache_builder.build import SEGMENT
 from cache_builder.documents import Document, TokenDocument, file_documents
 from cache_builder.inputs import InputFile, InputReader, input_files
+from cache_builder.packing import COUNTED
 from cache_builder.plan import make_plan
 from cache_builder.prepare import open_rows, prepare_rows
 from cache_builder.skipped import Skipped
@@ -39,7 +40,7 @@ from schemas.errors import ConfigError
 from schemas.index import record_dtype
 from schemas.layout import ITEM_BYTES
 from schemas.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
-from schemas.rows import RowReader
+from schemas.rows import RowReader, Split
 from schemas.storage import Store, is_url, use
 from schemas.tap_codec import signs_of
 from tools.plan_print import print_plan
@@ -64,10 +65,12 @@ BLOCK_STEPS = (1, 2, 4)  # every block, every second, every fourth
 
 @dataclass(frozen=True)
 class CountedRows:
-    """The rows as a plan describes them; exact: counted, not estimated."""
+    """The rows as a plan describes them; exact: counted, not estimated. without_targets: the splits in which no token
+    is a target; of an estimate, `train` where there is none in the sample."""
 
     plan: RowsPlan
     exact: bool
+    without_targets: tuple[Split, ...]
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -113,6 +116,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
             "tokens": plan.rows.tokens,
             "exact": rows.exact,
         },
+        "without_targets": rows.without_targets,
         "blocks": len(plan.blocks),
         "taps": [_describe_tap(plan, tap) for tap in plan.taps],
         "bytes_per_token": plan.bytes_per_token,
@@ -152,19 +156,23 @@ def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
     """The rows that `data` stands for: prepared ones as they are, a small text counted, a large one estimated."""
     prepared = open_rows(data)
     if prepared is not None:
-        return CountedRows(describe_rows(prepared), exact=True)
+        return _counted(prepared)
     total = sum(unpacked_bytes(file, data.text_field) for file in input_files(data))
     if total <= SAMPLE_BYTES:
         with tempfile.TemporaryDirectory(prefix="distillcache-plan-") as folder:
             prepare_rows(PrepareConfig(out=folder, data=data), tokenizer=tokenizer)
-            return CountedRows(describe_rows(RowReader(Store(folder))), exact=True)
-    text, tokens = _count_sample(data, tokenizer)
+            return _counted(RowReader(Store(folder)))
+    text, tokens, targets = _count_sample(data, tokenizer)
     # What surrounds the text of a .jsonl line is taken for text too: at most some percent too many.
     tokens = round(tokens / text * total)
     rows = -(-tokens // data.row_tokens)
     if data.max_rows is not None and rows > data.max_rows:
         rows, tokens = data.max_rows, data.max_rows * data.row_tokens
-    return CountedRows(_estimated_rows(data, tokenizer, rows, tokens), exact=False)
+    return CountedRows(_estimated_rows(data, tokenizer, rows, tokens), False, () if targets else ("train",))
+
+
+def _counted(rows: RowReader) -> CountedRows:
+    return CountedRows(describe_rows(rows), True, rows.without_targets())
 
 
 def unpacked_bytes(file: InputFile, text_field: str = "text") -> int:
@@ -250,19 +258,24 @@ def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]
     return config.model_copy(update={"taps": TapsConfig.model_validate(taps), "blocks": blocks, "shard_rows": None})
 
 
-def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int]:
-    """(bytes of text, tokens) of the beginnings of some files."""
+def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int, bool]:
+    """(bytes of text, tokens, whether any is a target) of the beginnings of some files."""
     files = input_files(data)
     sampled = files[:: -(-len(files) // SAMPLE_FILES)]
-    text, tokens = 0, 0
+    text, tokens, targets = 0, 0, False
     for file in sampled:
         for document in _beginning(file, data, tokenizer, SAMPLE_BYTES // len(sampled)):
-            arrays = token_arrays([document], tokenizer, data.on_error)
-            one = sum(marked.size for marked in arrays if not isinstance(marked, Skipped))
+            arrays = [
+                marked
+                for marked in token_arrays([document], tokenizer, data.on_error)
+                if not isinstance(marked, Skipped)
+            ]
+            one = sum(marked.size for marked in arrays)
+            targets = targets or any((marked["marks"][1:] & COUNTED).any() for marked in arrays)
             is_text = isinstance(document, Document)
             text += len(document.text.encode()) if is_text else one * TOKEN_RECORD_BYTES
             tokens += one
-    return text, tokens
+    return text, tokens, targets
 
 
 def _beginning(

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from schemas.progress import format_seconds
+from schemas.rows import no_targets_note
 from tools.terminal import table_console
 
 
@@ -16,6 +17,9 @@ def print_plan(report: Mapping[str, Any]) -> None:
     console.print(_facts(report))
     if not report["rows"]["exact"]:
         console.print("The text is large: a sample was tokenised, and what follows from it is an estimate.")
+    if report["without_targets"]:
+        where = "" if report["rows"]["exact"] else "in the sample, "
+        console.print(f"[yellow]warning:[/] {where}{no_targets_note(report['without_targets'])}")
     console.print()
     console.print(_taps(report))
     console.print()

@@ -8,7 +8,8 @@ from cache_builder.prepare import prepare_rows
 from schemas import settings
 from schemas.config import PrepareConfig
 from schemas.errors import InputError, install_advice
-from schemas.rows import SKIPPED_KEY, RowsIndex
+from schemas.rows import SKIPPED_KEY, RowReader, RowsIndex, no_targets_note
+from schemas.storage import Store
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -26,13 +27,16 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     }
     if index.skipped:
         summary["skipped"] = index.skipped
+    without = RowReader(Store(config.out)).without_targets()
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(summary | ({"without_targets": without} if without else {})))
     else:
         text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if name != "out")
         print(f"rows in {config.out}: {text}", file=sys.stderr)
         if index.skipped:
             print(f"what was skipped: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
+    if without:
+        print(f"warning: {no_targets_note(without)}", file=sys.stderr)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:

@@ -101,10 +101,12 @@ def _table(loads: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             (
                 str(block),
-                number(None if start is None else float(start.max())),
-                number(float(now.max())),
-                number(float(now.min())),
-                number(int((now == 0).sum())),
+                number(float(start.max()) if start is not None and start.any() else None),
+                *(
+                    map(number, (float(now.max()), float(now.min()), int((now == 0).sum())))
+                    if now.any()  # its experts ran: it had tokens
+                    else [number(None)] * 3
+                ),
             )
         )
     header = ("block", "highest load at first", "at last", "lowest at last", "experts without a token")

@@ -25,7 +25,7 @@ from tools.report_html import (
     table,
 )
 from trainer.checkpoints import Checkpoints
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluation, told_perplexity
 from trainer.metrics_log import TENSORBOARD, read_loads, read_metrics
 from trainer.run_folder import best_of, read_evaluations, shown_config
 
@@ -77,15 +77,19 @@ def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluatio
     if len(waits) > 2 and (share := float(np.median(waits[len(waits) // 2 :]))) > WAITING:
         told.append(f"It waits for data {share:.0%} of the time (median of the later half).")
     trained = [entry for entry in evaluations if entry.step]
-    if trained and trained[-1].perplexity > WORSE * (best := best_of(trained)).perplexity:
-        last = trained[-1]
-        told.append(
-            f"Held-out perplexity was best at step {best.step:,} ({best.perplexity:.4g}) and is {last.perplexity:.4g} "
-            f"at step {last.step:,}: export it with --best."
-        )
+    if evaluations and evaluations[-1].perplexity is None:
+        told.append("No token of the held-out rows is a target: perplexity and KL are undefined there.")
+    known = [(entry.step, entry.perplexity) for entry in trained if entry.perplexity is not None]
+    if known:
+        (step, last), (best_step, best) = known[-1], min(known, key=lambda pair: pair[1])
+        if last > WORSE * best:
+            told.append(
+                f"Held-out perplexity was best at step {best_step:,} ({best:.4g}) and is {last:.4g} at step {step:,}: "
+                "export it with --best."
+            )
     if evaluations and trained and evaluations[0].step == 0:
         first, last = evaluations[0], trained[-1]
-        if last.perplexity > first.perplexity:
+        if first.perplexity is not None and last.perplexity is not None and last.perplexity > first.perplexity:
             told.append(f"Held-out perplexity rose from {first.perplexity:.4g} to {last.perplexity:.4g}.")
         before = dict(zip(first.blocks, first.cosine, strict=True))
         worse = [
@@ -117,7 +121,7 @@ def run_facts(
     student = config.get("student", {})
     surgery = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in student.get("surgery") or [])
     loss = ", ".join(f"{name} {value}" for name, value in _weights(config.get("loss", {})))
-    best = best_of(evaluations) if evaluations else None
+    best = best_of(evaluations)
     return facts(
         "The run",
         {
@@ -130,11 +134,19 @@ def run_facts(
             "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
             "Batch": f"{config.get('batch_rows')} rows, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
-            "Last held-out perplexity": f"{evaluations[-1].perplexity:.5g}" if evaluations else None,
-            "Best held-out perplexity": f"{best.perplexity:.5g} at step {best.step:,}" if best else None,
+            "Last held-out perplexity": told_perplexity(evaluations[-1].perplexity, ".5g") if evaluations else None,
+            **_best_words(best),
             "Checkpoints": ", ".join(f"{step:,}" for step in Checkpoints(store).steps()) or "none",
         },
     )
+
+
+def _best_words(best: Evaluation | None) -> dict[str, str]:
+    if best is None:
+        return {}
+    if best.perplexity is None:
+        return {"Best mean cosine distance": f"{best.mean_cosine:.5g} at step {best.step:,}"}
+    return {"Best held-out perplexity": f"{best.perplexity:.5g} at step {best.step:,}"}
 
 
 def _weights(loss: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -244,16 +256,17 @@ def evaluation_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
         return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
     columns = {
         "perplexity": [entry.perplexity for entry in evaluations],
-        "mean cosine distance": [entry.mean_cosine if entry.blocks else None for entry in evaluations],
+        "mean cosine distance": [entry.mean_cosine for entry in evaluations],
         "KL to the teacher": [entry.kl for entry in evaluations],
         "max violation": [entry.max_violation for entry in evaluations],
         "perplexity without biases": [entry.perplexity_without_bias for entry in evaluations],
     }
     columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     drawn = [_evaluation_figure(evaluations, name, values) for name, values in columns.items()]
-    best = evaluations.index(best_of(evaluations))
+    found = best_of(evaluations)
+    best = None if found is None else evaluations.index(found)
     even = np.linspace(0, len(evaluations) - 1, min(len(evaluations), EVALUATIONS_SHOWN)).round().astype(int).tolist()
-    shown = sorted({*even, best})
+    shown = sorted({*even} if best is None else {*even, best})
     rows = [
         (
             f"{evaluations[at].step:,}{' (best)' if at == best else ''}",
@@ -290,7 +303,8 @@ def block_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
         Line(name, np.asarray(entry.blocks, float), np.asarray(entry.cosine, float))
         for name, entry in zip(names, (first, last), strict=True)
     ]
-    mean = f"mean {first.mean_cosine:.4g} and {last.mean_cosine:.4g}"
+    means = [f"{entry.mean_cosine:.4g}" if entry.mean_cosine is not None else "none" for entry in (first, last)]
+    mean = f"mean {means[0]} and {means[1]}"
     drawn = Figure(
         title="Cosine distance by block",
         caption=f"Of attention outputs to the teacher's, on held-out rows; {mean}.",

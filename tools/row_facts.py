@@ -153,8 +153,9 @@ def shown(text: str) -> str:
 
 
 def summary(tap: TapFacts, real: Sequence[bool] | np.ndarray) -> list[dict[str, Any]]:
-    """Of every slot: figures over the real tokens."""
+    """Of every slot: figures over the real tokens; None where there are none."""
     mask = np.asarray(real)
+    some = bool(mask.any())
     entries = []
     for at, slot in enumerate(tap.slots):
         norm = tap.norm[at][mask]
@@ -163,8 +164,11 @@ def summary(tap: TapFacts, real: Sequence[bool] | np.ndarray) -> list[dict[str, 
             {
                 "tap": tap.tap,
                 "slot": slot,
-                "norm": {"median": float(np.median(norm)), "largest": float(norm.max()), "smallest": float(norm.min())},
-                "cosine_to_next": None if cosine is None else float(cosine.mean()),
+                "norm": {
+                    name: float(figure(norm)) if some else None
+                    for name, figure in (("median", np.median), ("largest", np.max), ("smallest", np.min))
+                },
+                "cosine_to_next": float(cosine.mean()) if cosine is not None and some else None,
                 "largest_dimensions": [list(pair) for pair in tap.largest[at]],
                 "nonfinite": int(tap.nonfinite[at]),
             }

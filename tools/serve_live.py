@@ -132,8 +132,8 @@ def _shard_cells(watched: WatchedCache, segment: Segment, shard: int, at: float 
     cells += [took, "" if receipt.seconds is None else receipt.seconds.host]
     for tap in plan.taps:
         stats = receipt.stats[tap.name]
-        numbers = max(stats.count * len(stats.square_sum), 1)
-        cells.append(number(float(np.sqrt(sum(stats.square_sum) / numbers))))
+        numbers = stats.count * len(stats.square_sum)
+        cells.append(number(float(np.sqrt(sum(stats.square_sum) / numbers)) if numbers else None))
     return [*cells, number(sum(sum(stats.nonfinite) for stats in receipt.stats.values()))]
 
 

@@ -147,13 +147,13 @@ def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
 
 def _checkpoints(found: RunLook) -> str:
     """Those that are kept, with what the evaluation at their step said."""
-    best = best_of(found.evaluations).step if found.evaluations else None
+    best = best_of(found.evaluations)
     known = {entry.step: entry for entry in found.evaluations}
     rows = [
         (
-            f"{step:,}{' (best)' if step == best else ''}",
+            f"{step:,}{' (best)' if best is not None and step == best.step else ''}",
             number(known[step].perplexity) if step in known else Numeric("not evaluated"),
-            number(known[step].mean_cosine if step in known and known[step].blocks else None),
+            number(known[step].mean_cosine if step in known else None),
         )
         for step in found.checkpoints
     ]

@@ -135,7 +135,7 @@ def _facts(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> str
             or "none",
         }
     for other, (total, tokens) in sorted(found.cosine.items()):
-        values[f"Cosine to slot {other}"] = f"{total / max(tokens, 1):.4f}"
+        values[f"Cosine to slot {other}"] = f"{total / tokens:.4f}" if tokens else "undefined (no token is compared)"
     return facts("Over the sample", values | _of_all_rows(watched, tap, slot))
 
 

@@ -142,7 +142,7 @@ def _slot_table(facts: RowFacts) -> Table:
             norm, cosine = entry["norm"], entry["cosine_to_next"]
             dimensions = ", ".join(f"{at} ({rms:.3g})" for at, rms in entry["largest_dimensions"])
             bad = f"[red] {entry['nonfinite']} not finite[/]" if entry["nonfinite"] else ""
-            figures = [f"{norm[key]:.3g}" for key in ("median", "largest")]
+            figures = ["-" if norm[key] is None else f"{norm[key]:.3g}" for key in ("median", "largest")]
             last = "" if cosine is None else f"{cosine:.4f}"
             table.add_row(tap.tap, str(entry["slot"]), *figures, last, dimensions + bad)
     return table

@@ -94,14 +94,19 @@ class SlotStats:
         return float(np.exp(-(shares * np.log(np.maximum(shares, TINY))).sum()))
 
     def describe(self) -> dict[str, Any]:
+        """Figures as plain values; None where they are undefined: of no token, or (kurtosis) of zeros alone."""
+        if not self.count:
+            figures = dict.fromkeys(("rms", "abs_max", "kurtosis", "dead_dimensions", "cosine_to_next"))
+            rest = {"outlier_dimensions": [], "effective_rank": None, "rank_tokens": 0, "nonfinite": 0}
+            return {**figures, **rest}
         rms = self.rms
         median = max(float(np.median(rms)), TINY)
         outliers = [int(at) for at in np.argsort(-rms) if rms[at] > OUTLIER * median]
-        of_all = self.fourth.sum() * self.count * len(rms) / max(float(self.square.sum()) ** 2, TINY)
+        squares = float(self.square.sum()) ** 2
         return {
             "rms": float(np.sqrt(np.mean(np.square(rms)))),
             "abs_max": float(self.largest.max()),
-            "kurtosis": float(of_all),
+            "kurtosis": float(self.fourth.sum() * self.count * len(rms) / squares) if squares > TINY else None,
             "dead_dimensions": int(np.count_nonzero(rms == 0)),
             "outlier_dimensions": [[at, float(rms[at] / median)] for at in outliers],
             "cosine_to_next": self.cosines / self.compared if self.compared else None,
@@ -252,8 +257,8 @@ def _print(found: dict[str, Any]) -> None:
         words += f" and {len(outliers) - 3} more" if len(outliers) > 3 else ""
         notes = [words, f"[red]{each['nonfinite']} not finite[/]" if each["nonfinite"] else ""]
         notes.append(f"{each['dead_dimensions']} dead dimensions" if each["dead_dimensions"] else "")
-        figures = [f"{each[key]:.3g}" for key in ("rms", "abs_max", "kurtosis")]
-        rank = f"{each['effective_rank']:.0f}"
+        figures = ["-" if each[key] is None else f"{each[key]:.3g}" for key in ("rms", "abs_max", "kurtosis")]
+        rank = "-" if each["effective_rank"] is None else f"{each['effective_rank']:.0f}"
         alike = "" if each["cosine_to_next"] is None else f"{each['cosine_to_next']:.3f}"
         table.add_row(each["tap"], str(each["slot"]), *figures, rank, alike, "; ".join(filter(None, notes)))
     console.print(table)

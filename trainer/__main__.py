@@ -11,7 +11,7 @@ from schemas.config import TrainConfig
 from schemas.errors import DistillcacheError, DivergedError
 from schemas.peers import has_peers
 from schemas.supervise import is_supervised, supervise
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluation, told_perplexity
 from trainer.train import TrainResult, divergence_summary, train
 
 
@@ -40,7 +40,8 @@ def train_command(argv: Sequence[str], command: str = "distillcache train", as_j
 
 
 def _lines(result: TrainResult) -> list[str]:
-    lines = [f"run {result.run}: {result.steps} steps, loss {result.loss:.4g}, {result.tokens_per_s:,.0f} tokens/s"]
+    loss = "undefined (no token of the last batch is a target)" if result.loss is None else f"{result.loss:.4g}"
+    lines = [f"run {result.run}: {result.steps} steps, loss {loss}, {result.tokens_per_s:,.0f} tokens/s"]
     if result.before and result.after:
         lines += _changes(result.before, result.after)
     if result.diverged:
@@ -50,12 +51,16 @@ def _lines(result: TrainResult) -> list[str]:
 
 def _changes(before: Evaluation, after: Evaluation) -> list[str]:
     """What the training changed on the held-out rows."""
-    lines = [f"held-out perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"]
+    if after.perplexity is None:
+        lines = [f"held-out perplexity {told_perplexity(None)}"]
+    else:
+        start = told_perplexity(before.perplexity)
+        lines = [f"held-out perplexity {start} before, {told_perplexity(after.perplexity)} after"]
     if after.perplexity_without_bias is not None:
         lines.append(
             f"without router biases, as other readers of the export route: {after.perplexity_without_bias:.2f}"
         )
-    if after.blocks:
+    if before.mean_cosine is not None and after.mean_cosine is not None:
         lines.append(f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after")
     if before.max_violation is not None and after.max_violation is not None:
         fullest = f"{1 + before.max_violation:.2f} before, {1 + after.max_violation:.2f} after"

@@ -234,13 +234,14 @@ def loads_by_unit(loads: Float[Array, "Lm G E"], model: ModelConfig) -> dict[str
     return {unit: loads[np.asarray(of_unit)] for unit, of_unit in numbers.items()}
 
 
-def mean_balance(sums: RouterSums, moe: MoeConfig, scope: Scope) -> float:
-    """The load-balance loss of a batch's rows, `[L, B, ...]`, as a step reports it: the mean over blocks that ran."""
+def mean_balance(sums: RouterSums, moe: MoeConfig, scope: Scope) -> float | None:
+    """The load-balance loss of a batch's rows, `[L, B, ...]`, as a step reports it: the mean over blocks that ran; None
+    where none did."""
     rows = sums.tokens.shape[1]
     totals = Totals(jnp.max(jnp.sum(sums.tokens, axis=1)), jnp.max(jnp.sum(sums.tokens > 0, axis=1)))
     found = Balancing(moe, scope).of_blocks(sums, jnp.arange(rows), rows, totals, None)
     ran = np.asarray(found.sums.tokens) > 0
-    return float(np.mean(np.asarray(found.balance)[ran]) / np.asarray(totals.tokens)) if ran.any() else 0.0
+    return float(np.mean(np.asarray(found.balance)[ran]) / np.asarray(totals.tokens)) if ran.any() else None
 
 
 def start_balance(parameters: Parameters, places: Mapping[Place, int], groups: int) -> dict[str, BalanceState]:

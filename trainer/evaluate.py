@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from models.decoder import BlockOutput, Decoder
 from models.routing import expert_load, max_violation
 from schemas.base import Config
-from schemas.errors import InputError, NonFiniteError
+from schemas.errors import NonFiniteError
 from schemas.peers import ALONE, Peers
 from schemas.progress import Progress
 from schemas.train_config import TrainConfig
@@ -30,18 +30,23 @@ from trainer.source import Batch, Source
 from trainer.stack import BlockRules, Given, StudentStack, scan_blocks
 from trainer.tables import Table, TapReading, block_starts, evaluation_table, real_vocab, student_spans
 
+MAX_EXPONENT = 700.0  # exp of more is no float
+
 
 class Evaluation(Config):
     """What one evaluation found.
 
-    blocks: the student's that can be compared with the cache; cosine: each one's mean distance, in their order.
-    kl: to the teacher's recorded top k, nats a token; None where none is recorded.
-    max_violation: of a student with experts, the mean over its blocks (models/routing.py).
-    perplexity_without_bias: where its routers have biases that other readers of its export will not know.
+    Figures are None where they are undefined: a mean of nothing is no number.
+
+    perplexity: None where no held-out token is a target. blocks: the student's that can be compared with the cache;
+    cosine: each one's mean distance, in their order. kl: to the teacher's recorded top k, nats a token; None where none
+    is recorded, or no token is a target. max_violation: of a student with experts, the mean over its blocks
+    (models/routing.py). perplexity_without_bias: where its routers have biases that other readers of its export will
+    not know.
     """
 
     step: int
-    perplexity: float
+    perplexity: float | None
     blocks: tuple[int, ...]
     cosine: tuple[float, ...]
     kl: float | None = None
@@ -49,8 +54,9 @@ class Evaluation(Config):
     perplexity_without_bias: float | None = None
 
     @property
-    def mean_cosine(self) -> float:
-        return sum(self.cosine) / max(len(self.cosine), 1)
+    def mean_cosine(self) -> float | None:
+        """The mean over the blocks; None where none is compared."""
+        return sum(self.cosine) / len(self.cosine) if self.cosine else None
 
 
 class Evaluator:
@@ -85,21 +91,22 @@ class Evaluator:
         parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
         decoder = self._with(parameters)
         whole = held_out(decoder, source, rows, peers=peers)
-        violation = None if whole.load is None else float(np.mean(max_violation(jnp.asarray(whole.load))))
+        violation = None
+        if whole.load is not None and (ran := whole.load.sum(axis=-1) > 0).any():
+            violation = float(np.mean(max_violation(jnp.asarray(whole.load[ran]))))
         kl = None
         if "topk_logits" in source.codecs:
             kl = teacher_divergence(decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
-        cosine: tuple[float, ...] = ()
+        cosine = None
         if self._blocks:
-            found = blockwise_cosine(
+            cosine = blockwise_cosine(
                 self._stack, parameters, source, self._table, self._reading, self._rules, rows, peers
             )
-            cosine = tuple(float(found[block]) for block in self._blocks)
         return _evaluation(
             step=step,
             perplexity=whole.perplexity,
-            blocks=self._blocks,
-            cosine=cosine,
+            blocks=() if cosine is None else self._blocks,
+            cosine=() if cosine is None else tuple(float(cosine[block]) for block in self._blocks),
             kl=kl,
             max_violation=violation,
             perplexity_without_bias=self._without_bias(decoder, parameters),
@@ -131,11 +138,35 @@ def _evaluation(**figures: Any) -> Evaluation:
     return Evaluation(**figures)
 
 
-class HeldOut(NamedTuple):
-    """A decoder on held-out rows. perplexity: exp of the mean cross-entropy of every next token. load: of every expert,
-    `[Lm, E]`; None without experts."""
+def told_perplexity(value: float | None, form: str = ".2f") -> str:
+    """A perplexity for people; in words where it is undefined."""
+    return "undefined (no token is a target)" if value is None else format(value, form)
 
-    perplexity: float
+
+def gap_closed(teacher: float | None, start: float | None, now: float | None) -> float | None:
+    """The share of the gap between the student's perplexity at the start and the teacher's that is gone by now.
+
+    Below 0 it grew; above 1 the student is better than its teacher. None where there was no gap, or a perplexity is
+    undefined or unknown.
+    """
+    if teacher is None or start is None or now is None or start <= teacher:
+        return None
+    return (start - now) / (start - teacher)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean cross-entropy, in nats; of one that no float could hold the exp of, the largest that is written."""
+    return math.exp(min(loss, MAX_EXPONENT))
+
+
+class HeldOut(NamedTuple):
+    """A decoder on held-out rows.
+
+    perplexity: exp of the mean cross-entropy of every next token; None where none counts. load: of every expert,
+    `[Lm, E]`; None without experts.
+    """
+
+    perplexity: float | None
     load: np.ndarray | None
 
 
@@ -144,20 +175,21 @@ def held_out(
 ) -> HeldOut:
     """How well it predicts the source's rows, and how its experts are loaded there."""
     loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers)
-    return HeldOut(math.exp(loss), load)
+    return HeldOut(None if loss is None else perplexity_of(loss), load)
 
 
 def held_out_perplexity(
     decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
-) -> float:
-    """exp of the mean cross-entropy of every next token in the source's rows."""
+) -> float | None:
+    """exp of the mean cross-entropy of every next token in the source's rows; None where none counts."""
     return held_out(decoder, source, batch_rows, title).perplexity
 
 
 def teacher_divergence(
     decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool, peers: Peers = ALONE
-) -> float:
-    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats."""
+) -> float | None:
+    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats; None where no token is a
+    target."""
     record = _Record(source.codecs["topk_logits"], rest_bucket)
     return _mean_token_loss(decoder, source, batch_rows, "KL", record, peers)[0]
 
@@ -171,9 +203,9 @@ def blockwise_cosine(
     rules: BlockRules,
     batch_rows: int,
     peers: Peers = ALONE,
-) -> np.ndarray:
+) -> np.ndarray | None:
     """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
-    table trains none."""
+    table trains none. None where the rows are all padding."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
     with Progress("cosine", len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows, peers):
@@ -181,7 +213,7 @@ def blockwise_cosine(
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
             bar.advance(rows)
     *totals, weight = peers.sum(np.append(total, weight))
-    return np.asarray(totals) / max(weight, 1.0)
+    return np.asarray(totals) / weight if weight else None
 
 
 @dataclass(frozen=True)
@@ -194,13 +226,9 @@ class _Record:
 
 def _mean_token_loss(
     decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None, peers: Peers
-) -> tuple[float, np.ndarray | None]:
-    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; and the load
-    of every expert.
-
-    Raises:
-        InputError: no token of the rows is a target, so that there is no mean.
-    """
+) -> tuple[float | None, np.ndarray | None]:
+    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; None where no
+    token is a target. And the load of every expert."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
     model, real = decoder.config, real_vocab(decoder.config, source)
@@ -214,13 +242,7 @@ def _mean_token_loss(
                 load = load + np.asarray(loads, np.float64)
             bar.advance(rows)
     total, weight = peers.sum(np.asarray([total, weight]))
-    if not weight:
-        raise InputError(
-            "no token of the held-out rows is a target, so that a perplexity is undefined",
-            {"rows": source.url, "held out": f"{len(source):,} rows, 0 targets"},
-            "hold out rows with targets (of chats: with answers of the assistant), or none: data.eval_rows: 0",
-        )
-    return float(total / weight), None if load is None else peers.sum(load)
+    return float(total / weight) if weight else None, None if load is None else peers.sum(load)
 
 
 _ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")

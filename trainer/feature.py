@@ -58,7 +58,8 @@ class FeatureSums(NamedTuple):
 
     feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`, if logits are computed; with
     recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets
-    among its top k). routing: of the blocks with experts, where it is collected.
+    among its top k). tokens, targets: how many those are, also where there is none. routing: of the blocks with
+    experts, where it is collected.
     """
 
     feature: Array
@@ -120,7 +121,7 @@ class FeatureStep:
         shapes = jax.eval_shape(gradient, trained, None, rows, taps)
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         gradients, sums = jax.lax.scan(one, zeros, jnp.arange(self.micro_batches))[0]
-        return gradients, sums._replace(tokens=counts.tokens, targets=counts.targets, weights=weights)
+        return gradients, sums._replace(tokens=counts.totals.tokens, targets=counts.found, weights=weights)
 
     def _loss(
         self,
@@ -155,7 +156,7 @@ class FeatureStep:
             if "load_balance" in weights:
                 total = total + weights["load_balance"] * jnp.mean(routing.balance) / counts.tokens
                 total = total + weights["router_z"] * jnp.mean(routing.sums.z) / counts.tokens
-        return total, FeatureSums(feature, counts.tokens, losses, counts.targets, dict(weights), routing)
+        return total, FeatureSums(feature, counts.totals.tokens, losses, counts.found, dict(weights), routing)
 
     def _run(
         self,
@@ -243,10 +244,12 @@ class FeatureStep:
 
 
 class _Counts(NamedTuple):
-    """What the whole batch's sums are divided by, at least 1; and its totals and rows as they are."""
+    """What the whole batch's sums are divided by, `tokens` and `targets`, at least 1; and as they are its targets
+    (`found`), totals and rows."""
 
     tokens: Array
     targets: Array
+    found: Array
     totals: Totals
     rows: int
 
@@ -255,7 +258,7 @@ class _Counts(NamedTuple):
         mask = batch["segment_ids"] > 0
         totals = Totals.of(mask)
         nexts = jnp.sum(counted_predictions(batch["segment_ids"], batch["loss_mask"]), dtype=jnp.float32)
-        return cls(jnp.maximum(totals.tokens, 1.0), jnp.maximum(nexts, 1.0), totals, mask.shape[0])
+        return cls(jnp.maximum(totals.tokens, 1.0), jnp.maximum(nexts, 1.0), nexts, totals, mask.shape[0])
 
 
 def feature_update(step: FeatureStep) -> Update:

@@ -216,7 +216,8 @@ class Feed(Iterator[Batch]):
     def _start(self, seed: int, next_step: int) -> None:
         self._seed, self._next_step = seed, next_step
         order = grain.MapDataset.range(len(self.source)).shuffle(seed=seed).repeat()
-        batches = order.batch(self._rows, batch_fn=list).map(self._read)
+        # Rows repeat for ever, so there is no remainder; rounded up, the number of batches of 1 overflows in Grain.
+        batches = order.batch(self._rows, drop_remainder=True, batch_fn=list).map(self._read)
         self._batches = iter(batches.to_iter_dataset(self._options))
         self._batches.set_state({"next_index": next_step})
 

@@ -27,8 +27,8 @@ class MaskedSum(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, "*L"]:
-        """total / weight, and 0 where nothing counted."""
-        return self.total / jnp.maximum(self.weight, 1.0)
+        """total / weight, and NaN where nothing counted: such a mean is undefined."""
+        return jnp.where(self.weight > 0, self.total / jnp.maximum(self.weight, 1.0), jnp.nan)
 
 
 def blockwise_cosine_loss(

@@ -3,7 +3,6 @@
 Names are MaxText's where MaxText has one, so that its dashboards fit; `feature/...` and `eval/...` are ours.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from models.routing import RouterSums, max_violation
-from trainer.evaluate import Evaluation
-
-MAX_EXPONENT = 700.0  # exp of more is no float
+from trainer.evaluate import Evaluation, perplexity_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +39,15 @@ class StepTimes:
 def blockwise_metrics(
     losses: Mapping[str, np.ndarray], block_weights: Mapping[int, float], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """The losses of a blockwise step.
+    """The losses of a blockwise step; none of a batch without tokens.
 
     Args:
         losses: `feature` and `mlp`, float `[L]`: each block's mean over tokens, before beta and gamma.
         block_weights: of the trained blocks.
         weights: beta (`feature`) and gamma (`mlp`) at this step.
     """
+    if not losses:
+        return {}
     blocks = list(block_weights)
     own = np.asarray([block_weights[block] for block in blocks])
     feature = float(np.mean(losses["feature"][blocks] * own)) * weights["feature"]
@@ -69,26 +68,29 @@ def blockwise_metrics(
 def feature_metrics(
     losses: Mapping[str, Any], block_weights: Mapping[int, float], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """The losses of a step in feature mode.
+    """The losses of a step in feature mode. What is undefined is left out: of a batch without targets the means over
+    next tokens, and the total where it would be made of them alone.
 
     Args:
         losses: `feature`, float `[L]`; the others means over next tokens, in nats: `ce`, if logits are
             computed, and with recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (where a target lies outside the
-            top k: the least that it can be) and `covered` (share of targets inside).
+            top k: the least that it can be) and `covered` (share of targets inside). Empty without tokens.
         weights: of the token losses (`tokens`), alpha, tau and beta (`feature`) at this step.
     """
+    if not losses:
+        return {}
     alpha, tau, beta = weights["alpha"], weights["tau"], weights["feature"]
     blocks = list(block_weights)
     own = np.asarray([block_weights[block] for block in blocks])
     feature = beta * float(np.mean(losses["feature"][blocks] * own)) if blocks else 0.0
     soft = tau * tau * losses.get("kl", 0.0)
-    found = {"distill/total_loss": feature}
+    found = {"distill/total_loss": feature} if blocks else {}
     if "ce" in losses:
         hard = losses["ce"]
         found = {
             "distill/total_loss": weights["tokens"] * (alpha * soft + (1 - alpha) * hard) + feature,
             "distill/hard_loss": hard,
-            "distill/student_perplexity": _perplexity(hard),
+            "distill/student_perplexity": perplexity_of(hard),
             "distill/alpha": alpha,
             "distill/token_weight": weights["tokens"],
         }
@@ -99,7 +101,7 @@ def feature_metrics(
             "distill/kl_div_T1": losses["kl_1"],
             "distill/temperature": tau,
             "distill/teacher_loss": losses["teacher"],
-            "distill/teacher_perplexity": _perplexity(losses["teacher"]),
+            "distill/teacher_perplexity": perplexity_of(losses["teacher"]),
             "logits/targets_covered": losses["covered"],
         }
     if blocks:
@@ -147,24 +149,22 @@ def router_metrics(
     return found
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, MAX_EXPONENT))
-
-
 def evaluation_metrics(found: Evaluation, first: Evaluation | None, *, stands_in: bool) -> dict[str, float]:
-    """The metrics of one evaluation on held-out rows.
+    """The metrics of one evaluation on held-out rows; what is undefined has none.
 
     Args:
         first: the student's before its first step: `eval/relative_recovery` is the share of its cosine distance that
             is gone.
         stands_in: the steps compute no cross-entropy, so MaxText's name for their perplexity is free for this one.
     """
-    metrics = {"eval/student_perplexity": found.perplexity}
-    if stands_in:
-        metrics["distill/student_perplexity"] = found.perplexity
-    if found.blocks:
+    metrics: dict[str, float] = {}
+    if found.perplexity is not None:
+        metrics["eval/student_perplexity"] = found.perplexity
+        if stands_in:
+            metrics["distill/student_perplexity"] = found.perplexity
+    if found.mean_cosine is not None:
         metrics["eval/cosine"] = found.mean_cosine
-        if first is not None and first.mean_cosine > 0:
+        if first is not None and first.mean_cosine:
             metrics["eval/relative_recovery"] = 1.0 - found.mean_cosine / first.mean_cosine
     if found.kl is not None:
         metrics["eval/kl_div_T1"] = found.kl

@@ -29,6 +29,11 @@ class Sources:
         taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
         return self._open(taps, None, "eval", False)
 
+    @property
+    def held_out_rows(self) -> Source:
+        """The rows for evaluation, without taps."""
+        return self._open((), None, "eval", False)
+
     @cached_property
     def _teacher(self) -> OnlineTeacher:
         config, online = self._config, self._config.online

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from models.runs import best_place
 from schemas import settings
 from schemas.canonical import from_plain
 from schemas.claims import Claims
@@ -200,25 +201,26 @@ def write_summary(store: Store, summary: dict[str, Any]) -> None:
 
 
 def best_evaluation(run: str) -> Evaluation:
-    """The evaluation with the lowest perplexity, of those whose checkpoints are kept (never that before step 1).
+    """The best evaluation of those whose checkpoints are kept (never that before step 1).
 
     Raises:
         CheckpointError: there is no run, or no such evaluation.
     """
     kept, found = kept_steps(run), read_evaluations(run)
-    evaluated = [entry for entry in found if entry.step in kept]
-    if not evaluated:
+    best = best_of([entry for entry in found if entry.step in kept])
+    if best is None:
         raise CheckpointError(
-            "no checkpoint of the run was evaluated, so none is the best",
+            "no checkpoint of the run has a held-out figure, so none is the best",
             {"run": run, "checkpoints": kept, "evaluations": [entry.step for entry in found]},
             "export the newest without --best, or name one with --step",
         )
-    return best_of(evaluated)
+    return best
 
 
-def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The one with the lowest perplexity."""
-    return min(evaluations, key=lambda entry: entry.perplexity)
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The one with the lowest perplexity; without perplexities, with the smallest cosine distance; else None."""
+    place = best_place([(entry.perplexity, entry.mean_cosine) for entry in evaluations])
+    return None if place is None else evaluations[place]
 
 
 def _is_leftover(key: str) -> bool:

@@ -26,7 +26,7 @@ from schemas.codecs import Codec
 from schemas.errors import InputError
 from schemas.layout import ITEM_BYTES
 from schemas.manifest import Plan, TapPlan
-from schemas.rows import Row
+from schemas.rows import Row, num_targets
 from schemas.segment import Segment
 from schemas.tap_codec import tap_codec
 from trainer.far import far_pool
@@ -34,6 +34,7 @@ from trainer.slots import TapReads, tap_reads
 
 Batch = dict[str, Any]
 SplitName = Literal["train", "eval"]
+TARGET_ROWS = 256  # read at once while looking for a target
 
 
 class Rows(Protocol):
@@ -185,6 +186,17 @@ class Source(ABC):
             for name, tap in self.taps.items()
             for part in tap.parts
         ) * (self.plan.rows.row_tokens)
+
+    def has_targets(self) -> bool:
+        """Whether any token of the split is a target. Rows are read until one has targets: usually one row."""
+        start = 0
+        while start < len(self):
+            stop = min(max(2 * start, 1), start + TARGET_ROWS, len(self))
+            batch = self._row_batch(self._places(range(start, stop)))
+            if num_targets(batch["segment_ids"], batch["loss_mask"]):
+                return True
+            start = stop
+        return False
 
     def segments(self) -> list[Segment]:
         """All segments of the cache."""

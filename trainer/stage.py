@@ -108,13 +108,17 @@ class StageRun:
         return {name: v for name, v in found.items() if self.stage.compares_tokens or name not in BEHIND_BLOCKS}
 
     def losses(self, sums: Any) -> dict[str, Any]:
-        """A step's means, `[L]` by block, or a number, of its sums on the host."""
-        tokens = max(float(sums.tokens), 1.0)
+        """A step's means, `[L]` by block, or a number, of its sums on the host. A mean of nothing is left out: there is
+        none over tokens of a batch that is all padding, and none over targets where no token is one."""
+        tokens, found = float(sums.tokens), dict[str, Any]()
+        if not tokens:
+            return found
         if isinstance(sums, StepSums):
             found = {name: total / tokens for name, total in block_sums(sums, self.stack).items()}
         else:
             found = {"feature": np.asarray(sums.feature, np.float64) / tokens}
-            found |= {name: float(total) / float(sums.targets) for name, total in sums.token_losses.items()}
+            if targets := float(sums.targets):
+                found |= {name: float(total) / targets for name, total in sums.token_losses.items()}
         routing = self.routing(sums)
         if routing is not None:  # of all blocks, so that one that is not finite is named
             for name, totals in (("load_balance", routing.balance), ("router_z", routing.sums.z)):
@@ -141,11 +145,13 @@ class StageRun:
         if routing is None:
             return found
         of_routers = router_metrics(losses, routing.sums, self.stack.config.moe_blocks, weights, self._bias_rows())
-        found["distill/total_loss"] += of_routers.get("distill/moe_lb_loss", 0.0)
-        found["distill/total_loss"] += of_routers.get("distill/router_z_loss", 0.0)
+        for name in ("distill/moe_lb_loss", "distill/router_z_loss"):
+            if name in of_routers:
+                found["distill/total_loss"] = found.get("distill/total_loss", 0.0) + of_routers[name]
         if teacher is not None and self._balancing is not None and "load_balance" in weights:
             balance = mean_balance(teacher, self._balancing.moe, self._balancing.scope)
-            of_routers["distill/teacher_moe_lb_loss"] = weights["load_balance"] * balance
+            if balance is not None:
+                of_routers["distill/teacher_moe_lb_loss"] = weights["load_balance"] * balance
         return found | of_routers
 
     def _bias_rows(self) -> np.ndarray | None:

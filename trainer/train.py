@@ -9,6 +9,7 @@ import contextlib
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from models.kernels import chosen_kernel
 from models.routing import RouterSums
 from schemas import progress, storage
 from schemas.config import TrainConfig
-from schemas.errors import CheckpointError, ConfigError, DivergedError, Interrupted, NonFiniteError
+from schemas.errors import CheckpointError, ConfigError, DivergedError, InputError, Interrupted, NonFiniteError
 from schemas.peers import Peers, join_peers
 from schemas.progress import Progress
+from schemas.rows import SPLITS, Split, no_targets_note
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store
 from trainer.balance import BlockRouting, mean_biases
@@ -82,9 +84,9 @@ class TrainResult:
     diverged: DivergedError | None = None
 
     @property
-    def loss(self) -> float:
-        """The last step's."""
-        return self.metrics["distill/total_loss"]
+    def loss(self) -> float | None:
+        """The last step's; None where it is undefined: it needs targets, and no token of the batch is one."""
+        return self.metrics.get("distill/total_loss")
 
     def summary(self) -> dict[str, Any]:
         """The result as one JSON object."""
@@ -134,6 +136,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     _check_batches(config)
     check_profile(config.profile, stages[-1].last)
     sources = Sources(config)
+    _check_targets(stages, sources, peers)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(watch_for_stop(together=peers.count > 1))
         began = False
@@ -180,6 +183,30 @@ def _check_batches(config: TrainConfig) -> None:
             {"batch_rows": config.batch_rows, "micro_batches": config.micro_batches},
             "make batch_rows a multiple of micro_batches",
         )
+
+
+def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> None:
+    """Say where no token is a target.
+
+    Raises:
+        InputError: none of the rows to train on has a target, and a stage's losses are means over targets.
+    """
+    rows = {"train": sources.rows, "eval": sources.held_out_rows}
+    without: list[Split] = [split for split in SPLITS if len(rows[split]) and not rows[split].has_targets()]
+    needing = [stage.name for stage in stages if stage.compares_tokens]
+    if "train" in without and needing:
+        raise InputError(
+            "no token of the rows to train on is a target, and cross-entropy and KL are means over targets",
+            {
+                "rows": sources.rows.url,
+                "found": f"{len(sources.rows):,} rows, 0 targets",
+                "needed by": "; ".join(needing),
+            },
+            "use rows with targets (of chats: with answers of the assistant), or losses that need none: "
+            "mode: blockwise, or loss.token_weight: 0",
+        )
+    if without and peers.first:
+        print(f"note: {no_targets_note(without)}", file=sys.stderr)
 
 
 def _open_student(store: Store, config: TrainConfig, sources: Sources, peers: Peers) -> Decoder:
@@ -314,7 +341,8 @@ class _Run:
             metrics |= times.metrics()
             metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
             wait = f", {times.wait_share:.0%} of it waiting for data" if times.wait_share >= WORTH_SAYING else ""
-            bar.advance(1, note=f"loss {metrics['distill/total_loss']:.4g}, {counted / seconds:,.0f} tokens/s{wait}")
+            loss = f"{metrics['distill/total_loss']:.4g}" if "distill/total_loss" in metrics else "undefined"
+            bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s{wait}")
             self._keep(run, number, metrics, run.routing(sums), {**feed.get_state(), "next_step": number})
 
     def _settle(self, run: StageRun, number: int, sums: Any, teacher: RouterSums | None) -> dict[str, float]:
@@ -401,9 +429,10 @@ class _Run:
             self.log.log(number, metrics)
 
     def _keep_best(self) -> None:
-        """Tell the checkpoints which one is the best by perplexity on the held-out rows."""
-        if found := [entry for entry in self.evaluations if entry.step]:
-            self.checkpoints.keep_best(best_of(found).step)
+        """Tell the checkpoints which one is the best on the held-out rows."""
+        best = best_of([entry for entry in self.evaluations if entry.step])
+        if best is not None:
+            self.checkpoints.keep_best(best.step)
 
     def _evaluate(self, number: int, stage: Stage) -> dict[str, float]:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
@@ -446,7 +475,7 @@ def _teacher_path(config: TrainConfig) -> str | None:
 
 def _result(config: TrainConfig, stage: Stage, store: Store, first: int) -> TrainResult:
     """What a finished run came to, read from its files. stage: its last."""
-    lines = [line for line in read_metrics(store.url) if "distill/total_loss" in line]
+    lines = [line for line in read_metrics(store.url) if "perf/tokens_per_second" in line]
     evaluations, steps = read_evaluations(store), stage.last
     found = {entry.step: entry for entry in evaluations}
     return TrainResult(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 from models.checkpoint import load_pretrained
-from schemas.errors import InputError
 from trainer import evaluate
 from trainer.evaluate import held_out_perplexity
 from trainer.feed import CacheSource
@@ -17,7 +16,7 @@ from trainer.feed import CacheSource
 def test_a_perplexity_without_targets_is_no_number(cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of chats in which the assistant never answers: the mean of nothing was 0, and its perplexity 1."""
     source, decoder = CacheSource(str(cache), taps=[], split="eval"), load_pretrained(teacher)
-    assert held_out_perplexity(decoder, source, 4) > 1
+    assert (held_out_perplexity(decoder, source, 4) or 0) > 1
     real = evaluate._batches
 
     def without_targets(*args: Any) -> Iterator[tuple[dict[str, Any], int]]:
@@ -25,5 +24,4 @@ def test_a_perplexity_without_targets_is_no_number(cache: Path, teacher: Path, m
             yield {**batch, "loss_mask": jnp.zeros_like(batch["loss_mask"])}, rows
 
     monkeypatch.setattr(evaluate, "_batches", without_targets)
-    with pytest.raises(InputError, match="no token of the held-out rows is a target"):
-        held_out_perplexity(decoder, source, 4)
+    assert held_out_perplexity(decoder, source, 4) is None

@@ -101,9 +101,11 @@ def test_a_nan_in_the_padding_stays_there(loss, features):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_alone_is_zero(loss, features):
     student, teacher, mask = (jnp.asarray(value) for value in features)
-    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher, jnp.zeros_like(mask)).mean.sum())(student)
+    nothing = jnp.zeros_like(mask)
+    value, gradient = jax.value_and_grad(lambda s: loss(s, teacher, nothing).total.sum())(student)
     assert value == 0
     assert not gradient.any()
+    assert np.isnan(loss(student, teacher, nothing).mean).all()  # a mean of nothing is no number
 
 
 @pytest.mark.parametrize("loss", [blockwise_l2_loss, blockwise_relative_l2_loss])

@@ -264,12 +264,13 @@ def test_padding_alone_is_zero(example: Example) -> None:
     arrays = f32(example.student, *example.recorded(4), example.tokens, 0 * example.segment_ids, example.loss_mask)
     for rest_bucket in (False, True):
         value, gradient = jax.value_and_grad(
-            lambda s, rest=rest_bucket: topk_kl_loss(s, *arrays[1:], tau=2.0, rest_bucket=rest).mean
+            lambda s, rest=rest_bucket: topk_kl_loss(s, *arrays[1:], tau=2.0, rest_bucket=rest).total
         )(arrays[0])
         assert value == 0
         assert not gradient.any()
     found = topk_cross_entropy(*arrays[1:])
-    assert [float(each.mean) for each in found] == [0, 0, 0]
+    assert [(float(each.total), float(each.weight)) for each in found] == [(0, 0)] * 3
+    assert all(np.isnan(each.mean) for each in found)
 
 
 @pytest.mark.parametrize("rest_bucket", [False, True])

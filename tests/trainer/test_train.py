@@ -359,7 +359,7 @@ def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
     check_dtypes(run, out)
     (run / "eval.json").write_text(json.dumps([first.model_dump()]))
     assert cli.main(["export", str(run), str(out), "--best"]) == 2
-    assert "no checkpoint of the run was evaluated" in capsys.readouterr().err
+    assert "no checkpoint of the run has a held-out figure" in capsys.readouterr().err
     assert cli.main(["export", str(run), str(out), "--best", "--step", "8"]) == 2
     assert "both name a checkpoint" in capsys.readouterr().err
 
