@@ -17,6 +17,7 @@ import numpy as np
 from schemas.errors import DivergedError
 from schemas.train_config import LossConfig, Ramp
 from trainer.evaluate import Evaluation
+from trainer.run_folder import best_of
 from trainer.schedules import may_count
 from trainer.stages import Stage
 
@@ -139,8 +140,15 @@ def _judged_losses(stage: Stage, lines: Lines) -> _Verdict | None:
 
 def stage_losses(stage: Stage, lines: Lines) -> list[float]:
     """The loss of each line, with the weights of the stage's last step, so that ramps do not count."""
-    steps = [line for line in lines if "distill/total_loss" in line]
+    steps = _whole_lines(lines)
     return [_with_last_weights(line, steps[-1]) for line in steps]
+
+
+def _whole_lines(lines: Lines) -> list[Mapping[str, float]]:
+    """The steps whose losses can be compared: where any has token losses, not those of batches without a target."""
+    steps = [line for line in lines if "distill/total_loss" in line]
+    with_tokens = [line for line in steps if "distill/hard_loss" in line]
+    return with_tokens or steps
 
 
 def _with_last_weights(line: Mapping[str, float], last: Mapping[str, float]) -> float:
@@ -181,10 +189,10 @@ def best_checkpoint(
     known = {step: measure for step, measure in measured.items() if measure and math.isfinite(measure.value)}
     if known:
         step = min(known, key=lambda at: known[at].value)
-        by_perplexity = [entry for entry in evaluations if entry.step in kept and entry.perplexity is not None]
-        best = min(by_perplexity, key=lambda entry: entry.perplexity or math.inf).step if by_perplexity else None
-        return BestCheckpoint(step, known[step], "--best" if step == best else f"--step {step}")
-    mine = [line for line in lines if line["step"] > stage.first and "distill/total_loss" in line]
+        best = best_of([entry for entry in evaluations if entry.step in kept])
+        is_best = best is not None and step == best.step
+        return BestCheckpoint(step, known[step], "--best" if is_best else f"--step {step}")
+    mine = _whole_lines([line for line in lines if line["step"] > stage.first])
     losses = dict(zip((line["step"] for line in mine), stage_losses(stage, mine), strict=True))
     if there := [step for step in kept if step in losses]:
         step = min(there, key=lambda at: losses[at])

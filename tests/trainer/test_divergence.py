@@ -15,7 +15,7 @@ from tests.trainer.test_train import Stop, config
 from tools import cli
 from trainer import evaluate
 from trainer import train as loop
-from trainer.divergence import best_checkpoint, find_divergence
+from trainer.divergence import best_checkpoint, find_divergence, stage_losses
 from trainer.evaluate import Evaluation
 from trainer.metrics_log import read_metrics
 from trainer.run_folder import read_evaluations
@@ -230,3 +230,11 @@ def test_processes_end_with_the_code_of_the_one_that_diverged():
 def test_help_lists_the_exit_codes(capsys):
     assert cli.main(["--help"]) == 0
     assert "    3  train, demo: the training diverged" in capsys.readouterr().out
+
+
+def test_steps_without_targets_are_not_compared_with_others() -> None:
+    """Their loss lacks the token losses: taken for a loss of 0, they would make the end look better than the start."""
+    whole = {"distill/total_loss": 2.0, "distill/hard_loss": 2.0, "distill/alpha": 0.0, "distill/token_weight": 1.0}
+    bare = {"distill/total_loss": 0.5, "feature/mean": 0.5, "distill/beta_feature": 1.0}
+    mixed = [{"step": step, **(whole if step % 2 else bare)} for step in range(1, 7)]
+    assert stage_losses(last_stage(**TOKENS), mixed) == [2.0] * 3
