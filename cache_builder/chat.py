@@ -9,11 +9,11 @@ stands only in the chat that ends with it, and one chat becomes several examples
 one writes otherwise, and has as targets the turns that are written in it as they were said.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cache_builder.text import check_unicode
+from cache_builder.text import FieldTwice, check_unicode, read_json
 from models.chat_template import ChatTemplate, Message, Span, TemplateFailure, TemplateLimit
 from models.template_process import BEGIN, END
 from models.tokenizer import TextTokenizer
@@ -22,6 +22,11 @@ from schemas.errors import ConfigError, RecordError
 
 MESSAGES = "messages"  # the field of HF chat data sets
 TOOLS = "tools"
+NEXT = "correct or remove the line"
+SHAREGPT_FIELD = "conversations"
+SHAREGPT = "write conversations as messages: role for from (user for human, assistant for gpt), content for value"
+
+_MEDIA = re.compile("(^|_)(image|audio|video|file)s?(_|$)")  # a part's type: input_image, image_url, video, ...
 
 
 def named_chat_template(tokenizer: TextTokenizer | None) -> ChatTemplate:
@@ -56,6 +61,9 @@ def written_chats(
     chat = _Chat(messages, tools, template, data, where)
     text, spans = chat.write(messages)
     check_unicode(text, where)
+    _check_parts(messages, text, where)
+    if not text.strip():
+        raise RecordError("the chat template writes nothing for a chat", {"line": where}, "use another template")
     unknown = next((token for token in template.unknown_tokens if token in text), None)
     if unknown is not None:
         raise RecordError(
@@ -118,49 +126,43 @@ class _Chat:
         White space behind the special token that closes a turn belongs to the format, not to what was said.
         """
         after, _ = self.write(self._messages[: number + 1])
-        start = self._start(number, after, special_tokens)
+        start = self._start(number, after)
         said = after[start:].rstrip()
         return after, start, start + len(said) if said.endswith(special_tokens) else len(after)
 
-    def _start(self, number: int, after: str, special_tokens: tuple[str, ...]) -> int:
-        """The character of `after` at which turn `number` begins to be said."""
-        if number == 0:
-            return self._start_of_first(after)
-        before, _ = self.write(self._messages[:number], prompt=True)
-        if after.startswith(before):
-            return len(before)
-        # A prompt may open what the turn itself lacks (`<think>`): what both have of it is the turn's header.
-        plain, _ = self.write(self._messages[:number])
-        same = _common(before, after)
-        if len(plain) < same and after.startswith(plain):
-            header = after[len(plain) : same]
-            ends = [header.rfind(token) + len(token) for token in special_tokens if token in header]
-            return len(plain) + max([*ends, header.rfind("\n") + 1])
-        raise self._not_stable(number, before, after)
+    def _start(self, number: int, after: str) -> int:
+        """The character of `after` at which turn `number` begins to be said: where its generation prompt ends.
 
-    def _start_of_first(self, after: str) -> int:
-        """The same for a chat that begins with the assistant.
-
-        Templates that read `messages[0]` cannot write the prompt of an empty chat: then the turn begins where another
-        text in its place would.
+        Three kinds of template need more than a look at the prompt. It may open what the turn itself lacks
+        (`<think>`): what both have of it is the turn's header. The turns before may be written otherwise once this
+        one follows, and the prompt of an empty chat may be none. Then the turn begins behind the prompt's own words,
+        the last ones before the place where another text would stand.
         """
-        try:
-            before, _ = self.write([], prompt=True)
-        except RecordError:
-            before = None
-        if before is not None and after.startswith(before):
-            return len(before)
-        other, _ = self.write([{"role": "assistant", "content": BEGIN}])
-        text, _ = self.write(self._messages[:1])
-        prompt = self._prompt_behind(text)
-        same = _common(other, after)
-        place = after.rfind(prompt, 0, same) if prompt else -1
-        return same if place < 0 else place + len(prompt)
+        before = self._or_none(self._messages[:number], prompt=True)
+        said = before is not None and after.startswith(before)
+        if said and number:
+            return len(before or "")
+        other = self._or_none([*self._messages[:number], {"role": "assistant", "content": BEGIN}])
+        if other is None or other.count(BEGIN) != 1:
+            raise self._not_stable(number, before or "", after)
+        varies = _common(other, after)
+        prompted = self._messages[:number] or self._messages[:1]
+        plain, whole = self._or_none(prompted), before if number else self._or_none(prompted, prompt=True)
+        if plain is None or whole is None or not whole.startswith(plain):
+            return len(before or "") if said and before else varies
+        header = min(_common(whole, after), varies)
+        if number and len(plain) < header and after.startswith(plain):
+            return header
+        prompt = whole[len(plain) :]
+        place = after.rfind(prompt, 0, varies) if prompt else -1
+        return varies if place < 0 else place + len(prompt)
 
-    def _prompt_behind(self, text: str) -> str:
-        """The generation prompt, as it follows the first turn; empty where the template has none."""
-        prompted, _ = self.write(self._messages[:1], prompt=True)
-        return prompted[len(text) :] if prompted.startswith(text) else ""
+    def _or_none(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+        """The chat, or None where the template refuses it, as some do with an empty one."""
+        try:
+            return self.write(messages, prompt=prompt)[0]
+        except RecordError:
+            return None
 
     def _not_stable(self, number: int, before: str, after: str) -> RecordError:
         place = _common(before, after)
@@ -168,7 +170,7 @@ class _Chat:
             "the chat template writes a chat otherwise once it goes on, so the assistant's turns cannot be told",
             {
                 "line": self._where,
-                "message": number,
+                "message": number + 1,
                 "character": place,
                 "first written": repr(before[place : place + 40]),
                 "then written": repr(after[place : place + 40]),
@@ -194,71 +196,159 @@ def without_nulls(value: Any) -> Any:
 
 
 def _messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
-    messages = record.get(MESSAGES)
+    """The messages of a chat, their tool calls as lists. Some data sets store either as JSON text.
+
+    Raises:
+        RecordError: they are no chat, or hold what no text can be made of.
+    """
+    messages = _parsed(record.get(MESSAGES), MESSAGES, where)
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         found = ", ".join(record) or "no field" if messages is None else repr(messages)[:80]
         raise RecordError(
             "a line holds no chat",
             {"line": where, "found": found, "expected": '{"messages": [{"role": "user", "content": "..."}, ...]}'},
-            "correct or remove the line, or set data.format to what the files hold",
+            SHAREGPT if SHAREGPT_FIELD in record else NEXT + ", or set data.format to what the files hold",
         )
-    if any(_has_mark(text) for text in _texts([messages, record.get(TOOLS)])):
-        raise RecordError(
-            "a chat holds a noncharacter (U+FDD0 or U+FDD1)", {"line": where}, "correct or remove the line"
-        )
+    _check_values(messages, MESSAGES, where)
+    messages = [_with_calls(message, number, where) for number, message in enumerate(messages, 1)]
+    for number, message in enumerate(messages, 1):
+        _refuse_media(message.get("content"), number, where)
     return messages
+
+
+def _with_calls(message: Message, number: int, where: str) -> Message:
+    """The message, its tool calls as a list of mappings."""
+    if message.get("tool_calls") is None:
+        return message
+    name = f"{MESSAGES}[{number - 1}].tool_calls"
+    calls = _mappings(message["tool_calls"], name, where)
+    if calls is None:
+        raise RecordError(
+            "a message's tool calls are no list of calls",
+            {
+                "line": where,
+                "message": number,
+                "found": repr(message["tool_calls"])[:80],
+                "expected": '[{"type": "function", "function": {"name": ..., "arguments": ...}}, ...]',
+            },
+            NEXT,
+        )
+    return {**message, "tool_calls": calls}
 
 
 def _tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
     """The tools of a chat. Many data sets store them as JSON text, whole or one text a tool.
 
+    No tools are None, as an empty list is too: some templates write instructions for tools wherever there is a list.
+
     Raises:
         RecordError: they are no list of mappings, which transformers refuses too.
     """
-    tools = _parsed(record.get(TOOLS))
-    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
-    if tools is None or tools == []:
+    if record.get(TOOLS) is None:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    tools = _mappings(record[TOOLS], TOOLS, where)
+    if tools is None:
         raise RecordError(
             "a chat's tools are no list of descriptions",
-            {"line": where, "found": repr(tools)[:80], "expected": '[{"type": "function", "function": {...}}, ...]'},
-            "correct or remove the line",
+            {
+                "line": where,
+                "found": repr(record[TOOLS])[:80],
+                "expected": '[{"type": "function", "function": {...}}, ...]',
+            },
+            NEXT,
         )
-    if any(_has_mark(text) for text in _texts(tools)):  # JSON text may spell them
-        raise RecordError(
-            "a chat holds a noncharacter (U+FDD0 or U+FDD1)", {"line": where}, "correct or remove the line"
-        )
-    return tools
+    return tools or None
 
 
-def _parsed(value: Any) -> Any:
+def _mappings(value: Any, name: str, where: str) -> list[Any] | None:
+    """A list of mappings, which may be JSON text as a whole or each; None: it is something else."""
+    found = _parsed(value, name, where)
+    found = [_parsed(each, name, where) for each in found] if isinstance(found, list) else found
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        return None
+    _check_values(found, name, where)
+    return found
+
+
+def _parsed(value: Any, name: str, where: str) -> Any:
     """What a JSON text says; anything else as it is, and a text that is no JSON too."""
     if not isinstance(value, str):
         return value
     if not value.strip():
         return None
     try:
-        return json.loads(value)
+        return read_json(value)
+    except FieldTwice as error:
+        raise _given_twice(f"{name}: {error}", where) from error
     except (ValueError, RecursionError):
         return value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, names of fields among them. No recursion: JSON may nest as deep as Python's stack."""
-    left = [value]
+def _check_values(value: Any, name: str, where: str) -> None:
+    """Refuse a chat with values that JSON lacks, or with one of the characters by which turns are marked.
+
+    transformers writes `<date>` for a date. No recursion: JSON may nest as deep as Python's stack.
+    """
+    left = [(name, value)]
     while left:
-        each = left.pop()
-        if isinstance(each, str):
-            yield each
-        elif isinstance(each, dict):
-            left += [*each.keys(), *each.values()]
+        place, each = left.pop()
+        if isinstance(each, dict):
+            left += [(place, key) for key in each] + [(f"{place}.{key}", inner) for key, inner in each.items()]
         elif isinstance(each, list | tuple):
-            left += each
+            left += [(f"{place}[{number}]", inner) for number, inner in enumerate(each)]
+        elif isinstance(each, str):
+            if BEGIN in each or END in each:
+                raise RecordError(
+                    "a chat holds a noncharacter (U+FDD0 or U+FDD1)", {"line": where, "field": place}, NEXT
+                )
+        elif each is not None and not isinstance(each, int | float):
+            raise RecordError(
+                "a chat holds a value that is neither text nor number",
+                {"line": where, "field": place, "found": type(each).__name__},
+                "write it as text",
+            )
 
 
-def _has_mark(text: str) -> bool:
-    return BEGIN in text or END in text
+def _refuse_media(content: Any, number: int, where: str) -> None:
+    """Refuse a message with pictures or sound among its parts: rows hold text alone."""
+    for part in content if isinstance(content, list) else ():
+        said = part if isinstance(part, dict) else {}
+        kind = said.get("type")
+        names = [kind] if isinstance(kind, str) else [name for name, value in said.items() if value is not None]
+        media = next((name for name in names if _MEDIA.search(name.lower())), None)
+        if media is not None:
+            raise RecordError(
+                "a chat holds more than text",
+                {"line": where, "message": number, "found": media, "expected": "text"},
+                "leave such chats out (data.on_error: skip does)",
+            )
+
+
+def _check_parts(messages: Sequence[Message], text: str, where: str) -> None:
+    """Refuse a chat whose contents are lists or mappings that the template cannot write.
+
+    Templates that know texts alone write a list as Python spells it, or leave it out, and so they do in transformers.
+    """
+    for number, message in enumerate(messages, 1):
+        content = message.get("content")
+        if not content or not isinstance(content, list | dict):
+            continue
+        parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        heard = message["role"] in ("user", "assistant")  # templates may drop what others say
+        lost = next((each for each in texts if heard and each.split("</think>")[-1].strip() not in text), None)
+        if lost is not None or any(repr(each) in text for each in (content, *parts)):
+            raise RecordError(
+                "the chat template cannot write contents that are no text",
+                {"line": where, "message": number, "found": repr(content)[:80], "expected": "a text"},
+                "write each content as one text, or use a template that takes lists of parts",
+            )
+
+
+def _given_twice(name: str, where: str) -> RecordError:
+    return RecordError("a line gives a field twice", {"line": where, "field": name}, NEXT)
 
 
 def _is_message(value: object) -> bool:

@@ -99,7 +99,8 @@ def file_documents(
 
         found = _of_records(table_records(file, reader, data), data, tokenizer)
     else:
-        found = _of_records(line_records(file, reader, fields, limit, data.on_error), data, tokenizer)
+        lines = line_records(file, reader, fields, limit, data.on_error, deep=data.format == "chat")
+        found = _of_records(lines, data, tokenizer)
     for document in found:
         if isinstance(document, Skipped):
             yield document

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ READ_BYTES = 1 << 20
 Found = TypeVar("Found")
 
 _SUFFIX = re.compile(r"(\.txt|\.jsonl)(\.gz)?$|(\.parquet)$|\.array_?record(-\d+-of-\d+)?$")
+_KINDS_OF_MODE = {
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _KIND_OF_FORMAT = {"text": ".txt", "jsonl": ".jsonl", "chat": ".jsonl", "parquet": ".parquet"}
 
 
@@ -160,9 +167,16 @@ def _local_files(path: str, format: str) -> list[InputFile]:
 
 def _local_file(file: Path, kind: str) -> InputFile:
     try:
-        return InputFile(file, file.stat().st_size, kind)
+        facts = file.stat()
     except OSError as error:  # a link to nowhere
         raise unreadable(InputFile(file, 0, kind), error) from error
+    if not stat.S_ISREG(facts.st_mode):  # a pipe would wait for ever, a device may have no end
+        raise InputError(
+            "an input is no regular file",
+            {"file": file, "found": _KINDS_OF_MODE.get(stat.S_IFMT(facts.st_mode), "something else")},
+            "write its text into a file (it is read more than once), or leave it out",
+        )
+    return InputFile(file, facts.st_size, kind)
 
 
 def _remote_files(url: str, format: str) -> list[InputFile]:

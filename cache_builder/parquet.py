@@ -11,7 +11,7 @@ from cache_builder.skipped import Skipped, skipped_record
 from schemas.config import DataConfig, OnError
 from schemas.errors import InputError, RecordError, install_advice
 
-BATCH_ROWS = 1024  # records in memory at once, beside the row group's own pages
+BATCH_ROWS = 1024  # read at once, each different text once, beside the row group's own pages
 
 
 def table_records(
@@ -40,31 +40,20 @@ def table_records(
                 "write the file again with other names, so that it is clear which of them is meant",
             )
         for batch in foreign(file, table.iter_batches(BATCH_ROWS, columns=columns)):
-            for record in _records(file, batch, row, data.on_error):
-                row += 1
-                yield f"{file} row {row}", without_nulls(record) if chat else record
-
-
-def _records(file: InputFile, batch: Any, before: int, on_error: OnError) -> list[dict[str, Any] | Skipped]:
-    """The rows of a batch as mappings; where one cannot be read, it is named or skipped.
-
-    Args:
-        before: how many rows of the file come before these.
-
-    Raises:
-        RecordError: a text is not UTF-8, or another value is none that Python knows.
-    """
-    try:
-        return batch.to_pylist()
-    except Exception:  # which row it was is found by reading each
-        return [
-            _record(batch.slice(row, 1), f"{file} row {before + row + 1}", on_error) for row in range(batch.num_rows)
-        ]
+            for number in range(batch.num_rows):  # one at a time: a kilobyte may say a gigabyte a thousand times
+                where, row = f"{file} row {row + 1}", row + 1
+                record = _record(batch.slice(number, 1), where, data.on_error)
+                yield where, without_nulls(record) if chat else record
 
 
 def _record(row: Any, where: str, on_error: OnError) -> dict[str, Any] | Skipped:
+    """A row as a mapping, columns of maps too.
+
+    Raises:
+        RecordError: a text is not UTF-8, a map gives a key twice, or another value is none that Python knows.
+    """
     try:
-        return row.to_pylist()[0]
+        return row.to_pylist(maps_as_pydicts="strict")[0]
     except Exception as error:  # of one damaged value
         what = "a row's text is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a row cannot be read"
         found = RecordError(what, {"record": where, "cause": error}, "correct or remove the row")
@@ -87,7 +76,7 @@ def text_bytes(file: InputFile, column: str) -> int:
 def _opened(file: InputFile, path: Path) -> Iterator[tuple[Any, list[str]]]:
     """The table, and the names of its columns."""
     try:
-        from pyarrow.parquet import ParquetFile
+        from pyarrow.parquet import ParquetFile, read_metadata
     except ImportError as error:
         raise InputError(
             "a library is missing that reads parquet files",
@@ -95,7 +84,13 @@ def _opened(file: InputFile, path: Path) -> Iterator[tuple[Any, list[str]]]:
             install_advice("parquet"),
         ) from error
     try:
-        table = ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        footer = read_metadata(path)
+        leaves = [footer.schema.column(number) for number in range(len(footer.schema))]
+        # A text that many rows share stays one in memory.
+        texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
+        table = ParquetFile(
+            path, metadata=footer, read_dictionary=texts, pre_buffer=False, page_checksum_verification=True
+        )
         names = table.schema_arrow.names  # a damaged schema shows here only
     except Exception as error:  # pyarrow's own, OSError, and Python's for names and numbers that are none
         raise unreadable(file, error) from error

@@ -19,7 +19,7 @@ from cache_builder.text_digest import inputs_digest
 from cache_builder.tokenise import token_arrays
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas.config import DataConfig, PrepareConfig
-from schemas.errors import ConfigError, InputError, PlanMismatchError
+from schemas.errors import ConfigError, InputError, PlanMismatchError, RecordError
 from schemas.rows import RowReader
 from schemas.storage import Store
 from trainer.losses import counted_predictions
@@ -111,11 +111,8 @@ def test_white_space_behind_a_turns_end_is_not_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "writes a chat otherwise"),
-        (
-            "{% for m in messages %}{{ m.content }}{% if loop.last %}<|end|>{% endif %}{% endfor %}",
-            "writes a chat otherwise",
-        ),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "writes a chat otherwise"),
+        ("{{ messages[-1].content }}{% for m in messages %}{{ m.content }}{% endfor %}", "writes a chat otherwise"),
         ("{{ raise_exception('not these') }}", "not these"),
         ("{{ messages[7].content.upper() }}", "UndefinedError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
@@ -329,3 +326,141 @@ def test_a_prompt_that_opens_thinking_is_no_obstacle(tmp_path: Path) -> None:
     chat = [*HELLO, {"role": "user", "content": "More"}, {"role": "assistant", "content": "<b>"}]
     data, tokenizer = write_chats(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path / "tok", turns + prompt)
     assert said(written_chats({"messages": chat}, tokenizer, data, "here")) == [["Ho<|turn|>", "<b><|turn|>"]]
+
+
+# In the manner of DeepSeek R1: the prompt opens the thinking, which finished turns are written without.
+R1 = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' ~ m.content }}{% else %}"
+    "{{ '<|Assistant|>' ~ m.content.split('</think>')[-1] ~ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+# In the manner of Mistral 7B v0.3: the system message stands in the last question, while that is the last message.
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' ~ (system ~ '\n\n' if loop.last and system) ~ m.content ~ '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' ~ m.content ~ '</s>' }}{% endif %}{% endfor %}"
+)
+# In the manner of Zephyr: the prompt is written by the loop over messages, so an empty chat has none.
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ '</s>\n' }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+# Each turn says how many there are: all of a chat is written otherwise once it goes on.
+COUNTED_TURNS = "{{ messages | length }}{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ '</s>' }}{% endfor %}"
+TWO_ANSWERS = [*HELLO, {"role": "assistant", "content": "Hu"}]
+SYSTEM = [{"role": "system", "content": "Be"}, *HELLO]
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "turns"),
+    [
+        (QWEN, TWO_ANSWERS, [["<think>\n\n</think>\n\nHo<|im_end|>"], ["<think>\n\n</think>\n\nHu<|im_end|>"]]),
+        (R1, [*HELLO, *HELLO], [["Ho</s>", "Ho</s>"]]),
+        (R1, [HELLO[0], {"role": "assistant", "content": "<think>hm</think><tool>"}], [["<tool></s>"]]),
+        (R1, [HELLO[1], *HELLO], [["Ho</s>", "Ho</s>"]]),
+        (MISTRAL, SYSTEM, [["Ho</s>"]]),
+        (MISTRAL, [*SYSTEM, *HELLO], [["Ho</s>", "Ho</s>"]]),
+        (ZEPHYR, [HELLO[1], *HELLO], [["Ho</s>", "Ho</s>"]]),
+        (COUNTED_TURNS, [*HELLO, *HELLO], [["Ho</s>"], ["Ho</s>"]]),
+    ],
+)
+def test_turns_are_found_in_what_the_template_writes(
+    tmp_path: Path, template: str, chat: list[dict[str, str]], turns: list[list[str]]
+) -> None:
+    data, tokenizer = write_chats(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path / "tok", template)
+    texts = written_chats({"messages": chat}, tokenizer, data, "here")
+    found = said(texts)
+    assert [[turn.split("assistant:")[-1] for turn in each] for each in found] == turns
+    assert tokenizer.chat is not None
+    assert texts[-1][0] == tokenizer.chat.render(chat)[0]  # what transformers writes of the chat
+
+
+SHOWN = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+CALLS = [{"function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def answer(**more: object) -> dict[str, list[dict[str, object]]]:
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", **more}]}
+
+
+def test_messages_and_calls_may_be_json_text(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tok", SHOWN)
+    plain = answer(tool_calls=CALLS)
+    chats = [
+        plain,
+        {"messages": json.dumps(plain["messages"])},
+        answer(tool_calls=json.dumps(CALLS)),
+        answer(tool_calls=[json.dumps(each) for each in CALLS]),
+    ]
+    data = write_chats(tmp_path / "a.jsonl", *chats)
+    texts = {document.text for document in documents(data, tokenizer) if isinstance(document, Document)}
+    assert texts == {"Hi" + json.dumps(CALLS)}
+
+
+@pytest.mark.parametrize(
+    ("record", "message", "field"),
+    [
+        (answer(tool_calls=CALLS[0]), "no list of calls", None),
+        (answer(tool_calls="f"), "no list of calls", None),
+        (answer(tool_calls=[None]), "no list of calls", None),
+        (answer(tool_calls=[["f"]]), "no list of calls", None),
+        (answer(tool_calls='[{"a": 1, "a": 2}]'), "twice", "messages[1].tool_calls: a"),
+        ({"messages": HELLO, "tools": '[{"a": {"b": 1, "b": 2}}]'}, "twice", "tools: b"),
+        (answer(tool_calls=[{"function": {"arguments": {"x": date(2025, 1, 1)}}}]), "neither text nor number", None),
+        (answer(content=b"Ho"), "neither text nor number", "messages[1].content"),
+        (answer(content=[{"type": "text", "text": "Ho"}]), "contents that are no text", None),
+        (answer(content={"text": "Ho"}), "contents that are no text", None),
+        (answer(content=["Ho"]), "contents that are no text", None),
+        (answer(content=[{"type": "image_url", "image_url": {"url": "a"}}]), "more than text", None),
+        (answer(content=[{"type": "input_audio", "text": "Ho"}]), "more than text", None),
+        (answer(content=[{"image": "a", "text": None}]), "more than text", None),
+    ],
+)
+def test_what_no_text_can_be_made_of_is_refused(tmp_path: Path, record: Any, message: str, field: str | None) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tok", SHOWN)
+    with pytest.raises(RecordError, match=message) as caught:
+        written_chats(record, tokenizer, DataConfig(path="a", format="chat"), "here")
+    assert caught.value.facts["line"] == "here"
+    assert field is None or caught.value.facts["field"] == field
+
+
+def test_parts_are_written_by_templates_that_know_them_and_never_left_out(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": " Ho "}, {"type": "text", "text": "Hu", "image": None}]
+    knows = "{% for m in messages %}{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endfor %}"
+    drops = "{% for m in messages %}{{ m.role }}{{ m.content if m.content is string }}{% endfor %}"
+    chat, data = {"messages": [{"role": "user", "content": parts}]}, DataConfig(path="a", format="chat")
+    ((text, _),) = written_chats(chat, chat_tokenizer(tmp_path / "knows", knows), data, "here")
+    assert text == "HoHu"
+    with pytest.raises(RecordError, match="contents that are no text"):
+        written_chats(chat, chat_tokenizer(tmp_path / "drops", drops), data, "here")
+    with pytest.raises(RecordError, match="writes nothing"):
+        written_chats({"messages": HELLO}, chat_tokenizer(tmp_path / "none", "{# nothing #}"), data, "here")
+
+
+def test_the_fields_of_sharegpt_are_recognised(tmp_path: Path) -> None:
+    record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    with pytest.raises(RecordError, match="holds no chat") as caught:
+        written_chats(record, chat_tokenizer(tmp_path / "tok", SHOWN), DataConfig(path="a", format="chat"), "here")
+    assert "assistant for gpt" in caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ('{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "role"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "content"),
+        ('{"messages": [{"role": "user", "content": "a", "x": {"y": 1, "\\u0079": 2}}]}', "y"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": [{"a": 1, "a": 2}]}', "a"),
+        ('{"messages": [], "m\\u0065ssages": [{"role": "user", "content": "a"}]}', "messages"),
+        ('{"messages": [{"role": "user", "content": "a"}], "x": {"y": 1, "y": 2}}', None),
+    ],
+)
+def test_a_field_that_is_given_twice_inside_a_chat_is_refused(tmp_path: Path, line: str, field: str | None) -> None:
+    data, tokenizer = write_chats(tmp_path / "a.jsonl"), chat_tokenizer(tmp_path / "tok", SHOWN)
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    if field is None:  # it is in a field that nobody reads
+        assert len(list(documents(data, tokenizer))) == 1
+        return
+    with pytest.raises(RecordError, match="twice") as caught:
+        list(documents(data, tokenizer))
+    assert caught.value.facts["field"] == field

@@ -3,12 +3,16 @@
 import bz2
 import glob
 import gzip
+import io
 import lzma
 import os
+import socket
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from cache_builder.inputs import input_files
 from schemas.config import DataConfig
@@ -132,3 +136,105 @@ def test_a_feature_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(RecordError, match="gives a feature twice"):
         found_in(tmp_path / "a.array_record")
+
+
+@pytest.mark.parametrize("named", ["folder", "glob", "name"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str, named: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    place = tmp_path / "b.txt"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        place.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(place))
+    path = {"folder": tmp_path, "glob": tmp_path / "*.txt", "name": place}[named]
+    with pytest.raises(InputError, match="no regular file") as caught:
+        input_files(DataConfig(path=str(path)))
+    assert caught.value.facts["file"] == place
+    assert kind in str(caught.value.facts["found"])
+
+
+HELLO_JSON = b'{"text": "hello, world"}\n'
+
+
+def archive(name: str) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("content", "found", "advice"),
+    [
+        (HELLO_JSON.decode().encode("utf-32"), "UTF-32", "iconv -f UTF-32 "),
+        (HELLO_JSON.decode().encode("utf-16"), "UTF-16", "iconv -f UTF-16 "),
+        (HELLO_JSON.decode().encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE "),
+        (HELLO_JSON.decode().encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE "),
+        (archive("a.txt"), "a tar archive", "tar -xf"),
+        (gzip.compress(HELLO_JSON), "gzip", ""),
+        (b"PAR1....PAR1", "parquet", ""),
+    ],
+)
+def test_first_bytes_are_looked_at_inside_gzip_too(
+    tmp_path: Path, name: str, packed: bool, content: bytes, found: str, advice: str
+) -> None:
+    file = tmp_path / (name + ".gz" if packed else name)
+    file.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(InputError, match="what its name says") as caught:
+        found_in(file)
+    assert found in str(caught.value.facts["found"])
+    assert advice in caught.value.next
+    assert not packed or "gzip" in str(caught.value.facts["found"])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "a Git LFS pointer"),
+        (gzip.compress(HELLO_JSON), "gzip"),
+        (b"PAR1....PAR1", "parquet"),
+    ],
+)
+def test_a_record_file_that_is_something_else_is_recognised(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "a.array_record").write_bytes(content)
+    with pytest.raises(InputError, match="what its name says") as caught:
+        found_in(tmp_path / "a.array_record")
+    assert caught.value.facts["found"] == found
+
+
+def test_a_record_file_of_another_name_is_recognised(tmp_path: Path) -> None:
+    writer = ArrayRecordWriter(str(tmp_path / "a.txt"), "group_size:1")
+    writer.write(b"a")
+    writer.close()
+    with pytest.raises(InputError, match="what its name says") as caught:
+        found_in(tmp_path / "a.txt")
+    assert "set data.format to array_record" in caught.value.next
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"},\n{"text": "b"}]', '[{"text": "a"}]', '{\n "text": "a"\n}\n'])
+def test_json_that_is_not_one_record_a_line_is_told_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(RecordError) as caught:
+        found_in(tmp_path / "a.jsonl")
+    assert "one object a line" in caught.value.next
+
+
+def test_a_field_that_is_given_twice_in_other_letters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "te\\u0078t": "b"}\n')
+    with pytest.raises(RecordError, match="twice"):
+        found_in(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "\\u0041", "x": 1, "\\u0078": 2}\n')
+    assert found_in(tmp_path / "b.jsonl") == ["A"]
+
+
+def test_a_line_of_many_small_objects_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "x": [' + "{}," * 60_000 + "0]}\n")
+    with pytest.raises(InputError, match="too long"):
+        found_in(tmp_path / "a.jsonl", max_document_mib=1)
+    assert found_in(tmp_path / "a.jsonl", max_document_mib=2) == ["a"]

@@ -1,10 +1,14 @@
 """Parquet inputs: a column of texts, chats in a table, and what is refused."""
 
+import datetime
+import decimal
 from pathlib import Path
 
 import pytest
 
-from cache_builder.inputs import input_files
+from cache_builder.inputs import InputReader, input_files
+from cache_builder.parquet import table_records
+from cache_builder.skipped import Skipped
 from schemas.config import DataConfig
 from schemas.errors import InputError, RecordError
 from tests.cache_builder.test_chat import CHATML, HELLO, chat_tokenizer, encoded, write_chats
@@ -68,3 +72,62 @@ def test_a_flipped_byte_gives_the_rows_or_the_one_error(tmp_path: Path, compress
         except InputError:
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_that_a_thousand_rows_share_is_in_memory_once(tmp_path: Path, chat: bool) -> None:
+    """A file of a kilobyte says a mebibyte 200 times: 200 MiB that no reader should hold."""
+    text, path = "a" * (1 << 20), tmp_path / "a.parquet"
+    messages = [{"role": "user", "content": text}]
+    column = [messages] * 200 if chat else pyarrow.array([text] * 200)
+    parquet.write_table(pyarrow.table({"messages" if chat else "text": column}), path, compression="zstd")
+    assert path.stat().st_size < 5000
+    data = DataConfig(path=str(path), format="chat" if chat else "auto")
+    (file,) = input_files(data)
+    pool, count = pyarrow.default_memory_pool(), 0
+    before = pool.bytes_allocated()
+    with InputReader(file) as reader:
+        for _, record in table_records(file, reader, data):
+            assert not isinstance(record, Skipped)
+            count += len(str(record["messages" if chat else "text"])) >= len(text)
+            assert pool.bytes_allocated() - before < 20 << 20
+    assert count == 200
+
+
+def test_row_groups_with_texts_of_their_own_are_read_alike(tmp_path: Path) -> None:
+    texts = [f"text {number % 7 if number < 1500 else number}" for number in range(3000)]
+    for number, dictionary in enumerate([True, False]):
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=700, use_dictionary=dictionary)
+        assert found_in(path) == texts
+
+
+def test_maps_in_a_table_are_mappings_and_give_each_key_once(tmp_path: Path) -> None:
+    message = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    chats = [
+        [[("role", "user"), ("content", "Hi")], [("role", "assistant"), ("content", "Ho")]],
+        [[("role", "user"), ("content", "Hi"), ("content", "Hu")]],
+    ]
+    column = pyarrow.array(chats, pyarrow.list_(message))
+    parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
+    lines = write_chats(tmp_path / "a.jsonl", {"messages": HELLO})
+    table = lines.model_copy(update={"path": str(tmp_path / "a.parquet"), "on_error": "skip"})
+    assert encoded(table, tokenizer) == encoded(lines, tokenizer)
+    with pytest.raises(RecordError, match="cannot be read") as caught:
+        encoded(table.model_copy(update={"on_error": "stop"}), tokenizer)
+    assert caught.value.facts["record"] == f"{tmp_path / 'a.parquet'} row 2"
+
+
+@pytest.mark.parametrize(
+    "value", [datetime.date(2025, 1, 1), datetime.datetime(2025, 1, 1), decimal.Decimal("1.5"), b"a"]
+)
+def test_values_that_are_no_text_are_refused_in_chats(tmp_path: Path, value: object) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": value}}}
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat}]), tmp_path / "a.parquet")
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
+    with pytest.raises(RecordError, match="neither text nor number") as caught:
+        encoded(DataConfig(path=str(tmp_path / "a.parquet"), format="chat"), tokenizer)
+    assert caught.value.facts["field"] == "messages[1].tool_calls[0].function.arguments.x"
+    assert caught.value.facts["found"] == type(value).__name__
