@@ -55,7 +55,7 @@ from schemas.errors import (
 )
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
-from schemas.rows import SKIPPED_KEY, Row, RowReader, no_targets_note, teacher_batch
+from schemas.rows import Row, RowReader, no_targets_note, teacher_batch
 from schemas.segment import (
     begun_plan,
     check_place,
@@ -261,6 +261,7 @@ def _build_settled(
     if peers.first:
         for key, value in fixed_files(plan, decoder, tokenizer).items():
             placed.put_once(key, value)
+        _keep_skipped(placed, plan, rows)
         _warn_if_small(store, plan)
     work = {"store": placed, "plan": plan, "config": config, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
     if peers.count > 1:
@@ -310,9 +311,6 @@ def open_or_prepare(
         )
         _prepare(store, prepare, tokenizer, folder, planned=begun_plan(store, number) is not None)
         rows = RowReader(store, f"{folder}/")
-        if rows.index.skipped:
-            listed = store.where(f"{folder}/{SKIPPED_KEY}")
-            print(f"{rows.index.skipped} records of the text were skipped, see {listed}", file=sys.stderr)
     if without := rows.without_targets():
         print(f"warning: {no_targets_note(without)}", file=sys.stderr)
     if rows.index.tokenizer_digest != tokenizer.digest:
@@ -407,6 +405,15 @@ def _compared(name: str, value: Any) -> Any:
 def _row_settings(data: dict[str, Any]) -> dict[str, Any]:
     """What of a data config the rows depend on, beside the text and the tokenizer."""
     return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
+
+
+def _keep_skipped(store: Store, plan: Plan, rows: RowSource) -> None:
+    """Keep the list of skipped records with the segment, and name it: prepared rows go when the build has finished."""
+    if not isinstance(rows, RowReader) or not rows.index.skipped:
+        return
+    key = layout.skipped_key(plan.segment)
+    store.put_once(key, rows.skipped())
+    print(f"{rows.index.skipped} records of the text were skipped, see {store.where(key)}", file=sys.stderr)
 
 
 def _warn_if_small(store: Store, plan: Plan) -> None:

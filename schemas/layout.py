@@ -54,6 +54,11 @@ def times_key(segment: str) -> str:
     return f"{segment_prefix(segment)}/times.json"
 
 
+def skipped_key(segment: str) -> str:
+    """What `data.on_error: skip` left out of a segment's text. Nothing depends on it, and it may be missing."""
+    return f"{segment_prefix(segment)}/skipped.jsonl"
+
+
 def claim_key(segment: str, piece: int) -> str:
     return f"{segment_prefix(segment)}/claims/{piece:05d}.json"
 

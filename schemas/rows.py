@@ -279,6 +279,10 @@ class RowReader:
 
         return tuple(split for split in SPLITS if sizes[split] and not has_targets(split))
 
+    def skipped(self) -> bytes:
+        """The list of skipped records, one JSON object a line; empty where none was skipped, or the list is gone."""
+        return (self._store.read(self._prefix + SKIPPED_KEY) or b"") if self.index.skipped else b""
+
     def _where(self, file: int) -> str:
         return self._store.where(self._prefix + self.index.files[file].name)
 

@@ -113,18 +113,18 @@ def _clipping(most: float) -> optax.GradientTransformation:
     (Of gradients that are not finite themselves nothing finite comes out, as in Optax.)
     """
 
-    def update(gradients: Blocks, state: Any, parameters: Blocks = None) -> tuple[Blocks, Any]:
-        norm = optax.tree.norm(gradients)
-        small = optax.tree.norm(jax.tree.map(lambda leaf: leaf * SHRINK, gradients))
+    def update(updates: Blocks, state: Any, params: Blocks | None = None) -> tuple[Blocks, Any]:
+        norm = optax.tree.norm(updates)
+        small = optax.tree.norm(jax.tree.map(lambda leaf: leaf * SHRINK, updates))
         fits = jnp.isfinite(norm)
 
         def clip(leaf: Array) -> Array:
             whole, shrunk = (leaf / norm.astype(leaf.dtype)) * most, (leaf * SHRINK / small.astype(leaf.dtype)) * most
             return jnp.where(norm < most, leaf, jnp.where(fits, whole, shrunk))
 
-        return jax.tree.map(clip, gradients), state
+        return jax.tree.map(clip, updates), state
 
-    return optax.GradientTransformation(lambda parameters: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _decayed(parameters: Blocks) -> Blocks:

@@ -10,16 +10,20 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from pydantic import ValidationError
 
 from cache_builder import shared_prepare, token_parts
+from cache_builder.build import build_cache
 from cache_builder.prepare import prepare_rows
 from cache_builder.token_parts import job_fingerprint
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig, PrepareConfig
 from schemas.errors import InputError
 from schemas.rows import RowsIndex
+from schemas.storage import Store
 from tests.cache_builder.test_chat import HELLO, chat_tokenizer
 from tests.cache_builder.test_prepare import folder_bytes, make_tokenizer
 from tests.cache_builder.test_shared_prepare import job_of
+from tests.conftest import build_config
 from tools import cli
+from tools.verify import verify_cache
 
 GOOD = [json.dumps({"text": letters}).encode() for letters in ("abcdefgh", "hgfe", "abc" * 9, "dd", "efgh" * 5)]
 BAD = {
@@ -209,3 +213,22 @@ def test_the_default_is_written_nowhere(tmp_path: Path) -> None:
 def test_a_day_that_is_none_is_refused(value: object) -> None:
     with pytest.raises(ValidationError):
         DataConfig.model_validate({"path": "a", "chat_date": value})
+
+
+def test_a_build_keeps_the_list(
+    tmp_path: Path, teacher: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the segment, where prepared rows are gone: of a first build, and of an extension by another text."""
+    bad, more = tmp_path / "bad.jsonl", tmp_path / "more.jsonl"
+    bad.write_text("nothing\n" + corpus.read_text())
+    more.write_text(json.dumps({"text": "another text " * 9}) + "\n[]\n{}\n")
+    for path, extend in ((bad, False), (more, True)):
+        data = DataConfig(path=str(path), row_tokens=16, eval_rows=1, on_error="skip")
+        build_cache(build_config(tmp_path / "c", teacher, corpus, data=data, extend=extend))
+    found = sorted((tmp_path / "c/segments").glob("*/skipped.jsonl"))
+    lines = [[json.loads(line)["where"] for line in file.read_text().splitlines()] for file in found]
+    assert lines == [[f"{bad}:1"], [f"{more}:2", f"{more}:3"]]
+    said = capsys.readouterr().err
+    assert all(str(file) in said for file in found)
+    assert verify_cache(Store(str(tmp_path / "c")))["findings"] == []
+    assert not list((tmp_path / "c/segments").glob("*prepared*"))
