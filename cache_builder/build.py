@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from cache_builder.finish import finish_segment, tidy
 from cache_builder.fixed import fixed_files
-from cache_builder.lockstep import Together, build_together, held_together, settle_together
+from cache_builder.lockstep import Together, build_together, finished_together, held_together, settle_together
 from cache_builder.pieces import (
     Batches,
     ClaimedPieces,
@@ -54,6 +54,7 @@ from schemas.errors import (
     StorageError,
 )
 from schemas.manifest import Manifest, Plan
+from schemas.peers import PeerError, have_met
 from schemas.progress import Progress
 from schemas.rows import Row, RowReader, no_targets_note, teacher_batch
 from schemas.segment import (
@@ -104,22 +105,27 @@ def build_cache(config: BuildConfig) -> Manifest:
     """
     use(config.storage)
     store = Store(config.cache)
-    return unless_finished(store, lambda: _build_cache(store, config), alone=not is_job(config))
+    # Processes of a job that have met could only meet again to extend; a finished first segment is found by each alone.
+    return unless_finished(
+        store, lambda: _build_cache(store, config), lambda: not (is_job(config) and config.extend and have_met())
+    )
 
 
-def unless_finished(store: Store, work: Callable[[], Manifest], alone: bool = True) -> Manifest:
+def unless_finished(
+    store: Store, work: Callable[[], Manifest], may_repeat: Callable[[], bool] = lambda: True
+) -> Manifest:
     """What `work` gives. Where it fails over what another process tidied up when it finished, it is done once more.
 
     It finds the finished segment then, and that nothing is left to do.
 
     Args:
-        alone: the process works for itself; those of a job have to do everything together.
+        may_repeat: whether the work can be done again after it failed.
     """
     before = _num_segments(store)
     try:
         return work()
-    except (InputError, DamageError, StorageError):
-        if not alone or _num_segments(store) <= before:
+    except (InputError, DamageError, StorageError, PeerError):
+        if _num_segments(store) <= before or not may_repeat():
             raise
     return work()
 
@@ -215,6 +221,10 @@ def build_segment(
     peers = replica.peers
     with held_together(store, plan, config, peers) as check_held:
         plan = settle_together(store, plan, config, peers)
+        finished = finished_together(store, plan, peers)
+        if finished is not None:
+            tidy(store, plan)
+            return finished
         with keeping_place(store, plan, check_held) as placed:
             return _build_settled(store, placed, config, tokenizer, decoder, plan, rows, replica)
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cache_builder.finish import finish_segment
+from cache_builder.finish import finish_segment, lists_segment
 from cache_builder.pieces import RowSource, keep_batch
 from cache_builder.pipeline import ShardWriter
 from cache_builder.plan import counted_processes, settle_plan
@@ -142,6 +142,22 @@ def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -
     finally:
         if claims is not None:
             claims.close()
+
+
+def finished_together(store: Store, plan: Plan, peers: Peers) -> Manifest | None:
+    """The manifest, where another job finished the segment while this one waited for it; all processes say the same.
+
+    Its rows and receipts are tidied up then, so there is nothing to work with, and nothing to do.
+    """
+    if peers.count == 1:
+        return None  # other processes of this one's kind may finish at any time: build.unless_finished
+
+    def look() -> bytes:
+        manifest = read_manifest(store)
+        listed = manifest is not None and lists_segment(manifest, plan.segment)
+        return b"finished" if listed else b"pending"
+
+    return read_manifest(store) if peers.share("finished", look) == b"finished" else None
 
 
 def _hold(store: Store, claims: Claims | None, expiry_s: float) -> bytes:

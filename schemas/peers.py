@@ -168,7 +168,7 @@ def join_peers(
         yield alone()
         return
     _check_numbers(coordinator, num_processes, process_id)
-    if jax.distributed.is_initialized():  # a second run in one process
+    if have_met():  # a second run in one process
         yield _greet()
         return
     _initialize(coordinator, num_processes, process_id, timeout_s)
@@ -184,6 +184,11 @@ def join_peers(
         watch.close()
     # Who leaves early would be missed by the others.
     jax.distributed.shutdown()
+
+
+def have_met() -> bool:
+    """Whether this process has met those of its job; it can do so once."""
+    return jax.distributed.is_initialized()
 
 
 def _check_numbers(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

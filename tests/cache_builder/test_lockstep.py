@@ -1,6 +1,7 @@
 """One teacher over the devices of several processes: who writes what, the same bytes, and what ends such a build."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_builder.build import build_cache
+from cache_builder.build import build_cache, build_segment, unless_finished
 from cache_builder.lockstep import Dealing, _hold
 from cache_builder.plan import counted_processes
 from schemas import layout
 from schemas.claims import Claims
 from schemas.config import BuildConfig, DataConfig, TeacherConfig, TeacherMeshConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError
-from schemas.segment import open_cache
+from schemas.peers import PeerError
+from schemas.segment import open_cache, read_manifest
 from schemas.storage import Store
 from tests.conftest import build_config
 
@@ -114,6 +116,40 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
         assert _hold(store, second, 0.4)
     finally:
         second.close()
+
+
+def no_rows(*_: object) -> Any:
+    pytest.fail("the rows are tidied up")
+
+
+def test_a_job_that_waited_for_another_finds_its_work_done(tmp_path, teacher, corpus, cache):
+    store = Store(str(shutil.copytree(cache, tmp_path / "c")))
+    config = build_config(tmp_path / "c", teacher, corpus, replica="job")
+    peers = SimpleNamespace(count=2, number=0, first=True, share=lambda name, say: say())
+    replica: Any = SimpleNamespace(peers=peers, mesh=None, stop=None)
+    rows: Any = SimpleNamespace(slice=no_rows)
+    nothing: Any = None
+    (segment,) = open_cache(store)
+    assert build_segment(store, config, nothing, nothing, segment.plan, rows, replica) == read_manifest(store)
+    assert not list((tmp_path / "c").rglob("claims"))
+
+
+@pytest.mark.parametrize("may_repeat", [True, False])
+def test_processes_that_lost_each_other_look_whether_another_job_has_finished(cache, tmp_path, may_repeat):
+    """As where one of them met files that are tidied up, and the others waited for it in vain."""
+    store, done = Store(str(tmp_path / "c")), []
+
+    def work():
+        if not done:
+            done.append(shutil.copytree(cache, tmp_path / "c"))
+            raise PeerError("the processes do not find each other", {})
+        return read_manifest(store)
+
+    if may_repeat:
+        assert unless_finished(store, work, lambda: True) == read_manifest(store)
+    else:
+        with pytest.raises(PeerError):
+            unless_finished(store, work, lambda: False)
 
 
 @pytest.mark.slow
