@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,7 +23,7 @@ from models.decoder import Decoder
 from models.export import SOURCE_DTYPE
 from models.export import save_pretrained as save_pretrained
 from models.families import config_from_hf, layout_of
-from models.fill import plan_fill
+from models.fill import ParameterFill, plan_fill
 from models.gguf_config import config_from_gguf
 from models.ggufs import GgufSource, is_gguf, open_gguf
 from models.hf_files import SafetensorsSource, read_json
@@ -153,6 +154,48 @@ def fill_decoder(
         layout: the source's names; None: those of the config's family.
         trained: parameters that are taken from here instead.
     """
+    graph, source, fills = _planned_fills(config, source, dtype, mesh, layout, trained)
+    filled = [(path, value.replace(fill.load(source))) for path, value, fill in fills]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def is_same_model(path: str | os.PathLike[str] | ObjectPath, decoder: Decoder) -> bool:
+    """True where a checkpoint is this very decoder: it computes the same with parameters equal to the bit.
+
+    Rows of the vocabulary that only one of them has do not count. One stacked parameter is loaded at a time, up to the
+    first that differs, in the decoder's dtype.
+    """
+    where = locate_checkpoint(path)
+    run = _run_of(where)
+    config, source, layout = _open(where if run is None else run.student)
+    try:
+        here = decoder.config
+        stored = {name: getattr(here, name) for name in ("family", "vocab_size", "attention", "experts", "mtp_layers")}
+        if replace(config, **stored) != here:
+            return False
+        flat = {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
+        trained = None if run is None else run.open()
+        _, source, fills = _planned_fills(config, source, jnp.dtype(decoder.dtype), None, layout, trained)
+        return len(flat) == len(fills) and all(_equal(fill.load(source), flat[path]) for path, _, fill in fills)
+    finally:
+        source.close()
+
+
+def _equal(left: jax.Array, right: jax.Array) -> bool:
+    both = tuple(slice(0, min(sizes)) for sizes in zip(left.shape, right.shape, strict=True))
+    return bool(jnp.array_equal(left[both], right[both]))
+
+
+def _planned_fills(
+    config: ModelConfig,
+    source: TensorSource,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    layout: Layout | None,
+    trained: TrainedParameters | None,
+) -> tuple[nnx.GraphDef[Decoder], TensorSource, list[tuple[Any, Any, ParameterFill]]]:
+    """The structure of a decoder, the source without rows of padding, and of every parameter its path, an abstract
+    value and how it is filled."""
     layout = _tied_layout(config, source, layout or layout_of(config))
     source = without_padding(source, layout, config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
@@ -164,8 +207,7 @@ def fill_decoder(
     _check_tensors(config, layout, source, shapes, slots)
     fills = [(path, value, plan_fill(path, value, slots[path], mesh, trained)) for path, value in parameters.items()]
     source.announce([(read.slot.name, read.box) for _, _, fill in fills for read in fill.reads])
-    filled = [(path, value.replace(fill.load(source))) for path, value, fill in fills]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return graph, source, fills
 
 
 def _tied_layout(config: ModelConfig, source: TensorSource, layout: Layout) -> Layout:

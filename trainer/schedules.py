@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from schemas.train_config import Ramp, Weight
+from schemas.train_config import Ramp, Share, Weight
 
 
 def weight_at(weight: Weight, step: Array | int, steps: int) -> Array:
@@ -31,3 +31,8 @@ def may_count(weight: Weight) -> bool:
 def all_positive(weight: Weight) -> bool:
     """Whether a weight is always above zero."""
     return min(weight.start, weight.end) > 0 if isinstance(weight, Ramp) else weight > 0
+
+
+def always_one(share: Share) -> bool:
+    """Whether a share is always the whole."""
+    return min(share.start, share.end) == 1 if isinstance(share, Ramp) else share == 1

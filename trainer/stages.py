@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from schemas.errors import ConfigError
 from schemas.train_config import LossConfig, OptimizerConfig, TrainConfig
-from trainer.schedules import all_positive, may_count
+from trainer.schedules import all_positive, always_one, may_count
 
 NEEDED = {  # by options that not every run has a use for
     "loss.mlp.weight": "a blockwise stage",
@@ -51,6 +51,13 @@ class Stage:
     @property
     def compares_tokens(self) -> bool:
         return self.mode == "feature" and may_count(self.loss.token_weight)
+
+    @property
+    def teaches_teacher(self) -> bool:
+        """Whether a loss has something to teach even to a student that is the teacher."""
+        loss = self.loss
+        from_data = self.compares_tokens and not always_one(loss.alpha)
+        return from_data or may_count(loss.load_balance.weight) or may_count(loss.router_z)
 
     @property
     def uses_logits(self) -> bool:

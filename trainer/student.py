@@ -10,14 +10,21 @@ from flax import nnx
 from jax.sharding import Mesh
 from pydantic import BaseModel, TypeAdapter
 
-from models.checkpoint import checkpoint_dtype, load_pretrained, read_config, save_pretrained
+from models.checkpoint import (
+    checkpoint_dtype,
+    is_same_model,
+    load_pretrained,
+    read_config,
+    save_pretrained,
+    weights_digest,
+)
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.ggufs import is_gguf
 from models.identity import locate_checkpoint
 from models.surgery import add_router_bias, changed_config, operate
 from schemas.canonical import from_plain
-from schemas.errors import CheckpointError, ConfigError
+from schemas.errors import CheckpointError, ConfigError, StorageError
 from schemas.layout import MANIFEST, TOKENIZER
 from schemas.segment import read_tokenizer
 from schemas.storage import Store
@@ -43,6 +50,7 @@ def open_student(
     seed: int = 0,
     open_source: OpenSource | None = None,
     mesh: Mesh | None = None,
+    must_differ: bool = False,
 ) -> Decoder:
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
 
@@ -52,10 +60,12 @@ def open_student(
         seed: of `init: random`.
         open_source: the training rows with some taps, for `by: importance`.
         mesh: of several processes: each loads what its own devices hold. Who makes the student has all of it meanwhile.
+        must_differ: no loss of the run has anything to teach a student that is the teacher; that of a run that has
+            begun is taken as it is.
 
     Raises:
         CheckpointError: its checkpoint is missing, or is not the teacher that the cache was built with.
-        ConfigError: the surgery cannot be done, or the student does not fit the cache.
+        ConfigError: the surgery cannot be done, the student does not fit the cache, or it is the teacher and must not.
     """
     kept = run.where(STUDENT)
     shared = mesh if mesh is not None and mesh.is_multi_process else None
@@ -70,6 +80,17 @@ def open_student(
         student = Decoder(changed_config(read_config(path), ops), rngs=nnx.Rngs(seed))
     else:
         student = _operated(run, path, config, ops, open_source)
+    if must_differ and _is_teacher(student, path, config, ops, source, teacher_path):
+        raise ConfigError(
+            "the student is the teacher: the same config and the same weights, so the losses have nothing to teach it",
+            {
+                "cache": source.url,
+                "student.init": config.init,
+                "student.surgery": ", ".join(op.spelled for op in config.surgery) or "none",
+            },
+            "cut it (student.surgery), start from another checkpoint (student.init), or ask for what the teacher can "
+            "learn, too: cross-entropy (mode: feature with loss.alpha below 1), or balance of experts",
+        )
     if router_bias and student.config.moe is not None:
         student = add_router_bias(student)
     tokenizer = _tokenizer(path, run, source)
@@ -124,6 +145,26 @@ def _operated(
     if ops:
         write_surgery(run, ops, operated.kept)
     return operated.decoder
+
+
+def _is_teacher(
+    student: Decoder,
+    path: str,
+    config: StudentConfig,
+    ops: Sequence[SurgeryOp],
+    source: Source,
+    teacher_path: str | None,
+) -> bool:
+    """True where this student, made of the checkpoint at `path`, is the teacher, however that is stored."""
+    if config.init == "random":
+        return False
+    if config.init == "teacher":
+        return not ops or is_same_model(path, student)
+    plan, teacher = source.plan.teacher, teacher_path or source.plan.teacher.path
+    try:
+        return is_same_model(teacher, student) and weights_digest(teacher) == plan.weights_digest
+    except (CheckpointError, StorageError):  # such a run does not need the teacher, which may be gone
+        return not ops and weights_digest(path) == plan.weights_digest
 
 
 def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]]) -> None:

@@ -56,6 +56,7 @@ from trainer.run_folder import (
 )
 from trainer.schedules import may_count
 from trainer.sharding import check_processes, check_rows, make_mesh
+from trainer.source import Source
 from trainer.stage import StageRun
 from trainer.stages import Stage, resolve_stages
 from trainer.student import open_student, start_parameters
@@ -142,11 +143,12 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         began = False
         if peers.first:
             began = not has_student(store)
+            _check_epoch(config, sources.rows, began)
             claim_run(store, config, sources.rows)
             store = store.guarded(held.enter_context(only_one(store)))
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
-            decoder = _open_student(store, config, sources, peers)
+            decoder = _open_student(store, config, stages, sources, peers)
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
@@ -209,7 +211,27 @@ def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> N
         print(f"note: {no_targets_note(without)}", file=sys.stderr)
 
 
-def _open_student(store: Store, config: TrainConfig, sources: Sources, peers: Peers) -> Decoder:
+def _check_epoch(config: TrainConfig, rows: Source, begins: bool) -> None:
+    """Refuse to begin a run whose batches would hold rows twice; one that goes on (begun by an earlier version) may.
+
+    Every step would be the same few rows, and the steps, the speed and the losses would look like more than they are.
+    """
+    if not 0 < len(rows) < config.batch_rows:
+        return
+    if not begins:
+        said = f"batch_rows is {config.batch_rows:,}, and there are {len(rows):,} rows to train on"
+        print(f"warning: a batch holds rows twice: {said}", file=sys.stderr)
+        return
+    raise ConfigError(
+        "a batch is larger than the epoch: it would hold rows twice",
+        {"rows": rows.url, "batch_rows": f"{config.batch_rows:,}", "rows to train on": f"{len(rows):,}"},
+        f"set batch_rows to {len(rows):,} or less, or build a cache of more text",
+    )
+
+
+def _open_student(
+    store: Store, config: TrainConfig, stages: Sequence[Stage], sources: Sources, peers: Peers
+) -> Decoder:
     """The student before its first step; the first process makes it, the others read it then."""
     biased = config.moe_balance_type == "noaux_tc"
     if not peers.first:
@@ -229,6 +251,7 @@ def _open_student(store: Store, config: TrainConfig, sources: Sources, peers: Pe
         seed=config.seed,
         open_source=sources.open,
         mesh=make_mesh(config.mesh),
+        must_differ=not (biased or any(stage.teaches_teacher for stage in stages)),
     )
     if peers.first:
         Checkpoints(store).remove_unfinished()

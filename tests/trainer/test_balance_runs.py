@@ -48,6 +48,7 @@ MIXTRAL_BIAS = "groups/0/blocks/0/" + ROUTER_BIAS
 MLP = {"mlp": {"weight": 1.0}}
 AUXILIARY = {"loss": {**MLP, "load_balance": {"weight": 0.1}, "router_z": 0.01}}
 NOAUX = {"loss": MLP, "moe_balance_type": "noaux_tc", "moe_update_rate": 0.5}
+CUT = {"surgery": [{"op": "query_heads", "to": 2}]}
 SHORT: dict[str, Any] = {"student": {}, "steps": 5, "checkpoint_every": 2}
 
 
@@ -377,7 +378,7 @@ def test_a_dense_student_has_no_experts_to_split(tmp_path, cache, change, messag
     [
         ({**NOAUX, "train_only": ["mlp/router_bias"]}, "no loss reaches what train_only names"),
         ({**NOAUX, "loss": {}}, "no loss of this stage trains them"),
-        ({"moe_balance_type": "gshard"}, "which has no weight"),
+        ({"moe_balance_type": "gshard", "student": CUT}, "which has no weight"),
     ],
     ids=["train_only", "no loss", "gshard"],
 )

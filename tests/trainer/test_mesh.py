@@ -31,7 +31,8 @@ pytestmark = pytest.mark.slow  # programs for eight devices take long to compile
 # Five blocks do not divide by two or four; delta keyframes every two slots lie across the groups' borders.
 DEEP = ModelConfig(**{**TINY.__dict__, "layers": (LayerGroup((BlockKind(),), 5),), "num_heads": 4})
 TAPS = TapsConfig(attn_out=TapConfig(codec="int8"), resid=TapConfig(codec="int8", delta=True, keyframe_every=2))
-BLOCKWISE = {"loss": {"mlp": {"weight": 0.5}}, "student": {}, "steps": 3, "optimizer": OptimizerConfig(warmup_steps=0)}
+CUT = {"surgery": [{"op": "query_heads", "to": 1}]}
+BLOCKWISE = {"loss": {"mlp": {"weight": 0.5}}, "student": CUT, "steps": 3, "optimizer": OptimizerConfig(warmup_steps=0)}
 FEATURE = {**BLOCKWISE, "mode": "feature", "loss": {}}
 
 

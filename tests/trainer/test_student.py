@@ -1,33 +1,49 @@
 """What a run's student is made of: the teacher's own numbers, random ones or a checkpoint's; what is written down."""
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.checkpoint import load_pretrained
+from models.checkpoint import load_pretrained, save_pretrained
+from models.decoder import Decoder
+from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, ConfigError, Interrupted
 from schemas.storage import Store
 from schemas.student_config import StudentConfig, SurgeryOp
 from tests.models.surgery.test_operate import assert_blocks, blocks_of
 from tests.trainer.test_train import Stop, assert_same_run, config
-from tools import export
+from tools import cli, export
+from trainer import train as loop
 from trainer.checkpoints import load_student
 from trainer.feed import CacheSource
+from trainer.parameters import all_parameters, install
+from trainer.stages import resolve_stages
 from trainer.student import open_student, start_parameters
 from trainer.tables import block_starts
 from trainer.train import train
 
 
-def opened(run: Path, cache: Path, seed: int = 0, **values: Any):
+def opened(run: Path, cache: Path, seed: int = 0, *, must_differ: bool = False, **values: Any):
     def open_source(taps, blocks, leaving):
         return CacheSource(str(cache), taps, blocks, "train", leaving=leaving)
 
     student = StudentConfig.model_validate(values)
-    return open_student(Store(str(run)), student, open_source((), None, False), seed=seed, open_source=open_source)
+    return open_student(
+        Store(str(run)),
+        student,
+        open_source((), None, False),
+        seed=seed,
+        open_source=open_source,
+        must_differ=must_differ,
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,3 +148,128 @@ def test_every_operation_in_one_run(tmp_path: Path, cache: Path):
     exported = load_pretrained(tmp_path / "out")
     assert (exported.config.family, exported.config.hidden_size, exported.config.num_blocks) == ("mixtral", 20, 2)
     assert_blocks(blocks_of(exported), blocks_of(load_student(str(tmp_path / "whole")).decoder))
+
+
+# Students that are their teacher.
+
+
+def changed(folder: Path, teacher: Path, of: Callable[[Decoder], Decoder] = lambda decoder: decoder, **options: Any):
+    """The teacher as another checkpoint, changed by `of`."""
+    save_pretrained(of(load_pretrained(teacher)), folder, tokenizer_from=teacher, **options)
+    return str(folder)
+
+
+def nudged(decoder: Decoder) -> Decoder:
+    """One weight of the last block by its least bit."""
+    down = decoder.groups[0].blocks[0].mlp.down  # type: ignore[union-attr]
+    value = np.array(down.get_value())
+    value[-1, -1, -1] = np.nextafter(value[-1, -1, -1], np.inf)
+    down.set_value(jnp.asarray(value))
+    return decoder
+
+
+def padded(decoder: Decoder) -> Decoder:
+    """With more rows of padding in its vocabulary."""
+    wide = Decoder(replace(decoder.config, vocab_size=decoder.config.vocab_size + 9))
+    parameters = all_parameters(decoder)
+    widths = {"embed": ((0, 9), (0, 0)), "head": ((0, 0), (0, 9))}
+    ragged = {name: jnp.pad(parameters[name], width) for name, width in widths.items()}
+    install(wide, parameters | ragged)
+    return wide
+
+
+def stretched(decoder: Decoder) -> Decoder:
+    """The same weights, another config."""
+    other = Decoder(replace(decoder.config, rope=replace(decoder.config.rope, theta=5e5)))
+    install(other, all_parameters(decoder))
+    return other
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"surgery": [{"op": "query_heads", "to": 3}]},
+        {"surgery": [{"op": "mlp_width", "to": 40, "by": "weight_norm"}, {"op": "kv_heads", "to": 2}]},
+        {"layer_map": [0, 1, 2]},
+        {"init": "as it is"},
+        {"init": "in other files"},
+        {"init": "padded"},
+    ],
+    ids=str,
+)
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, cache, teacher, values):
+    make = {
+        "as it is": lambda: str(teacher),
+        "in other files": lambda: changed(tmp_path / "copy", teacher, shard_bytes=5000),
+        "padded": lambda: changed(tmp_path / "padded", teacher, padded),
+    }
+    values = {**values, **({"init": make[values["init"]]()} if "init" in values else {})}
+    with pytest.raises(ConfigError, match="the student is the teacher") as caught:
+        opened(tmp_path / "run", cache, **values, must_differ=True)
+    assert caught.value.facts["student.init"] == values.get("init", "teacher")
+    assert not (tmp_path / "run" / "student").exists()
+    assert opened(tmp_path / "run", cache, **values).config.num_blocks == 3  # where a loss teaches more
+    assert opened(tmp_path / "run", cache, **values, must_differ=True)  # a run that has begun goes on
+
+
+@pytest.mark.parametrize(
+    "of",
+    [nudged, stretched, {"surgery": [{"op": "query_heads", "to": 2}]}, {"init": "random"}, {"layer_map": [0, 1]}],
+    ids=lambda of: getattr(of, "__name__", str(of)),
+)
+def test_a_student_that_differs_has_something_to_learn(tmp_path, cache, teacher, of):
+    values: dict[str, Any] = of if isinstance(of, dict) else {"init": changed(tmp_path / "copy", teacher, of)}
+    assert opened(tmp_path / "run", cache, **values, must_differ=True)
+
+
+def test_the_teacher_need_not_be_there(tmp_path, cache, teacher, monkeypatch):
+    """A copy is known by its digest."""
+    copy, other = shutil.copytree(teacher, tmp_path / "copy"), changed(tmp_path / "other", teacher, nudged)
+    monkeypatch.setattr("trainer.student.is_same_model", gone)
+    with pytest.raises(ConfigError, match="the student is the teacher"):
+        opened(tmp_path / "run", cache, init=str(copy), must_differ=True)
+    assert opened(tmp_path / "run", cache, init=other, must_differ=True)
+
+
+def gone(*_: object) -> bool:
+    raise CheckpointError("no such checkpoint", {"path": "nowhere"}, "name another")
+
+
+@pytest.mark.parametrize(
+    ("changes", "teaches"),
+    [
+        ({}, False),
+        ({"loss": {"mlp": {"weight": 1}}}, False),
+        ({"mode": "feature"}, True),
+        ({"mode": "feature", "loss": {"token_weight": 0}}, False),
+        ({"mode": "feature", "loss": {"alpha": 1.0}}, False),
+        ({"mode": "feature", "loss": {"alpha": {"start": 1.0, "end": 0.5}}}, True),
+        ({"loss": {"load_balance": {"weight": 0.1}}}, True),
+        ({"loss": {"router_z": 0.1}}, True),
+    ],
+    ids=str,
+)
+def test_which_losses_teach_the_teacher(changes, teaches):
+    values = TrainConfig.model_validate({"run": "r", "cache": "c", **changes})
+    assert [stage.teaches_teacher for stage in resolve_stages(values)] == [teaches]
+
+
+def test_a_run_without_anything_to_learn_does_not_begin(tmp_path, cache, capsys):
+    words = ["train", "--run", str(tmp_path / "run"), "--cache", str(cache), "--batch-rows", "4"]
+    assert cli.main(words) == 2
+    assert "error: the student is the teacher" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_the_epoch(tmp_path, cache, capsys):
+    source = CacheSource(str(cache), (), split="train")
+    rows = len(source)
+    with pytest.raises(ConfigError, match="a batch is larger than the epoch") as caught:
+        train(config(tmp_path / "run", cache, batch_rows=rows + 1))
+    assert (caught.value.facts["batch_rows"], caught.value.facts["rows to train on"]) == (str(rows + 1), str(rows))
+    assert not (tmp_path / "run").exists()
+    loop._check_epoch(config(tmp_path / "run", cache, batch_rows=rows), source, True)
+    # A run of the version before goes on.
+    loop._check_epoch(config(tmp_path, cache, batch_rows=rows + 1), source, False)
+    assert "warning: a batch holds rows twice" in capsys.readouterr().err
