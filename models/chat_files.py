@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from models.chat_template import ChatTemplate
+from models.foreign import LFS_STEP, is_lfs_pointer
 from schemas.errors import InputError
 from schemas.object_path import Place
 
@@ -179,11 +180,14 @@ def template_files(folder: Place) -> dict[str, Place]:
 
 def _read_text(file: Place) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(
             "a chat template cannot be read", {"file": file, "cause": error}, "copy the file again"
         ) from error
+    if is_lfs_pointer(text.encode()):  # a template without a tag would be every chat's whole text
+        raise InputError("a chat template was not downloaded", {"file": file}, LFS_STEP)
+    return text
 
 
 def read_settings(file: Place) -> dict[str, Any]:
@@ -193,7 +197,10 @@ def read_settings(file: Place) -> dict[str, Any]:
         InputError: the file holds something else.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if is_lfs_pointer(text.encode()):
+            raise InputError(f"{file.name} was not downloaded", {"file": file}, LFS_STEP)
+        value = json.loads(text)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:

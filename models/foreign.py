@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
@@ -106,3 +107,8 @@ def is_lfs_pointer(data: bytes) -> bool:
 def mlx_quantised(raw: Mapping[str, Any]) -> bool:
     """Tell whether a config.json is of weights that MLX has quantised."""
     return isinstance(raw.get("quantization"), dict)
+
+
+def lfs_pointer(file: Place) -> CheckpointError:
+    """The error for a pointer in the place of a file."""
+    return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)

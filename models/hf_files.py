@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from models.foreign import LFS_STEP, is_lfs_pointer, step_for_folder
+from models.foreign import is_lfs_pointer, lfs_pointer, step_for_folder
 from models.ranges import REQUESTS, SpanReader
 from models.safetensors_file import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
 from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
@@ -166,11 +166,6 @@ def read_json(file: Place) -> dict[str, Any]:
             f"{file.name} is not a JSON object", {"file": file, "found": type(value).__name__}, "copy the file again"
         )
     return value
-
-
-def lfs_pointer(file: Place) -> CheckpointError:
-    """The error for a pointer in the place of a file."""
-    return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)
 
 
 def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

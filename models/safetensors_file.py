@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from models.foreign import LFS_MAGIC, lfs_pointer
 from models.ranges import RemoteFile, Span, truncated
 from models.tensors import Box
 from schemas.object_path import ObjectPath, Place
@@ -90,8 +91,11 @@ def open_remote(path: ObjectPath) -> RemoteSafetensors:
         CheckpointError: the file is missing, truncated or not of this format.
     """
     file = RemoteFile(path)
-    size = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
+    first = file.read(0, LENGTH_BYTES)
+    size = int.from_bytes(first, "little")
     if size > MAX_HEADER_BYTES:
+        if LFS_MAGIC.startswith(first):
+            raise lfs_pointer(path)
         truncated(path, f"a header of {size} bytes")
     start = LENGTH_BYTES + size
     entries, stop = _parse(path, file.read(LENGTH_BYTES, start), start)

@@ -33,6 +33,7 @@ from models.chat_files import (
     template_files,
 )
 from models.chat_template import ChatTemplate
+from models.foreign import LFS_STEP, is_lfs_pointer
 from models.gguf_tokenizer import gguf_tokenizer
 from models.ggufs import is_gguf, metadata, open_gguf
 from models.long_text import token_runs
@@ -346,6 +347,8 @@ def _kind_of_file(file: Place) -> str | None:
 
 def _kind_of_bytes(data: bytes) -> str | None:
     """The next step where a file holds a tokenizer of another kind: by its content, since any name is given to any."""
+    if is_lfs_pointer(data):
+        return LFS_STEP
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data[:4096]):
         return _KINDS["tiktoken"]
     if data[:1] == b"\n" and b"\x00" in data[:4096]:

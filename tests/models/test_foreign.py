@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from models.checkpoint import load_pretrained
-from schemas.errors import CheckpointError
-from tests.models.conftest import GOLDEN
+from models.tokenizer import load_tokenizer
+from schemas.errors import CheckpointError, DistillcacheError
+from tests.cache_builder.test_chat import chat_tokenizer
+from tests.models.conftest import GOLDEN, upload
 from tests.models.test_checkpoint import refused
 from tests.models.test_ggufs import parts_of, write_gguf
+from tests.servers.fixtures import Bucket
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4976698672\n"
 
@@ -101,3 +104,21 @@ def test_one_part_of_a_split_gguf(tmp_path: Path):
     write_gguf(GOLDEN / "llama_linear", tmp_path / "model.gguf", split_max_tensors=12)
     first, second, _ = parts_of(tmp_path / "model.gguf")
     refused(second, "name the first part", first.name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "a.gguf"])
+def test_pointers_of_git_lfs_in_buckets(saved: Path, gcs: Bucket, name: str):
+    (saved / name).write_bytes(POINTER)
+    url = upload(saved, f"{gcs.url}/{name}")
+    refused(f"{url}/{name}" if name == "a.gguf" else url, name, "git lfs pull")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("far", [False, True], ids=["local", "bucket"])
+def test_files_of_a_tokenizer_that_are_pointers(far: bool, name: str, tmp_path: Path, request: pytest.FixtureRequest):
+    chat_tokenizer(tmp_path / "t", "{{ messages }}")
+    (tmp_path / "t" / name).write_bytes(POINTER)
+    path = upload(tmp_path / "t", f"{request.getfixturevalue('gcs').url}/t") if far else str(tmp_path / "t")
+    with pytest.raises(DistillcacheError, match="git lfs pull") as caught:
+        load_tokenizer(path)
+    assert name in str(caught.value)
