@@ -9,6 +9,7 @@ list of those that do not fit.
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -284,6 +285,12 @@ def _check_tied(source: TensorSource, layout: Layout) -> None:
         )
 
 
+def _step_for_dtypes(found: Iterable[str]) -> str:
+    if set(found) <= {"F64", "I64"}:  # which no quantised weights are stored in
+        return "save it again in float32 or a narrower float: with transformers, model.to(dtype).save_pretrained(DIR)"
+    return "use a checkpoint that is not quantised, or a .gguf file"
+
+
 def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp.dtype:
     """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32.
 
@@ -300,7 +307,7 @@ def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp
                 "found": some([f"{kind} ({name})" for kind, name in foreign.items()]),
                 "expected": ", ".join(FLOAT_DTYPES),
             },
-            "use a checkpoint that is not quantised, or a .gguf file",
+            _step_for_dtypes(foreign),
         )
     dtypes = {FLOAT_DTYPES[kind] for name, kind in kinds.items() if name not in biases}
     return jnp.result_type(*(jnp.dtype(dtype) for dtype in dtypes or {"float32"}))

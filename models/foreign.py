@@ -18,6 +18,7 @@ LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 LFS_STEP = "this is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the files themselves"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD_NAME = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+MOST_SHARDS = 10_000  # that are looked for by number
 # quant_method -> what it is, for a message.
 METHODS = {
     "awq": "AWQ",
@@ -85,11 +86,23 @@ def step_for_folder(directory: Place, names: Sequence[str]) -> str | None:
             "consolidated files are in the format of the model's makers (with params.json): take the Hugging Face "
             "files of the same model (config.json and model*.safetensors), or convert it with transformers"
         )
-    if shards := [name for name in names if SHARD_NAME.fullmatch(name)]:
-        return f"{len(shards)} shards lie here without model.safetensors.index.json: copy that from the model's folder"
+    if shards := [found for name in names if (found := SHARD_NAME.fullmatch(name))]:
+        return _step_for_shards(shards)
     if "model_index.json" in names:
         return "this is a diffusers pipeline: name the folder of its language model, if it has one"
     return None
+
+
+def _step_for_shards(found: Sequence[re.Match[str]]) -> str:
+    """The next step for shards without an index, of which some may be missing, too."""
+    count = int(found[0][3])
+    here = {int(shard[2]) for shard in found}
+    lost = [number for number in range(1, min(count, MOST_SHARDS) + 1) if number not in here]
+    step = "copy model.safetensors.index.json, which lists the shards, from the model's folder"
+    if not lost:
+        return step
+    named = f"{found[0][1]}-{lost[0]:0{len(found[0][2])}d}-of-{found[0][3]}.safetensors"
+    return f"{step}, and {len(lost)} of the {count} shards, such as {named}"
 
 
 def _snapshots(directory: Place) -> Sequence[Place]:

@@ -109,19 +109,12 @@ def weight_files(directory: Place) -> list[Place]:
             {"file": directory / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
             "copy the checkpoint again",
         )
-    if outside := [name for name in set(listed.values()) if not _is_plain(name)]:
-        raise CheckpointError(
-            "the index of the shards names files outside its folder",
-            {"file": directory / INDEX_NAME, "found": some(sorted(outside))},
-            "put the shards beside the index, and correct their names in it",
-        )
     files = sorted(set(listed.values()))
-    outside = [file for file in files if not is_name_inside(file)]
-    if outside:
+    if outside := [file for file in files if not is_name_inside(file)]:
         raise CheckpointError(
             "the index of the shards names files outside its folder",
-            {"index": directory / INDEX_NAME, "found": some(outside)},
-            "do not use this checkpoint: no tool that saves one writes such names",
+            {"file": directory / INDEX_NAME, "found": some(outside)},
+            "put the shards beside the index, and correct their names in it",
         )
     missing = [file for file in files if file not in names and not (directory / file).exists()]
     if missing:
@@ -131,11 +124,6 @@ def weight_files(directory: Place) -> list[Place]:
             "copy the missing files beside the index",
         )
     return [*(directory / file for file in files), *beside]
-
-
-def _is_plain(name: str) -> bool:
-    """Tell whether a name leads nowhere but to a file of the folder, or of a folder in it."""
-    return "\0" not in name and "\\" not in name and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def names_in(directory: Place) -> list[str]:
@@ -214,9 +202,18 @@ def _no_weights(directory: Place, names: list[str]) -> CheckpointError:
         step = "load it with transformers and save it again: save_pretrained writes safetensors (pickles are not read)"
     if ggufs:
         step = f"name the file itself: {directory / ggufs[0]}"
-    step = step_for_folder(directory, names) or step
+    step = step_for_folder(directory, names) or _step_for_variant(names) or step
     return CheckpointError(
         "the checkpoint has no safetensors weights",
         {"directory": directory, "expected": f"{WEIGHTS_NAME} or {INDEX_NAME}", "found": some(names) or "nothing"},
         step,
     )
+
+
+def _step_for_variant(names: Sequence[str]) -> str | None:
+    """Name the step for weights under another name, as `variant=` of transformers writes them."""
+    found = [name for name in names if name.endswith(".safetensors")]
+    stems = sorted(name for name in found if name.startswith("model."))
+    if not stems:
+        return None if len(found) != 1 else f"rename {found[0]} to {WEIGHTS_NAME} if it holds all weights of the model"
+    return f"rename {stems[0]} to {WEIGHTS_NAME}: it is a variant, which transformers loads by its name alone"

@@ -20,6 +20,7 @@ SCHEMES = {"gs": "gcs", "s3": "s3"}  # of a URL, and TensorStore's name for it
 FAILURES = (ValueError, OSError, RuntimeError)  # what TensorStore raises, NotImplementedError included
 
 _RANGE_CUT = re.compile(r"Requested byte range \[(\d+), (\d*)\).* and total size (\d+)")
+_ESCAPED = re.compile(r"(?:\\x[0-9a-f]{2})+")  # in TensorStore's messages: bytes of a path
 _STATUS, _PAYLOAD = re.compile(r"http_response_code='(\d+)'"), re.compile(r" \[[a-z_]+=")
 _LISTING_CUT = ("Failed to parse response metadata", "Malformed List response")
 
@@ -126,8 +127,13 @@ def cause(error: BaseException) -> str:
     """An error of TensorStore's in one line: without the pages that servers send, but with their status."""
     text = str(error)
     status = _STATUS.search(text)
-    line = _PAYLOAD.split(text)[0].removesuffix(": Unknown").partition("\n")[0]
+    line = _ESCAPED.sub(_unescaped, _PAYLOAD.split(text)[0].removesuffix(": Unknown").partition("\n")[0])
     return f"{line} (HTTP {status[1]})" if status else line
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    """Bytes of a path as letters; TensorStore ends the names of folders that it could not create with NUL."""
+    return bytes.fromhex(found[0].replace("\\x", "")).decode("utf-8", "backslashreplace").replace("\0", "/")
 
 
 def advice(url: str, error: BaseException) -> str | None:

@@ -35,6 +35,7 @@ _MEMBER_NAMES = (
 )  # how pydantic names a union's members, where not `list[...]`
 
 
+_REQUIRED = "  (required)"
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "~")
 
 MAX_BRIEF = 84  # characters of a description on a line of --help that only names a flag
@@ -100,7 +101,7 @@ def parse(
         if value is None and bool in _members(annotation):
             value = "true"
         _assign(values, keys, _parse_value(_given(value, flag, command), annotation, flag), flag)
-    return validate(model, complete(values), command)
+    return validate(model, complete(values), command, positional)
 
 
 def _is_value(word: str, annotation: Any, bare: Sequence[str]) -> bool:
@@ -114,8 +115,15 @@ def _is_value(word: str, annotation: Any, bare: Sequence[str]) -> bool:
     return not bare or _members(annotation) != [bool] or word.lower() in _TRUTHS
 
 
-def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> ConfigType:
-    """The model of these values, with pydantic's findings as one `ConfigError`."""
+def validate(
+    model: type[ConfigType], values: dict[str, Any], source: str, positional: Sequence[str] = ()
+) -> ConfigType:
+    """The model of these values, with pydantic's findings as one `ConfigError`.
+
+    Args:
+        source: the command or file that they come from.
+        positional: fields that may be given as bare words.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -127,7 +135,7 @@ def validate(model: type[ConfigType], values: dict[str, Any], source: str) -> Co
             if finding["type"] == "extra_forbidden":
                 message = _unknown_key(model, keys)
             elif finding["type"] == "missing":
-                message = _required(model, keys)
+                message = _required(model, keys, positional)
             # What a validator of the whole model found is the whole config: it says itself what is wrong there.
             elif keys:
                 message += f" (found {_shortly(finding['input'])})"
@@ -144,7 +152,7 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     """The finding for a key of a file that no field has: what was meant, by its name or by its place."""
     known = [name for name, *_ in _fields(model, "")]
     sections = {name.rpartition(".")[0] for name in known} - {""}
-    names = [*known, *sorted(sections)]
+    names = list(dict.fromkeys([*known, *sorted(sections)]))
     path = ".".join(keys).replace("-", "_")
     leaf = path.rsplit(".", 1)[-1]
     same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
@@ -154,12 +162,15 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     return f"is no field: did you mean {' or '.join(close)}?" if close else "is no field"
 
 
-def _required(model: type[BaseModel], keys: list[str]) -> str:
-    """The finding for a field that was not given: what it is for, and its flag."""
-    described = {name: description for name, _, _, description in _fields(model, "")}
-    flag = ".".join(keys).replace("_", "-")
-    said = described.get(".".join(keys), "")
-    return f"is required: give --{flag}" + (f" ({said})" if said else "")
+def _required(model: type[BaseModel], keys: list[str], positional: Sequence[str]) -> str:
+    """The finding for a field that was not given: its flags and what it is for; of a section those of what it needs."""
+    rows, path = _fields(model, ""), ".".join(keys)
+    needed = [row for row in rows if row[0].startswith(f"{path}.") and row[2] == _REQUIRED]
+    needed = needed or [row for row in rows if row[0] == path]
+    said = needed[0][3] if len(needed) == 1 else ""
+    flags = [_flag(name) for name, *_ in needed] or [_flag(path)]
+    ways = " or ".join([f"<{path}>", *flags]) if path in positional else " and ".join(flags)
+    return f"is required: give {ways}" + (f" ({said})" if said else "")
 
 
 def _message(finding: Mapping[str, Any]) -> str:
@@ -337,7 +348,7 @@ def _words_instead(annotation: Any) -> list[str]:
 
 def _default_text(given: Any, optional: bool) -> str:
     if given is PydanticUndefined or given is ...:
-        return "  (required with its section)" if optional else "  (required)"
+        return "  (required with its section)" if optional else _REQUIRED
     return f"  (default{' with its section' if optional else ''}: {'none' if given in (None, '') else given})"
 
 

@@ -4,6 +4,7 @@ Commands that report take `--json`: one JSON object on standard output, and noth
 standard error. `--help` has the exit codes.
 """
 
+import difflib
 import importlib
 import os
 import sys
@@ -85,9 +86,9 @@ def _run(words: list[str]) -> int:
     """The exit code is the command's own, where it gives one."""
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        raise ConfigError(
-            "there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, "see distillcache --help"
-        )
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}? See distillcache --help" if close else "see distillcache --help"
+        raise ConfigError("there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, hint)
     module, function, _ = COMMANDS[name]
     command = getattr(importlib.import_module(module), function)
     return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest) or 0

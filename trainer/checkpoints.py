@@ -10,6 +10,7 @@ the cache. A checkpoint is there when its record is (schemas/checkpoint_files.py
 ignored.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -248,9 +249,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 def _run(run: str) -> Store:
     store = Store(run)
     if not has_student(store):
-        raise CheckpointError(
-            "there is no trained student here", {"run": run}, "name the folder of a `distillcache train`"
-        )
+        inside = re.fullmatch(r"(.+)/checkpoints/(\d+|best)/?", run)
+        step = "name the folder of a `distillcache train`"
+        if inside is not None:
+            flag = "--best" if inside[2] == "best" else f"--step {int(inside[2])}"
+            step = f"name the run and, as a flag, which of its checkpoints: {inside[1]} {flag}"
+        raise CheckpointError("there is no trained student here", {"run": run}, step)
     return store
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from models.checkpoint import load_pretrained
 from models.tokenizer import load_tokenizer
@@ -73,13 +74,28 @@ def message(path: Path | str) -> str:
         (["params.json", "consolidated.00.pth"], "in the format of the model's makers"),
         (["config.json", "consolidated.safetensors"], "in the format of the model's makers"),
         (["config.json", "model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
+        (["config.json", "model-00001-of-00002.safetensors"], "and 1 of the 2 shards, such as model-00002-of-00002"),
+        (["config.json", "model-1-of-1.safetensors"], "which lists the shards, from the model's folder\n"),
+        (["config.json", "model.fp16.safetensors"], "rename model.fp16.safetensors to model.safetensors"),
+        (["config.json", "weights.safetensors"], "rename weights.safetensors to model.safetensors if it holds all"),
     ],
 )
 def test_folders_of_another_kind(files: list[str], named: str, tmp_path: Path):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((GOLDEN / "llama_tied/config.json").read_bytes() if "config" in name else b"{}")
-    refused(tmp_path, named)
+    assert named in f"{message(tmp_path)}\n"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"), [("float64", "save it again in float32"), ("int64", "save it again"), ("int8", "not quantised")]
+)
+def test_numbers_of_another_dtype_are_told_what_helps(saved: Path, dtype: str, step: str):
+    tensors = load_file(saved / "model.safetensors")
+    save_file(
+        tensors | {name: tensors[name].astype(dtype) for name in tensors if "norm" in name}, saved / "model.safetensors"
+    )
+    refused(saved, "dtype that is not supported", step)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

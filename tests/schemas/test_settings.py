@@ -149,7 +149,7 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
         (["--path", "x", "--items", "[{size: 1}, {size: 0}]"], ["items.1.size", "found 0"]),
         (["--path", "x", "--inner", "3", "--inner.size", "4"], ["--inner.size", "not a mapping"]),
         (["--path", "{a: b}"], ["path", "{'a': 'b'}"]),
-        ([], ["path", "is required: give --path"]),
+        ([], ["path", "is required: give --path (where)"]),
         (["--row-tokens", "#"], ["value is empty", "--row-tokens"]),
         (["--path", "x", "--row-tokens", "!!int x"], ["not YAML", "'x' is no !!int"]),
         (["--path", "caf\udce9"], ["not UTF-8", "caf\\udce9"]),
@@ -165,6 +165,24 @@ def test_what_is_wrong_is_named(argv: list[str], told: list[str]) -> None:
         read(*argv)
     for part in told:
         assert part in str(caught.value)
+
+
+def test_what_is_required_is_asked_for_as_it_can_be_given() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(positional=("path",))
+    assert caught.value.facts["path"] == "is required: give <path> or --path (where)"
+    with pytest.raises(ConfigError) as caught:
+        validate(BuildConfig, {"cache": "c", "data": {}}, "distillcache build")
+    assert str(caught.value.facts["teacher"]).startswith("is required: give --teacher.path (an HF directory")
+    assert str(caught.value.facts["data.path"]).startswith("is required: give --data.path (.txt")
+
+
+@pytest.mark.parametrize("key", ["teacher", "taps", "data"])
+def test_a_field_of_another_command_is_compared_with_each_name_once(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(TrainConfig, {"run": "r", key: {}}, "distillcache train")
+    meant = str(caught.value.facts[key]).partition("did you mean ")[2].rstrip("?").split(" or ")
+    assert len(meant) == len(set(meant))
 
 
 def test_the_members_of_a_union_are_not_part_of_the_fields_name() -> None:

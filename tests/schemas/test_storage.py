@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from schemas import stale_locks
+from schemas import buckets, stale_locks
 from schemas.errors import StorageError
 from schemas.stale_locks import lock_as_tensorstore
 from schemas.storage import Store, is_url
@@ -284,3 +284,9 @@ def test_a_lock_that_became_its_key_is_not_emptied(tmp_path: Path, monkeypatch: 
     store.clear_stale_locks()
     store.remove_stale_locks()
     assert (tmp_path / "key").read_bytes() == b"committed"
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_letters() -> None:
+    """TensorStore ends the names of folders with NUL, which it then escapes, and with it every hex digit behind."""
+    text = 'Failed to create directory: "/proc/\\xc3\\xa4\\x00segments\\x00\\x30\\x30.prepared": No such file'
+    assert buckets.cause(OSError(text)) == 'Failed to create directory: "/proc/ä/segments/00.prepared": No such file'

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools.cli import main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,3 +20,22 @@ def test_a_reader_who_has_gone_is_no_mistake() -> None:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize(("word", "step"), [("bild", "did you mean build?"), ("xyzzy", "next      see distillcache")])
+def test_an_unknown_command_is_answered_with_the_right_one(
+    word: str, step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    assert step in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [("r/checkpoints/20", "r --step 20"), ("r/checkpoints/best/", "r --best"), ("r", "name the folder")],
+)
+def test_an_export_of_a_checkpoint_names_the_run_and_the_flag(
+    place: str, step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tmp_path / place) + "/" * place.endswith("/"), str(tmp_path / "out")]) == 2
+    assert step in capsys.readouterr().err
