@@ -1,6 +1,7 @@
 """Documents to marked tokens, in batches that keep all cores busy."""
 
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
@@ -114,8 +115,14 @@ def _batches(found: Iterable[FoundDocument]) -> Iterator[list[FoundDocument]]:
 def _encode_long(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, int]]:
     for document in batch:
         begins = True
+        pieces = _pieces(document, tokenizer)
         try:
-            for ids, counted, reached in _pieces(document, tokenizer):
+            while True:
+                with _translated([document]):
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                ids, counted, reached = piece
                 yield mark_document(ids, counted, begins=begins), reached
                 begins = begins and not ids.size
         except NoCommonTokens as error:
@@ -123,8 +130,6 @@ def _encode_long(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.nda
                 raise _not_in_pieces(document, error) from error
             whole = _encode_texts if document.spans is None else _encode_chats
             yield from whole([document], tokenizer)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise _cannot_encode([document], error) from error
 
 
 def _not_in_pieces(document: Document, error: Exception) -> RecordError:
@@ -146,20 +151,16 @@ def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[tuple[np.n
 
 
 def _encode_texts(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    try:
+    with _translated(batch):
         encoded = tokenizer.encode_documents([document.text for document in batch])
-    except Exception as error:  # tokenizers raises plain Exception
-        raise _cannot_encode(batch, error) from error
     for document, ids in zip(batch, encoded, strict=True):
         yield mark_document(np.asarray(ids, np.int32)), len(document.text)
 
 
 def _encode_chats(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """A template writes all special tokens itself, so nothing is added, EOS neither."""
-    try:
+    with _translated(batch):
         encoded = tokenizer.encode_spans([document.text for document in batch], [document.spans for document in batch])
-    except Exception as error:  # likewise
-        raise _cannot_encode(batch, error) from error
     for document, (ids, said) in zip(batch, encoded, strict=True):
         yield mark_document(np.asarray(ids, np.int32), np.asarray(said, bool)), len(document.text)
 
@@ -179,9 +180,22 @@ def _take_tokens(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.nda
 _ENCODERS = {"text": _encode_texts, "chat": _encode_chats, "long": _encode_long, "tokens": _take_tokens}
 
 
-def _cannot_encode(batch: list, error: Exception) -> RecordError:
-    return RecordError(
-        "the tokenizer cannot encode a document",
-        {"from": batch[0].where, "to": batch[-1].where, "cause": error},
-        "use a tokenizer that knows every character (byte fallback or an unknown token)",
-    )
+@contextmanager
+def _translated(batch: list) -> Iterator[None]:
+    """Whatever the tokenizers library raises, as the error for these documents.
+
+    It raises plain Exception, and where its Rust code panics (a pattern that backtracks without end) what pyo3 makes of
+    that, which is no Exception.
+    """
+    try:
+        yield
+    except NoCommonTokens:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RecordError(
+            "the tokenizer cannot encode a document",
+            {"from": batch[0].where, "to": batch[-1].where, "cause": error},
+            "use a tokenizer that knows every character (byte fallback or an unknown token)",
+        ) from error

@@ -36,7 +36,7 @@ from models.chat_template import ChatTemplate
 from models.foreign import LFS_STEP, is_lfs_pointer
 from models.gguf_tokenizer import gguf_tokenizer
 from models.ggufs import is_gguf, metadata, open_gguf
-from models.long_text import token_runs
+from models.long_text import NoCommonTokens, token_runs
 from models.runs import hf_folder, numbered
 from models.tensors import some
 from schemas.errors import CheckpointError, InputError
@@ -59,6 +59,7 @@ TOKENIZER_FILES = (
 # Ids up to here are accepted whatever the file's size; beyond, an id must not exceed the bytes that could list its
 # vocabulary. The tokenizers library allocates by the highest id: 4 bytes for each.
 FREE_IDS = 1 << 20
+MOST_GROWTH = 256  # of a text by replacements; known tokenizers have 1 or 3
 MOST_ID = 2**31 - 1  # tokens are int32
 
 
@@ -158,6 +159,8 @@ class TextTokenizer:
         encoding = self.backend.encode("a")
         added = np.array(encoding.special_tokens_mask, bool)
         ids, text = np.array(self._end(encoding.ids), np.int32), np.flatnonzero(~added)
+        if not text.size:
+            raise NoCommonTokens("the tokenizer makes no token of a letter")
         return ids[: text[0]], ids[text[-1] + 1 :]
 
     @cached_property
@@ -288,9 +291,13 @@ def _parse(file: Place) -> Tokenizer:
         raise InputError(
             "the tokenizer cannot be read", {"file": file, "cause": error}, "see that it is a file, and who may read it"
         ) from error
-    _check_ids(data, file)
+    _check_content(data, file)
     try:
-        return Tokenizer.from_str(data.decode())
+        backend = Tokenizer.from_str(data.decode())
+        _check_own_tokens(backend, file)
+        return backend
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
             "this is not a tokenizer.json, or a damaged one",
@@ -299,8 +306,8 @@ def _parse(file: Place) -> Tokenizer:
         ) from error
 
 
-def _check_ids(data: bytes, file: Place) -> None:
-    """Refuse ids far beyond what the file can list, before the tokenizers library allocates an array up to them."""
+def _check_content(data: bytes, file: Place) -> None:
+    """Refuse a tokenizer.json that would take memory without bound, or give ids that its vocabulary lacks."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
@@ -309,15 +316,74 @@ def _check_ids(data: bytes, file: Place) -> None:
     model, added = content.get("model"), content.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = [*(vocab.values() if isinstance(vocab, dict) else ())]
+    if len({each for each in ids if isinstance(each, int)}) < len(ids) and all(isinstance(each, int) for each in ids):
+        raise _damaged("two tokens of a vocabulary have one id", {"file": file, "tokens": len(ids)})
     ids += [token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
+    _check_ids(ids, len(data), file)
+    _check_growth(content.get("normalizer"), file)
+    for part in _parts(content.get("post_processor"), "processors"):
+        _check_post_processor(part, file)
+
+
+def _check_ids(ids: Sequence[object], size: int, file: Place) -> None:
+    """Refuse ids far beyond what the file can list, before the tokenizers library allocates an array up to them."""
     highest = max((each for each in ids if isinstance(each, int)), default=0)
-    most = min(max(FREE_IDS, len(data)), MOST_ID)
+    most = min(max(FREE_IDS, size), MOST_ID)
     if highest > most:
-        raise InputError(
+        raise _damaged(
             "a token's id is beyond any vocabulary that the tokenizer's file could hold",
-            {"file": file, "bytes": len(data), "id": highest, "expected": f"{most} or less"},
-            "copy the file again from where it came",
+            {"file": file, "bytes": size, "id": highest, "expected": f"{most} or less"},
         )
+
+
+def _check_growth(normalizer: object, file: Place) -> None:
+    """Refuse replacements that make a text many times as long: four of `a` by a hundred make 100 MB of one letter."""
+    growth = 1
+    for part in _parts(normalizer, "normalizers"):
+        content = part.get("content")
+        if part.get("type") == "Replace" and isinstance(content, str):
+            growth *= max(1, len(content))
+    if growth > MOST_GROWTH:
+        raise _damaged(
+            "a tokenizer's replacements make texts many times as long",
+            {"file": file, "found": f"{growth:,} times", "expected": f"{MOST_GROWTH} times at most"},
+        )
+
+
+def _check_post_processor(part: Mapping[str, Any], file: Place) -> None:
+    """Refuse a rule that leaves a text out or repeats it."""
+    if part.get("type") != "TemplateProcessing" or not isinstance(part.get("single"), list):
+        return
+    texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in part["single"])
+    if texts != 1:
+        raise _damaged(
+            "a tokenizer's post-processor does not write a text once",
+            {"file": file, "found": f"{texts} times", "expected": "once (one Sequence in post_processor.single)"},
+        )
+
+
+def _check_own_tokens(backend: Tokenizer, file: Place) -> None:
+    """Refuse tokens of the post-processor that the vocabulary lacks: a model has no rows for them."""
+    unknown = [each for each in backend.encode("").ids if each > MOST_ID or backend.id_to_token(each) is None]
+    if unknown:
+        raise _damaged(
+            "a tokenizer's post-processor adds a token that its vocabulary lacks", {"file": file, "id": unknown[0]}
+        )
+
+
+def _parts(value: object, name: str) -> Iterator[Mapping[str, Any]]:
+    """A normalizer's or post-processor's steps: itself, or those of its `Sequence`, which may hold others."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict) and each.get("type") == "Sequence" and isinstance(each.get(name), list):
+            left += each[name]
+        elif isinstance(each, dict):
+            yield each
+
+
+def _damaged(what: str, facts: Mapping[str, object]) -> InputError:
+    return InputError(what, facts, "copy the file again from where it came")
 
 
 SAVE_IT = "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
@@ -393,7 +459,9 @@ def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
 def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
     """The id of `eos` or `bos`, as the files beside a tokenizer.json name it."""
     token = special_tokens_of(file.parent).get(f"{role}_token")
-    if token is not None:
+    if role == "bos" and token and backend.token_to_id(token) is None:
+        return None  # no text has it; a chat that writes it is refused (`ChatTemplate.unknown_tokens`)
+    if token:
         names = f"{TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP}"
         return _token_id(backend, token, f"{names} {role}_token", file)
     for name in ("generation_config.json", "config.json"):

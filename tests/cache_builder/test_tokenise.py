@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from cache_builder import tokenise
 from cache_builder.documents import Document
 from cache_builder.inputs import InputReader, input_files
 from cache_builder.packing import count_begins
+from cache_builder.skipped import Skipped
 from cache_builder.tokenise import Pace, token_arrays
 from models.tokenizer import TextTokenizer
 from schemas.config import DataConfig
+from schemas.errors import RecordError
 from tests.conftest import byte_tokenizer
 
 TEXT = "some words, ünd more " * 40000  # three windows
@@ -46,3 +49,19 @@ def test_progress_goes_on_inside_a_document(tmp_path: Path, monkeypatch: pytest.
     assert seen == sorted(seen)
     assert len({each for each in seen if 0 < each < file.size}) >= 3
     assert pace.done == file.size
+
+
+BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("length", [40, 200_000])
+def test_what_the_library_raises_is_an_error_of_the_document(tmp_path: Path, length: int) -> None:
+    """Its Rust code panics where a pattern backtracks without end, which is no Exception in Python."""
+    content = json.loads(byte_tokenizer().to_str()) | {"pre_tokenizer": BACKTRACKING}
+    tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(content)), eos_id=0)
+    found = [Document("a" * length + "b", "a.txt"), Document("b", "b.txt")]
+    with pytest.raises(RecordError, match="cannot encode") as caught:
+        list(token_arrays(iter(found), tokenizer))
+    assert caught.value.facts["from"] == "a.txt"
+    skipped, _ = token_arrays(iter(found), tokenizer, on_error="skip")
+    assert isinstance(skipped, Skipped)

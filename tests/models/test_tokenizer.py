@@ -342,3 +342,60 @@ def test_other_kinds_of_tokenizers_are_recognised(name: str, content: bytes, sai
         refused(tmp_path, said)
     (tmp_path / "tokenizer.json").write_bytes(content)  # under the name that is read
     refused(tmp_path, said)
+
+
+def replacing(*contents: str) -> dict[str, Any]:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": content} for content in contents]
+    return {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": steps}]}}
+
+
+def adding(*pieces: str, id: int = 1) -> dict[str, Any]:
+    named = {"A": {"Sequence": {"id": "A", "type_id": 0}}, "S": {"SpecialToken": {"id": "<|start|>", "type_id": 0}}}
+    special = {"<|start|>": {"id": "<|start|>", "ids": [id], "tokens": ["<|start|>"]}}
+    rule = {"type": "TemplateProcessing", "single": [named[piece] for piece in pieces], "pair": []}
+    return {"post_processor": {**rule, "special_tokens": special}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (replacing("a" * 100, "a" * 100, "a" * 100, "a" * 100), "many times as long"),
+        (adding("S"), "does not write a text once"),
+        (adding("A", "A"), "does not write a text once"),
+        (adding("S", "A", id=len(TOKENS)), "that its vocabulary lacks"),
+        (adding("S", "A", id=2**32 - 1), "that its vocabulary lacks"),
+        ({"post_processor": {"type": "Sequence", "processors": [adding("A", "A")["post_processor"]]}}, "text once"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}, "one id"),
+    ],
+)
+def test_a_file_that_would_make_endless_or_foreign_tokens_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(byte_level(start=True), tmp_path / "t", tokenizer_config={"eos_token": "<|end|>"})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(folder)
+
+
+def test_a_files_own_rules_of_the_usual_kind_are_taken(tmp_path: Path) -> None:
+    folder = save(byte_level(start=True), tmp_path / "t", tokenizer_config={"eos_token": "<|end|>"})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for changes in (adding("S", "A"), adding("S", "S", "A"), replacing("e", "<n>"), {"post_processor": None}):
+        (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+        assert load_tokenizer(folder).decode(load_tokenizer(folder).encode("h")).endswith("h")
+
+
+@pytest.mark.parametrize("bos", ["", "<nope>", None])
+def test_a_bos_that_is_no_token_is_none(bos: str | None, tmp_path: Path) -> None:
+    """transformers takes all three: an empty text for none, and adds what is missing."""
+    folder = save(byte_level(), tmp_path / "t", tokenizer_config={"eos_token": "<|end|>", "bos_token": bos})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id is None
+    assert tokenizer.eos_id == 0
+
+
+def test_an_empty_eos_is_looked_for_elsewhere(tmp_path: Path) -> None:
+    files = {"tokenizer_config": {"eos_token": ""}, "generation_config": {"eos_token_id": [0]}}
+    assert load_tokenizer(save(byte_level(), tmp_path / "t", **files)).eos_id == 0
+    refused(save(byte_level(), tmp_path / "u", tokenizer_config={"eos_token": ""}), "does not say which token ends")
