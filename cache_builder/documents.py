@@ -135,4 +135,6 @@ def _of_record(record: dict[str, Any], data: DataConfig, tokenizer: TextTokenize
     if data.format != "chat":
         return [Document(text_of_record(record, data.text_field, where), where)]
     texts = written_chats(record, tokenizer, data, where)
+    if not any(text.strip() for text, _ in texts):
+        raise RecordError("the chat template writes nothing for a chat", {"line": where}, "use another template")
     return [Document(text, where, spans=tuple(spans)) for text, spans in texts]

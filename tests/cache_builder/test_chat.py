@@ -433,8 +433,9 @@ def test_parts_are_written_by_templates_that_know_them_and_never_left_out(tmp_pa
     assert text == "HoHu"
     with pytest.raises(RecordError, match="contents that are no text"):
         written_chats(chat, chat_tokenizer(tmp_path / "drops", drops), data, "here")
+    lines = write_chats(tmp_path / "a.jsonl", {"messages": HELLO})
     with pytest.raises(RecordError, match="writes nothing"):
-        written_chats({"messages": HELLO}, chat_tokenizer(tmp_path / "none", "{# nothing #}"), data, "here")
+        list(documents(lines, chat_tokenizer(tmp_path / "none", "{# nothing #}")))
 
 
 def test_the_fields_of_sharegpt_are_recognised(tmp_path: Path) -> None:
