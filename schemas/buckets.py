@@ -6,9 +6,12 @@ short and says so, retry a range that came short, or tell an error page from a l
 answer was lost comes back as lost.
 """
 
+import contextlib
 import os
 import re
+import tempfile
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
@@ -83,6 +86,9 @@ def set_timeouts(config: StorageConfig) -> None:
         os.environ.setdefault(name, str(value))
 
 
+STANDARD_ERROR = 2
+_LOG_LINE = re.compile(rb"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ .*\n?", re.MULTILINE)  # as Abseil writes them
+_quiet = threading.Lock()  # standard error is the process's
 _met: set[tuple[str, str, str]] = set()
 _meeting = threading.Lock()
 
@@ -107,12 +113,37 @@ def meet(spec: dict[str, Any], config: StorageConfig) -> None:
             f"experimental_{spec['driver']}_rate_limiter": {"read_rate": 100, "write_rate": 100},
         }
     )
-    kv = ts.KvStore.open(spec, context=context).result()
     absent = "distillcache-is-asking"
-    asked = kv.read(absent) if spec["driver"] == "gcs" else kv.list(ts.KvStore.KeyRange(absent, absent + "0"))
-    asked.result(timeout=config.contact_timeout_s)
+    with without_library_log():  # credentials are looked for now, and kept
+        kv = ts.KvStore.open(spec, context=context).result()
+        asked = kv.read(absent) if spec["driver"] == "gcs" else kv.list(ts.KvStore.KeyRange(absent, absent + "0"))
+        asked.result(timeout=config.contact_timeout_s)
     with _meeting:
         _met.add(place)
+
+
+@contextlib.contextmanager
+def without_library_log() -> Iterator[None]:
+    """Leave out the lines that C++ libraries log to standard error meanwhile: what is wrong is in the error that they
+    return, and anonymous access, which they complain about, is nothing wrong.
+
+    Whatever else is written there meanwhile follows at the end.
+    """
+    with _quiet, contextlib.ExitStack() as stack:
+        try:
+            saved = os.dup(STANDARD_ERROR)
+        except OSError:  # this process has none
+            yield
+            return
+        stack.callback(os.close, saved)
+        kept = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(kept.fileno(), STANDARD_ERROR)
+        try:
+            yield
+        finally:
+            os.dup2(saved, STANDARD_ERROR)
+            kept.seek(0)
+            os.write(STANDARD_ERROR, _LOG_LINE.sub(b"", kept.read()))
 
 
 def is_garbled(text: str) -> bool:

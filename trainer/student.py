@@ -37,6 +37,7 @@ from trainer.stack import StudentStack
 from trainer.tables import FROM_TEACHER, block_starts, check_ascending, real_vocab, student_spans
 from trainer.teacher import check_teacher
 
+WITH_ITS_TOKENIZER = "choose a student with the teacher's tokenizer, or build a cache with another teacher"
 SURGERY = "surgery.json"  # in the run's folder
 
 
@@ -205,7 +206,10 @@ def _checked_teacher(source: Source, path: str | None) -> str:
 
 def _check_fit(found: ModelConfig, path: str, config: StudentConfig, source: Source) -> None:
     teacher = source.plan.teacher
-    student_spans(found, teacher.num_blocks, block_starts(config, teacher.num_blocks))
+    try:
+        student_spans(found, teacher.num_blocks, block_starts(config, teacher.num_blocks))
+    except ConfigError as error:
+        raise _naming_vocabularies(error, found, source) from error
     _check_vocabulary(found, path, source)
     sizes = {"hidden size": (teacher.hidden_size, found.hidden_size, "set student.projector: linear")}
     if config.projector == "linear":
@@ -225,6 +229,17 @@ def _check_fit(found: ModelConfig, path: str, config: StudentConfig, source: Sou
             )
 
 
+def _naming_vocabularies(error: ConfigError, found: ModelConfig, source: Source) -> ConfigError:
+    """The error, with the vocabularies where they differ too: then a layer map alone may not help."""
+    real, rows = source.plan.rows.vocab_size, source.plan.teacher.vocab_size
+    if found.vocab_size == rows:
+        return error
+    facts = {**error.facts, "vocabulary": f"cache {rows:,} rows, {real:,} of them tokens; student {found.vocab_size:,}"}
+    if found.vocab_size >= real:
+        return ConfigError(error.what, facts, f"{error.next}, if the student has the teacher's tokenizer")
+    return ConfigError(f"{error.what}, and on the vocabulary", facts, WITH_ITS_TOKENIZER)
+
+
 def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
     """Teacher and student may differ in rows that no token has; the user is told once, when the student is made."""
     real, rows = source.plan.rows.vocab_size, source.plan.teacher.vocab_size
@@ -236,7 +251,7 @@ def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
                 "student": f"{path}   {found.vocab_size}",
                 "expected": f"{real} or more",
             },
-            "choose a student with the teacher's tokenizer, or build a cache with another teacher",
+            WITH_ITS_TOKENIZER,
         )
     if real_vocab(found, source) is not None:
         print(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,21 @@ def test_no_credentials_are_told_within_seconds(gcs: Bucket) -> None:
     assert ended.returncode == 2
     assert "gcloud auth application-default login" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_log_lines_of_libraries_are_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    with buckets.without_library_log():
+        os.write(2, b"E1129 10:11:02.133914   29508 google_auth_provider.cc:188] Could not find the credentials file\n")
+        os.write(2, b"ours\nW1129 10:11:02.133914   29508 curl.cc:1] again\n")
+    os.write(2, b"E1129 10:11:03.000001   29508 later\n")
+    assert capfd.readouterr().err == "ours\nE1129 10:11:03.000001   29508 later\n"
+
+
+def test_an_unreachable_bucket_is_told_by_our_message_alone(tmp_path: Path) -> None:
+    """No credentials, and nobody at the address: Google's client logs where it looked for them."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOOGLE", "CLOUDSDK"))}
+    environment |= {"HOME": str(tmp_path), "TENSORSTORE_GCS_HTTP_URL": "http://127.0.0.1:9"}
+    asks = "from schemas.storage import Store; Store('gs://nobody-has-this/c').read('a')"
+    code = f"import sys\ntry:\n    {asks}\nexcept Exception as error:\n    print(error, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("error: the store cannot be used"), done.stderr

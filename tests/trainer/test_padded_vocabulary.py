@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from models.checkpoint import read_config, save_pretrained
+from models.config import BlockKind, LayerGroup
 from models.decoder import Decoder
 from schemas.errors import ConfigError
 from schemas.manifest import TapPlan
@@ -93,6 +94,17 @@ def test_a_student_of_more_rows_trains_on_tokens(tmp_path, cache, teacher, capfd
     assert "the teacher's vocabulary has 263 rows, the student's 320; the tokenizer uses 257" in capfd.readouterr().err
     assert [each.steps for each in found] == [2, 2]
     assert read_config(tmp_path / "run1" / "student").vocab_size == 320
+
+
+@pytest.mark.parametrize("rows", [200, 263, 1000])
+def test_a_student_of_another_depth_is_told_of_the_vocabularies_too(rows: int, tmp_path, cache, teacher):
+    other = replace(read_config(teacher), vocab_size=rows, layers=(LayerGroup((BlockKind(),), 2),))
+    save_pretrained(Decoder(other), tmp_path / "other")
+    with pytest.raises(ConfigError, match="number of blocks") as caught:
+        train(config(tmp_path / "run", cache, student=StudentConfig(init=str(tmp_path / "other"))))
+    told = str(caught.value)
+    assert ("263 rows, 257 of them tokens; student" in told) == (rows != 263)
+    assert ("and on the vocabulary" in told) == (rows == 200)
 
 
 def test_a_student_with_too_few_rows_is_refused(tmp_path, cache, teacher):
