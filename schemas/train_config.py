@@ -240,6 +240,9 @@ class TrainConfig(Config):
     eval_every: int = Field(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end of a stage only"
     )  # an evaluation costs as much as many steps
+    eval_teacher: bool = Field(
+        default=True, description="measure the teacher's own perplexity on the held-out rows, once, before step 1"
+    )  # costs loading it and one evaluation; the student's perplexity is judged by it
     eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
     log_every: Positive = Field(default=1, description="steps between lines of metrics")
     partial: bool = Field(

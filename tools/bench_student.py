@@ -35,7 +35,6 @@ from tools.demo import (
     build_config,
     default_data,
     default_surgery,
-    teacher_perplexity,
     train_config,
 )
 from tools.teacher import fetch_teacher
@@ -137,10 +136,11 @@ def recover(build: BuildConfig, run: Path, steps: int) -> Recovered:
     """Build the cache, train the demo's student from it, and remove both."""
     build_cache(build)
     teacher = build.teacher.path
-    perplexity = teacher_perplexity(teacher, build.cache, build.batch_rows)
     surgery = [default_surgery(read_config(teacher))]
     result = train(train_config(run, build.cache, surgery, steps, build.batch_rows))
-    cut, recovered = (evaluation.perplexity for evaluation in (result.before, result.after) if evaluation)
+    assert result.before is not None
+    assert result.after is not None
+    perplexity, cut, recovered = result.after.teacher_perplexity, result.before.perplexity, result.after.perplexity
     assert perplexity is not None  # of plain text every token counts
     assert cut is not None
     assert recovered is not None

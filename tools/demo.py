@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.build import build_cache
-from models.checkpoint import load_pretrained, read_config
+from models.checkpoint import read_config
 from models.config import ModelConfig
 from schemas import settings
 from schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
@@ -27,8 +27,6 @@ from schemas.whole_file import write_file
 from tools.demo_report import CHART, make_report, print_report, write_chart
 from tools.memory import PeakMemory
 from tools.teacher import fetch_teacher
-from trainer.evaluate import held_out_perplexity
-from trainer.feed import CacheSource
 from trainer.train import train
 
 FOLDERS = ("corpus", "cache", "run")  # what a demo makes, and a fresh start removes
@@ -79,11 +77,9 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     build = build_config(out / "cache", teacher, data, config.batch_rows)
     with _timed(seconds, "build", out), _other_flags_explained(out):
         build_cache(build)
-    with _timed(seconds, "evaluate_teacher", out):
-        perplexity = _kept_perplexity(out, teacher, build.cache, config.batch_rows)
     with _timed(seconds, "train", out), _other_flags_explained(out):
         result = train(train_config(out / "run", build.cache, surgery, config.steps, config.batch_rows))
-    report = make_report(out, teacher, surgery, perplexity, result, seconds, peak.gigabytes)
+    report = make_report(out, teacher, surgery, result, seconds, peak.gigabytes)
     write_chart(report, out / "run" / CHART)
     # Written last: its presence says that the demo is finished.
     _write_json(out / "run" / "report.json", report)
@@ -168,17 +164,3 @@ def _timed(seconds: dict[str, float], stage: str, out: Path) -> Iterator[None]:
     finally:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
         _write_json(out / MARKER, seconds)
-
-
-def _kept_perplexity(out: Path, teacher: str, cache: str, batch_rows: int) -> float | None:
-    """The teacher's perplexity; kept, so that a demo that goes on need not repeat it."""
-    kept = out / "corpus" / "teacher_perplexity.json"
-    if not kept.exists():
-        _write_json(kept, teacher_perplexity(teacher, cache, batch_rows))
-    return json.loads(kept.read_text())
-
-
-def teacher_perplexity(teacher: str, cache: str, batch_rows: int) -> float | None:
-    """The teacher's perplexity on the cache's held-out rows; None where none of their tokens is a target."""
-    source = CacheSource(cache, taps=(), split="eval")
-    return held_out_perplexity(load_pretrained(teacher), source, batch_rows, "teacher's perplexity")

@@ -12,7 +12,7 @@ from schemas.segment import open_cache
 from schemas.storage import Store
 from schemas.train_config import SurgeryOp
 from schemas.whole_file import writing
-from trainer.evaluate import gap_closed, told_perplexity
+from trainer.evaluate import told_perplexity
 from trainer.train import TrainResult
 
 CHART = "cosine_distance.png"
@@ -23,7 +23,6 @@ def make_report(
     out: Path,
     teacher: str,
     surgery: list[SurgeryOp],
-    teacher_perplexity: float | None,
     result: TrainResult,
     seconds: dict[str, float],
     peak_anon_gb: float,
@@ -32,13 +31,13 @@ def make_report(
     if result.before is None or result.after is None:
         raise InputError("the demo needs held-out rows", {"data.eval_rows": 0}, "set --data.eval-rows 64")
     plan = open_cache(Store(str(out / "cache")))[0].plan
-    cut, recovered = result.before.perplexity, result.after.perplexity
+    of_teacher, cut, recovered = result.after.teacher_perplexity, result.before.perplexity, result.after.perplexity
     build_s = seconds["build"]
     return {
         "teacher": teacher,
         "surgery": [op.model_dump() for op in surgery],
-        "perplexity": {"teacher": teacher_perplexity, "cut": cut, "recovered": recovered},
-        "gap_closed": gap_closed(teacher_perplexity, cut, recovered),
+        "perplexity": {"teacher": of_teacher, "cut": cut, "recovered": recovered},
+        "gap_closed": result.after.gap_closed,
         "cosine_distance": {
             "block": list(result.after.blocks),
             "cut": list(result.before.cosine),

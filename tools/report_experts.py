@@ -10,11 +10,11 @@ from tools.report_figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from tools.report_html import figures, folded, number, paragraph, table
 
 BLOCKS_SHOWN = 6  # by expert and step; the others are in the figures over all blocks
-SKEWED = 1.0  # the busiest expert has twice the mean
+SKEWED = 1.0  # max violation: the fullest expert has twice the mean
 
 
 def expert_warnings(loads: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Experts without tokens, and blocks whose busiest expert has more than twice its share, at the last look."""
+    """Experts without tokens, and blocks whose max violation is above 1, at the last look."""
     if not loads:
         return []
     last, told = loads[-1], []
@@ -28,7 +28,7 @@ def expert_warnings(loads: Sequence[Mapping[str, Any]]) -> list[str]:
     if skewed:
         worst = max(skewed, key=lambda block: skewed[block])
         told.append(
-            f"In {len(skewed)} of {len(values)} blocks an expert has more than twice its share; "
+            f"In {len(skewed)} of {len(values)} blocks the max violation is above {SKEWED:g}; "
             f"expert {int(values[worst].argmax())} of block {worst} had {skewed[worst]:.3g} times its own."
         )
     return told
@@ -40,7 +40,7 @@ def expert_pieces(lines: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[st
     if violation is None and not loads:
         return []
     drawn = [
-        _router_figure(violation, "Max violation", "The busiest expert's load over the mean, minus one: 0 is even"),
+        _router_figure(violation, "Max violation", "The fullest expert's load over the mean, less one: 0 is even"),
         _router_figure(entropy, "Router entropy", "Nats of a token's probabilities"),
     ]
     if not loads:

@@ -134,11 +134,25 @@ def run_facts(
             "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
             "Batch": f"{config.get('batch_rows')} rows, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
-            "Last held-out perplexity": told_perplexity(evaluations[-1].perplexity, ".5g") if evaluations else None,
+            **_perplexity_words(evaluations),
             **_best_words(best),
             "Checkpoints": ", ".join(f"{step:,}" for step in Checkpoints(store).steps()) or "none",
         },
     )
+
+
+def _perplexity_words(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """The teacher's, the student's at the start and now, and the share of the gap that is closed."""
+    if not evaluations:
+        return {}
+    first, last = evaluations[0], evaluations[-1]
+    known = last.teacher_perplexity
+    unknown = f"not known: {last.teacher_unknown or 'it was not measured'}"
+    found = {"Teacher's held-out perplexity": unknown if known is None else f"{known:.5g}"}
+    if first.step == 0:
+        found["Held-out perplexity at the start"] = told_perplexity(first.perplexity, ".5g")
+    found["Last held-out perplexity"] = told_perplexity(last.perplexity, ".5g")
+    return found | ({} if last.gap_closed is None else {"Share of the gap closed": f"{last.gap_closed:.1%}"})
 
 
 def _best_words(best: Evaluation | None) -> dict[str, str]:
@@ -256,6 +270,7 @@ def evaluation_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
         return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
     columns = {
         "perplexity": [entry.perplexity for entry in evaluations],
+        "share of the gap closed": [entry.gap_closed for entry in evaluations],
         "mean cosine distance": [entry.mean_cosine for entry in evaluations],
         "KL to the teacher": [entry.kl for entry in evaluations],
         "max violation": [entry.max_violation for entry in evaluations],
@@ -285,11 +300,15 @@ def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Seq
     pairs = [(entry.step, value) for entry, value in zip(evaluations, values, strict=True) if value is not None]
     steps, numbers = np.asarray([step for step, _ in pairs], float), np.asarray([value for _, value in pairs], float)
     words = f"{numbers[0]:.4g} at step {int(steps[0]):,}, {numbers[-1]:.4g} at step {int(steps[-1]):,}"
+    lines, teacher = [Line(name, steps, numbers)], evaluations[-1].teacher_perplexity
+    if name == "perplexity" and teacher is not None:
+        words += f"; the teacher's is {teacher:.4g}"
+        lines = [Line("student", steps, numbers), Line("teacher", steps, np.full_like(numbers, teacher))]
     return Figure(
         title=f"Held-out {name}",
         caption=f"{words}; least {numbers.min():.4g} at step {int(steps[numbers.argmin()]):,}.",
         alt=f"Line chart of the {name} on held-out rows by step: {words}.",
-        svg=draw_lines([Line(name, steps, numbers)], "step", name, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
+        svg=draw_lines(lines, "step", name, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
     )
 
 

@@ -11,8 +11,9 @@ from schemas.config import TrainConfig
 from schemas.errors import DistillcacheError, DivergedError
 from schemas.peers import has_peers
 from schemas.supervise import is_supervised, supervise
-from trainer.evaluate import Evaluation, told_perplexity
+from trainer.evaluate import Evaluation
 from trainer.train import TrainResult, divergence_summary, train
+from trainer.yardstick import told_gap
 
 
 def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> int:
@@ -51,11 +52,7 @@ def _lines(result: TrainResult) -> list[str]:
 
 def _changes(before: Evaluation, after: Evaluation) -> list[str]:
     """What the training changed on the held-out rows."""
-    if after.perplexity is None:
-        lines = [f"held-out perplexity {told_perplexity(None)}"]
-    else:
-        start = told_perplexity(before.perplexity)
-        lines = [f"held-out perplexity {start} before, {told_perplexity(after.perplexity)} after"]
+    lines = [told_gap(before, after)]
     if after.perplexity_without_bias is not None:
         lines.append(
             f"without router biases, as other readers of the export route: {after.perplexity_without_bias:.2f}"
@@ -63,8 +60,8 @@ def _changes(before: Evaluation, after: Evaluation) -> list[str]:
     if before.mean_cosine is not None and after.mean_cosine is not None:
         lines.append(f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after")
     if before.max_violation is not None and after.max_violation is not None:
-        fullest = f"{1 + before.max_violation:.2f} before, {1 + after.max_violation:.2f} after"
-        lines.append(f"tokens of the fullest expert over the mean, mean of blocks: {fullest}")
+        violation = f"{before.max_violation:.2f} before, {after.max_violation:.2f} after"
+        lines.append(f"max violation (load of the fullest expert over the mean, less one), mean of blocks {violation}")
     return lines
 
 

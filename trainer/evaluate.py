@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from models.config import ModelConfig
 from models.decoder import BlockOutput, Decoder
 from models.routing import expert_load, max_violation
 from schemas.base import Config
@@ -42,7 +43,8 @@ class Evaluation(Config):
     cosine: each one's mean distance, in their order. kl: to the teacher's recorded top k, nats a token; None where none
     is recorded, or no token is a target. max_violation: of a student with experts, the mean over its blocks
     (models/routing.py). perplexity_without_bias: where its routers have biases that other readers of its export will
-    not know.
+    not know. teacher_perplexity: the teacher's on the same rows; None where it is not known, teacher_unknown says why.
+    gap_closed: the share of the gap between the student's perplexity at step 0 and the teacher's that is closed.
     """
 
     step: int
@@ -52,6 +54,9 @@ class Evaluation(Config):
     kl: float | None = None
     max_violation: float | None = None
     perplexity_without_bias: float | None = None
+    teacher_perplexity: float | None = None
+    teacher_unknown: str | None = None
+    gap_closed: float | None = None
 
     @property
     def mean_cosine(self) -> float | None:
@@ -171,10 +176,19 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity", peers: Peers = ALONE
+    decoder: Decoder,
+    source: Source,
+    batch_rows: int,
+    title: str = "student's perplexity",
+    peers: Peers = ALONE,
+    student: ModelConfig | None = None,
 ) -> HeldOut:
-    """How well it predicts the source's rows, and how its experts are loaded there."""
-    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers)
+    """How well it predicts the source's rows, and how its experts are loaded there.
+
+    Args:
+        student: whose padding of the vocabulary is left out; default: the decoder's.
+    """
+    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers, student)
     return HeldOut(None if loss is None else perplexity_of(loss), load)
 
 
@@ -225,13 +239,19 @@ class _Record:
 
 
 def _mean_token_loss(
-    decoder: Decoder, source: Source, batch_rows: int, title: str, record: _Record | None, peers: Peers
+    decoder: Decoder,
+    source: Source,
+    batch_rows: int,
+    title: str,
+    record: _Record | None,
+    peers: Peers,
+    student: ModelConfig | None = None,
 ) -> tuple[float | None, np.ndarray | None]:
     """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; None where no
     token is a target. And the load of every expert."""
     graph, parameters = nnx.split(decoder)
     total = weight = 0.0
-    model, real = decoder.config, real_vocab(decoder.config, source)
+    model, real = decoder.config, real_vocab(student or decoder.config, source)
     load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
     with Progress(title, len(source), unit="rows") as bar:
         for batch, rows in _batches(source, batch_rows, peers):

@@ -5,12 +5,15 @@ from functools import cached_property
 
 import numpy as np
 
+from models.decoder import Decoder
 from schemas.config import TrainConfig
+from schemas.errors import CheckpointError
 from trainer.feed import CacheSource
 from trainer.local_cache import open_local_cache
 from trainer.online import OnlineSource
 from trainer.source import Source, SplitName
-from trainer.teacher import OnlineTeacher, open_teacher
+from trainer.tables import FROM_TEACHER
+from trainer.teacher import OnlineTeacher, check_teacher, open_teacher
 
 
 class Sources:
@@ -45,6 +48,29 @@ class Sources:
             batch_rows=online.batch_rows,
             exact=online.exact,
         )
+
+    @property
+    def looping_teacher(self) -> Decoder | None:
+        """The teacher in the loop; None where taps are read from a cache."""
+        return self._teacher.decoder if self._config.source == "online" else None
+
+    def find_teacher(self) -> str:
+        """The path of the cache's teacher: as its plan has it, or else `student.init`, if that is the teacher.
+
+        Raises:
+            CheckpointError: its checkpoint is at neither.
+        """
+        plans, init = [segment.plan for segment in self.rows.segments()], self._config.student.init
+        advice = "put the teacher's checkpoint back to where the cache was built from"
+        path = plans[0].teacher.path
+        try:
+            check_teacher(path, self.rows.url, plans, advice)
+        except CheckpointError:
+            if init in FROM_TEACHER:
+                raise
+            check_teacher(init, self.rows.url, plans, advice)
+            return init
+        return path
 
     def open(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
         """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded)."""

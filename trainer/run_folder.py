@@ -42,8 +42,8 @@ from trainer.student import SURGERY
 
 # What may differ when a run goes on: no number of the training depends on it.
 FREE_FIELDS = frozenset(
-    {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "log_every"}
-    | {"prefetch_batches", "partial", "profile", "mesh", "feed", "storage"}
+    {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "eval_teacher"}
+    | {"log_every", "prefetch_batches", "partial", "profile", "mesh", "feed", "storage"}
     | {"coordinator", "num_processes", "process_id", "timeout_s"}
 )
 EVALUATIONS = "eval.json"

@@ -43,7 +43,7 @@ class Recorder:
 
 
 class OnlineTeacher:
-    """Rows, and the teacher that gives their taps. Several sources share one; `open_teacher` makes it.
+    """Rows, and the teacher (`decoder`) that gives their taps. Several sources share one; `open_teacher` makes it.
 
     exact: run every row in the batch in which a build runs it. lock: held while the device works for a batch.
     """
@@ -51,7 +51,7 @@ class OnlineTeacher:
     def __init__(self, url: str, groups: Sequence[RowGroup], decoder: Decoder, digest: str, exact: bool) -> None:
         self.url, self.groups, self.digest, self.exact = url, tuple(groups), digest, exact
         self.lock = threading.Lock()
-        self._decoder = decoder
+        self.decoder = decoder
         self._recorders: dict[Any, Recorder] = {}
 
     def recorder(self, segment: Segment) -> Recorder:
@@ -60,7 +60,7 @@ class OnlineTeacher:
         taps = tuple(tap.model_copy(update={"parts": ()}) for tap in plan.taps)
         key = (taps, plan.batch_rows, tuple((name, value.tobytes()) for name, value in sorted(signs.items())))
         if key not in self._recorders:
-            record, parameters = make_recorder(self._decoder, plan.taps, signs)
+            record, parameters = make_recorder(self.decoder, plan.taps, signs)
             planned = isinstance(segment, PlannedSegment)
             self._recorders[key] = Recorder(record, parameters, plan.taps, plan.batch_rows, checked=planned)
         return self._recorders[key]
@@ -119,6 +119,12 @@ def _teacher_of_cache(
     else:
         _warn_of_platform(store.url, plans, decoder.config.attention)
     return OnlineTeacher(store.url, groups, decoder, digest, exact)
+
+
+def load_recorded(path: str, plan: Plan) -> Decoder:
+    """The teacher at this path as it was when the plan was settled: in its dtype, with its kernel."""
+    decoder = load_pretrained(path, dtype=plan.numerics.dtype)
+    return with_attention(decoder, _kernel_of(plan, decoder))
 
 
 def _kernel_of(plan: Plan, decoder: Decoder) -> Kernel:

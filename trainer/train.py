@@ -61,6 +61,7 @@ from trainer.stage import StageRun
 from trainer.stages import Stage, resolve_stages
 from trainer.student import open_student, start_parameters
 from trainer.trace import Trace, check_profile
+from trainer.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 
 WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
 
@@ -294,6 +295,8 @@ class _Run:
         self.steps = runs[-1].stage.last
         self.evaluator = Evaluator(config, sources, decoder, peers)
         self.evaluations: list[Evaluation] = []
+        self.teacher = TeacherFigure(None)  # on the held-out rows
+        self.student = decoder.config
         self.log: MetricsLog | None = None  # the first process's
 
     def go(self) -> int:
@@ -313,6 +316,9 @@ class _Run:
             write_evaluations(self.store, self.evaluations)
             self.log = MetricsLog(self.store, first if first else -1)
         self._keep_best()
+        if self.sources.held_out:  # before the stages take the device's memory
+            known = known_teacher(self.evaluations)
+            self.teacher = known or measure_teacher(self.config, self.sources, self.student, self.peers)
         try:
             if not first and self.sources.held_out:
                 self._log(0, self._evaluate(0, self.runs[0].stage))
@@ -461,7 +467,8 @@ class _Run:
         """Evaluate what was reached after `number` steps and add it to eval.json; what is there is not done again."""
         found = next((entry for entry in self.evaluations if entry.step == number), None)
         if found is None:
-            found = self._evaluated(number, stage)
+            start = next((entry for entry in self.evaluations if entry.step == 0), None)
+            found = judged(self._evaluated(number, stage), start, self.teacher)
             self.evaluations.append(found)
             if self.peers.first:
                 write_evaluations(self.store, self.evaluations)

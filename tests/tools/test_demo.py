@@ -9,7 +9,7 @@ from schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
 from tools import cli, demo, teacher
 from tools.memory import PeakMemory
 
-STAGES = {"build", "evaluate_teacher", "train", "total"}
+STAGES = {"build", "train", "total"}
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
         "batch_rows": 4,
         "checkpoint_every": 3,
         "eval_batch_rows": 3,
+        "eval_teacher": False,  # tests/trainer/test_yardstick.py has it on
     }
     return TrainConfig.model_validate({**values, **changes})
 
