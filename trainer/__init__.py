@@ -7,7 +7,7 @@ slots.py        which stored slots a batch needs, and where they lie
 losses.py       pure losses, the same in the scan and in the tests
 step.py         one optimizer step: the blockwise gradient inside the scan
 optimizer.py    AdamW whose state and clipping are per block
-evaluate.py     held-out perplexity and per-block cosine distance
+evaluate.py     held-out perplexity and per-block cosine distance; yardstick.py has the teacher's
 student.py      where a run's student comes from    importance.py  what each part of the teacher was worth
 placement.py    between a process's memory and the devices of a mesh; block_groups.py feeds them
 checkpoints.py  which checkpoints a run has
