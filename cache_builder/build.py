@@ -39,6 +39,7 @@ from models.decoder import Decoder
 from models.describe import describe_numerics, describe_rows
 from models.recorder import Recording, make_recorder
 from models.recording_mesh import mesh_sizes
+from models.rope import context_length
 from models.sharding import put, rows_sharding
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import layout
@@ -56,7 +57,7 @@ from schemas.errors import (
 from schemas.manifest import Manifest, Plan
 from schemas.peers import PeerError, have_met
 from schemas.progress import Progress
-from schemas.rows import Row, RowReader, no_targets_note, teacher_batch
+from schemas.rows import Row, RowReader, no_targets_note, teacher_batch, too_long_for_teacher
 from schemas.segment import (
     begun_plan,
     check_place,
@@ -174,6 +175,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         return _check_finished(store, config, tokenizer, manifest)
     model = checked_model(config, tokenizer)
     check_choices(config, model, tokenizer.vocab_size)
+    warn_of_length(config, model)
     refuse_foreign_folder(store, "--cache")
     if is_job(config):  # before the processes meet: from then on they wait for each other
         store.clear_stale_locks()
@@ -297,6 +299,18 @@ def checked_model(config: BuildConfig, tokenizer: TextTokenizer) -> ModelConfig:
             "leave out data.tokenizer to use the teacher's own",
         )
     return model
+
+
+def warn_of_length(config: BuildConfig, model: ModelConfig) -> None:
+    """Say, before anything long begins, that rows will be longer than what the teacher is made for.
+
+    No refusal: positions are rotations in every family, which have no end, and a test of a stretched context may be
+    just what somebody wants.
+    """
+    rows = open_rows(config.data)
+    row_tokens = config.data.row_tokens if rows is None else rows.index.row_tokens
+    if (said := too_long_for_teacher(row_tokens, context_length(model))) and not config.process_id:
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def open_or_prepare(

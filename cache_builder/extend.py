@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cache_builder.build import build_segment, checked_model, open_or_prepare
+from cache_builder.build import build_segment, checked_model, open_or_prepare, warn_of_length
 from cache_builder.finish import tidy
 from cache_builder.pieces import RowSource
 from cache_builder.plan import chosen_taps, make_plan, plan_differences
@@ -57,6 +57,7 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
         )
     if not addition.taps:
         return manifest
+    warn_of_length(config, model)
     with open_replica(config) as replica:
         decoder = replica.load(config)
         plan = make_plan(

@@ -166,6 +166,7 @@ def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
         stored.model_dump(mode="json", exclude=ignored), wanted.model_dump(mode="json", exclude=ignored)
     )
     differences.pop("teacher.path", None)  # identity is the weights, wherever they lie
+    differences.pop("teacher.context", None)  # follows from them; plans of earlier versions do not say it
     return differences
 
 

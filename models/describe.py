@@ -9,11 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from models.checkpoint import weights_digest
+from models.checkpoint import read_config, weights_digest
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.rope import context_length
+from schemas.errors import DistillcacheError
 from schemas.manifest import NumericsPlan, RowsPlan, TapPlan, TeacherPlan
 from schemas.rows import RowReader
+from schemas.storage import is_url
 
 NUMERIC_LIBRARIES = ("jax", "jaxlib", "flax")  # what turns a plan into bits
 # Of the decoder's own roundings below float32, which no library's version tells. 2: norms, rotations, gates and sums of
@@ -33,7 +36,23 @@ def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
         vocab_size=model.vocab_size,
         family=model.family,
         norm_eps=model.norm_eps,
+        context=context_length(model),
     )
+
+
+def teacher_context(teacher: TeacherPlan) -> int | None:
+    """The longest document that a plan's teacher is made for, in tokens; None where nobody knows.
+
+    A plan of an earlier version does not say. Then the config of the checkpoint does, if it is still on this machine.
+    """
+    if teacher.context is not None or is_url(teacher.path):
+        return teacher.context
+    try:
+        model = read_config(teacher.path)
+    except DistillcacheError:  # whoever needs the teacher itself is told
+        return None
+    same = (model.num_blocks, model.hidden_size) == (teacher.num_blocks, teacher.hidden_size)
+    return context_length(model) if same else None
 
 
 def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.config import RopeConfig
+from models.config import ModelConfig, RopeConfig
 
 LENGTH_KINDS = ("dynamic", "longrope")
 
@@ -44,6 +44,22 @@ def rope_tables(
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     angles = jnp.repeat(angles, 2, axis=-1) if rope.interleaved else jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+
+
+def context_length(config: ModelConfig) -> int:
+    """The longest document, in tokens, that a decoder is made for, as its config states it.
+
+    That is `max_position_embeddings`, which states the stretched length where the kind is `llama3` or `longrope`, and
+    in Gemma 3 (blocks with a rotary table of their own). With `linear` and `dynamic` it is that times the factor, with
+    `yarn` the original length times the factor, unless `max_position_embeddings` is more. Source: how transformers and
+    vLLM read these configs.
+    """
+    rope, stated = config.rope, config.max_positions
+    if rope.kind in ("linear", "dynamic") and config.local_rope is None:
+        return max(stated, int(stated * rope.factor))
+    if rope.kind == "yarn":
+        return max(stated, int(rope.original_max_positions * rope.factor))
+    return stated
 
 
 def rotated_width(rope: RopeConfig, head_dim: int) -> int:

@@ -83,6 +83,8 @@ class TeacherPlan(Config):
     """Which teacher: where it was read from, and what it is. Identity is `weights_digest`, not the path.
 
     norm_eps: of its norms; with the attention norms' weights in the side file it makes attention inputs of `resid`.
+    context: the longest document that it is made for, in tokens (models/rope.py); plans did not say before there was a
+    warning.
     """
 
     path: str
@@ -92,6 +94,7 @@ class TeacherPlan(Config):
     vocab_size: int
     family: str
     norm_eps: float
+    context: int | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class NumericsPlan(Config):

@@ -68,6 +68,27 @@ def num_targets(segment_ids: Int32[np.ndarray, "*B T"], loss_mask: Bool[np.ndarr
     return int(np.count_nonzero(follows & loss_mask[..., 1:]))
 
 
+def too_long_note(row_tokens: int, context: int | None, whose: str, change: str) -> str | None:
+    """Say in a line that rows are longer than a model's context; None where they are not, or nobody knows.
+
+    Args:
+        context: the longest document that the model is made for, in tokens.
+        whose: the model or models, as "the teacher".
+        change: what the user can do.
+    """
+    if context is None or row_tokens <= context:
+        return None
+    verb = "are" if " and " in whose else "is"
+    made_for = f"the {context:,} that {whose} {verb} made for (max_position_embeddings with its rope scaling)"
+    unreliable = "what is computed for later tokens of longer documents is not reliable"
+    return f"rows of {row_tokens:,} tokens are longer than {made_for}: {unreliable}; {change}"
+
+
+def too_long_for_teacher(row_tokens: int, context: int | None) -> str | None:
+    """`too_long_note` where rows are still to be made."""
+    return too_long_note(row_tokens, context, "the teacher", f"set data.row_tokens to {context} or less")
+
+
 def no_targets_note(splits: Sequence[Split]) -> str:
     """One sentence about splits in which no token is a target."""
     rows = " or ".join({"train": "the rows to train on", "eval": "the held-out rows"}[split] for split in splits)

@@ -418,6 +418,7 @@ def named_by_plan(plan: Plan) -> Plan:
         return plan
     facts = plan.model_dump(mode="json", exclude={"segment", "config", "created"})
     del facts["teacher"]["path"]  # the weights count, wherever they lie
+    facts["teacher"].pop("context", None)  # follows from them
     digest = digest_bytes(json.dumps(facts, sort_keys=True).encode())
     return plan.model_copy(update={"segment": f"{segment_name(number)}-{digest[:NAME_DIGITS]}"})
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from models.describe import teacher_context
 from schemas.errors import DamageError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
-from schemas.rows import SPLITS, Row, Split, no_targets_note, num_targets
+from schemas.rows import SPLITS, Row, Split, no_targets_note, num_targets, too_long_note
 from schemas.segment import Segment, read_manifest, small_file_damage
 from schemas.times import SegmentTimes, Spread
 from tools.fidelity_rows import counted_padding
@@ -33,7 +34,7 @@ def find_warnings(segments: Sequence[Segment]) -> list[str]:
                 found.append(prefix + sentence)  # not a list of all: what was found before damage is kept
         except DamageError as error:
             found.append(prefix + _damaged(error))
-    for sentence in (*_of_files(segments), *_of_targets(segments)):
+    for sentence in (*_of_files(segments), *_of_targets(segments), *_of_lengths(segments)):
         found += [] if any(sentence in said for said in found) else [sentence]
     return found
 
@@ -67,6 +68,17 @@ def _of_targets(segments: Sequence[Segment]) -> Iterator[str]:
     if without:
         whole = all(len(shards[segment.plan.segment]) == segment.plan.num_shards for segment in bringing)
         yield ("" if whole else "in the shards that were looked at, ") + no_targets_note(without)
+
+
+def _of_lengths(segments: Sequence[Segment]) -> Iterator[str]:
+    """Rows that are longer than what the teacher is made for; all segments have the same teacher."""
+    if not segments:
+        return
+    context = teacher_context(segments[0].plan.teacher)
+    change = "build a cache of shorter rows (data.row_tokens)"
+    for row_tokens in sorted({segment.plan.rows.row_tokens for segment in segments}):
+        if said := too_long_note(row_tokens, context, "the teacher", change):
+            yield said
 
 
 def _of_files(segments: Sequence[Segment]) -> Iterator[str]:

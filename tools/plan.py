@@ -33,6 +33,7 @@ from models.checkpoint import load_pretrained, read_config
 from models.config import ModelConfig
 from models.describe import describe_rows
 from models.recorder import make_recorder
+from models.rope import context_length
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas import settings
 from schemas.config import BuildConfig, DataConfig, PlanConfig, PrepareConfig, TapsConfig
@@ -40,7 +41,7 @@ from schemas.errors import ConfigError
 from schemas.index import record_dtype
 from schemas.layout import ITEM_BYTES
 from schemas.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
-from schemas.rows import RowReader, Split
+from schemas.rows import RowReader, Split, too_long_for_teacher
 from schemas.storage import Store, is_url, use
 from schemas.tap_codec import signs_of
 from tools.plan_print import print_plan
@@ -117,6 +118,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
             "exact": rows.exact,
         },
         "without_targets": rows.without_targets,
+        "too_long": too_long_for_teacher(plan.rows.row_tokens, plan.teacher.context),
         "blocks": len(plan.blocks),
         "taps": [_describe_tap(plan, tap) for tap in plan.taps],
         "bytes_per_token": plan.bytes_per_token,
@@ -148,6 +150,7 @@ def plan_for(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> Plan:
         vocab_size=model.vocab_size,
         family=model.family,
         norm_eps=model.norm_eps,
+        context=context_length(model),
     )
     return make_plan(config, SEGMENT, model, teacher, rows, config.dtype or "")
 

@@ -20,6 +20,8 @@ def print_plan(report: Mapping[str, Any]) -> None:
     if report["without_targets"]:
         where = "" if report["rows"]["exact"] else "in the sample, "
         console.print(f"[yellow]warning:[/] {where}{no_targets_note(report['without_targets'])}")
+    if report["too_long"]:
+        console.print(f"[yellow]warning:[/] {escape(report['too_long'])}")
     console.print()
     console.print(_taps(report))
     console.print()

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from cache_builder.prepare import prepare_rows
+from models.checkpoint import read_config
+from models.rope import context_length
 from schemas import settings
 from schemas.config import PrepareConfig
-from schemas.errors import InputError, install_advice
-from schemas.rows import SKIPPED_KEY, RowReader, RowsIndex, no_targets_note
+from schemas.errors import DistillcacheError, InputError, install_advice
+from schemas.rows import SKIPPED_KEY, RowReader, RowsIndex, no_targets_note, too_long_for_teacher
 from schemas.storage import Store
 
 
@@ -27,7 +29,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     }
     if index.skipped:
         summary["skipped"] = index.skipped
-    without = RowReader(Store(config.out)).without_targets()
+    without, too_long = RowReader(Store(config.out)).without_targets(), _too_long(config, index)
     if as_json:
         print(json.dumps(summary | ({"without_targets": without} if without else {})))
     else:
@@ -35,8 +37,20 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         print(f"rows in {config.out}: {text}", file=sys.stderr)
         if index.skipped:
             print(f"what was skipped: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
-    if without:
-        print(f"warning: {no_targets_note(without)}", file=sys.stderr)
+    for said in [*([no_targets_note(without)] if without else []), *([too_long] if too_long else [])]:
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def _too_long(config: PrepareConfig, index: RowsIndex) -> str | None:
+    """A line about rows that are longer than what the teacher is made for, if the tokenizer is that of a checkpoint."""
+    path = config.data.tokenizer
+    if path is None or path.endswith(".json"):
+        return None
+    try:
+        model = read_config(path)
+    except DistillcacheError:  # a tokenizer without a model, or one that no build could use and will name
+        return None
+    return too_long_for_teacher(index.row_tokens, context_length(model))
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:

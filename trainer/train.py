@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from models.config import ModelConfig
 from models.decoder import Decoder, with_attention
+from models.describe import teacher_context
 from models.kernels import chosen_kernel
+from models.rope import context_length
 from models.routing import RouterSums
 from schemas import progress, storage
 from schemas.config import TrainConfig
 from schemas.errors import CheckpointError, ConfigError, DivergedError, InputError, Interrupted, NonFiniteError
+from schemas.manifest import Plan
 from schemas.peers import Peers, join_peers
 from schemas.progress import Progress
-from schemas.rows import SPLITS, Split, no_targets_note
+from schemas.rows import SPLITS, Split, no_targets_note, too_long_note
 from schemas.signals import StopRequest, watch_for_stop
 from schemas.storage import Store
 from trainer.balance import BlockRouting, mean_biases
@@ -150,6 +154,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
             decoder = _open_student(store, config, stages, sources, peers)
+            if peers.first:
+                _warn_of_length(decoder.config, sources.rows.plan)
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
@@ -228,6 +234,17 @@ def _check_epoch(config: TrainConfig, rows: Source, begins: bool) -> None:
         {"rows": rows.url, "batch_rows": f"{config.batch_rows:,}", "rows to train on": f"{len(rows):,}"},
         f"set batch_rows to {len(rows):,} or less, or build a cache of more text",
     )
+
+
+def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
+    """Say that rows are longer than what the teacher or the student is made for. No refusal: rotations have no end."""
+    rows, change = plan.rows.row_tokens, "use a cache of shorter rows (data.row_tokens)"
+    contexts = {"the teacher": teacher_context(plan.teacher), "the student": context_length(student)}
+    notes = {whose: too_long_note(rows, context, whose, change) for whose, context in contexts.items()}
+    if contexts["the teacher"] == contexts["the student"]:
+        notes = {"both": too_long_note(rows, contexts["the student"], "teacher and student", change)}
+    for note in filter(None, notes.values()):
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def _open_student(
