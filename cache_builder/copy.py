@@ -52,7 +52,8 @@ def copy_cache(config: CopyConfig) -> Manifest:
     use(config.storage)
     source, store = Store(config.src), Store(config.dst)
     if source.spec("") == store.spec(""):
-        raise ConfigError("a cache cannot be copied onto itself", {"src": config.src, "dst": config.dst})
+        facts = {"src": config.src, "dst": config.dst}
+        raise ConfigError("a cache cannot be copied onto itself", facts, "name another place for the copy")
     refuse_foreign_folder(store, "DST")
     if config.repair:
         from cache_builder.copy_repair import repair_copy  # here, since it is made of this module's parts

@@ -133,7 +133,7 @@ def open_rows(data: DataConfig) -> RowReader | None:
 def _may_be_rows(path: str) -> bool:
     """Whether this could be a rows folder: a local one that exists, or a bucket's place that is no file or pattern."""
     if not is_url(path):
-        return Path(path.removeprefix("file://")).expanduser().is_dir()
+        return Path(os.path.expanduser(path.removeprefix("file://"))).is_dir()
     scheme, place = path.split("://", 1)
     name = place.rstrip("/").rsplit("/", 1)[-1]
     return scheme in ("gs", "s3") and not any(letter in place for letter in "*?[") and not named_kind(name)

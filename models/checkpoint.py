@@ -25,6 +25,7 @@ from models.export import SOURCE_DTYPE
 from models.export import save_pretrained as save_pretrained
 from models.families import config_from_hf, layout_of
 from models.fill import ParameterFill, plan_fill
+from models.foreign import step_for_names
 from models.gguf_config import config_from_gguf
 from models.ggufs import GgufSource, is_gguf, open_gguf
 from models.hf_files import SafetensorsSource, read_json
@@ -243,6 +244,7 @@ def _check_tensors(
         ],
     }
     no_head = facts["missing"] == [layout.head] and not facts["unknown"]
+    step = step_for_names(facts["missing"], facts["unknown"])
     facts = {label: some(names) for label, names in facts.items() if names}
     if facts:
         raise CheckpointError(
@@ -250,7 +252,8 @@ def _check_tensors(
             {"checkpoint": source.where, **facts},
             "set tie_word_embeddings to true in config.json if the embeddings are the head; else copy the missing file"
             if no_head
-            else _step_for_rows(config, found.get(layout.embed, ()))
+            else step
+            or _step_for_rows(config, found.get(layout.embed, ()))
             or "check that config.json belongs to these weights, and that they are a whole causal language model",
         )
     _own_dtype(source, config, layout)

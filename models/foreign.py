@@ -16,7 +16,7 @@ from schemas.object_path import ObjectPath, Place
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 LFS_STEP = "this is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the files themselves"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # without an owner: gpt2
 SHARD_NAME = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 MOST_SHARDS = 10_000  # that are looked for by number
 # quant_method -> what it is, for a message.
@@ -39,6 +39,12 @@ METHODS = {
     "vptq": "VPTQ",
     "bitnet": "BitNet",
 }
+# Of GPTQ and AWQ, bitsandbytes, compressed-tensors, FP8, ModelOpt, HQQ.
+PACKED_SUFFIXES = (
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale"),
+    *(".weight_scale_inv", ".weight_zero_point", ".input_scale", ".weight_scale_2", ".k_scale", ".v_scale", ".W_q"),
+)
+OTHER_PACKING = ("quantization", "compression_config")  # of MLX, and of compressed-tensors before transformers knew it
 UNQUANTISED = (
     "take the checkpoint that was quantised (the original, in bfloat16 or float16), or a .gguf file of the model; "
     "the codes are unreadable without the key, so removing it does not help"
@@ -56,16 +62,21 @@ def quantised_as(found: object) -> str | None:
     return METHODS.get(str(method).lower(), str(method)[:40])
 
 
-def step_for_missing_path(path: Place) -> str:
-    """The next step where nothing lies at a path."""
+def step_for_missing_path(path: Place, otherwise: str = "name an HF directory, a run or a .gguf file") -> str:
+    """The next step where nothing lies at a path.
+
+    Args:
+        otherwise: the step for what looks like a path and not like a model's name.
+    """
     text = str(path)
-    relative = Path(text).name and "/".join(Path(text).parts[-2:])
-    if HUB_ID.fullmatch(relative or "") and not Path(text).parent.exists():
+    parts = Path(text).parts
+    named = "/".join(parts[-2:])
+    if HUB_ID.fullmatch(named) and (len(parts) == 1 or not Path(text).parent.exists()):
         return (
-            f"if this is the name of a model on the Hugging Face hub, download it first: `hf download {relative} "
-            f"--local-dir DIR`, then name DIR"
+            f"if this is the name of a model on the Hugging Face hub, download it first: `hf download {named} "
+            f"--local-dir DIR`, then name DIR; else {otherwise}"
         )
-    return "name an HF directory, a run or a .gguf file"
+    return otherwise
 
 
 def step_for_folder(directory: Place, names: Sequence[str]) -> str | None:
@@ -75,8 +86,8 @@ def step_for_folder(directory: Place, names: Sequence[str]) -> str | None:
             "this is a LoRA adapter, which changes a model and is none: merge it with peft "
             "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)) and name DIR"
         )
-    if "snapshots" in names:
-        found = _snapshots(directory)
+    if "snapshots" in names or directory.name == "snapshots":
+        found = _snapshots(directory if directory.name == "snapshots" else directory / "snapshots")
         named = f": {found[-1]}" if found else ", with a snapshot in it: it is empty, so download the model again"
         return f"this is the root of a model in the Hugging Face cache: name a folder in its snapshots{named}"
     if any(name.startswith("models--") for name in names):
@@ -105,10 +116,30 @@ def _step_for_shards(found: Sequence[re.Match[str]]) -> str:
     return f"{step}, and {len(lost)} of the {count} shards, such as {named}"
 
 
-def _snapshots(directory: Place) -> Sequence[Place]:
-    if isinstance(directory, ObjectPath):
+def step_for_names(missing: Sequence[str], unknown: Sequence[str]) -> str | None:
+    """The next step for tensors under other names than expected, where these are known for something."""
+    if any("lora_" in name for name in unknown):
+        return (
+            "these weights hold a LoRA that was not merged: load them with peft, then merge_and_unload() and "
+            "save_pretrained(DIR), and name DIR"
+        )
+    if any(name.endswith(PACKED_SUFFIXES) for name in unknown):
+        return f"these weights are quantised, though config.json does not say so: {UNQUANTISED}"
+    first = next((name for name in unknown for lost in missing if name.endswith(f".{lost}")), None)
+    if first is not None:
+        lost = next(each for each in missing if first.endswith(f".{each}"))
+        return (
+            f"the names begin with {first.removesuffix(lost)}, as those of a wrapped model do: unwrap it and save it "
+            "again (model.module or model._orig_mod; of a wrapper with more than a language model, that alone)"
+        )
+    if any(f"model.{name}" in missing for name in unknown):
+        return "these are a model's without its head: save it with AutoModelForCausalLM, and not with AutoModel"
+    return None
+
+
+def _snapshots(folder: Place) -> Sequence[Place]:
+    if isinstance(folder, ObjectPath):
         return []
-    folder = directory / "snapshots"
     return sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
 
 
@@ -117,9 +148,9 @@ def is_lfs_pointer(data: bytes) -> bool:
     return data.startswith(LFS_MAGIC)
 
 
-def mlx_quantised(raw: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is of weights that MLX has quantised."""
-    return isinstance(raw.get("quantization"), dict)
+def packing_key(raw: Mapping[str, Any]) -> str | None:
+    """The key of a config.json, other than `quantization_config`, that says how its weights are quantised."""
+    return next((key for key in OTHER_PACKING if isinstance(raw.get(key), dict)), None)
 
 
 def lfs_pointer(file: Place) -> CheckpointError:

@@ -33,7 +33,7 @@ from models.chat_files import (
     template_files,
 )
 from models.chat_template import ChatTemplate
-from models.foreign import LFS_STEP, is_lfs_pointer
+from models.foreign import LFS_STEP, is_lfs_pointer, step_for_missing_path
 from models.gguf_tokenizer import gguf_tokenizer
 from models.ggufs import is_gguf, metadata, open_gguf
 from models.long_text import NoCommonTokens, token_runs
@@ -201,7 +201,8 @@ def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | N
     """
     where = numbered(locate(path))
     if isinstance(where, Path) and not where.exists():
-        raise InputError("no such tokenizer", {"path": path}, "name a tokenizer.json, HF directory or .gguf file")
+        step = step_for_missing_path(where, "name a tokenizer.json, HF directory or .gguf file")
+        raise InputError("no such tokenizer", {"path": path}, step)
     if _is_gguf(where):
         return _from_gguf(where, eos_token)
     file = hf_folder(where) / TOKENIZER_JSON if _is_folder(where) else where

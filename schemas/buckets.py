@@ -16,6 +16,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from schemas.errors import StorageError
 from schemas.storage_config import StorageConfig
 from schemas.url_secrets import refuse_secret
 
@@ -26,6 +27,17 @@ _RANGE_CUT = re.compile(r"Requested byte range \[(\d+), (\d*)\).* and total size
 _ESCAPED = re.compile(r"(?:\\x[0-9a-f]{2})+")  # in TensorStore's messages: bytes of a path
 _STATUS, _PAYLOAD = re.compile(r"http_response_code='(\d+)'"), re.compile(r" \[[a-z_]+=")
 _LISTING_CUT = ("Failed to parse response metadata", "Malformed List response")
+
+
+def check_scheme(url: str) -> None:
+    """Raise `StorageError` for a URL of something else than a bucket; TensorStore would ask some of them, read-only."""
+    scheme = url.partition("://")[0]
+    if scheme not in (*SCHEMES, "memory"):
+        raise StorageError(
+            "the store cannot be opened",
+            {"url": url, "expected": "a path, file://, gs:// or s3://"},
+            "download what lies there, or copy it to a bucket, and name that place",
+        )
 
 
 def bucket_spec(url: str, config: StorageConfig) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Place:
     text = os.fspath(path)
     refuse_secret(text, "path")
     if not is_url(text):
-        return Path(text.removeprefix("file://")).expanduser()
+        return Path(os.path.expanduser(text.removeprefix("file://")))  # Path's own fails for `~nobody`
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     return ObjectPath(f"{scheme}://{bucket}", key.strip("/"))

@@ -6,6 +6,7 @@ value is one `ConfigError`.
 """
 
 import difflib
+import os
 import re
 import textwrap
 import types
@@ -134,6 +135,8 @@ def validate(
             message = _message(finding)
             if finding["type"] == "extra_forbidden":
                 message = _unknown_key(model, keys)
+            elif finding["type"] == "string_pattern_mismatch" and message.startswith("string should match"):
+                message = f"should be {_described(model, keys)} (found {_shortly(finding['input'])})"
             elif finding["type"] == "missing":
                 message = _required(model, keys, positional)
             # What a validator of the whole model found is the whole config: it says itself what is wrong there.
@@ -160,6 +163,12 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     close = difflib.get_close_matches(path, beside, n=1, cutoff=0.6) if not same else same[:3]
     close = close or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"is no field: did you mean {' or '.join(close)}?" if close else "is no field"
+
+
+def _described(model: type[BaseModel], keys: list[str]) -> str:
+    """The first clause of a field's description, which shows the form of a value that a pattern decides on."""
+    found = {name: description for name, _, _, description in _fields(model, "")}.get(".".join(keys), "another text")
+    return found.partition(": ")[0]
 
 
 def _required(model: type[BaseModel], keys: list[str], positional: Sequence[str]) -> str:
@@ -220,7 +229,7 @@ def stored_settings(data: bytes, place: str) -> dict[str, Any]:
 def _config_bytes(path: str) -> bytes:
     """The file's bytes, no more of them than a config may have, and one, which shows that there are more."""
     if "://" not in path:
-        with Path(path).open("rb") as stream:
+        with Path(os.path.expanduser(path)).open("rb") as stream:  # no shell does it in `--config=~/x.yaml`
             return stream.read(4 * MAX_CHARACTERS + 1)
     from schemas.object_path import locate  # here, since TensorStore takes a while to import, and most files are local
 

@@ -78,6 +78,8 @@ class Store:
             raise StorageError(
                 "a directory is needed where there is a file", {"path": self.local}, "name another directory"
             )
+        if self.local is None:
+            buckets.check_scheme(self.url)
         bucket = buckets.bucket_spec(self.url, _current.config) if self.local is None else None
         spec = bucket or _url_spec(self.url, self.local)
         self.is_bucket = bucket is not None

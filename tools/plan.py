@@ -7,6 +7,7 @@ tokenised instead, and the report says that its numbers are estimates.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -213,7 +214,7 @@ def free_bytes(cache: str) -> int | None:
     """Free space where the cache would go; None for a bucket."""
     if is_url(cache):
         return None
-    folder = Path(cache.removeprefix("file://")).expanduser().absolute()
+    folder = Path(os.path.expanduser(cache.removeprefix("file://"))).absolute()
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
 
 

@@ -26,7 +26,7 @@ from models.families.qwen import QWEN2, QWEN3
 from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from models.families.smollm3 import SMOLLM3
 from models.families.values import Values, rope_from_hf
-from models.foreign import mlx_quantised
+from models.foreign import packing_key
 from models.rope import rotated_width
 from models.tensors import Layout
 from schemas.errors import CheckpointError
@@ -83,8 +83,8 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
         file: where it came from, for messages.
     """
     family = _family_of(raw, file)
-    if mlx_quantised(raw):
-        raw = {PACKING: raw["quantization"], **{key: value for key, value in raw.items() if key != "quantization"}}
+    if (key := packing_key(raw)) is not None:
+        raw = {PACKING: raw[key], **{other: value for other, value in raw.items() if other != key}}
     values = Values(raw, family.defaults, file, family.aliases)
     values.check_keys(family.understood | {PACKING}, family.neutral)
     check_packing(values)

@@ -42,8 +42,7 @@ def _check_fp8(values: Values, found: dict[str, Any]) -> None:
 
 def _quantised(values: Values, found: object) -> CheckpointError:
     """The error for weights whose codes are not unpacked here."""
-    if (method := quantised_as(found)) is None:
-        return unknown_key(values.file, KEY, found)
+    method = quantised_as(found) or f"in a way that {KEY} does not name"
     facts = {key: found[key] for key in (BLOCK, "activation_scheme", "fmt") if isinstance(found, dict) and key in found}
     return CheckpointError(
         f"the checkpoint is quantised ({method}), which is not read",

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from models.checkpoint import load_pretrained
 from models.tokenizer import load_tokenizer
-from schemas.errors import CheckpointError, DistillcacheError
+from schemas.errors import CheckpointError, DistillcacheError, InputError
 from tests.cache_builder.test_chat import chat_tokenizer
 from tests.models.conftest import GOLDEN, upload
 from tests.models.test_checkpoint import refused
@@ -36,6 +37,8 @@ def saved(tmp_path: Path) -> Path:
         ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8"),
         ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "FP8"),
         ({"quant_method": "new-method"}, "new-method"),
+        ({"quant_algo": "FP8"}, "in a way that quantization_config does not name"),
+        ({"quant_method": None, "bits": 3}, "does not name"),
     ],
 )
 def test_quantised_weights_are_told_what_helps(saved: Path, packing: dict[str, Any], named: str):
@@ -50,6 +53,38 @@ def test_quantised_weights_are_told_what_helps(saved: Path, packing: dict[str, A
 def test_weights_that_mlx_quantised(saved: Path):
     change(saved, quantization={"group_size": 64, "bits": 4})
     assert "is quantised (MLX)" in message(saved)
+
+
+def test_weights_that_compressed_tensors_quantised_of_old(saved: Path):
+    change(saved, compression_config={"quant_method": "compressed-tensors", "format": "pack-quantized"})
+    assert "is quantised (compressed-tensors)" in message(saved)
+
+
+Q = "model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("prefix", "extra", "step"),
+    [
+        ("", [f"{Q}lora_A.weight", f"{Q}lora_B.weight"], "merge_and_unload()"),
+        ("base_model.model.", [f"base_model.model.{Q}lora_A.default.weight"], "merge_and_unload()"),
+        ("", [f"{Q}qweight", f"{Q}scales"], "these weights are quantised"),
+        ("", [f"{Q}weight_scale"], "these weights are quantised"),
+        ("", [f"{Q}weight.absmax"], "these weights are quantised"),
+        ("module.", [], "the names begin with module., "),
+        ("_orig_mod.", [], "the names begin with _orig_mod., "),
+        ("language_model.", [], "the names begin with language_model., "),
+        (None, [], "save it with AutoModelForCausalLM"),
+        ("", ["v_head.weight"], "check that config.json belongs"),
+    ],
+)
+def test_tensors_of_other_names_are_told_what_helps(saved: Path, prefix: str | None, extra: list[str], step: str):
+    tensors = load_file(saved / "model.safetensors")
+    named = {
+        name.removeprefix("model.") if prefix is None else f"{prefix}{name}": value for name, value in tensors.items()
+    }
+    save_file(named | {name: np.ones(2, np.float32) for name in extra}, saved / "model.safetensors")
+    refused(saved, "are not those of its config", step)
 
 
 def change(folder: Path, **keys: Any) -> None:
@@ -76,6 +111,7 @@ def message(path: Path | str) -> str:
         (["config.json", "model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
         (["config.json", "model-00001-of-00002.safetensors"], "and 1 of the 2 shards, such as model-00002-of-00002"),
         (["config.json", "model-1-of-1.safetensors"], "which lists the shards, from the model's folder\n"),
+        (["snapshots/0123/config.json", "snapshots/0123/x"], "snapshots/0123"),
         (["config.json", "model.fp16.safetensors"], "rename model.fp16.safetensors to model.safetensors"),
         (["config.json", "weights.safetensors"], "rename weights.safetensors to model.safetensors if it holds all"),
     ],
@@ -112,6 +148,10 @@ def test_a_gguf_that_is_a_pointer(tmp_path: Path):
 def test_the_name_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     refused("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B")
+    refused("gpt2", "hf download gpt2 ")
+    with pytest.raises(InputError, match="no such tokenizer") as caught:
+        load_tokenizer("Qwen/Qwen3-0.6B")
+    assert "hf download Qwen/Qwen3-0.6B" in str(caught.value)
     (tmp_path / "Qwen").mkdir()
     assert "hf download" not in message("Qwen/Qwen3-0.6B")
 

@@ -76,3 +76,9 @@ def test_what_has_to_be_local_refuses_a_bucket():
     assert local_path("file:///tmp/x", "--out") == Path("/tmp/x")
     with pytest.raises(ConfigError, match="local disk"):
         local_path("gs://bucket/x", "--out")
+
+
+def test_a_home_that_nobody_has_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert locate("~/x") == Path("/home/me/x")
+    assert locate("~no-such-user/x") == Path("~no-such-user/x")

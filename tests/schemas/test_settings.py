@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from schemas.config import BuildConfig, Config, DemoConfig, PrepareConfig, TrainConfig
+from schemas.config import BuildConfig, Config, CopyConfig, DemoConfig, PrepareConfig, TrainConfig
 from schemas.errors import ConfigError
 from schemas.look_config import StatsConfig
 from schemas.settings import HelpRequested, dump_yaml, help_text, load_yaml, merge, parse, short_help_text, validate
@@ -382,3 +382,17 @@ def test_lists_and_endings_are_asked_for_in_plain_words() -> None:
         validate(StatsConfig, {"cache": "c", "taps": "resid", "out": "d.npy"}, "stats")
     assert caught.value.facts["taps"] == "should be a list, such as '[1, 2]' or '[resid]' (found 'resid')"
     assert caught.value.facts["out"] == "should end in .npz (found 'd.npy')"
+
+
+def test_a_config_is_found_in_the_home_folder(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(file).parent))
+    assert read("--config=~/sample.yaml").row_tokens == 32
+
+
+def test_forms_are_asked_for_in_plain_words() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(CopyConfig, ["a", "b", "--rows", "first"], "distillcache copy", positional=("src", "dst"))
+    assert caught.value.facts["rows"] == "should be all, train, eval, or START:STOP (found 'first')"
+    with pytest.raises(ConfigError) as caught:
+        parse(TrainConfig, ["--run", "r", "--profile", "steps=3"], "distillcache train")
+    assert caught.value.facts["profile"] == "should be steps=10:13 (found 'steps=3')"

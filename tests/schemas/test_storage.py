@@ -261,6 +261,14 @@ def test_names_with_odd_characters_are_names(tmp_path: Path) -> None:
     assert store.keys() == ["key"]
 
 
+@pytest.mark.parametrize("url", ["hf://owner/model", "http://127.0.0.1:9/x", "azure://container"])
+def test_what_is_no_bucket_is_told_what_is(url: str) -> None:
+    with pytest.raises(StorageError, match="cannot be opened") as caught:
+        Store(url)
+    assert "gs:// or s3://" in str(caught.value)
+    assert "download what lies there" in caught.value.next
+
+
 @pytest.mark.parametrize("url", ["nope://bucket", "gs://B_AD!/prefix", ""])
 def test_a_place_that_is_none_is_named(url: str) -> None:
     with pytest.raises(StorageError, match="cannot be opened") as caught:
