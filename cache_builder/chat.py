@@ -23,6 +23,7 @@ from schemas.errors import ConfigError, RecordError
 MESSAGES = "messages"  # the field of HF chat data sets
 TOOLS = "tools"
 NEXT = "correct or remove the line"
+READ_AHEAD = 1 << 20  # characters of a chat's beginnings that one request has written
 SHAREGPT_FIELD = "conversations"
 SHAREGPT = "write conversations as messages: role for from (user for human, assistant for gpt), content for value"
 
@@ -85,6 +86,7 @@ class _Chat:
     ) -> None:
         self._messages, self._tools, self._template = messages, tools, template
         self._today, self._where = data.chat_date, where
+        self._prefixes: dict[tuple[int, bool], str] = {}  # as `_read_ahead` has them
 
     def write(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[str, list[Span]]:
         try:
@@ -104,9 +106,9 @@ class _Chat:
         One text, the whole chat, where the template writes a turn alike however the chat goes on.
         """
         found: list[tuple[str, list[Span]]] = []
-        for number, message in enumerate(self._messages):
-            if message["role"] != "assistant":
-                continue
+        turns = [number for number, message in enumerate(self._messages) if message["role"] == "assistant"]
+        self._read_ahead(turns, len(whole))
+        for number in turns:
             text, start, end = self._turn(number, special_tokens)
             if not found or not text.startswith(found[-1][0]):
                 found.append((text, []))
@@ -118,12 +120,26 @@ class _Chat:
             found[-1] = whole, found[-1][1]
         return found
 
+    def _read_ahead(self, turns: Sequence[int], length: int) -> None:
+        """Have the texts written that the turns are found by, many by one request: each costs as much as a render."""
+        wanted = [(number + after, not after) for number in turns for after in (1, 0)]
+        step = max(1, READ_AHEAD // max(length, 1))
+        for start in range(0, len(wanted), step):
+            some = wanted[start : start + step]
+            texts = self._template.render_prefixes(self._messages, some, tools=self._tools, today=self._today)
+            self._prefixes |= {key: text for key, text in zip(some, texts, strict=True) if text is not None}
+
+    def _prefix(self, count: int, *, prompt: bool = False) -> str:
+        """The chat's first messages as text."""
+        known = self._prefixes.get((count, prompt))
+        return self.write(self._messages[:count], prompt=prompt)[0] if known is None else known
+
     def _turn(self, number: int, special_tokens: tuple[str, ...]) -> tuple[str, int, int]:
         """The chat up to an assistant turn's end, and the turn's span in it.
 
         White space behind the special token that closes a turn belongs to the format, not to what was said.
         """
-        after, _ = self.write(self._messages[: number + 1])
+        after = self._prefix(number + 1)
         start = self._start(number, after)
         said = after[start:].rstrip()
         return after, start, start + len(said) if said.endswith(special_tokens) else len(after)
@@ -136,7 +152,7 @@ class _Chat:
         one follows, and the prompt of an empty chat may be none. Then the turn begins behind the prompt's own words,
         the last ones before the place where another text would stand.
         """
-        before = self._or_none(self._messages[:number], prompt=True)
+        before = self._prefixes.get((number, True)) or self._or_none(self._messages[:number], prompt=True)
         said = before is not None and after.startswith(before)
         if said and number:
             return len(before or "")

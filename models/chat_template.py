@@ -92,16 +92,43 @@ class ChatTemplate:
             TemplateLimit: it takes too much.
             ConfigError: the template asks for the date, and none is given.
         """
+        reply = _asked(self._request(messages, tools, add_generation_prompt, today))
+        return take_marks_out(reply["text"]) if reply["marks"] else (reply["text"], [])
+
+    def render_prefixes(
+        self,
+        messages: Sequence[Message],
+        prefixes: Sequence[tuple[int, bool]],
+        *,
+        tools: Sequence[Any] | None = None,
+        today: date | None = None,
+    ) -> list[str | None]:
+        """Several beginnings of a chat as text, by one request, without marks.
+
+        Args:
+            prefixes: how many messages, and whether the generation prompt follows.
+
+        Returns: None where `render` would raise, which says why; nothing but None where all together take too much.
+        """
+        request = self._request(messages, tools, False, today)
+        reply = template_worker.PROCESS.ask({**request, "prefixes": list(prefixes)})
+        return reply.get("texts") or [None] * len(prefixes)
+
+    def _request(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, prompted: bool, today: date | None
+    ) -> dict[str, Any]:
         values = {
             **self.special_tokens,
             "messages": [_as_templates_expect(message) for message in messages],
             "tools": tools or None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": prompted,
         }
-        day = None if today is None else today.isoformat()
-        reply = _asked({"source": self._source(tools), "values": values, "today": day})
-        return take_marks_out(reply["text"]) if reply["marks"] else (reply["text"], [])
+        return {
+            "source": self._source(tools),
+            "values": values,
+            "today": None if today is None else today.isoformat(),
+        }
 
     def _source(self, tools: Sequence[Any] | None) -> str:
         found = self.tool_source if tools and self.tool_source is not None else self.source

@@ -58,7 +58,11 @@ def _limited(line: bytes) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request: `{"marks", "text"}`, or `{"error", "message"}` with the kind of error."""
+    """The reply to one request: `{"marks", "text"}`, or `{"error", "message"}` with the kind of error.
+
+    Of a request with `prefixes`, pairs of (number of messages, whether the generation prompt follows): `{"texts"}`, one
+    each, null where the template fails.
+    """
     try:
         template, marks = compiled(request["source"])
     except ImportError as error:
@@ -70,8 +74,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": "syntax", "message": _described(error), "line": line}
     if request.get("values") is None:
         return {"marks": marks}
+    if request.get("prefixes") is None:
+        return {"marks": marks, **_written(template, request)}
+    messages, texts = request["values"]["messages"], []
+    for count, prompted in request["prefixes"]:
+        values = {**request["values"], "messages": messages[:count], "add_generation_prompt": prompted}
+        texts.append(_written(template, {**request, "values": values}).get("text"))
+    return {"texts": texts}
+
+
+def _written(template: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The text of a request's values, or the kind of error."""
     try:
-        return {"marks": marks, "text": _rendered(template, request)}
+        return {"text": _rendered(template, request)}
     except MemoryError:
         raise
     except TemplateStop as stop:

@@ -17,6 +17,7 @@ from cache_builder.prepare import prepare_rows
 from cache_builder.skipped import Skipped
 from cache_builder.text_digest import inputs_digest
 from cache_builder.tokenise import token_arrays
+from models import template_worker
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas.config import DataConfig, PrepareConfig
 from schemas.errors import ConfigError, InputError, PlanMismatchError, RecordError
@@ -465,3 +466,16 @@ def test_a_field_that_is_given_twice_inside_a_chat_is_refused(tmp_path: Path, li
     with pytest.raises(RecordError, match="twice") as caught:
         list(documents(data, tokenizer))
     assert caught.value.facts["field"] == field
+
+
+def test_a_long_chat_takes_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts that its turns are found by are written by one: a round trip for each would take most of the time."""
+    asked: list[dict[str, Any]] = []
+    real = template_worker.PROCESS.ask
+    monkeypatch.setattr(template_worker.PROCESS, "ask", lambda request: (asked.append(request), real(request))[1])
+    tokenizer = chat_tokenizer(tmp_path, "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    turns = [{"role": role, "content": f"{number}"} for number in range(40) for role in ("user", "assistant")]
+    ((text, spans),) = written_chats({"messages": turns}, tokenizer, DataConfig(path="x", format="chat"), "here")
+    assert [text[start:end] for start, end in spans] == [f"{number}<|im_end|>" for number in range(40)]
+    assert len(asked) <= 4

@@ -95,3 +95,24 @@ def test_the_other_process_imports_nothing_of_the_working_folder(tmp_path: Path)
         [sys.executable, "-I", "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "fine\n"
+
+
+def test_beginnings_of_a_chat_by_one_request() -> None:
+    """What `render` gives for each; None where it raises."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}{{ tools }}"
+    )
+    chat = [{"role": "user", "content": text} for text in ("a", "b", "no")]
+    prefixes = [(0, True), (1, False), (1, True), (3, False), (2, True)]
+    found = template.render_prefixes(chat, prefixes, tools=[{"name": "f"}])
+    assert found[3] is None
+    for (count, prompted), text in zip(prefixes, found, strict=True):
+        if count < 3:
+            assert text == template.render(chat[:count], tools=[{"name": "f"}], add_generation_prompt=prompted)[0]
+
+
+def test_beginnings_that_take_too_much_together_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_worker, "CPU_S", 1)
+    template = ChatTemplate("{% for i in range(99999999) %}{{ i }}{% endfor %}")
+    assert template.render_prefixes([], [(0, True), (0, False)]) == [None, None]
