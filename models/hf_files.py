@@ -197,12 +197,12 @@ def _open_local(file: Place) -> MappedSafetensors:
 def _no_weights(directory: Place, names: list[str]) -> CheckpointError:
     torch = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     ggufs = [name for name in names if name.endswith(".gguf")]
-    step = "name a directory that has model.safetensors, or a .gguf file"
+    step = _step_for_variant(names) or "name a directory that has model.safetensors, or a .gguf file"
     if torch:
         step = "load it with transformers and save it again: save_pretrained writes safetensors (pickles are not read)"
     if ggufs:
         step = f"name the file itself: {directory / ggufs[0]}"
-    step = step_for_folder(directory, names) or _step_for_variant(names) or step
+    step = step_for_folder(directory, names) or step
     return CheckpointError(
         "the checkpoint has no safetensors weights",
         {"directory": directory, "expected": f"{WEIGHTS_NAME} or {INDEX_NAME}", "found": some(names) or "nothing"},
@@ -212,7 +212,7 @@ def _no_weights(directory: Place, names: list[str]) -> CheckpointError:
 
 def _step_for_variant(names: Sequence[str]) -> str | None:
     """Name the step for weights under another name, as `variant=` of transformers writes them."""
-    found = [name for name in names if name.endswith(".safetensors")]
+    found = [name for name in names if name.endswith(".safetensors") and name != ROUTER_BIAS_FILE]
     stems = sorted(name for name in found if name.startswith("model."))
     if not stems:
         return None if len(found) != 1 else f"rename {found[0]} to {WEIGHTS_NAME} if it holds all weights of the model"
