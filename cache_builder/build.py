@@ -62,6 +62,8 @@ from schemas.segment import (
     begun_plan,
     check_place,
     committed_shards,
+    is_manifest_lost,
+    lost_manifest,
     read_manifest,
     read_plan,
     segment_name,
@@ -157,6 +159,8 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
     read_config(config.teacher.path)  # first: a wrong path is the teacher's, not its tokenizer's
     tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     manifest = read_manifest(store)
+    if manifest is None and (config.abandon or config.extend) and is_manifest_lost(store):
+        raise lost_manifest(store)
     if config.abandon or config.extend or manifest is None:
         number = len(manifest.segments) if manifest is not None else 0
         store.check_writable(f"{layout.prepared_prefix(number)}/")

@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 
 from cache_builder.check_shard import Fault, StoredObject, check_object, stored_objects
-from cache_builder.finding import Finding, What
+from cache_builder.finding import Finding, What, told_in_a_line
+from cache_builder.fixed import unvouched_damage
 from cache_builder.survey import SegmentView, Survey
 from schemas import layout
 from schemas.canonical import from_canonical, read_canonical
@@ -28,8 +29,8 @@ from schemas.digest import digest_bytes
 from schemas.errors import DamageError
 from schemas.index import decode_record, record_dtype
 from schemas.layout import ITEM_BYTES
-from schemas.manifest import Plan, SegmentEntry, ShardReceipt, Stats
-from schemas.segment import receipt_record
+from schemas.manifest import Plan, SegmentEntry, Stats, TapPlan
+from schemas.segment import read_receipt, receipt_record
 from schemas.storage import Store
 from schemas.times import SegmentTimes
 
@@ -61,6 +62,8 @@ def check_cache(
         if view.entry is not None:
             yield from _check_small_files(store, view, view.entry)
             on_checked("files", len(view.entry.files) + 1)
+        elif view.shards:
+            yield from _check_unvouched(store, view)
         for found in _check_shards(store, view, quick, on_checked):
             if isinstance(found, Fault) and found.found_digest:
                 altered.append(found)
@@ -80,24 +83,40 @@ def _check_small_files(store: Store, view: SegmentView, entry: SegmentEntry) -> 
         yield Finding(what="damaged", object=key, detail=detail, segment=view.plan.segment)
 
 
+def _check_unvouched(store: Store, view: SegmentView) -> Iterator[Finding]:
+    """Of a segment that is being built; the build that goes on writes these files anew."""
+    side = view.key("side.safetensors")
+    rotated = any(tap.rotate for tap in view.plan.taps)
+    for key, error in unvouched_damage(store, view.plan):
+        yield Finding(
+            what="missing" if store.read(key) is None else "damaged",
+            object=key,
+            detail=told_in_a_line(error),
+            segment=view.plan.segment,
+            rows=view.rows if key == side and rotated else None,
+        )
+
+
 def _small_file(key: str, data: bytes | None, digest: str, view: SegmentView | None = None) -> Iterator[Finding]:
     found = None if data is None else digest_bytes(data)
     if found == digest:
         return
     what: What = "missing" if data is None else "stale" if _is_canonical(key, data) else "damaged"
-    tap = None
-    if view is not None and key.endswith("zarr.json"):
-        tap = next(t for t in view.plan.taps for part in t.parts if key == view.key(f"taps/{part.array}/zarr.json"))
-    # The rows: of the plan everything depends; of an array's metadata, readers other than ours.
-    matters = view is not None and (tap is not None or key.endswith("plan.json"))
+    detail = f"digest {found or 'none'}, the manifest names {digest}"
+    taps: list[TapPlan] = []
+    if view is not None and key == view.key("side.safetensors"):
+        taps = [tap for tap in view.plan.taps if tap.rotate]
+        detail += f"; {', '.join(tap.name for tap in taps) or 'nothing'} cannot be decoded without it"
+    elif key.endswith("zarr.json"):
+        detail += "; readers other than this program need it, which takes it from the plan"
     yield Finding(
         what=what,
         object=key,
-        detail=f"digest {found or 'none'}, the manifest names {digest}",
+        detail=detail,
         segment=view.plan.segment if view is not None else None,
-        rows=view.rows if view is not None and matters else None,
-        tap=tap.name if tap is not None else None,
-        slots=tap.slots if tap is not None else (),
+        rows=view.rows if view is not None and taps else None,
+        tap=taps[0].name if len(taps) == 1 else None,
+        slots=taps[0].slots if len(taps) == 1 else (),
     )
 
 
@@ -115,6 +134,10 @@ def _is_canonical(key: str, data: bytes) -> bool:
 
 def _check_shards(store: Store, view: SegmentView, quick: bool, on_checked: Checked) -> Iterator[Finding | Fault]:
     """The index or the receipts, and every object that they name."""
+    stale = _stale_index(store, view)
+    if stale is not None:  # it says nothing of the objects that are here
+        yield stale
+        return
     index = _IndexReading(store, view)
     records = index.records() if view.shards is None else receipt_records(store, view, view.shards)
     found: list[Finding] = []
@@ -202,7 +225,7 @@ class _IndexReading:
         if view.shards is not None or entry is None or explained or self.digest.hexdigest() == entry.index_digest:
             return
         longer = self.length > entry.index_length
-        detail = "every record is whole, but together they are not what the manifest names"
+        detail = "every record is whole, but together they are not what the manifest names: no object can be checked"
         if longer:
             detail = f"{self.length} bytes, {entry.index_length} were committed"
         yield Finding(
@@ -219,21 +242,29 @@ class _IndexReading:
 
     def _record(self, shard: int, data: bytes) -> Any:
         plan, view = self.view.plan, self.view
-        where = f"{self.store.where(self.key)}, shard {shard}"
         try:
-            return decode_record(plan, data, where)
+            return decode_record(plan, data, self.store.where(self.key), shard)
         except DamageError as error:
             size = record_dtype(plan).itemsize
             what: What = "damaged" if len(data) == size else "truncated" if self.length else "missing"
             start, stop = plan.shard_range(shard)
+            problem = error.what if self.length else "the index is gone or empty"
             return Finding(
                 what=what,
                 object=self.key,
-                detail=f"{error.what}: the shard's objects cannot be checked or read",
+                detail=f"{problem}: the shard's objects cannot be checked or read",
                 segment=plan.segment,
                 shard=shard,
                 rows=(view.first_row + start, view.first_row + stop),
             )
+
+
+def _stale_index(store: Store, view: SegmentView) -> Finding | None:
+    """The finding that every record of a finished segment's index is whole, but of another build."""
+    index = _IndexReading(store, view)
+    if view.entry is None or any(isinstance(record, Finding) for _, record in index.records()):
+        return None
+    return next((found for found in index.findings(explained=False) if found.what == "stale"), None)
 
 
 def receipt_records(store: Store, view: SegmentView, shards: Iterable[int]) -> Iterator[tuple[int, Any]]:
@@ -251,28 +282,13 @@ def receipt_records(store: Store, view: SegmentView, shards: Iterable[int]) -> I
             rows=(view.first_row + start, view.first_row + stop),
         )
         try:
-            receipt = read_canonical(store, key, ShardReceipt) or from_canonical(ShardReceipt, b"", store.where(key))
+            receipt = read_receipt(store, plan, shard)
         except DamageError as error:
-            yield shard, finding.model_copy(update={"detail": error.what})
+            whole = {"what": "stale", "detail": f"of another shard or another plan: {told_in_a_line(error)}"}
+            yield shard, finding.model_copy(update=whole if "field" in error.facts else {"detail": error.what})
             continue
-        yield (
-            shard,
-            receipt_record(plan, receipt)
-            if _receipt_fits(plan, shard, receipt)
-            else finding.model_copy(
-                update={"what": "stale", "detail": "a whole receipt, but of another shard or another plan"}
-            ),
-        )
-
-
-def _receipt_fits(plan: Plan, shard: int, receipt: ShardReceipt) -> bool:
-    start, stop = plan.shard_range(shard)
-    parts = {part.array: part for tap in plan.taps for part in tap.parts}
-    return (
-        (receipt.shard, receipt.rows, receipt.parts.keys()) == (shard, (start, stop), parts.keys())
-        and all(len(receipt.parts[name].objects) == len(part.object_ranges()) for name, part in parts.items())
-        and all(len(receipt.parts[name].chunks) == 16 * part.slots * (stop - start) for name, part in parts.items())
-    )
+        lost = finding.model_copy(update={"what": "missing", "detail": "it vanished while the cache was checked"})
+        yield shard, lost if receipt is None else receipt_record(plan, receipt)
 
 
 def _name_swapped(survey: Survey, altered: list[Fault]) -> Iterator[Finding]:

@@ -137,7 +137,9 @@ def _check_rows(plan: Plan, stored: StoredObject, data: bytes) -> Fault | None:
     """What is wrong with a file of rows whose bytes are the committed ones: it was written wrong."""
     try:
         for record in unpack_rows(data, stored.rows[1] - stored.rows[0]):
-            decode_row(record)
+            if (length := len(decode_row(record).tokens)) != plan.rows.row_tokens:
+                detail = f"its rows have {length} tokens, by the plan {plan.rows.row_tokens}"
+                return Fault(_finding(plan, stored, "damaged", detail))
     except DamageError as error:
         detail = f"its bytes are the committed ones, but they are no rows: {error.what}"
         return Fault(_finding(plan, stored, "damaged", detail))

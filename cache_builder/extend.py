@@ -159,7 +159,7 @@ def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: Text
     for group in groups:
         plan = group.base.plan
         same = (plan.rows.text_digest, plan.rows.tokenizer_digest) == (digest, tokenizer.digest)
-        if same and _settings(plan.config["data"]) == settings:
+        if same and _settings(plan.config.get("data", {})) == settings:
             return group
     return None
 

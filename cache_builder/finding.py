@@ -14,8 +14,16 @@ Its kinds:
 from typing import Literal
 
 from schemas.config import Config
+from schemas.errors import DamageError
 
 What = Literal["missing", "truncated", "swapped", "stale", "damaged", "unreadable", "foreign"]
+
+
+def told_in_a_line(error: DamageError) -> str:
+    """What is wrong with a file, with the field if it is one's."""
+    facts = {name: error.facts[name] for name in ("field", "found", "expected") if name in error.facts}
+    words = ", ".join(f"{name} {value}" for name, value in facts.items()) if "field" in facts else ""
+    return f"{error.what} ({words})" if words else error.what
 
 
 class Finding(Config):

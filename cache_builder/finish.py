@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cache_builder.write import add_stats
 from schemas import layout
-from schemas.canonical import from_canonical, read_canonical, to_canonical
+from schemas.canonical import to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DistillcacheError, PlanMismatchError
 from schemas.index import encode_record
 from schemas.manifest import Manifest, Plan, SegmentEntry, ShardReceipt, Stats, TapStats
-from schemas.segment import check_place, read_manifest, segment_number
+from schemas.segment import check_place, manifest_in, read_manifest, read_receipt, segment_number
 from schemas.storage import Store
 from schemas.times import summed_up
 
@@ -71,7 +71,7 @@ def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
     """The manifest with the segment in it, put in the place of the one without, at once."""
     while True:
         data, generation = store.read_with_generation(layout.MANIFEST)
-        before = None if data is None else from_canonical(Manifest, data, store.where(layout.MANIFEST))
+        before = None if data is None else manifest_in(store, data)
         if before is not None and lists_segment(before, plan.segment):
             return before  # another process was first: it wrote the same
         if len(before.segments if before else ()) != segment_number(plan.segment):
@@ -105,7 +105,7 @@ def tidy(store: Store, plan: Plan) -> None:
 
 def _read_receipts(store: Store, plan: Plan) -> list[ShardReceipt] | None:
     def read(shard: int) -> ShardReceipt | None:
-        return read_canonical(store, layout.receipt_key(plan.segment, shard), ShardReceipt)
+        return read_receipt(store, plan, shard)
 
     receipts = []
     with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:

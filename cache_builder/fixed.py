@@ -1,14 +1,20 @@
 """The files of a segment that do not depend on its rows."""
 
+from collections.abc import Callable, Iterator
+
 import safetensors.numpy
 import tensorstore as ts
 
+from models.cache_tokenizer import cache_tokenizer
 from models.decoder import Decoder
 from models.describe import attention_norms
 from models.tokenizer import TextTokenizer
 from schemas import layout
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError
 from schemas.manifest import Plan
-from schemas.segment import part_metadata, segment_number
+from schemas.segment import Segment, part_metadata, read_small_file, segment_number
+from schemas.storage import Store
 from schemas.tap_codec import signs_of
 
 
@@ -19,6 +25,26 @@ def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[
     side = {**attention_norms(decoder), **signs_of(plan)}
     files[f"{prefix}/side.safetensors"] = safetensors.numpy.save(side)
     return files | array_files(plan)
+
+
+def unvouched_damage(store: Store, plan: Plan) -> Iterator[tuple[str, DamageError]]:
+    """What is wrong with these files of a segment that is being built, by key.
+
+    No digest is noted of them yet, but for the teacher's norms they follow from the plan. They are there before
+    the first shard is.
+    """
+    checks: dict[str, Callable[[], object]] = {
+        f"{layout.segment_prefix(plan.segment)}/side.safetensors": Segment(store, plan, None).side
+    }
+    if segment_number(plan.segment) == 0:
+        checks[layout.TOKENIZER] = lambda: cache_tokenizer(store, plan)
+    for key, value in array_files(plan).items():
+        checks[key] = lambda key=key, value=value: read_small_file(store, key, digest_bytes(value))
+    for key, check in checks.items():
+        try:
+            check()
+        except DamageError as error:
+            yield key, error
 
 
 def array_files(plan: Plan) -> dict[str, bytes]:

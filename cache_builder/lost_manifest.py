@@ -12,6 +12,7 @@ from cache_builder.finding import Finding
 from cache_builder.finish import segment_entry
 from cache_builder.survey import SegmentView, Survey
 from schemas import layout
+from schemas.agreement import check_stats
 from schemas.canonical import from_canonical, to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
@@ -78,7 +79,8 @@ def _wrong_file(
         if store.read(key) != value:
             return key
     try:
-        from_canonical(Stats, store.read(view.key("stats.json")) or b"", view.key("stats.json"))
+        stats = from_canonical(Stats, store.read(view.key("stats.json")) or b"", view.key("stats.json"))
+        check_stats(plan, stats.taps, view.key("stats.json"))
     except DamageError:
         return view.key("stats.json")
     return "" if plan.rows_of is not None or _rows_digest(store, view) == plan.rows.content_digest else view.key("rows")

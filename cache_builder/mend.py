@@ -20,14 +20,14 @@ from cache_builder.survey import SegmentView
 from cache_builder.write import ShardBuffer, encode_shard
 from models.describe import describe_numerics
 from schemas import layout
-from schemas.canonical import from_canonical, read_canonical, to_canonical
+from schemas.canonical import to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import PlanMismatchError
+from schemas.errors import DamageError, PlanMismatchError
 from schemas.index import encode_record, record_dtype
 from schemas.manifest import Manifest, NumericsPlan, Plan, SegmentEntry, ShardReceipt, Stats
 from schemas.progress import Progress
 from schemas.rows import Row
-from schemas.segment import segment_number
+from schemas.segment import read_receipt, segment_number
 from schemas.signals import StopRequest
 from schemas.storage import Store
 
@@ -97,8 +97,11 @@ class Damage:
 
     def receipt(self, shard: int) -> ShardReceipt:
         """The receipt that this or an earlier repair left."""
-        key = layout.receipt_key(self.plan.segment, shard)
-        return read_canonical(self.store, key, ShardReceipt) or from_canonical(ShardReceipt, b"", self.store.where(key))
+        receipt = read_receipt(self.store, self.plan, shard)
+        if receipt is None:
+            where = self.store.where(layout.receipt_key(self.plan.segment, shard))
+            raise DamageError("the receipt of a repaired shard is missing", {"file": where}, "repair once more")
+        return receipt
 
 
 class Maker(Protocol):

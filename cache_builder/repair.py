@@ -41,7 +41,7 @@ from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
-from schemas.segment import look_again, read_plan, segment_names
+from schemas.segment import no_cache, read_plan, segment_names
 from schemas.settings import merge, validate
 from schemas.signals import watch_for_stop
 from schemas.storage import LOCK_SUFFIX, Store, use
@@ -64,7 +64,7 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
     store = Store(values["cache"])
     plans = [plan for name in segment_names(store) if (plan := read_plan(store, name)) is not None]
     if not plans:
-        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
+        raise no_cache(store)
     built = [plan for plan in plans if plan.copied_from is None]
     if not built:
         raise _is_a_copy(store, plans[0])

@@ -7,12 +7,15 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 
-from cache_builder.finding import Finding, What
+from cache_builder.finding import Finding, What, told_in_a_line
 from schemas import layout
-from schemas.canonical import read_canonical
-from schemas.errors import DamageError, InputError
+from schemas.agreement import check_entry
+from schemas.canonical import to_canonical
+from schemas.digest import digest_bytes
+from schemas.errors import DamageError
+from schemas.index import record_dtype
 from schemas.manifest import Manifest, Plan, SegmentEntry
-from schemas.segment import look_again, planned_segments, read_plan, segment_number
+from schemas.segment import no_cache, planned_segments, read_manifest, read_plan, segment_number
 from schemas.storage import Store
 
 _SHARD_FILE = re.compile(r"(rows|receipts|claims)/(\d+)\.(?:array_record|json)")
@@ -75,11 +78,12 @@ def survey_cache(store: Store) -> Survey:
 
     Raises:
         InputError: there is no cache here.
+        DamageError: there was one, whose plan is lost.
     """
     keys = frozenset(store.keys())
     names = planned_segments(keys)
     if not names and layout.MANIFEST not in keys:
-        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
+        raise no_cache(store)
     findings: list[Finding] = []
     manifest = _read_manifest(store, keys, names, findings)
     entries = {entry.segment: entry for entry in manifest.segments} if manifest is not None else {}
@@ -90,7 +94,7 @@ def survey_cache(store: Store) -> Survey:
         if view is not None:
             segments.append(view)
     views = {view.plan.segment: view for view in segments}
-    findings += [found for key in sorted(keys) if (found := _foreign(key, views, set(entries))) is not None]
+    findings += [found for key in sorted(keys) if (found := _foreign(key, views, {*entries, *names})) is not None]
     findings += _stale_locks(store, manifest, [view for view in segments if view.entry is None])
     finished = layout.MANIFEST in keys or any(finding.object == layout.MANIFEST for finding in findings)
     return Survey(store, manifest, finished, tuple(segments), tuple(findings))
@@ -99,9 +103,10 @@ def survey_cache(store: Store) -> Survey:
 def _read_manifest(store: Store, keys: Set[str], names: list[str], findings: list[Finding]) -> Manifest | None:
     """The manifest, if it is there and whole. Without receipts, an index without a manifest has lost it."""
     try:
-        manifest = read_canonical(store, layout.MANIFEST, Manifest)
+        manifest = read_manifest(store)
     except DamageError as error:
-        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=f"{error.what}: no row can be read"))
+        detail = f"{told_in_a_line(error)}: no row can be read"
+        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=detail))
         return None
     if manifest is None:
         first = f"segments/{names[0]}" if names else ""
@@ -127,7 +132,10 @@ def _view_segment(
     try:
         plan = read_plan(store, name)
     except DamageError as error:
-        plan, what, problem = None, "damaged", error.what
+        plan, what, problem = None, "damaged", told_in_a_line(error)
+    committed = None if entry is None else entry.files.get("plan.json", "")
+    if plan is not None and committed is not None and (found := digest_bytes(to_canonical(plan))) != committed:
+        plan, what, problem = None, "stale", f"digest {found}, the manifest names {committed}"
     if plan is None:
         rows = (first_row, first_row + entry.rows) if entry is not None else None
         detail = f"{problem}: nothing else of the segment can be checked or read"
@@ -135,9 +143,22 @@ def _view_segment(
         return None
     if entry is None:
         first_row = first_rows.get(plan.rows_of or NEXT, 0)
+    elif contradiction := _contradiction(store, plan, entry):
+        rows = (first_row, first_row + entry.rows)
+        findings.append(Finding(what="damaged", object=layout.MANIFEST, detail=contradiction, segment=name, rows=rows))
+        return None
     shards = frozenset(shard for shard in range(plan.num_shards) if layout.receipt_key(name, shard) in keys)
     has_index = entry is not None or (not shards and f"{layout.segment_prefix(name)}/index.bin" in keys)
     return SegmentView(plan, entry, first_row, None if has_index else shards)
+
+
+def _contradiction(store: Store, plan: Plan, entry: SegmentEntry) -> str:
+    """How the manifest contradicts a plan of the digest that it names; empty where it does not."""
+    try:
+        check_entry(plan, entry, record_dtype(plan).itemsize, store.where(layout.MANIFEST))
+    except DamageError as error:
+        return f"{told_in_a_line(error)}: nothing of the segment can be checked or read"
+    return ""
 
 
 def first_row_numbers(entries: tuple[SegmentEntry, ...]) -> dict[str, int]:
@@ -161,9 +182,8 @@ def _foreign(key: str, views: dict[str, SegmentView], listed: set[str]) -> Findi
     if view is None and top == "segments" and (name in listed or inner == "plan.json"):
         return None  # of a segment whose plan is lost: nobody knows
     prepared = _PREPARED.match(key)
-    if prepared and any(
-        view.shards is not None and segment_number(each) == int(prepared[1]) for each, view in views.items()
-    ):
+    building = {each for each in listed if each not in views or views[each].shards is not None}
+    if prepared and int(prepared[1]) in map(segment_number, building):
         return None  # rows of a segment that is being built
     left = view is not None and inner.split("/")[0] in ("receipts", "claims", "prepared")
     build = left or prepared is not None

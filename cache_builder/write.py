@@ -122,6 +122,7 @@ def encode_shard(buffer: ShardBuffer, put: Put, numerics: NumericsPlan | None = 
         parts=parts,
         stats=buffer.stats,
         numerics=numerics,
+        plan=digest_bytes(to_canonical(plan)),
     )
 
 

@@ -27,6 +27,7 @@ packed.py       weights in few bits: MXFP4, FP8
 ggufs.py        GGUF files in       gguf_config.py  their config    gguf_tokenizer.py  and tokenizer
 remote_gguf.py  GGUF files in buckets
 tokenizer.py    the tokenizer that comes with a checkpoint   long_text.py   a long text in windows
+cache_tokenizer.py   the one that a cache keeps
 chat_template.py   its chat template          chat_files.py   which of its files name that
 template_worker.py, template_process.py   the process that renders it under limits
 """

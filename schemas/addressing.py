@@ -7,6 +7,7 @@ cache: its group's rows follow those of the groups before it, in the order of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -172,13 +173,14 @@ def _visible_rows(segments: Sequence[Segment]) -> np.ndarray | None:
     unfinished = [segment for segment in segments if segment.committed is not None]
     if not unfinished:
         return None
-    seen = np.ones(unfinished[0].plan.rows.count, bool)
-    for segment in unfinished:
-        here = np.zeros_like(seen)
-        for shard in segment.committed or ():
-            here[slice(*segment.plan.shard_range(shard))] = True
-        seen &= here
-    return np.flatnonzero(seen)
+    seen = [_committed_rows(segment) for segment in unfinished]
+    return reduce(np.intersect1d, seen)
+
+
+def _committed_rows(segment: Segment) -> np.ndarray:
+    """Ascending; only committed ones take memory, whatever the plan says of all."""
+    ranges = [np.arange(*segment.plan.shard_range(shard)) for shard in sorted(segment.committed or ())]
+    return np.concatenate([np.zeros(0, np.int64), *ranges])
 
 
 def _places(group: RowGroup, seen: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
+# Numbers in files of ours: whoever reads them may multiply two of them, and none is ever so large.
+LARGEST = 1 << 48
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(gt=0, le=LARGEST)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # an xxh3-128
 # A name of a file or a folder, as files of ours hold them. Such files come from others: nothing in them leads outside
 # the folder that they describe, so there is no `..`, no root, no other separator and nothing invisible.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]

@@ -16,6 +16,8 @@ from schemas.storage import Store
 ModelType = TypeVar("ModelType", bound=BaseModel)
 Value = TypeVar("Value")
 
+AGAIN = "copy it again from where it came, or write it again"
+
 
 def to_canonical(model: BaseModel) -> bytes:
     """The model's only spelling. The model has no field of its own named `digest`; NaN and infinity raise."""
@@ -25,13 +27,14 @@ def to_canonical(model: BaseModel) -> bytes:
     return _with_digest(body)
 
 
-def from_canonical(model_type: type[ModelType], data: bytes, where: str) -> ModelType:
+def from_canonical(model_type: type[ModelType], data: bytes, where: str, next: str = AGAIN) -> ModelType:
     """The model that `to_canonical` wrote.
 
     Args:
         model_type: what the bytes should hold.
         data: the whole object.
         where: how messages name the object.
+        next: what to do about damage.
 
     Raises:
         DamageError: the bytes are not what `to_canonical` writes, or belong to another version's model.
@@ -43,11 +46,11 @@ def from_canonical(model_type: type[ModelType], data: bytes, where: str) -> Mode
         raise DamageError(
             "a JSON object is not what was committed",
             {
-                "object": where,
-                "found": f"{len(data)} bytes, digest {tail[:32].decode(errors='replace') or 'absent'}",
+                "file": where,
+                "found": f"{len(data)} bytes, digest {tail[:32].decode(errors='replace') if head else 'absent'}",
                 "expected": f"digest {expected}" if head else "a JSON object that ends in its digest",
             },
-            "copy it again from where it came, or write it again",
+            next,
         )
     try:
         model = model_type.model_validate_json(body)
@@ -56,25 +59,33 @@ def from_canonical(model_type: type[ModelType], data: bytes, where: str) -> Mode
         place = ".".join(str(key) for key in first["loc"]) or "the whole object"
         raise DamageError(
             "a JSON object does not have the fields that this version writes",
-            {"object": where, "field": place, "found": first["msg"]},
+            {"file": where, "field": place, "found": first["msg"]},
             "read it with the version that wrote it, or write it again",
         ) from error
-    if to_canonical(model) != data:
+    if not _is_spelled(model, data):
         raise DamageError(
             "a JSON object is not in canonical form",
-            {"object": where, "expected": "sorted keys, no white space, every field present"},
+            {"file": where, "expected": "sorted keys, no white space, every field present"},
             "do not edit it by hand: write it again",
         )
     return model
 
 
-def read_canonical(store: Store, key: str, model_type: type[ModelType]) -> ModelType | None:
+def _is_spelled(model: BaseModel, data: bytes) -> bool:
+    """Whether these bytes are the model's spelling; a value that JSON has no word for has none."""
+    try:
+        return to_canonical(model) == data
+    except ValueError:  # infinity, from a number such as 1e999; half a surrogate pair
+        return False
+
+
+def read_canonical(store: Store, key: str, model_type: type[ModelType], next: str = AGAIN) -> ModelType | None:
     """The model in a JSON object of a store; None where there is no such key.
 
     Raises:
         DamageError: as `from_canonical`, of what is stored, not of an answer that came short.
     """
-    return store.read_checked(key, lambda data: from_canonical(model_type, data, store.where(key)))
+    return store.read_checked(key, lambda data: from_canonical(model_type, data, store.where(key), next))
 
 
 def from_plain(kind: TypeAdapter[Value], data: bytes, where: str, step: str) -> Value:

@@ -24,7 +24,7 @@ import xxhash
 from pydantic import Field
 from safetensors.numpy import save
 
-from schemas.base import Config, Name
+from schemas.base import Config, Count, Name
 from schemas.canonical import from_canonical, to_canonical
 from schemas.digest import digest_bytes
 from schemas.errors import DamageError
@@ -41,24 +41,24 @@ class Piece(Config):
     """A box of an array: `start` and `shape`, one entry an axis. offset: of its first byte in the file."""
 
     array: str
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
+    start: tuple[Count, ...]
+    shape: tuple[Count, ...]
     file: Name
-    offset: int
+    offset: Count
     digest: Digest
 
 
 class ArrayInfo(Config):
     """What an array is as a whole."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: str = Field(pattern=r"^(bool|bfloat16|float8_\w+|u?int(4|8|16|32|64)|float(16|32|64))$")
+    shape: tuple[Count, ...]
 
 
 class Part(Config):
     """What one process wrote. attempt: of the run's process, so that what a killed one left is not taken for ours."""
 
-    process: int
+    process: Count
     attempt: str
     arrays: dict[str, ArrayInfo]
     pieces: tuple[Piece, ...]
@@ -67,7 +67,7 @@ class Part(Config):
 class CheckpointRecord(Config):
     """What commits a checkpoint. parts: the digest of every process's part, by its number; feed: where it stood."""
 
-    step: int
+    step: Count
     feed: dict[str, int]
     parts: tuple[str, ...]
 
@@ -145,13 +145,20 @@ class SavedArrays:
             self._infos |= part[0].arrays
             for piece in part[0].pieces:
                 self._pieces.setdefault(piece.array, []).append(piece)
+        for array, pieces in self._pieces.items():
+            shape = self._infos[array].shape if array in self._infos else ()
+            if not all(_is_inside(piece, shape) for piece in pieces):
+                raise _damage(store.where(folder), f"pieces of {array} that are not inside of it")
 
     def names(self, item: str) -> list[str]:
         """The names of the item's arrays, without the item."""
         return sorted(name.removeprefix(f"{item}/") for name in self._infos if name.startswith(f"{item}/"))
 
     def info(self, item: str, name: str) -> ArrayInfo:
-        return self._infos[f"{item}/{name}"]
+        array = f"{item}/{name}"
+        if array not in self._infos:
+            raise _damage(self._store.where(self._folder), f"no {array}")
+        return self._infos[array]
 
     def whole(self, item: str, name: str) -> np.ndarray:
         """All of an array."""
@@ -165,7 +172,9 @@ class SavedArrays:
             DamageError: a piece is missing or not what was written, or the pieces do not cover a box.
         """
         array = f"{item}/{name}"
-        dtype = np.dtype(self._infos[array].dtype)
+        dtype, volume = np.dtype(self._infos[array].dtype), math.prod(self._infos[array].shape)
+        if sum(math.prod(piece.shape) for piece in self._pieces.get(array, [])) < volume:  # before memory is taken
+            raise _damage(f"{self._store.where(self._folder)} {array}", "pieces that do not make up the whole array")
         found = [np.empty([axis.stop - axis.start for axis in box], dtype) for box in wanted]
         filled = [0] * len(found)
         for piece in self._pieces.get(array, []):
@@ -190,6 +199,13 @@ class SavedArrays:
                 return np.frombuffer(data, dtype).reshape(piece.shape)
             found = "nothing" if data is None else f"another digest of {piece.array}"
         raise _damage(self._store.where(key), found)
+
+
+def _is_inside(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is a box of an array of this shape."""
+    if not len(piece.start) == len(piece.shape) == len(shape):
+        return False
+    return all(first + size <= most for first, size, most in zip(piece.start, piece.shape, shape, strict=True))
 
 
 def _files(arrays: Mapping[str, Held]) -> Iterator[list[tuple[str, tuple[int, ...], np.ndarray]]]:

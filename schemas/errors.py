@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 from schemas.redaction import redacted, shown
 
+# What to do about a damaged file of a cache.
+MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to mend it"
+
 
 class DistillcacheError(Exception):
     """A mistake in the input, the config or the environment, with what to do about it.

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from schemas.errors import DamageError
+from schemas.digest import digest_bytes
+from schemas.errors import MEND_NEXT, DamageError
 from schemas.manifest import Plan, ShardReceipt
 
 
@@ -43,8 +44,12 @@ def encode_record(plan: Plan, receipt: ShardReceipt) -> bytes:
     return record.tobytes()
 
 
-def decode_record(plan: Plan, data: bytes, where: str) -> np.ndarray:
+def decode_record(plan: Plan, data: bytes, where: str, shard: int) -> np.ndarray:
     """The record in these bytes, checked against its own digest.
+
+    Args:
+        where: how messages name the index.
+        shard: whose record it is.
 
     Raises:
         DamageError: the bytes are short, or not what was written.
@@ -52,9 +57,32 @@ def decode_record(plan: Plan, data: bytes, where: str) -> np.ndarray:
     dtype = record_dtype(plan)
     if len(data) != dtype.itemsize or xxhash.xxh3_64_intdigest(data[:-8]) != int.from_bytes(data[-8:], "little"):
         raise DamageError(
-            "a record of the cache's index is damaged", {"at": where}, "run `distillcache verify` on the cache"
+            "a record of the cache's index is damaged" if data else "the index of a segment is missing or cut short",
+            {"file": where, "shard": shard},
+            MEND_NEXT,
         )
     return np.frombuffer(data, dtype)[0]
+
+
+def check_index(plan: Plan, data: bytes, digest: str, where: str) -> bool:
+    """Whether these bytes are the whole index of this digest; False where some of its records are damaged.
+
+    Raises:
+        DamageError: every record is whole, but together they are another build's.
+    """
+    if digest_bytes(data) == digest:
+        return True
+    size = record_dtype(plan).itemsize
+    try:
+        for shard in range(plan.num_shards):
+            decode_record(plan, data[shard * size : (shard + 1) * size], where, shard)
+    except DamageError:
+        return False
+    raise DamageError(
+        "the index of a segment is another build's",
+        {"file": where, "found": f"digest {digest_bytes(data)}", "expected": f"digest {digest}"},
+        MEND_NEXT,
+    )
 
 
 def chunk_digests(text: str, slots: int) -> np.ndarray:

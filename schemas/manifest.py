@@ -1,14 +1,15 @@
 """What a cache says about itself: the plan, one receipt a shard, the statistics, the manifest.
 
 All are canonical JSON with a digest of their own (canonical.py): other bytes are damage. A segment exists once the
-manifest lists it; a shard is committed once its receipt exists (and, later, once `index.bin` holds its record).
+manifest lists it; a shard is committed once its receipt exists (and, later, once `index.bin` holds its record). What
+one number must be is said here; what numbers of one file or of two must be to each other, in agreement.py.
 """
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
-from schemas.base import Name, RelativeName, SegmentName
+from schemas.base import Count, Hex, Name, RelativeName, SegmentName, Size
 from schemas.config import Config
 from schemas.layout import ITEM_BYTES, Compression
 from schemas.times import ShardSeconds
@@ -28,12 +29,12 @@ class PartPlan(Config):
 
     array: Name
     part: Name
-    dtype: str
-    width: int
+    dtype: str = Field(pattern=f"^({'|'.join(ITEM_BYTES)})$")
+    width: Size
     bits_of: str | None = None
-    every: int = 1
-    slots: int
-    slots_per_object: int
+    every: Size = 1
+    slots: Count
+    slots_per_object: Size
     compress: Compression = Field(default="none", exclude_if=lambda value: value == "none")
 
     def object_ranges(self) -> list[tuple[int, int]]:
@@ -60,13 +61,13 @@ class TapPlan(Config):
 
     name: Name
     codec: str
-    group: int | None = None
+    group: Count | None = None
     rotate: bool = False
     delta: bool = False
-    keyframe_every: int = 0
-    k: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    vocab_size: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    slots: tuple[int, ...]
+    keyframe_every: Count = 0
+    k: Size | None = Field(default=None, exclude_if=lambda value: value is None)
+    vocab_size: Size | None = Field(default=None, exclude_if=lambda value: value is None)
+    slots: tuple[Count, ...]
     parts: tuple[PartPlan, ...]
 
     @property
@@ -89,12 +90,12 @@ class TeacherPlan(Config):
 
     path: str
     weights_digest: str
-    num_blocks: int
-    hidden_size: int
-    vocab_size: int
+    num_blocks: Size
+    hidden_size: Size
+    vocab_size: Size
     family: str
     norm_eps: float
-    context: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    context: Size | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class NumericsPlan(Config):
@@ -108,8 +109,8 @@ class NumericsPlan(Config):
 
     dtype: str
     attention: str
-    mesh: tuple[int, ...]
-    processes: int = Field(default=1, exclude_if=lambda value: value == 1)
+    mesh: tuple[Size, ...]
+    processes: Size = Field(default=1, exclude_if=lambda value: value == 1)
     platform: str
     versions: dict[str, str]
 
@@ -121,15 +122,15 @@ class RowsPlan(Config):
     text_digest: of the input files' bytes; with the config and the tokenizer it stands for the rows.
     """
 
-    count: int
-    eval_indices: tuple[int, ...]
-    row_tokens: int
-    tokens: int
+    count: Size
+    eval_indices: tuple[Count, ...]
+    row_tokens: Size
+    tokens: Count
     content_digest: str
     text_digest: str
     tokenizer_digest: str
-    vocab_size: int
-    eos_id: int
+    vocab_size: Size
+    eos_id: Count
 
 
 class Plan(Config):
@@ -150,9 +151,9 @@ class Plan(Config):
     teacher: TeacherPlan
     rows: RowsPlan
     taps: tuple[TapPlan, ...]
-    blocks: tuple[int, ...]
-    batch_rows: int
-    shard_rows: int
+    blocks: tuple[Count, ...]
+    batch_rows: Size
+    shard_rows: Size
     numerics: NumericsPlan
     config: dict[str, Any]
     created: dict[str, str]
@@ -184,8 +185,8 @@ class Plan(Config):
 class ObjectReceipt(Config):
     """One stored object: its length in bytes and the xxh3-128 of its bytes."""
 
-    length: int
-    digest: str
+    length: Count
+    digest: Hex
 
 
 class PartReceipt(Config):
@@ -195,8 +196,8 @@ class PartReceipt(Config):
     (one row of one slot), row by row, 16 hex digits each. objects: one per range of slots, in order.
     """
 
-    digest: str
-    chunks: str
+    digest: Hex
+    chunks: str = Field(pattern=r"^([0-9a-f]{16})*$")
     objects: tuple[ObjectReceipt, ...]
 
 
@@ -206,21 +207,22 @@ class TapStats(Config):
     count is of numbers (tokens times hidden size, or times k); abs_max combines by maximum.
     """
 
-    square_sum: tuple[float, ...]
-    abs_max: tuple[float, ...]
-    nonfinite: tuple[int, ...]
-    count: int
+    square_sum: tuple[NonNegativeFloat, ...]
+    abs_max: tuple[NonNegativeFloat, ...]
+    nonfinite: tuple[Count, ...]
+    count: Count
 
 
 class ShardReceipt(Config):
     """Commits a shard: written after all of its objects are durable.
 
-    rows_file: None in a segment that adds to another one's rows. seconds: how long it took; receipts of earlier
-    versions, and of what was made again, do not say.
+    rows_file: None in a segment that adds to another one's rows. plan: the digest of the plan's file, since other plans
+    may have arrays of the same shapes. seconds: how long it took; receipts of earlier versions do not say either, and
+    those of what was made again not how long.
     """
 
-    shard: int
-    rows: tuple[int, int]
+    shard: Count
+    rows: tuple[Count, Count]
     rows_file: ObjectReceipt | None
     parts: dict[Name, PartReceipt]
     stats: dict[str, TapStats]
@@ -228,6 +230,7 @@ class ShardReceipt(Config):
         default=None, description="where they differ from the plan's (--accept-platform)"
     )
     seconds: ShardSeconds | None = Field(default=None, exclude_if=lambda value: value is None)
+    plan: Hex | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Stats(Config):
@@ -245,9 +248,9 @@ class SegmentEntry(Config):
 
     segment: SegmentName
     rows_of: SegmentName | None = None
-    rows: int
+    rows: Size
     index_digest: str
-    index_length: int
+    index_length: Count
     files: dict[RelativeName, str]
 
 
@@ -257,5 +260,5 @@ class Manifest(Config):
     format: Literal["distillcache/1"] = FORMAT
     segments: tuple[SegmentEntry, ...]
     tokenizer_digest: str
-    rows: int
-    tokens: int
+    rows: Size
+    tokens: Count

@@ -6,14 +6,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import safetensors.numpy
 import tensorstore as ts
+import xxhash
 
 from schemas import layout, storage
-from schemas.canonical import read_canonical, to_canonical
+from schemas.agreement import (
+    check_entry,
+    check_manifest,
+    check_plan,
+    check_receipt,
+    check_signs,
+    check_together,
+    side_arrays,
+)
+from schemas.canonical import from_canonical, read_canonical, to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DamageError, InputError, PlaceLostError, StorageError
-from schemas.index import decode_record, encode_record, record_dtype
+from schemas.errors import MEND_NEXT, DamageError, InputError, PlaceLostError, StorageError
+from schemas.index import check_index, decode_record, encode_record, record_dtype
 from schemas.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
 from schemas.remembered import Remembered
 from schemas.rows import Row, decode_row, unpack_rows
@@ -28,7 +37,7 @@ READS_FROM_AFAR = 6
 
 RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run_folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
-MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to mend it"
+INDEX_BYTES = 8 << 20  # an index up to this length is read whole, and compared with the manifest; of others, records
 
 NAME_DIGITS = 16  # of the plan's digest, in a segment's name
 _PLAN_KEY = re.compile(r"segments/(\d{4,8}(?:-[0-9a-f]{16})?)/plan\.json$")
@@ -61,7 +70,7 @@ class Segment:
         self.committed = None if entry is not None else frozenset(committed_shards(store, plan))  # None: all shards
         self.kept: SmallFiles | None = None  # a reader may set it
         self._prefix = layout.segment_prefix(plan.segment)
-        self._whole_index = False
+        self._whole_index, self._index = False, b""
         self._records: Remembered[int, Any] = Remembered(RECORDS_KEPT)
         self._rows: Remembered[int, list[bytes]] = Remembered(RECORDS_KEPT)
 
@@ -91,7 +100,11 @@ class Segment:
 
     def side(self) -> dict[str, np.ndarray]:
         """The arrays of the segment's side file."""
-        return safetensors.numpy.load(self.small_file("side.safetensors"))
+        where = self.store.where(f"{self._prefix}/side.safetensors")
+        found = side_arrays(self.plan, self.small_file("side.safetensors"), where)
+        if self.entry is None:  # no digest says whether it is this plan's, but its writer made it like this
+            check_signs(self.plan, found, where)
+        return found
 
     def small_file(self, name: str) -> bytes:
         """A file of the segment, checked against the manifest where the segment is finished.
@@ -109,7 +122,13 @@ class Segment:
     def row(self, index: int) -> Row:
         """One row, by its number in this segment, checked against its shard's digest."""
         shard, place = divmod(index, self.plan.shard_rows)
-        return decode_row(self._rows.get(shard, lambda: self._read_rows(shard))[place])
+        where = self.store.where(layout.rows_key(self.plan.segment, shard))
+        row = decode_row(self._rows.get(shard, lambda: self._read_rows(shard))[place], where)
+        if len(row.tokens) != self.plan.rows.row_tokens:
+            facts = {"file": where, "row": index, "found": f"{len(row.tokens)} tokens"}
+            expected = f"{self.plan.rows.row_tokens} tokens, as the plan says"
+            raise DamageError("a row has another length", {**facts, "expected": expected}, MEND_NEXT)
+        return row
 
     @property
     def identity(self) -> str:
@@ -145,15 +164,28 @@ class Segment:
         if receipt is not None:
             return receipt_record(self.plan, receipt)
         key = f"{self._prefix}/index.bin"
+        where = self.store.where(key)
 
         def read() -> bytes:
             self._whole_index = self._whole_index or self.store.length_is(key, self.plan.num_shards * size)
+            self._index = self._index or self._checked_index(key, self.plan.num_shards * size)
+            if self._index:
+                return self._index[shard * size : (shard + 1) * size]
             return self._read_range(key, shard * size, (shard + 1) * size) if self._whole_index else b""
 
-        def decode(data: bytes) -> Any:
-            return decode_record(self.plan, data, f"{self.store.where(key)}, shard {shard}")
+        return self._checked(f"index/{shard}", read, lambda data: decode_record(self.plan, data, where, shard))
 
-        return self._checked(f"index/{shard}", read, decode)
+    def _checked_index(self, key: str, length: int) -> bytes:
+        """All of the index, where it is short and what was committed; else nothing, and its records are read alone.
+
+        Raises:
+            DamageError: it is another build's. Of a long index nobody asks that: objects and rows that differ from
+                such records are refused one by one.
+        """
+        if self.entry is None or length > INDEX_BYTES or not self._whole_index:
+            return b""
+        data = self.store.read(key) or b""
+        return data if check_index(self.plan, data, self.entry.index_digest, self.store.where(key)) else b""
 
     def _checked(self, name: str, read: Callable[[], bytes], check: Callable[[bytes], Value]) -> Value:
         """What `check` makes of the bytes kept by this name, or else of those that are read; the latter are kept.
@@ -181,8 +213,7 @@ class Segment:
         raise AssertionError("read at least once")
 
     def _read_receipt(self, shard: int) -> ShardReceipt | None:
-        key = layout.receipt_key(self.plan.segment, shard)
-        receipt = read_canonical(self.store, key, ShardReceipt)
+        receipt = read_receipt(self.store, self.plan, shard)
         if receipt is None and self.committed is not None and shard in self.committed:
             return None  # the build was finished meanwhile: the index holds it
         if receipt is None:
@@ -223,6 +254,21 @@ class Segment:
             return b""
 
 
+def read_receipt(store: Store, plan: Plan, shard: int) -> ShardReceipt | None:
+    """The receipt of a shard; None where there is none.
+
+    Raises:
+        DamageError: it is damaged, or another shard's or plan's.
+    """
+    key = layout.receipt_key(plan.segment, shard)
+    where, next = store.where(key), f"{DAMAGE_NEXT}; `distillcache build --repair` removes it, and the build goes on"
+
+    def check(data: bytes) -> ShardReceipt:
+        return check_receipt(plan, shard, from_canonical(ShardReceipt, data, where, next), where)
+
+    return store.read_checked(key, check)
+
+
 def receipt_record(plan: Plan, receipt: ShardReceipt) -> Any:
     """A receipt as the index record that it will become."""
     return np.frombuffer(encode_record(plan, receipt), record_dtype(plan))[0]
@@ -236,8 +282,22 @@ def part_metadata(plan: Plan, part: PartPlan) -> dict[str, Any]:
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The manifest of a cache, or None where there is none (no cache, or an unfinished one)."""
-    return read_canonical(store, layout.MANIFEST, Manifest)
+    """The manifest of a cache, or None where there is none (no cache, or an unfinished one).
+
+    Raises:
+        DamageError: it is damaged, or contradicts itself.
+    """
+    return store.read_checked(layout.MANIFEST, lambda data: manifest_in(store, data))
+
+
+def manifest_in(store: Store, data: bytes) -> Manifest:
+    """The manifest in these bytes of the store.
+
+    Raises:
+        DamageError: as `read_manifest`.
+    """
+    where = store.where(layout.MANIFEST)
+    return check_manifest(from_canonical(Manifest, data, where, MEND_NEXT), where)
 
 
 def read_small_file(store: Store, key: str, digest: str | None) -> bytes:
@@ -273,20 +333,39 @@ def read_tokenizer(store: Store) -> bytes:
     return read_small_file(store, layout.TOKENIZER, None if manifest is None else manifest.tokenizer_digest)
 
 
-def small_file_damage(store: Store, entries: Sequence[SegmentEntry], tokenizer_digest: str) -> Iterator[DamageError]:
-    """What is wrong with the files beside rows and taps, one error a file; of an index, only its length is asked."""
+def small_file_damage(
+    store: Store, entries: Sequence[SegmentEntry], tokenizer_digest: str, *, indexes: bool = True
+) -> Iterator[DamageError]:
+    """What is wrong with the files beside rows and taps, one error a file.
+
+    Args:
+        indexes: read the whole indexes, too.
+    """
     files = {layout.TOKENIZER: tokenizer_digest}
     for entry in entries:
         prefix = layout.segment_prefix(entry.segment)
         files |= {f"{prefix}/{name}": digest for name, digest in entry.files.items()}
-        if not store.length_is(f"{prefix}/index.bin", entry.index_length):
-            place = store.where(f"{prefix}/index.bin")
-            yield DamageError("the index of a segment is missing or cut short", {"file": place}, MEND_NEXT)
+        damage = _index_damage(store, f"{prefix}/index.bin", entry) if indexes else None
+        yield from [damage] if damage else []
     for key, digest in files.items():
         try:
             read_small_file(store, key, digest)
         except DamageError as error:
             yield error
+
+
+def _index_damage(store: Store, key: str, entry: SegmentEntry) -> DamageError | None:
+    """What is wrong with the index of a finished segment as a whole; it is read a stretch at a time."""
+    facts = {"file": store.where(key)}
+    if not store.length_is(key, entry.index_length):
+        return DamageError("the index of a segment is missing or cut short", facts, MEND_NEXT)
+    digest = xxhash.xxh3_128()
+    for start in range(0, entry.index_length, INDEX_BYTES):
+        digest.update(store.read(key, slice(start, min(start + INDEX_BYTES, entry.index_length))) or b"")
+    if digest.hexdigest() == entry.index_digest:
+        return None
+    found = {"found": f"digest {digest.hexdigest()}", "expected": f"digest {entry.index_digest}"}
+    return DamageError("the index of a segment is not what was committed", {**facts, **found}, MEND_NEXT)
 
 
 def read_plan(store: Store, segment: str) -> Plan | None:
@@ -295,14 +374,15 @@ def read_plan(store: Store, segment: str) -> Plan | None:
     Raises:
         DamageError: it is damaged, or another segment's.
     """
-    plan = read_canonical(store, layout.plan_key(segment), Plan)
+    key = layout.plan_key(segment)
+    plan = read_canonical(store, key, Plan, MEND_NEXT)
     if plan is not None and plan.segment != segment:
         raise DamageError(
             "a plan lies in another segment's folder",
-            {"object": store.where(layout.plan_key(segment)), "found": plan.segment, "expected": segment},
+            {"object": store.where(key), "found": plan.segment, "expected": segment},
             DAMAGE_NEXT,
         )
-    return plan
+    return None if plan is None else check_plan(plan, store.where(key))
 
 
 def segment_names(store: Store, number: int | None = None) -> list[str]:
@@ -373,13 +453,13 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
     """
     manifest = read_manifest(store)
     lost = manifest is None and is_manifest_lost(store)
-    finished = _open_finished(store, manifest) if manifest is not None or lost or not partial else []
-    if not partial:
-        return finished
-    plan = begun_plan(store, len(finished))
-    if plan is None and not finished:
-        raise InputError("there is no cache here", {"cache": store.url}, look_again(store))
-    return finished if plan is None else [*finished, Segment(store, plan, None)]
+    found = _open_finished(store, manifest) if manifest is not None or lost or not partial else []
+    plan = begun_plan(store, len(found)) if partial else None
+    if plan is None and not found:
+        raise no_cache(store)
+    found += [] if plan is None else [Segment(store, plan, None)]
+    check_together([segment.plan for segment in found], store.url)
+    return found
 
 
 def is_manifest_lost(store: Store) -> bool:
@@ -387,6 +467,22 @@ def is_manifest_lost(store: Store) -> bool:
     prefix = layout.segment_prefix(segment_name(0))
     left = f"{prefix}/index.bin" in store.keys(f"{prefix}/index.bin") and not store.keys(f"{prefix}/receipts/")
     return left and read_manifest(store) is None  # asked last: a build may have been finished meanwhile
+
+
+def lost_manifest(store: Store) -> DamageError:
+    """The error where `is_manifest_lost`."""
+    return DamageError("the manifest of a finished cache is missing", {"file": store.where(layout.MANIFEST)}, MEND_NEXT)
+
+
+def no_cache(store: Store) -> InputError | DamageError:
+    """The error where no segment has a plan."""
+    if any("/receipts/" in key or key.endswith("/index.bin") for key in store.keys("segments/")):
+        return DamageError(
+            "the plan of a cache is missing",
+            {"file": store.where(layout.plan_key(segment_name(0)))},
+            "copy it back, or run the same `distillcache build` again: without its plan it is built anew",
+        )
+    return InputError("there is no cache here", {"cache": store.url}, look_again(store))
 
 
 def look_again(store: Store) -> str:
@@ -427,22 +523,20 @@ def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
     if manifest is None:
         unfinished = bool(segment_names(store, 0))
         if unfinished and is_manifest_lost(store):
-            raise DamageError(
-                "the manifest of a finished cache is missing", {"file": store.where(layout.MANIFEST)}, MEND_NEXT
-            )
-        raise InputError(
-            "the cache is not finished" if unfinished else "there is no cache here",
-            {"cache": store.url, "missing": layout.MANIFEST},
-            "run the same `distillcache build` again" if unfinished else look_again(store),
-        )
+            raise lost_manifest(store)
+        if not unfinished:
+            raise no_cache(store)
+        facts = {"cache": store.url, "missing": layout.MANIFEST}
+        raise InputError("the cache is not finished", facts, "run the same `distillcache build` again")
     segments = []
     for entry in manifest.segments:
         plan = read_plan(store, entry.segment)
-        if plan is None or digest_bytes(to_canonical(plan)) != entry.files["plan.json"]:
+        if plan is None or digest_bytes(to_canonical(plan)) != entry.files.get("plan.json"):
             raise DamageError(
                 "the plan of a segment is missing or is not the one that the manifest names",
                 {"file": store.where(layout.plan_key(entry.segment))},
-                DAMAGE_NEXT,
+                MEND_NEXT,
             )
+        check_entry(plan, entry, record_dtype(plan).itemsize, store.where(layout.MANIFEST))
         segments.append(Segment(store, plan, entry))
     return segments

@@ -7,8 +7,9 @@ plan differ in nothing else, and two processes that finish one segment at once m
 from collections.abc import Mapping
 
 import numpy as np
+from pydantic import NonNegativeFloat
 
-from schemas.base import Config
+from schemas.base import Config, Count, Size
 
 SLOWEST = 16  # shards that are named; hosts likewise
 MANY_HOSTS = 64
@@ -23,33 +24,33 @@ class ShardSeconds(Config):
     than it took.
     """
 
-    compute: float
-    write: float
-    total: float
+    compute: NonNegativeFloat
+    write: NonNegativeFloat
+    total: NonNegativeFloat
     host: str
 
 
 class Spread(Config):
     """Of the seconds that shards took, all shards alike."""
 
-    total: float
-    least: float
-    median: float
-    largest: float
+    total: NonNegativeFloat
+    least: NonNegativeFloat
+    median: NonNegativeFloat
+    largest: NonNegativeFloat
 
 
 class HostTimes(Config):
     """The shards of one machine: how many, and their median seconds."""
 
-    shards: int
-    compute: float
-    write: float
+    shards: Size
+    compute: NonNegativeFloat
+    write: NonNegativeFloat
 
 
 class SlowShard(Config):
     """One of the slowest."""
 
-    shard: int
+    shard: Count
     seconds: ShardSeconds
 
 
@@ -59,7 +60,7 @@ class SegmentTimes(Config):
     shards: how many were timed.
     """
 
-    shards: int
+    shards: Size
     compute: Spread
     write: Spread
     hosts: dict[str, HostTimes]

@@ -14,7 +14,7 @@ from schemas import settings
 from schemas.errors import InputError
 from schemas.layout import MANIFEST
 from schemas.look_config import DiffConfig
-from schemas.segment import segment_names
+from schemas.segment import no_cache, segment_names
 from schemas.storage import Store, use
 from tools.diff_caches import compare_caches
 from tools.diff_runs import compare_runs
@@ -68,6 +68,8 @@ def kind_of(url: str) -> str:
         return "cache"
     if store.read(RESOLVED) is not None:
         return "run"
+    if store.keys("segments/"):
+        raise no_cache(store)
     raise InputError("there is neither a cache nor a run here", {"path": url}, "check the path")
 
 

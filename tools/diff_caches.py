@@ -4,23 +4,23 @@ The numbers are judged as `fidelity` judges them, with A in the place of the tea
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from schemas import layout
-from schemas.canonical import read_canonical
 from schemas.errors import DamageError
-from schemas.manifest import TOPK_LOGITS, Stats
+from schemas.manifest import TOPK_LOGITS, TapStats
 from schemas.redaction import shown
 from schemas.rows import Row
 from schemas.segment import Segment
 from tools import fidelity_compare as compare
 from tools.fidelity_compare import RowMeasure, TapMeasure
 from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, rounding_of, stored_logits
-from tools.fidelity_verdict import Look, Reference, judge
+from tools.fidelity_verdict import Look, Reference, file_looks, judge
 from tools.flat import differences, flattened
+from tools.segment_facts import segment_stats
 from tools.stored_rows import StoredRows, StoredTap, finite
 
 SAMPLED_SHARDS = 64  # whose digests are compared, evenly drawn
@@ -37,6 +37,7 @@ def compare_caches(a: StoredRows, b: StoredRows, count: int, seed: int) -> dict[
     measured, logits, other_rows, looks = _measured(a, b, numbers)
     looks += judge(measured, Reference("A"))
     looks += judge_topk(logits, "A", [row.row for row in measured if row.wrong])
+    looks += [look for rows in (a, b) for look in file_looks(rows.segments)]
     found = {
         "plans": plans,
         "statistics": list(_statistics(a, b)),
@@ -169,12 +170,11 @@ def _statistics(a: StoredRows, b: StoredRows) -> Iterator[dict[str, Any]]:
 def _rms(rows: StoredRows) -> dict[tuple[str, int], float]:
     found = {}
     for segment in rows.segments:
-        key = f"{layout.segment_prefix(segment.plan.segment)}/stats.json"
-        stats = read_canonical(rows.store, key, Stats) if segment.committed is None else None
-        for tap in segment.plan.taps:
-            of = None if stats is None else stats.taps[tap.name]
-            if of is None or not of.count:
-                continue
+        stats: Mapping[str, TapStats] = {}
+        with suppress(DamageError):  # which is told as a file's
+            stats = segment_stats(segment, ()) if segment.committed is None else {}
+        for tap in [tap for tap in segment.plan.taps if tap.name in stats and stats[tap.name].count]:
+            of = stats[tap.name]
             for slot, total in zip(tap.slots, of.square_sum, strict=True):
                 found.setdefault((tap.name, slot), math.sqrt(total / of.count))
     return found

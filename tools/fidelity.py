@@ -6,13 +6,13 @@ what it looks like, and why.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from models.checkpoint import read_config
-from schemas import layout, settings
-from schemas.canonical import read_canonical
+from schemas import settings
 from schemas.errors import DamageError, InputError
 from schemas.look_config import FidelityConfig
 from schemas.manifest import TOPK_LOGITS, Plan, Stats
@@ -24,8 +24,9 @@ from tools import fidelity_rows as texts
 from tools.fidelity_compare import RowMeasure, TapMeasure
 from tools.fidelity_print import print_fidelity
 from tools.fidelity_topk import TopKMeasure, figures, judge_topk, kept_values, measure_topk, rounding_of, stored_logits
-from tools.fidelity_verdict import GAIN, LOSSY, Look, Reference, gravest, judge
+from tools.fidelity_verdict import GAIN, LOSSY, Look, Reference, file_looks, gravest, judge
 from tools.live_teacher import VARIANTS, LiveTeacher, comparable
+from tools.segment_facts import segment_stats
 from tools.stored_rows import StoredRows, StoredTap
 
 TRIED_ROWS = 3  # wrong rows for which all variants of the teacher's input are tried; then those that have fitted
@@ -95,6 +96,7 @@ def compare_rows(rows: StoredRows, live: LiveTeacher, numbers: Sequence[int]) ->
     looks += judge(_without_known(measured, looks), reference)
     looks += judge_topk(logits, reference.name, [row.row for row in measured if row.wrong])
     looks += _statistics(rows)
+    looks += file_looks(rows.segments)
     return _report(rows, live.path, measured, gravest([*_once(looks), *codecs.values()]), logits)
 
 
@@ -245,11 +247,12 @@ def _row_looks(number: int, row: Row, tokenizers: texts.Texts, padding: set[int]
 
 def _statistics(rows: StoredRows) -> Iterator[Look]:
     for segment in rows.segments:
-        key = f"{layout.segment_prefix(segment.plan.segment)}/stats.json"
-        stats = read_canonical(rows.store, key, Stats) if segment.committed is None else None
-        evidence = "" if stats is None else texts.counted_padding(segment.plan, stats)
-        if evidence:
-            yield Look("padding-as-text", evidence, {"segment": segment.plan.segment})
+        if segment.committed is not None:
+            continue
+        with suppress(DamageError):  # which is told as a file's
+            evidence = texts.counted_padding(segment.plan, Stats(taps=dict(segment_stats(segment, ()))))
+            if evidence:
+                yield Look("padding-as-text", evidence, {"segment": segment.plan.segment})
 
 
 def _damage(number: int, error: DamageError) -> Look:

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from models.tokenizer import TextTokenizer, load_tokenizer, tokenizer_from_json
-from schemas.errors import DamageError, DistillcacheError
-from schemas.layout import TOKENIZER
+from models.cache_tokenizer import cache_tokenizer
+from models.tokenizer import TextTokenizer, load_tokenizer
+from schemas.errors import DistillcacheError
 from schemas.manifest import Plan, Stats
 from schemas.rows import Row
-from schemas.segment import MEND_NEXT, read_tokenizer
 from schemas.storage import Store
 
 LONGEST_RUN = 8  # of one and the same padding token at a row's end, as text would hardly have it
@@ -39,21 +38,6 @@ def open_texts(store: Store, plan: Plan, teacher: str) -> Texts:
         return Texts(of_cache, None)
     same = found.digest == plan.rows.tokenizer_digest
     return Texts(of_cache, None if same else found)
-
-
-def cache_tokenizer(store: Store, plan: Plan) -> TextTokenizer:
-    """What made the cache's tokens.
-
-    Raises:
-        DamageError: it is missing, or is not what was committed.
-    """
-    data = read_tokenizer(store)
-    try:
-        return tokenizer_from_json(data.decode(), plan.rows.eos_id)
-    except Exception as error:  # the tokenizers library raises bare ones; of a cache that is being built, any bytes
-        raise DamageError(
-            "the cache's tokenizer cannot be read", {"file": store.where(TOKENIZER), "cause": error}, MEND_NEXT
-        ) from error
 
 
 def row_faults(row: Row, padding: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from schemas.segment import Segment
 from tools.fidelity_compare import RowMeasure, TapMeasure
 from tools.live_teacher import VARIANTS
+from tools.segment_facts import damaged_files
 
 # In order of gravity: what spoils every number first.
 KINDS = {
@@ -23,6 +25,7 @@ KINDS = {
     "shifted-tokens": "the numbers stand at other tokens than they belong to",
     "wrong-masks": "the teacher saw other document boundaries than the rows have",
     "swapped-blocks": "blocks are stored in each other's places",
+    "repeated-block": "a block's numbers are stored in another one's place, too",
     "scaled-block": "a block is multiplied with a factor",
     "stale-shard": "some shards hold other numbers for their rows, while others are right",
     "other-rows": "the teacher saw other tokens than the rows hold",
@@ -30,6 +33,7 @@ KINDS = {
     "other-numbers": "some blocks hold other numbers",
     "other-logits": "the recorded logits are others",
     "padding-as-text": "padding is counted as text",
+    "damaged-file": "a small file of the cache is missing, or is not what was committed",
     "lossy-codec": "the codec loses much of these numbers",
     "faithful": "the cache decodes to what the teacher gives, as nearly as its codecs keep it",
 }
@@ -46,6 +50,8 @@ NEXT = {
     "wrong-masks": "train nothing on it; see that the teacher gets the rows' segment_ids and positions, then "
     + REBUILD,
     "swapped-blocks": "train nothing on it; look for what sorts layers by name (10 before 2), then " + REBUILD,
+    "repeated-block": "train nothing on it; look for a recorder that is off by one, or writes what enters a block "
+    f"where what leaves it belongs; then {REBUILD}",
     "scaled-block": f"look for what scales this block (a norm's weight, a multiplier, a codec's scale); then {REBUILD}",
     "stale-shard": f"{REBUILD}; the shards named here were left by another build, or written by another machine's",
     "other-rows": "see which rows the teacher was given; then " + REBUILD,
@@ -53,6 +59,7 @@ NEXT = {
     "other-numbers": "compare these blocks with another implementation of the teacher; then " + REBUILD,
     "other-logits": "see which head, vocabulary and scale the logits were computed with; then " + REBUILD,
     "padding-as-text": "see that segment_ids are 0 at padding; prepare the rows again, then " + REBUILD,
+    "damaged-file": REPAIR,
     "lossy-codec": "build with taps.<tap>.rotate: true, with groups, or in int8; distillcache plan shows the sizes",
     "faithful": "nothing to do",
 }
@@ -108,6 +115,14 @@ def judge(rows: Sequence[RowMeasure], reference: Reference) -> list[Look]:
     return [*found, *_unexplained(rows, wrong, reference)]
 
 
+def file_looks(segments: Sequence[Segment]) -> list[Look]:
+    """What is wrong with small files of a cache, whether or not a number depends on them."""
+    return [
+        Look("damaged-file", f"{error.facts['file']}: {error.what}", {"file": str(error.facts["file"])})
+        for error in damaged_files(segments)
+    ]
+
+
 def gravest(looks: Sequence[Look]) -> list[Look]:
     """In order of gravity; a cache without findings is faithful."""
     order = list(KINDS)
@@ -148,14 +163,24 @@ def _variants(wrong: list[RowMeasure], _: str) -> tuple[list[Look], list[RowMeas
 
 
 def _swapped(wrong: list[RowMeasure], name: str) -> tuple[list[Look], list[RowMeasure]]:
-    counts = Counter(swap for row in wrong for swap in row.swapped)
-    if not counts:
-        return [], wrong
-    pairs = sorted(counts)
-    words = ", ".join(f"{tap} {slot} holds {name}'s {own}" for tap, slot, own in pairs[:4])
     hit = [row for row in wrong if row.swapped]
-    look = Look("swapped-blocks", f"{words}; in {_share(hit, wrong)}", {"slots": [*map(list, pairs)], **_where(hit)})
+    if not hit:
+        return [], wrong
+    pairs = sorted({swap for row in hit for swap in row.swapped})
+    words = ", ".join(f"{tap} {slot} holds {name}'s {own}" for tap, slot, own in pairs[:4])
+    kind, twice = "swapped-blocks", sorted({pair for row in hit for pair in _repeated(row)})
+    if twice:
+        kind = "repeated-block"
+        owners = sorted({(tap, own) for tap, _, own in twice})
+        words += f"; so do {', '.join(f'{tap} {own}' for tap, own in owners[:4])}"
+    look = Look(kind, f"{words}; in {_share(hit, wrong)}", {"slots": [*map(list, pairs)], **_where(hit)})
     return [look], [row for row in wrong if not _explained_by_swaps(row)]
+
+
+def _repeated(row: RowMeasure) -> list[tuple[str, int, int]]:
+    """Those of a row's swaps whose numbers are in their own place as well: (tap, slot, the slot that it repeats)."""
+    right = {(tap.tap, slot) for tap in row.taps for slot in np.asarray(tap.slots)[~tap.wrong].tolist()}
+    return [(tap, slot, own) for tap, slot, own in row.swapped if (tap, own) in right]
 
 
 def _explained_by_swaps(row: RowMeasure) -> bool:

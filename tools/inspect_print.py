@@ -42,7 +42,9 @@ def _facts(found: Mapping[str, Any]) -> Table:
         "teacher", f"{escape(teacher['path'])}  ({teacher['num_blocks']} blocks of {teacher['hidden_size']:,})"
     )
     facts.add_row("weights", teacher["weights_digest"])
-    facts.add_row("computed", f"{numerics['dtype']} on {numerics['platform']}, jax {numerics['versions']['jax']}")
+    facts.add_row(
+        "computed", f"{numerics['dtype']} on {numerics['platform']}, jax {numerics['versions'].get('jax', 'unknown')}"
+    )
     facts.add_row("rows", f"{rows['train']:,} train + {rows['eval']:,} eval of {rows['row_tokens']:,} tokens")
     facts.add_row("tokens", f"{rows['tokens']:,} without padding")
     done = f"{shards['done']:,} of {shards['of']:,} done, {shards['rows_per_shard']:,} rows each"

@@ -4,7 +4,7 @@ Of a cache with many shards some are looked at, evenly drawn.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from models.describe import teacher_context
 from schemas.errors import DamageError
 from schemas.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from schemas.rows import SPLITS, Row, Split, no_targets_note, num_targets, too_long_note
-from schemas.segment import Segment, read_manifest, small_file_damage
+from schemas.segment import Segment
 from schemas.times import SegmentTimes, Spread
 from tools.fidelity_rows import counted_padding
-from tools.segment_facts import sampled_receipts, sampled_shards, segment_stats, segment_times
+from tools.segment_facts import damaged_files, sampled_receipts, sampled_shards, segment_stats, segment_times
 
 DEAD = 1e-6  # of the median block's rms
 OUTLIER = 50.0  # times the rms: normal numbers reach 6
@@ -34,7 +34,7 @@ def find_warnings(segments: Sequence[Segment]) -> list[str]:
                 found.append(prefix + sentence)  # not a list of all: what was found before damage is kept
         except DamageError as error:
             found.append(prefix + _damaged(error))
-    for sentence in (*_of_files(segments), *_of_targets(segments), *_of_lengths(segments)):
+    for sentence in (*map(_damaged, damaged_files(segments)), *_of_targets(segments), *_of_lengths(segments)):
         found += [] if any(sentence in said for said in found) else [sentence]
     return found
 
@@ -81,18 +81,8 @@ def _of_lengths(segments: Sequence[Segment]) -> Iterator[str]:
             yield said
 
 
-def _of_files(segments: Sequence[Segment]) -> Iterator[str]:
-    """Of the finished segments, the small files that are not what was committed."""
-    manifest = read_manifest(segments[0].store) if segments else None
-    if manifest is not None:
-        entries = [segment.entry for segment in segments if segment.entry is not None]
-        for error in small_file_damage(segments[0].store, entries, manifest.tokenizer_digest):
-            if not str(error.facts["file"]).endswith("index.bin"):  # whose records are read, and say more
-                yield _damaged(error)
-
-
 def _damaged(error: DamageError) -> str:
-    where = next(iter(error.facts.values()), "")
+    where = error.facts.get("file", "")
     return f"{error.what} ({where}): run `distillcache verify`"
 
 
@@ -172,13 +162,18 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
 
 def _twice(tap: TapPlan, stats: TapStats) -> Iterator[str]:
     """Slots whose sums and maxima are equal to the bit: two blocks that differ at all do not have them."""
-    slots: dict[tuple[float, float], list[int]] = {}
-    for slot, total, peak in zip(tap.slots, stats.square_sum, stats.abs_max, strict=True):
-        if total > 0:
-            slots.setdefault((total, peak), []).append(slot)
+    pairs = zip(tap.slots, zip(stats.square_sum, stats.abs_max, strict=True), strict=True)
+    yield from repeated_slots(tap.name, {slot: figures for slot, figures in pairs if figures[0] > 0})
+
+
+def repeated_slots(tap: str, figures: Mapping[int, Hashable]) -> Iterator[str]:
+    """A sentence for each set of slots that have the same figures, of slots that are not all zeros."""
+    slots: dict[Hashable, list[int]] = {}
+    for slot, values in figures.items():
+        slots.setdefault(values, []).append(slot)
     for same in [group for group in slots.values() if len(group) > 1]:
-        reason = "the blocks between add nothing, or the recorder is off" if tap.name == "resid" else "a recorder off"
-        yield f"{tap.name}: slots {same[:8]} have equal statistics to the bit: {reason} by one"
+        reason = "the blocks between add nothing, or the recorder is off" if tap == "resid" else "a recorder off"
+        yield f"{tap}: slots {same[:8]} have equal statistics to the bit: {reason} by one"
 
 
 def _unlike_statistics(plan: Plan, receipts: Sequence[ShardReceipt]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from schemas import settings
 from schemas.errors import ConfigError, InputError
 from schemas.report_config import ReportConfig
-from schemas.segment import read_manifest, segment_names
+from schemas.segment import no_cache, read_manifest, segment_names
 from schemas.storage import Store, use
 from tools.report_cache import cache_page
 from tools.report_html import size
@@ -82,6 +82,8 @@ def kind_of(store: Store) -> str:
         return "run"
     if read_manifest(store) is not None or segment_names(store, 0):
         return "cache"
+    if store.keys("segments/"):
+        raise no_cache(store)
     raise InputError(
         "there is neither a cache nor a run here",
         {

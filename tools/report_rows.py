@@ -4,19 +4,18 @@ Rows are read one at a time and slot by slot, so memory does not grow with the c
 is kept, for the similarity of blocks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
-from tokenizers import Tokenizer
 
+from models.cache_tokenizer import cache_tokenizer
+from models.tokenizer import TextTokenizer
 from schemas.errors import DamageError
-from schemas.layout import TOKENIZER
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
-from schemas.segment import read_manifest, read_tokenizer
-from schemas.storage import Store
+from tools.fidelity_rows import padding_ids
 from tools.sample_checks import SampleChecks
 from tools.stored_rows import StoredRows, lengths
 
@@ -62,19 +61,24 @@ class Sample:
 
 def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
     """Look at `count` committed rows, drawn by `seed`; fewer where there are fewer."""
-    decode, looks, damaged = _decoder(stored.store), [], []
+    numbers = stored.sample(count, seed) if count else []
+    if not numbers:
+        return Sample((), {}, ())
+    tokenizer, looks = cache_tokenizer(stored.store, stored.plan), []
+    damaged: dict[str, list[int]] = {}
     likeness: dict[str, Likeness] = {}
-    checks = SampleChecks.of(stored.store, stored.plan)
-    for number in stored.sample(count, seed) if count else []:
+    checks = SampleChecks(sorted(padding_ids(tokenizer)))
+    for number in numbers:
         try:
-            look, alike = _look(stored, number, decode, checks)
+            look, alike = _look(stored, number, tokenizer, checks)
         except DamageError as error:
-            damaged.append(f"Row {number}: {error.what} ({error.facts.get('file', '')}).")
+            damaged.setdefault(f"{error.what} ({error.facts.get('file', '')})", []).append(number)
             continue
         looks.append(look)
         for name, found in alike.items():
             likeness[name] = _joined(likeness.get(name), found)
-    return Sample(tuple(looks), likeness, tuple(damaged), tuple(checks.findings()))
+    told = [f"Row{'s' if len(rows) > 1 else ''} {_listed(rows)}: {what}." for what, rows in damaged.items()]
+    return Sample(tuple(looks), likeness, tuple(told), tuple(checks.findings()))
 
 
 def row_warnings(sample: Sample) -> list[str]:
@@ -102,7 +106,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _look(
-    stored: StoredRows, number: int, decode: Callable[[list[int]], str], checks: SampleChecks
+    stored: StoredRows, number: int, tokenizer: TextTokenizer, checks: SampleChecks
 ) -> tuple[RowLook, Mapping[str, Likeness]]:
     """One row, and the likeness of slots in it."""
     row = stored.row(number)
@@ -117,7 +121,7 @@ def _look(
         held_out=row.split == "eval",
         real=real,
         starts=_starts(row),
-        text=decode(row.tokens[real][:TEXT_TOKENS].tolist()),
+        text=tokenizer.decode(row.tokens[real][:TEXT_TOKENS].tolist()),
         slots=slots,
         norms=norms,
     )
@@ -164,14 +168,3 @@ def _spread(places: np.ndarray, most: int) -> np.ndarray:
 def _starts(row: Row) -> tuple[int, ...]:
     changes = np.flatnonzero(np.diff(row.segment_ids) != 0) + 1
     return tuple(int(place) for place in changes if row.segment_ids[place])  # padding is no document
-
-
-def _decoder(store: Store) -> Callable[[list[int]], str]:
-    """Ids to text; to nothing where the cache has no tokenizer yet."""
-    known = store.read(TOKENIZER) is not None or read_manifest(store) is not None
-    tokenizer = Tokenizer.from_str(read_tokenizer(store).decode()) if known else None
-
-    def decode(ids: list[int]) -> str:
-        return "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
-
-    return decode

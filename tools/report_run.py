@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from schemas.errors import DamageError
 from schemas.storage import Store
 from tools.report_curves import BlockCurves, block_curves, curve, series, step_map
 from tools.report_experts import expert_pieces, expert_warnings
@@ -27,7 +28,7 @@ from tools.report_html import (
 from trainer.checkpoints import Checkpoints
 from trainer.evaluate import Evaluation, told_perplexity
 from trainer.metrics_log import TENSORBOARD, read_loads, read_metrics
-from trainer.run_folder import best_of, read_evaluations, shown_config
+from trainer.run_folder import RESOLVED, best_of, read_evaluations, shown_config
 
 TERMS = {
     "distill/total_loss": "total",
@@ -101,15 +102,24 @@ def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluatio
 
 
 def planned_steps(config: Mapping[str, Any]) -> int:
-    """How many steps the config asks for, over all stages."""
-    stages = config.get("stages")
-    return sum(stage["steps"] for stage in stages) if stages else int(config.get("steps", 0))
+    """How many steps the config asks for, over all stages.
+
+    Raises:
+        DamageError: it is no config of a run.
+    """
+    stages = config.get("stages") or [config]
+    stages = stages if isinstance(stages, list) else [stages]
+    steps: list[Any] = [stage.get("steps", 0) if isinstance(stage, Mapping) else None for stage in stages]
+    if not all(isinstance(each, int) for each in steps):
+        facts = {"file": RESOLVED, "found": f"steps {steps}"}
+        raise DamageError("the config of a run has no numbers of steps", facts, "copy it again from where it came")
+    return sum(steps)
 
 
 def run_subtitle(config: Mapping[str, Any], done: int, of: int) -> str:
     """Mode or stages, and how far it is."""
     stages = config.get("stages")
-    mode = "stages: " + ", ".join(stage["mode"] for stage in stages) if stages else config.get("mode", "")
+    mode = "stages: " + ", ".join(f"{stage.get('mode')}" for stage in stages) if stages else config.get("mode", "")
     return f"{mode}, step {done:,} of {of:,}"
 
 

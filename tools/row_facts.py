@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from models.cache_tokenizer import cache_tokenizer
 from schemas.cache_words import numbers_in_runs
 from schemas.errors import DamageError, InputError
 from schemas.manifest import TOPK_LOGITS
 from schemas.rows import Row
-from tools.fidelity_rows import cache_tokenizer
 from tools.stored_rows import StoredRows, finite, lengths
 
 LARGEST = 3  # dimensions named of a slot

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from schemas.errors import DistillcacheError
+from models.cache_tokenizer import cache_tokenizer
 from schemas.manifest import Plan
 from schemas.rows import Row
 from schemas.storage import Store
-from tools.fidelity_rows import cache_tokenizer, padding_ids, row_faults
+from tools.fidelity_rows import padding_ids, row_faults
 from tools.stored_rows import lengths
 
 NEAR = 0.05  # relative distance of two vectors that are one embedding, after any codec but the coarsest
@@ -41,11 +41,12 @@ class SampleChecks:
 
     @classmethod
     def of(cls, store: Store, plan: Plan) -> "SampleChecks":
-        """For the rows of a cache, whose tokenizer says what pads."""
-        try:
-            return cls(sorted(padding_ids(cache_tokenizer(store, plan))))
-        except DistillcacheError:  # it is lost, or was never there
-            return cls([plan.rows.eos_id])
+        """For the rows of a cache, whose tokenizer says what pads.
+
+        Raises:
+            DamageError: it is missing, or is not what was committed.
+        """
+        return cls(sorted(padding_ids(cache_tokenizer(store, plan))))
 
     def row(self, number: int, shard: tuple[str, int], row: Row) -> None:
         """The next row."""

@@ -3,16 +3,19 @@
 Of an unfinished segment with many shards, some receipts are read, evenly drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from cache_builder.finish import total_stats
+from cache_builder.fixed import unvouched_damage
 from schemas import layout
+from schemas.agreement import check_stats
 from schemas.canonical import from_canonical, read_canonical
+from schemas.errors import DamageError
 from schemas.manifest import ShardReceipt, Stats, TapStats
-from schemas.segment import Segment
+from schemas.segment import Segment, read_manifest, read_receipt, small_file_damage
 from schemas.times import SegmentTimes, summed_up
 
 SAMPLED_SHARDS = 64  # a large cache has hundreds of thousands
@@ -40,12 +43,23 @@ def sampled_receipts(segment: Segment) -> list[ShardReceipt]:
     """Of an unfinished segment, those of the sampled shards that are still there: it may be finished meanwhile."""
 
     def read(shard: int) -> ShardReceipt | None:
-        return read_canonical(segment.store, layout.receipt_key(segment.plan.segment, shard), ShardReceipt)
+        return read_receipt(segment.store, segment.plan, shard)
 
     if segment.committed is None:
         return []
     with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
         return [receipt for receipt in pool.map(read, sampled_shards(segment)) if receipt is not None]
+
+
+def damaged_files(segments: Sequence[Segment]) -> Iterator[DamageError]:
+    """What is wrong with small files; the index, and receipts, tell of themselves when they are read."""
+    manifest = read_manifest(segments[0].store) if segments else None
+    if manifest is not None:
+        entries = [segment.entry for segment in segments if segment.entry is not None]
+        yield from small_file_damage(segments[0].store, entries, manifest.tokenizer_digest, indexes=False)
+    for segment in segments:
+        if segment.committed:
+            yield from (error for _, error in unvouched_damage(segment.store, segment.plan))
 
 
 def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping[str, TapStats]:
@@ -57,7 +71,7 @@ def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping
     if segment.committed is not None:
         return total_stats(list(receipts)) if receipts else {}
     where = segment.store.where(f"{layout.segment_prefix(segment.plan.segment)}/stats.json")
-    return from_canonical(Stats, segment.small_file("stats.json"), where).taps
+    return check_stats(segment.plan, from_canonical(Stats, segment.small_file("stats.json"), where).taps, where)
 
 
 def segment_times(segment: Segment, receipts: Sequence[ShardReceipt]) -> SegmentTimes | None:

@@ -95,8 +95,7 @@ def look(watched: WatchedCache, at: int, row: Row, names: Sequence[str], block: 
 def _odd(watched: WatchedCache, found: RowLook) -> list[str]:
     """What cannot be right in the row, by itself, as `show` says it."""
     stored, at = watched.rows(), found.number
-    padding = watched.once("padding", lambda: SampleChecks.of(stored.store, stored.plan).padding)
-    checks = SampleChecks(padding)
+    checks = SampleChecks(watched.padding)
     checks.row(at, stored.shard(at), found.row)
     if any(tap.tap == "resid" for tap in found.taps) and 0 in watched.taps().get("resid", ()):
         with suppress(DamageError, InputError, StorageError):  # told above, or not there yet

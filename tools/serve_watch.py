@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from models.cache_tokenizer import cache_tokenizer
 from models.tokenizer import TextTokenizer
 from schemas import layout
-from schemas.canonical import read_canonical
 from schemas.errors import DistillcacheError
 from schemas.manifest import TOPK_LOGITS, ShardReceipt
 from schemas.remembered import Remembered
-from schemas.segment import Segment
+from schemas.segment import Segment, read_receipt
 from schemas.storage import Store
-from tools.fidelity_rows import cache_tokenizer
+from tools.fidelity_rows import padding_ids
 from tools.inspect import describe_cache
 from tools.stored_rows import TAP_ORDER, StoredRows
 
@@ -95,6 +95,12 @@ class WatchedCache:
         tokenizer, _ = self._tokenizer
         return " ".join(map(str, ids)) + " " if tokenizer is None else tokenizer.decode(ids)
 
+    @cached_property
+    def padding(self) -> list[int]:
+        """The ids that fill rows up; where the cache has lost its tokenizer, its EOS."""
+        tokenizer, _ = self._tokenizer
+        return [self._rows.plan.rows.eos_id] if tokenizer is None else sorted(padding_ids(tokenizer))
+
     @property
     def textless(self) -> str | None:
         """Why there is no text, if so."""
@@ -118,8 +124,8 @@ class WatchedCache:
 
     def receipt(self, segment: Segment, shard: int) -> ShardReceipt | None:
         """Of a committed shard; None where the build was finished meanwhile."""
-        key = layout.receipt_key(segment.plan.segment, shard)
-        return self._receipts.get((segment.identity, shard), lambda: read_canonical(segment.store, key, ShardReceipt))
+        store, plan = segment.store, segment.plan
+        return self._receipts.get((segment.identity, shard), lambda: read_receipt(store, plan, shard))
 
     def note_commits(self) -> None:
         """Take note of new shards; where the viewer is not asked for long, buckets' are all taken for new then."""

@@ -8,11 +8,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from models.cache_tokenizer import cache_tokenizer
 from schemas import settings
 from schemas.errors import DamageError
 from schemas.look_config import ShowConfig
 from schemas.storage import use
-from tools.fidelity_rows import cache_tokenizer
 from tools.row_facts import RowFacts, TapFacts, not_finite, read_row, shown, summary
 from tools.sample_checks import SampleChecks
 from tools.show_image import draw

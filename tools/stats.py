@@ -23,6 +23,7 @@ from schemas.manifest import TOPK_LOGITS
 from schemas.progress import Progress
 from schemas.storage import use
 from schemas.whole_file import write_file
+from tools.inspect_warnings import repeated_slots
 from tools.sample_checks import SampleChecks
 from tools.stored_rows import StoredRows, lengths
 from tools.terminal import table_console
@@ -121,10 +122,14 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     config = settings.parse(StatsConfig, argv, command, positional=("cache",))
     use(config.storage)
     rows = StoredRows(config.cache)
+    numbers = rows.sample(config.rows, config.seed)
+    if not numbers:
+        facts = {"cache": rows.store.url}
+        raise InputError("no row of the cache is committed yet", facts, "ask again when the build has begun")
     checks = SampleChecks.of(rows.store, rows.plan)
-    numbers, slots, damaged = measure(rows, config.rows, config.seed, config.taps, config.blocks, checks)
+    numbers, slots, damaged = measure(rows, numbers, config.taps, config.blocks, checks)
     found = describe(rows, numbers, slots)
-    found["warnings"] = [*damaged, *_broken(found["slots"]), *checks.findings()]
+    found["warnings"] = [*damaged, *_broken(found["slots"]), *_repeated(slots), *checks.findings()]
     if config.out is not None:
         write_dimensions(config.out, slots)
     if as_json:
@@ -136,8 +141,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
 
 def measure(
     rows: StoredRows,
-    count: int,
-    seed: int,
+    numbers: Sequence[int],
     taps: Sequence[str] | None,
     slots: Sequence[int] | None,
     checks: SampleChecks,
@@ -145,30 +149,30 @@ def measure(
     """The rows that were read, the sums of every (tap, slot), in the order of the blocks, and what could not be read.
 
     Args:
+        numbers: of committed rows, at least one.
         checks: is given all that is read.
 
     Raises:
         DamageError: no row could be read.
-        InputError: no row is committed, or there is no such tap or slot.
+        InputError: there is no such tap or slot.
     """
-    numbers = rows.sample(count, seed)
-    names = rows.tap_names(numbers[0]) if numbers else []
+    names = rows.tap_names(numbers[0])
     wanted = [name for name in names if name != TOPK_LOGITS] if taps is None else list(taps)
-    if not set(wanted) <= set(names) or not numbers:
+    if not set(wanted) <= set(names):
         raise InputError(
-            "the cache does not hold these numbers" if numbers else "no row of the cache is committed yet",
+            "the cache does not hold these numbers",
             {"cache": rows.store.url, "wanted": wanted, "found": names},
-            "choose recorded taps, or ask again later",
+            "choose recorded taps",
         )
     found, damaged = _read(rows, numbers, wanted, slots, checks)
     if damaged and len(damaged) == len(numbers):
         raise next(iter(damaged.values()))
-    numbers = [number for number in numbers if number not in damaged]
+    whole = [number for number in numbers if number not in damaged]
     if not found:
         raise InputError("the cache does not hold these blocks", {"cache": rows.store.url, "wanted": slots})
     order = {name: place for place, name in enumerate(wanted)}
     in_order = dict(sorted(found.items(), key=lambda pair: (order[pair[0][0]], pair[0][1])))
-    return numbers, in_order, list(_told(damaged))
+    return whole, in_order, list(_told(damaged))
 
 
 def _read(
@@ -206,6 +210,17 @@ def _broken(slots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         broken = {each["slot"]: each["nonfinite"] for each in slots if each["tap"] == tap and each["nonfinite"]}
         if broken:
             yield f"{tap}: {sum(broken.values()):,} numbers are not finite, in slots {numbers_in_runs(list(broken))}"
+
+
+def _repeated(slots: Mapping[tuple[str, int], SlotStats]) -> Iterator[str]:
+    """A line for slots whose sums by dimension are equal to the bit."""
+    for tap in dict.fromkeys(tap for tap, _ in slots):
+        sums = {
+            slot: (stats.square.tobytes(), stats.total.tobytes(), stats.largest.tobytes())
+            for (name, slot), stats in slots.items()
+            if name == tap and np.any(stats.square)
+        }
+        yield from repeated_slots(tap, sums)
 
 
 def _told(damaged: Mapping[int, DamageError]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import xxhash
 from jaxtyping import Float
 
 from cache_builder.check_shard import check_object, stored_objects
+from models.cache_tokenizer import cache_tokenizer
 from schemas import layout, storage
 from schemas.addressing import RowGroup, row_groups
 from schemas.cache_words import Facts, as_html, as_text, describe_codec, numbers_in_runs, segment_words, teacher_words
@@ -24,7 +25,6 @@ from schemas.rows import Row
 from schemas.segment import Segment, open_cache
 from schemas.storage import Store
 from schemas.tap_codec import tap_codec
-from tools.fidelity_rows import cache_tokenizer
 
 TAP_ORDER = ("resid", "attn_out", "mlp_out")  # as a block computes them; `topk_logits` belongs to no block
 

@@ -18,6 +18,7 @@ from cache_builder.survey import Survey, survey_cache
 from schemas import settings
 from schemas.cache_words import numbers_in_runs
 from schemas.config import VerifyConfig
+from schemas.layout import MANIFEST
 from schemas.progress import Progress
 from schemas.storage import Store, use
 from tools.terminal import table_console
@@ -55,20 +56,24 @@ def verify_cache(store: Store, *, quick: bool = False) -> dict[str, Any]:
 
         findings = list(check_cache(survey, quick=quick, on_checked=on_checked))
     rows = {row for finding in findings if finding.rows is not None for row in [finding.rows]}
+    count = _planned_rows(survey)
+    if any(finding.object == MANIFEST for finding in findings):
+        rows.add((0, count))  # nothing is read without it
     return {
         "cache": store.url,
         "ok": not findings,
         "finished": survey.finished,
         "quick": quick,
         "checked": {what: checked[what] for what in ("files", "shards", "objects", "rows_files")},
-        "rows": {"of": _planned_rows(survey), "affected": _covered(sorted(rows))},
+        "rows": {"of": count, "affected": _covered(sorted(rows))},
         "seconds": round(time.monotonic() - start_s, 3),
         "findings": [finding.model_dump(mode="json") for finding in findings],
     }
 
 
 def _planned_rows(survey: Survey) -> int:
-    return max((view.rows[1] for view in survey.segments), default=0)
+    listed = 0 if survey.manifest is None else survey.manifest.rows
+    return max([listed, *(view.rows[1] for view in survey.segments)])
 
 
 def _covered(ranges: Sequence[tuple[int, int]]) -> int:
@@ -114,6 +119,11 @@ def _verdict(found: dict[str, Any]) -> str:
     words = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
     rows = found["rows"]
     hit = f"{rows['affected']:,} of {rows['of']:,} rows cannot be trusted" if rows["affected"] else "no row is affected"
+    lost = {finding["object"] for finding in found["findings"]}
+    if MANIFEST in lost:
+        hit = f"none of the {rows['of']:,} rows can be read before that is mended"
+    elif not rows["affected"] and any(key.endswith("/plan.json") for key in lost):
+        hit = "nothing of its segment can be read before the plan is mended"
     return f"[red]Something is wrong: {words}; {hit}.[/]"
 
 

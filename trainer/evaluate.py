@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
+from pydantic import model_validator
 
 from models.config import ModelConfig
 from models.decoder import BlockOutput, Decoder
@@ -57,6 +58,12 @@ class Evaluation(Config):
     teacher_perplexity: float | None = None
     teacher_unknown: str | None = None
     gap_closed: float | None = None
+
+    @model_validator(mode="after")
+    def _same_blocks(self) -> "Evaluation":
+        if len(self.blocks) != len(self.cosine):
+            raise ValueError(f"{len(self.blocks)} blocks and {len(self.cosine)} distances")
+        return self
 
     @property
     def mean_cosine(self) -> float | None:

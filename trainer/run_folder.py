@@ -169,11 +169,12 @@ def shown_config(store: Store) -> tuple[str, dict[str, Any]]:
     """The run's config as text and as a mapping, both empty where it has none; credentials in URLs are hidden.
 
     Raises:
-        ConfigError: the file is no YAML.
+        ConfigError: the file is no YAML, or empty.
     """
-    data = store.read(RESOLVED) or b""
-    config = settings.stored_settings(data, store.where(RESOLVED)) if data else {}
-    return redacted(data.decode()), shown(config)
+    data = store.read(RESOLVED)
+    if data is None:
+        return "", {}
+    return redacted(data.decode(errors="replace")), shown(settings.stored_settings(data, store.where(RESOLVED)))
 
 
 def read_evaluations(run: Store | str | Path) -> list[Evaluation]:

@@ -127,4 +127,4 @@ def test_requests_are_those_that_a_server_counts(gcs: Bucket, teacher, corpus):
     source[[0]]
     gcs.server.clear_requests()
     source[[9]]  # of another shard
-    assert gcs.server.count("read") == cache.row_gets
+    assert gcs.server.count("read") == cache.row_gets - 1  # an index as short as this one is read whole, once
