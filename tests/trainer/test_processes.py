@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.checkpoint import read_config
 from schemas.errors import Interrupted
-from schemas.peers import Peers
+from schemas.peers import ALONE, Peers
 from tests.trainer.test_run_in_bucket import config
 from trainer.metrics_log import read_metrics
+from trainer.open import Sources
+from trainer.run_folder import read_evaluations
 from trainer.train import train
+from trainer.yardstick import measure_teacher
 
 ENDED = re.compile(r"(stopped|error): ")
 
@@ -92,6 +96,20 @@ def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
     # Sums over devices round in another order, and Adam's first steps divide by almost nothing: 1e-6 grows to 1e-4.
     np.testing.assert_allclose(together, alone, rtol=1e-3)
     assert len(alone) == reached + 3
+
+
+@pytest.mark.slow
+def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
+    """Two processes share the held-out rows, and each says the same of the whole."""
+    (tmp_path / "run.yaml").write_text(
+        "{student: {surgery: [{op: query_heads, to: 2}]}, batch_rows: 4, steps: 2, eval_batch_rows: 2}"
+    )
+    ends(start(tmp_path / "run", [cache] * 2, 1, "--mesh.data", "2"), 0)
+    together = read_evaluations(tmp_path / "run")
+    settings = config(str(tmp_path / "alone"), cache, eval_teacher=True)
+    sources = Sources(settings)
+    alone = measure_teacher(settings, sources, read_config(sources.rows.plan.teacher.path), ALONE)
+    assert [entry.teacher_perplexity for entry in together] == [pytest.approx(alone.perplexity, rel=1e-5)] * 2
 
 
 @pytest.mark.slow
