@@ -9,6 +9,7 @@ from models.checkpoint import load_pretrained, weights_digest
 from schemas.config import TrainConfig
 from schemas.settings import dump_yaml
 from schemas.storage import Store
+from schemas.train_config import StudentConfig, SurgeryOp
 from tests.conftest import build_config
 from tests.models.conftest import upload
 from tests.models.test_checkpoint import assert_same_parameters
@@ -35,7 +36,9 @@ def test_build_train_export(gcs: Bucket, teacher: Path, corpus: Path, tmp_path: 
 
     shutil.move(teacher, tmp_path / "moved")  # the remote cache needs no local teacher
     try:
-        train = TrainConfig(run=str(tmp_path / "run"), cache=str(tmp_path / "remote"), steps=2, batch_rows=2)
+        cut = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)])
+        run, cache = str(tmp_path / "run"), str(tmp_path / "remote")
+        train = TrainConfig(run=run, cache=cache, student=cut, steps=2, batch_rows=2)
         store.write("train.yaml", dump_yaml(train).encode())
         assert cli.main(["train", "--config", f"{gcs.url}/train.yaml"]) == 0
     finally:

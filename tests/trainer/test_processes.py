@@ -115,7 +115,7 @@ def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
 @pytest.mark.slow
 def test_a_process_that_cannot_begin_ends_the_others(tmp_path, cache):
     """It says why, and the others say which one it was, and why."""
-    (tmp_path / "run.yaml").write_text("{batch_rows: 4}")
+    (tmp_path / "run.yaml").write_text("{batch_rows: 4, student: {surgery: [{op: query_heads, to: 2}]}}")
     first, second = ends(start(tmp_path / "run", [cache, tmp_path / "nothing"], 1, "--mesh.data", "2"), 2)
     assert second.startswith("error: there is no cache here")
     assert re.match(r"error: process 1, on .*, has ended: there is no cache here", first)

@@ -222,6 +222,7 @@ def test_sigterm_ends_with_a_checkpoint(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(loop._Run, "_keep", send)
     run = tmp_path / "run"
     words = ["--run", str(run), "--cache", str(cache), "--steps", "4", "--batch-rows", "2"]
+    words += ["--student.surgery", "[{op: query_heads, to: 2}]"]
     assert __main__.main(words) == 143
     assert load_student(str(run)).step == 2
 
