@@ -1,7 +1,7 @@
 """Checkpoints in: an HF directory or a GGUF file, on a local disk or in a bucket, becomes a `Decoder`.
 
-Loading never builds a decoder twice: its shape comes from `nnx.eval_shape`, and each stacked parameter is filled tensor
-by tensor and then handed over, so that the peak of host memory is the result plus about one stacked parameter.
+Loading never builds a decoder twice: its shape comes from `abstract_decoder`, and each stacked parameter is filled
+tensor by tensor and then handed over, so that the peak of host memory is the result plus about one stacked parameter.
 
 Nothing is guessed. Every tensor of the checkpoint has a place, every parameter is filled, or the load fails with the
 list of those that do not fit.
@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, abstract_decoder
 from models.export import SOURCE_DTYPE
 from models.export import save_pretrained as save_pretrained
 from models.families import config_from_hf, layout_of
@@ -200,7 +200,7 @@ def _planned_fills(
     value and how it is filled."""
     layout = _tied_layout(config, source, layout or layout_of(config))
     source = without_padding(source, layout, config)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
+    graph, abstract = abstract_decoder(config, dtype)
     parameters = dict(nnx.to_flat_state(abstract))
     slots = defaultdict(list)
     for slot in tensor_slots(config, layout):

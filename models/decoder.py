@@ -7,6 +7,7 @@ Source: LLaMA (arXiv 2302.13971), as HF transformers computes it: RMSNorm in flo
 grouped-query attention, gated MLP; what other families add is said where it is done.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -206,13 +207,23 @@ class Decoder(nnx.Module):
         return x, carry, _in_block_order(stacks)
 
 
+@functools.lru_cache(maxsize=64)
+def abstract_decoder(
+    config: ModelConfig, dtype: jnp.dtype | str = "float32"
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """The structure of a decoder of this config, and its parameters' shapes and dtypes without their values.
+
+    Kept: finding it traces every parameter's initialisation. All callers share the state, so none may change it.
+    """
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
+
+
 def with_attention(decoder: Decoder, kernel: Kernel) -> Decoder:
     """The same decoder, its attention computed by this kernel; the parameters are shared."""
     if decoder.config.attention == kernel:
         return decoder
-    config, dtype = replace(decoder.config, attention=kernel), decoder.dtype
-    _, parameters = nnx.split(decoder)
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype=dtype))), parameters)
+    graph, _ = abstract_decoder(replace(decoder.config, attention=kernel), decoder.dtype)
+    return nnx.merge(graph, nnx.state(decoder))
 
 
 def logits_of(

@@ -24,7 +24,7 @@ from models.families import config_to_hf, exported_layout_of
 from models.hf_files import UNFINISHED
 from models.identity import CONFIG, locate_checkpoint
 from models.safetensors_file import TensorToWrite, write_safetensors
-from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, TensorSlot, some, tensor_slots
+from models.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, TensorSlot, slice_on_host, some, tensor_slots
 from models.tokenizer import TOKENIZER_FILES, TextTokenizer, tokenizer_files
 from schemas.errors import CheckpointError
 from schemas.object_path import ObjectPath, Place, locate
@@ -181,7 +181,7 @@ def _to_write(tensors: Mapping[str, list[TensorSlot]], parameters: dict[Any, Any
 
 
 def _stored(slots: list[TensorSlot], parameters: dict[Any, Any]) -> np.ndarray:
-    parts = [slot.store(np.asarray(parameters[slot.path].get_value()[slot.index])) for slot in slots]
+    parts = [slot.store(slice_on_host(parameters[slot.path].get_value(), slot.index)) for slot in slots]
     if (part := slots[0].part) is None:
         return np.ascontiguousarray(parts[0])
     shape = [part.total if axis == part.axis else size for axis, size in enumerate(parts[0].shape)]

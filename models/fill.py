@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from models.runs import TrainedParameters
-from models.sharding import box_of, parameter_sharding
+from models.sharding import box_of, device_copy, parameter_sharding
 from models.tensors import Box, TensorSlot, TensorSource, hull, whole, within
 from schemas.errors import CheckpointError
 
@@ -89,7 +88,7 @@ class ParameterFill:
         """The parameter on its devices. Its own dtype: a router's bias is always float32."""
         parts = self._read(source) if self.trained is None else self._take(self.trained)
         if self.mesh is None:
-            return jnp.asarray(parts[0])
+            return device_copy(parts[0])
         at = {str(box): number for number, box in enumerate(self.boxes)}
         shape = self.like.shape
         sharding = parameter_sharding(self.mesh, self.name, shape)

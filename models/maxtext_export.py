@@ -22,7 +22,7 @@ from models.families import config_to_hf
 from models.identity import CONFIG, locate_checkpoint
 from models.maxtext import ITEMS
 from models.maxtext_names import GEMMAS, SCANNED, Conversion, maxtext_layout
-from models.tensors import TensorSlot, tensor_slots
+from models.tensors import TensorSlot, slice_on_host, tensor_slots
 from models.tokenizer import tokenizer_files
 from schemas.errors import CheckpointError, ConfigError, install_advice
 from schemas.object_path import local_path
@@ -76,7 +76,7 @@ def maxtext_tree(decoder: Decoder) -> dict[str, Any]:
     for slot in tensor_slots(decoder.config, layout):
         if slot.path in parameters and not slot.beside:
             known.add(slot.path)
-            stacks[_array_name(slot)].append(np.asarray(parameters[slot.path].get_value()[slot.index]))
+            stacks[_array_name(slot)].append(slice_on_host(parameters[slot.path].get_value(), slot.index))
     if unknown := ["/".join(map(str, path)) for path in parameters if path not in known]:
         raise CheckpointError(
             "MaxText has no place for some of the parameters",

@@ -57,6 +57,13 @@ OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down", "mlp/gate_bias", "mlp/up_bias", 
 EXPERT_RULES = {name: ("expert", *RULES[name]) for name in OF_EXPERTS}
 
 
+def device_copy(value: np.ndarray | jax.Array) -> jax.Array:
+    """A copy on the default device, or where a JAX array lies. It may be made later: a NumPy array must not change
+    any more. For `jnp.asarray`, `jnp.array` and `jnp.copy`, JAX compiles a program for every shape.
+    """
+    return jax.device_put(value, may_alias=False)
+
+
 def make_mesh(config: TeacherMeshConfig) -> Mesh | None:
     """The mesh of these devices; None for one device, where nothing needs placing.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from models.config import BlockKind, ModelConfig
@@ -157,6 +158,15 @@ class TensorSlot:
         # Of attention a vector has an axis for heads; of experts, one for each of them, as in the files.
         is_vector = str(self.path[-1]).endswith(("norm", "bias")) and "mlp" not in self.path
         return (prod(shape),) if is_vector else shape
+
+
+def slice_on_host(value: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One block's part of a stacked parameter. On a CPU a view, without a compiled program for every shape; of other
+    devices' arrays the slice alone is copied."""
+    devices = value.devices()
+    if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+        return np.asarray(value)[index]
+    return np.asarray(value[index])
 
 
 def tensor_slots(config: ModelConfig, layout: Layout) -> Iterator[TensorSlot]:

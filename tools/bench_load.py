@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
+from models.decoder import abstract_decoder
 from models.families import config_to_hf, layout_of
 from models.safetensors_file import TensorToWrite, header_of
 from models.tensors import INDEX_NAME, tensor_slots
@@ -104,7 +104,7 @@ def write_sparse(folder: Path, model: ModelConfig, shard_bytes: int) -> int:
 
 
 def _tensors(model: ModelConfig) -> dict[str, TensorToWrite]:
-    shapes = dict(nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Decoder(model)))))
+    shapes = dict(nnx.to_flat_state(abstract_decoder(model)[1]))
     found = {}
     for slot in tensor_slots(model, layout_of(model)):
         shape = slot.stored_shape(shapes[slot.path].shape[len(slot.index) :])

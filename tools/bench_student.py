@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from cache_builder.build import build_cache
 from cache_builder.plan import chosen_taps
 from models.checkpoint import read_config
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import abstract_decoder
 from schemas.config import BenchConfig, BuildConfig, DemoConfig, TapConfig, TapsConfig
 from schemas.errors import StorageError
 from schemas.segment import open_cache
@@ -121,7 +120,7 @@ def check_room(folder: Path, model: ModelConfig, builds: Mapping[str, BuildConfi
         sum(part.bytes_per_token for tap in chosen_taps(build, model) for part in tap.parts)
         for build in builds.values()
     )
-    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Decoder(model))))
+    weights = jax.tree.leaves(abstract_decoder(model)[1])
     needed = max(token_bytes) * sizes.row_tokens * sizes.rows + RUN_BYTES_PER_WEIGHT * sum(x.size for x in weights)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -7,12 +7,12 @@ W neurons of an expert, S neurons of the shared expert, V vocabulary.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from models.config import BlockKind, ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, abstract_decoder
+from models.sharding import device_copy
 from schemas.errors import CheckpointError, ConfigError
 
 # Without the axis of the repeats. A norm of single heads has one weight for all of them: `axes_of`.
@@ -125,7 +125,7 @@ def put_together(parts: Parts) -> Decoder:
         CheckpointError: they are not the parameters of its config; names every one that is not.
     """
     config, dtype = parts.config, parts.outer["embed"].dtype
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
+    graph, abstract = abstract_decoder(config, dtype)
     found, stacks = dict(parts.outer), dict[str, list[np.ndarray]]()
     for block, group, _, place in config.places():
         for name, value in parts.blocks[block].items():
@@ -134,7 +134,7 @@ def put_together(parts: Parts) -> Decoder:
     flat = nnx.to_flat_state(abstract)
     expected = {"/".join(map(str, path)): value.shape for path, value in flat}
     check_shapes(expected, {name: value.shape for name, value in found.items()})
-    state = [(path, value.replace(jnp.asarray(found["/".join(map(str, path))]))) for path, value in flat]
+    state = [(path, value.replace(device_copy(found["/".join(map(str, path))]))) for path, value in flat]
     return nnx.merge(graph, nnx.from_flat_state(state))
 
 

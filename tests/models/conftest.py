@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from models.config import BlockKind, LayerGroup, ModelConfig
 from models.decoder import Decoder
+from models.sharding import device_copy
 from schemas.storage import Store
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -32,7 +32,7 @@ def randomized(decoder: Decoder, seed: int = 0) -> Decoder:
         old = np.asarray(value.get_value())
         if str(path[-1]).endswith(("norm", "_bias")):
             old = (old + 0.3 * noise.standard_normal(old.shape)).astype(old.dtype)
-        out.append((path, value.replace(jnp.asarray(old))))
+        out.append((path, value.replace(device_copy(old))))
     return nnx.merge(graph, nnx.from_flat_state(out))
 
 

@@ -1,5 +1,6 @@
 """The decoder against a NumPy forward pass in float64, and what packing, padding and taps must satisfy."""
 
+import functools
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +22,20 @@ MIXED = (
 )
 
 
+@functools.partial(nnx.jit, static_argnames=("taps", "logits"))
+def run(
+    decoder: Decoder,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    taps: tuple[str, ...] = (),
+    logits: bool = True,
+) -> DecoderOutput:
+    """One program for each config and shape, where a call's single operations would be compiled one by one."""
+    return decoder(tokens, positions, segment_ids, taps, logits)
+
+
 def numpy_blocks(decoder: Decoder) -> list[tuple[BlockKind, dict[str, np.ndarray]]]:
     """The parameters of each block in order, by walking the plan: groups, then repeats, then places in the pattern."""
     blocks = []
@@ -28,7 +43,7 @@ def numpy_blocks(decoder: Decoder) -> list[tuple[BlockKind, dict[str, np.ndarray
         for repeat in range(layers.repeats):
             for block, kind in zip(group.blocks, layers.pattern, strict=True):
                 state = nnx.to_flat_state(nnx.state(block, nnx.Param))
-                values = {".".join(map(str, p)): np.float64(v.get_value()[repeat]) for p, v in state}
+                values = {".".join(map(str, p)): np.float64(np.asarray(v.get_value())[repeat]) for p, v in state}
                 blocks.append((kind, values))
     return blocks
 
@@ -101,7 +116,7 @@ def test_against_numpy(tiny_config: ModelConfig, layers: tuple[LayerGroup, ...],
     )
     decoder = randomized(Decoder(config))
     tokens = np.random.default_rng(0).integers(0, 61, 11)
-    out = decoder(jnp.asarray(tokens)[None], taps=("attn_out", "resid", "mlp_out"))
+    out = run(decoder, tokens[None], taps=("attn_out", "resid", "mlp_out"))
     expected = numpy_forward(decoder, tokens)
     # float32 against float64 over at most 7 blocks: measured 2e-6 of values below 10.
     np.testing.assert_allclose(out.logits[0], expected["logits"], atol=2e-5)
@@ -109,77 +124,85 @@ def test_against_numpy(tiny_config: ModelConfig, layers: tuple[LayerGroup, ...],
         np.testing.assert_allclose(tap[:, 0], expected[name], atol=2e-5)
 
 
-def packed(lengths: list[int], width: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+def packed(lengths: list[int], width: int) -> tuple[np.ndarray, np.ndarray]:
     """positions and segment ids of one row with documents of these lengths, then padding."""
     positions = np.concatenate([*(np.arange(n) for n in lengths), np.zeros(width - sum(lengths), int)])
     segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, width - sum(lengths)])
-    return jnp.asarray(positions)[None], jnp.asarray(segments)[None]
+    return positions[None], segments[None]
 
 
 @pytest.mark.parametrize("layers", [(LayerGroup((BlockKind(),), 2),), MIXED], ids=["plain", "window"])
 def test_packed_documents_are_what_they_are_alone(tiny_config: ModelConfig, layers: tuple[LayerGroup, ...]):
     decoder = randomized(Decoder(replace(tiny_config, layers=layers)))
     lengths, width = [7, 1, 9], 20
-    tokens = jax.random.randint(jax.random.key(1), (1, width), 0, 61)
+    tokens = np.random.default_rng(1).integers(0, 61, (1, width))
     positions, segments = packed(lengths, width)
-    together = decoder(tokens, positions, segments, taps=("attn_out", "resid"))
+    together = run(decoder, tokens, positions, segments, taps=("attn_out", "resid"))
     start = 0
     for length in lengths:
-        alone = decoder(tokens[:, start : start + length], taps=("attn_out", "resid"))
+        alone = run(decoder, tokens[:, start : start + length], taps=("attn_out", "resid"))
         place = slice(start, start + length)
         # Matrix products of another width sum in another order; values are below 10.
-        np.testing.assert_allclose(together.logits[:, place], alone.logits, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(together.logits)[:, place], alone.logits, atol=1e-5)
         for name in ("attn_out", "resid"):
-            np.testing.assert_allclose(together.taps[name][:, :, place], alone.taps[name], atol=1e-5)
+            np.testing.assert_allclose(np.asarray(together.taps[name])[:, :, place], alone.taps[name], atol=1e-5)
         start += length
 
 
 @pytest.mark.bits
 def test_padding_changes_nothing(tiny: Decoder):
     positions, segments = packed([6, 5], 16)
-    tokens = jax.random.randint(jax.random.key(2), (1, 16), 1, 61)
-    other = tokens.at[0, 11:].set((tokens[0, 11:] + 17) % 61)
-    first, second = (tiny(x, positions, segments, taps=("resid",)) for x in (tokens, other))
-    np.testing.assert_array_equal(first.logits[:, :11], second.logits[:, :11])
-    np.testing.assert_array_equal(first.taps["resid"][:, :, :11], second.taps["resid"][:, :, :11])
-    assert jnp.isfinite(first.logits).all()
+    tokens = np.random.default_rng(2).integers(1, 61, (1, 16))
+    other = np.where(np.arange(16) < 11, tokens, (tokens + 17) % 61)
+    first, second = (run(tiny, x, positions, segments, taps=("resid",)) for x in (tokens, other))
+    one, two = np.asarray(first.logits), np.asarray(second.logits)
+    np.testing.assert_array_equal(one[:, :11], two[:, :11])
+    assert (one[:, 11:] != two[:, 11:]).any()
+    streams = [np.asarray(out.taps["resid"])[:, :, :11] for out in (first, second)]
+    np.testing.assert_array_equal(*streams)
+    assert np.isfinite(one).all()
 
 
 @pytest.mark.bits
 def test_later_tokens_change_nothing(tiny: Decoder):
-    tokens = jax.random.randint(jax.random.key(3), (1, 12), 0, 61)
-    other = tokens.at[0, 8:].set((tokens[0, 8:] + 5) % 61)
-    np.testing.assert_array_equal(tiny(tokens).logits[:, :8], tiny(other).logits[:, :8])
+    tokens = np.random.default_rng(3).integers(0, 61, (1, 12))
+    other = np.where(np.arange(12) < 8, tokens, (tokens + 5) % 61)
+    first, second = (np.asarray(run(tiny, x).logits) for x in (tokens, other))
+    np.testing.assert_array_equal(first[:, :8], second[:, :8])
 
 
 def test_taps_have_their_shapes_and_add_up(tiny: Decoder):
-    tokens = jnp.zeros((2, 5), jnp.int32)
-    out = tiny(tokens, taps=("attn_out", "resid", "mlp_out"), logits=False)
+    tokens = np.zeros((2, 5), np.int32)
+    out = run(tiny, tokens, taps=("attn_out", "resid", "mlp_out"), logits=False)
     assert out.logits is None
     assert {name: tap.shape for name, tap in out.taps.items()} == {
         "attn_out": (3, 2, 5, 36),
         "resid": (4, 2, 5, 36),
         "mlp_out": (3, 2, 5, 36),
     }
-    resid = out.taps["resid"]
-    np.testing.assert_allclose(resid[1:], resid[:-1] + out.taps["attn_out"] + out.taps["mlp_out"], rtol=1e-6, atol=1e-6)
-    assert tiny(tokens).taps == {}
+    taps = {name: np.asarray(tap) for name, tap in out.taps.items()}
+    resid = taps["resid"]
+    np.testing.assert_allclose(resid[1:], resid[:-1] + taps["attn_out"] + taps["mlp_out"], rtol=1e-6, atol=1e-6)
+    assert run(tiny, tokens).taps == {}
 
 
 @pytest.mark.bits
 @pytest.mark.parametrize("layers", [(LayerGroup((BlockKind(),), 3),), MIXED], ids=["plain", "mixed"])
 def test_skip_last_mlp_leaves_out_that_one_only(tiny_config: ModelConfig, layers: tuple[LayerGroup, ...]):
     decoder = randomized(Decoder(replace(tiny_config, layers=layers)))
-    tokens = jnp.arange(10)[None]
-    context = decoder.context(tokens, jnp.ones_like(tokens))
+    tokens = np.arange(10)[None]
 
     def emit(carry: jax.Array, out: BlockOutput, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         return carry + 1, (index, out)
 
-    x = decoder.embed_tokens(tokens)
-    start = jnp.zeros((), jnp.int32)
-    _, _, (_, whole) = decoder.scan_blocks(x, context, emit, start)
-    last, count, (index, short) = decoder.scan_blocks(x, context, emit, start, skip_last_mlp=True)
+    @functools.partial(jax.jit, static_argnums=1)
+    def scanned(start: jax.Array, skip: bool) -> Any:
+        x = decoder.embed_tokens(tokens)
+        context = decoder.context(tokens, jnp.ones_like(tokens))
+        return decoder.scan_blocks(x, context, emit, start, skip_last_mlp=skip)
+
+    _, _, (_, whole) = jax.tree.map(np.asarray, scanned(np.int32(0), False))
+    last, count, (index, short) = jax.tree.map(np.asarray, scanned(np.int32(0), True))
     depth = decoder.config.num_blocks
     assert count == depth
     np.testing.assert_array_equal(index, np.arange(depth))
@@ -191,7 +214,7 @@ def test_skip_last_mlp_leaves_out_that_one_only(tiny_config: ModelConfig, layers
 
 def test_bfloat16_stays_bfloat16(tiny_config: ModelConfig):
     decoder = Decoder(tiny_config, dtype="bfloat16")
-    out = decoder(jnp.arange(8)[None], taps=("attn_out", "resid", "mlp_out"))
+    out = run(decoder, np.arange(8)[None], taps=("attn_out", "resid", "mlp_out"))
     assert {tap.dtype for tap in out.taps.values()} == {jnp.dtype("bfloat16")}
 
 

@@ -1,6 +1,7 @@
 """Choice of experts, load-balance and z-loss, and the update of biases: against NumPy in double precision, loops and
 all; against other systems' formulas, each with its factor to ours; and against transformers itself."""
 
+import functools
 import json
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -33,6 +34,10 @@ L, B, T, E, K = 2, 3, 5, 6, 4
 Scores = Literal["softmax", "sigmoid", "sigmoid_input"]
 Rule = Literal["ema", "sign"]
 SCORES = ("softmax", "sigmoid", "sigmoid_input")
+# One program for each shape and option, where single operations would be compiled one by one.
+compiled_loss = jax.jit(load_balance_loss, static_argnames=("num_experts", "top_k", "scope"))
+compiled_sums = jax.jit(router_sums)
+load_of = functools.partial(jax.jit(expert_load, static_argnums=2), num_experts=E)
 SCOPES = ("layer", "model", "sequence", "global_batch")
 MASK = np.arange(T) < np.array([5, 2, 0])[:, None]  # a full row, a padded one, one that is padding
 
@@ -236,9 +241,7 @@ def routing(top_k: int = K, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss(probs, ids, mask, scope: Scope, load=None) -> jax.Array:
-    arrays = (jnp.asarray(value) for value in (probs, ids, mask))
-    load = None if load is None else jnp.asarray(load)
-    return load_balance_loss(*arrays, num_experts=probs.shape[-1], top_k=ids.shape[-1], scope=scope, load=load)
+    return compiled_loss(probs, ids, mask, num_experts=probs.shape[-1], top_k=ids.shape[-1], scope=scope, load=load)
 
 
 @pytest.mark.parametrize("top_k", [1, K])
@@ -254,7 +257,7 @@ def test_load_balance_loss_with_the_load_of_more_tokens():
     load = np.random.default_rng(3).integers(0, 50, (L, E)).astype(np.float32)
     expected = loss_by_hand(probs, ids, MASK, "global_batch", load)
     np.testing.assert_allclose(loss(probs, ids, MASK, "global_batch", load), expected, rtol=1e-6)
-    own = np.stack([expert_load(jnp.asarray(block), jnp.asarray(MASK), E) for block in ids])
+    own = np.stack([load_of(block, MASK) for block in ids])
     assert own.sum() == MASK.sum() * K * L
     assert loss(probs, ids, MASK, "global_batch", own) == loss(probs, ids, MASK, "layer")
 
@@ -263,7 +266,7 @@ def test_the_gradient_is_that_of_the_mean_probability():
     """The load has none: dL/dP = E f / tokens, in every block over L."""
     probs, ids = routing()
     found = jax.grad(lambda p: loss(p, ids, MASK, "layer"))(jnp.asarray(probs))
-    load = np.stack([expert_load(jnp.asarray(block), jnp.asarray(MASK), E) for block in ids])
+    load = np.stack([load_of(block, MASK) for block in ids])
     share = load / load.sum(-1, keepdims=True)
     expected = np.where(MASK[None, ..., None], E * share[:, None, None] / MASK.sum() / L, 0.0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -334,7 +337,7 @@ def test_the_order_of_tokens_rows_and_experts_does_not_matter(scope: Scope):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_nothing_but_padding_costs_nothing(scope: Scope):
     probs, ids = routing()
-    value, gradient = jax.value_and_grad(lambda p: loss(p, ids, np.zeros_like(MASK), scope))(jnp.asarray(probs))
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, ids, np.zeros_like(MASK), scope)))(probs)
     assert value == 0.0
     np.testing.assert_array_equal(gradient, np.zeros_like(probs))
 
@@ -456,7 +459,7 @@ def test_maxtext_is_top_k_times_ours_of_a_sequence():
 def test_qwens_is_ours_with_the_whole_batchs_load():
     """The mean over equal micro-batches; and with the whole load it is what one large batch has."""
     probs, ids = routing()
-    load = np.stack([expert_load(jnp.asarray(block), jnp.asarray(EVERYWHERE), E) for block in ids])
+    load = np.stack([load_of(block, EVERYWHERE) for block in ids])
     parts = [loss(probs[:, [row]], ids[:, [row]], EVERYWHERE[[row]], "global_batch", load) for row in range(B)]
     expected = np.mean([qwen_loss(list(probs[at]), list(ids[at])) for at in range(L)])
     np.testing.assert_allclose(np.mean(parts), expected, rtol=1e-6)
@@ -473,9 +476,10 @@ def test_transformers_itself():
         ids, _ = select_experts(logits, None, top_k=top_k)
         return top_k * loss(router_probs(logits, "softmax"), ids, mask, "model")
 
+    of = jax.jit(jax.value_and_grad(ours), static_argnums=1)
     for case in golden["cases"]:
         real = mask if case["masked"] else np.ones_like(mask)
-        value, gradient = jax.value_and_grad(ours)(logits, case["top_k"], real)
+        value, gradient = of(logits, case["top_k"], real)
         np.testing.assert_allclose(value, case["loss"], rtol=1e-6)
         np.testing.assert_allclose(gradient, case["gradient"], rtol=1e-4, atol=1e-8)
 
@@ -486,7 +490,7 @@ def test_transformers_itself():
 def test_router_sums_are_those_by_hand():
     logits = normals(B, T, E)
     router = route(jnp.asarray(logits), None, MoeConfig(E, K, 8))
-    found = router_sums(router, jnp.asarray(MASK))
+    found = compiled_sums(router, MASK)
     real = wide(logits)[MASK]
     probs = softmax(real)
     np.testing.assert_array_equal(found.load, np.bincount(np.asarray(router.ids)[MASK].ravel(), minlength=E))
@@ -497,11 +501,12 @@ def test_router_sums_are_those_by_hand():
 
 
 def test_router_sums_add_up_over_rows_and_blocks():
-    router = route(jnp.asarray(normals(L, B, T, E)), None, MoeConfig(E, K, 8))
-    mask = jnp.broadcast_to(MASK, (L, B, T))
-    whole = router_sums(router, mask)
+    routed = route(jnp.asarray(normals(L, B, T, E)), None, MoeConfig(E, K, 8))
+    router = RouterOutput(*map(np.asarray, routed[:4]))
+    mask = np.broadcast_to(MASK, (L, B, T))
+    whole = compiled_sums(router, mask)
     parts = [
-        router_sums(RouterOutput(*(value[at, row] for value in router[:4])), mask[at, row])
+        compiled_sums(RouterOutput(*(value[at, row] for value in router[:4])), mask[at, row])
         for at in range(L)
         for row in range(B)
     ]
@@ -516,7 +521,7 @@ def test_router_sums_of_certain_routers_and_of_padding():
     ids = jnp.ones((B, T, 1), jnp.int32)
     real = jnp.asarray(MASK)[..., None]
     router = RouterOutput(jnp.where(real, 0.0, nan), jnp.where(real, probs, nan), jnp.where(real, ids, 77), probs)
-    found = router_sums(router, jnp.asarray(MASK))
+    found = compiled_sums(router, MASK)
     assert found.entropy == 0.0
     np.testing.assert_allclose(found.z, MASK.sum() * np.log(E) ** 2, rtol=1e-6)
     np.testing.assert_array_equal(found.probs, np.eye(E)[1] * MASK.sum())
@@ -536,15 +541,14 @@ def test_router_z_loss_is_the_one_computed_by_hand():
 def test_the_z_loss_of_padding_has_neither_value_nor_gradient():
     real = MASK[..., None]
     logits = normals(B, T, E)
-    of = jax.value_and_grad(lambda x: router_z_loss(x, jnp.asarray(MASK)))
-    value, gradient = of(jnp.asarray(np.where(real, logits, 0.0)))
+    of = jax.jit(jax.value_and_grad(lambda x: router_z_loss(x, jnp.asarray(MASK))))
+    summed = jax.jit(jax.grad(lambda x: router_sums(route(x, None, MoeConfig(E, K, 8)), jnp.asarray(MASK)).z))
+    value, gradient = of(np.where(real, logits, 0.0))
     for garbage in (np.nan, np.inf, -1e30):
-        found, slope = of(jnp.asarray(np.where(real, logits, np.float32(garbage))))
+        found, slope = of(np.where(real, logits, np.float32(garbage)))
         assert found == value
         np.testing.assert_array_equal(slope, gradient)
-        slope = jax.grad(lambda x: router_sums(route(x, None, MoeConfig(E, K, 8)), jnp.asarray(MASK)).z)(
-            jnp.asarray(np.where(real, logits, np.float32(garbage)))
-        )
+        slope = summed(np.where(real, logits, np.float32(garbage)))
         np.testing.assert_allclose(slope, np.asarray(gradient) * MASK.sum(), rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(gradient)[~MASK], 0.0)
 
