@@ -4,14 +4,18 @@ python tests/golden/make_bfloat16.py
 
 Writes `bfloat16.json`: of every directory here with bfloat16 weights and expected values (see goldens.py), the median
 over tokens of `|x - truth| / |truth|`, averaged over all slots of `resid` but the first. Attention runs through
-`scaled_dot_product_attention` where the family has it, the more exact of transformers' two.
+`scaled_dot_product_attention` where the family has it, the more exact of transformers' two. Also
+`bfloat16_deep.json`: the same of the models of 12 and 24 blocks of `deep_models.py`, a figure for each seed. The
+repository is on PYTHONPATH.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
-from goldens import HERE, forward
+from deep_models import DEEP, DEPTHS, SEEDS, deep_tokens, save_deep
+from goldens import EAGER, HERE, forward
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +48,19 @@ def main() -> None:
         found = forward(open_model(folder), expected["tokens"].long())
         errors[folder.name] = median_error(found["resid"], expected["resid"])
     (HERE / "bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
+    (HERE / "bfloat16_deep.json").write_text(json.dumps(deep_errors(), indent=1) + "\n")
+
+
+def deep_errors() -> dict[str, list[float]]:
+    """`<family>-<blocks>` -> transformers' error for each seed."""
+    errors: dict[str, list[float]] = {}
+    for name, depth, seed in ((name, depth, seed) for name in DEEP for depth in DEPTHS for seed in SEEDS):
+        with tempfile.TemporaryDirectory() as folder:
+            saved, tokens = save_deep(Path(folder) / "m", name, depth, seed), torch.from_numpy(deep_tokens(seed))
+            truth = forward(AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, **EAGER).eval(), tokens)
+            found = forward(open_model(saved).eval(), tokens)
+        errors.setdefault(f"{name}-{depth}", []).append(median_error(found["resid"], truth["resid"]))
+    return errors
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from models.checkpoint import load_pretrained
 from models.config import RopeConfig
 from models.experts import gated
 from models.rope import rope_tables, rotate
+from tests.golden.deep_models import SEEDS, deep_tokens, save_deep
 from tests.models.conftest import GOLDEN
 
 PEER: dict[str, float] = json.loads((GOLDEN / "bfloat16.json").read_text())
@@ -51,3 +53,39 @@ def test_rotation_and_gate_round_once():
     exact = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     found = gated(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+DEEP_PEER: dict[str, list[float]] = json.loads((GOLDEN / "bfloat16_deep.json").read_text())
+
+
+def deep_error(name: str, depth: int, seed: int, folder: Path) -> float:
+    """Of a model of so many blocks, as `median_error`; the truth is the same decoder in float32 (test_parity.py)."""
+    saved, tokens = save_deep(folder, name, depth, seed), jnp.asarray(deep_tokens(seed))
+
+    def resid(dtype: str) -> np.ndarray:
+        graph, state = nnx.split(load_pretrained(saved, dtype=dtype))
+        run = jax.jit(lambda state: nnx.merge(graph, state)(tokens, taps=("resid",), logits=False).taps["resid"])
+        return np.asarray(run(state), np.float32)
+
+    truth = resid("float32")
+    error = np.linalg.norm(resid("bfloat16") - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
+    return float(np.mean(np.median(error[1:].reshape(depth, -1), axis=1)))
+
+
+def deep_ratio(key: str, folder: Path) -> float:
+    """Our error over transformers', the geometric mean over all seeds."""
+    name, depth = key.rsplit("-", 1)
+    ours = [deep_error(name, int(depth), seed, folder / f"{key}-{seed}") for seed in SEEDS]
+    return float(np.exp(np.mean(np.log(np.divide(ours, DEEP_PEER[key])))))
+
+
+def test_a_deep_stack_is_nearer_to_the_truth_than_transformers(tmp_path: Path):
+    assert deep_ratio("llama_tied-12", tmp_path) < 0.95
+
+
+@pytest.mark.slow
+def test_no_family_is_further_from_the_truth_in_deep_stacks(tmp_path: Path):
+    """Of 12 and 24 blocks. Single seeds differ by a tenth in either direction, so families may by half of that."""
+    ratios = [deep_ratio(key, tmp_path) for key in DEEP_PEER]
+    assert max(ratios) < 1.1
+    assert np.exp(np.mean(np.log(ratios))) < 0.97
