@@ -5,7 +5,7 @@ The description of each field is its help text (`distillcache build --help`); it
 
 import re
 from datetime import date
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -79,7 +79,24 @@ class DataConfig(Config):
         raise ValueError("a day is written as 2025-01-31")
 
 
-class PrepareConfig(Config):
+class SharedWork(Config):
+    """Work that several processes share, each with a number of its own; one too high would have nothing to do."""
+
+    @model_validator(mode="after")
+    def _is_one_of_the_processes(self) -> Self:
+        if self.process_id >= self.num_processes:
+            raise ValueError(
+                f"process_id is {self.process_id}, and num_processes {self.num_processes}: "
+                f"numbers go from 0 to {self.num_processes - 1}"
+            )
+        return self
+
+    if TYPE_CHECKING:  # each has its own, with its own description and its place in --help
+        process_id: int = 0
+        num_processes: int = 1
+
+
+class PrepareConfig(SharedWork):
     """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
 
     out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
@@ -95,7 +112,7 @@ class PrepareConfig(Config):
     storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
-class BuildConfig(Config):
+class BuildConfig(SharedWork):
     """A teacher and text in, a cache out."""
 
     usual: ClassVar = (
@@ -200,7 +217,7 @@ class CopyTapsConfig(Config):
     )
 
 
-class CopyConfig(Config):
+class CopyConfig(SharedWork):
     """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
 
     A tap is kept, bit for bit, unless it is given a codec.

@@ -396,3 +396,19 @@ def test_forms_are_asked_for_in_plain_words() -> None:
     with pytest.raises(ConfigError) as caught:
         parse(TrainConfig, ["--run", "r", "--profile", "steps=3"], "distillcache train")
     assert caught.value.facts["profile"] == "should be steps=10:13 (found 'steps=3')"
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        (PrepareConfig, {"out": "o", "data": {"path": "d"}}),
+        (BuildConfig, {"cache": "c", "teacher": {"path": "t"}, "data": {"path": "d"}}),
+        (CopyConfig, {"src": "a", "dst": "b"}),
+    ],
+)
+def test_a_process_that_is_none_of_those_there_are_is_refused(model: type[Config], values: dict[str, Any]) -> None:
+    """It would have nothing to do, and would look for what the others do."""
+    assert validate(model, values | {"process_id": 1, "num_processes": 2}, "x").model_dump()["process_id"] == 1
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        validate(model, values | {"process_id": 3}, "x")
+    assert caught.value.facts["config"] == "process_id is 3, and num_processes 1: numbers go from 0 to 0"
