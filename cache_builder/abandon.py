@@ -34,13 +34,17 @@ def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) 
             "finish it: the same command without --abandon",
         )
     number = len(manifest.segments)
-    name = re.compile(rf"segments/({number:04d}(?:-[0-9a-f]{{{NAME_DIGITS}}}|\.prepared)?)/")
+    name = re.compile(
+        rf"segments/({number:04d}(?:-[0-9a-f]{{{NAME_DIGITS}}}|\.prepared)?)(?:/|$)"
+    )  # a folder that is a link is a key
     keys = [key for key in store.keys(f"segments/{number:04d}") if name.match(key)]
     if not keys:
         return
     folders = sorted({match[0].rstrip("/") for key in keys if (match := name.match(key))})
     _refuse_live_builders(store, folders, [key for key in keys if "/claims/" in key], expiry_s)
-    for folder in folders:
+    for link in (key for key in keys if key in folders):  # a folder that is a link is a key
+        store.delete(link)  # nothing of its target
+    for folder in (folder for folder in folders if folder not in keys):
         _delete_segment(store, folder, [key for key in keys if key.startswith(f"{folder}/")])
     store.remove_stale_locks()
     for folder in folders:

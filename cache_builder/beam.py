@@ -17,8 +17,10 @@ from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ign
 
 from cache_builder.prepare import begin_rows
 from cache_builder.rows_files import RowsJob, RowsPlanned, plan_rows
+from cache_builder.rows_place import keeping_rows, remove_mark
 from cache_builder.shared_prepare import finish_rows, gather_streams, write_packed
 from cache_builder.token_parts import (
+    UNFINISHED,
     PartsStream,
     StreamIndex,
     Unfinished,
@@ -29,7 +31,7 @@ from cache_builder.token_parts import (
 )
 from models.tokenizer import TextTokenizer
 from schemas.config import PrepareConfig
-from schemas.rows import INDEX_KEY, RowReader, RowsIndex
+from schemas.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
 from schemas.storage import Store, use
 
 
@@ -53,6 +55,7 @@ def prepare_with_beam(
     job = begin_rows(config, tokenizer, rows_per_file)
     if isinstance(job, RowsIndex):
         return job
+    keeping_rows(Store(config.out), job_fingerprint(job)).put_once(TOKENIZER_KEY, job.tokenizer.to_json().encode())
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         add_steps(pipeline, config, job)
     return RowReader(Store(config.out)).index
@@ -87,7 +90,8 @@ class _Step(beam.DoFn):
 
     def setup(self) -> None:
         use(self._config.storage)
-        self._folder = Unfinished(Store(self._config.out), job_fingerprint(self._job))
+        fingerprint = job_fingerprint(self._job)
+        self._folder = Unfinished(keeping_rows(Store(self._config.out), fingerprint), fingerprint)
         self._streams: tuple[PartsStream, RowsPlanned, StreamIndex] | None = None
 
     def _planned(self) -> tuple[PartsStream, RowsPlanned, StreamIndex]:
@@ -123,4 +127,7 @@ class _Finish(_Step):
     def process(self, _: int) -> Iterator[int]:
         if self._folder.store.read(INDEX_KEY) is None:  # a runner may do a step twice
             finish_rows(self._folder, *self._planned())
+            store = Store(self._config.out)
+            store.delete_folder(UNFINISHED)
+            remove_mark(store)
         yield 0

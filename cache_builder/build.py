@@ -51,6 +51,7 @@ from schemas.errors import (
     DamageError,
     DistillcacheError,
     InputError,
+    PlaceLostError,
     PlanMismatchError,
     StorageError,
 )
@@ -354,6 +355,8 @@ def _prepare(store: Store, config: PrepareConfig, tokenizer: TextTokenizer, fold
     """Prepare rows inside the cache. Without a plan, what lies there belongs to a build that never began."""
     try:
         prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
+    except PlaceLostError as error:  # finished or deleted by others: `unless_finished` looks which
+        raise StorageError(error.what, error.facts, error.next) from error
     except PlanMismatchError:  # another text of the same length
         if planned:
             raise

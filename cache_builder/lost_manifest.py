@@ -15,11 +15,11 @@ from schemas import layout
 from schemas.agreement import check_stats
 from schemas.canonical import from_canonical, to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DamageError
+from schemas.errors import DamageError, PlaceLostError
 from schemas.index import record_dtype
 from schemas.manifest import Manifest, Stats
 from schemas.rows import unpack_rows
-from schemas.segment import segment_number
+from schemas.segment import read_manifest, segment_number
 from schemas.storage import Store
 
 
@@ -53,7 +53,28 @@ def rebuild_manifest(
             found = Finding(what="damaged", object=wrong, detail="not what the plan and the teacher give")
             raise _cannot_be_made_again(survey.store, [*lost, found])
     manifest = _manifest_of(survey.store, views)
-    survey.store.write(layout.MANIFEST, to_canonical(manifest))
+    placed = survey.store.guarded(lambda: _check_unchanged(survey.store, manifest, views))
+    _, generation = survey.store.read_with_generation(layout.MANIFEST)  # damaged bytes, or none
+    if not placed.replace_whole(layout.MANIFEST, to_canonical(manifest), generation):
+        raise _place_lost(survey.store)
+
+
+def _check_unchanged(store: Store, manifest: Manifest, views: Sequence[SegmentView]) -> None:
+    """Raise `PlaceLostError` where the plans and indexes are others by now, or another process wrote a manifest."""
+    try:
+        written = read_manifest(store) is not None
+    except DamageError:
+        written = False
+    if written or _manifest_of(store, views) != manifest:
+        raise _place_lost(store)
+
+
+def _place_lost(store: Store) -> PlaceLostError:
+    return PlaceLostError(
+        "the cache was deleted, built anew or repaired while this repair went on or was paused",
+        {"cache": store.url},
+        "nothing was written; run the command again",
+    )
 
 
 def _manifest_of(store: Store, views: Sequence[SegmentView]) -> Manifest:

@@ -1,9 +1,10 @@
 """Making a damaged segment whole, whoever makes its numbers again: the teacher (repair.py) or a copy's source.
 
-The manifest stays true throughout: readers find the committed bytes or an error. What is made again is written only
-where it agrees with the digests that were committed. A shard whose index record is lost leaves a receipt, and every
-shard does if stats.json is lost (it is a sum over all of them); so an interrupted repair goes on. The index and the
-statistics are written last, each at once.
+The manifest stays true throughout: readers find the committed bytes or an error. Every write asks first whether the
+manifest still lists the segment as it was checked, and writes nothing over equal bytes. What is made again is written
+only where it agrees with the digests that were committed. A shard whose index record is lost leaves a receipt, and
+every shard does if stats.json is lost (it is a sum over all of them); so an interrupted repair goes on. The index and
+the statistics are written last, each at once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -22,12 +23,12 @@ from models.describe import describe_numerics
 from schemas import layout
 from schemas.canonical import to_canonical
 from schemas.digest import digest_bytes
-from schemas.errors import DamageError, PlanMismatchError
+from schemas.errors import DamageError, DistillcacheError, PlaceLostError, PlanMismatchError
 from schemas.index import encode_record, record_dtype
 from schemas.manifest import Manifest, NumericsPlan, Plan, SegmentEntry, ShardReceipt, Stats
 from schemas.progress import Progress
 from schemas.rows import Row
-from schemas.segment import read_receipt, segment_number
+from schemas.segment import read_manifest, read_receipt, segment_number
 from schemas.signals import StopRequest
 from schemas.storage import Store
 
@@ -36,6 +37,7 @@ from schemas.storage import Store
 class Damage:
     """What is wrong with a finished segment, sorted by what it takes to repair it.
 
+    store: raises where the segment is another's by now (`check_listed`).
     keys: the damaged objects. shards: those whose objects, rows or index records are damaged.
     unindexed: shards whose index records are lost, all where the index is another one's. stats: whether stats.json is.
     """
@@ -66,7 +68,7 @@ class Damage:
         if any(finding.what == "stale" for finding in index):
             unindexed = frozenset(range(view.plan.num_shards))
         return cls(
-            store,
+            store.guarded(lambda: check_listed(store, entry, manifest.tokenizer_digest)),
             view,
             entry,
             manifest,
@@ -104,6 +106,21 @@ class Damage:
         return receipt
 
 
+def check_listed(store: Store, entry: SegmentEntry, tokenizer_digest: str) -> None:
+    """Raise `PlaceLostError` unless the manifest lists the segment as it did when it was checked.
+
+    So a repair that was paused while its cache was deleted, or built anew with another plan, writes nothing there.
+    """
+    now = read_manifest(store)
+    if now is not None and entry in now.segments and now.tokenizer_digest == tokenizer_digest:
+        return
+    raise PlaceLostError(
+        "the cache that is repaired was deleted or built anew while the repair went on or was paused",
+        {"cache": store.url, "segment": entry.segment},
+        "nothing more was written; run the command again if what is there now is to be repaired",
+    )
+
+
 class Maker(Protocol):
     """Makes what a segment holds again."""
 
@@ -127,9 +144,18 @@ def mend_segment(damage: Damage, maker: Maker, stop: StopRequest, max_bytes: int
         max_bytes: made and not yet stored, at most.
 
     Raises:
-        PlanMismatchError: what is made now is not what was committed.
+        PlanMismatchError: what is made now is not what was committed; the cache is another one by now.
         Interrupted: SIGTERM or SIGINT; doing the same again goes on.
     """
+    try:
+        _mend(damage, maker, stop, max_bytes)
+    except DistillcacheError:
+        damage.store.check_may_write()  # a cache that is replaced meanwhile fails in many ways: this is why
+        raise
+
+
+def _mend(damage: Damage, maker: Maker, stop: StopRequest, max_bytes: int) -> None:
+    """`mend_segment`, whose errors may have the reason that the cache is another one by now."""
     _restore_fixed_files(damage, maker)
     shards = damage.shards | damage.needing_receipts
     shards -= {shard for shard in damage.needing_receipts if _is_repaired(damage, shard)}
@@ -150,7 +176,7 @@ def _restore_fixed_files(damage: Damage, maker: Maker) -> None:
     for key, value in maker.fixed_files().items() if made_again else ():
         if key in made_again:
             _require_same(damage, key, digest_bytes(value) == digests[key])
-            damage.store.write(key, value)
+            damage.store.put_once(key, value)
 
 
 def _is_repaired(damage: Damage, shard: int) -> bool:
@@ -214,7 +240,7 @@ def _put_back(damage: Damage, buffer: ShardBuffer) -> None:
 
     def put(key: str, data: bytes) -> None:
         if unindexed or key in damage.keys:
-            store.write(key, data)
+            store.put_once(key, data)  # another repairer may have been there meanwhile
 
     encode_shard(buffer, put)
     if shard in damage.needing_receipts:
@@ -232,7 +258,7 @@ def _restore_index(damage: Damage) -> None:
         for shard in range(damage.plan.num_shards)
     )
     _require_same(damage, key, digest_bytes(index) == damage.entry.index_digest)
-    damage.store.write(key, index)
+    damage.store.put_once(key, index)
 
 
 def _restore_stats(damage: Damage) -> None:
@@ -242,7 +268,7 @@ def _restore_stats(damage: Damage) -> None:
     receipts = [damage.receipt(shard) for shard in range(damage.plan.num_shards)]
     stats = to_canonical(Stats(taps=total_stats(receipts)))
     _require_same(damage, key, digest_bytes(stats) == damage.entry.files["stats.json"])
-    damage.store.write(key, stats)
+    damage.store.put_once(key, stats)
 
 
 def _require_same(damage: Damage, what: str, same: bool) -> None:

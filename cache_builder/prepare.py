@@ -19,15 +19,16 @@ import xxhash
 from cache_builder.inputs import InputReader, input_files, named_kind
 from cache_builder.packing import SpooledStream, count_begins
 from cache_builder.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
+from cache_builder.rows_place import is_place_of, keeping_rows, remove_mark, take_place
 from cache_builder.shared_prepare import KB, Share, prepare_shared, stop_if_asked
 from cache_builder.skipped import Skipped
 from cache_builder.text_digest import known_digest, remember_inputs, total_digest
-from cache_builder.token_parts import UNFINISHED
+from cache_builder.token_parts import UNFINISHED, job_fingerprint
 from cache_builder.tokenise import Pace
 from models.tokenizer import TextTokenizer, load_tokenizer
 from schemas.canonical import from_canonical
 from schemas.config import DataConfig, PrepareConfig
-from schemas.errors import ConfigError, DistillcacheError, PlanMismatchError, StorageError
+from schemas.errors import ConfigError, DistillcacheError, PlaceLostError, PlanMismatchError, StorageError
 from schemas.progress import Progress
 from schemas.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
 from schemas.signals import StopRequest, watch_for_stop
@@ -35,6 +36,8 @@ from schemas.storage import Store, is_url, use
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
 PIECEWISE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
+
+WORKER_ENDS_S = 30.0  # a worker looks every few seconds whether the rows are finished, or it is to stop
 
 # What a user may have changed, and how the message about it names it.
 _COMPARED = (
@@ -74,19 +77,40 @@ def prepare_rows(
     if isinstance(job, RowsIndex):
         return job
     store = Store(config.out)
-    size, processes = sum(file.size for file in job.files), config.num_processes * config.workers
-    with watch_for_stop() as stop:
-        if size < (PIECEWISE_BYTES if processes == 1 else shared_from_bytes):
-            index, skipped = _prepare_alone(store, job, stop)
-            if commit_index(store, index, skipped):
-                return index
-            text_digest = index.text_digest
-        else:
-            text_digest = _prepare_together(store, job, config, stop)
+    try:
+        keeping_rows(store, job_fingerprint(job)).put_once(TOKENIZER_KEY, job.tokenizer.to_json().encode())
+        text_digest = _prepare(store, job, config, shared_from_bytes)
+    except PlaceLostError:
+        _remove_own(store, job)
+        found = finished_rows(store, config.data, job.tokenizer)
+        if found is None:
+            raise
+        return found
     finished = finished_rows(store, config.data, job.tokenizer, text_digest)  # perhaps another process's
     if finished is None:
         raise StorageError("rows vanished while they were prepared", {"missing": store.where(INDEX_KEY)})
     return finished
+
+
+def _prepare(store: Store, job: RowsJob, config: PrepareConfig, shared_from_bytes: int) -> str | None:
+    """Make the rows. Returns: the text's digest, where this process learnt it."""
+    size, processes = sum(file.size for file in job.files), config.num_processes * config.workers
+    with watch_for_stop() as stop:
+        if size < (PIECEWISE_BYTES if processes == 1 else shared_from_bytes):
+            placed = keeping_rows(store, job_fingerprint(job))
+            index, skipped = _prepare_alone(placed, job, stop)
+            commit_index(placed, index, skipped)
+            return index.text_digest
+        return _prepare_together(store, job, config, stop)
+
+
+def _remove_own(store: Store, job: RowsJob) -> None:
+    """Remove what this process left in a folder that is another's now, or gone, or finished."""
+    fingerprint, finished = job_fingerprint(job), store.read(INDEX_KEY) is not None
+    if is_place_of(store, fingerprint) and finished:
+        remove_mark(store)
+    if finished or not is_place_of(store, fingerprint):
+        store.delete_folder(f"{UNFINISHED}/{fingerprint}")
 
 
 def begin_rows(
@@ -100,10 +124,11 @@ def begin_rows(
     if finished is not None:
         return finished
     store.clear_stale_locks()
-    # First, since it is small: a place that cannot be written shows before the long work.
-    store.write(TOKENIZER_KEY, tokenizer.to_json().encode())
     rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
-    return RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)
+    job = RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)
+    # First, since it is small: a place that cannot be written shows before the long work.
+    take_place(store, job_fingerprint(job))
+    return job
 
 
 def open_rows(data: DataConfig) -> RowReader | None:
@@ -219,7 +244,9 @@ def _prepare_together(store: Store, job: RowsJob, config: PrepareConfig, stop: S
             worker.terminate()
         raise
     finally:
-        for worker in workers:
+        for worker in workers:  # they have nothing to do any more, so one that is stuck or paused is not waited for
+            worker.join(WORKER_ENDS_S)
+            worker.kill()
             worker.join()
 
 
@@ -272,6 +299,7 @@ def finished_rows(
         )
     if text_digest is None:  # a crash at the very end leaves it
         store.delete_folder(UNFINISHED)
+    remove_mark(store)
     return index
 
 

@@ -11,7 +11,7 @@ A copied segment has its source, not the teacher: `distillcache copy --repair` (
 import sys
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,7 +22,7 @@ from cache_builder.finding import Finding
 from cache_builder.finish import BUILD_FOLDERS, tidy
 from cache_builder.fixed import fixed_files
 from cache_builder.lost_manifest import lost_files, rebuild_manifest
-from cache_builder.mend import Damage, mend_segment
+from cache_builder.mend import Damage, check_listed, mend_segment
 from cache_builder.pieces import Batches, Pieces, RowSource
 from cache_builder.pipeline import ShardWriter
 from cache_builder.prepare import open_rows
@@ -41,7 +41,7 @@ from schemas.errors import ConfigError, InputError, PlanMismatchError
 from schemas.manifest import Manifest, Plan
 from schemas.progress import Progress
 from schemas.rows import Row, decode_row, unpack_rows
-from schemas.segment import no_cache, read_plan, segment_names
+from schemas.segment import check_place, no_cache, read_plan, segment_names
 from schemas.settings import merge, validate
 from schemas.signals import watch_for_stop
 from schemas.storage import LOCK_SUFFIX, Store, use
@@ -140,13 +140,13 @@ def check_whole(store: Store) -> tuple[Survey, list[Finding]]:
 def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
     """Make damaged shards of an unfinished segment uncommitted, so that the build takes them up again."""
     for view in survey.segments:
-        plan = view.plan
+        plan, store = view.plan, survey.store.guarded(partial(check_place, survey.store, view.plan))
         mine = [each.shard for each in findings if each.segment == plan.segment and view.shards is not None]
         for shard in {shard for shard in mine if shard is not None}:
-            survey.store.delete(layout.receipt_key(plan.segment, shard))
+            store.delete(layout.receipt_key(plan.segment, shard))
             # Its builder may be alive and hold it as done; that would have to expire first.
             piece = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
-            survey.store.delete(layout.claim_key(plan.segment, piece))
+            store.delete(layout.claim_key(plan.segment, piece))
 
 
 def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
@@ -163,8 +163,9 @@ def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
 def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequence[Damage]) -> None:
     """Remove what building left behind, and say on standard error what was repaired and what stays as it is."""
     for view in survey.segments:
-        if view.entry is not None:
-            tidy(survey.store, view.plan)
+        if view.entry is not None and survey.manifest is not None:
+            listed = partial(check_listed, survey.store, view.entry, survey.manifest.tokenizer_digest)
+            tidy(survey.store.guarded(listed), view.plan)
     keys, shards = sum(len(damage.keys) for damage in repaired), sum(len(damage.shards) for damage in repaired)
     print(f"repaired: {keys} files, {shards} shards", file=sys.stderr)
     for finding in findings:

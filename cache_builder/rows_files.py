@@ -174,13 +174,16 @@ def rows_index(
     )
 
 
-def commit_index(store: Store, index: RowsIndex, skipped: Sequence[Skipped]) -> bool:
+def commit_index(store: Store, index: RowsIndex, skipped: Sequence[Skipped]) -> None:
     """Write the list of what was skipped, then `rows.json`, which makes the rows exist.
 
-    Returns: False where another process was first.
+    Where another process was first, its `rows.json` stays.
+
+    Args:
+        store: for writing these rows with (rows_place.py); it does so no more afterwards.
     """
     write_skipped(store, skipped)
-    return store.create(INDEX_KEY, to_canonical(index))
+    store.create(INDEX_KEY, to_canonical(index))
 
 
 def _read_ahead(store: Store, keys: Sequence[str]) -> Iterator[bytes | None]:

@@ -22,6 +22,7 @@ from cache_builder.rows_files import (
     stored_content_digest,
     write_rows_file,
 )
+from cache_builder.rows_place import keeping_rows, remove_mark
 from cache_builder.text_digest import remember_inputs, total_digest
 from cache_builder.token_parts import (
     UNFINISHED,
@@ -38,7 +39,7 @@ from cache_builder.token_parts import (
 )
 from schemas.canonical import from_canonical, to_canonical
 from schemas.claims import Claims
-from schemas.errors import DamageError, Interrupted, StorageError
+from schemas.errors import DamageError, Interrupted, PlaceLostError, StorageError
 from schemas.progress import Progress
 from schemas.rows import INDEX_KEY, RowsFile
 from schemas.signals import StopRequest
@@ -76,13 +77,14 @@ def prepare_shared(store: Store, job: RowsJob, share: Share, stop: StopRequest, 
             digest = work.through()
         except PartsGone:
             pass
-        except (StorageError, DamageError):  # over what another process has tidied up, perhaps
+        except (StorageError, DamageError, PlaceLostError):  # over what another process has tidied up, perhaps
             if store.read(INDEX_KEY) is None:
                 raise
         finally:
             work.claims.close()
         if store.read(INDEX_KEY) is not None:
             store.delete_folder(UNFINISHED)  # what came late may have begun it anew
+            remove_mark(store)
             return digest
     raise StorageError(
         "the unfinished folder is deleted again and again",
@@ -96,7 +98,8 @@ class _Work:
 
     def __init__(self, store: Store, job: RowsJob, share: Share, stop: StopRequest, quiet: bool) -> None:
         self._store, self._job, self._share, self._stop, self._quiet = store, job, share, stop, quiet
-        self._folder = Unfinished(store, job_fingerprint(job))
+        fingerprint = job_fingerprint(job)
+        self._folder = Unfinished(keeping_rows(store, fingerprint), fingerprint)
         self._receipts: dict[int, FileReceipt] = {}
         self.claims = Claims(store, self._folder.fingerprint, share.claim_expiry_s, key=claim_key)
 
@@ -259,7 +262,7 @@ def write_packed(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, 
 
 
 def finish_rows(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, index: StreamIndex) -> None:
-    """The digest of all rows, `rows.json`, and the unfinished folder goes. Safe to repeat."""
+    """The digest of all rows, and `rows.json`. Safe to repeat."""
     job, store = planned.job, folder.store
     with ThreadPoolExecutor(REQUESTS) as pool:
         files = list(pool.map(lambda number: _read_rows_receipt(folder, number), range(planned.num_files)))
@@ -269,7 +272,6 @@ def finish_rows(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, i
     remember_inputs(store, job.files, text_digest)
     skipped = skipped_in(index, job)
     commit_index(store, rows_index(planned, documents, files, content_digest, text_digest, len(skipped)), skipped)
-    store.delete_folder(UNFINISHED)
 
 
 def text_digest_of(index: StreamIndex, job: RowsJob) -> str:

@@ -120,6 +120,9 @@ class _StoredStack:
 
     def _read_once(self, rows: Sequence[int]) -> Parts:
         found, pending = {}, []
+        for part in self._tap.parts:
+            for row in rows:
+                self._segment.check_row_inside(part, row)
         with ts.Batch():
             for part in self._tap.parts:
                 places = np.asarray([place // part.every for place in self._read if place % part.every == 0])

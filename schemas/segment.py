@@ -71,6 +71,7 @@ class Segment:
         self.kept: SmallFiles | None = None  # a reader may set it
         self._prefix = layout.segment_prefix(plan.segment)
         self._whole_index, self._index = False, b""
+        self._inside: set[str] = set()  # objects that no link leads to from elsewhere
         self._records: Remembered[int, Any] = Remembered(RECORDS_KEPT)
         self._rows: Remembered[int, list[bytes]] = Remembered(RECORDS_KEPT)
 
@@ -93,6 +94,24 @@ class Segment:
             self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, part)
         )
         return ts.open(spec, read=True, open=True, assume_metadata=True, context=context or storage.context()).result()
+
+    def check_objects_inside(self, array: str, shard: int, groups: Iterable[int]) -> None:
+        """Raise where a link leads from these objects of an array out of the cache; each is looked at once.
+
+        Args:
+            groups: the numbers of the objects in the shard.
+        """
+        for group in groups:
+            key = layout.object_key(self.plan.segment, array, shard, group)
+            if key not in self._inside:
+                self.store.check_inside(key)
+                self._inside.add(key)
+
+    def check_row_inside(self, part: PartPlan, row: int) -> None:
+        """`check_objects_inside` of all objects that hold a row: before it is read through `open_array`."""
+        if self.store.local is not None:
+            groups = range(len(part.object_ranges()))
+            self.check_objects_inside(part.array, row // self.plan.shard_rows, groups)
 
     def signs(self) -> Signs:
         """The sign vectors of the rotated taps, out of the segment's side file."""

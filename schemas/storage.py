@@ -302,6 +302,7 @@ class Store:
     def delete_keys(self, prefix: str) -> None:
         """Delete every key that starts with `prefix`; in a bucket, many at a time."""
         if self.is_bucket:
+            self._may_write()
             inside = ts.KvStore.KeyRange(prefix, _after(prefix))
             self._ask("cannot be deleted", prefix, lambda: self._kv.delete_range(inside).result())
         else:

@@ -5,6 +5,7 @@ they do: no Python code of theirs runs any more. So a command whose processes wo
 works, passes on what that one prints, and turns such an end into one message and exit code 2.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -27,6 +28,7 @@ RUNTIME = re.compile(
 )
 UNHEALTHY = re.compile(rb"unhealthy|stopped sending heartbeats|missing heartbeat|timed out", re.IGNORECASE)
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
+LAST_WORDS_S = 10.0  # for what a child that has ended printed before
 PR_SET_PDEATHSIG = 1  # prctl(2): die with the parent
 
 
@@ -55,12 +57,12 @@ def supervise(module: str, words: Sequence[str]) -> int:
     try:
         told, hidden = _Told(read), deque[bytes](maxlen=200)
         outputs = ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
-        threads = [threading.Thread(target=_pass_on, args=(*pair, hidden)) for pair in outputs]
+        threads = [threading.Thread(target=_pass_on, args=(*pair, hidden), daemon=True) for pair in outputs]
         for thread in threads:
             thread.start()
         code = child.wait()
-        for thread in threads:
-            thread.join()
+        for thread in threads:  # which would not end while a process that the child left behind keeps its outputs
+            thread.join(LAST_WORDS_S)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -79,24 +81,34 @@ class _Told:
         self._thread.start()
 
     def last(self) -> dict[str, Any]:
-        self._thread.join()
+        self._thread.join(LAST_WORDS_S)
         return self._facts
 
     def _listen(self) -> None:
         with self._stream:
             for line in self._stream:
-                self._facts |= json.loads(line)
+                with contextlib.suppress(ValueError, TypeError):  # a line that the child's end cut off
+                    self._facts |= json.loads(line)
 
 
 def _pass_on(source: IO[bytes], target: IO[bytes], hidden: deque[bytes]) -> None:
-    """Print what the child prints, but for the runtime's own reports, which are kept."""
-    for line in source:
-        # The numbers of processes that its service misses come one to a line; empty lines are part of its reports.
-        if RUNTIME.match(line) or (hidden and re.fullmatch(rb"\d*\s*", line)):
-            hidden.append(line)
-        else:
-            target.write(line)
-            target.flush()
+    """Print what the child prints, but for the runtime's own reports, which are kept.
+
+    Where nobody reads what is printed, or the disk that it goes to is full, all is read and dropped: a child whose
+    output nobody takes would wait for ever.
+    """
+    printing = True
+    with source:
+        for line in source:
+            # The numbers of processes that its service misses come one to a line; empty lines are part of its reports.
+            if RUNTIME.match(line) or (hidden and re.fullmatch(rb"\d*\s*", line)):
+                hidden.append(line)
+            elif printing:
+                try:
+                    target.write(line)
+                    target.flush()
+                except (OSError, ValueError):  # of a stream that is closed
+                    printing = False
 
 
 def _death(number: int, told: dict[str, Any], hidden: Sequence[bytes]) -> PeerError:

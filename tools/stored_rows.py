@@ -54,6 +54,7 @@ class StoredTap:
         return {part.part: self._read_part(part, row, _of_part(part, wanted)) for part in self.tap.parts}
 
     def _read_part(self, part: PartPlan, row: int, places: list[int]) -> np.ndarray:
+        self.segment.check_row_inside(part, row)
         digests = self.segment.chunk_digests(part.array, row)
         out = np.zeros((part.slots, self.segment.plan.rows.row_tokens, part.width), part.dtype)
         for left in reversed(range(self.segment.reads)):

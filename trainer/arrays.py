@@ -61,6 +61,7 @@ class StoreArray:
         return [self._start_row(each, ts.array(each.stack)) for each in wanted]
 
     def _start_row(self, wanted: Wanted, target: ts.TensorStore) -> list[PendingRead]:
+        self._segment.check_row_inside(self._part, wanted.row)
         runs = wanted.reads.runs(self._part)
         return [target[place].write(self._array[wanted.row, slot]) for place, slot in runs]
 
@@ -76,7 +77,6 @@ class LocalArray:
     def __init__(self, segment: Segment, part: PartPlan, *, integrity: bool, pool: Executor) -> None:
         self._segment, self._part, self._integrity, self._pool = segment, part, integrity, pool
         self._shard_rows, self._slots = segment.plan.shard_rows, part.slots_per_object
-        self._inside: set[str] = set()  # objects that no link leads to from elsewhere
         self._chunk_bytes = segment.plan.rows.row_tokens * part.width * layout.ITEM_BYTES[part.dtype]
 
     @staticmethod
@@ -97,10 +97,8 @@ class LocalArray:
         shard, inside = divmod(row, self._shard_rows)
         digests = self._segment.chunk_digests(self._part.array, row) if self._integrity else []
         for group, wanted in groupby(pairs, key=lambda pair: pair[1] // self._slots):
+            self._segment.check_objects_inside(self._part.array, shard, (group,))
             key = layout.object_key(self._segment.plan.segment, self._part.array, shard, group)
-            if key not in self._inside:
-                self._segment.store.check_inside(key)
-                self._inside.add(key)
             descriptor = os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
             try:
                 spans = self._spans(descriptor, key, inside)

@@ -102,6 +102,11 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
+    def check(self) -> None:
+        """Raise `StorageError` where the save that is under way has failed by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def close(self) -> None:
         """Wait, then stop the background thread."""
         self._pool.shutdown()

@@ -226,6 +226,7 @@ class _Tensorboard:
     def __init__(self, store: Store, purge_step: int) -> None:
         self._store, self._files = store, 0
         self._folder = tempfile.mkdtemp(prefix="distillcache-events-") if store.local is None else None
+        store.check_inside(TENSORBOARD)
         folder = Path(self._folder) if store.local is None else store.local / TENSORBOARD  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
         # A run that goes on within the same second writes a file of its own.

@@ -60,6 +60,9 @@ LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM, SURGERY, IMPORTANCE)
 def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
     """Make the run's folder, or see that it holds this very run. A run has begun once its student is there.
 
+    Args:
+        store: guarded by `only_one`.
+
     Raises:
         InputError: the folder holds something else.
         PlanMismatchError: it holds the run of another config or cache.
@@ -68,10 +71,7 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
     identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=fields)}
     known = store.read(IDENTITY)
     if known is None or not has_student(store):
-        if any(not _is_leftover(key) for key in store.keys("")):
-            raise InputError(
-                "the run's folder holds something else", {"run": store.url}, "name a new or an empty folder with --run"
-            )
+        refuse_foreign_folder(store)
         known = _spelled_json(identity)
         store.write(IDENTITY, known)
     step = f"the run cannot be gone on with without {IDENTITY}: copy it again, or name another --run"
@@ -84,6 +84,15 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
             "use the config that it was begun with, or another --run",
         )
     store.write(RESOLVED, settings.dump_yaml(config).encode())
+
+
+def refuse_foreign_folder(store: Store) -> None:
+    """Raise `InputError` where the folder holds something else than a run, before anything is written there."""
+    begun = store.read(IDENTITY) is not None and has_student(store)
+    if not begun and any(not _is_leftover(key) for key in store.keys("")):
+        raise InputError(
+            "the run's folder holds something else", {"run": store.url}, "name a new or an empty folder with --run"
+        )
 
 
 @contextlib.contextmanager
@@ -103,6 +112,7 @@ def only_one(store: Store) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
+    store.check_inside(LOCK)
     with (folder / LOCK).open("a") as lock:
         if not try_lock(lock.fileno(), folder / LOCK):
             raise _busy(store)

@@ -73,7 +73,7 @@ def open_student(
     if has_student(run):
         return load_pretrained(kept, dtype="float32", mesh=shared)
     for folder in run.local.glob(f".{STUDENT}.*") if run.local is not None else ():  # of a killed process
-        shutil.rmtree(folder)
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     path = _checked_teacher(source, teacher_path) if config.init in FROM_TEACHER else config.init
     ops = operations(config, source.plan.teacher.num_blocks)
     _check_fit(changed_config(read_config(path), ops), path, config, source)

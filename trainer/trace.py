@@ -1,12 +1,14 @@
 """A profile of some of a run's steps, for TensorBoard or Perfetto."""
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, StorageError
 from schemas.storage import Store
 
 TRACES = "traces"
@@ -25,8 +27,21 @@ class Trace:
             self.__exit__()
         if self._first <= number < self._stop and not self._folder:
             local = self._store.local
+            self._store.check_inside(TRACES)
             self._folder = str(local / TRACES) if local is not None else tempfile.mkdtemp(prefix="distillcache-trace-")
-            jax.profiler.start_trace(self._folder)
+            with self._told():
+                jax.profiler.start_trace(self._folder)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise StorageError(
+                "the trace of the profiler cannot be written",
+                {"run": self._store.where(TRACES), "cause": str(error).split("\n")[0][:200]},
+                "make room, or leave out --profile; the same command goes on from the last checkpoint",
+            ) from error
 
     def __enter__(self) -> "Trace":
         return self
@@ -34,8 +49,9 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         if not self._folder:
             return
-        jax.profiler.stop_trace()
         folder, self._folder = Path(self._folder), ""
+        with self._told():
+            jax.profiler.stop_trace()
         if self._store.local is None:
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 self._store.write(f"{TRACES}/{file.relative_to(folder).as_posix()}", file.read_bytes())

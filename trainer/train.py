@@ -54,6 +54,7 @@ from trainer.run_folder import (
     claim_run,
     only_one,
     read_evaluations,
+    refuse_foreign_folder,
     remove_beginning,
     write_evaluations,
     write_summary,
@@ -147,10 +148,11 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         stop = held.enter_context(watch_for_stop(together=peers.count > 1))
         began = False
         if peers.first:
+            refuse_foreign_folder(store)
+            store = store.guarded(held.enter_context(only_one(store)))
             began = not has_student(store)
             _check_epoch(config, sources.rows, began)
             claim_run(store, config, sources.rows)
-            store = store.guarded(held.enter_context(only_one(store)))
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
             decoder = _open_student(store, config, stages, sources, peers)
@@ -434,6 +436,7 @@ class _Run:
     ) -> None:
         """Everything that happens between two steps: evaluation, metrics, checkpoint, and the question to stop."""
         config, last = self.config, number == run.stage.last
+        self.checkpoints.check()  # a disk that is full is told now, not at the next checkpoint
         stops = self.peers.should_stop(self.stop, number)
         evaluates = bool(self.sources.held_out) and (last or (config.eval_every and number % config.eval_every == 0))
         saves = evaluates or last or stops or number % config.checkpoint_every == 0  # the best is among what is saved

@@ -19,6 +19,7 @@ from cache_builder.inputs import input_files
 from cache_builder.prepare import prepare_rows
 from cache_builder.remote import filesystem
 from cache_builder.rows_files import RowsJob
+from cache_builder.rows_place import take_place
 from cache_builder.shared_prepare import Share, prepare_shared
 from cache_builder.token_parts import PartsStream, Unfinished, job_fingerprint
 from schemas.config import DataConfig, PrepareConfig
@@ -70,6 +71,13 @@ def alone(tmp_path: Path, corpus: Path, **changes: object) -> dict[str, bytes]:
 
 def job_of(config: PrepareConfig) -> RowsJob:
     return RowsJob(config.data, make_tokenizer(), tuple(input_files(config.data)), ROWS_PER_FILE)
+
+
+def begun(config: PrepareConfig) -> RowsJob:
+    """The job, in a folder that is marked as its place."""
+    job = job_of(config)
+    take_place(Store(config.out), job_fingerprint(job))
+    return job
 
 
 def unfinished_claims(out: str) -> set[str]:
@@ -128,10 +136,10 @@ def test_what_is_receipted_is_not_done_again(tmp_path: Path, corpus: Path, monke
     monkeypatch.setattr(shared_prepare, "write_packed", counting_rows)
     for _ in range(2):
         with pytest.raises(Interrupted):
-            prepare_shared(store, job_of(config), Share(0, 2, 60.0), stop)
+            prepare_shared(store, begun(config), Share(0, 2, 60.0), stop)
         assert not unfinished_claims(config.out)  # free for others
         stop.requested = False
-    prepare_shared(store, job_of(config), Share(1, 2, 60.0), stop)
+    prepare_shared(store, begun(config), Share(1, 2, 60.0), stop)
     store.write("tokenizer.json", make_tokenizer().to_json().encode())
     assert folder_bytes(config.out) == expected
     # A stop is asked for before a piece is done, so that one piece may be begun twice.
@@ -143,7 +151,7 @@ def test_who_comes_too_late_does_nothing(tmp_path: Path, corpus: Path, monkeypat
     prepare_rows(config, tokenizer=make_tokenizer(), rows_per_file=ROWS_PER_FILE)
     whole = folder_bytes(config.out)
     monkeypatch.setattr(shared_prepare, "write_parts", lambda *_, **__: pytest.fail("done again"))
-    assert prepare_shared(Store(config.out), job_of(config), Share(1, 2, 60.0), StopRequest()) is None
+    assert prepare_shared(Store(config.out), begun(config), Share(1, 2, 60.0), StopRequest()) is None
     assert folder_bytes(config.out) == whole
     assert not Path(config.out, "unfinished").exists()
 
@@ -159,7 +167,7 @@ def test_of_a_limited_text_the_rest_is_only_digested(
         return receipts[-1]
 
     monkeypatch.setattr(shared_prepare, "write_parts", remembering)
-    prepare_shared(Store(config.out), job_of(config), Share(1, 2, 60.0), StopRequest())
+    prepare_shared(Store(config.out), begun(config), Share(1, 2, 60.0), StopRequest())
     assert receipts[-1].tokens == 0
     assert sum(receipt.tokens for receipt in receipts) < 4 * 16 + 2 * 91
 
@@ -169,7 +177,7 @@ def test_a_bad_line_stops_every_process_and_leaves_nothing_claimed(tmp_path: Pat
     config = config_for(tmp_path / "shared", corpus, num_processes=2)
     for process in (0, 1):
         with pytest.raises(InputError, match="not JSON"):
-            prepare_shared(Store(config.out), job_of(config), Share(process, 2, 60.0), StopRequest())
+            prepare_shared(Store(config.out), begun(config), Share(process, 2, 60.0), StopRequest())
     assert not unfinished_claims(config.out)
 
 
@@ -178,11 +186,11 @@ def test_damaged_parts_are_named(tmp_path: Path, corpus: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(shared_prepare._Work, "_write_rows", lambda *_: pytest.fail("reached"))
         with pytest.raises(pytest.fail.Exception):
-            prepare_shared(Store(config.out), job_of(config), Share(0, 2, 60.0), StopRequest())
+            prepare_shared(Store(config.out), begun(config), Share(0, 2, 60.0), StopRequest())
     part = next(path for path in sorted(Path(config.out).rglob("tokens/*/*")) if path.stat().st_size)
     part.write_bytes(b"\0" + part.read_bytes()[1:])
     with pytest.raises(DamageError, match="not what was written"):
-        prepare_shared(Store(config.out), job_of(config), Share(0, 2, 60.0), StopRequest())
+        prepare_shared(Store(config.out), begun(config), Share(0, 2, 60.0), StopRequest())
 
 
 def test_another_text_or_config_is_other_work(tmp_path: Path, corpus: Path) -> None:
