@@ -39,6 +39,7 @@ class Closed(io.RawIOBase):
         raise BrokenPipeError(32, "Broken pipe")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the stream that is broken
 def test_a_supervised_child_is_not_held_up_by_a_reader_that_has_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_supervised_child_is_not_held_up_by_a_reader_that_has_gone(
     assert time.monotonic() - begun < SOON_S
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the stream that is broken
 def test_a_process_that_the_child_leaves_behind_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
