@@ -64,6 +64,7 @@ class DataConfig(Config):
     )  # 64 x 1024 tokens: perplexity to about 1%
     max_document_mib: Positive = Field(
         default=128,
+        le=1 << 20,  # a tebibyte: beyond what any machine holds, and what Python can be asked to read
         exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
         description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
     )  # reading takes up to nine times a document's length in memory

@@ -238,3 +238,9 @@ def test_a_line_of_many_small_objects_is_refused_before_it_takes_memory(tmp_path
     with pytest.raises(InputError, match="too long"):
         found_in(tmp_path / "a.jsonl", max_document_mib=1)
     assert found_in(tmp_path / "a.jsonl", max_document_mib=2) == ["a"]
+
+
+def test_a_limit_that_no_machine_could_hold_is_refused() -> None:
+    assert DataConfig(path="a", max_document_mib=1 << 20).max_document_mib == 1 << 20
+    with pytest.raises(ValueError, match="less than or equal"):
+        DataConfig(path="a", max_document_mib=99999999999999)
