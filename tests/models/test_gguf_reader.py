@@ -70,7 +70,8 @@ def test_headers_that_lie(lie: str, tmp_path: Path):
 
 
 def test_headers_that_lie_in_a_bucket(gcs: Bucket):
-    for lie, data in LIES.items():
+    """Every fourth: the reader is that of local files, and each lie takes a third of a second here."""
+    for lie, data in list(LIES.items())[::4]:
         Store(gcs.url).write(f"{lie}.gguf", data + bytes(64))
         check_refused(f"{gcs.url}/{lie}.gguf")
 
