@@ -1,4 +1,4 @@
-"""`python -m cache_builder` is `distillcache build`: stage 1 of the batch job."""
+"""`python -m distillcache.cache_builder` is `distillcache build`: stage 1 of the batch job."""
 
 import json
 import sys
@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 
-from cache_builder.build import build_cache
-from cache_builder.replica import is_job
-from schemas import settings
-from schemas.config import BuildConfig
-from schemas.errors import DistillcacheError
-from schemas.supervise import is_supervised, supervise
+from distillcache.cache_builder.build import build_cache
+from distillcache.cache_builder.record.replica import is_job
+from distillcache.schemas import command_line
+from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.errors import DistillcacheError
+from distillcache.schemas.runtime.supervise import is_supervised, supervise
 
 
 def build(argv: Sequence[str], command: str = "distillcache build", as_json: bool = False) -> int:
     """Build the cache that the command line describes, and say what it holds. Where processes work in lock-step, a
     child of this one builds."""
-    config = settings.parse(BuildConfig, argv, command, complete=_complete)
+    config = command_line.parse(BuildConfig, argv, command, complete=_complete)
     if is_job(config) and not is_supervised():
         return supervise("cache_builder", [*argv, *(["--json"] if as_json else [])])
     manifest = build_cache(config)
@@ -37,7 +37,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
     """A repair finds in the cache what the command line leaves out."""
     if not values.get("repair"):
         return values
-    from cache_builder.repair import complete_config
+    from distillcache.cache_builder.repair.from_teacher import complete_config
 
     return complete_config(values)
 
@@ -46,8 +46,9 @@ def main() -> int:
     """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
     argv = sys.argv[1:]
     try:
-        return build([word for word in argv if word != "--json"], "python -m cache_builder", "--json" in argv)
-    except settings.HelpRequested as text:
+        words = [word for word in argv if word != "--json"]
+        return build(words, "python -m distillcache.cache_builder", "--json" in argv)
+    except command_line.HelpRequested as text:
         print(text)
     except DistillcacheError as error:
         print(error, file=sys.stderr)

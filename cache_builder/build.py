@@ -1,8 +1,9 @@
 """The main loop of stage 1: rows through the teacher, codes into shards, shards into the store.
 
 Three things go on at once: the teacher computes one batch, the batch before it is copied to the host, and a full
-shard is being written by another thread (pipeline.py). A process works on *pieces*, the consecutive shards of whole
-teacher batches, which it claims one by one (schemas/claims.py), so that any number of processes may build one cache.
+shard is being written by another thread (record/pipeline.py). A process works on *pieces*, the consecutive shards of
+whole teacher batches, which it claims one by one (schemas/cache/lease.py), so that any number of processes may build
+one cache.
 """
 
 import shutil
@@ -15,10 +16,20 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from cache_builder.finish import finish_segment, tidy
-from cache_builder.fixed import fixed_files
-from cache_builder.lockstep import Together, build_together, finished_together, held_together, settle_together
-from cache_builder.pieces import (
+from distillcache.cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
+from distillcache.cache_builder.record.finish import finish_segment, tidy
+from distillcache.cache_builder.record.fixed_files import fixed_files
+from distillcache.cache_builder.record.lockstep import (
+    Together,
+    build_together,
+    finished_together,
+    held_together,
+    settle_together,
+)
+from distillcache.cache_builder.record.pipeline import ShardWriter
+from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder
+from distillcache.cache_builder.record.replica import Replica, is_job, open_replica
+from distillcache.cache_builder.record.work_units import (
     Batches,
     ClaimedPieces,
     Pieces,
@@ -27,39 +38,19 @@ from cache_builder.pieces import (
     keep_batch,
     work_through,
 )
-from cache_builder.pipeline import ShardWriter
-from cache_builder.plan import check_choices, make_plan, refuse_foreign_folder
-from cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
-from cache_builder.replica import Replica, is_job, open_replica
-from cache_builder.text_digest import inputs_digest
-from cache_builder.token_parts import rows_fingerprint
-from models.checkpoint import read_config, weights_digest
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.describe import describe_numerics, describe_rows
-from models.recorder import Recording, make_recorder
-from models.recording_mesh import mesh_sizes
-from models.rope import context_length
-from models.sharding import put, rows_sharding
-from models.tokenizer import TextTokenizer, load_tokenizer
-from schemas import layout
-from schemas.claims import Claims
-from schemas.config import BuildConfig, PrepareConfig
-from schemas.differences import differing, told
-from schemas.errors import (
-    ConfigError,
-    DamageError,
-    DistillcacheError,
-    InputError,
-    PlaceLostError,
-    PlanMismatchError,
-    StorageError,
-)
-from schemas.manifest import Manifest, Plan
-from schemas.peers import PeerError, have_met
-from schemas.progress import Progress
-from schemas.rows import Row, RowReader, no_targets_note, teacher_batch, too_long_for_teacher
-from schemas.segment import (
+from distillcache.cache_builder.text.digest import inputs_digest
+from distillcache.cache_builder.text.token_stream import rows_fingerprint
+from distillcache.models.checkpoint import read_config, weights_digest
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.describe import describe_numerics, describe_rows
+from distillcache.models.layers.rope import context_length
+from distillcache.models.mesh.recording import mesh_sizes
+from distillcache.models.mesh.sharding import put, rows_sharding
+from distillcache.models.recorder import Recording, make_recorder
+from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
+from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.segment import (
     begun_plan,
     check_place,
     committed_shards,
@@ -70,8 +61,24 @@ from schemas.segment import (
     segment_name,
     small_file_damage,
 )
-from schemas.storage import Store, use
-from schemas.tap_codec import signs_of
+from distillcache.schemas.config import BuildConfig, PrepareConfig
+from distillcache.schemas.config.differences import differing, told
+from distillcache.schemas.errors import (
+    ConfigError,
+    DamageError,
+    DistillcacheError,
+    InputError,
+    PlaceLostError,
+    PlanMismatchError,
+    StorageError,
+)
+from distillcache.schemas.format import layout
+from distillcache.schemas.format.manifest import Manifest, Plan
+from distillcache.schemas.format.rows import Row, RowReader, no_targets_note, teacher_batch, too_long_for_teacher
+from distillcache.schemas.format.tap_codec import signs_of
+from distillcache.schemas.runtime.peers import PeerError, have_met
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.store.store import Store, use
 
 SEGMENT = "0000"
 
@@ -152,7 +159,9 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
                 {"replica": "job", "repair": True},
                 "leave out --replica: the mesh of that process's own devices is the plan's",
             )
-        from cache_builder.repair import repair_cache  # here, since it is made of this module's parts
+        from distillcache.cache_builder.repair.from_teacher import (
+            repair_cache,  # here, since it is made of this module's parts
+        )
 
         manifest = repair_cache(store, config)
         if manifest is not None and not (config.extend or config.abandon):
@@ -166,11 +175,11 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         number = len(manifest.segments) if manifest is not None else 0
         store.check_writable(f"{layout.prepared_prefix(number)}/")
     if config.abandon:
-        from cache_builder.abandon import abandon_extension
+        from distillcache.cache_builder.grow.abandon import abandon_extension
 
         abandon_extension(store, manifest, config.claim_expiry_s)
     if config.extend:
-        from cache_builder.extend import extend_cache  # likewise
+        from distillcache.cache_builder.grow.extend import extend_cache  # likewise
 
         if manifest is not None:
             _check_small_files(store, manifest)

@@ -4,7 +4,7 @@
 
 Documents are joined end to end, each closed by EOS, and cut every T tokens, so that only the last row is padded.
 The folder's bytes are a pure function of the text, the tokenizer and the config. A small text is prepared by one
-process in one go; a large one, or one for several processes, in pieces that outlive a process (shared_prepare.py).
+process in one go; a large one, or one for several processes, in pieces that outlive a process (text/shared.py).
 """
 
 import multiprocessing
@@ -16,23 +16,23 @@ from pathlib import Path
 
 import xxhash
 
-from cache_builder.inputs import InputReader, input_files, named_kind
-from cache_builder.packing import SpooledStream, count_begins
-from cache_builder.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
-from cache_builder.rows_place import is_place_of, keeping_rows, remove_mark, take_place
-from cache_builder.shared_prepare import KB, Share, prepare_shared, stop_if_asked
-from cache_builder.skipped import Skipped
-from cache_builder.text_digest import known_digest, remember_inputs, total_digest
-from cache_builder.token_parts import UNFINISHED, job_fingerprint
-from cache_builder.tokenise import Pace
-from models.tokenizer import TextTokenizer, load_tokenizer
-from schemas.canonical import from_canonical
-from schemas.config import DataConfig, PrepareConfig
-from schemas.errors import ConfigError, DistillcacheError, PlaceLostError, PlanMismatchError, StorageError
-from schemas.progress import Progress
-from schemas.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
-from schemas.signals import StopRequest, watch_for_stop
-from schemas.storage import Store, is_url, use
+from distillcache.cache_builder.text.digest import known_digest, remember_inputs, total_digest
+from distillcache.cache_builder.text.files.inputs import InputReader, input_files, named_kind
+from distillcache.cache_builder.text.packing import SpooledStream, count_begins
+from distillcache.cache_builder.text.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
+from distillcache.cache_builder.text.rows_place import is_place_of, keeping_rows, remove_mark, take_place
+from distillcache.cache_builder.text.shared import KB, Share, prepare_shared, stop_if_asked
+from distillcache.cache_builder.text.skipped import Skipped
+from distillcache.cache_builder.text.token_stream import UNFINISHED, job_fingerprint
+from distillcache.cache_builder.text.tokenise import Pace
+from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
+from distillcache.schemas.config import DataConfig, PrepareConfig
+from distillcache.schemas.errors import ConfigError, DistillcacheError, PlaceLostError, PlanMismatchError, StorageError
+from distillcache.schemas.format.canonical import from_canonical
+from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
+from distillcache.schemas.store.store import Store, is_url, use
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
 PIECEWISE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice

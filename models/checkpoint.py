@@ -19,25 +19,25 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from models.config import ModelConfig
-from models.decoder import Decoder, abstract_decoder
-from models.export import SOURCE_DTYPE
-from models.export import save_pretrained as save_pretrained
-from models.families import config_from_hf, layout_of
-from models.fill import ParameterFill, plan_fill
-from models.foreign import step_for_names
-from models.gguf_config import config_from_gguf
-from models.ggufs import GgufSource, is_gguf, open_gguf
-from models.hf_files import SafetensorsSource, read_json
-from models.identity import CONFIG, locate_checkpoint
-from models.identity import weights_digest as weights_digest
-from models.maxtext import MaxtextSource, find_maxtext
-from models.maxtext_names import maxtext_layout
-from models.packed import unpacked, without_padding
-from models.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
-from models.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
-from schemas.errors import CheckpointError
-from schemas.object_path import ObjectPath, Place
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder, abstract_decoder
+from distillcache.models.families import config_from_hf, layout_of
+from distillcache.models.files.export import SOURCE_DTYPE
+from distillcache.models.files.export import save_pretrained as save_pretrained
+from distillcache.models.files.fill import ParameterFill, plan_fill
+from distillcache.models.files.foreign import step_for_names
+from distillcache.models.files.gguf.config import config_from_gguf
+from distillcache.models.files.gguf.file import GgufSource, is_gguf, open_gguf
+from distillcache.models.files.hf import SafetensorsSource, read_json
+from distillcache.models.files.identity import CONFIG, locate_checkpoint
+from distillcache.models.files.identity import weights_digest as weights_digest
+from distillcache.models.files.maxtext.checkpoint import MaxtextSource, find_maxtext
+from distillcache.models.files.maxtext.names import maxtext_layout
+from distillcache.models.files.packed import unpacked, without_padding
+from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
+from distillcache.models.files.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
+from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.path import ObjectPath, Place
 
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROWS_COMPARED = 4096  # of a vocabulary, at once: some 64 MB
@@ -51,11 +51,13 @@ def load_pretrained(
     """The decoder of a checkpoint.
 
     Args:
-        path: an HF directory (config.json and safetensors), a folder with MaxText's checkpoint (maxtext.py), a run of
-            the trainer's or one of its checkpoints (runs.py), or a .gguf file: a local path or a URL.
+        path: an HF directory (config.json and safetensors), a folder with MaxText's checkpoint
+        (files/maxtext/checkpoint.py), a run of
+            the trainer's or one of its checkpoints (files/runs.py), or a .gguf file: a local path or a URL.
         dtype: of the parameters. None: the narrowest that holds all the checkpoint's tensors without rounding;
             a quantised GGUF gives float32.
-        mesh: where its parameters are put (sharding.py); a process loads what its own devices hold, and of a tensor of
+        mesh: where its parameters are put (mesh/sharding.py); a process loads what its own devices hold, and of a
+        tensor of
             which they hold nothing it reads nothing. None: one device.
     """
     where = locate_checkpoint(path)

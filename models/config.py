@@ -84,7 +84,7 @@ class TemperatureConfig:
 @dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one narrow vector of
-    each token, and may be cached as that. See models/latent_attention.py.
+    each token, and may be cached as that. See models/layers/latent_attention.py.
 
     query_rank: width of the vector that queries are made from; None: they are made from the stream.
     rank: of the vector that keys and values are made from.
@@ -155,14 +155,14 @@ class ModelConfig:
     rotation, and only in blocks that rotate. clip_qkv: queries, keys and values are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
     norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_product: how a norm
-    multiplies by its weight, see `rms_norm` in models/parameter.py. embed_scale, residual_scale: factors on embeddings,
-    and on what a sublayer adds to the stream. embed_scale_rounded: the first is rounded to the parameters' dtype
-    before it is used, as in Gemma's training. attention_scale: factor on the products of queries and keys; None:
-    hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/parameter.py.
+    multiplies by its weight, see `rms_norm` in models/layers/norm.py. embed_scale, residual_scale: factors on
+    embeddings, and on what a sublayer adds to the stream. embed_scale_rounded: the first is rounded to the parameters'
+    dtype before it is used, as in Gemma's training. attention_scale: factor on the products of queries and keys; None:
+    hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/layers/norm.py.
     local_rope: rotary embedding of the blocks whose kind says so. sinks: every query head has a learned logit that
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
     width of queries and keys, and every query head has a key and value head of its own.
-    attention, experts: how they are computed, see models/kernels.py and models/experts.py.
+    attention, experts: how they are computed, see models/layers/kernels.py and models/layers/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
 

@@ -1,7 +1,7 @@
 """The decoder: stacked parameters, blocks scanned over their repeats, taps as return values.
 
-One code path serves as teacher (recorder.py), as student (trainer/step.py) and for evaluation. The parameters of
-equal blocks are stacked on a leading axis and scanned, so compile time does not grow with depth.
+One code path serves as teacher (recorder.py), as student (trainer/step/program.py) and for evaluation. The parameters
+of equal blocks are stacked on a leading axis and scanned, so compile time does not grow with depth.
 
 Source: LLaMA (arXiv 2302.13971), as HF transformers computes it: RMSNorm in float32, rotary embedding on halves,
 grouped-query attention, gated MLP; what other families add is said where it is done.
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.config import BlockKind, Kernel, LayerGroup, ModelConfig
-from models.context import BlockContext, block_context, context_of_block
-from models.latent_attention import attention_of
-from models.mlp import Mlp, Moe
-from models.parameter import norm_weight, parameter, rms_norm, softcap
-from models.routing import RouterOutput
+from distillcache.models.config import BlockKind, Kernel, LayerGroup, ModelConfig
+from distillcache.models.layers.context import BlockContext, block_context, context_of_block
+from distillcache.models.layers.latent_attention import attention_of
+from distillcache.models.layers.mlp import Mlp, Moe
+from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
+from distillcache.models.routing import RouterOutput
 
 
 class BlockOutput(NamedTuple):

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from models.checkpoint import read_config, weights_digest
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.rope import context_length
-from schemas.errors import DistillcacheError
-from schemas.manifest import NumericsPlan, RowsPlan, TapPlan, TeacherPlan
-from schemas.rows import RowReader
-from schemas.storage import is_url
+from distillcache.models.checkpoint import read_config, weights_digest
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.layers.rope import context_length
+from distillcache.schemas.errors import DistillcacheError
+from distillcache.schemas.format.manifest import NumericsPlan, RowsPlan, TapPlan, TeacherPlan
+from distillcache.schemas.format.rows import RowReader
+from distillcache.schemas.store.store import is_url
 
 NUMERIC_LIBRARIES = ("jax", "jaxlib", "flax")  # what turns a plan into bits
 # Of the decoder's own roundings below float32, which no library's version tells. 2: norms, rotations, gates and sums of

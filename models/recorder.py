@@ -14,14 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from models.decoder import BlockOutput, Decoder
-from models.recording_mesh import RecordingMesh
-from models.routing import RouterSums, router_sums
-from models.topk import topk_logits
-from schemas.codecs import Codec
-from schemas.errors import NonFiniteError
-from schemas.manifest import TOPK_LOGITS, TapPlan
-from schemas.tap_codec import Signs, tap_codec
+from distillcache.models.decoder import BlockOutput, Decoder
+from distillcache.models.mesh.recording import RecordingMesh
+from distillcache.models.routing import RouterSums, router_sums
+from distillcache.models.topk import topk_logits
+from distillcache.schemas.codecs import Codec
+from distillcache.schemas.errors import NonFiniteError
+from distillcache.schemas.format.manifest import TOPK_LOGITS, TapPlan
+from distillcache.schemas.format.tap_codec import Signs, tap_codec
 
 
 class SlotSums(NamedTuple):
@@ -109,7 +109,7 @@ def make_recorder(
     The parameters are an argument, not a constant of the jit: a constant would be folded into the program.
 
     Args:
-        mesh: where the decoder's parameters lie; the recording is then dealt out over it (recording_mesh.py), and says
+        mesh: where the decoder's parameters lie; the recording is then dealt out over it (mesh/recording.py), and says
             nothing of the routing.
     """
     graph, parameters = nnx.split(decoder)
@@ -165,7 +165,7 @@ def make_recorder(
         return jax.jit(record), parameters
 
     def on_mesh(*args: Any) -> Recording:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # experts are split by it (experts.py)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # experts are split by it (layers/experts.py)
             return record(*args)
 
     return jax.jit(on_mesh), parameters

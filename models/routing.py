@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models.config import MoeConfig
+from distillcache.models.config import MoeConfig
 
 Scope = Literal["layer", "model", "sequence", "global_batch"]
 NEVER = -jnp.inf

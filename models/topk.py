@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from models.config import ModelConfig
-from models.decoder import Decoder, logits_of
-from models.recording_mesh import RecordingMesh
-from schemas.codecs import TopK
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder, logits_of
+from distillcache.models.mesh.recording import RecordingMesh
+from distillcache.schemas.codecs import TopK
 
 LOGITS_BYTES = 256 << 20  # of float32 logits at a time: enough tokens to keep an accelerator busy
 

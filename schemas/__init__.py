@@ -1,15 +1,13 @@
-"""What is on disk and in configs; imports none of the other folders.
+"""Definitions that every stage shares: configuration, file formats, byte stores. Imports none of the other packages.
 
-config.py     the configs of every command          settings.py   dotted flags, help; yaml_text.py
-errors.py     what a user gets wrong                 canonical.py  JSON with one byte form and a digest
-storage.py    paths and buckets                      digest.py     xxh3-128
-buckets.py    what is peculiar to gs:// and s3://    claim.py      who is at work on something, until when
-rows.py       packed rows and their files            layout.py     names and sizes inside a cache
-manifest.py   plan, receipt, manifest                index.py      the record of a shard in index.bin
-agreement.py  what these numbers must be to each other
-segment.py    reading one segment, checked           codecs/       what the bytes of a tap mean
-addressing.py rows and slots of several segments     tap_codec.py  from a plan's tap to its codec
-progress.py   how far a long piece of work is        checkpoint_files.py  of a run: arrays in pieces
-child_python.py  processes that we start
-times.py      how long shards took               cache_words.py  a cache in words, for repr and notebooks
+errors.py        errors that a user can act on; each ends a command with one message and exit code 2
+base.py          the strict, frozen models that configs and stored files derive from
+config/          settings of every command
+command_line.py  configs from YAML files and dotted flags, and their help text
+format/          files of a cache, a row folder and a checkpoint: names, models, digests
+manifest.py      short path to the models of a plan, a receipt and a manifest
+codecs/          stored bytes of activations: encoders and decoders in pure JAX
+store/           reading and writing bytes on disks and in buckets
+cache/           a cache as an object: segments, addressing, leases
+runtime/         processes: peers, supervisor, signals, progress
 """

@@ -7,7 +7,7 @@ its traceback.
 
 from collections.abc import Mapping
 
-from schemas.redaction import redacted, shown
+from distillcache.schemas.store.redaction import redacted, shown
 
 # What to do about a damaged file of a cache.
 MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to mend it"

@@ -35,11 +35,11 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cache_builder.build import build_cache
-from models.checkpoint import save_pretrained
-from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
-from schemas.config import BuildConfig, DataConfig, TeacherConfig
+from distillcache.cache_builder.build import build_cache
+from distillcache.models.checkpoint import save_pretrained
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
 from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
 
 __all__ = ["gcs", "gcs_server", "s3", "s3_server"]  # fixtures, found here by every test

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from schemas.config import BuildConfig
-from schemas.settings import validate
-from schemas.train_config import TrainConfig
-from schemas.yaml_text import parse_yaml
+from distillcache.schemas.command_line import validate
+from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.config.train import TrainConfig
+from distillcache.schemas.config.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,6 +1,7 @@
-"""Who may import whom: walks every import of the source folders."""
+"""Import rules: which package may import which, every import under `distillcache`, and no circles of files."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -13,24 +14,54 @@ ALLOWED = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level names that a module imports, anywhere in it."""
-    found = set()
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without `distillcache.`; a package has its folder's name."""
+    found = {}
+    for folder in ALLOWED:
+        for path in (ROOT / folder).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of every import of a file, those inside functions included; the name of `import x` is empty."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add((node.module or "").split(".")[0])
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def own(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a file imports."""
+    found = set()
+    for module, name in imported(path):
+        inside = module.removeprefix("distillcache.")
+        if module.startswith("distillcache."):
+            found.add(f"{inside}.{name}" if f"{inside}.{name}" in known else inside)
     return found
 
 
 def test_folders_import_only_what_they_may() -> None:
-    files = [path for folder in ALLOWED for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 30
+    known = modules()
+    assert len(known) > 200
     wrong = {
-        str(path.relative_to(ROOT)): extra
+        name: extra
+        for name, path in known.items()
+        if (extra := {other.split(".")[0] for other in own(path, known)} - ALLOWED[name.split(".")[0]])
+    }
+    assert wrong == {}
+
+
+def test_imports_name_the_package() -> None:
+    """`import models` would be a second copy of `distillcache.models`, found in a checkout alone."""
+    files = [*modules().values(), *(ROOT / "tests").rglob("*.py")]
+    wrong = {
+        str(path.relative_to(ROOT)): module
         for path in files
-        if (extra := imported(path) & (ALLOWED.keys() | {"tests"}) - ALLOWED[path.relative_to(ROOT).parts[0]])
+        for module, _ in imported(path)
+        if module.split(".")[0] in ALLOWED or (module.split(".")[0] == "tests" and path.is_relative_to(ROOT / "tools"))
     }
     assert wrong == {}

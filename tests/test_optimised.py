@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROOFS = (
-    "tests/schemas/test_codecs.py::test_same_bits_every_time_and_decoding_in_every_program[fp8-None]",
-    "tests/schemas/test_codecs.py::test_same_bits_every_time_and_decoding_in_every_program[int4-None-rotated]",
-    "tests/schemas/test_codecs_delta.py::test_encoder_and_decoder_carry_the_same_bits[8-int8]",
-    "tests/trainer/test_online.py::test_the_bits_are_the_cache_s[delta_cache-False]",
+    "tests/schemas/codecs/test_codecs.py::test_same_bits_every_time_and_decoding_in_every_program[fp8-None]",
+    "tests/schemas/codecs/test_codecs.py::test_same_bits_every_time_and_decoding_in_every_program[int4-None-rotated]",
+    "tests/schemas/codecs/test_delta.py::test_encoder_and_decoder_carry_the_same_bits[8-int8]",
+    "tests/trainer/feed/test_online.py::test_the_bits_are_the_cache_s[delta_cache-False]",
 )
 
 

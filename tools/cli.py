@@ -10,28 +10,28 @@ import os
 import sys
 from collections.abc import Sequence
 
-from schemas.errors import ConfigError, DistillcacheError
-from schemas.settings import HelpRequested
+from distillcache.schemas.command_line import HelpRequested
+from distillcache.schemas.errors import ConfigError, DistillcacheError
 
 # command -> (module, function, what it does); imported when called, so that `--help` starts at once
 COMMANDS = {
-    "demo": ("tools.demo", "run", "the whole job on a real teacher, with a report"),
-    "prepare": ("tools.prepare", "run", "text to packed rows"),
+    "demo": ("tools.demo.command", "run", "the whole job on a real teacher, with a report"),
+    "prepare": ("tools.commands.prepare", "run", "text to packed rows"),
     "build": ("cache_builder.__main__", "build", "rows through the teacher into a cache (text is prepared first)"),
     "train": ("trainer.__main__", "train_command", "a student from a cache"),
-    "export": ("tools.export", "run", "a trained student as an HF directory"),
-    "plan": ("tools.plan", "run", "what a build would take, before anything is written"),
-    "copy": ("tools.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
-    "inspect": ("tools.inspect", "run", "what a cache holds"),
-    "serve": ("tools.serve", "run", "a cache or a run in the browser: rows, tokens, blocks, search, and live"),
-    "report": ("tools.report", "run", "a cache or a run as one HTML file: tables, curves, heat maps"),
-    "show": ("tools.show", "run", "one row: text, documents, masks, and what every block made of each token"),
-    "stats": ("tools.stats", "run", "rms, kurtosis, outlier dimensions and rank of a sample, by block"),
-    "fidelity": ("tools.fidelity", "run", "rows through the live teacher, next to what the cache decodes to"),
-    "diff": ("tools.diff", "run", "two caches or two runs, and what is not the same"),
-    "export-samples": ("tools.export_samples", "run", "some rows with decoded taps, as safetensors or npz"),
-    "bench": ("tools.bench", "run", "speed against this machine's limits and other formats; what codecs keep"),
-    "verify": ("tools.verify", "run", "every byte of a cache against what was committed"),
+    "export": ("tools.commands.export", "run", "a trained student as an HF directory"),
+    "plan": ("tools.plan.command", "run", "what a build would take, before anything is written"),
+    "copy": ("tools.commands.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
+    "inspect": ("tools.look.inspect", "run", "what a cache holds"),
+    "serve": ("tools.viewer.command", "run", "a cache or a run in the browser: rows, tokens, blocks, search, and live"),
+    "report": ("tools.report.command", "run", "a cache or a run as one HTML file: tables, curves, heat maps"),
+    "show": ("tools.look.show", "run", "one row: text, documents, masks, and what every block made of each token"),
+    "stats": ("tools.look.stats", "run", "rms, kurtosis, outlier dimensions and rank of a sample, by block"),
+    "fidelity": ("tools.fidelity.command", "run", "rows through the live teacher, next to what the cache decodes to"),
+    "diff": ("tools.diff.command", "run", "two caches or two runs, and what is not the same"),
+    "export-samples": ("tools.look.export_samples", "run", "some rows with decoded taps, as safetensors or npz"),
+    "bench": ("tools.bench.command", "run", "speed against this machine's limits and other formats; what codecs keep"),
+    "verify": ("tools.look.verify", "run", "every byte of a cache against what was committed"),
 }
 
 EXIT_CODES = {
@@ -90,7 +90,7 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {close[0]}? See distillcache --help" if close else "see distillcache --help"
         raise ConfigError("there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, hint)
     module, function, _ = COMMANDS[name]
-    command = getattr(importlib.import_module(module), function)
+    command = getattr(importlib.import_module(f"distillcache.{module}"), function)
     return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest) or 0
 
 

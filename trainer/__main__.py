@@ -1,4 +1,4 @@
-"""`python -m trainer` is `distillcache train`: stage 2 of the batch job."""
+"""`python -m distillcache.trainer` is `distillcache train`: stage 2 of the batch job."""
 
 import json
 import sys
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 import jax
 
-from schemas import settings
-from schemas.config import TrainConfig
-from schemas.errors import DistillcacheError, DivergedError
-from schemas.peers import has_peers
-from schemas.supervise import is_supervised, supervise
-from trainer.evaluate import Evaluation
-from trainer.train import TrainResult, divergence_summary, train
-from trainer.yardstick import told_gap
+from distillcache.schemas import command_line
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.errors import DistillcacheError, DivergedError
+from distillcache.schemas.runtime.peers import has_peers
+from distillcache.schemas.runtime.supervise import is_supervised, supervise
+from distillcache.trainer.run.evaluate import Evaluation
+from distillcache.trainer.run.yardstick import told_gap
+from distillcache.trainer.train import TrainResult, divergence_summary, train
 
 
 def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> int:
     """Train what the command line describes, and say what came of it. Where a run has several processes, a child of
     this one trains."""
-    config = settings.parse(TrainConfig, argv, command)
+    config = command_line.parse(TrainConfig, argv, command)
     if has_peers(config.coordinator) and not is_supervised():
         return supervise("trainer", [*argv, *(["--json"] if as_json else [])])
     try:
@@ -69,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: as that of `distillcache` (tools/cli.py)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return train_command([word for word in words if word != "--json"], "python -m trainer", "--json" in words)
-    except settings.HelpRequested as text:
+        rest = [word for word in words if word != "--json"]
+        return train_command(rest, "python -m distillcache.trainer", "--json" in words)
+    except command_line.HelpRequested as text:
         print(text)
     except DistillcacheError as error:
         print(error, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 The same command goes on where an interrupted run was, to the same bits as a run that was never interrupted: the feed,
 the step and the schedule are pure functions of the config and the step's number. What the run's folder holds:
-run_folder.py.
+run/folder.py.
 """
 
 import contextlib
@@ -15,40 +15,40 @@ from typing import Any
 
 import numpy as np
 
-from models.config import ModelConfig
-from models.decoder import Decoder, with_attention
-from models.describe import teacher_context
-from models.kernels import chosen_kernel
-from models.rope import context_length
-from models.routing import RouterSums
-from schemas import progress, storage
-from schemas.config import TrainConfig
-from schemas.errors import CheckpointError, ConfigError, DivergedError, InputError, Interrupted, NonFiniteError
-from schemas.manifest import Plan
-from schemas.peers import Peers, join_peers
-from schemas.progress import Progress
-from schemas.rows import SPLITS, Split, no_targets_note, too_long_note
-from schemas.signals import StopRequest, watch_for_stop
-from schemas.storage import Store
-from trainer.balance import BlockRouting, mean_biases
-from trainer.checkpoints import (
-    PARAMETERS,
-    Checkpoints,
-    balance_arrays,
-    has_student,
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder, with_attention
+from distillcache.models.describe import teacher_context
+from distillcache.models.layers.kernels import chosen_kernel
+from distillcache.models.layers.rope import context_length
+from distillcache.models.routing import RouterSums
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
 )
-from trainer.divergence import best_checkpoint, diverged_error, end_of_run
-from trainer.evaluate import Evaluation, Evaluator
-from trainer.feed import Feed, make_feed
-from trainer.flops import peak_flops, step_flops
-from trainer.host_parameters import HostShards, Kept, gathered, kept
-from trainer.metrics import StepTimes, evaluation_metrics
-from trainer.metrics_log import MetricsLog, read_metrics
-from trainer.online import ROUTER
-from trainer.open import Sources
-from trainer.parameters import Parameters
-from trainer.placement import to_host
-from trainer.run_folder import (
+from distillcache.schemas.format.manifest import Plan
+from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
+from distillcache.schemas.runtime import progress
+from distillcache.schemas.runtime.peers import Peers, join_peers
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
+from distillcache.schemas.store import store as storage
+from distillcache.schemas.store.store import Store
+from distillcache.trainer.feed.cache_source import Feed, make_feed
+from distillcache.trainer.feed.online import ROUTER
+from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.feed.source import Source
+from distillcache.trainer.mesh.host_parameters import HostShards, Kept, gathered, kept
+from distillcache.trainer.mesh.placement import to_host
+from distillcache.trainer.mesh.sharding import check_processes, check_rows, make_mesh
+from distillcache.trainer.run.checkpoints import PARAMETERS, Checkpoints, balance_arrays, has_student
+from distillcache.trainer.run.divergence import best_checkpoint, diverged_error, end_of_run
+from distillcache.trainer.run.evaluate import Evaluation, Evaluator
+from distillcache.trainer.run.folder import (
     SUMMARY,
     best_of,
     claim_run,
@@ -59,14 +59,17 @@ from trainer.run_folder import (
     write_evaluations,
     write_summary,
 )
-from trainer.schedules import may_count
-from trainer.sharding import check_processes, check_rows, make_mesh
-from trainer.source import Source
-from trainer.stage import StageRun
-from trainer.stages import Stage, resolve_stages
-from trainer.student import open_student, start_parameters
-from trainer.trace import Trace, check_profile
-from trainer.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
+from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
+from distillcache.trainer.run.metrics_log import MetricsLog, read_metrics
+from distillcache.trainer.run.profile import Trace, check_profile
+from distillcache.trainer.run.stage import StageRun
+from distillcache.trainer.run.stages import Stage, resolve_stages
+from distillcache.trainer.run.student import open_student, start_parameters
+from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
+from distillcache.trainer.step.balance import BlockRouting, mean_biases
+from distillcache.trainer.step.flops import peak_flops, step_flops
+from distillcache.trainer.step.parameters import Parameters
+from distillcache.trainer.step.schedules import may_count
 
 WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
 
@@ -78,7 +81,7 @@ class TrainResult:
     metrics: the last line of metrics.jsonl. tokens_per_s: the median over its lines. before, after: evaluations of the
     student at step 0 and at the end; None where no rows are held out. resumed_from: the step at which this process
     began, `steps` if there was nothing left to do. diverged: what is to be said where the student ended worse than it
-    began (divergence.py).
+    began (run/divergence.py).
     """
 
     run: str

@@ -1,4 +1,21 @@
-"""`config.json` of an HF directory to `ModelConfig`, and back: one module for each kind of family.
+"""Model families: config.json to ModelConfig and back, and tensor names. One module for each.
+
+reading/        shared parts: checked values, known keys, layer kinds
+llama.py        Llama, Mistral, Ministral
+qwen.py         Qwen2, Qwen3
+qwen_moe.py     Qwen2-MoE, Qwen3-MoE
+gemma.py        Gemma 2, Gemma 3
+phi3.py         Phi-3, Phi-4
+olmo.py         OLMo 2, OLMo 3
+olmoe.py        OLMoE
+smollm3.py      SmolLM3
+granite.py      Granite
+mixtral.py      Mixtral
+gpt_oss.py      gpt-oss
+glm4_moe.py     GLM-4.5
+deepseek.py     DeepSeek-V3, Moonlight, Kimi K2
+bailing_moe.py  Ling, Ring
+llama4.py       Llama 4
 
 Adding a family is a module with a `Family` value, and its name below.
 """
@@ -6,31 +23,31 @@ Adding a family is a module with a `Family` value, and its name below.
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig, RopeConfig
-from models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
-from models.families.deepseek import DEEPSEEK_V3
-from models.families.family import Family, common_keys
-from models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
-from models.families.glm4_moe import GLM4_MOE
-from models.families.gpt_oss import GPT_OSS
-from models.families.granite import GRANITE
-from models.families.llama import LLAMA, MINISTRAL, MISTRAL, MISTRAL3, exported_family
-from models.families.llama4 import LLAMA4, LLAMA4_TEXT
-from models.families.mixtral import MIXTRAL
-from models.families.olmo import OLMO2, OLMO3
-from models.families.olmoe import OLMOE
-from models.families.packing import KEY as PACKING
-from models.families.packing import check_packing
-from models.families.phi3 import PHI3, says_heads
-from models.families.qwen import QWEN2, QWEN3
-from models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
-from models.families.smollm3 import SMOLLM3
-from models.families.values import Values, rope_from_hf
-from models.foreign import packing_key
-from models.rope import rotated_width
-from models.tensors import Layout
-from schemas.errors import CheckpointError
-from schemas.object_path import Place
+from distillcache.models.config import ModelConfig, RopeConfig
+from distillcache.models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
+from distillcache.models.families.deepseek import DEEPSEEK_V3
+from distillcache.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from distillcache.models.families.glm4_moe import GLM4_MOE
+from distillcache.models.families.gpt_oss import GPT_OSS
+from distillcache.models.families.granite import GRANITE
+from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MISTRAL3, exported_family
+from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from distillcache.models.families.mixtral import MIXTRAL
+from distillcache.models.families.olmo import OLMO2, OLMO3
+from distillcache.models.families.olmoe import OLMOE
+from distillcache.models.families.phi3 import PHI3, says_heads
+from distillcache.models.families.qwen import QWEN2, QWEN3
+from distillcache.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from distillcache.models.families.reading.family import Family, common_keys
+from distillcache.models.families.reading.packing import KEY as PACKING
+from distillcache.models.families.reading.packing import check_packing
+from distillcache.models.families.reading.values import Values, rope_from_hf
+from distillcache.models.families.smollm3 import SMOLLM3
+from distillcache.models.files.foreign import packing_key
+from distillcache.models.files.tensors import Layout
+from distillcache.models.layers.rope import rotated_width
+from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.path import Place
 
 KNOWN = (
     LLAMA,

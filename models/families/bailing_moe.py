@@ -15,15 +15,15 @@ converter from Megatron, which writes config.json; inclusionAI/Ming, `configurat
 
 from typing import Any
 
-from models.config import ModelConfig, MoeConfig, RopeConfig
-from models.families.family import (
+from distillcache.models.config import ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.families.reading.family import (
     Family,
     common_fields,
     dense_tensors,
     norm_tensors,
     not_exportable,
 )
-from models.families.grouped import (
+from distillcache.models.families.reading.grouped import (
     dense_then_experts,
     expert_groups,
     first_dense,
@@ -31,9 +31,9 @@ from models.families.grouped import (
     mtp_prefixes,
     shared_experts,
 )
-from models.families.values import PARTIAL, Values
-from models.rope import rotated_width
-from models.tensors import BlockTensor, Layout, Part
+from distillcache.models.families.reading.values import PARTIAL, Values
+from distillcache.models.files.tensors import BlockTensor, Layout, Part
+from distillcache.models.layers.rope import rotated_width
 
 # The first version's own YaRN differs from transformers' in what it assumes, and it has no other scalings.
 FIRST_ROPES = ("default", "linear", "dynamic")

@@ -1,6 +1,6 @@
 """DeepSeek-V3 (also R1, V3.1, Moonlight, Kimi K2): latent attention, experts ranked by sigmoid and bias within groups.
 
-The released files are in FP8 (models/packed.py); an export has floats.
+The released files are in FP8 (models/files/packed.py); an export has floats.
 
 Source: HF transformers `configuration_deepseek_v3`, `modeling_deepseek_v3`.
 """
@@ -9,18 +9,24 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from models.config import LatentConfig, ModelConfig, RopeConfig
-from models.families.family import Family, common_fields, dense_tensors, norm_tensors, not_exportable
-from models.families.grouped import (
+from distillcache.models.config import LatentConfig, ModelConfig, RopeConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import (
+    Family,
+    common_fields,
+    dense_tensors,
+    norm_tensors,
+    not_exportable,
+)
+from distillcache.models.families.reading.grouped import (
     dense_then_experts,
     moe_tensors,
     mtp_prefixes,
     sigmoid_moe,
     sigmoid_moe_keys,
 )
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
-from models.tensors import BlockTensor, Layout
+from distillcache.models.families.reading.values import Values
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 
 def _read(values: Values) -> ModelConfig:

@@ -15,18 +15,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
     dense_tensors,
     not_exportable,
 )
-from models.families.kinds import FULL, SLIDING, check_dense, typed_ropes, typed_window_keys, typed_windows
-from models.families.multimodal import read_language_model, text_config
-from models.families.values import EXPORTED_ACTIVATIONS, Values, bad_value, rope_to_hf
-from models.tensors import BlockTensor, Layout
+from distillcache.models.families.reading.kinds import (
+    FULL,
+    SLIDING,
+    check_dense,
+    typed_ropes,
+    typed_window_keys,
+    typed_windows,
+)
+from distillcache.models.families.reading.multimodal import read_language_model, text_config
+from distillcache.models.families.reading.values import EXPORTED_ACTIVATIONS, Values, bad_value, rope_to_hf
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
 # In old files and in new ones the language model's tensors begin with these.

@@ -5,8 +5,9 @@ Source: HF transformers `configuration_glm4_moe`, `modeling_glm4_moe`.
 
 from typing import Any
 
-from models.config import ModelConfig
-from models.families.family import (
+from distillcache.models.config import ModelConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
@@ -14,16 +15,15 @@ from models.families.family import (
     norm_tensors,
     not_exportable,
 )
-from models.families.grouped import (
+from distillcache.models.families.reading.grouped import (
     dense_then_experts,
     moe_tensors,
     mtp_prefixes,
     sigmoid_moe,
     sigmoid_moe_keys,
 )
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import PARTIAL, Values
-from models.tensors import Layout
+from distillcache.models.families.reading.values import PARTIAL, Values
+from distillcache.models.files.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:

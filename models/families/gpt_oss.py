@@ -1,18 +1,25 @@
 """gpt-oss: experts in every block, learned sinks in every softmax, and a window in every other block.
 
 All projections have biases. An expert's neurons are a gated unit of cut inputs; its gate and up projections are stored
-with their columns in turns. The released files have the experts in MXFP4 (models/packed.py); an export has floats.
+with their columns in turns. The released files have the experts in MXFP4 (models/files/packed.py); an export has
+floats.
 
 Source: HF transformers `configuration_gpt_oss`, `modeling_gpt_oss`.
 """
 
 from typing import Any
 
-from models.config import BlockKind, ClampedGlu, ModelConfig, MoeConfig, RopeConfig
-from models.families.family import Family, attention_tensors, common_fields, norm_tensors, not_exportable
-from models.families.kinds import typed_window_keys, typed_windows
-from models.families.values import Values
-from models.tensors import BlockTensor, Layout, Part
+from distillcache.models.config import BlockKind, ClampedGlu, ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.families.reading.family import (
+    Family,
+    attention_tensors,
+    common_fields,
+    norm_tensors,
+    not_exportable,
+)
+from distillcache.models.families.reading.kinds import typed_window_keys, typed_windows
+from distillcache.models.families.reading.values import Values
+from distillcache.models.files.tensors import BlockTensor, Layout, Part
 
 THETA = 150_000.0
 # Where the config says nothing of a scaling.

@@ -8,16 +8,10 @@ Source: HF transformers `configuration_granite`, `modeling_granite`.
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
-    Family,
-    common_fields,
-    dense_layout,
-    not_exportable,
-    only_kind,
-)
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable, only_kind
+from distillcache.models.families.reading.values import Values
 
 
 def _read(values: Values) -> ModelConfig:

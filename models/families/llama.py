@@ -10,18 +10,12 @@ Source: HF transformers `configuration_llama`, `configuration_mistral`, `configu
 from dataclasses import replace
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
-    Family,
-    common_fields,
-    dense_layout,
-    not_exportable,
-    only_kind,
-)
-from models.families.kinds import check_dense, typed_window_keys, typed_windows
-from models.families.multimodal import read_language_model, text_config
-from models.families.values import Values
-from models.tensors import Layout
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable, only_kind
+from distillcache.models.families.reading.kinds import check_dense, typed_window_keys, typed_windows
+from distillcache.models.families.reading.multimodal import read_language_model, text_config
+from distillcache.models.families.reading.values import Values
+from distillcache.models.files.tensors import Layout
 
 DENSE_DEFAULTS: dict[str, Any] = {
     "head_dim": None,
@@ -150,6 +144,6 @@ MISTRAL3 = Family(
     layout=_multimodal_layout,
     harmless=frozenset(
         """image_token_id image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size
-        vision_config vision_feature_layer""".split()  # noqa: SIM905 - as in keys.py
+        vision_config vision_feature_layer""".split()  # noqa: SIM905 - as in families/reading/keys.py
     ),
 )

@@ -13,8 +13,8 @@ Source: HF transformers `configuration_llama4`, `modeling_llama4`.
 from dataclasses import replace
 from typing import Any
 
-from models.config import BlockKind, ModelConfig, MoeConfig, TemperatureConfig
-from models.families.family import (
+from distillcache.models.config import BlockKind, ModelConfig, MoeConfig, TemperatureConfig
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
@@ -23,10 +23,10 @@ from models.families.family import (
     not_exportable,
     shared_tensors,
 )
-from models.families.kinds import rotary_blocks
-from models.families.multimodal import read_language_model
-from models.families.values import Values, is_number
-from models.tensors import BlockTensor, Layout, Part
+from distillcache.models.families.reading.kinds import rotary_blocks
+from distillcache.models.families.reading.multimodal import read_language_model
+from distillcache.models.families.reading.values import Values, is_number
+from distillcache.models.files.tensors import BlockTensor, Layout, Part
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
 THETA = 500_000.0

@@ -5,8 +5,9 @@ Source: HF transformers `configuration_mixtral`, `modeling_mixtral`.
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig, MoeConfig
-from models.families.family import (
+from distillcache.models.config import BlockKind, ModelConfig, MoeConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
@@ -14,9 +15,8 @@ from models.families.family import (
     norm_tensors,
     only_kind,
 )
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
-from models.tensors import BlockTensor, Layout
+from distillcache.models.families.reading.values import Values
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 
 def _read(values: Values) -> ModelConfig:

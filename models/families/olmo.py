@@ -8,8 +8,9 @@ Source: HF transformers `configuration_olmo2`, `configuration_olmo3` and their m
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
@@ -17,10 +18,16 @@ from models.families.family import (
     not_exportable,
     only_kind,
 )
-from models.families.kinds import FULL, SLIDING, check_dense, typed_ropes, typed_window_keys, typed_windows
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values, rope_to_hf
-from models.tensors import BlockTensor, Layout
+from distillcache.models.families.reading.kinds import (
+    FULL,
+    SLIDING,
+    check_dense,
+    typed_ropes,
+    typed_window_keys,
+    typed_windows,
+)
+from distillcache.models.families.reading.values import Values, rope_to_hf
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 THETA = 500_000.0  # of OLMo 3
 

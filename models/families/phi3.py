@@ -9,11 +9,11 @@ Source: HF transformers `configuration_phi3`, `modeling_phi3`.
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig, RopeConfig
-from models.families.family import Family, common_fields, norm_tensors, not_exportable, only_kind
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import ORIGINAL, PARTIAL, Values
-from models.tensors import BlockTensor, Layout, Part
+from distillcache.models.config import BlockKind, ModelConfig, RopeConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import Family, common_fields, norm_tensors, not_exportable, only_kind
+from distillcache.models.families.reading.values import ORIGINAL, PARTIAL, Values
+from distillcache.models.files.tensors import BlockTensor, Layout, Part
 
 LEGACY_KINDS = {"su": "longrope", "yarn": "longrope"}
 

@@ -8,16 +8,11 @@ Source: HF transformers `configuration_qwen2`, `configuration_qwen3` and their m
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
-    Family,
-    common_fields,
-    dense_layout,
-    not_exportable,
-)
-from models.families.kinds import check_dense, typed_windows, window_in_use, window_keys
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable
+from distillcache.models.families.reading.kinds import check_dense, typed_windows, window_in_use, window_keys
+from distillcache.models.families.reading.values import Values
 
 
 def _kinds(values: Values) -> list[BlockKind]:

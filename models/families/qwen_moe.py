@@ -8,8 +8,9 @@ Source: HF transformers `configuration_qwen2_moe`, `configuration_qwen3_moe` and
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig, MoeConfig
-from models.families.family import (
+from distillcache.models.config import BlockKind, ModelConfig, MoeConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
@@ -19,10 +20,9 @@ from models.families.family import (
     not_exportable,
     shared_tensors,
 )
-from models.families.kinds import only_window, typed_windows, window_in_use, window_keys
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
-from models.tensors import BlockTensor, Layout
+from distillcache.models.families.reading.kinds import only_window, typed_windows, window_in_use, window_keys
+from distillcache.models.families.reading.values import Values
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 
 def _kinds(values: Values, windows: list[int | None]) -> list[BlockKind]:

@@ -5,16 +5,17 @@ Source: HF transformers `configuration_smollm3`, `modeling_smollm3`.
 
 from typing import Any
 
-from models.config import BlockKind, ModelConfig
-from models.families.family import (
-    Family,
-    common_fields,
-    dense_layout,
-    not_exportable,
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.families.llama import DENSE_DEFAULTS
+from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable
+from distillcache.models.families.reading.kinds import (
+    check_dense,
+    rotary_blocks,
+    typed_windows,
+    window_in_use,
+    window_keys,
 )
-from models.families.kinds import check_dense, rotary_blocks, typed_windows, window_in_use, window_keys
-from models.families.llama import DENSE_DEFAULTS
-from models.families.values import Values
+from distillcache.models.families.reading.values import Values
 
 THETA = 2_000_000.0
 INTERVAL = 4

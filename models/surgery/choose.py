@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from models.surgery.parts import STREAM, Block, Parts
-from schemas.errors import ConfigError
-from schemas.student_config import SurgeryOp
+from distillcache.models.surgery.parts import STREAM, Block, Parts
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import ConfigError
 
 
 def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np.ndarray | None]:

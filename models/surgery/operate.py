@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.surgery.choose import expert_neuron_scores, places_to_keep
-from models.surgery.parts import Parts, Scores, keep, put_together, take_apart
-from models.surgery.sizes import after, changed_config, kept_blocks, named_blocks
-from models.surgery.upcycle import upcycled
-from schemas.student_config import SurgeryOp
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.surgery.choose import expert_neuron_scores, places_to_keep
+from distillcache.models.surgery.parts import Parts, Scores, keep, put_together, take_apart
+from distillcache.models.surgery.sizes import after, changed_config, kept_blocks, named_blocks
+from distillcache.models.surgery.upcycle import upcycled
+from distillcache.schemas.config.student import SurgeryOp
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from flax import nnx
 
-from models.config import BlockKind, ModelConfig
-from models.decoder import Decoder, abstract_decoder
-from models.sharding import device_copy
-from schemas.errors import CheckpointError, ConfigError
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.decoder import Decoder, abstract_decoder
+from distillcache.models.mesh.sharding import device_copy
+from distillcache.schemas.errors import CheckpointError, ConfigError
 
 # Without the axis of the repeats. A norm of single heads has one weight for all of them: `axes_of`.
 OUTER_AXES = {"embed": "VD", "final_norm": "D", "head": "DV"}
@@ -83,8 +83,8 @@ Block = Mapping[str, np.ndarray]  # `attention/q` -> the block's own, without th
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each part was worth on some rows (trainer/importance.py): axis letter -> `[size]`, for every block of
-    the decoder as it is before any operation; `stream` `[D]` is for all of them."""
+    """How much each part was worth on some rows (trainer/run/importance.py): axis letter -> `[size]`, for every block
+    of the decoder as it is before any operation; `stream` `[D]` is for all of them."""
 
     blocks: tuple[Mapping[str, np.ndarray], ...]
     stream: np.ndarray

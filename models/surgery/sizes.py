@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.config import BlockKind, ModelConfig, MoeConfig, plan_layers
-from models.families import config_from_hf, config_to_hf
-from schemas.errors import CheckpointError, ConfigError
-from schemas.student_config import SurgeryOp
+from distillcache.models.config import BlockKind, ModelConfig, MoeConfig, plan_layers
+from distillcache.models.families import config_from_hf, config_to_hf
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import CheckpointError, ConfigError
 
 # Families with experts that a dense decoder may become, tried in this order: the first one whose config means it.
 UPCYCLED = ("mixtral", "qwen3_moe", "qwen2_moe")

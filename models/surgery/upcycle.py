@@ -12,10 +12,10 @@ The router is small random numbers: with zeros, every token would begin with the
 
 import numpy as np
 
-from models.config import ModelConfig, MoeConfig
-from models.surgery.choose import block_scores
-from models.surgery.parts import Block, Parts
-from schemas.student_config import SurgeryOp
+from distillcache.models.config import ModelConfig, MoeConfig
+from distillcache.models.surgery.choose import block_scores
+from distillcache.models.surgery.parts import Block, Parts
+from distillcache.schemas.config.student import SurgeryOp
 
 ROUTER_STD = 0.02  # logits of some tenths, so no expert is far ahead
 

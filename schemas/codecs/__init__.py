@@ -1,4 +1,12 @@
-"""What the bytes of a tap mean: codecs as pure JAX functions, run inside the jits of teacher and student.
+"""Codecs of activations as pure JAX functions; they run inside the teacher's and the student's compiled steps.
+
+parts.py     the codec interface, and the stored parts that it is made of
+cast.py      floating point: bf16, f32, and fp8 with a scale for each token
+quantise.py  int8 and int4 with a scale and a shape for each group
+rotate.py    random rotation that spreads outliers over a group
+scales.py    storage of scales: bfloat16, or one byte with a shared exponent
+delta.py     differences between consecutive slots
+topk.py      the largest logits of a token and the logsumexp of all
 
 A codec turns numbers `[..., D]` into *parts*: arrays of codes (and, for some, scales) that are stored one zarr array
 each. Every part keeps the leading axes, so a row, a block or a token can be read alone.
@@ -18,13 +26,13 @@ In a scan over slots every codec is used alike: `start`, then `encode_slot` or `
 
 import numpy as np
 
-from schemas.codecs.cast import CastCodec, Fp8Codec
-from schemas.codecs.delta import DeltaCodec
-from schemas.codecs.parts import Carry, Codec, Part, take_slot
-from schemas.codecs.quantise import Int4Codec, Int8Codec, default_group
-from schemas.codecs.rotate import Rotation, make_signs
-from schemas.codecs.topk import TopK, TopKCodec
-from schemas.errors import ConfigError
+from distillcache.schemas.codecs.cast import CastCodec, Fp8Codec
+from distillcache.schemas.codecs.delta import DeltaCodec
+from distillcache.schemas.codecs.parts import Carry, Codec, Part, take_slot
+from distillcache.schemas.codecs.quantise import Int4Codec, Int8Codec, default_group
+from distillcache.schemas.codecs.rotate import Rotation, make_signs
+from distillcache.schemas.codecs.topk import TopK, TopKCodec
+from distillcache.schemas.errors import ConfigError
 
 __all__ = [
     "CODECS",

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from schemas.codecs.parts import Memoryless, Part
-from schemas.codecs.scales import from_bf16_bits, reciprocal, to_bf16_bits
+from distillcache.schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.scales import from_bf16_bits, reciprocal, to_bf16_bits
 
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn (OCP 8-bit floating point, 2023)
 

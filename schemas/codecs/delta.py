@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from schemas.codecs.parts import Part, take_slot
-from schemas.codecs.quantise import Int8Codec, Quantiser
+from distillcache.schemas.codecs.parts import Part, take_slot
+from distillcache.schemas.codecs.quantise import Int8Codec, Quantiser
 
 KEY_PARTS = {"codes": "key", "scale": "key_scale"}  # the int8 codec's names of parts, and a keyframe's
 

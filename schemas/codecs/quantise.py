@@ -30,10 +30,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from schemas.codecs.parts import Memoryless, Part
-from schemas.codecs.rotate import Rotation
-from schemas.codecs.scales import from_shared, reciprocal, short_above, short_value, to_shared
-from schemas.errors import ConfigError
+from distillcache.schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.rotate import Rotation
+from distillcache.schemas.codecs.scales import from_shared, reciprocal, short_above, short_value, to_shared
+from distillcache.schemas.errors import ConfigError
 
 # (linear, cubic): the level is proportional to linear * u + cubic * u^3; both shapes end at the same level.
 SHAPES = ((20, 10), (27, 3))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from schemas.codecs.cast import CastCodec
-from schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.cast import CastCodec
+from distillcache.schemas.codecs.parts import Memoryless, Part
 
 
 class TopK(NamedTuple):

@@ -14,20 +14,18 @@ import tensorstore as ts
 import xxhash
 from flax import nnx
 
-from cache_builder import build as build_module
-from cache_builder.build import build_cache
-from cache_builder.prepare import prepare_rows
-from cache_builder.token_parts import rows_fingerprint
-from models.checkpoint import load_pretrained, save_pretrained
-from models.decoder import Decoder
-from models.tokenizer import load_tokenizer
-from schemas import layout
-from schemas.canonical import from_canonical, read_canonical, to_canonical
-from schemas.claim import this_process_claim
-from schemas.claims import Claims
-from schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
-from schemas.digest import digest_bytes
-from schemas.errors import (
+from distillcache.cache_builder import build as build_module
+from distillcache.cache_builder.build import build_cache
+from distillcache.cache_builder.prepare import prepare_rows
+from distillcache.cache_builder.text.token_stream import rows_fingerprint
+from distillcache.models.checkpoint import load_pretrained, save_pretrained
+from distillcache.models.decoder import Decoder
+from distillcache.models.text.tokenizer import load_tokenizer
+from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease_file import this_process_claim
+from distillcache.schemas.cache.segment import open_cache, read_manifest, read_plan
+from distillcache.schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
+from distillcache.schemas.errors import (
     CheckpointError,
     ConfigError,
     DamageError,
@@ -38,10 +36,12 @@ from schemas.errors import (
     PlanMismatchError,
     StorageError,
 )
-from schemas.manifest import Plan, ShardReceipt, Stats
-from schemas.segment import open_cache, read_manifest, read_plan
-from schemas.storage import Store
-from schemas.times import SegmentTimes
+from distillcache.schemas.format import layout
+from distillcache.schemas.format.canonical import from_canonical, read_canonical, to_canonical
+from distillcache.schemas.format.digest import digest_bytes
+from distillcache.schemas.format.manifest import Plan, ShardReceipt, Stats
+from distillcache.schemas.format.times import SegmentTimes
+from distillcache.schemas.store.store import Store
 from tests.conftest import EOS, TINY, build_config, byte_tokenizer, save_teacher
 from tests.rounding import assert_rounded
 

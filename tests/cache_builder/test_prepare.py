@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from cache_builder import rows_files
-from cache_builder.documents import documents
-from cache_builder.inputs import input_files
-from cache_builder.packing import draw_eval_rows, mark_document, pack_tokens
-from cache_builder.prepare import open_rows, prepare_rows
-from cache_builder.text_digest import inputs_digest
-from models.tokenizer import TextTokenizer
-from schemas.config import DataConfig, PrepareConfig
-from schemas.digest import digest_bytes
-from schemas.errors import ConfigError, DamageError, InputError, PlanMismatchError, StorageError
-from schemas.rows import RowReader, unpack_rows
-from schemas.storage import Store
+from distillcache.cache_builder.prepare import open_rows, prepare_rows
+from distillcache.cache_builder.text import rows_files
+from distillcache.cache_builder.text.digest import inputs_digest
+from distillcache.cache_builder.text.documents import documents
+from distillcache.cache_builder.text.files.inputs import input_files
+from distillcache.cache_builder.text.packing import draw_eval_rows, mark_document, pack_tokens
+from distillcache.models.text.tokenizer import TextTokenizer
+from distillcache.schemas.config import DataConfig, PrepareConfig
+from distillcache.schemas.errors import ConfigError, DamageError, InputError, PlanMismatchError, StorageError
+from distillcache.schemas.format.digest import digest_bytes
+from distillcache.schemas.format.rows import RowReader, unpack_rows
+from distillcache.schemas.store.store import Store
 
 EOS, BOS, UNKNOWN = 0, 1, 2
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 3)}

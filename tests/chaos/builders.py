@@ -20,14 +20,14 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from cache_builder.build import build_cache
-from schemas.config import BuildConfig
-from schemas.errors import Interrupted
-from schemas.segment import read_manifest
-from schemas.storage import Store
+from distillcache.cache_builder.build import build_cache
+from distillcache.schemas.cache.segment import read_manifest
+from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.errors import Interrupted
+from distillcache.schemas.store.store import Store
+from distillcache.tools.look.verify import verify_cache
 from tests.conftest import build_config, save_teacher
 from tests.servers.launch import Server
-from tools.verify import verify_cache
 
 QUIET_S = 120.0  # more than a round's builders need when nobody disturbs them
 STORAGE = {"first_delay_s": 0.02, "max_delay_s": 1.0}
@@ -150,7 +150,7 @@ def run(
     """
     chaos, rng = Chaos(), random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "cache_builder.build"])
+    context.set_forkserver_preload(["tests.conftest", "distillcache.cache_builder.build"])
     server = Server("gcs")
     os.environ.update(server.environment)
     try:

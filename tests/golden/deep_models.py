@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from safetensors.numpy import save_file
 
-from models.safetensors_file import MappedSafetensors
+from distillcache.models.files.safetensors import MappedSafetensors
 
 HERE = Path(__file__).parent
 DEEP = ("llama_tied", "qwen3", "olmo2", "granite", "gemma2", "gemma3_text", "phi3_plain")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
-from models.sharding import device_copy
-from schemas.storage import Store
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.mesh.sharding import device_copy
+from distillcache.schemas.store.store import Store
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CACHED_TEACHER = Path("~/.cache/distillcache/SmolLM2-135M-Instruct.Q4_1.gguf").expanduser()

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from models.checkpoint import load_pretrained
-from models.config import RopeConfig
-from models.experts import gated
-from models.rope import rope_tables, rotate
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.config import RopeConfig
+from distillcache.models.layers.experts import gated
+from distillcache.models.layers.rope import rope_tables, rotate
 from tests.golden.deep_models import SEEDS, deep_tokens, save_deep
 from tests.models.conftest import GOLDEN
 

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint import load_pretrained, read_config, save_pretrained, weights_digest
-from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
-from schemas.errors import CheckpointError
+from distillcache.models.checkpoint import load_pretrained, read_config, save_pretrained, weights_digest
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN, randomized
 
 

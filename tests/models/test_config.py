@@ -4,7 +4,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from models.config import BlockKind, LayerGroup, ModelConfig, plan_layers
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, plan_layers
 
 A, B, C = BlockKind(), BlockKind(moe=True), BlockKind(window=4)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig, plan_layers
-from models.decoder import BlockOutput, Decoder, DecoderOutput
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig, plan_layers
+from distillcache.models.decoder import BlockOutput, Decoder, DecoderOutput
 from tests.models.conftest import randomized
 from tests.rounding import assert_rounded
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from cache_builder.plan import settle_plan
-from models.describe import FORWARD, FORWARD_REVISION, describe_numerics
-from schemas.canonical import to_canonical
-from schemas.errors import PlanMismatchError
-from schemas.layout import plan_key
-from schemas.segment import read_plan
-from schemas.storage import Store
+from distillcache.cache_builder.record.plan import settle_plan
+from distillcache.models.describe import FORWARD, FORWARD_REVISION, describe_numerics
+from distillcache.schemas.cache.segment import read_plan
+from distillcache.schemas.errors import PlanMismatchError
+from distillcache.schemas.format.canonical import to_canonical
+from distillcache.schemas.format.layout import plan_key
+from distillcache.schemas.store.store import Store
 
 
 def test_float32_plans_name_no_revision_of_the_forward():

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from models.checkpoint import fill_decoder, load_pretrained, open_tensors, read_config, save_pretrained
-from models.decoder import Decoder
-from models.families import FAMILIES, LANGUAGE_MODELS, layout_of
-from models.surgery import apply_surgery
-from models.tensors import tensor_slots
-from schemas.train_config import SurgeryOp
+from distillcache.models.checkpoint import fill_decoder, load_pretrained, open_tensors, read_config, save_pretrained
+from distillcache.models.decoder import Decoder
+from distillcache.models.families import FAMILIES, LANGUAGE_MODELS, layout_of
+from distillcache.models.files.tensors import tensor_slots
+from distillcache.models.surgery import apply_surgery
+from distillcache.schemas.config.train import SurgeryOp
 from tests.models.conftest import GOLDEN
 
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"))
@@ -158,7 +158,7 @@ def test_gradients_are_those_of_transformers(name: str):
 @pytest.mark.slow
 def test_demo_teacher_knows_rome(demo_teacher: Path):
     """A quantised file, its tokenizer and the forward pass at once: any of them wrong, and Rome is not next."""
-    from models.tokenizer import load_tokenizer
+    from distillcache.models.text.tokenizer import load_tokenizer
 
     decoder, tokenizer = load_pretrained(demo_teacher), load_tokenizer(demo_teacher)
     ids = tokenizer.encode("The capital of France is Paris. The capital of Italy is")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import MoeConfig
-from models.routing import (
+from distillcache.models.config import MoeConfig
+from distillcache.models.routing import (
     BalanceState,
     RouterOutput,
     Scope,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import topk
-from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
-from models.recorder import make_recorder
-from schemas.config import TapConfig, TopKConfig
-from schemas.manifest import TapPlan
-from schemas.tap_plan import tap_plan, topk_plan
+from distillcache.models import topk
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.recorder import make_recorder
+from distillcache.schemas.config import TapConfig, TopKConfig
+from distillcache.schemas.format.manifest import TapPlan
+from distillcache.schemas.format.tap_plan import tap_plan, topk_plan
 
 CONFIG = ModelConfig(
     vocab_size=131,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.checkpoint import load_pretrained, weights_digest
-from models.maxtext_export import save_maxtext
+from distillcache.models.checkpoint import load_pretrained, weights_digest
+from distillcache.models.files.maxtext.export import save_maxtext
+from distillcache.tools import cli
+from distillcache.trainer.run.checkpoints import load_student
 from tests.models.test_checkpoint import assert_same_parameters
-from tools import cli
-from trainer.checkpoints import load_student
 
 
 @pytest.mark.slow

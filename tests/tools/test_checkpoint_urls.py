@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import load_pretrained, weights_digest
-from schemas.config import TrainConfig
-from schemas.settings import dump_yaml
-from schemas.storage import Store
-from schemas.train_config import StudentConfig, SurgeryOp
+from distillcache.models.checkpoint import load_pretrained, weights_digest
+from distillcache.schemas.command_line import dump_yaml
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.config.train import StudentConfig, SurgeryOp
+from distillcache.schemas.store.store import Store
+from distillcache.tools import cli
 from tests.conftest import build_config
 from tests.models.conftest import upload
 from tests.models.test_checkpoint import assert_same_parameters
 from tests.servers.fixtures import Bucket
-from tools import cli
 
 
 def shards(cache: Path) -> dict[str, bytes]:

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cache_builder.build import build_cache
-from models.config import BlockKind, LayerGroup, ModelConfig
-from models.decoder import Decoder
-from schemas.codecs import get_codec
-from schemas.config import BuildConfig, DataConfig, TeacherConfig
-from schemas.train_config import LossConfig, OptimizerConfig
-from trainer.blockwise import BlockwiseStep
-from trainer.optimizer import make_optimizer
-from trainer.parameters import Parameters, all_parameters, choose_trained
-from trainer.stack import BlockRules, StudentStack
-from trainer.tables import Table, TapReading, make_table, student_spans
+from distillcache.cache_builder.build import build_cache
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.codecs import get_codec
+from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
+from distillcache.schemas.config.train import LossConfig, OptimizerConfig
+from distillcache.trainer.step.blockwise import BlockwiseStep
+from distillcache.trainer.step.optimizer import make_optimizer
+from distillcache.trainer.step.parameters import Parameters, all_parameters, choose_trained
+from distillcache.trainer.step.stack import BlockRules, StudentStack
+from distillcache.trainer.step.targets import Table, TapReading, make_table, student_spans
 
 # Two groups, one with a pattern of two kinds: every order of blocks that a plan can have.
 MIXED = ModelConfig(

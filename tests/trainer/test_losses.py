@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.losses import (
+from distillcache.trainer.losses import (
     blockwise_cosine_loss,
     blockwise_l2_loss,
     blockwise_relative_l2_loss,

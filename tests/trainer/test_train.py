@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.checkpoint import load_pretrained
-from schemas.config import TrainConfig
-from schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
-from schemas.signals import StopRequest
-from schemas.train_config import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
-from tests.trainer.events import logged_scalars
-from tools import cli
-from trainer import __main__
-from trainer import train as loop
-from trainer.checkpoints import load_student
-from trainer.evaluate import held_out_perplexity
-from trainer.feed import CacheSource
-from trainer.metrics_log import read_metrics
-from trainer.parameters import all_parameters, of_place
-from trainer.run_folder import read_evaluations
-from trainer.train import train
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
+from distillcache.schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
+from distillcache.schemas.runtime.signals import StopRequest
+from distillcache.tools import cli
+from distillcache.trainer import __main__
+from distillcache.trainer import train as loop
+from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.run.checkpoints import load_student
+from distillcache.trainer.run.evaluate import held_out_perplexity
+from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.step.parameters import all_parameters, of_place
+from distillcache.trainer.train import train
+from tests.trainer.run.events import logged_scalars
 
 TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share", "perf/tflops_per_second")
 
@@ -43,7 +43,7 @@ def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
         "batch_rows": 4,
         "checkpoint_every": 3,
         "eval_batch_rows": 3,
-        "eval_teacher": False,  # tests/trainer/test_yardstick.py has it on
+        "eval_teacher": False,  # tests/trainer/run/test_yardstick.py has it on
     }
     return TrainConfig.model_validate({**values, **changes})
 
@@ -191,7 +191,7 @@ def _failing_at(step):
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path, cache, whole):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "trainer", "--run", str(run), "--cache", str(cache), "--steps", "8"]
+    command = [sys.executable, "-m", "distillcache.trainer", "--run", str(run), "--cache", str(cache), "--steps", "8"]
     command += ["--batch-rows", "4", "--checkpoint-every", "1", "--eval-batch-rows", "3"]
     command += ["--student.surgery", "[{op: query_heads, to: 2}]"]
     command += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2"]
@@ -307,7 +307,7 @@ def test_a_config_that_failed_at_the_start_may_be_corrected(tmp_path, cache):
 
 
 def test_a_teacher_that_changed_is_refused(tmp_path, cache, teacher, monkeypatch):
-    monkeypatch.setattr("trainer.teacher.weights_digest", lambda _: "0" * 32)
+    monkeypatch.setattr("distillcache.trainer.feed.teacher.weights_digest", lambda _: "0" * 32)
     with pytest.raises(CheckpointError, match="not the one that the cache was built with"):
         train(config(tmp_path / "run", cache))
 
@@ -315,8 +315,8 @@ def test_a_teacher_that_changed_is_refused(tmp_path, cache, teacher, monkeypatch
 def test_a_student_of_another_width_is_refused(tmp_path, cache, teacher):
     from dataclasses import replace
 
-    from models.checkpoint import read_config, save_pretrained
-    from models.decoder import Decoder
+    from distillcache.models.checkpoint import read_config, save_pretrained
+    from distillcache.models.decoder import Decoder
 
     save_pretrained(Decoder(replace(read_config(teacher), hidden_size=32)), tmp_path / "wide")
     with pytest.raises(ConfigError, match="disagree on the hidden size") as caught:

@@ -14,13 +14,13 @@ import pytest
 from flax import nnx
 from jaxtyping import Array
 
-from models.checkpoint import load_pretrained
-from models.config import ModelConfig, plan_layers
-from models.decoder import Decoder
-from models.mlp import Moe
-from models.surgery import Scores, apply_surgery, operate
-from schemas.errors import ConfigError
-from schemas.student_config import SurgeryOp
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.config import ModelConfig, plan_layers
+from distillcache.models.decoder import Decoder
+from distillcache.models.layers.mlp import Moe
+from distillcache.models.surgery import Scores, apply_surgery, operate
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import ConfigError
 from tests.models.conftest import GOLDEN, randomized
 
 HEADS = {"q": 2, "o": 1, "q_bias": 1, "k": 2, "v": 2, "k_bias": 1, "v_bias": 1}

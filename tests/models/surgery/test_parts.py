@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.checkpoint import load_pretrained
-from models.surgery import add_router_bias
-from models.surgery.parts import axes_of, put_together, take_apart
-from schemas.errors import CheckpointError, ConfigError
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.surgery import add_router_bias
+from distillcache.models.surgery.parts import axes_of, put_together, take_apart
+from distillcache.schemas.errors import CheckpointError, ConfigError
 from tests.models.conftest import GOLDEN
 from tests.models.test_checkpoint import assert_same_parameters
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from models.checkpoint import read_config
-from models.config import ModelConfig
-from models.surgery import changed_config
-from models.surgery.sizes import check_exportable
-from schemas.errors import ConfigError
-from schemas.student_config import SurgeryOp
+from distillcache.models.checkpoint import read_config
+from distillcache.models.config import ModelConfig
+from distillcache.models.surgery import changed_config
+from distillcache.models.surgery.sizes import check_exportable
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import ConfigError
 from tests.models.conftest import GOLDEN
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoint import load_pretrained, save_pretrained
-from models.decoder import Decoder
-from models.surgery import Scores, apply_surgery
-from schemas.student_config import SurgeryOp
+from distillcache.models.checkpoint import load_pretrained, save_pretrained
+from distillcache.models.decoder import Decoder
+from distillcache.models.surgery import Scores, apply_surgery
+from distillcache.schemas.config.student import SurgeryOp
 from tests.models.conftest import GOLDEN
 from tests.models.test_parity import assert_close
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.surgery import Scores, apply_surgery
-from schemas.errors import ConfigError
-from schemas.student_config import SurgeryOp
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.surgery import Scores, apply_surgery
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import ConfigError
 from tests.models.conftest import randomized
 from tests.models.surgery.test_operate import blocks_of, logits_of
 

@@ -1,0 +1,253 @@
+"""`distillcache build --extend`: a finished cache grows by one segment.
+
+The config says what the cache should hold. Rows that no segment has become a segment with rows of its own; rows that
+are there get the taps and blocks that they lack. What is there is neither written nor computed again, and the new
+segment exists once the manifest that lists it has replaced the one that does not.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from distillcache.cache_builder.build import build_segment, checked_model, open_or_prepare, warn_of_length
+from distillcache.cache_builder.prepare import open_rows
+from distillcache.cache_builder.record.finish import tidy
+from distillcache.cache_builder.record.plan import chosen_taps, make_plan, plan_differences
+from distillcache.cache_builder.record.replica import open_replica
+from distillcache.cache_builder.record.work_units import RowSource
+from distillcache.cache_builder.text.digest import inputs_digest
+from distillcache.models.checkpoint import weights_digest
+from distillcache.models.config import ModelConfig
+from distillcache.models.describe import COMPRESSING_LIBRARY, describe_rows
+from distillcache.models.text.tokenizer import TextTokenizer
+from distillcache.schemas.cache.addressing import CODEC_FIELDS, RowGroup, row_groups
+from distillcache.schemas.cache.segment import Segment, begun_plan, open_cache, segment_name
+from distillcache.schemas.config import BuildConfig, DataConfig
+from distillcache.schemas.errors import ConfigError, InputError, PlaceLostError, PlanMismatchError
+from distillcache.schemas.format import layout
+from distillcache.schemas.format.manifest import Manifest, Plan, RowsPlan, TapPlan
+from distillcache.schemas.format.rows import Row
+from distillcache.schemas.format.tap_plan import counting_as_recorded, with_slots
+from distillcache.schemas.store.store import Store
+
+
+def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
+    """Add what the config asks for and the cache lacks; where it lacks nothing, nothing changes.
+
+    The same command goes on after any interruption.
+
+    Raises:
+        InputError: there is no finished cache, or what was given cannot be used.
+        PlanMismatchError: the teacher, its tokenizer or its numerics are not the cache's.
+        ConfigError: a tap is there in another codec.
+    """
+    if manifest is None:
+        raise InputError(
+            "there is no finished cache to add to",
+            {"cache": store.url, "missing": layout.MANIFEST},
+            "build it first: the same command without --extend, and with the first config",
+        )
+    model, groups = checked_model(config, tokenizer), row_groups(open_cache(store))
+    number = len(manifest.segments)
+    _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
+    store.clear_stale_locks()
+    with _naming_unfinished(store, number):
+        addition = _choose_addition(
+            store, config, tokenizer, groups, number, _asked_taps(config, model, tokenizer, groups)
+        )
+    if not addition.taps:
+        return manifest
+    warn_of_length(config, model)
+    with open_replica(config) as replica:
+        decoder = replica.load(config)
+        plan = make_plan(
+            config,
+            segment_name(number),
+            model,
+            replica.describe_teacher(config.teacher.path, model),
+            addition.plan,
+            str(decoder.dtype),
+            rows_of=addition.rows_of,
+            taps=addition.taps,
+            processes=replica.peers.count,
+        )
+        _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
+        with _naming_unfinished(store, number):
+            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
+
+
+def _asked_taps(
+    config: BuildConfig, model: ModelConfig, tokenizer: TextTokenizer, groups: Sequence[RowGroup]
+) -> list[TapPlan]:
+    """What the config asks for, with logits of the ids that the cache's are of."""
+    recorded = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
+    return counting_as_recorded(chosen_taps(config, model, tokenizer.vocab_size), recorded)
+
+
+@contextmanager
+def _naming_unfinished(store: Store, number: int) -> Iterator[None]:
+    """A plan that does not fit is an extension that another command began: say how to be rid of it."""
+    try:
+        yield
+    except PlaceLostError:
+        raise
+    except PlanMismatchError as error:
+        begun = begun_plan(store, number)
+        if begun is None:
+            raise
+        raise PlanMismatchError(
+            "an extension with another config was begun and is not finished",
+            {"unfinished": store.where(layout.segment_prefix(begun.segment)), **error.facts},
+            "finish it with the config that it was begun with, or delete it first: the same command with --abandon",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """What is to be recorded, of which rows. rows_of: the segment that has them, None for new ones."""
+
+    rows: RowSource
+    plan: RowsPlan
+    rows_of: str | None
+    taps: Sequence[TapPlan]
+
+
+def _choose_addition(
+    store: Store,
+    config: BuildConfig,
+    tokenizer: TextTokenizer,
+    groups: Sequence[RowGroup],
+    number: int,
+    taps: Sequence[TapPlan],
+) -> _Addition:
+    """What the config asks for and the cache lacks; without taps, where it lacks nothing."""
+    group = _group_of_text(groups, config.data, tokenizer)
+    if group is None:
+        _check_new_rows(store, groups, config.data, taps)
+        rows = open_or_prepare(store, config, tokenizer, number)
+        plan = describe_rows(rows)
+        # The same rows may come from other files, or from prepared ones.
+        group = next((each for each in groups if each.base.plan.rows == plan), None)
+        if group is None:
+            return _Addition(rows, plan, None, taps)
+    base = group.base.plan
+    missing = _missing_taps(group, taps, base.teacher.hidden_size)
+    if not missing:  # perhaps since a moment ago, when a crash kept the build from tidying up
+        for each in group.segments:
+            tidy(store, each.plan)
+        if begun_plan(store, number) is None:  # only rows were prepared there, to find that the cache has them
+            tidy(store, base.model_copy(update={"segment": segment_name(number)}))
+    return _Addition(_SegmentRows(group.base), base.rows, base.segment, missing)
+
+
+class _SegmentRows:
+    """The rows of a finished segment."""
+
+    def __init__(self, segment: Segment) -> None:
+        self._segment = segment
+
+    def slice(self, start: int, stop: int) -> list[Row]:
+        """Rows `start` to `stop - 1`."""
+        return [self._segment.row(number) for number in range(start, stop)]
+
+
+def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: TextTokenizer) -> RowGroup | None:
+    """The rows that this very text gave, with these settings; None for prepared rows and other text."""
+    if open_rows(data) is not None:
+        return None
+    digest, settings = inputs_digest(data, tokenizer), _settings(data.model_dump(mode="json"))
+    for group in groups:
+        plan = group.base.plan
+        same = (plan.rows.text_digest, plan.rows.tokenizer_digest) == (digest, tokenizer.digest)
+        if same and _settings(plan.config.get("data", {})) == settings:
+            return group
+    return None
+
+
+def _settings(data: dict[str, object]) -> dict[str, object]:
+    """What of a data config the rows depend on, beside the text and the tokenizer."""
+    return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
+
+
+def _missing_taps(group: RowGroup, taps: Sequence[TapPlan], hidden: int) -> list[TapPlan]:
+    """The slots that these rows lack. Delta-coded slots cannot lean on another segment's: they bring their keyframe."""
+    missing = []
+    for tap in taps:
+        _check_same_codec(group, tap)
+        held = {
+            slot
+            for segment in group.segments
+            for plan in segment.plan.taps
+            if plan.name == tap.name
+            for slot in plan.slots
+        }
+        slots = sorted(set(tap.slots) - held)
+        if slots and tap.delta:
+            first = min(slots)  # a block needs the stream on both of its sides, and both of one segment
+            slots = [slot for slot in tap.slots if first - 1 <= slot]
+        if slots:
+            missing.append(with_slots(tap, slots, hidden))
+    return missing
+
+
+def _check_same_codec(group: RowGroup, tap: TapPlan) -> None:
+    for segment in group.segments:
+        for there in segment.plan.taps:
+            differing = [name for name in CODEC_FIELDS if getattr(there, name) != getattr(tap, name)]
+            if there.name == tap.name and differing:
+                facts = {
+                    f"taps.{tap.name}.{name}": f"there {getattr(there, name)!r}, here {getattr(tap, name)!r}"
+                    for name in differing
+                }
+                raise ConfigError(
+                    "the cache holds this tap in another codec",
+                    {"cache": segment.store.url, "segment": segment.plan.segment, **facts},
+                    f"use the same codec, leave the tap out (taps.{tap.name}: null), or copy the cache to this codec",
+                )
+
+
+def _check_new_rows(store: Store, groups: Sequence[RowGroup], data: DataConfig, taps: Sequence[TapPlan]) -> None:
+    """New rows must be read together with those that are there."""
+    prepared, there = open_rows(data), groups[0].base.plan.rows.row_tokens
+    row_tokens = data.row_tokens if prepared is None else prepared.index.row_tokens
+    if row_tokens != there:
+        raise ConfigError(
+            "the rows of a cache have one length",
+            {"cache": f"{store.url}  {there} tokens", "data.row_tokens": row_tokens},
+            f"set data.row_tokens to {there}, or build another cache",
+        )
+    for group in groups:
+        for tap in taps:
+            _check_same_codec(group, tap)
+
+
+def _check_same_teacher(store: Store, there: Plan, config: BuildConfig, tokenizer: TextTokenizer) -> None:
+    pairs = {
+        "weights": (there.teacher.weights_digest, weights_digest(config.teacher.path)),
+        "tokenizer": (there.rows.tokenizer_digest, tokenizer.digest),
+    }
+    facts = {name: f"there {then!r}, here {now!r}" for name, (then, now) in pairs.items() if then != now}
+    if facts:
+        raise PlanMismatchError(
+            "the cache was built with another teacher",
+            {"cache": store.url, **facts},
+            "extend it with its own teacher and tokenizer, or build another cache",
+        )
+
+
+def _check_same_numerics(store: Store, there: Plan, plan: Plan, accept_platform: bool) -> None:
+    """Of one cache all numbers come from one computation; other platforms only where the user accepts them.
+
+    What compresses a segment's bytes is its own: the numbers do not depend on it.
+    """
+    found = plan_differences(there, plan)
+    found.pop(f"numerics.versions.{COMPRESSING_LIBRARY}", None)
+    facts = {
+        name: f"there {then!r}, here {now!r}" for name, (then, now) in found.items() if name.startswith("numerics.")
+    }
+    if facts and ("numerics.dtype" in facts or not accept_platform):
+        raise PlanMismatchError(
+            "the cache was computed in another way",
+            {"cache": store.url, **facts},
+            "extend it where it was built and in its dtype; accept other bits of a platform with --accept-platform",
+        )

@@ -1,0 +1,61 @@
+"""Whose a rows folder is while rows are made in it.
+
+    <out>/preparing.json      the fingerprint of the rows that are being made; it goes when `rows.json` is there
+
+A process that was paused while the folder was given to other rows, or finished, writes nothing more there. Processes
+that make the same rows share one mark. The newest command is right about a folder that holds no finished rows.
+"""
+
+from pydantic import Field
+
+from distillcache.schemas.config import Config
+from distillcache.schemas.errors import DamageError, PlaceLostError
+from distillcache.schemas.format.canonical import from_canonical, to_canonical
+from distillcache.schemas.format.rows import INDEX_KEY
+from distillcache.schemas.store.store import Store
+
+MARK = "preparing.json"
+
+
+class _Mark(Config):
+    fingerprint: str = Field(description="of everything that decides the rows")
+
+
+def take_place(store: Store, fingerprint: str) -> None:
+    """Mark the folder as the place of these rows."""
+    store.put_once(MARK, to_canonical(_Mark(fingerprint=fingerprint)))
+
+
+def keeping_rows(store: Store, fingerprint: str) -> Store:
+    """The store for writing rows with, until the folder is another's or finished; then it raises `PlaceLostError`."""
+    return store.guarded(lambda: _check(store, fingerprint))
+
+
+def is_place_of(store: Store, fingerprint: str) -> bool:
+    """Whether the folder is marked as the place of these rows."""
+    data = store.read(MARK)
+    return data is not None and _fingerprint_in(data, store.where(MARK)) == fingerprint
+
+
+def remove_mark(store: Store) -> None:
+    """Take the mark away: the rows are finished."""
+    if store.read(MARK) is not None:
+        store.delete(MARK)
+
+
+def _check(store: Store, fingerprint: str) -> None:
+    finished = store.read(INDEX_KEY, slice(0, 0)) is not None
+    if is_place_of(store, fingerprint) and not finished:
+        return
+    raise PlaceLostError(
+        "the folder is no longer the place of these rows: it was finished, deleted or given to others meanwhile",
+        {"rows": store.url, "finished": "yes" if finished else "no"},
+        "nothing more was written; run the command again if its rows are still wanted, in a folder of their own",
+    )
+
+
+def _fingerprint_in(data: bytes, where: str) -> str:
+    try:
+        return from_canonical(_Mark, data, where).fingerprint
+    except DamageError:
+        return ""

@@ -1,0 +1,172 @@
+"""What one HF `model_type` is to us: how its config.json is read and written, and what its tensors are called.
+
+Every family is a module of this folder with one or two `Family` values; `models/families/__init__.py` lists them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distillcache.models.config import BlockKind, ModelConfig, plan_layers
+from distillcache.models.families.reading.values import EXPORTED_ACTIVATIONS, ROPE_KEYS, Values, rope_to_hf
+from distillcache.models.files.tensors import BlockTensor, Layout
+from distillcache.schemas.errors import CheckpointError
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    name: the `model_type`, and `ModelConfig.family`. architecture: the class in `architectures`.
+    defaults: the keys that are read beside the sizes and the rotary ones, with what transformers assumes where
+        config.json is silent. Sizes have no default: a checkpoint states them.
+    read: the decoder that a config means. write: the family's own keys of an export, beside the common ones.
+    layout: the names of its tensors.
+    also: other families' `model_type`s under which its checkpoints go too, told apart by `architectures`.
+    harmless: more keys that do not change the forward pass. neutral: keys that would, with the values under which they
+        do not. aliases: other spellings of keys.
+    """
+
+    name: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    read: Callable[[Values], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    layout: Callable[[ModelConfig], Layout]
+    also: tuple[str, ...] = ()
+    harmless: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def understood(self) -> frozenset[str]:
+        return self.harmless.union(SIZES, ROPE_KEYS, self.defaults)
+
+
+def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str = "hidden_act") -> dict[str, Any]:
+    """The fields of `ModelConfig` that all families spell alike, for a decoder of these blocks.
+
+    `num_key_value_heads` null or absent means one for each query head, `head_dim` likewise the hidden size over the
+    query heads. activation: the key that names it.
+    """
+    heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
+    return {
+        "vocab_size": values.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": values.size("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": values.size_or_none("num_key_value_heads") or heads,
+        "head_dim": values.size_or_none("head_dim") or hidden // heads,
+        "layers": plan_layers(kinds),
+        "norm_eps": values.number("rms_norm_eps"),
+        "activation": values.activation(activation),
+        "tie_embeddings": values.flag("tie_word_embeddings"),
+        "max_positions": values.size("max_position_embeddings"),
+    }
+
+
+def common_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The keys of `config.json` that all families spell alike, for readers of transformers 4.5x and 5.x.
+
+    Both spellings of the rotary parameters and of the dtype are written; each version ignores the other's.
+    """
+    rope = rope_to_hf(config.rope)
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_blocks,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": EXPORTED_ACTIVATIONS[config.activation],
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else scaling,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def not_exportable(found: str, expected: str, step: str) -> CheckpointError:
+    """The error for a decoder that no HF config of its family means."""
+    return CheckpointError("transformers has no config for this decoder", {"found": found, "expected": expected}, step)
+
+
+def only_kind(config: ModelConfig) -> BlockKind:
+    """The kind of all blocks.
+
+    Raises:
+        CheckpointError: they are of several kinds, and the family's config cannot say that.
+    """
+    kinds = set(config.kinds)
+    if len(kinds) > 1:
+        raise not_exportable(
+            f"{len(kinds)} kinds of blocks", "one kind", "export a decoder whose blocks are all of one kind"
+        )
+    return kinds.pop()
+
+
+# Tensors under the names that most families share.
+
+
+def norm_tensors() -> list[BlockTensor]:
+    """The weights of both pre-norms."""
+    return [
+        BlockTensor("input_layernorm.weight", "attention/norm"),
+        BlockTensor("post_attention_layernorm.weight", "mlp/norm"),
+    ]
+
+
+def attention_tensors(config: ModelConfig) -> list[BlockTensor]:
+    """`self_attn.*`: projections, their biases, and the norms of queries and keys."""
+    found = [BlockTensor(f"self_attn.{name}_proj.weight", f"attention/{name}", 1) for name in "qkv"]
+    found.append(BlockTensor("self_attn.o_proj.weight", "attention/o", 2))
+    biased = "qkv" * config.qkv_bias + "o" * config.output_bias
+    found += [BlockTensor(f"self_attn.{name}_proj.bias", f"attention/{name}_bias") for name in biased]
+    if config.qk_norm in ("head", "full"):
+        found += [BlockTensor(f"self_attn.{name}_norm.weight", f"attention/{name}_norm") for name in "qk"]
+    return found
+
+
+def dense_tensors(config: ModelConfig, prefix: str = "mlp") -> list[BlockTensor]:
+    """A gated MLP's."""
+    found = [BlockTensor(f"{prefix}.{name}_proj.weight", f"mlp/{name}", 1) for name in ("gate", "up", "down")]
+    if config.mlp_bias:
+        found += [BlockTensor(f"{prefix}.{name}_proj.bias", f"mlp/{name}_bias") for name in ("gate", "up", "down")]
+    return found
+
+
+def dense_layout(config: ModelConfig) -> Layout:
+    """The names in files of dense blocks with both pre-norms, as in Llama."""
+    return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def expert_tensors(prefix: str = "mlp.experts", names: tuple[str, str, str] = PROJECTIONS) -> list[BlockTensor]:
+    """Those of experts that are stored one by one; `names` of gate, up and down."""
+    ours = ("mlp/gate", "mlp/up", "mlp/down")
+    return [BlockTensor(f"{prefix}.{{e}}.{name}.weight", path, 1) for name, path in zip(names, ours, strict=True)]
+
+
+def shared_tensors(prefix: str) -> list[BlockTensor]:
+    """Those of the expert that takes all tokens."""
+    return [BlockTensor(f"{prefix}.{name}_proj.weight", f"mlp/shared_{name}", 1) for name in ("gate", "up", "down")]
+
+
+def bias_tensors(config: ModelConfig, name: str) -> list[BlockTensor]:
+    """The router's bias, where there is one and the family's files have a place for it."""
+    moe = config.moe
+    return [BlockTensor(name, "mlp/router_bias")] if moe is not None and moe.bias and moe.native_bias else []

@@ -1,0 +1,35 @@
+"""Models with eyes: their config has a language model's inside, and only that one is read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distillcache.models.config import ModelConfig
+from distillcache.models.families.reading.family import SIZES, Family
+from distillcache.models.families.reading.values import ROPE_KEYS, Values, unknown_key
+
+
+def read_language_model(values: Values, text: Family) -> ModelConfig:
+    """The decoder that `text_config` means.
+
+    Args:
+        text: the family of the language model.
+
+    Raises:
+        CheckpointError: there is none inside, it is of another family, or sizes are beside it.
+    """
+    for key in (*SIZES, *ROPE_KEYS):  # beside `text_config` transformers would not read them
+        if values[key] is not None:
+            raise unknown_key(values.file, key, values[key])
+    inner = Values(text_config(values, text), text.defaults, values.file, text.aliases)
+    inner.check_keys(text.understood, text.neutral)
+    config = text.read(inner)
+    inner.check_stated(config)
+    return config
+
+
+def text_config(values: Values, text: Family) -> Mapping[str, Any]:
+    """`text_config`, an object of this family."""
+    found = values["text_config"]
+    if not isinstance(found, dict) or found.get("model_type", text.name) != text.name:
+        raise values.bad("text_config", f"an object: the config of a {text.name}")
+    return found

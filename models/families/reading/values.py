@@ -1,0 +1,356 @@
+"""A `config.json`, read key by key: every value checked, every key accounted for.
+
+The list of keys is closed. A key is understood, or known not to change what the model computes, or refused by name: a
+key that we do not know may be one that changes the numbers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distillcache.models.config import ModelConfig, RopeConfig
+from distillcache.models.families.reading.keys import NEUTRAL_VALUES, STATED, is_harmless
+from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.path import Place
+
+# HF's name -> ours. `gelu_new` writes out the tanh approximation that `gelu_pytorch_tanh` calls by name.
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+# What no model exceeds; a larger number is a typing error, and would cost hours or memory before any tensor is seen.
+MOST = 2**31 - 1
+# Under these null may mean that there is none, so it does not stand for a default.
+SWITCHED_OFF_BY_NULL = ("sliding_window", "attention_chunk_size", "head_dim")
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "num_hidden_layers": 2000,  # the deepest model known has 126
+    "num_nextn_predict_layers": 2000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+}
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+# rope kind -> (required, optional) parameters, and their field in RopeConfig.
+ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        (),
+        (
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
+}
+ROPE_FIELDS = {"original_max_position_embeddings": "original_max_positions"}
+ROPE_LISTS = ("short_factor", "long_factor")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_POSITIVE = ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+PARTIAL = "partial_rotary_factor"
+
+
+class Values:
+    """The keys of a `config.json`, with the defaults of its family for those that it leaves out."""
+
+    def __init__(
+        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], file: Place, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+            aliases: other spellings of keys.
+
+        Raises:
+            CheckpointError: a key is there in two spellings that disagree.
+        """
+        self._raw, self.file = dict(raw), file
+        for other, key in (aliases or {}).items():
+            if other in self._raw:
+                value = self._raw.pop(other)
+                if self._raw.setdefault(key, value) != value:
+                    raise bad_value(file, other, value, f"the same as {key}, which is {_short(self._raw[key])}")
+        self._values = {**defaults, **self._raw}
+        self._defaults = dict(defaults)
+        self._stated: list[str] = []
+
+    def check_keys(self, understood: frozenset[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise `CheckpointError` for a key that may change the numbers in a way that is not understood.
+
+        Null says nothing under any key. Keys of `STATED` wait for `check_stated`.
+
+        Args:
+            understood: keys that are read, or known to be harmless.
+            neutral: keys that change nothing as long as they have one of these values, beside those of all families.
+        """
+        for key, value in self._values.items():
+            if key in understood or is_harmless(key) or value is None:
+                continue
+            allowed = neutral.get(key, NEUTRAL_VALUES.get(key, ()))
+            if any(_same(value, each) for each in allowed):
+                continue
+            if key not in STATED:
+                raise unknown_key(self.file, key, value)
+            self._stated.append(key)
+
+    def check_stated(self, config: ModelConfig) -> None:
+        """Raise `CheckpointError` for a key that the family does not read and that contradicts what was read."""
+        for key in self._stated:
+            if not _same(self[key], STATED[key](config)):
+                raise unknown_key(self.file, key, self[key])
+
+    def __getitem__(self, key: str) -> Any:
+        """The value as it is; None where there is none."""
+        return self._values.get(key)
+
+    def _given(self, key: str) -> Any:
+        """The value; the family's default where null stands for that."""
+        value = self[key]
+        return self._defaults.get(key) if value is None and key not in SWITCHED_OFF_BY_NULL else value
+
+    def size(self, key: str) -> int:
+        value = self._given(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.bad(key, "a positive whole number")
+        if value > (most := LARGEST.get(key, MOST)):
+            raise self.bad(key, f"at most {most}")
+        return value
+
+    def size_or_none(self, key: str) -> int | None:
+        return None if self[key] is None else self.size(key)
+
+    def count(self, key: str) -> int:
+        """A size that may be 0, and is where it is null."""
+        return 0 if self[key] in (None, 0) and self[key] is not False else self.size(key)
+
+    def number(self, key: str) -> float:
+        value = self._given(key)
+        if not is_number(value) or not value > 0:
+            raise self.bad(key, "a positive number")
+        return float(value)
+
+    def number_or_zero(self, key: str) -> float:
+        value = self._given(key)
+        return 0.0 if is_number(value) and value == 0 else self.number(key)
+
+    def number_or_none(self, key: str) -> float | None:
+        return None if self[key] is None else self.number(key)
+
+    def flag(self, key: str) -> bool:
+        value = self._given(key)
+        if not isinstance(value, bool):
+            raise self.bad(key, "true or false")
+        return value
+
+    def blocks(self, key: str, count: int) -> list[int]:
+        """A list of block numbers below `count`; empty where it is null."""
+        value = [] if self[key] is None else self[key]
+        if not isinstance(value, list) or not all(_is_index(at, count) for at in value):
+            raise self.bad(key, f"a list of block numbers from 0 to {count - 1}")
+        return value
+
+    def per_block(self, key: str, allowed: Sequence[Any], count: int) -> list[Any] | None:
+        """One of `allowed` for each of `count` blocks; None where it is null."""
+        value = self[key]
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or any(entry not in allowed for entry in value):
+            raise self.bad(key, f"{count} of {', '.join(map(str, allowed))}, one for each block")
+        return value
+
+    def activation(self, key: str = "hidden_act") -> str:
+        value = self._given(key)
+        if not isinstance(value, str) or value not in ACTIVATION_NAMES:
+            raise self.bad(key, ", ".join(ACTIVATION_NAMES))
+        return ACTIVATION_NAMES[value]
+
+    def rope(
+        self,
+        *,
+        theta: float = 10_000.0,
+        fraction: float = 1.0,
+        partial: bool = False,
+        kinds: Mapping[str, str] | None = None,
+    ) -> RopeConfig:
+        """Rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+        Args:
+            theta, fraction: what transformers assumes for this family where the file is silent.
+            partial: the family knows heads of which only a part is rotated.
+            kinds: other names of kinds, with ours.
+        """
+        raw = {**self._raw, ORIGINAL: self.size_or_none(ORIGINAL)}
+        return rope_from_hf(raw, self.size("max_position_embeddings"), self.file, theta, fraction, partial, kinds)
+
+    def bad(self, key: str, expected: str) -> CheckpointError:
+        """The error for a value that cannot be used."""
+        return bad_value(self.file, key, self[key], expected)
+
+
+def rope_from_hf(
+    raw: Mapping[str, Any],
+    max_positions: int,
+    file: Place,
+    theta: float = 10_000.0,
+    fraction: float = 1.0,
+    partial: bool = False,
+    kinds: Mapping[str, str] | None = None,
+) -> RopeConfig:
+    """See `Values.rope`."""
+    given = {key: _rope_dict(raw, key, file) for key in ("rope_scaling", "rope_parameters")}
+    old, new = ({k: v for k, v in given[key].items() if k not in ("rope_theta", PARTIAL)} for key in given)
+    if old and new and old != new:
+        raise CheckpointError(
+            "rope_scaling and rope_parameters disagree",
+            {"file": file, "rope_scaling": old, "rope_parameters": new},
+            "remove the wrong one",
+        )
+    parameters = given["rope_parameters"] | given["rope_scaling"]
+    parameters.pop("finetuned", None)  # of the first YaRN models; says how they came about
+    parameters.pop("attn_factor", None)  # vLLM's name for a factor that transformers does not apply under it
+    kind = parameters.pop("rope_type", "default")
+    kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
+    base = parameters.pop("rope_theta", None) or raw.get("rope_theta") or theta
+    inner = parameters.pop(PARTIAL, None)
+    share = next((value for value in (inner, raw.get(PARTIAL)) if value is not None), fraction)
+    if not is_number(share) or not 0 < share <= 1 or (share != 1 and not partial):
+        raise bad_value(file, PARTIAL, share, "above 0, at most 1" if partial else "1: the whole head is rotated")
+    if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
+        raise CheckpointError(
+            "this rope_type is not supported",
+            {"file": file, "found": kind, "supported": ", ".join(ROPE_PARAMETERS)},
+            "use a checkpoint with a supported rope_type",
+        )
+    _check_rope_keys(parameters, kind, file)
+    if kind in ("llama3", "yarn", "longrope"):
+        _add_lengths(parameters, kind, raw.get(ORIGINAL), max_positions, file)
+    if not is_number(base) or not base > 0:
+        raise bad_value(file, "rope_theta", base, "a positive number")
+    # None means transformers' default, which is RopeConfig's own.
+    fields: dict[str, Any] = {
+        ROPE_FIELDS.get(key, key): tuple(map(float, value)) if key in ROPE_LISTS else value
+        for key, value in parameters.items()
+        if value is not None
+    }
+    return RopeConfig(theta=float(base), kind=kind, fraction=float(share), **fields)
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5."""
+    required, optional = ROPE_PARAMETERS[rope.kind]
+    found = {key: getattr(rope, ROPE_FIELDS.get(key, key)) for key in (*required, *optional)}
+    written = {key: list(value) if key in ROPE_LISTS else value for key, value in found.items() if value is not None}
+    partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
+
+
+def _rope_dict(raw: Mapping[str, Any], key: str, file: Place) -> dict[str, Any]:
+    """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null."""
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_value(file, key, value, "an object or null")
+    value = dict(value)
+    legacy = value.pop("type", "default")  # transformers before 4.43
+    return {"rope_type": legacy} | value
+
+
+def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_positions: int, file: Place) -> None:
+    """Fill in the length that frequencies are scaled from, which may stand beside the other parameters and goes before
+    the one among them; and where that is known the factor, which is then that of the two lengths."""
+    inside = parameters.get(ORIGINAL)
+    if inside and beside and inside != beside:
+        raise bad_value(file, f"rope parameter {ORIGINAL}", inside, f"{beside}, as beside it, where it is the default")
+    parameters[ORIGINAL] = beside or inside or max_positions
+    if parameters.get("factor") is None:
+        if not (inside or beside):
+            raise bad_value(file, "rope parameter factor", "nothing", f"a number, or {ORIGINAL}, for rope_type {kind}")
+        parameters["factor"] = max_positions / parameters[ORIGINAL]
+
+
+def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None:
+    required, optional = ROPE_PARAMETERS[kind]
+    for key in parameters:
+        if key not in (*required, *optional):
+            raise unknown_key(file, f"rope parameter {key} of rope_type {kind}", parameters[key])
+    for key in required:
+        if parameters.get(key) is None:
+            expected = "numbers" if key in ROPE_LISTS else "a number"
+            raise bad_value(file, f"rope parameter {key}", "nothing", f"{expected}, for rope_type {kind}")
+    for key, value in parameters.items():
+        if (problem := _rope_problem(key, value)) is not None:
+            raise bad_value(file, f"rope parameter {key}", value, problem)
+
+
+def _rope_problem(key: str, value: Any) -> str | None:
+    """What was expected in place of a parameter's value; None: it can be used."""
+    if value is None:
+        return None
+    if key == "truncate":
+        return None if isinstance(value, bool) else "true or false"
+    if key in ROPE_LISTS:
+        right = isinstance(value, list) and all(is_number(entry) and entry > 0 for entry in value)
+        return None if right else "a list of numbers above 0"
+    if not is_number(value):
+        return "a number"
+    return "a number above 0" if key in ROPE_POSITIVE and value <= 0 else None
+
+
+def unknown_key(file: Place, key: str, value: object) -> CheckpointError:
+    """The error for a key that may change what the model computes, in a way that is not understood."""
+    return CheckpointError(
+        "the config has a setting that is not supported, and that may change what the model computes",
+        {"file": file, "key": key, "value": _short(value)},
+        "use another checkpoint, or remove the key if you know that this model computes the same without it",
+    )
+
+
+def bad_value(file: Place, key: str, value: object, expected: str) -> CheckpointError:
+    """The error for a value that cannot be used."""
+    return CheckpointError(
+        "the config has a value that cannot be used",
+        {"file": file, "key": key, "found": _short(value), "expected": expected},
+        "correct the value",
+    )
+
+
+def is_number(value: object) -> bool:
+    """True and False are no numbers here, nor is what float64 cannot hold, NaN, or infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+def _is_index(value: object, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
+def _same(value: object, allowed: object) -> bool:
+    """Equal, where True is not 1."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _short(value: object, width: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -1,0 +1,256 @@
+"""The decoder that a GGUF file's metadata describes, with the numbers that llama.cpp would use.
+
+An architecture's keys are a closed list, as those of a config.json are: each is understood, harmless, or refused by
+name. What the metadata leaves out, tensors say: biases by being there, a tied head by being absent, Llama 3's scaling
+of the rotary frequencies by its divisors, `rope_freqs.weight`.
+
+Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel),
+`llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are weighed).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.gguf_reader import ReaderTensor
+
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.families import check_experts, check_heads
+from distillcache.models.families.reading.values import MOST, is_number
+from distillcache.models.files.gguf.file import ROPE_FREQS, metadata, open_parts, tensor_data
+from distillcache.models.layers.rope import base_frequencies, llama3_frequencies
+from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.path import Place
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a `general.architecture` is to us.
+
+    dense, sparse: the HF family of its files without and with experts; None: it has no such files.
+    renormalise: the chosen experts' weights are divided by their sum.
+    """
+
+    dense: str | None
+    sparse: str | None = None
+    renormalise: bool = True
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "mixtral"),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", qk_norm=True),
+    "qwen2moe": Architecture(None, "qwen2_moe", renormalise=False),
+    "qwen3moe": Architecture(None, "qwen3_moe", qk_norm=True),
+}
+# Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
+HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
+UNDERSTOOD_KEYS = frozenset(
+    """attention.head_count attention.head_count_kv attention.key_length attention.layer_norm_rms_epsilon
+    attention.value_length block_count context_length embedding_length expert_count expert_feed_forward_length
+    expert_shared_feed_forward_length expert_used_count feed_forward_length rope.dimension_count rope.freq_base
+    rope.scale_linear rope.scaling.factor rope.scaling.original_context_length rope.scaling.type""".split()  # noqa: SIM905 - one a line would be half a screen
+)
+# Keys that would change the forward pass, with the values under which they do not.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "expert_gating_func": (1,),  # softmax
+    "expert_weights_scale": (1.0,),
+    "pooling_type": (0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "use_parallel_residual": (False,),
+}
+# Factors of the Llama 3 scaling in use: 8 (Llama 3.1, 3.3) and 32 (Llama 3.2); the other parameters are the same.
+LLAMA3_FACTORS = (8.0, 32.0)
+LLAMA3_ORIGINAL_POSITIONS = 8192
+
+
+LARGEST = {"block_count": 2000, "expert_count": 2**16, "attention.head_count": 2**16, "attention.key_length": 2**16}
+
+
+class GgufValues:
+    """The keys of a file's architecture, each understood, harmless or refused."""
+
+    def __init__(self, reader: gguf.GGUFReader, name: str, file: Place) -> None:
+        self.name, self.file = name, file
+        prefix = f"{name}."
+        self._values = {
+            key.removeprefix(prefix): metadata(reader, key) for key in reader.fields if key.startswith(prefix)
+        }
+        for key, value in self._values.items():
+            if value not in NEUTRAL_VALUES.get(key, ()) and key not in UNDERSTOOD_KEYS | HARMLESS_KEYS:
+                self._refuse(key, value)
+        norm, known = self._values.get("expert_weights_norm"), ARCHITECTURES[name].renormalise
+        if norm not in (None, known):
+            self._refuse("expert_weights_norm", norm)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is."""
+        return self._values.get(key, default)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        most = LARGEST.get(key, MOST)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self._bad(key, value, f"one whole number from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number, as the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06, so that an export
+        reads as its source."""
+        value = self.get(key, default)
+        if not is_number(value) or not value > 0:
+            raise self._bad(key, value, "one positive number")
+        return float(str(np.float32(value)))
+
+    def _bad(self, key: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(
+            "the GGUF file has a value that cannot be used",
+            {"file": self.file, "key": self.key(key), "found": str(value)[:120], "expected": expected},
+            "use a file whose blocks are all of one size, or the model's HF directory",
+        )
+
+    def key(self, key: str) -> str:
+        """As the file spells it."""
+        return f"{self.name}.{key}"
+
+    def _refuse(self, key: str, value: object) -> None:
+        raise CheckpointError(
+            "the GGUF file has a setting that is not supported, and that may change what the model computes",
+            {"file": self.file, "key": self.key(key), "value": value},
+            "use another file, or the model's HF directory",
+        )
+
+
+def config_from_gguf(reader: gguf.GGUFReader, file: Place) -> ModelConfig:
+    """The decoder that a GGUF file's metadata and tensors describe."""
+    parts = open_parts(reader, file)  # first: of a model in parts the first one alone has more metadata
+    name = metadata(reader, "general.architecture")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            "this GGUF architecture is not supported",
+            {"file": file, "found": name, "supported": ", ".join(ARCHITECTURES)},
+            "use a GGUF file of a supported architecture, or an HF directory",
+        )
+    values = GgufValues(reader, name, file)
+    tensors = {str(tensor.name): (part, tensor) for part in parts for tensor in part.tensors}
+    config = _config(tensors, values, ARCHITECTURES[name])
+    check_heads(config, file)
+    check_experts(config, file)
+    return config
+
+
+# A model's tensors by name, each with the file that it is in.
+Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
+
+
+def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
+    hidden, heads = values.size("embedding_length"), values.size("attention.head_count")
+    moe = _moe(values, known)
+    return ModelConfig(
+        vocab_size=int(tensors["token_embd.weight"][1].shape[-1]) if "token_embd.weight" in tensors else 0,
+        hidden_size=hidden,
+        intermediate_size=values.size("feed_forward_length") if moe is None else _inner(values),
+        num_heads=heads,
+        num_kv_heads=values.size("attention.head_count_kv", heads),
+        head_dim=_head_dim(values, hidden // heads),
+        layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
+        rope=_rope(tensors, values, hidden // heads),
+        norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm="head" if known.qk_norm else "none",
+        moe=moe,
+        max_positions=values.size("context_length"),
+        family=_family(values, known, moe),
+    )
+
+
+def _family(values: GgufValues, known: Architecture, moe: MoeConfig | None) -> str:
+    found = known.dense if moe is None else known.sparse
+    if found is None:
+        raise CheckpointError(
+            "the GGUF file has experts where its architecture has none, or none where it has",
+            {"file": values.file, "architecture": values.name, values.key("expert_count"): values.get("expert_count")},
+            "use another file, or the model's HF directory",
+        )
+    return found
+
+
+def _moe(values: GgufValues, known: Architecture) -> MoeConfig | None:
+    """Every block's experts. Their width is that of dense MLPs where no key says another."""
+    if not values.get("expert_count", 0):
+        return None
+    shared = values.size("expert_shared_feed_forward_length", _inner(values)) if known.sparse == "qwen2_moe" else 0
+    return MoeConfig(
+        num_experts=values.size("expert_count"),
+        top_k=values.size("expert_used_count"),
+        expert_size=values.size("expert_feed_forward_length", _inner(values)),
+        shared_size=shared,
+        shared_gate=shared > 0,
+        renormalise=known.renormalise,
+    )
+
+
+def _inner(values: GgufValues) -> int:
+    """Width of dense MLPs, where a file with experts has it."""
+    return values.size("feed_forward_length", values.get("expert_feed_forward_length"))
+
+
+def _head_dim(values: GgufValues, default: int) -> int:
+    size = values.size("attention.key_length", default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if values.get(key, size) != size:
+            raise CheckpointError(
+                "the GGUF file has heads that are not rotated whole, or whose keys and values differ in width",
+                {"file": values.file, "head width": size, values.key(key): values.get(key)},
+                "use another file",
+            )
+    return size
+
+
+def _rope(tensors: Tensors, values: GgufValues, default_dim: int) -> RopeConfig:
+    """theta and scaling: linear and YaRN by keys, Llama 3's by its tensor of divisors."""
+    theta = values.number("rope.freq_base", 10_000.0)
+    kind = values.get("rope.scaling.type", "linear" if values.get("rope.scale_linear") is not None else "none")
+    factor = values.number("rope.scaling.factor", values.get("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(
+            "the GGUF file has a rotary scaling that is not supported",
+            {"file": values.file, values.key("rope.scaling.type"): kind, "factor": factor,
+             "supported": "none, linear, yarn"},
+            "use the model's HF directory",
+        )  # fmt: skip
+    if kind == "linear" and factor != 1.0:
+        return RopeConfig(theta=theta, kind="linear", factor=factor)
+    if kind == "yarn":
+        original = values.size("rope.scaling.original_context_length", values.size("context_length"))
+        return RopeConfig(theta, "yarn", factor, original)
+    if ROPE_FREQS not in tensors:
+        return RopeConfig(theta=theta)
+    stored = np.asarray(tensor_data(*tensors[ROPE_FREQS]), np.float32)
+    return _llama3_rope(stored, theta, values.get("attention.key_length", default_dim), values.file)
+
+
+def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Place) -> RopeConfig:
+    frequencies = base_frequencies(theta, head_dim)
+    for factor in LLAMA3_FACTORS:
+        rope = RopeConfig(theta, "llama3", factor, LLAMA3_ORIGINAL_POSITIONS, low_freq_factor=1.0, high_freq_factor=4.0)
+        known = frequencies / llama3_frequencies(rope, frequencies)
+        # 1e-4: the converter computes these in another order and stores float32.
+        if known.shape == divisors.shape and np.allclose(known, divisors, rtol=1e-4):
+            return rope
+    raise CheckpointError(
+        f"the GGUF file scales its rotary frequencies in a way that is not known ({ROPE_FREQS})",
+        {
+            "file": file,
+            "found": f"{divisors.size} divisors from {divisors.min():g} to {divisors.max():g}",
+            "known": f"Llama 3's, factors {', '.join(f'{factor:g}' for factor in LLAMA3_FACTORS)}",
+        },
+        "use the model's HF directory",
+    )

@@ -1,0 +1,233 @@
+"""Checkpoints whose tensors are not stored as their layout says: under other names, or in few bits.
+
+A *form* says of one tensor what is read of the file for a part of it, and how that becomes the part. Nothing but what
+is asked for is read, so such checkpoints load as others do, tensor by tensor into the devices' parts.
+
+- MXFP4: 32 numbers share a power of two; each is one of 16 values in 4 bits, two to a byte, the first in the low half.
+  Source: OCP Microscaling Formats (MX) v1.0, E2M1 elements with E8M0 scales. As gpt-oss stores it (the model card, and
+  HF transformers `integrations/mxfp4.py`), the numbers run along what a product sums over, which is the last axis of
+  the file's `X_blocks` and the axis before it in `X`. Exact in bfloat16.
+- FP8: numbers of 8 bits (E4M3), and for every square of them a float32 factor in `X_scale_inv`. Source: DeepSeek-V3
+  (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`. Products are float32.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from distillcache.models.config import ModelConfig
+from distillcache.models.files.tensors import ROWS_AT_ONCE, Box, Layout, TensorSource, whole
+from distillcache.schemas.errors import CheckpointError
+
+GROUP = 32  # numbers under one scale of MXFP4
+E8M0_BIAS = 127
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and with the highest bit of the four the same, negative
+VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
+# Of a byte its two numbers, side by side as one of 8 bytes (measured: 0.05 against 0.21 s for 33 MB of bfloat16).
+PAIRS = np.ascontiguousarray(VALUES[np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1)]).view(np.uint64)[:, 0]
+BLOCKS, SCALES, INVERSE = "_blocks", "_scales", "_scale_inv"
+FP8_TYPES = ("F8_E4M3",)
+
+
+class Form(Protocol):
+    """How one tensor is stored. shape and dtype: of what is made of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        """What of which stored tensors makes up this part."""
+        ...
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """The part, of these."""
+        ...
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """As it is, under another name; with a smaller shape, its first rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        return [(self.name, box)]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        return stored[0]
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """`[E, D, F]` of blocks `[E, F, D / 32, 16]` and scales `[E, F, D / 32]`, both bytes."""
+
+    blocks: str
+    scales: str
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        experts, rows, columns = box
+        groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
+        return [
+            (self.blocks, (experts, columns, groups, slice(0, GROUP // 2))),
+            (self.scales, (experts, columns, groups)),
+        ]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """One expert after the other: the numbers are float32 for a while."""
+        _, rows, columns = box
+        first = rows.start // GROUP * GROUP
+        cut = slice(rows.start - first, rows.stop - first)
+        size = (stored[0].shape[0], rows.stop - rows.start, columns.stop - columns.start)
+        found = np.empty(size, ml_dtypes.bfloat16)
+        for expert, (blocks, scales) in enumerate(zip(*stored, strict=True)):
+            values = unpack_mxfp4(blocks, scales)[:, cut].astype(found.dtype)
+            for row in range(0, len(values), ROWS_AT_ONCE):
+                found[expert, :, row : row + ROWS_AT_ONCE] = values[row : row + ROWS_AT_ONCE].T
+        return found
+
+
+@dataclass(frozen=True)
+class BlockFp8:
+    """`[O, I]` of as many codes, and of scales one for each square of `block` numbers."""
+
+    codes: str
+    scales: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    dtype: str = "F32"
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        squares = tuple(
+            slice(axis.start // size, -(-axis.stop // size)) for axis, size in zip(box, self.block, strict=True)
+        )
+        return [(self.codes, box), (self.scales, squares)]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        codes, scales = stored
+        for axis, (run, size) in enumerate(zip(box, self.block, strict=True)):
+            scales = np.take(scales, np.arange(run.start, run.stop) // size - run.start // size, axis=axis)
+        return codes.astype(np.float32) * scales
+
+
+class UnpackedSource:
+    """A checkpoint in which some tensors have a form; the others are as they are."""
+
+    def __init__(self, source: TensorSource, forms: Mapping[str, Form], hidden: frozenset[str]) -> None:
+        """
+        Args:
+            hidden: stored tensors of which forms are made.
+        """
+        self.where, self._source, self._forms = source.where, source, forms
+        seen = [name for name in source.shapes if name not in hidden]
+        self.shapes = {name: source.shapes[name] for name in seen} | {n: form.shape for n, form in forms.items()}
+        self.dtypes = {name: source.dtypes[name] for name in seen} | {n: form.dtype for n, form in forms.items()}
+
+    def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
+        """See `TensorSource`."""
+        self._source.announce([read for name, box in reads for read in self._reads(name, box)])
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        """A tensor or a part of it."""
+        box = whole(self.shapes[name]) if box is None else box
+        stored = [self._source.read(*read) for read in self._reads(name, box)]
+        form = self._forms.get(name)
+        return stored[0] if form is None else form.part(stored, box)
+
+    def close(self) -> None:
+        """See `TensorSource`."""
+        self._source.close()
+
+    def _reads(self, name: str, box: Box) -> list[tuple[str, Box]]:
+        form = self._forms.get(name)
+        return [(name, box)] if form is None else form.reads(box)
+
+
+def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, Any] | None) -> TensorSource:
+    """The checkpoint with the names of the layout, and numbers in place of codes.
+
+    Args:
+        quantization: the `quantization_config` of its config.json, where it has one that the families accept.
+
+    Raises:
+        CheckpointError: a packed tensor lacks its scales.
+    """
+    forms: dict[str, Form] = {}
+    for name, form in _forms(source, layout, quantization or {}):
+        forms[_spelled(name, layout)] = form
+    hidden = {name for form in forms.values() for name, _ in form.reads(whole(form.shape))}
+    for name in source.shapes:
+        if name not in hidden and _spelled(name, layout) != name:
+            forms[_spelled(name, layout)] = Renamed(name, source.shapes[name], source.dtypes[name])
+            hidden.add(name)
+    return UnpackedSource(source, forms, frozenset(hidden)) if forms else source
+
+
+def unpack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Bytes `[..., G, 16]` and `[..., G]` to float32 `[..., 32 G]`."""
+    values = np.take(PAIRS, blocks).view(np.float32)
+    values *= np.ldexp(np.float32(1), scales.astype(np.int32) - E8M0_BIAS)[..., None]
+    return values.reshape(*blocks.shape[:-2], -1)
+
+
+def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]) -> Iterator[tuple[str, Form]]:
+    block: list[int] = quantization.get("weight_block_size") or []
+    for name, shape in source.shapes.items():
+        if name.startswith(layout.foreign):
+            continue
+        stem = name.removesuffix(BLOCKS)
+        if name.endswith(BLOCKS) and len(shape) == 4:
+            _check_scales(source, name, stem + SCALES, shape[:-1])
+            experts, columns, groups, _ = shape
+            yield stem, Mxfp4(name, stem + SCALES, (experts, groups * GROUP, columns))
+        elif len(block) == len(shape) == 2 and source.dtypes[name] in FP8_TYPES:
+            squares = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
+            _check_scales(source, name, name + INVERSE, squares)
+            yield name, BlockFp8(name, name + INVERSE, shape, (block[0], block[1]))
+
+
+def without_padding(source: TensorSource, layout: Layout, config: ModelConfig) -> TensorSource:
+    """Leave out the rows that embedding and head have behind the config's `vocab_size`, which no id names; with a note
+    on standard error. A matrix that differs from the config in another way too stays as it is."""
+    names = [layout.embed, *([layout.head] if layout.head_in_axes == 1 else [])]
+    size = (config.vocab_size, config.hidden_size)
+    longer = {
+        name: shape[0]
+        for name in names
+        if len(shape := source.shapes.get(name, ())) == 2 and shape[0] > size[0] and shape[1] == size[1]
+    }
+    if not longer:
+        return source
+    print(
+        f"note: {source.where}: {' and '.join(f'{name} has {rows:,} rows' for name, rows in longer.items())}, "
+        f"vocab_size in config.json is {size[0]:,}; the rows behind it are padding and left out",
+        file=sys.stderr,
+    )
+    return UnpackedSource(source, {name: Renamed(name, size, source.dtypes[name]) for name in longer}, frozenset())
+
+
+def _check_scales(source: TensorSource, name: str, scales: str, expected: tuple[int, ...]) -> None:
+    found = source.shapes.get(scales)
+    if found != expected:
+        raise CheckpointError(
+            "the scales of a packed tensor are missing, or of another shape",
+            {"checkpoint": source.where, "tensor": name, "scales": scales, "found": found, "expected": list(expected)},
+            "check quantization_config in config.json, or copy the checkpoint again",
+        )
+
+
+def _spelled(name: str, layout: Layout) -> str:
+    for theirs, ours in layout.spellings:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name

@@ -1,0 +1,149 @@
+"""A training's student as a checkpoint: the run's folder, or one of its checkpoints.
+
+    <run>                          the newest checkpoint
+    <run>/checkpoints/00000100     the student after 100 steps; `best` for the number: of those kept, the one with the
+                                   lowest held-out perplexity (smallest cosine distance, where no token is a target)
+
+What was trained comes from the checkpoint's pieces (schemas/format/checkpoint.py), the rest from `<run>/student`, the
+HF directory that the run began with.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distillcache.schemas.errors import CheckpointError, DamageError
+from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
+from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.store import Store
+
+STUDENT, CHECKPOINTS, PARAMETERS = "student", "checkpoints", "parameters"
+EVALUATIONS, BEST = "eval.json", "best"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run. student: the HF directory with all that was not trained."""
+
+    run: Place
+    step: int
+
+    @property
+    def student(self) -> Place:
+        return self.run / STUDENT
+
+    @property
+    def key(self) -> str:
+        """Of the checkpoint's folder, below the run."""
+        return f"{CHECKPOINTS}/{self.step:08d}"
+
+    def record(self) -> bytes:
+        """What commits it: it names the digests of all its parts."""
+        return (self.run / self.key / RECORD).read_bytes()
+
+    def open(self) -> "TrainedParameters":
+        """What was trained.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return TrainedParameters(self)
+
+
+class TrainedParameters:
+    """The parameters in a checkpoint, by their names in a decoder: `groups/0/blocks/0/attention/q`."""
+
+    def __init__(self, checkpoint: RunCheckpoint) -> None:
+        self.where = checkpoint.run / checkpoint.key
+        try:
+            self._saved = SavedArrays(Store(str(checkpoint.run)), checkpoint.key)
+        except DamageError as error:
+            raise _damaged(error) from error
+        self.names = frozenset(self._saved.names(PARAMETERS))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._saved.info(PARAMETERS, name).shape
+
+    def boxes(self, name: str, wanted: Sequence[Box]) -> list[np.ndarray]:
+        """These parts of a parameter."""
+        try:
+            return self._saved.boxes(PARAMETERS, name, wanted)
+        except DamageError as error:
+            raise _damaged(error) from error
+
+
+def find_run(where: Place) -> RunCheckpoint | None:
+    """The checkpoint that a place names; None where it is neither a run nor in one.
+
+    Raises:
+        CheckpointError: the run has no such checkpoint.
+    """
+    if where.parent.name == CHECKPOINTS and (where.parent.parent / STUDENT / CONFIG).exists():
+        run, asked = where.parent.parent, where.name
+        if asked != BEST and not asked.isdigit():
+            raise _no_checkpoint(where, asked, steps_of(run))
+    elif not (where / CONFIG).exists() and (where / STUDENT / CONFIG).exists():
+        run, asked = where, ""
+    else:
+        return None
+    steps = steps_of(run)
+    step = _best(run, steps) if asked == BEST else int(asked) if asked else max(steps, default=None)
+    if step not in steps:
+        raise _no_checkpoint(where, asked or "the newest", steps)
+    return RunCheckpoint(run, step)
+
+
+def numbered(where: Place) -> Place:
+    """The place itself, or the folder of the checkpoint that it names without its zeros, or as the best."""
+    found = find_run(where) if where.parent.name == CHECKPOINTS else None
+    return where if found is None else found.run / found.key
+
+
+def hf_folder(where: Place) -> Place:
+    """Where the HF files of a checkpoint lie, its tokenizer among them: of a run's, in its student's folder."""
+    found = find_run(where)
+    return where if found is None else found.student
+
+
+def steps_of(run: Place) -> list[int]:
+    """The steps of a run's whole checkpoints, ascending."""
+    keys = [key.split("/") for key in Store(str(run)).keys(f"{CHECKPOINTS}/")]
+    return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
+
+
+def _best(run: Place, steps: Sequence[int]) -> int | None:
+    data = Store(str(run)).read(EVALUATIONS)
+    found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
+    place = best_place([(entry["perplexity"], _mean(entry["cosine"])) for entry in found])
+    return None if place is None else found[place]["step"]
+
+
+def best_place(evaluations: Sequence[tuple[float | None, float | None]]) -> int | None:
+    """The place of the best of some evaluations, each a perplexity and a mean cosine distance.
+
+    It is the one of lowest perplexity; where none is defined, of smallest distance; None where no distance is, either.
+    """
+    for figure in (0, 1):
+        known = [(value, place) for place, entry in enumerate(evaluations) if (value := entry[figure]) is not None]
+        if known:
+            return min(known)[1]
+    return None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _no_checkpoint(where: Place, asked: str, steps: Sequence[int]) -> CheckpointError:
+    return CheckpointError(
+        "the run has no such checkpoint",
+        {"path": where, "wanted": asked, "found": ", ".join(map(str, steps)) or "none"},
+        f"name one of these: <run>/{CHECKPOINTS}/<step>, or the run itself for the newest",
+    )
+
+
+def _damaged(error: DamageError) -> CheckpointError:
+    return CheckpointError("a checkpoint cannot be read", error.facts, error.next)

@@ -1,0 +1,152 @@
+"""The second sublayer of a block: a gated MLP, or a mixture of experts."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distillcache.models.config import ClampedGlu, ModelConfig, MoeConfig
+from distillcache.models.layers.context import BlockContext
+from distillcache.models.layers.experts import Experts, Gating, apply_experts, gated
+from distillcache.models.layers.norm import norm_weight, parameter
+from distillcache.models.layers.sublayer import post_norm, pre_norm
+from distillcache.models.routing import RouterOutput, expert_load, route
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Mlp(nnx.Module):
+    """The gated MLP sublayer: `down(act(gate(x)) * up(x))`. norm and post_norm [D], gate and up [D, F], down [F, D]."""
+
+    def __init__(self, config: ModelConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        depth, inner = config.hidden_size, config.intermediate_size
+        self.config = config
+        if config.norms != "post":
+            self.norm = norm_weight((repeats, depth), config, dtype)
+        if config.norms != "pre":
+            self.post_norm = norm_weight((repeats, depth), config, dtype)
+        self.gate = parameter(rngs, (repeats, depth, inner), depth, dtype)
+        self.up = parameter(rngs, (repeats, depth, inner), depth, dtype)
+        self.down = parameter(rngs, (repeats, inner, depth), inner, dtype)
+        if config.mlp_bias:
+            self.gate_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
+            self.up_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
+            self.down_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
+
+    def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
+        """What the sublayer adds to the residual stream, and no routing."""
+        out = self.hidden(resid) @ self.down[...]
+        return post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None), None
+
+    def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What the neurons give to the output projection."""
+        x = pre_norm(self, resid)
+        biases = (self.gate_bias[...], self.up_bias[...]) if self.config.mlp_bias else (None, None)
+        return gated(_gating(ACTIVATIONS[self.config.activation]), x @ self.gate[...], x @ self.up[...], *biases)
+
+
+class Moe(nnx.Module):
+    """The mixture-of-experts sublayer: routed experts, and a shared one where the family has it.
+
+    norm and post_norm [D], router [D, E], gate and up [E, D, F], down [E, F, D]; where the family has them logit_bias
+    [E], gate_bias and up_bias [E, F], down_bias [E, D];
+    shared_gate and shared_up [D, S], shared_down [S, D], shared_router [D, 1]; router_bias [E], or in training several,
+    [groups, E]: float32, without gradient.
+    """
+
+    def __init__(self, config: ModelConfig, moe: MoeConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        depth, inner, shared = config.hidden_size, moe.expert_size, moe.shared_size
+        self.config, self.moe = config, moe
+        if config.norms != "post":
+            self.norm = norm_weight((repeats, depth), config, dtype)
+        if config.norms != "pre":
+            self.post_norm = norm_weight((repeats, depth), config, dtype)
+        self.router = parameter(rngs, (repeats, depth, moe.num_experts), depth, dtype)
+        self.gate = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
+        self.up = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
+        self.down = parameter(rngs, (repeats, moe.num_experts, inner, depth), inner, dtype)
+        if moe.logit_bias:
+            self.logit_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), dtype))
+        if moe.expert_bias:
+            self.gate_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, inner), dtype))
+            self.up_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, inner), dtype))
+            self.down_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts, depth), dtype))
+        if moe.bias:
+            self.router_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), jnp.float32))
+        if shared:
+            self.shared_gate = parameter(rngs, (repeats, depth, shared), depth, dtype)
+            self.shared_up = parameter(rngs, (repeats, depth, shared), depth, dtype)
+            self.shared_down = parameter(rngs, (repeats, shared, depth), shared, dtype)
+        if moe.shared_gate:
+            self.shared_router = parameter(rngs, (repeats, depth, 1), depth, dtype)
+
+    def __call__(
+        self, resid: Float[Array, "B T D"], context: BlockContext
+    ) -> tuple[Float[Array, "B T D"], RouterOutput]:
+        """What the sublayer adds to the residual stream, and the routing."""
+        moe, activation = self.moe, ACTIVATIONS[self.config.activation]
+        x = pre_norm(self, resid)
+        if moe.jitter and context.noise is not None:
+            x = x * _jitter(context.noise, x.shape[1:], moe.jitter).astype(x.dtype)
+        router = route(self._logits(x), self._bias(context), moe)
+        of_rows = jax.vmap(lambda ids, real: expert_load(ids, real, moe.num_experts))
+        router = router._replace(counts=of_rows(router.ids, context.segment_ids > 0))
+        out = apply_experts(
+            self._experts(),
+            x,
+            router.ids,
+            router.weights,
+            _gating(activation, moe.clamped),
+            way=self.config.experts,
+            weighs_input=moe.scores == "sigmoid_input",
+        )
+        if moe.shared_size:
+            hidden = gated(_gating(activation), x @ self.shared_gate[...], x @ self.shared_up[...])
+            shared = (hidden @ self.shared_down[...]).astype(jnp.float32)
+            if moe.shared_gate:
+                shared = jax.nn.sigmoid((x @ self.shared_router[...]).astype(jnp.float32)) * shared
+            out = (out + shared).astype(x.dtype)
+        return post_norm(self, out), router
+
+    def _experts(self) -> Experts:
+        matrices = (self.gate[...], self.up[...], self.down[...])
+        if not self.moe.expert_bias:
+            return Experts(*matrices)
+        return Experts(*matrices, self.gate_bias[...], self.up_bias[...], self.down_bias[...])
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        router = self.router[...]
+        if self.moe.float32_router:
+            x, router = x.astype(jnp.float32), router.astype(jnp.float32)
+        return x @ router + self.logit_bias[...] if self.moe.logit_bias else x @ router
+
+    def _bias(self, context: BlockContext) -> Array | None:
+        if not self.moe.bias:
+            return None
+        bias = jax.lax.stop_gradient(self.router_bias[...])
+        return bias if context.bias_groups is None else bias[context.bias_groups][:, None]
+
+
+def _gating(activation: Callable[[Array], Array], clamped: ClampedGlu | None = None) -> Gating:
+    """Gate and up of an expert to its neurons."""
+    if clamped is None:
+        return lambda gate, up: activation(gate) * up
+    limit, alpha = clamped.limit, clamped.alpha
+
+    def cut(gate: Array, up: Array) -> Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+    return cut
+
+
+def _jitter(keys: Array, shape: tuple[int, ...], width: float) -> Float[Array, "B T D"]:
+    """Noise of every row by its own key, so that it does not depend on how a batch is cut."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape, minval=1.0 - width, maxval=1.0 + width))(keys)

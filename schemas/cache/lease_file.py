@@ -1,0 +1,113 @@
+"""A claim: the small file by which a process says that something is its own for now.
+
+It ends when its owner deletes it, when its heartbeat is older than its expiry, or at once when its owner was a process
+of this machine and boot that is gone: after `kill -9` nobody waits. One that would hold for longer than any heartbeat
+makes it was written by a clock that runs ahead, and counts for nothing.
+"""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from distillcache.schemas.base import Config
+from distillcache.schemas.errors import DamageError
+from distillcache.schemas.format.canonical import from_canonical
+from distillcache.schemas.store.store import Store
+
+AHEAD = 3  # expiries: a claim that ends later than so many from now was written by a clock that runs ahead
+EXPIRY_S = 60.0  # of a claim that does not say how long it holds, where nothing else is known
+
+
+class Claim(Config):
+    """Who holds something, and until when. Times are in seconds since the epoch, by the owner's clock."""
+
+    host: str
+    boot: str = Field(description="the kernel's boot id and pid namespace; empty where there are none")
+    pid: int
+    started: str = Field(description="when the process began, in the kernel's ticks: pids are reused")
+    expires: float
+    since: float | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="when it was taken; earlier versions do not say",
+    )
+    expiry_s: float | None = Field(
+        default=None, gt=0, exclude_if=lambda value: value is None, description="how long it holds after a heartbeat"
+    )
+
+    @property
+    def owner(self) -> tuple[str, str, int, str]:
+        """The process."""
+        return self.host, self.boot, self.pid, self.started
+
+
+def this_process_claim(expires: float, since: float | None = None, expiry_s: float | None = None) -> Claim:
+    """A claim of this process's."""
+    return Claim(
+        host=socket.gethostname(),
+        boot=_boot_id(),
+        pid=os.getpid(),
+        started=_process_start(os.getpid()),
+        expires=expires,
+        since=since,
+        expiry_s=expiry_s,
+    )
+
+
+def is_anothers_claim(store: Store, key: str, expiry_s: float = EXPIRY_S) -> bool:
+    """Whether a live process other than this one holds the claim, or held it until less than the expiry ago."""
+    data = store.read(key)
+    claim = None if data is None else live_claim(data, store.where(key), time.time(), expiry_s)
+    return claim is not None and claim.owner != this_process_claim(0.0).owner
+
+
+def is_own_claim(data: bytes, where: str) -> bool:
+    """Whether these bytes are a claim of this process's, expired or not."""
+    claim = _claim_in(data, where)
+    return claim is not None and claim.owner == this_process_claim(0.0).owner
+
+
+def live_claim(data: bytes, where: str, now: float, expiry_s: float = EXPIRY_S) -> Claim | None:
+    """The claim in these bytes, if it holds at `now`, in seconds since the epoch.
+
+    Args:
+        where: how messages name the object.
+        expiry_s: of a claim that does not say its own.
+    """
+    claim = _claim_in(data, where)
+    if claim is None:
+        return None
+    longest = AHEAD * max(expiry_s, claim.expiry_s or expiry_s)
+    return claim if now < claim.expires <= now + longest and not _owner_is_gone(claim) else None
+
+
+def _claim_in(data: bytes, where: str) -> Claim | None:
+    try:
+        return from_canonical(Claim, data, where)
+    except DamageError:
+        return None  # half-written by a killed process: nobody's
+
+
+def _owner_is_gone(claim: Claim) -> bool:
+    """Whether the owner ran on this machine, in this boot, and runs no more."""
+    here = claim.host == socket.gethostname() and claim.boot == _boot_id() != ""
+    return here and _process_start(claim.pid) != claim.started
+
+
+def _boot_id() -> str:
+    """Of this boot and, since containers on one machine may number their processes alike, of this set of processes."""
+    path, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{path.read_text().strip()} {numbers.readlink()}" if path.exists() and numbers.is_symlink() else ""
+
+
+def _process_start(pid: int) -> str:
+    """Field 22 of /proc/<pid>/stat (proc(5)); empty where there is no such process or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]

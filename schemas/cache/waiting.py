@@ -1,0 +1,49 @@
+"""Saying for whom a process waits: who holds a claim, since when and until when."""
+
+import sys
+import time
+from datetime import UTC, datetime
+
+from distillcache.schemas.cache.lease_file import Claim
+
+FIRST_S = 5.0  # a healthy neighbour's last piece ends sooner
+AGAIN_S, LONGEST_S = 30.0, 600.0  # then less and less often
+
+
+class Waiting:
+    """One wait; `tell` says it after a while, and again at growing intervals."""
+
+    def __init__(self, what: str) -> None:
+        """
+        Args:
+            what: the work that is waited for, as in "to finish the cache".
+        """
+        self._what, self._begun = what, time.monotonic()
+        self._next, self._pause = self._begun + FIRST_S, AGAIN_S
+
+    def tell(self, claim: Claim | None) -> None:
+        """Say on standard error who holds the claim, if it is time to."""
+        now = time.monotonic()
+        if claim is None or now < self._next:
+            return
+        print(f"waiting {self._what}: {holder_words(claim)}; {now - self._begun:.0f} s so far", file=sys.stderr)
+        self._next, self._pause = now + self._pause, min(2 * self._pause, LONGEST_S)
+
+    def over(self) -> None:
+        """What was waited for has happened: the next wait begins anew."""
+        self._begun = time.monotonic()
+        self._next, self._pause = self._begun + FIRST_S, AGAIN_S
+
+
+def holder_words(claim: Claim) -> str:
+    """`process 123 on host holds it since 10:00:00 UTC, until 10:01:00 UTC unless it renews it`."""
+    since = "" if claim.since is None else f" since {_clock(claim.since)},"
+    return f"process {claim.pid} on {claim.host} holds it{since} until {_clock(claim.expires)} unless it renews it"
+
+
+def _clock(seconds: float) -> str:
+    """A time of a claim in words; a foreign file may hold any number."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s after 1970"

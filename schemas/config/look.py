@@ -1,0 +1,71 @@
+"""What a user can set of the commands that look at a cache's data: fidelity, diff, show, stats, export-samples."""
+
+from pydantic import Field
+
+from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.config.storage import StorageConfig
+
+
+class FidelityConfig(Config):
+    """Compare a sample of a cache's rows with the live teacher. Exit code: 0 if faithful, 2 if not."""
+
+    cache: str = Field(description="the cache, finished or not (then its committed shards are sampled)")
+    teacher: str | None = Field(
+        default=None, description="the teacher's checkpoint; default: where the plan says that it was"
+    )
+    rows: Positive = Field(default=16, description="rows to compare, from as many shards as can be")  # minutes on a CPU
+    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    every_slot: bool = Field(default=False, description="list all slots of all taps, not only the wrong and the worst")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class DiffConfig(Config):
+    """Compare two caches, or two runs. Exit code: 0 if nothing differs that numbers depend on, 2 otherwise."""
+
+    a: str = Field(description="a cache or a run")
+    b: str = Field(description="another of the same kind")
+    rows: Positive = Field(default=16, description="rows of two caches to compare")
+    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class ShowConfig(Config):
+    """Show a row of a cache: its text, documents and masks, and what the teacher's blocks did with every token."""
+
+    cache: str = Field(description="the cache, finished or not")
+    row: int = Field(default=0, ge=0, description="its number, through the whole cache")
+    block: int | None = Field(default=None, ge=0, description="one block, token by token; default: all, side by side")
+    tokens: Positive = Field(default=64, description="tokens to list, one a line")  # a screen or two
+    start: int = Field(default=0, ge=0, description="the first of them")
+    image: str | None = Field(
+        default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks into this file"
+    )
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class StatsConfig(Config):
+    """Statistics of a cache's numbers by tap, block and dimension, over some rows."""
+
+    cache: str = Field(description="the cache, finished or not")
+    rows: Positive = Field(default=32, description="rows to read, from as many shards as can be")
+    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    taps: list[str] | None = Field(default=None, description="which taps; default: all")
+    blocks: list[int] | None = Field(default=None, description="which slots of them; default: all")
+    out: str | None = Field(
+        default=None, pattern=r"\.npz$", description="also write every dimension's figures into this file"
+    )
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class ExportSamplesConfig(Config):
+    """Some rows of a cache with their decoded taps, for notebooks and other programs."""
+
+    cache: str = Field(description="the cache, finished or not")
+    out: str = Field(pattern=r"\.(npz|safetensors)$", description="the file to write: a local path, gs:// or s3://")
+    rows: list[int] | None = Field(default=None, description="their numbers; default: drawn")
+    count: Positive = Field(default=8, description="how many are drawn")
+    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    taps: list[str] | None = Field(default=None, description="which taps; default: all; []: the rows alone")
+    blocks: list[int] | None = Field(default=None, description="which blocks; default: all")
+    max_mib: Positive = Field(default=2048, description="refuse to write more than this")  # it is made in memory
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")

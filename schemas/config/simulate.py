@@ -1,0 +1,78 @@
+"""What a user can set of `distillcache plan --simulate`: how much text, which teachers, on which machines.
+
+The defaults describe hosts of Cloud TPU v5p (4 chips of 459 bfloat16 TFLOP/s and 50 Gbit/s of data centre network each:
+Google's page on v5p) and one bucket of Google Cloud Storage.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distillcache.schemas.base import Config, Positive
+
+Rate = Annotated[float, Field(gt=0)]
+TeacherShape = Literal["llama-3.1-8b", "llama-3.1-70b"]
+
+
+class BuildFleetConfig(Config):
+    """The machines that run the teacher."""
+
+    hosts: list[Positive] = Field(default=[16, 64, 256, 1024], min_length=1, description="how many, one column each")
+    tokens_per_s: Rate | None = Field(
+        default=None, description="of one host's teacher; default: from host_tflops, mfu and the teacher's products"
+    )  # `plan` without --simulate measures it
+    host_tflops: Rate = Field(default=1836.0, description="bfloat16 peak of one host, TFLOP/s")  # 4 chips of v5p
+    mfu: float = Field(default=0.4, gt=0, le=1, description="share of the peak that a forward pass reaches")
+    host_ram_gib: Rate = Field(default=448.0, description="memory of one host")  # of v5p's 4-chip machines
+    startup_s: float = Field(
+        default=300.0, ge=0, description="from the start of a host to its first batch: weights, compiling"
+    )
+    preemptions_per_h: float = Field(
+        default=0.05, ge=0, description="of one host"
+    )  # one in 20 hours; spot machines in a busy region see more
+    restart_s: float = Field(default=600.0, ge=0, description="from a preemption to the first batch on a new host")
+    claim_expiry_s: float = Field(default=60.0, ge=0, description="after which a dead host's work is taken over")
+    retry_share: float = Field(default=0.001, ge=0, lt=1, description="of all writes, those that are sent again")
+    seed: int = Field(default=0, ge=0, description="of preemptions and retries")
+
+
+class TrainFleetConfig(Config):
+    """The machines that read the cache."""
+
+    hosts: Positive = Field(default=64, description="how many; each reads its share of every batch")
+    batch_rows: Positive = Field(default=256, description="rows in a step's batch, of all hosts together")
+    step_s: Rate = Field(default=1.0, description="seconds of a step")
+
+
+class BucketConfig(Config):
+    """Where the cache lies."""
+
+    host_gb_s: Rate = Field(default=25.0, description="GB/s between one host and the bucket")  # 200 Gbit/s of v5p
+    egress_gb_s: Rate = Field(
+        default=25.0, description="GB/s that the bucket gives to all hosts together"
+    )  # 200 Gbit/s, a project's usual quota in a region; more on request
+    puts_per_s: Rate = Field(
+        default=1000.0, description="writes a second that a new bucket takes"
+    )  # Cloud Storage's quotas page; it grows with use, doubling in some 20 minutes
+    gets_per_s: Rate = Field(default=5000.0, description="reads a second that a new bucket takes")  # likewise
+    price_per_gib_month: float = Field(
+        default=0.020, ge=0, description="US dollars"
+    )  # Standard storage in us-central1, Google's price list of 2025
+    price_per_1000_puts: float = Field(default=0.005, ge=0, description="US dollars, class A operations")  # likewise
+    price_per_1000_gets: float = Field(default=0.0004, ge=0, description="US dollars, class B operations")  # likewise
+
+
+class SimulateConfig(Config):
+    """What caches for much text would take: bytes, objects, requests, time, money, and what gets scarce first."""
+
+    tokens: list[Rate] = Field(default=[1e9, 1e11, 1e12], min_length=1, description="of text")
+    teachers: list[TeacherShape] = Field(
+        default=["llama-3.1-8b", "llama-3.1-70b"], min_length=1, description="32 blocks of 4,096; 80 of 8,192"
+    )
+    row_tokens: Positive = Field(default=1024, description="T, tokens in a row")  # as in a build
+    batch_rows: Positive = Field(default=16, description="rows in one call of the teacher")  # likewise
+    object_mib: Positive = Field(default=256, description="target size of a stored object")  # likewise
+    shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise
+    build: BuildFleetConfig = Field(default=BuildFleetConfig(), description="the machines that run the teacher")
+    train: TrainFleetConfig = Field(default=TrainFleetConfig(), description="the machines that read the cache")
+    bucket: BucketConfig = Field(default=BucketConfig(), description="where the cache lies")

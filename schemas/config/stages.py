@@ -1,0 +1,350 @@
+"""What a user can set: one frozen model for each stage. YAML files and `--dotted.flags` both end here.
+
+The description of each field is its help text (`distillcache build --help`); its default's reason is beside it.
+"""
+
+import re
+from datetime import date
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.config.storage import StorageConfig
+from distillcache.schemas.config.teacher import (
+    TapConfig,
+    TapsConfig,
+    TeacherConfig,
+    TeacherMeshConfig,
+)
+from distillcache.schemas.config.train import SurgeryOp
+
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+OnError = Literal["stop", "skip"]
+DataFormat = Literal["auto", "text", "jsonl", "chat", "parquet", "array_record"]
+
+
+class DataConfig(Config):
+    path: str | list[str] = Field(
+        description=".txt, .jsonl (each also .gz), .parquet and .array_record files, directories and globs of them, "
+        "local or at gs://, s3://; or prepared rows (a folder with rows.json)"
+    )
+    format: DataFormat = Field(
+        default="auto",
+        exclude_if=lambda value: value == "auto",
+        description="what the files hold; auto: by their suffix; chat: lines (or parquet rows) with `messages`, "
+        "written by the tokenizer's chat template, where only the assistant's turns are targets",
+    )  # written down only where it is set: rows and plans from before it are the same bytes
+    text_field: str = Field(
+        default="text", description="the field, column or feature that holds the text"
+    )  # the usual name
+    chat_date: date | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="the day that a chat template may write as today's, such as 2025-01-31",
+    )  # no default, since the same text must give the same rows on every day
+    on_error: OnError = Field(
+        default="stop",
+        exclude_if=lambda value: value == "stop",
+        description="a line, row or record that cannot be used: stop ends the command; skip leaves it out, counts it "
+        "and lists it in skipped.jsonl beside the rows",
+    )  # stop: nobody finds out later that half of a text was left out
+    tokenizer: str | None = Field(
+        default=None,
+        description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own (prepare needs one)",
+    )
+    eos_token: str | None = Field(
+        default=None, description="ends every document; default: what the tokenizer's own files name"
+    )
+    row_tokens: Positive = Field(default=1024, description="T, tokens in a row")  # long enough for real context
+    eval_rows: int = Field(
+        default=64, ge=0, description="rows held out for evaluation, drawn from the whole corpus"
+    )  # 64 x 1024 tokens: perplexity to about 1%
+    max_document_mib: Positive = Field(
+        default=128,
+        le=1 << 20,  # a tebibyte: beyond what any machine holds, and what Python can be asked to read
+        exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
+        description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
+    )  # reading takes up to nine times a document's length in memory
+    max_rows: Positive | None = Field(default=None, description="stop after so many rows; default: the whole text")
+    eval_seed: int = Field(default=0, ge=0, description="which rows are drawn for evaluation")
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: object) -> object:
+        """Numbers are no dates: pydantic would take them for seconds since 1970."""
+        if value is None or isinstance(value, date) or (isinstance(value, str) and _DAY.fullmatch(value)):
+            return value
+        raise ValueError("a day is written as 2025-01-31")
+
+
+class SharedWork(Config):
+    """Work that several processes share, each with a number of its own; one too high would have nothing to do."""
+
+    @model_validator(mode="after")
+    def _is_one_of_the_processes(self) -> Self:
+        if self.process_id >= self.num_processes:
+            raise ValueError(
+                f"process_id is {self.process_id}, and num_processes {self.num_processes}: "
+                f"numbers go from 0 to {self.num_processes - 1}"
+            )
+        return self
+
+    if TYPE_CHECKING:  # each has its own, with its own description and its place in --help
+        process_id: int = 0
+        num_processes: int = 1
+
+
+class PrepareConfig(SharedWork):
+    """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
+
+    out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
+    data: DataConfig
+    workers: Positive = Field(
+        default=1, description="processes that this command starts here, which share the input files"
+    )  # one process tokenises on all cores already, as long as the text is plain
+    process_id: int = Field(default=0, ge=0, description="this command's number, where several prepare one folder")
+    num_processes: Positive = Field(default=1, description="how many such commands prepare this folder")
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class BuildConfig(SharedWork):
+    """A teacher and text in, a cache out."""
+
+    usual: ClassVar = (
+        "cache",
+        "teacher",
+        "data.path",
+        "data.format",
+        "data.row_tokens",
+        "data.eval_rows",
+        "data.max_rows",
+        "taps.attn_out.codec",
+        "taps.resid.codec",
+        "taps.resid.delta",
+        "blocks",
+        "batch_rows",
+        "dtype",
+        "mesh",
+        "extend",
+        "repair",
+        "abandon",
+    )
+
+    cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
+    teacher: TeacherConfig
+    data: DataConfig
+    taps: TapsConfig = Field(default=TapsConfig(), description="what is recorded in every block")
+    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to record, as a list, or all")
+    batch_rows: Positive = Field(
+        default=16, description="rows in one call of the teacher"
+    )  # a few thousand tokens a call
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="what the teacher computes in; default: its checkpoint's own"
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
+        "first that can be used",
+    )  # without scores in memory, where there is a kernel for it
+    object_mib: Positive = Field(
+        default=256, description="target size of a stored object"
+    )  # few requests, far below the 5 GB limit of a single PUT
+    shard_mib: Positive = Field(
+        default=1024, description="target size of a shard, the unit of commit"
+    )  # a shard must fit in memory, and a crash loses one at most
+    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
+    max_in_flight_mib: Positive = Field(
+        default=2048, description="bytes recorded and not yet stored, at most"
+    )  # one shard being filled, one being written
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    mesh: TeacherMeshConfig = Field(
+        default=TeacherMeshConfig(),
+        exclude_if=lambda value: value == TeacherMeshConfig(),  # plans from before there were meshes are the same bytes
+        description="devices of one replica of the teacher, by axis",
+    )
+    replica: Literal["process", "job"] = Field(
+        default="process",
+        description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
+        "teacher lies over the devices of all processes, which work in lock-step",
+    )  # independent processes survive each other; a job is for teachers that are larger than a host
+    process_id: int = Field(default=0, ge=0, description="this process's number, where several build one cache")
+    num_processes: Positive = Field(
+        default=1, description="how many processes build this cache; replica: job on a cluster: as that says"
+    )
+    coordinator: str | None = Field(
+        default=None,
+        description="replica: job: HOST:PORT of process 0; default: as Cloud TPU, GKE, Slurm or Open MPI say; "
+        "none: alone, whatever they say",
+    )
+    timeout_s: Positive = Field(
+        default=60, description="replica: job: a process that is silent for so long is dead, and ends the others"
+    )  # as in training
+    accept_platform: bool = Field(
+        default=False, description="go on although the platform or library versions differ from the plan's"
+    )  # other versions may give other bits
+    extend: bool = Field(
+        default=False, description="add what is asked for to a finished cache: more rows, another tap, other blocks"
+    )  # otherwise another config in the same place is a mistake
+    abandon: bool = Field(
+        default=False, description="first delete an extension that was begun and never finished"
+    )  # what was computed for it is lost
+    repair: bool = Field(
+        default=False,
+        description="check what is there, and compute again exactly what is damaged, in every segment; "
+        "the cache is enough, everything else is in its plans",
+    )  # reading everything back takes long
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+KeptTap = TapConfig | Literal["keep"] | None
+
+
+class CopyTapsConfig(Config):
+    """Of each tap: `keep` (as it is stored), null (left out), or the codec of the copy."""
+
+    attn_out: KeptTap = Field(default="keep", description="what the attention sublayer adds to the stream")
+    resid: KeptTap = Field(default="keep", description="the stream entering each block, and leaving the last")
+    mlp_out: KeptTap = Field(default="keep", description="what the MLP sublayer adds to the stream")
+    topk_logits: Literal["keep"] | None = Field(
+        default="keep", description="every token's largest logits; null, or keep, as they are stored"
+    )
+
+
+class CopyConfig(SharedWork):
+    """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
+
+    A tap is kept, bit for bit, unless it is given a codec.
+    """
+
+    src: str = Field(description="the finished cache to copy")
+    dst: str = Field(description="where the copy goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
+    taps: CopyTapsConfig = Field(
+        default=CopyTapsConfig(),
+        description="keep, null or a codec, for every tap; what has to be recoded is said, and is not bit-equal",
+    )
+    compress: Literal["keep", "none", "zstd", "blosc"] = Field(
+        default="keep", description="of every tap that does not name its own with its codec; keep: as it is stored"
+    )  # codes are copied as they are, whatever compresses them
+    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to copy, as a list, or all")
+    rows: str = Field(
+        default="all", pattern=r"^(all|train|eval|\d+:\d+)$", description="all, train, eval, or START:STOP"
+    )
+    batch_rows: Positive | None = Field(
+        default=None, description="rows decoded at a time; default: as the cache was built"
+    )
+    object_mib: Positive = Field(default=256, description="target size of a stored object")  # as in a build
+    shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise
+    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
+    max_in_flight_mib: Positive = Field(
+        default=2048, description="bytes read and not yet stored, at most"
+    )  # one shard being filled, one being written
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    process_id: int = Field(default=0, ge=0, description="this process's number, where several copy one cache")
+    num_processes: Positive = Field(default=1, description="how many processes copy this cache")
+    repair: bool = Field(
+        default=False, description="check the copy, and make exactly what is damaged again from the same source"
+    )  # reading everything back takes long
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class PlanConfig(BuildConfig):
+    """What a build would take, before anything is written: sizes, objects, time, and what other choices would cost.
+
+    `--simulate` instead: what known teachers and up to 1T tokens would take, with fields of its own (add --help).
+    """
+
+    usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
+
+    measure: bool = Field(
+        default=True, description="run the teacher on a few batches of random tokens, to expect a time"
+    )  # without it there is nothing to expect a time from
+
+
+class InspectConfig(Config):
+    """Print what a cache holds."""
+
+    cache: str = Field(description="the cache, finished or not")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class VerifyConfig(Config):
+    """Compare every byte of a cache with what was committed. Exit code: 0 if all is well, 2 if anything is wrong."""
+
+    cache: str = Field(description="the cache, finished or not (then its committed shards are checked)")
+    quick: bool = Field(
+        default=False, description="check presence, lengths and shard indexes, without reading the data"
+    )  # damage inside the data is what one looks for
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class BenchConfig(Config):
+    """Measure fixed work against this machine's own limits and against other systems' formats."""
+
+    what: Literal["feed", "build", "codec", "student", "step", "routing", "load"] = Field(
+        description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
+        "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory; routing: experts "
+        "balanced by biases, by an auxiliary loss, and not at all; load: the memory of one of eight processes that "
+        "loads its share of a 30 GB checkpoint, with 6 GB of memory and files that take no disk"
+    )
+    dir: str | None = Field(
+        default=None,
+        description="where the data goes meanwhile, about 3 GB (student: 7 GB); default: the temporary folder",
+    )  # it is removed afterwards
+    rounds: Positive | None = Field(
+        default=None,
+        description="how often everything is measured, by turns; medians count; default: feed 5, build 2, step 2; "
+        "the others measure once",
+    )
+    plot: str | None = Field(
+        default=None, pattern=r"\.(svg|png)$", description="routing: also draw loss and load by step into this file"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_picture(self) -> Self:
+        if self.plot is not None and self.what != "routing":
+            raise ValueError(f"plot is for routing: {self.what} has no picture")
+        return self
+
+
+class ExportConfig(Config):
+    """Write a run's student as an HF directory, or as MaxText takes it."""
+
+    run: str = Field(description="the run, as trained")
+    out: str = Field(description="the folder to write: a local path, gs:// or s3://; for MaxText a local path")
+    format: Literal["hf", "maxtext"] = Field(
+        default="hf",
+        description="hf: safetensors; maxtext: a scanned parameter checkpoint by Orbax (out/items is MaxText's "
+        "load_parameters_path), and the HF files beside it, without weights; needs pip install -e '.[maxtext]'",
+    )  # what most tools load
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the weights; default: that of the checkpoint that the student was made of"
+    )
+    step: int | None = Field(default=None, description="which checkpoint; default: the newest")
+    best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+
+
+class DemoConfig(Config):
+    """The whole job on a real teacher: text, cache, cut student, recovery, report."""
+
+    out: str = Field(default="distillcache-demo", description="folder for rows, cache, run and report")
+    teacher: TeacherConfig | None = Field(default=None, description="default: SmolLM2-135M-Instruct, fetched once")
+    data: DataConfig | None = Field(
+        default=None,
+        description="default: the texts inside CPython's pydoc; at most 480 rows of 128 tokens, unless stated",
+    )
+    surgery: list[SurgeryOp] | None = Field(
+        default=None, description="default: two of three query heads of every KV group"
+    )
+    steps: Positive = Field(default=60, description="training steps")  # closes nine tenths of the gap
+    batch_rows: Positive = Field(
+        default=8, description="rows in a teacher call and in a training batch"
+    )  # 1,024 tokens

@@ -1,0 +1,124 @@
+"""What a user can set of the student: where its weights come from, and what is done to them before the first step."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distillcache.schemas.base import Config, Positive
+
+Blocks = Literal["all"] | list[int]
+
+
+def _unset(value: object) -> bool:
+    return value is None
+
+
+class SurgeryOp(Config):
+    """One operation on the model that a student is made of. Fields that an operation does not take stay unset."""
+
+    op: Literal[
+        "query_heads", "kv_heads", "mlp_width", "experts", "expert_width", "hidden_size", "drop_blocks", "upcycle"
+    ] = Field(description="what is done")
+    to: Positive | None = Field(
+        default=None,
+        exclude_if=_unset,
+        description="how many stay: query heads in each KV group, KV heads, neurons of an MLP (mlp_width) or of an "
+        "expert (expert_width), experts in a block, numbers in the residual stream (hidden_size)",
+    )
+    by: Literal["index", "weight_norm", "importance"] = Field(
+        default="index",
+        description="which ones stay: the first, those of the largest output weights, or those worth most on rows of "
+        "the cache",
+    )  # needs no data and is easy to compare
+    blocks: Blocks | None = Field(
+        default=None,
+        exclude_if=_unset,
+        description="drop_blocks: the blocks that go; upcycle: those whose MLP becomes experts, default: all",
+    )
+    experts: Positive | None = Field(default=None, exclude_if=_unset, description="upcycle: how many are made")
+    top_k: Positive | None = Field(
+        default=None, exclude_if=_unset, description="upcycle: how many of them a token takes; default: 2"
+    )
+    how: Literal["copy", "partition"] | None = Field(
+        default=None,
+        exclude_if=_unset,
+        description="upcycle: every expert is the whole MLP (default), or has its share of the neurons",
+    )
+    noise: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        exclude_if=_unset,
+        description="upcycle, how: copy: noise on each copy, as a share of its standard deviation; default: 0",
+    )
+    router_std: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, exclude_if=_unset, description="upcycle: of the new router's random weights; default: 0.02"
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, exclude_if=_unset, description="upcycle: of router and noise; default: 0"
+    )
+
+    @property
+    def spelled(self) -> str:
+        """As a config has it."""
+        taken = {name: getattr(self, name) for name in ("op", *_FIELDS_OF_OP.get(self.op, ("to", "by")))}
+        return "{" + ", ".join(f"{name}: {value}" for name, value in taken.items() if value is not None) + "}"
+
+    @model_validator(mode="after")
+    def _takes_its_fields(self) -> Self:
+        """`{op: experts, experts: 4}` would otherwise be read as one thing and meant as another."""
+        takes = _FIELDS_OF_OP.get(self.op, ("to", "by"))
+        given = [name for name, value in self if value is not None and name in self.model_fields_set and name != "op"]
+        if extra := [name for name in given if name not in takes]:
+            raise ValueError(f"op: {self.op} takes {', '.join(takes)}, not {', '.join(extra)}")
+        needs = {"drop_blocks": "blocks", "upcycle": "experts"}.get(self.op, "to")
+        if getattr(self, needs) is None:
+            raise ValueError(f"op: {self.op} needs {needs}")
+        if self.how == "partition" and self.noise:
+            raise ValueError("noise is for how: copy; parts of an MLP differ as they are")
+        if self.op == "upcycle" and self.how != "partition" and self.by != "index":
+            raise ValueError("by is for how: partition; every copy has all neurons")
+        return self
+
+
+_FIELDS_OF_OP = {
+    "drop_blocks": ("blocks",),
+    "upcycle": ("experts", "top_k", "how", "noise", "router_std", "seed", "blocks", "by"),
+}
+
+
+class StudentConfig(Config):
+    init: str = Field(
+        default="teacher",
+        description="teacher; random: the teacher's config with random weights; or the path or URL of a checkpoint or "
+        "run to start from",
+    )  # the usual start: the teacher itself, cut
+    surgery: list[SurgeryOp] = Field(
+        default_factory=list,
+        description="operations on it, in order: [{op: query_heads, to: 2, by: index|weight_norm|importance}, "
+        "{op: drop_blocks, blocks: [1]}, {op: upcycle, experts: 4, top_k: 2, how: copy|partition}]: docs/surgery.md",
+    )
+    importance_rows: Positive = Field(
+        default=64,
+        exclude_if=lambda value: value == 64,  # runs from before there was importance are the same
+        description="by: importance: it is measured on so many of the first training rows",
+    )  # as long as a few training steps; twice as many changed at most 3% of the choices
+    layer_map: list[int] | None = Field(
+        default=None,
+        description="the teacher's blocks at which the student's begin, ascending: block i stands for those from "
+        "layer_map[i] to the next entry, made of the first; default: block for block, or what drop_blocks leaves",
+    )
+    projector: Literal["none", "linear"] = Field(
+        default="none", description="linear: learned maps between the student's width and the teacher's, in each block"
+    )  # widths are usually equal; projectors are left out of the export
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        names = [op.op for op in self.surgery]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"surgery names {', '.join(twice)} twice: say it once, as it shall be in the end")
+        chosen = [op.spelled for op in self.surgery if op.by != "index"]
+        if self.init == "random" and chosen:
+            raise ValueError(f"init: random has no weights to choose by, but surgery has {', '.join(chosen)}")
+        measured = [op.spelled for op in self.surgery if op.by == "importance"]
+        if self.init != "teacher" and measured:
+            raise ValueError(f"importance is the teacher's, for init: teacher, but surgery has {', '.join(measured)}")
+        return self

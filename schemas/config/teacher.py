@@ -1,0 +1,120 @@
+"""What a user can set of the teacher: which one it is, what is recorded of it, and how it runs in the loop."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from distillcache.schemas.base import Config, Positive
+
+
+class TeacherConfig(Config):
+    path: str = Field(
+        description="an HF directory (config.json, safetensors), a folder with a MaxText checkpoint and the model's "
+        "config.json, a run of `train` or one of its checkpoints, or a .gguf file: a local path, gs:// or s3://"
+    )
+
+
+class TeacherMeshConfig(Config):
+    """How many devices along each axis; their product is the number of devices used."""
+
+    data: Positive = Field(default=1, description="copies that work on different rows")
+    fsdp: Positive = Field(default=1, description="rows and parameters split")
+    tensor: Positive = Field(default=1, description="heads and MLP widths split")
+    expert: Positive = Field(default=1, description="experts split; for models with routers")
+
+    @property
+    def teacher_axes(self) -> tuple[int, ...]:
+        """data, fsdp, tensor, expert; (1,) for a single device: what pins a teacher's bits."""
+        sizes = (self.data, self.fsdp, self.tensor, self.expert)
+        return sizes if max(sizes) > 1 else (1,)
+
+    @classmethod
+    def of_axes(cls, sizes: tuple[int, ...]) -> "TeacherMeshConfig":
+        """The reverse of `teacher_axes`."""
+        return cls(**dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=False)))
+
+
+class TapConfig(Config):
+    codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
+        default="bf16", description="how the numbers are stored"
+    )  # lossless for the usual bf16 teacher
+    group: int | None = Field(
+        default=None, ge=0, description="numbers that share a scale, int8 and int4; 0: the whole token; default: 32"
+    )  # measured: finer groups gain more than their scales cost
+    rotate: bool = Field(
+        default=True, description="int8 and int4: spread outliers by a random rotation first"
+    )  # measured: an outlier would take the scale of its whole group
+    delta: bool = Field(
+        default=False, description="resid in int8 or int4: code the difference from block to block"
+    )  # six times closer, but one block is read with up to keyframe_every - 1 others
+    keyframe_every: int = Field(
+        default=8, ge=0, description="with delta: slots from one that needs no other to the next; 0: none"
+    )  # adds 7% of bf16's size; half a dozen reads at most for one block
+    compress: Literal["none", "zstd", "blosc"] = Field(
+        default="none",
+        exclude_if=lambda value: value == "none",  # so that plans without it compare with those of before there was any
+        description="lossless compression of what is stored: zstd is smaller, blosc faster to read",
+    )  # measured: bf16 shrinks by a fifth, int8 and int4 hardly, and a local disk is read several times faster without
+
+
+class TopKConfig(Config):
+    k: Positive = Field(
+        default=64, description="how many, the largest; not more than the vocabulary has"
+    )  # measured: nine tenths of the mass; another doubling would gain three hundredths
+    dtype: Literal["bf16", "f32"] = Field(
+        default="bf16", description="how the logits are stored; their logsumexp is always float32"
+    )  # lossless for the usual bf16 teacher
+    compress: Literal["none", "zstd", "blosc"] = Field(
+        default="none",
+        exclude_if=lambda value: value == "none",  # as in TapConfig
+        description="lossless compression of what is stored",
+    )  # as in TapConfig
+
+
+class TapsConfig(Config):
+    attn_out: TapConfig | None = Field(
+        default=TapConfig(), description="what the attention sublayer adds to the stream; null: not recorded"
+    )  # the target of the feature loss
+    resid: TapConfig | None = Field(
+        default=TapConfig(), description="the stream entering each block, and leaving the last; null: not recorded"
+    )  # the input of a block in blockwise mode
+    mlp_out: TapConfig | None = Field(
+        default=None, description="what the MLP sublayer adds to the stream"
+    )  # off: it follows from resid and attn_out
+    topk_logits: TopKConfig | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,  # so that plans without it compare with those of before there was any
+        description="every token's k largest logits: values, vocabulary ids, and the logsumexp of all",
+    )  # off: only a KL loss needs it, and it costs a pass through the LM head
+
+
+class OnlineConfig(Config):
+    """The teacher in the loop: where its rows come from, and how they are run.
+
+    What is not stated is as the cache was built, and then the numbers are those of a run from the cache.
+    """
+
+    rows: str | None = Field(
+        default=None,
+        description="a finished cache, whose taps are not read, or prepared rows; default: the run's cache",
+    )  # to compare with training from that cache
+    teacher: TeacherConfig | None = Field(
+        default=None, description="default: the checkpoint that the cache names; prepared rows need one"
+    )  # it must be the cache's own teacher, wherever it lies now
+    taps: TapsConfig | None = Field(
+        default=None,
+        description="what is recorded; default: as in the cache; of prepared rows attn_out and resid, exact",
+    )  # an online run has no need to save bytes
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what the teacher computes in; default: as the cache was built; for prepared rows, as stored",
+    )  # other dtypes give other numbers
+    batch_rows: Positive | None = Field(
+        default=None,
+        description="rows in a call of the teacher; default: as the cache was built; for prepared rows, 16",
+    )  # other shapes give other bits
+    exact: bool = Field(
+        default=False,
+        description="run every row in the batch in which a build runs it: the same bits also where they depend on the "
+        "rows beside it, for up to batch_rows times the work",
+    )  # measured on CPUs: they do not

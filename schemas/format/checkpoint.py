@@ -1,0 +1,264 @@
+"""The files of one checkpoint: arrays in pieces, each written by the process that holds it.
+
+    <run>/checkpoints/00000100/p0003-000.safetensors   the bytes of process 3's pieces
+    <run>/checkpoints/00000100/p0003.json              which pieces these are, with their digests
+    <run>/checkpoints/00000100/checkpoint.json         written last, by process 0: without it there is no checkpoint
+
+A *piece* is a box of one array, contiguous in its file. An array is named by its item and its own name
+(`parameters/embed`, `optimizer/groups/0/...`), and its pieces cover it once, however many processes wrote them: who
+reads asks for boxes of an array and is given them from whatever pieces there are, so a run may go on on other devices.
+The files are plain safetensors. Every piece is compared with its digest when it is read.
+
+Orbax would do for local disks and Google Cloud Storage. It does not write to S3 (0.12), goes to buckets by a second
+library with credentials and retries of its own, and keeps no digests of what it stores.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import xxhash
+from pydantic import Field
+from safetensors.numpy import save
+
+from distillcache.schemas.base import Config, Count, Name
+from distillcache.schemas.errors import DamageError
+from distillcache.schemas.format.canonical import from_canonical, to_canonical
+from distillcache.schemas.format.digest import digest_bytes
+from distillcache.schemas.store.store import Store
+
+RECORD = "checkpoint.json"
+READS = 4  # of a piece in a bucket, whose answers may come short, before it is called damaged
+FILE_BYTES = 512 << 20  # of a data file, about: one write holds it in memory
+Box = tuple[slice, ...]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
+class Piece(Config):
+    """A box of an array: `start` and `shape`, one entry an axis. offset: of its first byte in the file."""
+
+    array: str
+    start: tuple[Count, ...]
+    shape: tuple[Count, ...]
+    file: Name
+    offset: Count
+    digest: Digest
+
+
+class ArrayInfo(Config):
+    """What an array is as a whole."""
+
+    dtype: str = Field(pattern=r"^(bool|bfloat16|float8_\w+|u?int(4|8|16|32|64)|float(16|32|64))$")
+    shape: tuple[Count, ...]
+
+
+class Part(Config):
+    """What one process wrote. attempt: of the run's process, so that what a killed one left is not taken for ours."""
+
+    process: Count
+    attempt: str
+    arrays: dict[str, ArrayInfo]
+    pieces: tuple[Piece, ...]
+
+
+class CheckpointRecord(Config):
+    """What commits a checkpoint. parts: the digest of every process's part, by its number; feed: where it stood."""
+
+    step: Count
+    feed: dict[str, int]
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a process holds of an array, on the host: (start, values) of each of its boxes."""
+
+    info: ArrayInfo
+    boxes: tuple[tuple[tuple[int, ...], np.ndarray], ...]
+
+
+def held_whole(value: np.ndarray) -> Held:
+    """An array that this process holds all of."""
+    info = ArrayInfo(dtype=str(value.dtype), shape=value.shape)
+    return Held(info, (((0,) * value.ndim, value),))
+
+
+def nothing_of(value: Held) -> Held:
+    """The same array, held by another process."""
+    return Held(value.info, ())
+
+
+def part_key(folder: str, process: int) -> str:
+    return f"{folder}/p{process:04d}.json"
+
+
+def write_part(store: Store, folder: str, process: int, attempt: str, arrays: Mapping[str, Held]) -> Part:
+    """Write what this process holds, data first."""
+    pieces: list[Piece] = []
+    for number, group in enumerate(_files(arrays)):
+        file = f"p{process:04d}-{number:03d}.safetensors"
+        data, offsets = _pack([values for _, _, values in group])
+        store.write(f"{folder}/{file}", data)
+        for (array, start, values), offset in zip(group, offsets, strict=True):
+            digest = xxhash.xxh3_64_hexdigest(values.tobytes())
+            pieces.append(Piece(array=array, start=start, shape=values.shape, file=file, offset=offset, digest=digest))
+    infos = {name: held.info for name, held in arrays.items()}
+    part = Part(process=process, attempt=attempt, arrays=infos, pieces=tuple(pieces))
+    store.write(part_key(folder, process), to_canonical(part))
+    return part
+
+
+def read_part(store: Store, folder: str, process: int) -> tuple[Part, str] | None:
+    """A process's part and its digest; None where it is not there yet."""
+    key = part_key(folder, process)
+    return store.read_checked(key, lambda data: (from_canonical(Part, data, store.where(key)), digest_bytes(data)))
+
+
+def commit(store: Store, folder: str, record: CheckpointRecord) -> None:
+    """From now on the checkpoint is there."""
+    store.write(f"{folder}/{RECORD}", to_canonical(record))
+
+
+class SavedArrays:
+    """The arrays of a committed checkpoint."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        """
+        Raises:
+            DamageError: a record or a part is missing, or not what was committed.
+        """
+        self._store, self._folder = store, folder
+        where = store.where(f"{folder}/{RECORD}")
+        found = store.read_checked(f"{folder}/{RECORD}", lambda data: from_canonical(CheckpointRecord, data, where))
+        if found is None:
+            raise _damage(where, "nothing")
+        self.record: CheckpointRecord = found
+        self._infos: dict[str, ArrayInfo] = {}
+        self._pieces: dict[str, list[Piece]] = {}
+        for process, digest in enumerate(self.record.parts):
+            part = read_part(store, folder, process)
+            if part is None or part[1] != digest:
+                raise _damage(store.where(part_key(folder, process)), "nothing" if part is None else "another part")
+            self._infos |= part[0].arrays
+            for piece in part[0].pieces:
+                self._pieces.setdefault(piece.array, []).append(piece)
+        for array, pieces in self._pieces.items():
+            shape = self._infos[array].shape if array in self._infos else ()
+            if not all(_is_inside(piece, shape) for piece in pieces):
+                raise _damage(store.where(folder), f"pieces of {array} that are not inside of it")
+
+    def names(self, item: str) -> list[str]:
+        """The names of the item's arrays, without the item."""
+        return sorted(name.removeprefix(f"{item}/") for name in self._infos if name.startswith(f"{item}/"))
+
+    def info(self, item: str, name: str) -> ArrayInfo:
+        array = f"{item}/{name}"
+        if array not in self._infos:
+            raise _damage(self._store.where(self._folder), f"no {array}")
+        return self._infos[array]
+
+    def whole(self, item: str, name: str) -> np.ndarray:
+        """All of an array."""
+        shape = self.info(item, name).shape
+        return self.boxes(item, name, [tuple(slice(0, size) for size in shape)])[0]
+
+    def boxes(self, item: str, name: str, wanted: Sequence[Box]) -> list[np.ndarray]:
+        """These boxes of an array; each piece that any of them needs is read once.
+
+        Raises:
+            DamageError: a piece is missing or not what was written, or the pieces do not cover a box.
+        """
+        array = f"{item}/{name}"
+        dtype, volume = np.dtype(self._infos[array].dtype), math.prod(self._infos[array].shape)
+        if sum(math.prod(piece.shape) for piece in self._pieces.get(array, [])) < volume:  # before memory is taken
+            raise _damage(f"{self._store.where(self._folder)} {array}", "pieces that do not make up the whole array")
+        found = [np.empty([axis.stop - axis.start for axis in box], dtype) for box in wanted]
+        filled = [0] * len(found)
+        for piece in self._pieces.get(array, []):
+            overlaps = [(at, overlap) for at, box in enumerate(wanted) if (overlap := _overlap(piece, box)) is not None]
+            if not overlaps:
+                continue
+            values = self._read(piece, dtype)
+            for at, (inside, target) in overlaps:
+                found[at][target] = values[inside]
+                filled[at] += math.prod(axis.stop - axis.start for axis in target)
+        if any(count != box.size for count, box in zip(filled, found, strict=True)):
+            raise _damage(f"{self._store.where(self._folder)} {array}", "pieces that do not make up the whole array")
+        return found
+
+    def _read(self, piece: Piece, dtype: np.dtype) -> np.ndarray:
+        key = f"{self._folder}/{piece.file}"
+        length = math.prod(piece.shape) * dtype.itemsize
+        found = "nothing"
+        for _ in range(READS if self._store.is_bucket else 1):
+            data = self._store.read(key, slice(piece.offset, piece.offset + length)) if length else b""
+            if data is not None and xxhash.xxh3_64_hexdigest(data) == piece.digest:
+                return np.frombuffer(data, dtype).reshape(piece.shape)
+            found = "nothing" if data is None else f"another digest of {piece.array}"
+        raise _damage(self._store.where(key), found)
+
+
+def _is_inside(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is a box of an array of this shape."""
+    if not len(piece.start) == len(piece.shape) == len(shape):
+        return False
+    return all(first + size <= most for first, size, most in zip(piece.start, piece.shape, shape, strict=True))
+
+
+def _files(arrays: Mapping[str, Held]) -> Iterator[list[tuple[str, tuple[int, ...], np.ndarray]]]:
+    """(array, start, values) of all boxes, those that go into one file together."""
+    together: list[tuple[str, tuple[int, ...], np.ndarray]] = []
+    size = 0
+    for name, held in arrays.items():
+        for start, values in held.boxes:
+            for begin, cut in _cut(start, np.asarray(values, order="C")):
+                if together and size + cut.nbytes > FILE_BYTES:
+                    yield together
+                    together, size = [], 0
+                together.append((name, begin, cut))
+                size += cut.nbytes
+    if together:
+        yield together
+
+
+def _cut(start: tuple[int, ...], values: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """A box in runs of its first axis that fit into a file each, where that is possible."""
+    rows = values.shape[0] if values.ndim else 1
+    share = max(1, rows * FILE_BYTES // max(values.nbytes, 1))
+    if rows <= share:
+        yield start, values
+        return
+    for at in range(0, rows, share):
+        yield (start[0] + at, *start[1:]), values[at : at + share]
+
+
+def _pack(boxes: Sequence[np.ndarray]) -> tuple[bytes, list[int]]:
+    """A safetensors file of these values, and where each begins in it."""
+    names = [f"{number:06d}" for number in range(len(boxes))]
+    data = save(dict(zip(names, boxes, strict=True)))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    return data, [8 + length + header[name]["data_offsets"][0] for name in names]
+
+
+def _overlap(piece: Piece, box: Box) -> tuple[Box, Box] | None:
+    """What a piece and a box have in common, as a box of the piece and of the box; None where that is nothing."""
+    inside, target = [], []
+    for first, size, axis in zip(piece.start, piece.shape, box, strict=True):
+        low, high = max(first, axis.start), min(first + size, axis.stop)
+        if low >= high:
+            return None
+        inside.append(slice(low - first, high - first))
+        target.append(slice(low - axis.start, high - axis.start))
+    return tuple(inside), tuple(target)
+
+
+def _damage(where: str, found: str) -> DamageError:
+    return DamageError(
+        "a checkpoint is damaged",
+        {"object": where, "found": found},
+        "delete the checkpoint's folder: the run goes on from the one before it",
+    )

@@ -1,0 +1,8 @@
+"""Processes: how they are started, find each other, stop, and report.
+
+peers.py         lockstep processes: rendezvous, agreement to stop, heartbeat timeout
+supervise.py     the supervisor of one process: reports why it ended
+signals.py       SIGTERM and SIGINT as a flag that loops poll
+progress.py      progress line: done, rate, time left
+child_python.py  Python subprocesses that import nothing from the working directory
+"""

@@ -1,0 +1,12 @@
+"""Bytes on disks and in buckets, through TensorStore.
+
+store.py          Store: read, write, list, conditional writes, retries
+buckets.py        TensorStore specs of gs:// and s3://, and their errors in words
+path.py           the part of pathlib.Path's interface that readers of small files use, for buckets
+locks.py          advisory file locks that end with their process
+stale_locks.py    lock files of TensorStore's file driver, and which of them are in use
+single_flight.py  bounded memory cache in which each object is read once
+url_secrets.py    refuses credentials inside URLs
+redaction.py      hides credentials inside URLs that old files contain
+whole_file.py     replaces a file as a whole
+"""

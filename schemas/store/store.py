@@ -1,0 +1,419 @@
+"""Where a cache, a run or a corpus lives: a thin layer over TensorStore's key-value stores.
+
+A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
+of ours goes through it, so that one piece of code serves all of them and every failure becomes one `StorageError`
+that names the key. `use` sets how buckets are asked (config/storage.py), for the whole process; `buckets` knows what
+is peculiar to them.
+"""
+
+import contextlib
+import copy
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tensorstore as ts
+
+from distillcache.schemas.config.storage import StorageConfig
+from distillcache.schemas.errors import DamageError, StorageError
+from distillcache.schemas.store import buckets
+from distillcache.schemas.store.stale_locks import held
+from distillcache.schemas.store.url_secrets import refuse_secret
+
+LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
+AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # waits before what came garbled from a bucket is asked for once more
+
+Value = TypeVar("Value")
+
+
+class _Current:
+    """The process's config and the Context made from it."""
+
+    def __init__(self) -> None:
+        self.config, self.lock = StorageConfig(), threading.Lock()
+        self.context: ts.Context | None = None
+
+
+_current = _Current()
+
+
+def use(config: StorageConfig) -> None:
+    """Ask buckets in this way from now on, in this process. Stores that are open already keep their own."""
+    refuse_secret(config.s3_endpoint or "", "storage.s3_endpoint")
+    with _current.lock:
+        if config != _current.config:
+            _current.config, _current.context = config, None
+
+
+def current() -> StorageConfig:
+    """How this process asks buckets at the moment: for libraries beside TensorStore."""
+    return _current.config
+
+
+def context(resources: dict[str, Any] | None = None) -> ts.Context:
+    """The process's TensorStore Context: all that reads and writes shares its queues and limits.
+
+    Args:
+        resources: what differs from it, for instance `{"cache_pool": {"total_bytes_limit": 0}}`.
+    """
+    with _current.lock:
+        if _current.context is None:
+            buckets.set_timeouts(_current.config)
+            _current.context = ts.Context(buckets.context_spec(_current.config))
+        return ts.Context(resources, _current.context) if resources else _current.context
+
+
+class Store:
+    """The keys below one URL. Values are bytes; a write is durable (synced) when it returns."""
+
+    def __init__(self, url: str) -> None:
+        refuse_secret(url, "url")
+        self.url = url.rstrip("/") or "/"
+        self.local = _local_path(self.url)
+        if self.local is not None and self.local.exists() and not self.local.is_dir():
+            raise StorageError(
+                "a directory is needed where there is a file", {"path": self.local}, "name another directory"
+            )
+        if self.local is None:
+            buckets.check_scheme(self.url)
+        bucket = buckets.bucket_spec(self.url, _current.config) if self.local is None else None
+        spec = bucket or _url_spec(self.url, self.local)
+        self.is_bucket = bucket is not None
+        try:
+            self._kv = ts.KvStore.open(spec, context=context() if self.is_bucket else None).result()
+        except buckets.FAILURES as error:
+            raise self._failure("the store cannot be opened", {"url": url}, error) from error
+        self._spec = self._kv.spec().to_json() if bucket is None else bucket
+        self._may_write: Callable[[], None] = _always
+
+    def guarded(self, may_write: Callable[[], None]) -> "Store":
+        """The same store for one piece of work that may lose the place while it is paused.
+
+        Args:
+            may_write: called before every write and every deletion of a single key; raises where it must not be. It
+                is called after the key's generation was read, and the write depends on that: what another process
+                writes once this one has lost the place is never overwritten, however long this one was paused.
+        """
+        found = copy.copy(self)
+        found._may_write = may_write
+        return found
+
+    def check_may_write(self) -> None:
+        """Raise where a guarded store must not be written now: before writes that do not go through it."""
+        self._may_write()
+
+    def spec(self, key: str) -> dict[str, Any]:
+        """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there (with `context()`)."""
+        return {**self._spec, "path": self._spec.get("path", "") + key.rstrip("/") + "/"}
+
+    def where(self, key: str) -> str:
+        """How messages name `key`."""
+        return f"{self.url}/{key}"
+
+    def read(self, key: str, byte_range: slice | None = None) -> bytes | None:
+        """The value, or None where there is no such key.
+
+        Of a whole value from a bucket, the length is confirmed by a second request: use `read_checked` where the bytes
+        tell themselves whether they are whole.
+        """
+        return self.read_with_generation(key, byte_range)[0]
+
+    def read_with_generation(
+        self, key: str, byte_range: slice | None = None, *, confirm: bool = True
+    ) -> tuple[bytes | None, bytes]:
+        """The value (None: absent) and its generation, for a conditional write.
+
+        Args:
+            confirm: ask a bucket also for the length of a whole value.
+        """
+        waits = list(AGAIN_S)
+        while True:
+            value, generation = self._read(key, byte_range)
+            certain = value is None or byte_range is not None or not (self.is_bucket and confirm)
+            if certain or self._ends_at(key, len(value or b"")):
+                return value, generation
+            if not waits:
+                raise self._failure("an object is never read whole", {"object": self.where(key)}, ValueError("cut"))
+            time.sleep(waits.pop(0))
+
+    def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
+        self.check_inside(key)
+        result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
+        return (result.value if result.state == "value" else None), result.stamp.generation
+
+    def _ends_at(self, key: str, length: int) -> bool:
+        """Whether the value (if there is one) has no byte behind `length`."""
+        try:
+            return self._read(key, slice(length, length + 1))[0] is None
+        except StorageError as error:
+            if "OUT_OF_RANGE" in str(error) and not buckets.is_garbled(str(error)):
+                return True
+            raise
+
+    def read_checked(self, key: str, check: Callable[[bytes], Value]) -> Value | None:
+        """What `check` makes of the value; None where there is no such key.
+
+        A bucket's answer may be short without TensorStore noticing, so what `check` refuses is read again, until
+        the same bytes come twice and have the object's length: then it is the object that is damaged.
+
+        Raises:
+            DamageError: from `check`.
+        """
+        seen: list[bytes] = []
+        waits = list(AGAIN_S) if self.is_bucket else []
+        while True:
+            data, _ = self._read(key)
+            if data is None:
+                return None
+            try:
+                return check(data)
+            except DamageError:
+                if not waits or (data in seen and self._ends_at(key, len(data))):
+                    raise
+            seen.append(data)
+            time.sleep(waits.pop(0))
+
+    def write(self, key: str, value: bytes) -> None:
+        """Store the value, whatever was there, and check the length that is stored."""
+        if self._may_write is _always:
+            self.check_inside(key, LOCK_SUFFIX)
+            self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
+        else:
+            while not self.replace(key, value, self._read(key, slice(0, 0))[1]):
+                pass
+        self._check_length(key, len(value))
+
+    def create(self, key: str, value: bytes) -> bool:
+        """Store the value if the key is absent; False where another writer was first."""
+        found, generation = self.read_with_generation(key)
+        return found is None and self.replace_whole(key, value, generation)
+
+    def replace(self, key: str, value: bytes, generation: bytes) -> bool:
+        """Store the value if the key's generation is still the one given; False where it is not.
+
+        True also where the value is there although the store says that another was first: the answer to our own write
+        was lost, and what was refused is TensorStore's second try. (Equal values of two writers are as good.)
+        """
+        self._may_write()
+        self.check_inside(key, LOCK_SUFFIX)
+        stamp = self._ask("cannot be written", key, lambda: self._kv.write(key, value, if_equal=generation).result())
+        if stamp.generation or not self.is_bucket:
+            return bool(stamp.generation)
+        found, now = self.read_with_generation(key)
+        if now == generation:  # nobody was first: how S3 answers where the bucket is gone, and a listing says so
+            self.keys(key)
+        return found == value
+
+    def replace_whole(self, key: str, value: bytes, generation: bytes) -> bool:
+        """`replace`, and check the length that is stored: for a key that nobody writes again soon."""
+        if not self.replace(key, value, generation):
+            return False
+        self._check_length(key, len(value))
+        return True
+
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store the value where another is, or none. Of many processes with one value, one writes it."""
+        while True:
+            found, generation = self.read_with_generation(key)
+            if found == value or self.replace_whole(key, value, generation):
+                return
+
+    def delete(self, key: str) -> None:
+        """Remove the key; nothing happens where it is absent. Of a link, the link itself goes."""
+        self._may_write()
+        self.check_inside(str(Path(key).parent), f"/{Path(key).name}{LOCK_SUFFIX}")
+        try:
+            self._ask("cannot be deleted", key, lambda: self._kv.write(key, None).result())
+        except StorageError:
+            # On a local disk another process may remove the folder meanwhile, and the lock file's place with it.
+            if self.local is None or (self.local / key).exists():
+                raise
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that start with `prefix`, sorted; lock files of the file driver left out."""
+        key_range = ts.KvStore.KeyRange(prefix, _after(prefix)) if prefix else ts.KvStore.KeyRange()
+        try:
+            found = self._ask("cannot be listed", prefix, lambda: self._kv.list(key_range).result())
+        except StorageError:
+            self._ask_as_reader(prefix)
+            raise
+        if not found:
+            self._ask_as_reader(prefix)
+        return sorted(key for key in (k.decode() for k in found) if not key.endswith(LOCK_SUFFIX))
+
+    def _ask_as_reader(self, prefix: str) -> None:
+        """TensorStore 0.1.86 takes an error page of GCS for an empty or a broken listing; a read says what is wrong."""
+        if self.is_bucket and self._spec["driver"] == "gcs":
+            self._read(f"{prefix}distillcache-is-asking")
+
+    def check_writable(self, folder: str = "") -> None:
+        """Raise if nothing can be written to the bucket, before hours of work are lost. Local disks say so at once.
+
+        Args:
+            folder: where a key is written and deleted, ending in a slash; one in which nobody minds if it stays.
+        """
+        if self.is_bucket:
+            key = f"{folder}distillcache-is-asking-{uuid.uuid4().hex}"
+            self.write(key, b"")
+            self.delete(key)
+
+    def length_is(self, key: str, length: int) -> bool:
+        """Whether the stored value has exactly this length, without reading it."""
+        if self.local is not None:
+            self.check_inside(key)
+            try:
+                return (self.local / key).stat().st_size == length
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        if length == 0:
+            return self.read(key) == b""
+        return not self._ends_at(key, length - 1) and self._ends_at(key, length)
+
+    def clear_stale_locks(self) -> None:
+        """Empty the lock files that killed writers left, so that no later write keeps their tail.
+
+        A live writer holds a lock on it, so only dead ones are touched. Buckets have no lock files.
+        """
+        for path in self._lock_files():
+            with held(path) as descriptor:
+                if descriptor is not None:
+                    os.ftruncate(descriptor, 0)
+
+    def remove_stale_locks(self) -> None:
+        """Delete the lock files of dead writers: for a finished cache, which nobody writes any more."""
+        for path in self._lock_files():
+            with held(path) as descriptor:
+                if descriptor is not None:
+                    path.unlink(missing_ok=True)
+
+    def stale_locks(self, prefix: str = "") -> list[str]:
+        """The keys of the lock files of dead writers, sorted. One that may not be opened for writing is left out."""
+        found = []
+        for path in self._lock_files():
+            with held(path) as descriptor:
+                if descriptor is not None:
+                    found.append(path.relative_to(self.local or path).as_posix())
+        return sorted(key for key in found if key.startswith(prefix))
+
+    def delete_keys(self, prefix: str) -> None:
+        """Delete every key that starts with `prefix`; in a bucket, many at a time."""
+        if self.is_bucket:
+            self._may_write()
+            inside = ts.KvStore.KeyRange(prefix, _after(prefix))
+            self._ask("cannot be deleted", prefix, lambda: self._kv.delete_range(inside).result())
+        else:
+            for key in self.keys(prefix):
+                self.delete(key)
+
+    def delete_folder(self, key: str) -> None:
+        """Delete every key below the folder, and on a local disk the empty folders up to the store's own."""
+        self.delete_keys(f"{key}/")
+        self.remove_empty_folders(key)
+        if self.local is not None:
+            for parent in [Path(key), *Path(key).parents]:
+                _remove_if_empty(self.local / parent)
+
+    def remove_empty_folders(self, key: str) -> None:
+        """Remove what deleting the last key of a folder leaves behind on a local disk."""
+        if self.local is None:
+            return
+        self.check_inside(key)
+        for folder, _, _ in os.walk(self.local / key, topdown=False):
+            _remove_if_empty(Path(folder))
+
+    def check_inside(self, *ends: str) -> None:
+        """Raise unless a key, also with each further end, lies below this store on the disk, links followed.
+
+        A cache may come from others, and so may the links in it.
+        """
+        if self.local is None:
+            return
+        root = os.path.realpath(self.local)
+        for count in range(1, len(ends) + 1):
+            path = f"{root}/{''.join(ends[:count])}"
+            found = os.path.realpath(path)
+            if found != root and not found.startswith(f"{root.rstrip('/')}/"):
+                raise StorageError(
+                    "a name or a link leads out of its folder",
+                    {"object": path, "leads to": found, "folder": self.url},
+                    "remove the link: nothing of its target was touched",
+                )
+
+    def _check_length(self, key: str, length: int) -> None:
+        """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail.
+
+        A bucket stores a value whole or not at all.
+        """
+        if not self.is_bucket and not self.length_is(key, length):
+            raise StorageError(
+                "the store holds another length than was written",
+                {"object": self.where(key), "written": f"{length} bytes"},
+                "run the same command again",
+            )
+
+    def _lock_files(self) -> Iterator[Path]:
+        return iter(()) if self.local is None else self.local.rglob("*" + LOCK_SUFFIX)
+
+    def _ask(self, what: str, key: str, operation: Callable[[], Value]) -> Value:
+        """The operation's result; of a bucket, asked for again where it came garbled."""
+        waits = list(AGAIN_S) if self.is_bucket else []
+        if self.is_bucket:
+            self._meet()
+        while True:
+            try:
+                return operation()
+            except buckets.FAILURES as error:
+                if not waits or not buckets.is_garbled(str(error)):
+                    raise self._failure(f"an object {what}", {"object": self.where(key)}, error) from error
+            time.sleep(waits.pop(0))
+
+    def _meet(self) -> None:
+        try:
+            buckets.meet(self._spec, _current.config)
+        except (*buckets.FAILURES, TimeoutError) as error:
+            raise self._failure("the store cannot be used", {"url": self.url}, error) from error
+
+    def _failure(self, what: str, facts: dict[str, object], error: BaseException) -> StorageError:
+        text = buckets.cause(error) or f"no answer within {_current.config.contact_timeout_s:g} s"
+        advice = buckets.advice(self.url, error) if self.local is None else None
+        if advice is None and "No space left" in text:
+            advice = "free some space, then run the same command again: what is committed stays"
+        elif advice is None and ("Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text):
+            advice = "make the place writable, or name another one"
+        return StorageError(
+            what, {**facts, "cause": text}, advice or "check the place, then run the same command again"
+        )
+
+
+def _always() -> None:
+    """Nothing is in the way of a write."""
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # Another process may remove it, or put something in, at any moment: both are fine.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def is_url(path: str) -> bool:
+    """Whether the path names a bucket (or any other scheme) rather than a local file."""
+    return "://" in path and not path.startswith("file://")
+
+
+def _local_path(url: str) -> Path | None:
+    if is_url(url):
+        return None
+    return Path(os.path.abspath(os.path.expanduser(url.removeprefix("file://"))))
+
+
+def _url_spec(url: str, local: Path | None) -> str | dict[str, Any]:
+    return url + "/" if local is None else {"driver": "file", "path": f"{local}/"}
+
+
+def _after(prefix: str) -> str:
+    """The first key that sorts after every key with this (ASCII) prefix."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)

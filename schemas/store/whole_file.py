@@ -1,0 +1,135 @@
+"""Files and folders of a user that are written whole or not at all: a kill or a full disk leaves what was there."""
+
+import contextlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from distillcache.schemas.errors import StorageError
+from distillcache.schemas.store.path import ObjectPath, Place, locate
+
+NEW_FILE_MODE = 0o666  # less the umask, as `open` makes files
+
+
+def write_file(path: str | os.PathLike[str] | Place, data: bytes) -> None:
+    """Store a file on a disk or in a bucket, in place of one of that name. See `writing`.
+
+    Raises:
+        StorageError: the place refuses; what was there before is unchanged.
+    """
+    where = locate(path)
+    if isinstance(where, ObjectPath):
+        where.write_bytes(data)
+        return
+    with writing(where) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Give a stream to a new file, which replaces the one at the path once the block has ended without an error.
+
+    It is written beside its place, synced, and renamed. A link stays one, and its target is replaced; a device or a
+    pipe cannot be replaced and is written to.
+
+    Raises:
+        StorageError: the disk refuses; what was there before is unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    with refusals(path):
+        mode = os.stat(target).st_mode if target.exists() else None
+        if mode is not None and not stat.S_ISREG(mode):
+            with target.open("wb") as stream:
+                yield stream
+            return
+        if mode is not None and not os.access(target, os.W_OK):
+            raise PermissionError(f"{target} is read-only")  # a rename would not mind
+        fresh = target.parent / f".{target.name[:200]}.{uuid.uuid4().hex[:8]}.new"
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, NEW_FILE_MODE)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream
+                stream.flush()
+                if mode is not None:
+                    os.fchmod(descriptor, stat.S_IMODE(mode))
+                os.fsync(descriptor)
+            os.replace(fresh, target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def refusals(path: Path, what: str = "the file cannot be written") -> Iterator[None]:
+    """Turn what a disk refuses into one `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            what,
+            {"file": path, "cause": error.strerror or error},
+            "make room there, make it writable, or name another place; what was there before is unchanged",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, as far as its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse; the files themselves are synced
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below a folder durable, and their names."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, what: str = "the folder cannot be written") -> Iterator[Path]:
+    """Give a new folder beside the target, which takes its place, synced, once the block has ended without an error.
+
+    Raises:
+        StorageError: the disk refuses; what was there before is unchanged.
+    """
+    target = Path(os.path.realpath(target))
+    fresh = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        with refusals(target, what):
+            fresh.mkdir(parents=True)
+            yield fresh
+            sync_tree(fresh)
+            _publish(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _publish(fresh: Path, target: Path) -> None:
+    """Rename into place. What was there steps aside first: a folder cannot be replaced by one rename."""
+    aside = None
+    if target.exists() and any(target.iterdir()):
+        aside = fresh.with_name(f"{fresh.name}.old")
+        os.rename(target, aside)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, target)
+        raise
+    sync_folder(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside)

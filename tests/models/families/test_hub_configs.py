@@ -1,0 +1,263 @@
+"""Configs as the hub has them, in the essentials: sizes, and every key that may be a reason to refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillcache.models.families import config_from_hf
+
+FILE = Path("config.json")
+QWEN = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0}
+MOE = QWEN | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "output_router_logits": False}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+MLA_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+DEEPSEEK = {
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "kv_lora_rank": 512,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 8,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+}
+VISION = {"hidden_size": 1024, "model_type": "pixtral", "num_hidden_layers": 24, "image_size": 1540, "patch_size": 14}
+
+
+def sizes(vocab: int, hidden: int, inner: int, depth: int, heads: int, kv: int, positions: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-6,
+        "torch_dtype": "bfloat16",
+    }
+
+
+QWEN3_CODER = sizes(151936, 2048, 5472, 48, 32, 4, 262144) | MOE
+# name -> model_type, and the rest.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-7B": (
+        "qwen2",
+        sizes(152064, 3584, 18944, 28, 28, 4, 131072)
+        | QWEN
+        | {"max_window_layers": 28, "rope_theta": 1e6, "sliding_window": 131072, "use_sliding_window": False},
+    ),
+    "Qwen2.5-VL's text": ("qwen2", sizes(152064, 3584, 18944, 28, 28, 4, 128000) | {"use_mrope": False}),
+    "Qwen3-0.6B": (
+        "qwen3",
+        sizes(151936, 1024, 3072, 28, 16, 8, 40960)
+        | QWEN
+        | {"head_dim": 128, "attention_bias": False, "max_window_layers": 28, "rope_scaling": None}
+        | {"sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False, "rope_theta": 1000000},
+    ),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        sizes(151936, 2048, 6144, 48, 32, 4, 40960)
+        | MOE
+        | {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+        | {"max_window_layers": 48, "sliding_window": None, "use_sliding_window": False, "attention_bias": False},
+    ),
+    "Qwen3-Coder-30B-A3B": (
+        "qwen3_moe",
+        QWEN3_CODER
+        | {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+        | {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True, "max_window_layers": 28},
+    ),
+    "Llama-3.1-8B": (
+        "llama",
+        sizes(128256, 4096, 14336, 32, 32, 8, 131072)
+        | {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "eos_token_id": [128001, 128008, 128009], "mlp_bias": False},
+    ),
+    "Llama-3.2-1B": (
+        "llama",
+        sizes(128256, 2048, 8192, 16, 32, 8, 131072)
+        | {"head_dim": 64, "rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True}
+        | {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 128004},
+    ),
+    "Llama-2-7b": (
+        "llama",
+        sizes(32000, 4096, 11008, 32, 32, 32, 4096)
+        | {"_name_or_path": "x", "max_length": 4096, "pretraining_tp": 1, "do_sample": True, "temperature": 0.9}
+        | {"top_p": 0.6},
+    ),
+    "vicuna-7b": ("llama", sizes(32000, 4096, 11008, 32, 32, 32, 4096) | {"max_sequence_length": 2048}),
+    "Yi-6B": ("llama", sizes(64000, 4096, 11008, 32, 32, 4, 4096) | {"rope_theta": 5e6, "pretraining_tp": 1}),
+    "TinyLlama": ("llama", sizes(32000, 2048, 5632, 22, 32, 4, 2048) | {"rope_scaling": None, "attention_bias": False}),
+    "SmolLM2-135M": (
+        "llama",
+        sizes(49152, 576, 1536, 30, 9, 3, 8192)
+        | {"is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True}
+        | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    ),
+    "SmolLM3-3B": (
+        "smollm3",
+        sizes(128256, 2048, 11008, 36, 16, 4, 65536)
+        | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 36}
+        | {
+            "max_window_layers": 28,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "_attn_implementation": "sdpa",
+        },
+    ),
+    "Mistral-7B-v0.1": ("mistral", sizes(32000, 4096, 14336, 32, 32, 8, 32768) | {"sliding_window": 4096}),
+    "Mistral-7B-v0.3": (
+        "mistral",
+        sizes(32768, 4096, 14336, 32, 32, 8, 32768) | {"sliding_window": None, "rope_theta": 1e6, "head_dim": None},
+    ),
+    "Mistral-Nemo": (
+        "mistral",
+        sizes(131072, 5120, 14336, 40, 32, 8, 1024000) | {"head_dim": 128, "sliding_window": None, "rope_theta": 1e6},
+    ),
+    "Ministral-8B": (
+        "ministral",
+        sizes(131072, 4096, 12288, 36, 32, 8, 32768)
+        | {"head_dim": 128, "sliding_window": 32768, "rope_theta": 1e8}
+        | {"layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 9},
+    ),
+    "Ministral-8B, as mistral": (
+        "mistral",
+        sizes(131072, 4096, 12288, 36, 32, 8, 32768) | {"head_dim": 128, "sliding_window": 32768, "rope_theta": 1e8},
+    ),
+    "Mistral-Small-3.1": (
+        "mistral3",
+        {
+            "image_token_index": 10,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
+            "torch_dtype": "bfloat16",
+            "vision_config": VISION,
+            "text_config": sizes(131072, 5120, 32768, 40, 32, 8, 131072)
+            | {"model_type": "mistral", "head_dim": 128, "rope_theta": 1e9, "sliding_window": None},
+        },
+    ),
+    "Mixtral-8x7B": (
+        "mixtral",
+        sizes(32000, 4096, 14336, 32, 32, 8, 32768)
+        | {"num_experts_per_tok": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.02, "sliding_window": None},
+    ),
+    "gemma-2-2b": (
+        "gemma2",
+        sizes(256000, 2304, 9216, 26, 8, 4, 8192)
+        | {"head_dim": 256, "cache_implementation": "hybrid", "query_pre_attn_scalar": 256, "hidden_act": "x"}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
+    ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        sizes(262144, 1152, 6912, 26, 4, 1, 32768)
+        | {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000}
+        | {"sliding_window": 512, "sliding_window_pattern": 6, "cache_implementation": "hybrid", "rope_scaling": None},
+    ),
+    "OLMo-2-1B": ("olmo2", sizes(100352, 2048, 8192, 16, 16, 16, 4096) | {"rope_theta": 500000, "rope_scaling": None}),
+    "Phi-3-mini": (
+        "phi3",
+        sizes(32064, 3072, 8192, 32, 32, 32, 4096)
+        | {"original_max_position_embeddings": 4096, "sliding_window": 2047, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    ),
+    "Phi-4-mini": (
+        "phi3",
+        sizes(200064, 3072, 8192, 32, 24, 8, 131072)
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+        | {"original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144}
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+    ),
+    "granite-3.3-2b": (
+        "granite",
+        sizes(49159, 2048, 8192, 40, 32, 8, 131072)
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+        | {"residual_multiplier": 0.22, "rope_theta": 1e7, "attention_dropout": 0.0},
+    ),
+    "gpt-oss-20b": (
+        "gpt_oss",
+        sizes(201088, 2880, 2880, 24, 64, 8, 131072)
+        | {"head_dim": 64, "layer_types": ["sliding_attention", "full_attention"] * 12, "num_local_experts": 32}
+        | {"experts_per_token": 4, "num_experts_per_tok": 4, "initial_context_length": 4096, "swiglu_limit": 7.0}
+        | {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}},
+    ),
+    "DeepSeek-R1": (
+        "deepseek_v3",
+        sizes(129280, 7168, 18432, 61, 128, 128, 163840)
+        | DEEPSEEK
+        | {"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "n_routed_experts": 256}
+        | {"num_nextn_predict_layers": 1, "routed_scaling_factor": 2.5, "rope_scaling": MLA_YARN},
+    ),
+    "Kimi-K2": (
+        "kimi_k2",
+        sizes(163840, 7168, 18432, 61, 64, 64, 131072)
+        | DEEPSEEK
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 384}
+        | {"num_nextn_predict_layers": 0, "routed_scaling_factor": 2.827, "rope_theta": 50000.0}
+        | {"rope_scaling": MLA_YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0}},
+    ),
+    "GLM-4.5-Air": (
+        "glm4_moe",
+        sizes(151552, 4096, 10944, 46, 96, 8, 131072)
+        | {"head_dim": 128, "attention_bias": True, "partial_rotary_factor": 0.5, "use_qk_norm": False}
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1}
+        | {"moe_intermediate_size": 1408, "num_experts_per_tok": 8, "norm_topk_prob": True},
+    ),
+}
+GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_read_and_keys_of_saving_change_nothing(name: str):
+    family, raw = CONFIGS[name]
+    raw = raw | {"model_type": family, "transformers_version": "4.57.0", "bos_token_id": 1, "eos_token_id": 2}
+    found = config_from_hf(raw, FILE)
+    text = raw.get("text_config", raw)
+    assert found.num_blocks == text["num_hidden_layers"]
+    assert found.hidden_size == text["hidden_size"]
+    assert found.family == ("deepseek_v3" if family == "kimi_k2" else family)
+    assert config_from_hf(raw | GENERATION | {"new_trick": None}, FILE) == found
+
+
+def test_olmo3_as_transformers_5_saves_it():
+    """By the kinds of blocks; in its first versions, the parameters of those that see all, alone."""
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "attention_factor": 1.2}
+    base = sizes(100278, 4096, 11008, 32, 32, 32, 65536) | {"model_type": "olmo3", "sliding_window": 4096}
+    old = config_from_hf(base | {"rope_scaling": yarn, "rope_theta": 500000}, FILE)
+    typed = {
+        "full_attention": yarn | {"rope_theta": 500000},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+    }
+    assert config_from_hf(base | {"rope_parameters": typed}, FILE) == old
+    assert config_from_hf(base | {"rope_parameters": yarn | {"rope_theta": 500000}}, FILE) == old
+    assert config_from_hf(base | {"rope_parameters": yarn | {"rope_theta": 500000} | typed}, FILE) == old

@@ -1,0 +1,122 @@
+"""Parameters filled by parts: every box of every kind of slot, checkpoints on meshes, and what is read for them."""
+
+import dataclasses
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distillcache.models.checkpoint import load_pretrained, save_pretrained
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.families import layout_of
+from distillcache.models.files import fill
+from distillcache.models.files.fill import plan_fill
+from distillcache.models.files.hf import SafetensorsSource
+from distillcache.models.files.tensors import Box, Part, TensorSlot, merged, tensor_slots
+from distillcache.models.mesh.sharding import make_mesh
+from distillcache.schemas.config.teacher import TeacherMeshConfig
+from tests.models.conftest import GOLDEN, randomized
+from tests.models.test_checkpoint import assert_same_parameters
+
+
+@st.composite
+def boxed(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
+    """A shape, and a box of it."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    box = []
+    for size in shape:
+        start = draw(st.integers(0, size - 1))
+        box.append(slice(start, draw(st.integers(start + 1, size))))
+    return shape, tuple(box)
+
+
+@given(boxed())
+def test_a_run_of_merged_axes_is_the_box(given_box: tuple[tuple[int, ...], Box]):
+    shape, box = given_box
+    numbers = np.arange(prod(shape)).reshape(shape)
+    run = merged(box, shape)
+    wanted = numbers[box].reshape(-1)
+    if run is None:
+        assert (np.diff(wanted) > 1).any()
+    else:
+        np.testing.assert_array_equal(numbers.reshape(-1)[run], wanted)
+
+
+@given(boxed(), st.integers(0, 2), st.booleans(), st.sampled_from(["alone", "behind", "in turns"]))
+def test_a_part_that_was_read_is_the_part_of_the_whole(
+    given_box: tuple[tuple[int, ...], Box], in_axes: int, as_stored: bool, fused: str
+):
+    shape, box = given_box
+    slot = TensorSlot("w", ("w",), in_axes=None if as_stored else min(in_axes, len(shape)))
+    own = slot.stored_shape(shape)
+    if fused == "behind":  # the last rows of a tensor that holds another parameter too
+        slot = dataclasses.replace(slot, part=Part(0, 2, 2 + own[0], 2 + own[0]))
+    if fused == "in turns":  # every other column, from the second on
+        axis, total = len(own) - 1, 2 * own[-1]
+        slot = dataclasses.replace(slot, part=Part(axis, 1, total, total, step=2))
+    stored = np.arange(prod(slot.stored_shape(shape)), dtype=np.float32).reshape(slot.stored_shape(shape))
+    everything = slot.stored_box(tuple(slice(0, size) for size in shape), shape)
+    assert everything is not None
+    parameter = slot.load(stored[everything], shape)
+    found = slot.stored_box(box, shape)
+    if found is not None:
+        target = np.zeros([axis.stop - axis.start for axis in box], np.float32)
+        slot.load_into(stored[found], target)
+        np.testing.assert_array_equal(target, parameter[box])
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "mixtral", "llama4", "glm4_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"tensor": 2, "expert": 2}], ids=str)
+def test_a_mesh_gets_the_parameters_of_one_device(name: str, sizes: dict[str, int]):
+    mesh = make_mesh(TeacherMeshConfig(**sizes))
+    assert_same_parameters(load_pretrained(GOLDEN / name, mesh=mesh), load_pretrained(GOLDEN / name))
+
+
+class Counted(SafetensorsSource):
+    """Counts the numbers that are read."""
+
+    read_numbers = 0
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        found = super().read(name, box)
+        self.read_numbers += found.size
+        return found
+
+
+def only(devices: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this process had these devices of the mesh alone."""
+
+    def held(name, shape, mesh):
+        if mesh is None:
+            return [fill.whole(shape)]
+        sharding = fill.parameter_sharding(mesh, name, shape)
+        found = sharding.devices_indices_map(shape)
+        mine = [index for device, index in found.items() if device.id in devices]
+        return [*{str(box): box for box in (fill.box_of(index, shape) for index in mine)}.values()]
+
+    monkeypatch.setattr(fill, "held_boxes", held)
+
+
+def test_a_process_reads_its_share(tiny_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = dataclasses.replace(tiny_config, hidden_size=32, intermediate_size=40, vocab_size=64, num_heads=8)
+    save_pretrained(randomized(Decoder(config)), tmp_path / "model")
+    mesh = make_mesh(TeacherMeshConfig(tensor=2, fsdp=2))
+    only([2, 3], monkeypatch)
+    source = Counted(tmp_path / "model")
+    total = held = 0
+    for path, like in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Decoder(config)))):
+        slots = [slot for slot in tensor_slots(config, layout_of(config)) if slot.path == path]
+        plan = plan_fill(path, like, slots, mesh)
+        parts = sum(prod(axis.stop - axis.start for axis in box) for box in plan.boxes)
+        before = source.read_numbers
+        for read in plan.reads:
+            source.read(read.slot.name, read.box)
+        assert source.read_numbers - before == parts, path
+        total, held = total + prod(like.shape), held + parts
+    assert held < 0.52 * total

@@ -1,0 +1,103 @@
+"""Tensors that are stored under other names or in few bits: their numbers, and parts of them."""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distillcache.models.files.packed import UnpackedSource, unpack_mxfp4, unpacked
+from distillcache.models.files.tensors import Box, Layout
+from distillcache.schemas.store.path import Place
+from tests.models.conftest import GOLDEN
+
+
+class Stored:
+    """A checkpoint in memory, which notes what is read of it."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+        self.where: Place = GOLDEN
+        self.tensors, self.announced, self.got = tensors, [], []
+        self.shapes = {name: value.shape for name, value in tensors.items()}
+        kinds = {"uint8": "U8", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+        self.dtypes = {name: kinds[value.dtype.name] for name, value in tensors.items()}
+
+    def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
+        self.announced = list(reads)
+
+    def read(self, name: str, box: Box | None = None) -> np.ndarray:
+        assert box is not None
+        self.got.append((name, box))
+        return self.tensors[name][box]
+
+    def close(self) -> None:
+        self.tensors = {}
+
+
+def test_mxfp4_as_transformers_unpacks_it():
+    golden = load_file(GOLDEN / "mxfp4.safetensors")
+    found = unpack_mxfp4(golden["blocks"], golden["scales"])
+    assert set(np.unique(golden["blocks"])) == set(range(256))
+    np.testing.assert_array_equal(found.transpose(0, 2, 1), golden["values"].astype(np.float32))
+    np.testing.assert_array_equal(found.astype(ml_dtypes.bfloat16).astype(np.float32), found)
+
+
+LAYOUT = Layout(lambda kind: [], spellings=(("old.", "new."),))
+
+
+def packed_source() -> tuple[Stored, dict[str, np.ndarray]]:
+    """Of each form a tensor, and what it means."""
+    rng, golden = np.random.default_rng(0), load_file(GOLDEN / "mxfp4.safetensors")
+    codes = rng.normal(size=(9, 11)).astype(ml_dtypes.float8_e4m3fn)
+    scales, plain = rng.random((3, 2)).astype(np.float32), rng.random((4, 5)).astype(np.float32)
+    spread = np.kron(scales, np.ones((4, 6), np.float32))[:9, :11]
+    source = Stored(
+        {
+            "old.up_blocks": golden["blocks"],
+            "old.up_scales": golden["scales"],
+            "fp8.weight": codes,
+            "fp8.weight_scale_inv": scales,
+            "old.plain": plain,
+            "left": plain + 1,
+        }
+    )
+    meant = {"new.up": golden["values"], "fp8.weight": codes.astype(np.float32) * spread, "new.plain": plain}
+    return source, meant | {"left": plain + 1}
+
+
+def test_every_form_under_the_names_of_the_layout():
+    source, meant = packed_source()
+    found = unpacked(source, LAYOUT, {"weight_block_size": [4, 6]})
+    assert found.shapes == {name: value.shape for name, value in meant.items()}
+    assert found.dtypes == {"new.up": "BF16", "fp8.weight": "F32", "new.plain": "F32", "left": "F32"}
+    for name, value in meant.items():
+        np.testing.assert_array_equal(found.read(name), value)
+    found.close()
+    assert not source.tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "read"),
+    [
+        ("new.up", (slice(1, 2), slice(40, 97), slice(1, 3)), 2 * 3 * 16 + 2 * 3),
+        ("new.up", (slice(0, 2), slice(32, 64), slice(2, 3)), 2 * 16 + 2),
+        ("fp8.weight", (slice(3, 9), slice(6, 8)), 6 * 2 + 3 * 1),
+        ("new.plain", (slice(1, 3), slice(0, 5)), 10),
+    ],
+)
+def test_of_a_part_only_its_own_is_read(name: str, box: Box, read: int):
+    """And it is announced before, in the order in which it is read."""
+    source, meant = packed_source()
+    found = unpacked(source, LAYOUT, {"weight_block_size": [4, 6]})
+    found.announce([(name, box), ("left", (slice(0, 1), slice(0, 1)))])
+    np.testing.assert_array_equal(found.read(name, box), meant[name][box])
+    found.read("left", (slice(0, 1), slice(0, 1)))
+    assert source.announced == source.got
+    assert sum(source.tensors[stored][part].size for stored, part in source.got[:-1]) == read
+
+
+def test_a_checkpoint_of_plain_tensors_is_left_as_it_is():
+    source = Stored({"new.plain": np.ones(3, np.float32)})
+    assert unpacked(source, LAYOUT, None) is source
+    assert isinstance(unpacked(Stored({"old.plain": np.ones(3, np.float32)}), LAYOUT, None), UnpackedSource)

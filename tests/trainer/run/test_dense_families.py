@@ -1,0 +1,134 @@
+"""Families whose blocks are not Llama's, through the whole system: build, train in both modes, export, load."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distillcache.cache_builder.build import build_cache
+from distillcache.models.checkpoint import load_pretrained, read_config, save_pretrained
+from distillcache.models.config import (
+    BlockKind,
+    ClampedGlu,
+    LatentConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    plan_layers,
+)
+from distillcache.models.families.deepseek import softmax_scale
+from distillcache.schemas.config.teacher import TapConfig, TapsConfig
+from distillcache.schemas.config.train import StudentConfig
+from distillcache.schemas.errors import InputError
+from distillcache.tools.commands import export
+from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.train import train
+from tests.conftest import TINY, build_config, save_teacher
+from tests.models.conftest import randomized
+from tests.trainer.test_train import config
+
+LONG = RopeConfig(100.0, "longrope", 8.0, 8, fraction=0.5, short_factor=(1.0, 1.5), long_factor=(2.0, 7.0))
+YARN = RopeConfig(100.0, "yarn", 4.0, 8, mscale=0.7, mscale_all_dim=0.9, interleaved=True)
+CONFIGS: dict[str, ModelConfig] = {
+    "olmo2": replace(TINY, family="olmo2", norms="post", norm_product="wide", qk_norm="full"),
+    "granite": replace(
+        TINY,
+        family="granite",
+        embed_scale=1.7,
+        residual_scale=0.6,
+        attention_scale=0.2,
+        logits_divisor=3.0,
+        tie_embeddings=True,
+    ),
+    "phi3": replace(TINY, family="phi3", num_heads=3, num_kv_heads=3, rope=LONG, max_positions=64),
+}
+GEMMA: dict[str, Any] = {
+    "norms": "both",
+    "norm_product": "offset",
+    "embed_scale": 24**0.5,
+    "embed_scale_rounded": True,
+    "attention_scale": 5**-0.5,
+    "logits_softcap": 3.0,
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+}
+LOCAL, EVERYWHERE = BlockKind(5, local_rope=True), BlockKind()
+CONFIGS |= {
+    "gemma2": replace(
+        TINY, family="gemma2", **GEMMA, attention_softcap=2.0, layers=plan_layers([BlockKind(5), BlockKind()] * 2)
+    ),
+    "gemma3_text": replace(
+        TINY,
+        family="gemma3_text",
+        **GEMMA,
+        qk_norm="head",
+        rope=RopeConfig(100.0, "linear", 4.0),
+        local_rope=RopeConfig(20.0),
+        layers=plan_layers([LOCAL, LOCAL, EVERYWHERE, LOCAL]),
+    ),
+    "gpt_oss": replace(
+        TINY,
+        family="gpt_oss",
+        intermediate_size=14,
+        qkv_bias=True,
+        output_bias=True,
+        norm_product="wide",
+        sinks=True,
+        rope=RopeConfig(100.0, "yarn", 4.0, 8, truncate=False),
+        layers=plan_layers([BlockKind(5, moe=True), BlockKind(moe=True)] * 2),
+        moe=MoeConfig(5, 2, 14, logit_bias=True, expert_bias=True, clamped=ClampedGlu(1.5, 1.3)),
+    ),
+    "deepseek_v3": replace(
+        TINY,
+        family="deepseek_v3",
+        num_kv_heads=6,
+        head_dim=9,
+        latent=LatentConfig(11, 10, 5, 4, 7),
+        attention_scale=softmax_scale(9, YARN),
+        rope=YARN,
+        layers=plan_layers([BlockKind(), BlockKind(moe=True), BlockKind(moe=True)]),
+        moe=MoeConfig(6, 2, 14, 14, "sigmoid", True, 2.5, 3, 2, bias=True, native_bias=True, float32_router=True),
+    ),
+}
+EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
+
+
+def teacher_of(family: str, folder: Path) -> Path:
+    """A teacher whose norms and biases are not neutral."""
+    save_teacher(folder, CONFIGS[family])
+    save_pretrained(randomized(load_pretrained(folder), 3), folder / "out")
+    (folder / "out" / "model.safetensors").replace(folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.slow  # builds and trainings, each with programs of its own
+@pytest.mark.parametrize("family", CONFIGS)
+def test_from_a_teacher_to_its_own_copy(family: str, tmp_path: Path, corpus: Path):
+    """A student that is its teacher has nothing to learn: every loss on a lossless cache is zero, in both modes."""
+    teacher, cache = teacher_of(family, tmp_path / "teacher"), tmp_path / "cache"
+    assert read_config(teacher) == CONFIGS[family]
+    build_cache(build_config(cache, teacher, corpus, taps=EXACT))
+    mlp: dict[str, Any] = {"mlp": {"weight": 0.5}}
+    stages = [
+        {"mode": "blockwise", "steps": 1, "loss": mlp},
+        {"mode": "feature", "steps": 1, "loss": {"token_weight": 0.0}},
+        {"mode": "feature", "steps": 1},  # cross-entropy, without which there would be nothing to train
+    ]
+    train(config(tmp_path / "run", cache, student=StudentConfig(), stages=stages))
+    losses = [line["distill/total_loss"] for line in read_metrics(tmp_path / "run") if line["step"]]
+    assert len(losses) == 3
+    np.testing.assert_allclose(losses[:2], 0, atol=1e-4)
+    np.testing.assert_allclose(read_evaluations(tmp_path / "run")[0].cosine, 0, atol=1e-6)
+    export.run([str(tmp_path / "run"), str(tmp_path / "out")], "export", False)
+    assert load_pretrained(tmp_path / "out").config == CONFIGS[family]
+    if family == "olmo2":
+        with pytest.raises(InputError, match="no normed input to inject"):
+            train(config(tmp_path / "other", cache, inject="attn_in"))
+    if family == "gemma3_text":  # the teacher's norms are stored less one, and take the place of the student's
+        stages = [{"mode": "blockwise", "steps": 1}, stages[-1]]
+        train(config(tmp_path / "injected", cache, student=StudentConfig(), inject="attn_in", stages=stages))
+        found = [line["distill/total_loss"] for line in read_metrics(tmp_path / "injected") if line["step"]]
+        np.testing.assert_allclose(found[:1], 0, atol=1e-4)

@@ -1,0 +1,149 @@
+"""Importance against the whole teacher's forward pass, and what it must not depend on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distillcache.cache_builder.build import build_cache
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.surgery import Scores
+from distillcache.schemas.config.teacher import TapConfig, TapsConfig
+from distillcache.schemas.errors import ConfigError, NonFiniteError
+from distillcache.schemas.store.store import Store
+from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.run import importance
+from distillcache.trainer.run.importance import measure_importance, teacher_importance
+from tests.conftest import TINY, build_config, save_teacher
+
+EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
+# Two groups, windows, experts in some blocks, biases, norms of queries and keys.
+MIXED: ModelConfig = replace(
+    TINY,
+    layers=(
+        LayerGroup((BlockKind(window=3), BlockKind(window=3, moe=True)), 2),
+        LayerGroup((BlockKind(window=3),), 1),
+    ),
+    moe=MoeConfig(num_experts=5, top_k=2, expert_size=12),
+    qk_norm="head",
+    qkv_bias=True,
+    output_bias=True,
+    family="qwen3_moe",
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Decoder, Path]:
+    folder = tmp_path_factory.mktemp("mixed")
+    teacher = save_teacher(folder / "teacher", MIXED)
+    build_cache(build_config(folder / "cache", teacher, corpus, taps=EXACT))
+    return load_pretrained(teacher), folder / "cache"
+
+
+def expected(decoder: Decoder, source: CacheSource, rows: int) -> Scores:
+    """The same in plain sums over the whole teacher's own tensors, each head's addition written out."""
+    batch = source[list(range(rows))]
+    real = batch["segment_ids"] > 0
+    context = decoder.context(batch["positions"], batch["segment_ids"])
+    given = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
+    out = jax.jit(lambda given: decoder(**given, taps=("attn_out", "resid"), logits=False, router=True))(given)
+    blocks, streams, moe = [], [], 0
+    for at, group, repeat, place in decoder.config.places():
+        graph, state = nnx.split(decoder.groups[group].blocks[place])
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], state))
+        resid = out.taps["resid"][at]
+        normed = resid * jax.lax.rsqrt(jnp.mean(resid**2, -1, keepdims=True) + MIXED.norm_eps)
+        heads = block.attention.mix(normed * block.attention.norm[...], context)
+        added = jnp.einsum("bthk,hkd->bthd", heads, block.attention.o[...])
+        found = {"H": np.mean(np.linalg.norm(np.asarray(added), axis=-1)[real], axis=0)}
+        if decoder.config.kinds[at].moe:
+            ids, weights = np.asarray(out.router.ids[moe])[real], np.asarray(out.router.weights[moe])[real]
+            found["E"] = np.array([np.sum(weights[ids == expert]) for expert in range(5)]) / real.sum()
+            moe += 1
+        else:
+            x = resid + out.taps["attn_out"][at]
+            x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + MIXED.norm_eps) * block.mlp.norm[...]
+            active = np.asarray(jax.nn.silu(x @ block.mlp.gate[...]) * (x @ block.mlp.up[...]))
+            norms = np.linalg.norm(np.asarray(block.mlp.down[...]), axis=1)
+            found["F"] = np.mean(np.abs(active[real]), axis=0) * norms
+        blocks.append(found)
+        square = np.mean(np.asarray(resid)[real] ** 2, axis=0)
+        streams.append(square / square.mean())
+    return Scores(tuple(blocks), np.sqrt(np.mean(streams, axis=0)))
+
+
+def assert_close(found: Scores, expected: Scores, rtol: float = 1e-4) -> None:
+    np.testing.assert_allclose(found.stream, expected.stream, rtol=rtol)
+    assert len(found.blocks) == len(expected.blocks)
+    for here, there in zip(found.blocks, expected.blocks, strict=True):
+        assert here.keys() == there.keys()
+        for letter, value in there.items():
+            np.testing.assert_allclose(here[letter], value, rtol=rtol, err_msg=letter)
+
+
+def test_equals_the_whole_forward_pass(mixed: tuple[Decoder, Path]):
+    """Of all training rows, the last of which is half padding, in batches that they do not fill."""
+    decoder, cache = mixed
+    source = CacheSource(str(cache), split="train")
+    rows = len(source)
+    assert rows % importance.MEASURED_ROWS
+    assert (source[list(range(rows))]["segment_ids"] == 0).any()
+    assert_close(measure_importance(decoder, source, rows), expected(decoder, source, rows))
+
+
+@pytest.mark.parametrize("letter", ["H", "F"])
+def test_scores_that_overflow_are_an_error(mixed: tuple[Decoder, Path], letter: str):
+    """Finite weights whose squares are not: by NaN and infinity the wrong parts would be kept."""
+    decoder, cache = nnx.clone(mixed[0]), mixed[1]
+    block = decoder.groups[0].blocks[0]
+    weights = block.attention.o if letter == "H" else block.mlp.down
+    weights[...] = jnp.full_like(weights[...], 1e25)
+    with pytest.raises(NonFiniteError, match="not finite") as caught:
+        measure_importance(decoder, CacheSource(str(cache), split="train"), 2)
+    assert (caught.value.facts["block"], caught.value.facts["axis"]) == (0, letter)
+
+
+def test_measured_once_and_kept(mixed: tuple[Decoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoder, cache = mixed
+    run, calls = Store(str(tmp_path)), []
+    measure = importance.measure_importance
+
+    def counted(decoder: Decoder, source: CacheSource, rows: int) -> Scores:
+        calls.append(rows)
+        return measure(decoder, source, rows)
+
+    def open_source(taps, blocks, leaving):
+        return CacheSource(str(cache), taps, blocks, "train", leaving=leaving)
+
+    monkeypatch.setattr(importance, "measure_importance", counted)
+    first = teacher_importance(run, decoder, 5, open_source)
+    again = teacher_importance(run, decoder, 5, open_source)
+    assert calls == [5]
+    assert_close(again, first, rtol=0)
+    teacher_importance(run, decoder, 10_000, open_source)  # what lies there is of other rows
+    assert calls == [5, len(CacheSource(str(cache), split="train"))]
+    run.write(importance.IMPORTANCE, b"cut off")
+    assert_close(teacher_importance(run, decoder, 5, open_source), first, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"taps": TapsConfig(resid=None)}, "resid"), ({"blocks": [0, 2]}, "[1]")],
+    ids=["stream", "blocks"],
+)
+def test_what_the_cache_lacks_is_said(tmp_path: Path, teacher: Path, corpus: Path, changes: dict, named: str):
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, **changes))
+
+    def open_source(taps, blocks, leaving):
+        return CacheSource(str(tmp_path / "cache"), taps, blocks, "train", leaving=leaving)
+
+    with pytest.raises(ConfigError, match="the cache lacks some") as caught:
+        teacher_importance(Store(str(tmp_path / "run")), load_pretrained(teacher), 4, open_source)
+    assert named in str(caught.value)
+    assert "--extend" in caught.value.next

@@ -1,0 +1,122 @@
+"""A run by several real processes, with gloo between them: the same numbers however many there are; stopped, killed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distillcache.models.checkpoint import read_config
+from distillcache.schemas.errors import Interrupted
+from distillcache.schemas.runtime.peers import ALONE, Peers
+from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.run.yardstick import measure_teacher
+from distillcache.trainer.train import train
+from tests.trainer.run.test_in_bucket import config
+
+ENDED = re.compile(r"(stopped|error): ")
+
+
+def start(run: Path, caches: list[Path], devices: int, *words: str) -> list[subprocess.Popen[str]]:
+    """Processes of `distillcache train`, one for each of these paths, with so many devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    command = [sys.executable, "-m", "distillcache.trainer"]
+    command += ["--config", str(run.parent / "run.yaml"), "--run", str(run)]
+    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(len(caches)), "--timeout-s", "10"]
+    return [
+        subprocess.Popen(
+            [*command, "--cache", str(cache), "--process-id", str(number), *words],
+            env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, cache in enumerate(caches)
+    ]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ends(processes: list[subprocess.Popen[str]], code: int) -> list[str]:
+    """What they say of their end, all with this exit code."""
+    found = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), found
+    assert not any(out for out, _ in found[1:])
+    return [err[match.start() :] if (match := ENDED.search(err)) else "" for _, err in found]
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
+    """Four are stopped by a SIGTERM to one of them; of two, one is killed; one goes on alone."""
+    run, values = tmp_path / "run", {"steps": 3000, "eval_every": 4}
+    (tmp_path / "run.yaml").write_text(
+        "{student: {surgery: [{op: query_heads, to: 2}]}, batch_rows: 4, checkpoint_every: 2, steps: 3000, "
+        "eval_every: 4}"
+    )
+    four = start(run, [cache] * 4, 1, "--mesh.block", "2", "--mesh.fsdp", "2")
+    wait_for_step(run, 3)
+    four[2].send_signal(signal.SIGTERM)
+    assert len(set(ends(four, 143))) == 1  # one message, one step
+    reached = read_metrics(run)[-1]["step"]
+
+    two = start(run, [cache] * 2, 2, "--mesh.data", "4")
+    wait_for_step(run, reached + 3)
+    (victim,) = Path(f"/proc/{two[1].pid}/task/{two[1].pid}/children").read_text().split()
+    os.kill(int(victim), signal.SIGKILL)
+    first, second = ends(two, 2)
+    assert "is gone: 1 on" in first
+    assert "killed by SIGKILL" in second
+    reached = read_metrics(run)[-1]["step"]
+
+    # Alone, on another mesh; then all of it alone. Both are stopped at the same step.
+    monkeypatch.setattr(Peers, "should_stop", lambda peers, stop, step: step == reached + 2)
+    found = []
+    for folder in (run, tmp_path / "whole"):
+        with pytest.raises(Interrupted):
+            train(config(str(folder), cache, **values))
+        found.append(
+            [(line["step"], line.get("distill/total_loss"), line.get("eval/cosine")) for line in read_metrics(folder)]
+        )
+    together, alone = (np.asarray(lines, float) for lines in found)
+    # Sums over devices round in another order, and Adam's first steps divide by almost nothing: 1e-6 grows to 1e-4.
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
+    assert len(alone) == reached + 3
+
+
+@pytest.mark.slow
+def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
+    """Two processes share the held-out rows, and each says the same of the whole."""
+    (tmp_path / "run.yaml").write_text(
+        "{student: {surgery: [{op: query_heads, to: 2}]}, batch_rows: 4, steps: 2, eval_batch_rows: 2}"
+    )
+    ends(start(tmp_path / "run", [cache] * 2, 1, "--mesh.data", "2"), 0)
+    together = read_evaluations(tmp_path / "run")
+    settings = config(str(tmp_path / "alone"), cache, eval_teacher=True)
+    sources = Sources(settings)
+    alone = measure_teacher(settings, sources, read_config(sources.rows.plan.teacher.path), ALONE)
+    assert [entry.teacher_perplexity for entry in together] == [pytest.approx(alone.perplexity, rel=1e-5)] * 2
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_begin_ends_the_others(tmp_path, cache):
+    """It says why, and the others say which one it was, and why."""
+    (tmp_path / "run.yaml").write_text("{batch_rows: 4, student: {surgery: [{op: query_heads, to: 2}]}}")
+    first, second = ends(start(tmp_path / "run", [cache, tmp_path / "nothing"], 1, "--mesh.data", "2"), 2)
+    assert second.startswith("error: there is no cache here")
+    assert re.match(r"error: process 1, on .*, has ended: there is no cache here", first)

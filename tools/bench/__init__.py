@@ -1,0 +1,16 @@
+"""Benchmarks, each as ratios inside one run.
+
+command.py          distillcache bench
+build.py            build against the bare teacher
+feed.py             feed against memory speed and other formats
+peer_formats.py     formats of other systems
+synthetic_cache.py  caches of random numbers
+codec.py            accuracy and cost of codecs
+compress.py         lossless compression
+step.py             step from a cache against a teacher in the loop
+student.py          students from caches of different codecs
+routing.py          balancing with and without a loss
+load.py             memory of loading a sharded checkpoint
+load_share.py       one process of that
+memory.py           peak anonymous memory
+"""

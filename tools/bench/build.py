@@ -1,0 +1,185 @@
+"""Building: tokens a second of the build over those of the bare teacher, by turns in one run.
+
+A build takes a minute, and what else a machine does changes meanwhile: so the bare teacher runs before and after every
+build, and a ratio is to the mean of its two neighbours.
+
+SmolLM2-135M, batches of 8 rows of 512 tokens of real text. The bare teacher is its jitted forward with logits, which
+the build does not compute; the build records `attn_out` and `resid` of all blocks, and its files are on disk when the
+clock stops. Compiling is left out of both. `<codec>_delta`: `resid` as differences from block to block.
+"""
+
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from distillcache.cache_builder.build import SEGMENT, Work, record_batches
+from distillcache.cache_builder.prepare import prepare_rows
+from distillcache.cache_builder.record.pipeline import ShardWriter
+from distillcache.cache_builder.record.plan import make_plan
+from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.decoder import Decoder
+from distillcache.models.describe import describe_rows
+from distillcache.models.text.tokenizer import load_tokenizer
+from distillcache.schemas.config import BenchConfig, BuildConfig, PrepareConfig, TapsConfig, TeacherConfig
+from distillcache.schemas.format.manifest import TeacherPlan
+from distillcache.schemas.format.rows import Row, RowReader
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.runtime.signals import StopRequest
+from distillcache.schemas.store.store import Store
+from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.demo.command import default_data
+from distillcache.tools.demo.teacher import fetch_teacher
+
+ROUNDS = 2  # a round takes minutes: the teacher runs once for every choice
+MAX_IN_FLIGHT = 2048 << 20  # the build's own default
+
+
+@dataclass(frozen=True)
+class BuildSizes:
+    """What is built. choices: name -> (codec, whether `resid` is delta-coded)."""
+
+    batch_rows: int = 8
+    row_tokens: int = 512
+    batches: int = 3
+    choices: Mapping[str, tuple[str, bool]] = field(
+        default_factory=lambda: {
+            "bf16": ("bf16", False),
+            "int8": ("int8", False),
+            "int8_delta": ("int8", True),
+            "int4": ("int4", False),
+            "int4_delta": ("int4", True),
+        }
+    )
+
+
+def measure(config: BenchConfig) -> Measured:
+    """All figures of `bench build`."""
+    with scratch_folder(config.dir) as folder:
+        return measure_build(folder, str(fetch_teacher()), BuildSizes(), config.rounds or ROUNDS)
+
+
+def measure_build(folder: Path, teacher: str, sizes: BuildSizes, rounds: int) -> Measured:
+    """The same with a teacher and sizes of one's own."""
+    rows = reference_rows(folder, teacher, sizes.row_tokens, sizes.batch_rows * sizes.batches)
+    decoder = load_pretrained(teacher)
+    batches = [(first, rows.slice(first, first + sizes.batch_rows)) for first in range(0, len(rows), sizes.batch_rows)]
+    forward = _forward_path(decoder, batches)
+    builds = {
+        name: partial(_build_rate, folder / "cache", teacher, decoder, rows, batches, codec, delta)
+        for name, (codec, delta) in sizes.choices.items()
+    }
+    rates, ratios = between_forwards(forward, builds, rounds)
+    figures = {f"{name}_tokens_per_s": rate for name, rate in rates.items()}
+    least = {name: 0.9 if name.startswith("int4") else 1.0 for name in builds}
+    return Measured(figures, [Goal(f"{name}_over_forward", ratios[name], least[name], "at_least") for name in builds])
+
+
+def between_forwards(
+    forward: Callable[[], float], builds: Mapping[str, Callable[[], float]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(median rates of all, median ratios of the builds to the mean of the forwards before and after)."""
+    rates: dict[str, list[float]] = {name: [] for name in ("forward", *builds)}
+    ratios: dict[str, list[float]] = {name: [] for name in builds}
+    before = forward()
+    for number in range(rounds):
+        for name, build in builds.items():
+            rate, after = build(), forward()
+            rates[name].append(rate)
+            rates["forward"].append(after)
+            ratios[name].append(2 * rate / (before + after))
+            before = after
+            print(f"bench: round {number + 1} of {rounds}, {name} {ratios[name][-1]:.3f}", file=sys.stderr)
+    return ({k: statistics.median(v) for k, v in rates.items()}, {k: statistics.median(v) for k, v in ratios.items()})
+
+
+def reference_rows(folder: Path, teacher: str, row_tokens: int, rows: int) -> RowReader:
+    """So many rows of real English text, in the teacher's tokens."""
+    (folder / "corpus").mkdir(exist_ok=True)
+    data = default_data(folder).model_copy(update={"row_tokens": row_tokens, "eval_rows": 0, "max_rows": rows})
+    prepare_rows(PrepareConfig(out=str(folder / "rows"), data=data), tokenizer=load_tokenizer(teacher))
+    return RowReader(Store(str(folder / "rows")))
+
+
+def _forward_path(decoder: Decoder, batches: Sequence[tuple[int, list[Row]]]) -> Callable[[], float]:
+    """A function that runs the bare teacher over all batches and returns tokens a second."""
+    graph, parameters = nnx.split(decoder)
+
+    @jax.jit
+    def forward(
+        parameters: nnx.State, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array | None:
+        return nnx.merge(graph, parameters)(tokens, positions, segment_ids).logits
+
+    def arrays(rows: list[Row]) -> list[jax.Array]:
+        return [jnp.asarray([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "segment_ids")]
+
+    inputs = [arrays(rows) for _, rows in batches]
+    jax.block_until_ready(forward(parameters, *inputs[0]))
+
+    def rate() -> float:
+        start = time.perf_counter()
+        for each in inputs:
+            jax.block_until_ready(forward(parameters, *each))
+        return sum(each[0].size for each in inputs) / (time.perf_counter() - start)
+
+    return rate
+
+
+def _build_rate(
+    folder: Path,
+    teacher: str,
+    decoder: Decoder,
+    rows: RowReader,
+    batches: Sequence[tuple[int, list[Row]]],
+    codec: str,
+    delta: bool,
+) -> float:
+    """Tokens a second of the build's own loop, with real writes into a folder that is removed afterwards."""
+    taps = {"attn_out": {"codec": codec}, "resid": {"codec": codec, "delta": delta}}
+    config = BuildConfig(
+        cache=str(folder),
+        teacher=TeacherConfig(path=teacher),
+        data=rows.index.data,
+        taps=TapsConfig.model_validate(taps),
+        batch_rows=len(batches[0][1]),
+    )
+    model = decoder.config
+    described = TeacherPlan(
+        path=teacher,
+        weights_digest="0",
+        num_blocks=model.num_blocks,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        family=model.family,
+        norm_eps=model.norm_eps,
+    )
+    plan = make_plan(config, SEGMENT, model, described, describe_rows(rows), str(decoder.dtype))
+    store, clock = Store(str(folder)), _Clock()
+    writer = ShardWriter(store, plan, max_bytes=MAX_IN_FLIGHT, numerics=None, on_commit=lambda shard: None)
+    with Progress("bench", len(rows) * plan.rows.row_tokens, unit="tokens") as bar:
+        work = Work(store=store, plan=plan, rows=rows, stop=StopRequest(), decoder=decoder)
+        record_batches(work, clock.watch(batches), writer, bar)
+    seconds = time.perf_counter() - clock.start
+    shutil.rmtree(folder)
+    return len(rows) * plan.rows.row_tokens / seconds
+
+
+class _Clock:
+    """Starts when the loop asks for its second batch: the program is compiled then, and the first batch just begun."""
+
+    start: float = 0.0
+
+    def watch(self, batches: Sequence[tuple[int, list[Row]]]) -> Iterator[tuple[int, list[Row]]]:
+        for number, batch in enumerate(batches):
+            if number == 1:
+                self.start = time.perf_counter()
+            yield batch

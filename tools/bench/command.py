@@ -1,0 +1,171 @@
+"""`distillcache bench feed|build|codec|student|step|routing|load`: fixed work, against this machine's limits and peers.
+
+    distillcache bench feed --json
+
+A *figure* is a measured number, a *goal* a figure with a limit that it has to reach. What is compared is measured by
+turns in one run, so that other work on the machine meets all of it alike.
+"""
+
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from distillcache.schemas import command_line
+from distillcache.schemas.config import BenchConfig
+from distillcache.schemas.store.path import local_path
+
+MODULES = {
+    "feed": "tools.bench.feed",
+    "build": "tools.bench.build",
+    "student": "tools.bench.student",
+    "step": "tools.bench.step",
+    "routing": "tools.bench.routing",
+    "load": "tools.bench.load",
+}
+CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
+LIBRARIES = ("jax", "tensorstore", "grain", "numpy")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure's limit: `at_least` it, or `at_most`."""
+
+    name: str
+    value: float
+    goal: float
+    direction: Literal["at_least", "at_most"]
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.goal if self.direction == "at_least" else self.value <= self.goal
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one bench found."""
+
+    figures: Mapping[str, float]
+    goals: Sequence[Goal]
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> None:
+    """Measure what the command line names, and print figures and goals."""
+    config = command_line.parse(BenchConfig, argv, command, positional=("what",))
+    measured = measure_codec(config) if config.what == "codec" else _module(config.what).measure(config)
+    report = make_report(measured)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(config.what, report)
+
+
+def measure_codec(config: BenchConfig) -> Measured:
+    """All figures of `bench codec`."""
+    from distillcache.models.checkpoint import load_pretrained
+    from distillcache.tools.bench.build import BuildSizes, reference_rows
+    from distillcache.tools.bench.codec import check_goals, collect_taps, measure_codecs
+    from distillcache.tools.bench.compress import ROWS, measure_compression
+    from distillcache.tools.demo.teacher import fetch_teacher
+
+    teacher = str(fetch_teacher())
+    decoder = load_pretrained(teacher)
+    with scratch_folder(config.dir) as folder:
+        rows = reference_rows(folder, teacher, BuildSizes().row_tokens, CODEC_ROWS)
+        tokens = np.stack([row.tokens for row in rows.slice(0, CODEC_ROWS)])
+        figures = measure_compression(collect_taps(decoder, tokens[:ROWS]), folder)
+    figures |= measure_codecs(decoder, tokens)
+    goals = [Goal(found["name"], found["value"], found["goal"], "at_most") for found in check_goals(figures)]
+    return Measured(figures, goals)
+
+
+def make_report(measured: Measured) -> dict[str, Any]:
+    """The bench as plain values: machine, figures, goals."""
+    return {
+        "machine": describe_machine(),
+        "figures": {name: float(f"{value:.6g}") for name, value in measured.figures.items()},
+        "goals": [{**asdict(goal), "met": goal.met} for goal in measured.goals],
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import jax
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+
+
+def by_turns(paths: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, float]:
+    """The median rate of every path.
+
+    Args:
+        paths: name -> `path(round)`, which does its work and returns a rate, such as rows a second.
+        rounds: how often each is called, all of them in each round.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in paths}
+    for number in range(rounds):
+        for name, path in paths.items():
+            rates[name].append(path(number))
+            print(f"bench: round {number + 1} of {rounds}, {name}", file=sys.stderr)
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+@contextmanager
+def scratch_folder(parent: str | None) -> Iterator[Path]:
+    """A folder that is removed afterwards; in the system's own temporary folder if no parent is named."""
+    where = None if parent is None else local_path(parent, "--dir")
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="distillcache-bench-", dir=where) as folder:
+        yield Path(folder)
+
+
+def _module(what: str) -> ModuleType:
+    return importlib.import_module(f"distillcache.{MODULES[what]}")
+
+
+def _cpu_name() -> str:
+    """From /proc/cpuinfo, where there is one."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _print(what: str, report: Mapping[str, Any]) -> None:
+    console = Console()
+    console.print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), style="dim")
+    goals = {goal["name"]: goal for goal in report["goals"]}
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"bench {what}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("goal", justify="right")
+    table.add_column("")
+    for name, value in {**report["figures"], **{name: goal["value"] for name, goal in goals.items()}}.items():
+        goal = goals.get(name)
+        sign = {"at_least": "≥", "at_most": "≤"}[goal["direction"]] if goal else ""
+        limit = f"{sign} {goal['goal']:g}" if goal else ""
+        verdict = "" if goal is None else "[green]met[/]" if goal["met"] else "[red]not met[/]"
+        table.add_row(name, f"{value:,.4g}", limit, verdict)
+    console.print(table)

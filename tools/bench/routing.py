@@ -1,0 +1,275 @@
+"""Balancing experts without a loss against balancing them with one: the same student, three times, from the same rows.
+
+A tiny random Mixtral and a tiny random Qwen3-MoE learn the next bytes of real text (the demo's) in feature mode:
+without balancing (`none`), with the auxiliary loss (`aux`), and by biases that follow the load (`aux_free`:
+`moe_balance_type: noaux_tc` with its defaults). Seed, steps and batches are the same; no row is read twice, and of the
+cache rows are all that is read.
+
+    <family>_<way>_loss            held-out cross-entropy after the last step, nats a byte; `start`: before the first
+    <family>_<way>_train_loss      the mean over the last tenth of the steps
+    <family>_<way>_max_violation   max / mean - 1 of the experts' load on held-out rows, the mean over blocks
+    <family>_aux_free_perplexity, _perplexity_without_bias   the second: for readers of an export without its biases
+    <family>_aux_free_over_aux             losses
+    <family>_aux_free_violation_over_none  violations
+
+One run has one seed: differences of a few hundredths in loss are chance. `--plot` draws held-out loss and violation by
+step.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from distillcache.cache_builder.build import build_cache
+from distillcache.models.checkpoint import save_pretrained
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.config import (
+    BenchConfig,
+    BuildConfig,
+    TapConfig,
+    TapsConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from distillcache.schemas.config.train import (
+    FeatureLossConfig,
+    LoadBalanceConfig,
+    LossConfig,
+    OptimizerConfig,
+    StudentConfig,
+)
+from distillcache.schemas.store.path import local_path
+from distillcache.schemas.store.whole_file import writing
+from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.demo.command import default_data
+from distillcache.trainer.run.evaluate import Evaluation
+from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.train import train
+
+EOS = "<|end|>"
+SWITCH_WEIGHT = 0.01  # of the auxiliary loss, Switch Transformer's
+WAYS: dict[str, tuple[float, Literal["noaux_tc"] | None]] = {  # loss.load_balance.weight, moe_balance_type
+    "none": (0.0, None),
+    "aux": (SWITCH_WEIGHT, None),
+    "aux_free": (0.0, "noaux_tc"),
+}
+FAMILIES: dict[str, dict[str, Any]] = {"mixtral": {}, "qwen3_moe": {"qk_norm": "head"}}
+LOSS_AT_MOST = 1.1
+VIOLATION_AT_MOST = 0.999  # less than without balancing
+# Of the picture.
+FAMILY_TITLES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE"}
+WAY_LINES = {
+    "none": ("no balancing", "#444444"),
+    "aux": ("auxiliary loss", "#c44e52"),
+    "aux_free": ("aux-free", "#4c72b0"),
+}
+
+
+@dataclass(frozen=True)
+class RoutingSizes:
+    """The students' and the runs'. eval_every: steps between points of the picture."""
+
+    blocks: int = 4
+    hidden: int = 64
+    experts: int = 8
+    top_k: int = 2
+    expert_size: int = 64
+    row_tokens: int = 128
+    rows: int = 3264  # what the steps read, once, and what is held out
+    eval_rows: int = 64
+    batch_rows: int = 8
+    steps: int = 400
+    eval_every: int = 50
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of one run. evaluations: by step, the start and the end among them."""
+
+    evaluations: Sequence[Evaluation]
+    train_loss: float
+    seconds: float
+
+    @property
+    def losses(self) -> list[float]:
+        """Held-out, in nats."""
+        return [math.log(found.perplexity) for found in self.evaluations if found.perplexity is not None]
+
+    @property
+    def violations(self) -> list[float]:
+        return [found.max_violation for found in self.evaluations if found.max_violation is not None]
+
+
+def measure(config: BenchConfig) -> Measured:
+    """All figures of `bench routing`."""
+    plot = None if config.plot is None else local_path(config.plot, "--plot")
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(config.dir) as folder:
+        found = train_all(folder, RoutingSizes())
+    if plot is not None:
+        write_plot(found, plot)
+    return summarise(found)
+
+
+def train_all(
+    folder: Path, sizes: RoutingSizes, families: Sequence[str] = tuple(FAMILIES)
+) -> dict[str, dict[str, Trained]]:
+    """Family -> way -> what came of it."""
+    cache = build_rows(folder, sizes)
+    found: dict[str, dict[str, Trained]] = {}
+    for family in families:
+        student = folder / family
+        save_pretrained(Decoder(student_config(family, sizes), rngs=nnx.Rngs(sizes.seed)), student)
+        found[family] = {}
+        for way in WAYS:
+            found[family][way] = train_one(folder / f"{family}-{way}", cache, student, way, sizes)
+            print(f"bench: {family}, {way}, {found[family][way].seconds:.0f} s", file=sys.stderr)
+    return found
+
+
+def build_rows(folder: Path, sizes: RoutingSizes) -> str:
+    """A cache of real text, one token a byte. Its teacher is random, for nothing but its rows is read."""
+    teacher = folder / "teacher"
+    dense = replace(student_config("mixtral", sizes), layers=_plan(sizes, moe=False), moe=None, family="llama")
+    save_pretrained(Decoder(dense, rngs=nnx.Rngs(sizes.seed)), teacher)
+    byte_tokenizer().save(str(teacher / "tokenizer.json"))
+    (teacher / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    (folder / "corpus").mkdir()
+    data = default_data(folder).model_copy(
+        update={"row_tokens": sizes.row_tokens, "eval_rows": sizes.eval_rows, "max_rows": sizes.rows}
+    )
+    build = BuildConfig(
+        cache=str(folder / "cache"),
+        teacher=TeacherConfig(path=str(teacher)),
+        data=data,
+        taps=TapsConfig(attn_out=TapConfig(codec="int4"), resid=None),  # a cache has one tap at least
+        blocks=[0],
+    )
+    build_cache(build)
+    return build.cache
+
+
+def student_config(family: str, sizes: RoutingSizes) -> ModelConfig:
+    """A student of this family, experts in every block."""
+    heads = sizes.hidden // 16
+    return ModelConfig(
+        vocab_size=byte_tokenizer().get_vocab_size(),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.expert_size,
+        num_heads=heads,
+        num_kv_heads=max(1, heads // 2),
+        head_dim=16,
+        layers=_plan(sizes, moe=True),
+        moe=MoeConfig(num_experts=sizes.experts, top_k=sizes.top_k, expert_size=sizes.expert_size),
+        family=family,
+        **FAMILIES[family],
+    )
+
+
+def _plan(sizes: RoutingSizes, *, moe: bool) -> tuple[LayerGroup, ...]:
+    return (LayerGroup((BlockKind(moe=moe),), sizes.blocks),)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and one for the end of a document: needs no training."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS])
+    return tokenizer
+
+
+def train_one(run: Path, cache: str, student: Path, way: str, sizes: RoutingSizes) -> Trained:
+    """One run."""
+    start = time.monotonic()
+    train(train_config(run, cache, student, way, sizes))
+    losses = [line["distill/hard_loss"] for line in read_metrics(run) if "distill/hard_loss" in line]
+    last = losses[-max(1, sizes.steps // 10) :]
+    return Trained(read_evaluations(run), statistics.fmean(last), time.monotonic() - start)
+
+
+def train_config(run: Path, cache: str, student: Path, way: str, sizes: RoutingSizes) -> TrainConfig:
+    """The next-token loss alone, and what this way adds."""
+    weight, balance_type = WAYS[way]
+    return TrainConfig(
+        run=str(run),
+        cache=cache,
+        student=StudentConfig(init=str(student)),
+        mode="feature",
+        loss=LossConfig(
+            alpha=0.0,
+            feature=FeatureLossConfig(weight=0.0),
+            load_balance=LoadBalanceConfig(weight=weight, scope="layer"),
+        ),
+        moe_balance_type=balance_type,
+        optimizer=OptimizerConfig(learning_rate=sizes.learning_rate, warmup_steps=sizes.steps // 20),
+        steps=sizes.steps,
+        batch_rows=sizes.batch_rows,
+        eval_every=sizes.eval_every,
+        checkpoint_every=sizes.steps,
+        seed=sizes.seed,
+    )
+
+
+def summarise(found: Mapping[str, Mapping[str, Trained]]) -> Measured:
+    """Figures and goals of what came of all runs."""
+    figures: dict[str, float] = {}
+    goals: list[Goal] = []
+    for family, runs in found.items():
+        none, aux, free = (runs[way] for way in WAYS)
+        figures[f"{family}_start_loss"] = none.losses[0]
+        figures[f"{family}_start_max_violation"] = none.violations[0]
+        for way, run in runs.items():
+            figures[f"{family}_{way}_loss"] = run.losses[-1]
+            figures[f"{family}_{way}_train_loss"] = run.train_loss
+            figures[f"{family}_{way}_max_violation"] = run.violations[-1]
+        last = free.evaluations[-1]
+        figures[f"{family}_aux_free_perplexity"] = math.exp(free.losses[-1])
+        without = last.perplexity_without_bias or math.exp(free.losses[-1])
+        figures[f"{family}_aux_free_perplexity_without_bias"] = without
+        loss, violation = free.losses[-1] / aux.losses[-1], free.violations[-1] / none.violations[-1]
+        goals.append(Goal(f"{family}_aux_free_over_aux", loss, LOSS_AT_MOST, "at_most"))
+        goals.append(Goal(f"{family}_aux_free_violation_over_none", violation, VIOLATION_AT_MOST, "at_most"))
+    return Measured(figures, goals)
+
+
+def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
+    """Held-out loss and violation by step, a line of panels for each family; .svg or .png, by the path."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 2, sharex=True, squeeze=False)
+    for (family, runs), (losses, violations) in zip(found.items(), panels, strict=True):
+        for way, run in runs.items():
+            (label, color), steps = WAY_LINES[way], [each.step for each in run.evaluations]
+            style: dict[str, Any] = {"label": label, "color": color, "marker": "o", "markersize": 3}
+            losses.plot(steps[1:], run.losses[1:], **style)  # the first is three times as high
+            violations.plot(steps, run.violations, **style)
+        for panel, what in ((losses, "loss, nats a byte"), (violations, "max / mean - 1 of the load")):
+            panel.set_title(FAMILY_TITLES[family])
+            panel.set_ylabel(what)
+            panel.grid(alpha=0.25)
+        violations.set_ylim(bottom=0)
+    for panel in panels[-1]:
+        panel.set_xlabel("step")
+    panels[0, 0].legend()
+    with rc_context({"svg.hashsalt": path.name}):  # the same numbers, the same file
+        kind = path.suffix.removeprefix(".")
+        with writing(path) as file:
+            figure.savefig(file, dpi=110, format=kind or None, metadata={"Date": None} if kind == "svg" else None)

@@ -1,0 +1,20 @@
+"""`distillcache copy SRC DST`: a cache to other codecs, rows, blocks or taps, or to another place."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from distillcache.cache_builder.grow.copy import copy_cache
+from distillcache.schemas import command_line
+from distillcache.schemas.config import CopyConfig
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> None:
+    """Copy, and say what the copy holds."""
+    config = command_line.parse(CopyConfig, argv, command, positional=("src", "dst"))
+    manifest = copy_cache(config)
+    if as_json:
+        print(json.dumps({"src": config.src, "dst": config.dst, "rows": manifest.rows, "tokens": manifest.tokens}))
+    else:
+        print(f"copy {config.dst}: {manifest.rows} rows, {manifest.tokens} tokens, finished", file=sys.stderr)
+        print(f"look at it: distillcache inspect {config.dst}", file=sys.stderr)

@@ -1,0 +1,136 @@
+"""What `distillcache inspect` prints: the facts, a line for every array, and what is odd, last."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from distillcache.schemas.cache.describe import in_bytes
+from distillcache.tools.pages.terminal import table_console
+
+LEVELS = "▁▂▃▄▅▆▇█"
+DRAWN = 24  # slots of a tap that are drawn; of more, the largest of neighbours
+DECADES = 0.5  # a curve is as high as its range, but at least this: noise is not drawn as hills
+
+
+def print_cache(found: Mapping[str, Any]) -> None:
+    """The description of a cache (`inspect.describe_cache`) on standard output."""
+    console = table_console()
+    console.print(_facts(found))
+    console.print()
+    console.print(_taps(found))
+    warnings = found["warnings"]
+    console.print()
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
+    if not warnings:
+        console.print(
+            "Nothing odd in plans, statistics, some rows and some of the index; "
+            "`stats` reads some rows, `verify` every byte, `fidelity` asks the teacher."
+        )
+
+
+def _facts(found: Mapping[str, Any]) -> Table:
+    rows, shards, teacher, numerics = found["rows"], found["shards"], found["teacher"], found["numerics"]
+    state = "finished" if found["finished"] else "not finished: run the same `distillcache build` again"
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("cache", f"{escape(found['cache'])}  ({state})")
+    facts.add_row(
+        "teacher", f"{escape(teacher['path'])}  ({teacher['num_blocks']} blocks of {teacher['hidden_size']:,})"
+    )
+    facts.add_row("weights", teacher["weights_digest"])
+    facts.add_row(
+        "computed", f"{numerics['dtype']} on {numerics['platform']}, jax {numerics['versions'].get('jax', 'unknown')}"
+    )
+    facts.add_row("rows", f"{rows['train']:,} train + {rows['eval']:,} eval of {rows['row_tokens']:,} tokens")
+    facts.add_row("tokens", f"{rows['tokens']:,} without padding")
+    done = f"{shards['done']:,} of {shards['of']:,} done, {shards['rows_per_shard']:,} rows each"
+    facts.add_row("shards", done if len(found["segments"]) == 1 else f"{done}; {len(found['segments'])} segments")
+    compressed = any(tap["compress"] != "none" for tap in found["taps"])
+    stored = f"  (compressed to about {found['stored_bytes'] / 1e9:.2f} GB)" if compressed else ""
+    facts.add_row("size", f"{in_bytes(found['bytes'])}, {found['bytes_per_token']:,} bytes a token{stored}")
+    facts.add_row("made", f"{found['created'].get('at')} on {escape(str(found['created'].get('host')))}")
+    for words in said_of_times(found["segments"]):
+        facts.add_row("time", escape(words))
+    return facts
+
+
+def said_of_times(segments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How long the shards of every segment took, where that was noted."""
+    found = []
+    for segment in segments:
+        times = segment["seconds"]
+        if times is None:
+            continue
+        name = "" if len(segments) == 1 else f"{segment['segment']}: "
+        compute, write = (
+            f"{times[phase]['median']:.3g} s ({times[phase]['least']:.3g} to {times[phase]['largest']:.3g})"
+            for phase in ("compute", "write")
+        )
+        hosts = f", on {len(times['hosts'])} machines" if len(times["hosts"]) > 1 else ""
+        found.append(f"{name}a shard took {compute} to compute and {write} to write{hosts}")
+    return found
+
+
+def _taps(found: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    curves = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    for column, right in (
+        ("tap", False),
+        ("codec", False),
+        ("shape", False),
+        ("dtype", False),
+        ("bytes/token", True),
+        ("size", True),
+        ("rms", True),
+        ("max", True),
+        *([("rms by slot", False)] if curves else []),
+    ):
+        table.add_column(column, justify="right" if right else "left")
+    for tap in found["taps"]:
+        rms = tap.get("rms")
+        for number, (array, facts) in enumerate(tap["arrays"].items()):
+            first = number == 0
+            cells = [
+                array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
+                tap["codec"] if first else "",
+                "x".join(map(str, facts["shape"])),
+                facts["bits_of"] or facts["dtype"],
+                f"{tap['bytes_per_token']:,}" if first else "",
+                _size(tap) if first else "",
+                _range(rms) if rms and first else "",
+                f"{max(tap['abs_max']):.3g}" if rms and first else "",
+            ]
+            table.add_row(*cells, *([curve(rms) if rms and first else ""] if curves else []))
+    return table
+
+
+def _size(tap: Mapping[str, Any]) -> str:
+    """Of all rows; where it is compressed, of what is stored, and which share that is."""
+    if tap["compress"] == "none":
+        return in_bytes(tap["bytes"])
+    return f"{in_bytes(tap['stored_bytes'])} ({tap['stored_bytes'] / max(tap['bytes'], 1):.2f})"
+
+
+def _range(rms: Sequence[float]) -> str:
+    return f"{rms[0]:.2g}" if len(rms) == 1 else f"{rms[0]:.2g} to {rms[-1]:.2g}"
+
+
+def curve(values: Sequence[float]) -> str:
+    """Numbers of many sizes as a line of blocks, by their logarithm; zeros as spaces."""
+    if len(values) < 2:
+        return ""
+    width = -(-len(values) // DRAWN)
+    tops = [max(values[at : at + width]) for at in range(0, len(values), width)]
+    logs = [math.log10(value) if value > 0 else None for value in tops]
+    known = [value for value in logs if value is not None]
+    if not known:
+        return " " * len(tops)
+    low, span = min(known), max(max(known) - min(known), DECADES)
+    return "".join(
+        " " if value is None else LEVELS[min(int((value - low) / span * len(LEVELS)), len(LEVELS) - 1)]
+        for value in logs
+    )

@@ -1,0 +1,8 @@
+"""Cost of a build before anything is written.
+
+command.py       distillcache plan
+printing.py      its output
+scale.py         plan --simulate: bytes, requests, time, money
+fleet.py         discrete-event simulation of many builders
+scale_report.py  tables of the simulation
+"""

@@ -1,0 +1,342 @@
+"""`distillcache plan`: what a build would take, before anything is written.
+
+    distillcache plan --config build.yaml
+
+Takes the build's own config. Rows are counted by preparing them in a temporary folder; of a large corpus a sample is
+tokenised instead, and the report says that its numbers are estimates.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distillcache.cache_builder.build import SEGMENT
+from distillcache.cache_builder.prepare import open_rows, prepare_rows
+from distillcache.cache_builder.record.plan import make_plan
+from distillcache.cache_builder.text.documents import Document, TokenDocument, file_documents
+from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, input_files
+from distillcache.cache_builder.text.packing import COUNTED
+from distillcache.cache_builder.text.skipped import Skipped
+from distillcache.cache_builder.text.tokenise import token_arrays
+from distillcache.models.checkpoint import load_pretrained, read_config
+from distillcache.models.config import ModelConfig
+from distillcache.models.describe import describe_rows
+from distillcache.models.layers.rope import context_length
+from distillcache.models.recorder import make_recorder
+from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
+from distillcache.schemas import command_line
+from distillcache.schemas.config import BuildConfig, DataConfig, PlanConfig, PrepareConfig, TapsConfig
+from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.format.index import record_dtype
+from distillcache.schemas.format.layout import ITEM_BYTES
+from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
+from distillcache.schemas.format.rows import RowReader, Split, too_long_for_teacher
+from distillcache.schemas.format.tap_codec import signs_of
+from distillcache.schemas.store.store import Store, is_url, use
+from distillcache.tools.plan.printing import print_plan
+
+SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
+SAMPLE_FILES = 16  # the sample is drawn from so many files, evenly spaced
+PACKED_SAMPLE = 4 << 20  # packed bytes that tell how much longer a .gz file is unpacked
+TOKEN_RECORD_BYTES = 4  # of a record for each token that it holds: somewhat less in some formats, 12 in others
+MEASURED_BATCHES = 2
+ROW_BYTES_PER_TOKEN = 13  # tokens, positions, segments as int32, and the loss mask
+# label -> (codec, delta coding of `resid`): what the table compares
+CODEC_CHOICES = {
+    "bf16": ("bf16", False),
+    "fp8": ("fp8", False),
+    "int8": ("int8", False),
+    "int8, resid as differences": ("int8", True),
+    "int4": ("int4", False),
+    "int4, resid as differences": ("int4", True),
+}
+BLOCK_STEPS = (1, 2, 4)  # every block, every second, every fourth
+
+
+@dataclass(frozen=True)
+class CountedRows:
+    """The rows as a plan describes them; exact: counted, not estimated. without_targets: the splits in which no token
+    is a target; of an estimate, `train` where there is none in the sample."""
+
+    plan: RowsPlan
+    exact: bool
+    without_targets: tuple[Split, ...]
+
+
+def run(argv: Sequence[str], command: str, as_json: bool) -> None:
+    """Print what the build that the command line describes would take; with `--simulate`, what much text would."""
+    if "--simulate" in argv:
+        from distillcache.tools.plan import scale_report  # here, since it is made of this module's parts
+
+        words = [word for word in argv if word != "--simulate"]
+        scale_report.run(words, f"{command} --simulate", as_json)
+        return
+    config = command_line.parse(PlanConfig, argv, command)
+    use(config.storage)
+    report = describe_build(config)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_plan(report)
+
+
+def describe_build(config: PlanConfig) -> dict[str, Any]:
+    """Everything that can be known of a build beforehand, as plain values; sizes in bytes, times in seconds.
+
+    at_most: taps are compressed, by how much nobody can know beforehand; sizes are those before compression.
+    enough_room: None where that is unknown.
+
+    Raises:
+        ConfigError, InputError: the build would be refused as well.
+    """
+    model = read_config(config.teacher.path)
+    tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
+    rows = count_rows(config.data, tokenizer)
+    build = BuildConfig.model_validate(config.model_dump(exclude={"measure"}))
+    plan = plan_for(build, model, rows.plan)
+    rate = measure_rate(config, plan) if config.measure else None
+    free, total = free_bytes(config.cache), total_bytes(plan)
+    unsure = free is None or (plan.is_compressed and total > free)
+    return {
+        "cache": config.cache,
+        "teacher": plan.teacher.model_dump(exclude={"weights_digest"}) | {"dtype": plan.numerics.dtype},
+        "rows": {
+            "count": plan.rows.count,
+            "row_tokens": plan.rows.row_tokens,
+            "tokens": plan.rows.tokens,
+            "exact": rows.exact,
+        },
+        "without_targets": rows.without_targets,
+        "too_long": too_long_for_teacher(plan.rows.row_tokens, plan.teacher.context),
+        "blocks": len(plan.blocks),
+        "taps": [_describe_tap(plan, tap) for tap in plan.taps],
+        "bytes_per_token": plan.bytes_per_token,
+        "bytes": total,
+        "at_most": plan.is_compressed,
+        "shards": {
+            "count": plan.num_shards,
+            "rows": plan.shard_rows,
+            "bytes": plan.shard_rows * plan.bytes_per_row,
+        },
+        "objects": sum(_objects(plan, part) for tap in plan.taps for part in tap.parts),
+        "memory_in_flight": memory_in_flight(config, plan),
+        "tokens_per_s": rate,
+        "seconds": None if rate is None else plan.rows.count * plan.rows.row_tokens / rate / config.num_processes,
+        "processes": config.num_processes,
+        "free_bytes": free,
+        "enough_room": None if unsure or free is None else total <= free,
+        "choices": compare_choices(build, model, rows.plan),
+    }
+
+
+def plan_for(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> Plan:
+    """The plan that a build would make, with the teacher's weights unread."""
+    teacher = TeacherPlan(
+        path=config.teacher.path,
+        weights_digest="",
+        num_blocks=model.num_blocks,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        family=model.family,
+        norm_eps=model.norm_eps,
+        context=context_length(model),
+    )
+    return make_plan(config, SEGMENT, model, teacher, rows, config.dtype or "")
+
+
+def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
+    """The rows that `data` stands for: prepared ones as they are, a small text counted, a large one estimated."""
+    prepared = open_rows(data)
+    if prepared is not None:
+        return _counted(prepared)
+    total = sum(unpacked_bytes(file, data.text_field) for file in input_files(data))
+    if total <= SAMPLE_BYTES:
+        with tempfile.TemporaryDirectory(prefix="distillcache-plan-") as folder:
+            prepare_rows(PrepareConfig(out=folder, data=data), tokenizer=tokenizer)
+            return _counted(RowReader(Store(folder)))
+    text, tokens, targets = _count_sample(data, tokenizer)
+    # What surrounds the text of a .jsonl line is taken for text too: at most some percent too many.
+    tokens = round(tokens / text * total)
+    rows = -(-tokens // data.row_tokens)
+    if data.max_rows is not None and rows > data.max_rows:
+        rows, tokens = data.max_rows, data.max_rows * data.row_tokens
+    return CountedRows(_estimated_rows(data, tokenizer, rows, tokens), False, () if targets else ("train",))
+
+
+def _counted(rows: RowReader) -> CountedRows:
+    return CountedRows(describe_rows(rows), True, rows.without_targets())
+
+
+def unpacked_bytes(file: InputFile, text_field: str = "text") -> int:
+    """An input file's length once it is unpacked; of a long .gz file an estimate from its beginning.
+
+    Of a local parquet file, the length of its text's column; of a remote one, all that is stored.
+    """
+    if file.kind == ".parquet" and isinstance(file.place, Path):
+        from distillcache.cache_builder.text.files.parquet import text_bytes  # here, since few corpora need its library
+
+        return text_bytes(file, text_field)
+    if not file.kind.endswith(".gz"):
+        return file.size
+    with InputReader(file) as reader:
+        packed = BufferedReader(reader).read(PACKED_SAMPLE)
+    unpacked = zlib.decompressobj(wbits=31).decompress(packed)  # 31: with gzip's header
+    return round(len(unpacked) * file.size / max(len(packed), 1))
+
+
+def measure_rate(config: BuildConfig, plan: Plan) -> float:
+    """Tokens a second of the teacher with its recorder, on random tokens; compiling is left out."""
+    decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
+    record, parameters = make_recorder(decoder, plan.taps, signs_of(plan))
+    shape = (plan.batch_rows, plan.rows.row_tokens)
+    tokens = np.random.default_rng(0).integers(0, plan.teacher.vocab_size, shape, np.int32)
+    inputs = (tokens, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape), np.ones(shape, np.int32))
+    jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
+    start = time.perf_counter()
+    for _ in range(MEASURED_BATCHES):
+        jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
+    return MEASURED_BATCHES * tokens.size / (time.perf_counter() - start)
+
+
+def free_bytes(cache: str) -> int | None:
+    """Free space where the cache would go; None for a bucket."""
+    if is_url(cache):
+        return None
+    folder = Path(os.path.expanduser(cache.removeprefix("file://"))).absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+
+def total_bytes(plan: Plan) -> int:
+    """Of the finished cache: taps, rows and index."""
+    per_row = plan.bytes_per_row + ROW_BYTES_PER_TOKEN * plan.rows.row_tokens
+    return plan.rows.count * per_row + plan.num_shards * record_dtype(plan).itemsize
+
+
+def memory_in_flight(config: BuildConfig, plan: Plan) -> int:
+    """Host bytes at most between teacher and store: shards within their bound, and two batches on their way there."""
+    shards = max(config.max_in_flight_mib << 20, plan.shard_rows * plan.bytes_per_row)
+    return shards + 2 * plan.batch_rows * plan.bytes_per_row
+
+
+def compare_choices(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> list[dict[str, Any]]:
+    """What the same rows and taps would take with other codecs, and with fewer of the config's blocks."""
+    chosen = list(range(model.num_blocks)) if isinstance(config.blocks, str) else sorted(set(config.blocks))
+    found: list[dict[str, Any]] = []
+    whole = plan_for(_with_choice(config, "bf16", False, chosen), model, rows).bytes_per_token
+    for step in BLOCK_STEPS:
+        blocks = chosen[step - 1 :: step]
+        for label, (codec, delta) in CODEC_CHOICES.items() if blocks else ():
+            if delta and config.taps.resid is None:
+                continue
+            entry: dict[str, Any] = {"codec": label, "blocks": len(blocks)}
+            try:
+                plan = plan_for(_with_choice(config, codec, delta, blocks), model, rows)
+            except ConfigError as error:  # this choice does not fit this teacher: said, since others may
+                found.append({**entry, "impossible": error.what})
+                continue
+            share = plan.bytes_per_token / whole
+            found.append(
+                {**entry, "bytes_per_token": plan.bytes_per_token, "bytes": total_bytes(plan), "of_bf16": share}
+            )
+    return found
+
+
+def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]) -> BuildConfig:
+    taps = {
+        name: {"codec": codec, "delta": delta and name == "resid"} if getattr(config.taps, name) else None
+        for name in TapsConfig.model_fields
+        if name != TOPK_LOGITS
+    } | {TOPK_LOGITS: config.taps.topk_logits}
+    return config.model_copy(update={"taps": TapsConfig.model_validate(taps), "blocks": blocks, "shard_rows": None})
+
+
+def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int, bool]:
+    """(bytes of text, tokens, whether any is a target) of the beginnings of some files."""
+    files = input_files(data)
+    sampled = files[:: -(-len(files) // SAMPLE_FILES)]
+    text, tokens, targets = 0, 0, False
+    for file in sampled:
+        for document in _beginning(file, data, tokenizer, SAMPLE_BYTES // len(sampled)):
+            arrays = [
+                marked
+                for marked in token_arrays([document], tokenizer, data.on_error)
+                if not isinstance(marked, Skipped)
+            ]
+            one = sum(marked.size for marked in arrays)
+            targets = targets or any((marked["marks"][1:] & COUNTED).any() for marked in arrays)
+            is_text = isinstance(document, Document)
+            text += len(document.text.encode()) if is_text else one * TOKEN_RECORD_BYTES
+            tokens += one
+    return text, tokens, targets
+
+
+def _beginning(
+    file: InputFile, data: DataConfig, tokenizer: TextTokenizer, limit: int
+) -> Iterator[Document | TokenDocument]:
+    """The first documents of a file, of about `limit` characters or tokens; a longer text is cut."""
+    with InputReader(file) as reader, closing(file_documents(file, reader, data, tokenizer)) as found:
+        for document in found:
+            if isinstance(document, Skipped):
+                continue
+            yield replace(document, text=document.text[:limit]) if isinstance(document, Document) else document
+            limit -= len(document.text) if isinstance(document, Document) else document.tokens.size
+            if limit <= 0:
+                return
+
+
+def _estimated_rows(data: DataConfig, tokenizer: TextTokenizer, rows: int, tokens: int) -> RowsPlan:
+    return RowsPlan(
+        count=rows,
+        eval_indices=(),
+        row_tokens=data.row_tokens,
+        tokens=tokens,
+        content_digest="",
+        text_digest="",
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _describe_tap(plan: Plan, tap: TapPlan) -> dict[str, Any]:
+    per_token = sum(part.bytes_per_token for part in tap.parts)
+    return {
+        "name": tap.name,
+        "codec": tap.codec
+        + (", differences" if tap.delta else "")
+        + (f", the largest {tap.k}" if tap.k else "")
+        + (f" of {tap.vocab_size:,} ids" if tap.vocab_size else ""),
+        "compress": tap.compress,
+        "slots": len(tap.slots),
+        "bytes_per_token": per_token,
+        "bytes": per_token * plan.rows.row_tokens * plan.rows.count,
+        "arrays": {
+            part.array: {
+                "objects": _objects(plan, part),
+                "object_bytes": _object_bytes(plan, part),
+                "slots_per_object": part.slots_per_object,
+            }
+            for part in tap.parts
+        },
+    }
+
+
+def _objects(plan: Plan, part: PartPlan) -> int:
+    return plan.num_shards * len(part.object_ranges())
+
+
+def _object_bytes(plan: Plan, part: PartPlan) -> int:
+    """Of a full one; its index of chunks, 16 bytes each, is not counted."""
+    return plan.shard_rows * part.slots_per_object * plan.rows.row_tokens * part.width * ITEM_BYTES[part.dtype]

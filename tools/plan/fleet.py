@@ -1,0 +1,217 @@
+"""A build by many hosts, played through: claims, preemptions, writes and their retries.
+
+A discrete-event simulation. A host takes *pieces* (cache_builder/record/work_units.py) from one pool, computes one
+while it writes the one before, and loses what is in flight when it is preempted; the rest of what it had claimed is
+free again after the claim's expiry, and the host is back after its restart. Pieces are handed out several at a time,
+fewer towards the end, so that a build of a hundred million pieces takes some ten thousand events; a preemption still
+loses no more than the pieces in flight. Of a build that would see more than `MAX_PREEMPTIONS` of them, only a part is
+played, and its time is scaled up.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+SHARES = 4  # a host takes a fourth of what would be its part of the pool
+SMALLEST = 200  # but no less than one in so many of all its pieces: its last ones are half a percent of its time
+MAX_PREEMPTIONS = 1000
+LEAST_RATE = 2.0**-20  # a second and host: about one in twelve days
+DRAWN = 64  # random numbers at a time
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be built. piece_tokens: computed for one piece. bytes, puts: of all pieces together."""
+
+    pieces: int
+    piece_tokens: int
+    bytes: int
+    puts: int
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Who builds it. tokens_per_s, write_bytes_per_s: of one host. retry_share: of all writes."""
+
+    hosts: int
+    tokens_per_s: float
+    write_bytes_per_s: float
+    startup_s: float = 0.0
+    restart_s: float = 0.0
+    preemptions_per_s: float = 0.0
+    claim_expiry_s: float = 0.0
+    retry_share: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Played:
+    """What happened. wall_s: until the last piece is durable. lost_s: host seconds of work that was done again.
+
+    bytes, puts: of committed pieces. retries: writes that were sent again. preemptions: of the whole build.
+    """
+
+    wall_s: float
+    pieces: int
+    bytes: int
+    puts: int
+    retries: int
+    preemptions: int
+    lost_s: float
+
+
+def piece_seconds(work: Work, fleet: Fleet) -> tuple[float, float]:
+    """(computing, writing) one piece on one host."""
+    return work.piece_tokens / fleet.tokens_per_s, work.bytes / work.pieces / fleet.write_bytes_per_s
+
+
+def quiet_seconds(work: Work, fleet: Fleet) -> float:
+    """Of the busiest host, if nothing is preempted and no write is sent twice."""
+    compute, write = piece_seconds(work, fleet)
+    return fleet.startup_s + math.ceil(work.pieces / fleet.hosts) * max(compute, write) + min(compute, write)
+
+
+def play(work: Work, fleet: Fleet) -> Played:
+    """Play a build through."""
+    expected = fleet.preemptions_per_s * fleet.hosts * quiet_seconds(work, fleet)
+    part = min(1.0, MAX_PREEMPTIONS / expected) if expected else 1.0
+    pieces = max(1, round(work.pieces * part))
+    game = _Game(work, fleet, pieces)
+    wall = game.play()
+    scale = work.pieces / pieces
+    return Played(
+        wall_s=fleet.startup_s + (wall - fleet.startup_s) * scale,
+        pieces=round(game.committed * scale),
+        bytes=round(work.bytes * game.committed / pieces),
+        puts=round(work.puts * game.committed / pieces),
+        retries=round(game.retries * scale),
+        preemptions=round(game.preemptions * scale),
+        lost_s=game.lost_s * scale,
+    )
+
+
+@dataclass
+class _Host:
+    """A host's unit: begun at `since`, `pieces` of `each` seconds, with `again` writes sent twice.
+
+    turn: an event of an earlier turn is void.
+    """
+
+    turn: int = 0
+    since: float = 0.0
+    pieces: int = 0
+    each: float = 0.0
+    again: int = 0
+    idle: bool = False
+
+
+class _Game:
+    """One build, until all of its pieces are committed."""
+
+    def __init__(self, work: Work, fleet: Fleet, pieces: int) -> None:
+        self._fleet, self._retries_rng = fleet, np.random.default_rng(fleet.seed)
+        self._compute_s, self._write_s = piece_seconds(work, fleet)
+        self._puts = work.puts / work.pieces
+        self._least = max(1, pieces // (fleet.hosts * SMALLEST))
+        self._free = self._left = pieces
+        self._hosts = [_Host() for _ in range(fleet.hosts)]
+        self._order, self._events = itertools.count(), list[tuple[float, int, _Event, int, int]]()
+        self.committed = self.retries = self.preemptions = 0
+        self.lost_s = self._end = 0.0
+
+    def play(self) -> float:
+        """The time at which the last piece is durable."""
+        preemptions = _preemptions(self._fleet)
+        when, victim = next(preemptions)
+        for host in range(self._fleet.hosts):
+            self._push(self._fleet.startup_s, _Event.READY, host, 0)
+        while self._left:
+            if when < self._events[0][0]:
+                self._preempt(when, victim)
+                when, victim = next(preemptions)
+                continue
+            now, _, event, host, value = heapq.heappop(self._events)
+            if event is _Event.FREED:
+                self._free += value
+                for waiting, each in enumerate(self._hosts):
+                    if each.idle:
+                        self._take(now, waiting)
+            elif value == self._hosts[host].turn:
+                self._commit(self._hosts[host], self._hosts[host].pieces, now)
+                self._take(now, host)
+        return self._end + min(self._compute_s, self._write_s)  # the last piece is written while nothing is computed
+
+    def _take(self, now: float, number: int) -> None:
+        """Let a host claim a unit, if there is one."""
+        host = self._hosts[number]
+        taken = min(self._free, max(self._least, self._free // (self._fleet.hosts * SHARES)))
+        self._free -= taken
+        host.turn, host.since, host.pieces, host.idle = host.turn + 1, now, taken, not taken
+        if taken:
+            host.again = int(self._retries_rng.binomial(round(taken * self._puts), self._fleet.retry_share))
+            host.each = max(self._compute_s, self._write_s * (1 + host.again / (taken * self._puts)))
+            self._push(now + taken * host.each, _Event.READY, number, host.turn)
+
+    def _commit(self, host: _Host, pieces: int, now: float) -> None:
+        if pieces:
+            self.retries += round(host.again * pieces / host.pieces)
+            self._end = max(self._end, now)
+        self.committed += pieces
+        self._left -= pieces
+        host.pieces = 0
+
+    def _preempt(self, now: float, number: int) -> None:
+        """A host goes, wherever it was, and comes back after its restart."""
+        host = self._hosts[number]
+        self.preemptions += 1
+        if host.pieces:
+            ran, claimed = now - host.since, host.pieces
+            # What was computed last was still being written.
+            done = max(0, math.floor((ran - min(self._compute_s, self._write_s)) / host.each))
+            self.lost_s += ran - done * host.each
+            self._commit(host, done, host.since + done * host.each)
+            self._push(now + self._fleet.claim_expiry_s, _Event.FREED, number, claimed - done)
+        host.turn, host.pieces, host.idle = host.turn + 1, 0, False
+        self._push(max(now, self._fleet.startup_s) + self._fleet.restart_s, _Event.READY, number, host.turn)
+
+    def _push(self, when: float, event: "_Event", host: int, value: int) -> None:
+        heapq.heappush(self._events, (when, next(self._order), event, host, value))
+
+
+class _Event(Enum):
+    """READY: a host has done its unit, or has (re)started; its value is the host's turn. FREED: so many pieces."""
+
+    READY = 1
+    FREED = 2
+
+
+def _preemptions(fleet: Fleet) -> Iterator[tuple[float, int]]:
+    """(time, host), ascending, for ever.
+
+    Whatever happens at one rate happens at every higher one as well, of the same seed: the process is a sum of ones
+    whose rates double, the last of them thinned. So a higher rate never gives better luck.
+    """
+    wanted = fleet.preemptions_per_s * fleet.hosts
+    streams, below, rate = [], 0.0, LEAST_RATE * fleet.hosts
+    for level in itertools.count():
+        if below >= wanted:
+            break
+        streams.append(_stream((fleet.seed, 1 + level), rate, min(1.0, (wanted - below) / rate), fleet.hosts))
+        below, rate = below + rate, below + rate  # the next one is as frequent as all before it
+    return heapq.merge(*streams, iter([(math.inf, 0)]))
+
+
+def _stream(seed: tuple[int, int], rate: float, share: float, hosts: int) -> Iterator[tuple[float, int]]:
+    """Of a Poisson process of this rate, the events whose mark is below `share`."""
+    rng, now = np.random.default_rng(seed), 0.0
+    while True:
+        gaps, marks = rng.exponential(1 / rate, DRAWN), rng.random(DRAWN)
+        for gap, mark, host in zip(gaps.tolist(), marks.tolist(), rng.integers(0, hosts, DRAWN).tolist(), strict=True):
+            now += gap
+            if mark < share:
+                yield now, host

@@ -1,0 +1,138 @@
+"""What `distillcache plan` prints: what the build would take, array by array, and the same rows in other codecs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from distillcache.schemas.format.rows import no_targets_note
+from distillcache.schemas.runtime.progress import format_seconds
+from distillcache.tools.pages.terminal import table_console
+
+
+def print_plan(report: Mapping[str, Any]) -> None:
+    """The report of `plan.describe_build` on standard output."""
+    console = table_console()
+    console.print(_facts(report))
+    if not report["rows"]["exact"]:
+        console.print("The text is large: a sample was tokenised, and what follows from it is an estimate.")
+    if report["without_targets"]:
+        where = "" if report["rows"]["exact"] else "in the sample, "
+        console.print(f"[yellow]warning:[/] {where}{no_targets_note(report['without_targets'])}")
+    if report["too_long"]:
+        console.print(f"[yellow]warning:[/] {escape(report['too_long'])}")
+    console.print()
+    console.print(_taps(report))
+    console.print()
+    console.print(_choices(report))
+    console.print()
+    for line in _next_steps(report):
+        console.print(line)
+
+
+def _facts(report: Mapping[str, Any]) -> Table:
+    rows, shards, teacher = report["rows"], report["shards"], report["teacher"]
+    facts = Table.grid(padding=(0, 2))
+    about = "" if rows["exact"] else "about "
+    most = "at most " if report["at_most"] else ""
+    blocks = f"{report['blocks']} of {teacher['num_blocks']} blocks of {teacher['hidden_size']:,}"
+    facts.add_row("cache", escape(report["cache"]))
+    facts.add_row("teacher", f"{escape(teacher['path'])}  ({blocks}{_computed(teacher)})")
+    facts.add_row(
+        "rows", f"{about}{rows['count']:,} of {rows['row_tokens']:,} tokens, {about}{rows['tokens']:,} without padding"
+    )
+    size = f"{most}{about}{in_bytes(report['bytes'])}, {report['bytes_per_token']:,} bytes a token"
+    facts.add_row("size", size + (" before compression" if most else ""))
+    each = f"{shards['rows']:,} row{'s' if shards['rows'] > 1 else ''} and {most}{in_bytes(shards['bytes'])} each"
+    facts.add_row("shards", f"{about}{shards['count']:,} of {each}, in {report['objects']:,} objects")
+    facts.add_row("memory", f"at most {in_bytes(report['memory_in_flight'])} on the host between teacher and store")
+    facts.add_row("time", _time(report))
+    facts.add_row("free", _free(report))
+    return facts
+
+
+def _computed(teacher: Mapping[str, Any]) -> str:
+    return f", in {teacher['dtype']}" if teacher["dtype"] else ""
+
+
+def _time(report: Mapping[str, Any]) -> str:
+    if report["seconds"] is None:
+        return "not measured (--measure true runs the teacher)"
+    count = report["processes"]
+    share = "one process like this one" if count == 1 else f"each of {count} processes like this one"
+    return f"about {format_seconds(report['seconds'])}, at {report['tokens_per_s']:,.0f} tokens/s of {share}"
+
+
+def _free(report: Mapping[str, Any]) -> str:
+    if report["free_bytes"] is None:
+        return "unknown: a bucket"
+    verdict = {True: "enough", False: "[bold red]too little room[/]", None: "perhaps enough, if the taps compress well"}
+    return f"{in_bytes(report['free_bytes'])}: {verdict[report['enough_room']]}"
+
+
+def _taps(report: Mapping[str, Any]) -> Table:
+    table = _table(("array", "codec"), "slots", "bytes a token", "size", "objects", "an object", "slots in it")
+    for tap in report["taps"]:
+        for number, (array, facts) in enumerate(tap["arrays"].items()):
+            most = "" if tap["compress"] == "none" else "≤ "
+            of_tap = (str(tap["slots"]), f"{most}{tap['bytes_per_token']:,}", most + in_bytes(tap["bytes"]))
+            each = (f"{facts['objects']:,}", most + in_bytes(facts["object_bytes"]), str(facts["slots_per_object"]))
+            codec = (tap["codec"] + (f", {tap['compress']}" if most else "")) if number == 0 else ""
+            table.add_row(array, codec, *(of_tap if number == 0 else ("", "", "")), *each)
+    if len(report["taps"]) > 1:
+        size = in_bytes(sum(tap["bytes"] for tap in report["taps"]))
+        table.add_row("all", "", "", f"{report['bytes_per_token']:,}", size, f"{report['objects']:,}", "", "")
+    return table
+
+
+def _choices(report: Mapping[str, Any]) -> Table:
+    """A codec a line, a choice of blocks a column."""
+    counts = list(dict.fromkeys(choice["blocks"] for choice in report["choices"]))
+    heads = [
+        f"{count} blocks, share" if count != counts[0] else f"all {count} blocks, share of bf16" for count in counts
+    ]
+    table = _table(("the same rows in",), *heads)
+    found = {(choice["codec"], choice["blocks"]): choice for choice in report["choices"]}
+    for codec in dict.fromkeys(choice["codec"] for choice in report["choices"]):
+        table.add_row(codec, *(_choice(found.get((codec, count))) for count in counts))
+    return table
+
+
+def _choice(choice: Mapping[str, Any] | None) -> str:
+    if choice is None:
+        return ""
+    return choice["impossible"] if "impossible" in choice else f"{in_bytes(choice['bytes'])}  {choice['of_bf16']:.2f}"
+
+
+def _next_steps(report: Mapping[str, Any]) -> Sequence[str]:
+    if report["enough_room"] is False:
+        fits = [
+            choice
+            for choice in report["choices"]
+            if "impossible" not in choice and choice["bytes"] <= (report["free_bytes"] or 0)
+        ]
+        best = max(fits, key=lambda choice: choice["bytes"], default=None)
+        words = f"; {best['codec']} of {best['blocks']} blocks would fit" if best is not None else ""
+        return [
+            f"[bold red]There is too little room at {escape(report['cache'])}[/]: choose another place or codec{words}."
+        ]
+    unsure = report["enough_room"] is None and report["free_bytes"] is not None
+    words = f"There may be too little room at {escape(report['cache'])}: it depends on how far the taps compress."
+    return [*([words] if unsure else []), "next: the same flags with `distillcache build`"]
+
+
+def _table(left: Sequence[str], *right: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def in_bytes(size: int) -> str:
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size / 1000:,.1f} kB"

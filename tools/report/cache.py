@@ -1,0 +1,315 @@
+"""A report's sections about a cache: what it is, progress, storage, statistics of its blocks, some of its rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.format.manifest import TOPK_LOGITS
+from distillcache.schemas.store.redaction import shown
+from distillcache.schemas.store.store import Store
+from distillcache.tools.look.inspect import describe_cache
+from distillcache.tools.look.inspect_print import said_of_times
+from distillcache.tools.look.stored_rows import StoredRows
+from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
+from distillcache.tools.pages.html import (
+    Numeric,
+    Page,
+    facts,
+    figures,
+    folded,
+    note,
+    number,
+    page_title,
+    paragraph,
+    progress,
+    size,
+    table,
+)
+from distillcache.tools.report.leases import workers
+from distillcache.tools.report.rows import RowLook, Sample, row_warnings, sample_rows
+
+COLUMNS = 360  # of a row's picture, one a point of its width: more tokens share one, which shows their largest
+BF16_BYTES = 2
+NAMES = {"resid": "residual stream", "attn_out": "attention output", "mlp_out": "MLP output"}
+
+
+def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, dict[str, Any]]:
+    """The page, and what it says in a few plain values.
+
+    Args:
+        rows, seed: how many rows are drawn and shown, and which.
+
+    Raises:
+        InputError: there is no cache here.
+        DamageError: what is read is not what was committed.
+    """
+    found, stored = describe_cache(store), StoredRows(store.url)
+    segments, sample = stored.segments, sample_rows(stored, rows, seed)
+    unfinished = "The cache is not finished: run the same `distillcache build` again."
+    told = [*([] if found["finished"] else [unfinished]), *found["warnings"], *row_warnings(sample)]
+    page = Page(page_title("Cache", store.url), _subtitle(found), footer)
+    page.add("What it is", note("Look at this first", told), plan_facts(found), config_table(segments))
+    page.add("Progress", *build_progress(found, segments))
+    page.add("Storage", storage_table(found), array_table(found))
+    page.add("Blocks", *slot_statistics(found))
+    page.add("Rows", *_rows(sample))
+    page.add("Similarity of blocks", *_similarity(sample))
+    return page, {"of": "cache", "rows": [row.number for row in sample.rows], "warnings": told}
+
+
+def _subtitle(found: dict[str, Any]) -> str:
+    rows, state = found["rows"], "" if found["finished"] else ", not finished"
+    return f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"
+
+
+def plan_facts(found: dict[str, Any]) -> str:
+    """What the cache is."""
+    rows, teacher, numerics, made = found["rows"], found["teacher"], found["numerics"], found["created"]
+    times = said_of_times(found["segments"])
+    return facts(
+        "The plan",
+        {
+            "Cache": found["cache"],
+            "Made": f"{made.get('at', 'at an unknown time')} on {made.get('host', 'an unknown host')}, "
+            f"distillcache {made.get('distillcache', '')}",
+            "Format": found["format"],
+            "Teacher": f"{teacher['path']} ({teacher['family']}, {teacher['num_blocks']} blocks of "
+            f"{teacher['hidden_size']:,}, vocabulary {teacher['vocab_size']:,})",
+            "Weights": teacher["weights_digest"],
+            "Computed": f"{numerics['dtype']} on {numerics['platform']}, attention {numerics['attention']}, mesh "
+            f"{' x '.join(map(str, numerics['mesh']))}, "
+            + ", ".join(f"{name} {version}" for name, version in numerics["versions"].items()),
+            "Rows": f"{rows['train']:,} for training, {rows['eval']:,} held out, {rows['row_tokens']:,} tokens each",
+            "Tokens": f"{rows['tokens']:,} without padding "
+            f"({rows['tokens'] / max(rows['count'] * rows['row_tokens'], 1):.1%} of all places)",
+            "Blocks": _some(found["blocks"], most=200),
+            **({"Time": "; ".join(times)} if times else {}),
+        },
+    )
+
+
+def config_table(segments: Sequence[Segment]) -> str:
+    """The build's config, to unfold."""
+    rows = [(name, value) for name, value in _flat(shown(segments[0].plan.config))]
+    return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
+
+
+def _flat(config: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in config.items():
+        dotted = f"{name}.{key}".lstrip(".")
+        found += _flat(value, dotted) if isinstance(value, dict) else [(dotted, str(value))]
+    return found
+
+
+def build_progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
+    """Of what is being built; nothing of a cache that is finished and was never extended."""
+    if found["finished"] and len(segments) == 1:
+        return []
+    rows = [
+        (
+            entry["segment"],
+            "brings its own" if entry["rows_of"] is None else f"those of {entry['rows_of']}",
+            number(entry["rows"]),
+            number(entry["shards"]["done"]),
+            number(entry["shards"]["of"]),
+            "yes" if entry["finished"] else "no",
+        )
+        for entry in found["segments"]
+    ]
+    pieces = [table("Segments", ("segment", "rows", "count", "shards done", "of", "finished"), rows)]
+    for segment in segments:
+        if segment.committed is not None:
+            done = len(segment.committed)
+            pieces.insert(0, progress(f"Shards of segment {segment.plan.segment}", done, segment.plan.num_shards))
+            pieces.append(workers(segment))
+    return pieces
+
+
+def storage_table(found: dict[str, Any]) -> str:
+    """Bytes of every tap."""
+    tokens = sum(entry["rows"] for entry in found["segments"] if entry["rows_of"] is None) * found["rows"]["row_tokens"]
+    hidden = found["teacher"]["hidden_size"]
+    rows = []
+    for tap in found["taps"]:
+        plain = tap["bytes_per_token"] and BF16_BYTES * hidden * len(tap["slots"])
+        share = None if tap["name"] == TOPK_LOGITS else tap["stored_bytes"] / max(tap["bytes"], 1)
+        saved = None if share is None else plain / (tap["bytes_per_token"] * share)
+        cells = (number(tap["bytes_per_token"]), Numeric(size(tap["bytes"])), Numeric(size(tap["stored_bytes"])))
+        rows.append((_label(found, tap), tap["codec"], number(len(tap["slots"])), *cells, number(saved, 3)))
+    total = (number(found["bytes_per_token"]), Numeric(size(found["bytes"])), Numeric(size(found["stored_bytes"])))
+    rows.append(("all", "", Numeric(""), *total, Numeric("")))
+    header = ("tap", "codec", "slots", "bytes a token", "before compression", "stored", "times smaller than bf16")
+    shard = f"{found['shards']['of']:,} shards of {found['shards']['rows_per_shard']:,} rows, {tokens:,} places."
+    return table("Bytes by tap", header, rows) + paragraph(shard)
+
+
+def array_table(found: dict[str, Any]) -> str:
+    """The zarr arrays, to unfold."""
+    rows = [
+        (
+            array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
+            " x ".join(f"{extent:,}" for extent in each["shape"]),
+            each["bits_of"] or each["dtype"],
+            each["dtype"],
+            tap["compress"],
+        )
+        for tap in found["taps"]
+        for array, each in tap["arrays"].items()
+    ]
+    header = ("array", "rows x slots x tokens x width", "holds", "stored as", "compressed")
+    return folded("The arrays", table("Arrays on disk", header, rows))
+
+
+def slot_statistics(found: dict[str, Any]) -> list[str]:
+    """Root mean square and largest number of every slot, from the receipts alone."""
+    taps = [tap for tap in found["taps"] if "rms" in tap]
+    if not taps:
+        return [paragraph("No shard is committed yet.")]
+    words = "From the receipts: no activations were read for this."
+    if not found["finished"]:
+        words += " Of a segment that is being built, its first committed shard stands for all."
+    pieces = [paragraph(words)]
+    drawn = [_stats_figure(found, taps, "rms", "Root mean square"), _stats_figure(found, taps, "abs_max", "Largest")]
+    pieces.append(figures(drawn))
+    for tap in taps:
+        label, width = _label(found, tap), len(tap["slots"])
+        rows = [
+            (str(slot), number(rms), number(peak), number(peak / rms if rms else None, 3))
+            for slot, rms, peak in zip(tap["slots"], tap["rms"], tap["abs_max"], strict=True)
+        ]
+        shown = table(f"Statistics of {label}", ("slot", "rms", "largest", "largest / rms"), rows)
+        pieces.append(folded(f"{label}: {width} slots, {tap['nonfinite']:,} numbers not finite", shown))
+    return pieces
+
+
+def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:
+    lines = [
+        Line(_label(found, tap), np.asarray(tap["slots"], float), np.asarray(tap[key], float))
+        for tap in taps
+        if tap["name"] != TOPK_LOGITS  # of no block
+    ]
+    if not lines:
+        return None
+    spans = "; ".join(_span(line) for line in lines)
+    unit = {"rms": "root mean square", "abs_max": "largest magnitude"}[key]
+    return Figure(
+        title=f"{title} by block",
+        caption=f"{spans}. Slot l of resid is the stream entering block l.",
+        alt=f"Line chart of the {unit} of each tap by slot: {spans}.",
+        svg=draw_lines(lines, "slot", unit, points=True, whole=True),
+    )
+
+
+def _span(line: Line) -> str:
+    """`resid from 0.9 (slot 0) to 2.6e+04 (slot 27)`: a line's smallest and largest value, and where."""
+    low, high = int(np.argmin(line.y)), int(np.argmax(line.y))
+    return (
+        f"{line.name} from {line.y[low]:.3g} (slot {line.x[low]:.0f}) to {line.y[high]:.3g} (slot {line.x[high]:.0f})"
+    )
+
+
+def _rows(sample: Sample) -> list[str]:
+    if not sample.rows:
+        return []
+    tokens = sample.rows[0].real.size
+    words = "The norm of every token's vector in every slot. Dashed lines: a document begins; blank: padding."
+    if tokens > COLUMNS:
+        words += f" Of {-(-tokens // COLUMNS)} neighbouring tokens the largest norm is drawn."
+    return [paragraph(words), figures([_row_figure(row) for row in sample.rows]), _row_table(sample)]
+
+
+def _row_figure(row: RowLook) -> Figure | None:
+    if not row.norms:
+        return None
+    maps = [_norm_map(row, name) for name in row.norms]
+    split, real = "held out" if row.held_out else "for training", int(row.real.sum())
+    words = f": {row.text!r}" if row.text else "."
+    documents = f"{len(row.starts) + 1} documents" if row.starts else "1 document"
+    alt = f"Heat maps of token norms by slot in row {row.number}. " + " ".join(
+        f"{name}: {_peak(row, name)}." for name in row.norms
+    )
+    return Figure(
+        title=f"Row {row.number}",
+        caption=f"{split}, {real:,} tokens, {documents}{words}",
+        alt=alt,
+        svg=draw_maps(maps, height_in=1.9),
+    )
+
+
+def _norm_map(row: RowLook, name: str) -> HeatMap:
+    values = np.where(row.real, row.norms[name], np.nan)
+    return HeatMap(
+        values=pooled(values, COLUMNS),
+        title=f"{name}: {NAMES.get(name, name)}",
+        x="token",
+        y="slot",
+        unit="norm",
+        left=-0.5,
+        right=values.shape[1] - 0.5,
+        row_labels=row.slots[name],
+        log=True,
+        marks=[start - 0.5 for start in row.starts] if len(row.starts) <= 30 else (),
+    )
+
+
+def pooled(values: np.ndarray, most: int) -> np.ndarray:
+    """Neighbouring columns joined by their maximum, down to `most` of them; NaN only where all are."""
+    width = -(-values.shape[1] // most)
+    if width == 1:
+        return values
+    filled = np.full((values.shape[0], -(-values.shape[1] // width) * width), -np.inf)
+    filled[:, : values.shape[1]] = np.where(np.isnan(values), -np.inf, values)
+    joined = filled.reshape(len(values), -1, width).max(axis=2)
+    return np.where(np.isneginf(joined), np.nan, joined)
+
+
+def _peak(row: RowLook, name: str) -> str:
+    """`largest 41.2 at token 0 of slot 3, median 5.1`."""
+    values = np.where(row.real, row.norms[name], np.nan)
+    if not np.isfinite(values).any():
+        return "no finite norm"
+    slot, token = np.unravel_index(np.nanargmax(np.where(np.isfinite(values), values, -1.0)), values.shape)
+    where = f"token {token} of slot {row.slots[name][slot]}"
+    return f"largest {values[slot, token]:.4g} at {where}, median {np.nanmedian(values):.4g}"
+
+
+def _row_table(sample: Sample) -> str:
+    rows = [(str(row.number), name, _peak(row, name)) for row in sample.rows for name in row.norms]
+    return folded("The largest norms in numbers", table("Norms by row and tap", ("row", "tap", "norms"), rows))
+
+
+def _similarity(sample: Sample) -> list[str]:
+    drawn, tables = [], []
+    for name, alike in sample.likeness.items():
+        slots, matrix = alike.slots, alike.cosine
+        near = [float(matrix[at, at + 1]) for at in range(len(slots) - 1)]
+        words = f"neighbours are alike by {min(near):.3f} to {max(near):.3f}" if near else "there is one slot only"
+        drawn.append(
+            Figure(
+                title=f"Similarity of {name}",
+                caption=f"Mean cosine of a token's vectors in two slots, over {alike.tokens:,} tokens; {words}.",
+                alt=f"Heat map of the mean cosine between slots of {name}; {words}.",
+                svg=draw_maps(
+                    [HeatMap(matrix, NAMES.get(name, name), "slot", "slot", "cosine", row_labels=slots)], 3.4
+                ),
+            )
+        )
+        rows = [(f"{slots[at]} and {slots[at + 1]}", number(value)) for at, value in enumerate(near)]
+        tables.append(table(f"Neighbouring slots of {name}", ("slots", "mean cosine"), rows))
+    return [figures(drawn), folded("Neighbouring slots in numbers", *tables)]
+
+
+def _label(found: dict[str, Any], tap: dict[str, Any]) -> str:
+    first = found["segments"][0]["segment"]
+    return tap["name"] if tap["segment"] == first else f"{tap['name']} ({tap['segment']})"
+
+
+def _some(numbers: Sequence[int], most: int = 12) -> str:
+    """`0, 1, 2 and 9 more`; whole ranges are joined."""
+    if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 2:
+        return f"{numbers[0]} to {numbers[-1]}"
+    listed = ", ".join(map(str, numbers[:most]))
+    return listed if len(numbers) <= most else f"{listed} and {len(numbers) - most} more"

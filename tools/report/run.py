@@ -1,0 +1,389 @@
+"""A report's sections about a run: what it is, losses, evaluations, blocks before and after, experts, speed, config."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distillcache.schemas.errors import DamageError
+from distillcache.schemas.store.store import Store
+from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
+from distillcache.tools.pages.html import (
+    Numeric,
+    Page,
+    code,
+    facts,
+    figures,
+    folded,
+    note,
+    number,
+    page_title,
+    paragraph,
+    progress,
+    table,
+)
+from distillcache.tools.report.curves import BlockCurves, block_curves, curve, series, step_map
+from distillcache.tools.report.experts import expert_pieces, expert_warnings
+from distillcache.trainer.run.checkpoints import Checkpoints
+from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
+from distillcache.trainer.run.folder import RESOLVED, best_of, read_evaluations, shown_config
+from distillcache.trainer.run.metrics_log import TENSORBOARD, read_loads, read_metrics
+
+TERMS = {
+    "distill/total_loss": "total",
+    "distill/out_proj_feature_loss": "attention output",
+    "distill/mlp_loss": "MLP output",
+    "distill/hard_loss": "cross-entropy",
+    "distill/soft_loss": "KL to the teacher",
+    "distill/moe_lb_loss": "load balance",
+    "distill/router_z_loss": "router z",
+}
+WAITING = 0.2  # of the time: then the feed is what limits the run
+WORSE = 1.05  # times the best perplexity: more than the noise of a usual set of held-out rows
+EVALUATIONS_SHOWN = 12
+ROWS_OPEN = 16  # of a table about blocks; a longer one is folded
+
+
+def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
+    """The page, and what it says in a few plain values.
+
+    Raises:
+        StorageError: the run cannot be read.
+    """
+    words, config = shown_config(store)
+    lines, evaluations, loads = read_metrics(store.url), read_evaluations(store), read_loads(store.url)
+    done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
+    told = warnings(lines, evaluations, done, of) + expert_warnings(loads)
+    page = Page(page_title("Run", store.url), run_subtitle(config, done, of), footer)
+    page.add(
+        "What it is",
+        note("Look at this first", told),
+        progress("Steps", done, of) if done < of else "",
+        run_facts(store, config, lines, evaluations),
+    )
+    page.add("Loss", *loss_pieces(lines))
+    page.add("Evaluations", *evaluation_pieces(evaluations))
+    page.add("Blocks before and after", *block_pieces(evaluations))
+    page.add("Experts", *expert_pieces(lines, loads))
+    page.add("Speed", *speed_pieces(lines))
+    page.add("Config", folded("config.yaml", code(words, "The resolved config")) if words else "")
+    return page, {"of": "run", "steps": {"done": done, "of": of}, "warnings": told}
+
+
+def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], done: int, of: int) -> list[str]:
+    """What a reader of the curves would point at."""
+    told = [] if done >= of else [f"The run is at step {done:,} of {of:,}."]
+    _, waits = series(lines, "perf/data_wait_share")
+    if len(waits) > 2 and (share := float(np.median(waits[len(waits) // 2 :]))) > WAITING:
+        told.append(f"It waits for data {share:.0%} of the time (median of the later half).")
+    trained = [entry for entry in evaluations if entry.step]
+    if evaluations and evaluations[-1].perplexity is None:
+        told.append("No token of the held-out rows is a target: perplexity and KL are undefined there.")
+    known = [(entry.step, entry.perplexity) for entry in trained if entry.perplexity is not None]
+    if known:
+        (step, last), (best_step, best) = known[-1], min(known, key=lambda pair: pair[1])
+        if last > WORSE * best:
+            told.append(
+                f"Held-out perplexity was best at step {best_step:,} ({best:.4g}) and is {last:.4g} at step {step:,}: "
+                "export it with --best."
+            )
+    if evaluations and trained and evaluations[0].step == 0:
+        first, last = evaluations[0], trained[-1]
+        if first.perplexity is not None and last.perplexity is not None and last.perplexity > first.perplexity:
+            told.append(f"Held-out perplexity rose from {first.perplexity:.4g} to {last.perplexity:.4g}.")
+        before = dict(zip(first.blocks, first.cosine, strict=True))
+        worse = [
+            block for block, after in zip(last.blocks, last.cosine, strict=True) if after > before.get(block, after)
+        ]
+        if worse:
+            told.append(f"The cosine distance rose in blocks {', '.join(map(str, worse))}.")
+    return told
+
+
+def planned_steps(config: Mapping[str, Any]) -> int:
+    """How many steps the config asks for, over all stages.
+
+    Raises:
+        DamageError: it is no config of a run.
+    """
+    stages = config.get("stages") or [config]
+    stages = stages if isinstance(stages, list) else [stages]
+    steps: list[Any] = [stage.get("steps", 0) if isinstance(stage, Mapping) else None for stage in stages]
+    if not all(isinstance(each, int) for each in steps):
+        facts = {"file": RESOLVED, "found": f"steps {steps}"}
+        raise DamageError("the config of a run has no numbers of steps", facts, "copy it again from where it came")
+    return sum(steps)
+
+
+def run_subtitle(config: Mapping[str, Any], done: int, of: int) -> str:
+    """Mode or stages, and how far it is."""
+    stages = config.get("stages")
+    mode = "stages: " + ", ".join(f"{stage.get('mode')}" for stage in stages) if stages else config.get("mode", "")
+    return f"{mode}, step {done:,} of {of:,}"
+
+
+def run_facts(
+    store: Store, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]
+) -> str:
+    """What the run is and how far it is, in a table."""
+    _, losses = series(lines, "distill/total_loss")
+    student = config.get("student", {})
+    surgery = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in student.get("surgery") or [])
+    loss = ", ".join(f"{name} {value}" for name, value in _weights(config.get("loss", {})))
+    best = best_of(evaluations)
+    return facts(
+        "The run",
+        {
+            "Run": store.url,
+            "Begun": _begun(store),
+            "Cache": config.get("cache"),
+            "Source": config.get("source"),
+            "Student": f"from {student.get('init')}" + (f", {surgery}" if surgery else ""),
+            "Loss weights": loss or None,
+            "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
+            "Batch": f"{config.get('batch_rows')} rows, computed in {config.get('compute_dtype')}",
+            "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
+            **_perplexity_words(evaluations),
+            **_best_words(best),
+            "Checkpoints": ", ".join(f"{step:,}" for step in Checkpoints(store).steps()) or "none",
+        },
+    )
+
+
+def _perplexity_words(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """The teacher's, the student's at the start and now, and the share of the gap that is closed."""
+    if not evaluations:
+        return {}
+    first, last = evaluations[0], evaluations[-1]
+    known = last.teacher_perplexity
+    unknown = f"not known: {last.teacher_unknown or 'it was not measured'}"
+    found = {"Teacher's held-out perplexity": unknown if known is None else f"{known:.5g}"}
+    if first.step == 0:
+        found["Held-out perplexity at the start"] = told_perplexity(first.perplexity, ".5g")
+    found["Last held-out perplexity"] = told_perplexity(last.perplexity, ".5g")
+    return found | ({} if last.gap_closed is None else {"Share of the gap closed": f"{last.gap_closed:.1%}"})
+
+
+def _best_words(best: Evaluation | None) -> dict[str, str]:
+    if best is None:
+        return {}
+    if best.perplexity is None:
+        return {"Best mean cosine distance": f"{best.mean_cosine:.5g} at step {best.step:,}"}
+    return {"Best held-out perplexity": f"{best.perplexity:.5g} at step {best.step:,}"}
+
+
+def _weights(loss: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those that are not zero: a number, or a ramp; of a term with several numbers, its weight."""
+    found = []
+    for name, value in loss.items():
+        weight = value.get("weight", value) if isinstance(value, dict) else value
+        if weight not in (0, 0.0, None, False):
+            found.append((name, weight))
+    return found
+
+
+def _begun(store: Store) -> str | None:
+    """When and where, as the names of TensorBoard's event files say: events.out.tfevents.<seconds>.<host>."""
+    names = [key.rpartition("/")[2].split(".") for key in store.keys(f"{TENSORBOARD}/")]
+    known = sorted((int(parts[3]), parts[4]) for parts in names if len(parts) > 4 and parts[3].isdigit())
+    if not known:
+        return None
+    seconds, host = known[0]
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))} UTC on {host}"
+
+
+def loss_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Losses by term and by block."""
+    drawn = [terms_figure(lines), _rate_figure(lines)]
+    tables = []
+    for prefix, words in (("feature/", "attention output"), ("mlp/", "MLP output")):
+        found = block_curves(lines, prefix)
+        if found is not None:
+            drawn.append(_block_figure(found, words))
+            rows = [
+                (str(block), *map(number, _ends(values)))
+                for block, values in zip(found.blocks, found.values, strict=True)
+            ]
+            tables.append(table(f"Loss of the {words} by block", ("block", "first", "least", "last"), rows))
+    return [figures(drawn), _terms_table(lines), folded("Loss by block in numbers", *tables)]
+
+
+def _terms(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The terms that ever count; the total alone where it has only one."""
+    found = []
+    for name, words in TERMS.items():
+        each = curve(lines, name)
+        if each is not None and each.high.max() > 0:
+            found.append(Line(words, each.step, each.mean, each.low, each.high))
+    return found[:1] if len(found) == 2 else found
+
+
+def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Every term of the loss by step."""
+    terms = _terms(lines)
+    if not terms:
+        return None
+    ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in terms)
+    return Figure(
+        title="Loss by term",
+        caption="Each term with its weight; the band is from the least to the greatest of neighbouring steps.",
+        alt=f"Line chart of the loss by step, from the first to the last: {ends}.",
+        svg=draw_lines(terms[:6], "step", "loss"),
+    )
+
+
+def _terms_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for name, words in TERMS.items():
+        _, values = series(lines, name)
+        if len(values):
+            rows.append((words, *map(number, (float(values[0]), float(values.min()), float(values[-1])))))
+    return table("Terms of the loss", ("term", "first", "least", "last"), rows)
+
+
+def _rate_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    rate = curve(lines, "learning/current_learning_rate")
+    if rate is None:
+        return None
+    most, least = rate.high.max(), rate.low.min()
+    words = (
+        f"{most:.3g} throughout" if most == least else f"from {rate.mean[0]:.3g} over {most:.3g} to {rate.mean[-1]:.3g}"
+    )
+    return Figure(
+        title="Learning rate",
+        caption=f"As scheduled, {words}.",
+        alt=f"Line chart of the learning rate by step, {words}.",
+        svg=draw_lines([Line("learning rate", rate.step, rate.mean)], "step", "learning rate", linear=True),
+    )
+
+
+def _block_figure(found: BlockCurves, words: str) -> Figure:
+    finite = [values[np.isfinite(values)] for values in found.values]
+    worst = found.blocks[int(np.argmax([each[-1] if len(each) else -np.inf for each in finite]))]
+    return Figure(
+        title=f"Loss of the {words} by block",
+        caption=f"Before its weight; at the end block {worst} has the highest.",
+        alt=f"Heat map of the loss of the {words} by block and step; at the end block {worst} has the highest.",
+        svg=draw_maps([step_map(found, "loss", log=True)], 2.6),
+    )
+
+
+def _ends(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    known = values[np.isfinite(values)]
+    return (float(known[0]), float(known.min()), float(known[-1])) if len(known) else (None, None, None)
+
+
+def evaluation_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Evaluations on held-out rows, or that there are none."""
+    if not evaluations:
+        return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
+    columns = {
+        "perplexity": [entry.perplexity for entry in evaluations],
+        "share of the gap closed": [entry.gap_closed for entry in evaluations],
+        "mean cosine distance": [entry.mean_cosine for entry in evaluations],
+        "KL to the teacher": [entry.kl for entry in evaluations],
+        "max violation": [entry.max_violation for entry in evaluations],
+        "perplexity without biases": [entry.perplexity_without_bias for entry in evaluations],
+    }
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    drawn = [_evaluation_figure(evaluations, name, values) for name, values in columns.items()]
+    found = best_of(evaluations)
+    best = None if found is None else evaluations.index(found)
+    even = np.linspace(0, len(evaluations) - 1, min(len(evaluations), EVALUATIONS_SHOWN)).round().astype(int).tolist()
+    shown = sorted({*even} if best is None else {*even, best})
+    rows = [
+        (
+            f"{evaluations[at].step:,}{' (best)' if at == best else ''}",
+            *(number(values[at]) for values in columns.values()),
+        )
+        for at in shown
+    ]
+    words = (
+        f"{len(shown)} of {len(evaluations)} are listed; eval.json has all." if len(shown) < len(evaluations) else ""
+    )
+    listed = table("Evaluations on held-out rows", ("step", *columns), rows)
+    return [figures(drawn), listed, paragraph(words) if words else ""]
+
+
+def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Sequence[float | None]) -> Figure:
+    pairs = [(entry.step, value) for entry, value in zip(evaluations, values, strict=True) if value is not None]
+    steps, numbers = np.asarray([step for step, _ in pairs], float), np.asarray([value for _, value in pairs], float)
+    words = f"{numbers[0]:.4g} at step {int(steps[0]):,}, {numbers[-1]:.4g} at step {int(steps[-1]):,}"
+    lines, teacher = [Line(name, steps, numbers)], evaluations[-1].teacher_perplexity
+    if name == "perplexity" and teacher is not None:
+        words += f"; the teacher's is {teacher:.4g}"
+        lines = [Line("student", steps, numbers), Line("teacher", steps, np.full_like(numbers, teacher))]
+    return Figure(
+        title=f"Held-out {name}",
+        caption=f"{words}; least {numbers.min():.4g} at step {int(steps[numbers.argmin()]):,}.",
+        alt=f"Line chart of the {name} on held-out rows by step: {words}.",
+        svg=draw_lines(lines, "step", name, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
+    )
+
+
+def block_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Cosine distance of every block, at the first and at the last evaluation."""
+    if not evaluations or not evaluations[-1].blocks:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    names = ("before training" if first.step == 0 else f"step {first.step:,}", f"step {last.step:,}")
+    lines = [
+        Line(name, np.asarray(entry.blocks, float), np.asarray(entry.cosine, float))
+        for name, entry in zip(names, (first, last), strict=True)
+    ]
+    means = [f"{entry.mean_cosine:.4g}" if entry.mean_cosine is not None else "none" for entry in (first, last)]
+    mean = f"mean {means[0]} and {means[1]}"
+    drawn = Figure(
+        title="Cosine distance by block",
+        caption=f"Of attention outputs to the teacher's, on held-out rows; {mean}.",
+        alt=f"Line chart of the cosine distance by block, {names[0]} and at {names[1]}; {mean}.",
+        svg=draw_lines(lines, "block", "cosine distance", points=True, whole=True),
+    )
+    before, after = (dict(zip(entry.blocks, entry.cosine, strict=True)) for entry in (first, last))
+    rows = [
+        (str(block), number(before.get(block)), number(value), _gone(before.get(block), value))
+        for block, value in after.items()
+    ]
+    listed = table("Cosine distance in numbers", ("block", names[0], names[1], "gone"), rows)
+    return [figures([drawn]), listed if len(rows) <= ROWS_OPEN else folded("Every block in numbers", listed)]
+
+
+def _gone(before: float | None, after: float) -> Numeric:
+    return Numeric(f"{1 - after / before:.1%}") if before else number(None)
+
+
+def speed_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Throughput, waiting and MFU."""
+    kinds = {
+        "perf/tokens_per_second": ("Throughput", "tokens a second"),
+        "perf/data_wait_share": ("Waiting for data", "share of the time"),
+        "perf/mfu": ("Share of the peak FLOP/s", "MFU"),
+    }
+    drawn, rows = [], []
+    for name, (title, unit) in kinds.items():
+        each, (_, values) = curve(_warm(lines), name), series(lines, name)
+        if each is None:
+            continue
+        middle = float(np.median(values))
+        words = f"median {middle:,.4g} {unit}"
+        line = Line(unit, each.step, each.mean, each.low, each.high)
+        svg = draw_lines([line], "step", unit, linear=True)
+        drawn.append(Figure(title, f"{words}.", f"Line chart of {unit} by step, {words}.", svg))
+        rows.append((unit, *map(number, (float(values.min()), middle, float(values.max()), float(values[-1])))))
+    _, seconds = series(lines, "perf/step_time_seconds")
+    if len(seconds):
+        spread = (float(seconds.min()), float(np.median(seconds)), float(seconds.max()), float(seconds[-1]))
+        rows.append(("seconds a step", *map(number, spread)))
+    words = "The figures leave out the first line, whose step was compiled; the table does not."
+    return [
+        paragraph(words),
+        figures(drawn),
+        table("Speed in numbers", ("what", "least", "median", "most", "last"), rows),
+    ]
+
+
+def _warm(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Without the first line of a step, which compiled the program and would flatten the others."""
+    timed = [line for line in lines if "perf/step_time_seconds" in line]
+    return timed[1:] if len(timed) > 2 else timed

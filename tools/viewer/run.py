@@ -1,0 +1,162 @@
+"""The viewer's pages about a run, finished or not: how far it is, its curves, evaluations, experts, speed and config.
+
+Each page is drawn anew only when the run has written something.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distillcache.schemas.store.store import Store
+from distillcache.tools.pages.html import Numeric, code, figures, note, number, paragraph, progress, table
+from distillcache.tools.report.experts import expert_pieces, expert_warnings
+from distillcache.tools.report.run import (
+    block_pieces,
+    evaluation_pieces,
+    loss_pieces,
+    planned_steps,
+    run_facts,
+    run_subtitle,
+    speed_pieces,
+    terms_figure,
+    warnings,
+)
+from distillcache.tools.viewer.page import View
+from distillcache.trainer.run.checkpoints import Checkpoints
+from distillcache.trainer.run.evaluate import Evaluation
+from distillcache.trainer.run.folder import best_of, read_evaluations, shown_config
+from distillcache.trainer.run.metrics_log import read_loads, read_metrics
+
+EVERY_S = 5.0
+EXPERTS = "/experts"
+PAGES = (
+    ("Overview", "/"),
+    ("Losses", "/losses"),
+    ("Evaluations", "/evaluations"),
+    ("Experts", EXPERTS),
+    ("Speed", "/speed"),
+    ("Config", "/config"),
+)
+
+
+@dataclass(frozen=True)
+class RunLook:
+    """What a run has written by now. text: of its config."""
+
+    text: str
+    config: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Evaluation]
+    loads: Sequence[Mapping[str, Any]]
+    checkpoints: Sequence[int]
+
+    @property
+    def done(self) -> int:
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def may_have_experts(self) -> bool:
+        """False once a step is logged and it tells nothing of routers."""
+        return not self.lines or bool(expert_pieces(self.lines, self.loads))
+
+    @property
+    def of(self) -> int:
+        return planned_steps(self.config)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """Differs where anything does."""
+        return self.text, len(self.lines), self.done, len(self.evaluations), len(self.loads), tuple(self.checkpoints)
+
+
+class WatchedRun:
+    """One run. Used by one thread at a time."""
+
+    def __init__(self, url: str) -> None:
+        self.store = Store(url)
+        self._made: dict[str, tuple[object, list[str]]] = {}
+        self._seen: tuple[object, float | None] = (None, None)
+
+    def look(self) -> RunLook:
+        """Read what is there."""
+        url = self.store.url
+        words, config = shown_config(self.store)
+        checkpoints = Checkpoints(self.store).steps()
+        found = RunLook(words, config, read_metrics(url), read_evaluations(self.store), read_loads(url), checkpoints)
+        if self._seen[0] != found.state:
+            self._seen = (found.state, None if self._seen[0] is None else time.time())
+        return found
+
+    def changed_at(self) -> float | None:
+        """When the viewer last saw something new; None: not since it was begun."""
+        return self._seen[1]
+
+    def once(self, here: str, found: RunLook, make: Callable[[], list[str]]) -> list[str]:
+        """A page's pieces, made anew when the run has gone on."""
+        if self._made.get(here, (None, None))[0] != found.state:
+            self._made[here] = (found.state, make())
+        return self._made[here][1]
+
+
+def run_view(watched: WatchedRun, here: str) -> View:
+    """One of the `PAGES`, by its address."""
+    found = watched.look()
+    (title,) = (words for words, address in PAGES if address == here)
+    makers: dict[str, Callable[[], list[str]]] = {
+        "/": lambda: _overview(watched, found),
+        "/losses": lambda: loss_pieces(found.lines) if found.lines else [],
+        "/evaluations": lambda: [
+            *evaluation_pieces(found.evaluations),
+            *block_pieces(found.evaluations),
+            _checkpoints(found),
+        ],
+        EXPERTS: lambda: expert_pieces(found.lines, found.loads),
+        "/speed": lambda: speed_pieces(found.lines) if found.lines else [],
+        "/config": lambda: [code(found.text, "The resolved config")] if found.text else [],
+    }
+    view = View(
+        "The run" if here == "/" else title,
+        f"{run_subtitle(found.config, found.done, found.of)}{_last_news(watched, found)}",
+        here,
+        EVERY_S if found.done < found.of or not found.of else 0,
+    )
+    view.put(*watched.once(here, found, makers[here]))
+    if not view.pieces:
+        empty = "The student has no experts." if here == EXPERTS else "Nothing is written yet."
+        view.put(paragraph(empty))
+    return view
+
+
+def _last_news(watched: WatchedRun, found: RunLook) -> str:
+    at = watched.changed_at()
+    if found.done >= found.of or at is None:
+        return ""
+    return f", last news at {time.strftime('%H:%M:%S UTC', time.gmtime(at))}"
+
+
+def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
+    told = warnings(found.lines, found.evaluations, found.done, found.of) + expert_warnings(found.loads)
+    return [
+        note("Look at this first", told),
+        progress("Steps", found.done, found.of) if found.done < found.of else "",
+        figures([terms_figure(found.lines)]),
+        run_facts(watched.store, found.config, found.lines, found.evaluations),
+    ]
+
+
+def _checkpoints(found: RunLook) -> str:
+    """Those that are kept, with what the evaluation at their step said."""
+    best = best_of(found.evaluations)
+    known = {entry.step: entry for entry in found.evaluations}
+    rows = [
+        (
+            f"{step:,}{' (best)' if best is not None and step == best.step else ''}",
+            number(known[step].perplexity) if step in known else Numeric("not evaluated"),
+            number(known[step].mean_cosine if step in known else None),
+        )
+        for step in found.checkpoints
+    ]
+    return table("Checkpoints", ("step", "held-out perplexity", "mean cosine distance"), rows) or paragraph(
+        "There is no checkpoint yet."
+    )

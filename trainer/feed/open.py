@@ -1,0 +1,94 @@
+"""Where a run's batches come from: the cache, or the teacher in the loop on the cache's rows."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.errors import CheckpointError
+from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.feed.disk_cache import open_local_cache
+from distillcache.trainer.feed.online import OnlineSource
+from distillcache.trainer.feed.source import Source, SplitName
+from distillcache.trainer.feed.teacher import OnlineTeacher, check_teacher, open_teacher
+from distillcache.trainer.step.targets import FROM_TEACHER
+
+
+class Sources:
+    """The sources of a run. rows: all training rows, without taps."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._kept = open_local_cache(config.feed.local_cache, config.cache) if config.source == "cache" else None
+        self.rows = self._open((), None, "train", False)
+
+    @cached_property
+    def held_out(self) -> Source:
+        """The rows for evaluation, with what evaluation compares: as much of it as is recorded."""
+        recorded = {tap.name for segment in self.rows.segments() for tap in segment.plan.taps}
+        compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded else ()
+        taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
+        return self._open(taps, None, "eval", False)
+
+    @property
+    def held_out_rows(self) -> Source:
+        """The rows for evaluation, without taps."""
+        return self._open((), None, "eval", False)
+
+    @cached_property
+    def _teacher(self) -> OnlineTeacher:
+        config, online = self._config, self._config.online
+        return open_teacher(
+            online.rows or config.cache,
+            path=online.teacher.path if online.teacher else None,
+            taps=online.taps,
+            dtype=online.dtype,
+            batch_rows=online.batch_rows,
+            exact=online.exact,
+        )
+
+    @property
+    def looping_teacher(self) -> Decoder | None:
+        """The teacher in the loop; None where taps are read from a cache."""
+        return self._teacher.decoder if self._config.source == "online" else None
+
+    def find_teacher(self) -> str:
+        """The path of the cache's teacher: as its plan has it, or else `student.init`, if that is the teacher.
+
+        Raises:
+            CheckpointError: its checkpoint is at neither.
+        """
+        plans, init = [segment.plan for segment in self.rows.segments()], self._config.student.init
+        advice = "put the teacher's checkpoint back to where the cache was built from"
+        path = plans[0].teacher.path
+        try:
+            check_teacher(path, self.rows.url, plans, advice)
+        except CheckpointError:
+            if init in FROM_TEACHER:
+                raise
+            check_teacher(init, self.rows.url, plans, advice)
+            return init
+        return path
+
+    def open(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
+        """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded)."""
+        return self._open(taps, blocks, "train", leaving)
+
+    def norms(self) -> np.ndarray:
+        """The weights of the teacher's attention norms, float32 `[L, D]`."""
+        return self.rows.attention_norms()
+
+    def _open(self, taps: Sequence[str], blocks: Sequence[int] | None, split: SplitName, leaving: bool) -> Source:
+        if self._config.source == "online":
+            return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving)
+        return CacheSource(
+            self._config.cache,
+            taps,
+            blocks,
+            split,
+            leaving=leaving,
+            partial=self._config.partial,
+            kept=self._kept,
+        )

@@ -1,0 +1,347 @@
+"""How good a student is on held-out rows: perplexity of the whole model, cosine distance of every block.
+
+Host loops over batches of one shape (the last one is filled up with masked rows), so each jitted function compiles
+once; sums travel from batch to batch, in Python's own double precision.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+from pydantic import model_validator
+
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import BlockOutput, Decoder
+from distillcache.models.routing import expert_load, max_violation
+from distillcache.schemas.base import Config
+from distillcache.schemas.config.train import TrainConfig
+from distillcache.schemas.errors import NonFiniteError
+from distillcache.schemas.runtime.peers import ALONE, Peers
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.feed.source import Batch, Source
+from distillcache.trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss, without_padding
+from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
+from distillcache.trainer.step.stack import BlockRules, Given, StudentStack, scan_blocks
+from distillcache.trainer.step.targets import (
+    Table,
+    TapReading,
+    block_starts,
+    evaluation_table,
+    real_vocab,
+    student_spans,
+)
+
+MAX_EXPONENT = 700.0  # exp of more is no float
+
+
+class Evaluation(Config):
+    """What one evaluation found.
+
+    Figures are None where they are undefined: a mean of nothing is no number.
+
+    perplexity: None where no held-out token is a target. blocks: the student's that can be compared with the cache;
+    cosine: each one's mean distance, in their order. kl: to the teacher's recorded top k, nats a token; None where none
+    is recorded, or no token is a target. max_violation: of a student with experts, the mean over its blocks
+    (models/routing.py). perplexity_without_bias: where its routers have biases that other readers of its export will
+    not know. teacher_perplexity: the teacher's on the same rows; None where it is not known, teacher_unknown says why.
+    gap_closed: the share of the gap between the student's perplexity at step 0 and the teacher's that is closed.
+    """
+
+    step: int
+    perplexity: float | None
+    blocks: tuple[int, ...]
+    cosine: tuple[float, ...]
+    kl: float | None = None
+    max_violation: float | None = None
+    perplexity_without_bias: float | None = None
+    teacher_perplexity: float | None = None
+    teacher_unknown: str | None = None
+    gap_closed: float | None = None
+
+    @model_validator(mode="after")
+    def _same_blocks(self) -> "Evaluation":
+        if len(self.blocks) != len(self.cosine):
+            raise ValueError(f"{len(self.blocks)} blocks and {len(self.cosine)} distances")
+        return self
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """The mean over the blocks; None where none is compared."""
+        return sum(self.cosine) / len(self.cosine) if self.cosine else None
+
+
+class Evaluator:
+    """Evaluates a run's student on the cache's held-out rows."""
+
+    def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder, peers: Peers = ALONE) -> None:
+        self._config, self._source, self._peers = config, sources.held_out, peers
+        self._stack = StudentStack(decoder)
+        self._graph, state = nnx.split(decoder)
+        self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        if not self._source:
+            return
+        teacher_blocks = self._source.plan.teacher.num_blocks
+        spans = student_spans(decoder.config, teacher_blocks, block_starts(config.student, teacher_blocks))
+        self._blocks: tuple[int, ...] = ()
+        # In feature mode the maps of the teacher's stream are not trained, so blocks cannot be looked at alone.
+        modes = (config.mode, *(stage.mode for stage in config.stages or []))
+        apart = config.student.projector == "none" or "feature" not in modes
+        if "attn_out" in self._source.codecs and apart:
+            norms = sources.norms() if config.inject == "attn_in" else None
+            self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
+        eps = self._source.plan.teacher.norm_eps
+        self._rules = BlockRules(compute_dtype=config.compute_dtype, teacher_norm_eps=eps)
+
+    def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
+        """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows.
+
+        Raises:
+            NonFiniteError: a figure is not finite.
+        """
+        rows, source, peers = self._config.eval_batch_rows, self._source, self._peers
+        parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
+        decoder = self._with(parameters)
+        whole = held_out(decoder, source, rows, peers=peers)
+        violation = None
+        if whole.load is not None and (ran := whole.load.sum(axis=-1) > 0).any():
+            violation = float(np.mean(max_violation(jnp.asarray(whole.load[ran]))))
+        kl = None
+        if "topk_logits" in source.codecs:
+            kl = teacher_divergence(decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
+        cosine = None
+        if self._blocks:
+            cosine = blockwise_cosine(
+                self._stack, parameters, source, self._table, self._reading, self._rules, rows, peers
+            )
+        return _evaluation(
+            step=step,
+            perplexity=whole.perplexity,
+            blocks=() if cosine is None else self._blocks,
+            cosine=() if cosine is None else tuple(float(cosine[block]) for block in self._blocks),
+            kl=kl,
+            max_violation=violation,
+            perplexity_without_bias=self._without_bias(decoder, parameters),
+        )
+
+    def _with(self, parameters: Parameters) -> Decoder:
+        """The student with these parameters; between evaluations none of its own are kept on a device."""
+        flat = nnx.to_flat_state(self._like)
+        filled = [(path, value.replace(parameters["/".join(map(str, path))])) for path, value in flat]
+        return nnx.merge(self._graph, nnx.from_flat_state(filled))
+
+    def _without_bias(self, decoder: Decoder, parameters: Parameters) -> float | None:
+        """The perplexity of the student as other readers of its export compute it: without biases of their own file."""
+        moe = decoder.config.moe
+        biases = {name: jnp.zeros_like(value) for name, value in parameters.items() if name.endswith(ROUTER_BIAS)}
+        if moe is None or moe.native_bias or not any(np.asarray(parameters[name]).any() for name in biases):
+            return None
+        install(decoder, biases)
+        title = "perplexity without router biases"
+        return held_out(decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
+
+
+def _evaluation(**figures: Any) -> Evaluation:
+    """The evaluation of these figures; raises `NonFiniteError` where one of them is no finite number."""
+    given = {name: np.atleast_1d(np.asarray(value, np.float64)) for name, value in figures.items() if value is not None}
+    bad = {name: numbers[~np.isfinite(numbers)][0] for name, numbers in given.items() if not np.isfinite(numbers).all()}
+    if bad:
+        raise NonFiniteError("figures on held-out rows are not finite", bad)
+    return Evaluation(**figures)
+
+
+def told_perplexity(value: float | None, form: str = ".2f") -> str:
+    """A perplexity for people; in words where it is undefined."""
+    return "undefined (no token is a target)" if value is None else format(value, form)
+
+
+def gap_closed(teacher: float | None, start: float | None, now: float | None) -> float | None:
+    """The share of the gap between the student's perplexity at the start and the teacher's that is gone by now.
+
+    Below 0 it grew; above 1 the student is better than its teacher. None where there was no gap, or a perplexity is
+    undefined or unknown.
+    """
+    if teacher is None or start is None or now is None or start <= teacher:
+        return None
+    return (start - now) / (start - teacher)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean cross-entropy, in nats; of one that no float could hold the exp of, the largest that is written."""
+    return math.exp(min(loss, MAX_EXPONENT))
+
+
+class HeldOut(NamedTuple):
+    """A decoder on held-out rows.
+
+    perplexity: exp of the mean cross-entropy of every next token; None where none counts. load: of every expert,
+    `[Lm, E]`; None without experts.
+    """
+
+    perplexity: float | None
+    load: np.ndarray | None
+
+
+def held_out(
+    decoder: Decoder,
+    source: Source,
+    batch_rows: int,
+    title: str = "student's perplexity",
+    peers: Peers = ALONE,
+    student: ModelConfig | None = None,
+) -> HeldOut:
+    """How well it predicts the source's rows, and how its experts are loaded there.
+
+    Args:
+        student: whose padding of the vocabulary is left out; default: the decoder's.
+    """
+    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers, student)
+    return HeldOut(None if loss is None else perplexity_of(loss), load)
+
+
+def held_out_perplexity(
+    decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
+) -> float | None:
+    """exp of the mean cross-entropy of every next token in the source's rows; None where none counts."""
+    return held_out(decoder, source, batch_rows, title).perplexity
+
+
+def teacher_divergence(
+    decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool, peers: Peers = ALONE
+) -> float | None:
+    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats; None where no token is a
+    target."""
+    record = _Record(source.codecs["topk_logits"], rest_bucket)
+    return _mean_token_loss(decoder, source, batch_rows, "KL", record, peers)[0]
+
+
+def blockwise_cosine(
+    stack: StudentStack,
+    parameters: Parameters,
+    source: Source,
+    table: Table,
+    reading: TapReading,
+    rules: BlockRules,
+    batch_rows: int,
+    peers: Peers = ALONE,
+) -> np.ndarray | None:
+    """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
+    table trains none. None where the rows are all padding."""
+    total, weight = np.zeros(stack.config.num_blocks), 0.0
+    with Progress("cosine", len(source), unit="rows") as bar:
+        for batch, rows in _batches(source, batch_rows, peers):
+            sums = _block_cosines(stack, reading, rules, parameters, batch, table)
+            total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
+            bar.advance(rows)
+    *totals, weight = peers.sum(np.append(total, weight))
+    return np.asarray(totals) / weight if weight else None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """How the teacher's recorded logits are read and compared."""
+
+    codec: Any
+    rest_bucket: bool
+
+
+def _mean_token_loss(
+    decoder: Decoder,
+    source: Source,
+    batch_rows: int,
+    title: str,
+    record: _Record | None,
+    peers: Peers,
+    student: ModelConfig | None = None,
+) -> tuple[float | None, np.ndarray | None]:
+    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; None where no
+    token is a target. And the load of every expert."""
+    graph, parameters = nnx.split(decoder)
+    total = weight = 0.0
+    model, real = decoder.config, real_vocab(student or decoder.config, source)
+    load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
+    with Progress(title, len(source), unit="rows") as bar:
+        for batch, rows in _batches(source, batch_rows, peers):
+            stored = None if record is None else batch["topk_logits"]
+            sums, loads = _token_loss(graph, record, real, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
+            total, weight = total + float(sums.total), weight + float(sums.weight)
+            if load is not None:
+                load = load + np.asarray(loads, np.float64)
+            bar.advance(rows)
+    total, weight = peers.sum(np.asarray([total, weight]))
+    return float(total / weight) if weight else None, None if load is None else peers.sum(load)
+
+
+_ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _token_loss(
+    graph: Any,
+    record: _Record | None,
+    real: int | None,
+    parameters: Any,
+    stored: Mapping[str, Array] | None,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    loss_mask: Bool[Array, "B T"],
+) -> tuple[MaskedSum, Array | None]:
+    """The loss of a batch, and the load of every expert, `[Lm, E]`.
+
+    Row by row: logits of the whole batch would be the largest array by far (`[B, T, V]`).
+    """
+    decoder = nnx.merge(graph, parameters)
+    context = decoder.context(positions, segment_ids)
+
+    def emit(carry: None, out: BlockOutput, _: Array) -> tuple[None, dict[str, Array]]:
+        if out.router is None:
+            return carry, {}
+        return carry, {"load": expert_load(out.router.ids, segment_ids > 0, out.router.probs.shape[-1])}
+
+    stream, _, found = decoder.scan_blocks(decoder.embed_tokens(tokens), context, emit, None)
+
+    def one(row: Any) -> MaskedSum:
+        x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
+        logits = decoder.logits(x)
+        if record is None:
+            return next_token_loss(without_padding(logits, real), *fields)
+        recorded = record.codec.decode(parts)
+        return topk_kl_loss(logits, *recorded, *fields, tau=1.0, rest_bucket=record.rest_bucket, real_vocab=real)
+
+    parts = stored and {name: value[0] for name, value in stored.items()}
+    sums = jax.lax.map(one, (stream, (tokens, segment_ids, loss_mask), parts))
+    return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight)), found.get("load")
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _block_cosines(
+    stack: StudentStack, reading: TapReading, rules: BlockRules, parameters: Parameters, batch: Batch, table: Table
+) -> MaskedSum:
+    mask, context, places = batch["segment_ids"] > 0, stack.context(batch), stack.places()
+
+    def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Array]:
+        out = stack.run(place, kept, given, context, rules, row.get("norm"))
+        return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total
+
+    taps = {name: batch[name] for name in reading.codecs}
+    nothing, fixed = dict.fromkeys(places, ()), {place: of_place(parameters, place) for place in places}
+    _, totals = scan_blocks(stack, table, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
+    return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
+
+
+def _batches(source: Source, batch_rows: int, peers: Peers) -> Iterator[tuple[Batch, int]]:
+    """This process's share of all rows, in order, as batches of `batch_rows` and how many of these rows count; the
+    others are masked."""
+    for start in range(peers.number * batch_rows, len(source), peers.count * batch_rows):
+        indices = list(range(start, min(start + batch_rows, len(source))))
+        batch = source[indices + [start] * (batch_rows - len(indices))]
+        batch["segment_ids"][len(indices) :] = 0
+        yield batch, len(indices)

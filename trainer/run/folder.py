@@ -1,0 +1,243 @@
+"""A run's folder, on a disk or in a bucket: whose it is, who is at work on it, and what it says of itself.
+
+<run>/config.yaml      the resolved config            <run>/metrics.jsonl, router.jsonl, tensorboard/
+<run>/run.json         what the numbers depend on     <run>/eval.json   every evaluation
+<run>/student/         the student before step 1      <run>/checkpoints/
+<run>/summary.json     what came of it, once it has ended
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from distillcache.models.files.runs import best_place
+from distillcache.schemas import command_line
+from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.config.differences import differing, told
+from distillcache.schemas.errors import (
+    CheckpointError,
+    DistillcacheError,
+    InputError,
+    PlaceLostError,
+    PlanMismatchError,
+    StorageError,
+)
+from distillcache.schemas.format.canonical import from_plain
+from distillcache.schemas.format.layout import TOKENIZER
+from distillcache.schemas.store.locks import try_lock
+from distillcache.schemas.store.redaction import redacted, shown
+from distillcache.schemas.store.store import LOCK_SUFFIX, Store
+from distillcache.trainer.feed.source import Source
+from distillcache.trainer.run.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
+from distillcache.trainer.run.evaluate import Evaluation
+from distillcache.trainer.run.importance import IMPORTANCE
+from distillcache.trainer.run.student import SURGERY
+
+# What may differ when a run goes on: no number of the training depends on it.
+FREE_FIELDS = frozenset(
+    {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "eval_teacher"}
+    | {"log_every", "prefetch_batches", "partial", "profile", "mesh", "feed", "storage"}
+    | {"coordinator", "num_processes", "process_id", "timeout_s"}
+)
+EVALUATIONS = "eval.json"
+IDENTITY = "run.json"
+RESOLVED = "config.yaml"
+SUMMARY = "summary.json"
+LOCK = "lock"
+CLAIM = "claim.json"  # in a bucket, instead of the lock
+CLAIM_EXPIRY_S = 120.0  # a claim is written anew four times in this: rarely enough for one object of a bucket
+# Of a process that ended before the student was made.
+LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM, SURGERY, IMPORTANCE)
+
+
+def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
+    """Make the run's folder, or see that it holds this very run. A run has begun once its student is there.
+
+    Args:
+        store: guarded by `only_one`.
+
+    Raises:
+        InputError: the folder holds something else.
+        PlanMismatchError: it holds the run of another config or cache.
+    """
+    fields = set(FREE_FIELDS) & set(type(config).model_fields)
+    identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=fields)}
+    known = store.read(IDENTITY)
+    if known is None or not has_student(store):
+        refuse_foreign_folder(store)
+        known = _spelled_json(identity)
+        store.write(IDENTITY, known)
+    step = f"the run cannot be gone on with without {IDENTITY}: copy it again, or name another --run"
+    then = from_plain(TypeAdapter(dict[str, Any]), known, store.where(IDENTITY), step)
+    differences = told(differing(then, identity))
+    if differences:
+        raise PlanMismatchError(
+            "the run's folder holds the run of another config or cache",
+            {"run": store.url, **differences},
+            "use the config that it was begun with, or another --run",
+        )
+    store.write(RESOLVED, command_line.dump_yaml(config).encode())
+
+
+def refuse_foreign_folder(store: Store) -> None:
+    """Raise `InputError` where the folder holds something else than a run, before anything is written there."""
+    begun = store.read(IDENTITY) is not None and has_student(store)
+    if not begun and any(not _is_leftover(key) for key in store.keys("")):
+        raise InputError(
+            "the run's folder holds something else", {"run": store.url}, "name a new or an empty folder with --run"
+        )
+
+
+@contextlib.contextmanager
+def only_one(store: Store) -> Iterator[Callable[[], None]]:
+    """Hold the run against other jobs, until this process ends, however it ends.
+
+    Returns: what raises `PlaceLostError` where the run is another process's by now, or was deleted.
+
+    Raises:
+        InputError: another one is at work.
+        StorageError: the file system cannot say.
+    """
+    with _claimed(store) if store.local is None else _locked(store, store.local) as check:
+        yield check
+
+
+@contextlib.contextmanager
+def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    store.check_inside(LOCK)
+    with (folder / LOCK).open("a") as lock:
+        if not try_lock(lock.fileno(), folder / LOCK):
+            raise _busy(store)
+
+        def check() -> None:
+            try:
+                same = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                raise _lost(store)
+
+        yield check
+
+
+@contextlib.contextmanager
+def _claimed(store: Store) -> Iterator[Callable[[], None]]:
+    """A claim that is written anew while the context lasts (schemas/cache/lease.py)."""
+    claims = Claims(store, "", CLAIM_EXPIRY_S, key=lambda *_: CLAIM)
+    try:
+        if not claims.take(0):
+            raise _busy(store)
+
+        def check() -> None:
+            if not claims.holds(0):
+                raise _lost(store)
+
+        yield check
+    finally:
+        if claims.failure is not None:  # the training itself does not need the claim
+            print(f"warning: the claim on {store.url} could not be kept: {claims.failure}", file=sys.stderr)
+        with contextlib.suppress(StorageError):  # then it expires
+            claims.close()
+
+
+def _lost(store: Store) -> PlaceLostError:
+    return PlaceLostError(
+        "the run is no longer this process's: it was deleted or taken over while this one was paused",
+        {"run": store.url},
+        "nothing more was written there; start the command again if the run is still wanted",
+    )
+
+
+def _busy(store: Store) -> DistillcacheError:
+    return InputError("another process is training this run", {"run": store.url}, "wait for it, or name another --run")
+
+
+def remove_beginning(store: Store) -> None:
+    """Leave nothing of a run that could not be begun."""
+    if store.keys(f"{CHECKPOINTS}/"):
+        return
+    store.delete_folder(STUDENT)
+    # The lock goes last: every deletion asks whether the run is still this process's, and the lock's file says so.
+    for key in sorted((key for key in store.keys("") if _is_leftover(key)), key=lambda key: key in (LOCK, CLAIM)):
+        store.delete(key)
+    if store.local is not None:
+        for lock in store.local.glob(f"*{LOCK_SUFFIX}"):
+            lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user's own folder may hold what we do not know
+            store.local.rmdir()
+
+
+def shown_config(store: Store) -> tuple[str, dict[str, Any]]:
+    """The run's config as text and as a mapping, both empty where it has none; credentials in URLs are hidden.
+
+    Raises:
+        ConfigError: the file is no YAML, or empty.
+    """
+    data = store.read(RESOLVED)
+    if data is None:
+        return "", {}
+    return redacted(data.decode(errors="replace")), shown(command_line.stored_settings(data, store.where(RESOLVED)))
+
+
+def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
+    """The evaluations of a run, in the order of their steps.
+
+    Raises:
+        DamageError: the file holds something else.
+    """
+    store = run if isinstance(run, Store) else Store(str(run))
+    data = store.read(EVALUATIONS)
+    if data is None:
+        return []
+    step = f"copy {EVALUATIONS} again, or delete it: a run that goes on evaluates what it still needs"
+    return from_plain(TypeAdapter(list[Evaluation]), data, store.where(EVALUATIONS), step)
+
+
+def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
+    """All evaluations of a run."""
+    store.write(EVALUATIONS, _spelled_json([entry.model_dump() for entry in evaluations]))
+
+
+def write_summary(store: Store, summary: dict[str, Any]) -> None:
+    """What came of a run."""
+    store.write(SUMMARY, _spelled_json(summary))
+
+
+def best_evaluation(run: str) -> Evaluation:
+    """The best evaluation of those whose checkpoints are kept (never that before step 1).
+
+    Raises:
+        CheckpointError: there is no run, or no such evaluation.
+    """
+    kept, found = kept_steps(run), read_evaluations(run)
+    best = best_of([entry for entry in found if entry.step in kept])
+    if best is None:
+        raise CheckpointError(
+            "no checkpoint of the run has a held-out figure, so none is the best",
+            {"run": run, "checkpoints": kept, "evaluations": [entry.step for entry in found]},
+            "export the newest without --best, or name one with --step",
+        )
+    return best
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """The one with the lowest perplexity; without perplexities, with the smallest cosine distance; else None."""
+    place = best_place([(entry.perplexity, entry.mean_cosine) for entry in evaluations])
+    return None if place is None else evaluations[place]
+
+
+def _is_leftover(key: str) -> bool:
+    """What a process leaves that ended before the student was whole, for whatever reason."""
+    return key in LEFTOVERS or key.startswith((f".{STUDENT}.", f"{STUDENT}/"))
+
+
+def _spelled_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

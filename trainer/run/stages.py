@@ -1,0 +1,151 @@
+"""The stages of a run: what each one is, and whether its config makes sense.
+
+A run has one stage, or several, one after the other (`stages`): blockwise first and feature mode after it is the
+usual recipe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from distillcache.schemas.config.train import LossConfig, OptimizerConfig, TrainConfig
+from distillcache.schemas.errors import ConfigError
+from distillcache.trainer.step.schedules import all_positive, always_one, may_count
+
+NEEDED = {  # by options that not every run has a use for
+    "loss.mlp.weight": "a blockwise stage",
+    "mlp_input": "a blockwise stage with loss.mlp.weight above zero",
+    "inject": "a blockwise stage",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a run is. first: the run's step at which it begins."""
+
+    number: int
+    mode: str
+    first: int
+    steps: int
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    train_only: list[str] | None
+
+    @property
+    def last(self) -> int:
+        """The run's step at which it ends."""
+        return self.first + self.steps
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"stage {self.number}, mode {self.mode}"
+
+    @property
+    def compares_attention(self) -> bool:
+        return may_count(self.loss.feature.weight)
+
+    @property
+    def compares_mlp(self) -> bool:
+        return self.mode == "blockwise" and may_count(self.loss.mlp.weight)
+
+    @property
+    def compares_tokens(self) -> bool:
+        return self.mode == "feature" and may_count(self.loss.token_weight)
+
+    @property
+    def teaches_teacher(self) -> bool:
+        """Whether a loss has something to teach even to a student that is the teacher."""
+        loss = self.loss
+        from_data = self.compares_tokens and not always_one(loss.alpha)
+        return from_data or may_count(loss.load_balance.weight) or may_count(loss.router_z)
+
+    @property
+    def uses_logits(self) -> bool:
+        """The teacher's, as recorded."""
+        return self.compares_tokens and may_count(self.loss.alpha)
+
+
+def resolve_stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """The stages of a run, what they leave out filled in.
+
+    Raises:
+        ConfigError: a stage has nothing to train on, or something is asked for that no stage would do.
+    """
+    found: list[Stage] = []
+    if config.stages is None:
+        found = [Stage(0, config.mode, 0, config.steps, config.loss, config.optimizer, config.train_only)]
+    for number, stage in enumerate(config.stages or []):
+        found.append(
+            Stage(
+                number,
+                stage.mode,
+                found[-1].last if found else 0,
+                stage.steps,
+                stage.loss or config.loss,
+                stage.optimizer or config.optimizer,
+                config.train_only if stage.train_only is None else stage.train_only,
+            )
+        )
+    if not found:
+        raise ConfigError("stages is empty", {"stages": []}, "leave it out, or list at least one")
+    for stage in found:
+        _check_stage(stage, config)
+    _check_use(found, config)
+    if config.moe_balance_type == "noaux_tc":
+        found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
+    return tuple(found)
+
+
+def _without_balance_loss(loss: LossConfig) -> LossConfig:
+    """Biases stand in for the auxiliary loss: with both, each would hide what the other does."""
+    return loss.model_copy(update={"load_balance": loss.load_balance.model_copy(update={"weight": 0.0})})
+
+
+def _check_stage(stage: Stage, config: TrainConfig) -> None:
+    loss, where = stage.loss, stage.name
+    if stage.mode == "feature" and not all_positive(loss.tau):
+        raise ConfigError(
+            "a temperature must be above zero", {"stage": where, "loss.tau": loss.tau}, "set loss.tau to 1 or more"
+        )
+    for name, term in (("feature", loss.feature), ("mlp", loss.mlp)):
+        if may_count(term.weight) and not (term.relative_l2 or term.cosine or term.l2):
+            raise ConfigError(
+                "a loss has a weight and compares nothing",
+                {"stage": where, f"loss.{name}": term.model_dump()},
+                "give one of relative_l2, cosine and l2 a value above zero",
+            )
+    blocks = loss.feature.blocks
+    if blocks != "all" and len(set(blocks)) != len(blocks):
+        raise ConfigError(
+            "a block is named twice", {"stage": where, "loss.feature.blocks": blocks}, "name every block once"
+        )
+    if not (stage.compares_attention or stage.compares_mlp or stage.compares_tokens):
+        blockwise, feature = {"loss.mlp.weight": loss.mlp.weight}, {"loss.token_weight": loss.token_weight}
+        weights = {"loss.feature.weight": loss.feature.weight} | (blockwise if stage.mode == "blockwise" else feature)
+        raise ConfigError(
+            "no loss has a weight, so nothing would be trained",
+            {"stage": where, **weights},
+            "give one of them a value above zero",
+        )
+    if stage.mode == "feature" and config.mesh.block > 1:
+        raise ConfigError(
+            "in feature mode blocks depend on each other, so devices cannot hold different ones",
+            {"stage": where, "mesh.block": config.mesh.block},
+            "use the axes data, fsdp and tensor, or a run of its own for the blockwise stage",
+        )
+
+
+def _check_use(stages: Sequence[Stage], config: TrainConfig) -> None:
+    """Refuse what is asked for and no stage of the run would do."""
+    trains_mlp = any(stage.compares_mlp for stage in stages)
+    asked_in_vain = {
+        "loss.mlp.weight": not trains_mlp and any(may_count(stage.loss.mlp.weight) for stage in stages),
+        "mlp_input": not trains_mlp and config.mlp_input != "teacher",
+        "inject": config.inject != "resid" and all(stage.mode == "feature" for stage in stages),
+    }
+    for name in (name for name, in_vain in asked_in_vain.items() if in_vain):
+        raise ConfigError(
+            f"{name} would do nothing in this run",
+            {"stages": ", ".join(stage.mode for stage in stages), "needed": NEEDED[name]},
+            f"leave {name} out, or add what it needs",
+        )

@@ -1,0 +1,237 @@
+"""One blockwise training step: every block's gradient is computed inside its own turn in the scan over blocks.
+
+Every student block gets the teacher's stream as its input, so no block's loss depends on another block: what is alive
+at a time is one block's activations, whatever L is. The block's update can follow at once (`optimizer.inside_scan`);
+then one block's gradient is alive too, and no more.
+
+What is minimised is the sum over blocks of `beta * w_l * feature + gamma * mlp`, each a mean over the batch's real
+tokens, so a block's gradient depends neither on L nor on how the batch is cut into micro-batches; and of
+`lambda * load_balance + zeta * router_z` of a block with experts.
+
+Source: NVIDIA Puzzle (arXiv 2411.19146), blockwise local distillation; MaxText's parallel blockwise distillation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from distillcache.models.layers.context import BlockContext, context_of_block
+from distillcache.models.routing import RouterOutput
+from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig
+from distillcache.trainer.losses import feature_loss
+from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals
+from distillcache.trainer.step.optimizer import update_blocks, update_one
+from distillcache.trainer.step.parameters import Parameters, Place, of_place, of_places
+from distillcache.trainer.step.schedules import may_count, weight_at
+from distillcache.trainer.step.stack import BlockRules, Cross, Given, StudentStack, scan_blocks
+from distillcache.trainer.step.targets import Table, TapReading
+
+SHARES = ("relative_l2", "cosine", "l2")
+
+
+class BlockSums(NamedTuple):
+    """Losses of every block, sums over real tokens, `[L]` each (inside the scan `[]`); routing where it is collected,
+    of blocks without experts zeros."""
+
+    feature: Array
+    mlp: Array
+    routing: BlockRouting | None = None
+
+
+class StepSums(NamedTuple):
+    """What a step reports. blocks: for every layer group sums `[repeats, places]`; tokens: what to divide them by;
+    weights: the terms' at this step."""
+
+    blocks: tuple[BlockSums, ...]
+    tokens: Array
+    weights: dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockwiseStep:
+    """The static side of a step: how blocks are run and compared.
+
+    steps: of the stage, over which weights change. micro_batches: parts of a batch, one after the other. balancing: of
+    a student with experts.
+    """
+
+    stack: StudentStack
+    reading: TapReading
+    rules: BlockRules
+    loss: LossConfig
+    optimizer: optax.GradientTransformation
+    steps: int
+    micro_batches: int = 1
+    inside_scan: bool = True
+    balancing: Balancing | None = None
+
+    def weights(self, step: Array) -> dict[str, Array]:
+        """beta and gamma at a step, and lambda and zeta where they may count."""
+        terms = {"feature": self.loss.feature.weight, "mlp": self.loss.mlp.weight}
+        if self.balancing is not None and self.balancing.with_loss:
+            terms |= {"load_balance": self.loss.load_balance.weight, "router_z": self.loss.router_z}
+        return {name: weight_at(weight, step, self.steps) for name, weight in terms.items()}
+
+    def gradients(
+        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], table: Table, step: Array
+    ) -> tuple[Parameters, dict[Place, BlockSums], Array]:
+        """The gradient of every block's loss, stacked, the losses' sums, and the real tokens."""
+        turn = _Turn(self, batch, step)
+
+        def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Any]:
+            gradient, sums = turn.gradient(place, kept[0], kept[1], given, row)
+            return mine, (gradient, sums)
+
+        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(place, kept[0], kept[1], stream)
+
+        places = self.stack.places()
+        fixed = {place: (of_place(trained, place), of_place(frozen, place)) for place in places}
+        nothing = dict.fromkeys(places, ())
+        _, found = self._scan(batch, table, visit, nothing, fixed, turn.own_stream(batch, frozen, cross))
+        gradients = of_places({place: y[0] for place, y in found.items()})
+        return gradients, {place: y[1] for place, y in found.items()}, turn.tokens
+
+    def update(
+        self,
+        trained: Parameters,
+        moments: dict[Place, Any],
+        frozen: Parameters,
+        batch: Mapping[str, Any],
+        table: Table,
+        step: Array,
+    ) -> tuple[Parameters, dict[Place, Any], dict[Place, BlockSums], Array]:
+        """New parameters and optimizer state, the losses' sums before the update, and the real tokens."""
+        if not self.inside_scan:
+            gradients, sums, tokens = self.gradients(trained, frozen, batch, table, step)
+            new: dict[Place, Any] = {}
+            for place in self.stack.places():
+                group = table[place[0]]
+                marks = (jnp.asarray(group[name])[:, place[1]] for name in ("trained", "runs") if name in group)
+                mine = of_place(gradients, place), moments[place], of_place(trained, place)
+                new[place] = update_blocks(self.optimizer, *mine, *marks)
+            return of_places({p: n[0] for p, n in new.items()}), {p: n[1] for p, n in new.items()}, sums, tokens
+        turn = _Turn(self, batch, step)
+
+        def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Any]:
+            parameters, state = mine
+            gradient, sums = turn.gradient(place, parameters, kept, given, row)
+            return update_one(self.optimizer, gradient, state, parameters), sums
+
+        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(place, mine[0], kept, stream)
+
+        places = self.stack.places()
+        carried = {place: (of_place(trained, place), moments[place]) for place in places}
+        fixed = {place: of_place(frozen, place) for place in places}
+        carried, sums = self._scan(batch, table, visit, carried, fixed, turn.own_stream(batch, frozen, cross))
+        parameters = of_places({place: mine[0] for place, mine in carried.items()})
+        return parameters, {place: mine[1] for place, mine in carried.items()}, sums, turn.tokens
+
+    def _scan(self, batch: Mapping[str, Any], table: Table, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
+        return scan_blocks(
+            self.stack,
+            table,
+            self.reading,
+            {name: batch[name] for name in self.reading.codecs},
+            batch["segment_ids"].shape,
+            visit,
+            carried,
+            fixed,
+            needs_mlp=may_count(self.loss.mlp.weight),
+            own=own,
+        )
+
+
+class _Turn:
+    """What all blocks' turns of one step share."""
+
+    def __init__(self, step: BlockwiseStep, batch: Mapping[str, Any], number: Array) -> None:
+        self._step, self._weights = step, step.weights(number)
+        self._mask = batch["segment_ids"] > 0
+        self._rows, self._totals = jnp.arange(self._mask.shape[0]), Totals.of(self._mask)
+        self._context = step.stack.context(batch)
+        if step.balancing is not None:
+            self._context = step.balancing.context(self._context, self._rows, self._mask.shape[0], number)
+        self.tokens = self._totals.tokens
+
+    def own_stream(self, batch: Mapping[str, Any], frozen: Parameters, cross: Cross) -> tuple[Array, Cross] | None:
+        """The student's own stream before block 0, where no stream is recorded."""
+        return (frozen["embed"][batch["tokens"]], cross) if self._step.rules.own_stream else None
+
+    def cross(self, place: Place, trained: Mapping[str, Array], frozen: Mapping[str, Array], stream: Array) -> Array:
+        """The stream behind a block, as its parameters were before this step."""
+        return self._step.stack.cross(place, {**frozen, **trained}, stream, self._context, self._step.rules)
+
+    def gradient(
+        self,
+        place: Place,
+        trained: Mapping[str, Array],
+        frozen: Mapping[str, Array],
+        given: Given,
+        row: Mapping[str, Array],
+    ) -> tuple[dict[str, Array], BlockSums]:
+        """The gradient of one block's loss by its trained parameters, and the loss's sums."""
+        loss = jax.grad(partial(self._loss, place, frozen, row), has_aux=True)
+        count = self._step.micro_batches
+        everything = (given, context_of_block(self._context, row["block"]), self._mask, self._rows)
+        if count == 1:
+            return loss(dict(trained), None, *everything)
+
+        def one(total: Any, number: Array) -> tuple[Any, None]:
+            # Every count-th row, not a run of rows: the rows of every device stay there.
+            part = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, number], everything)
+            routing = total[1].routing
+            return jax.tree.map(jnp.add, total, loss(dict(trained), routing and routing.sums.load, *part)), None
+
+        shapes = jax.eval_shape(loss, dict(trained), None, *everything)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.scan(one, zeros, jnp.arange(count))[0]
+
+    def _loss(
+        self,
+        place: Place,
+        frozen: Mapping[str, Array],
+        row: Mapping[str, Array],
+        trained: Mapping[str, Array],
+        load_before: Array | None,
+        given: Given,
+        context: BlockContext,
+        mask: Array,
+        rows: Array,
+    ) -> tuple[Array, BlockSums]:
+        step, loss = self._step, self._step.loss
+        out = step.stack.run(place, {**frozen, **trained}, given, context, step.rules, row.get("norm"))
+        feature = feature_loss(out.attn_out, given.attn_out, mask, **shares(loss.feature)).total
+        total, mlp = self._weights["feature"] * row["weight"] * feature, jnp.zeros(())
+        if out.mlp_out is not None and given.mlp_out is not None:
+            mlp = feature_loss(out.mlp_out, given.mlp_out, mask, **shares(loss.mlp)).total
+            total = total + self._weights["mlp"] * mlp
+        routing = self._routing(out.router, mask, rows, load_before)
+        if routing is not None and "load_balance" in self._weights:
+            total = total + self._weights["load_balance"] * routing.balance
+            total = total + self._weights["router_z"] * routing.sums.z
+        # Divided here: a division of stacked gradients afterwards would be a second stack.
+        return total / jnp.maximum(self.tokens, 1.0), BlockSums(feature, mlp, routing)
+
+    def _routing(
+        self, router: RouterOutput | None, mask: Array, rows: Array, load_before: Array | None
+    ) -> BlockRouting | None:
+        balancing = self._step.balancing
+        if balancing is None or not balancing.collects:
+            return None
+        if router is None:
+            return balancing.nothing()
+        sums = balancing.of_rows(router, mask)
+        return balancing.of_block(sums, rows, self._mask.shape[0], self._totals, load_before)
+
+
+def shares(loss: FeatureLossConfig | MlpLossConfig) -> dict[str, float]:
+    """The arguments of `feature_loss`."""
+    return {name: getattr(loss, name) for name in SHARES}

@@ -1,0 +1,56 @@
+"""What a step computes, and what the devices could: for the model FLOPs utilisation.
+
+Only matrix products count, as usual: 2 FLOPs a multiply-add, the backward pass twice the forward one; what is computed
+again to save memory does not count. Source: PaLM (arXiv 2204.02311), appendix B.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from distillcache.models.config import ModelConfig
+
+# bfloat16 peak of one device, FLOP/s, from the vendors' data sheets, without sparsity. Others: no utilisation is told.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down")  # with experts, every token goes through `top_k` of them
+
+
+def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, row_tokens: int) -> float:
+    """FLOPs of a forward and backward pass of these parameters' products over `tokens` tokens.
+
+    Args:
+        parameters: by name, those that a step uses; vectors and the embedding's look-up are no products.
+    """
+    products, blocks = 0, 0
+    for name, value in parameters.items():
+        stacked = name.startswith("groups/")
+        if name == "embed" and not (config.tie_embeddings and "final_norm" in parameters):
+            continue
+        if value.ndim - stacked >= 2 and not name.endswith(("_bias", "_norm")):
+            of_experts = name.endswith(OF_EXPERTS) and value.ndim - stacked == 3
+            products += (
+                value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
+            )
+        if name.endswith("attention/o"):
+            blocks += value.shape[0]
+    # Scores of keys and mixing of values, half of it masked.
+    attention = blocks * config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
+    return 6.0 * tokens * (products + attention)
+
+
+def peak_flops(devices: int) -> float:
+    """Of so many devices together; 0 where it is not known."""
+    kind = jax.devices()[0].device_kind
+    return next((peak * devices for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), 0.0)

@@ -1,0 +1,147 @@
+"""A student's parameters by name, and which of them are trained.
+
+All parameters are one flat dict: `embed`, `final_norm`, `head`, and `groups/<g>/blocks/<p>/<path>`, stacked over the
+repeats of layer group g, for every place p of its pattern. Projectors, where the student's width is not the teacher's,
+are `groups/<g>/blocks/<p>/projector/{in,out}` `[repeats, D, D]`; they are trained and kept in checkpoints, and are no
+part of the student.
+
+A *place* is a (g, p); its parameters without their prefix (`attention/q`) are what a block is called with.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from distillcache.models.decoder import Decoder
+from distillcache.schemas.errors import ConfigError
+
+Parameters = dict[str, Array]
+Place = tuple[int, int]
+PROJECTOR = "projector"
+ROUTER_BIAS = "mlp/router_bias"
+
+
+def place_prefix(place: Place) -> str:
+    return f"groups/{place[0]}/blocks/{place[1]}/"
+
+
+def all_parameters(decoder: Decoder) -> Parameters:
+    """Copies of the decoder's parameters. Copies, because a step gives its state's memory away."""
+    flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    return {"/".join(map(str, path)): jnp.copy(value.get_value()) for path, value in flat}
+
+
+def install(decoder: Decoder, parameters: Mapping[str, Array | np.ndarray]) -> None:
+    """Put copies of these parameters into the decoder; projectors have no place there."""
+    flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    found = {"/".join(map(str, path)): (path, value) for path, value in flat}
+    chosen = [
+        (path, value.replace(jnp.copy(parameters[name]))) for name, (path, value) in found.items() if name in parameters
+    ]
+    nnx.update(decoder, nnx.from_flat_state(chosen))
+
+
+def of_place(parameters: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """A place's own, by path within the block."""
+    prefix = place_prefix(place)
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def of_places(by_place: Mapping[Place, Mapping[str, Any]]) -> dict[str, Any]:
+    """The reverse of `of_place`, for several places."""
+    return {place_prefix(place) + name: value for place, inner in by_place.items() for name, value in inner.items()}
+
+
+def outer(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to no block."""
+    return {name: value for name, value in parameters.items() if not name.startswith("groups/")}
+
+
+def sublayer(graph: nnx.GraphDef[Any], name: str, parameters: Mapping[str, Array]) -> Any:
+    """A block's sublayer with these parameters (`attention/q`), of which only its own are taken."""
+    return nnx.merge(graph, {path.split("/", 1)[1]: v for path, v in parameters.items() if path.split("/")[0] == name})
+
+
+def choose_trained(names: Iterable[str], patterns: Sequence[str] | None, reached: Sequence[str]) -> frozenset[str]:
+    """The parameters to train: those that match one of `patterns`, of those that a loss reaches.
+
+    Args:
+        patterns: parts of paths, whole names joined by `/`, with `*` inside a name: `attention`, `mlp/down`,
+            `groups/0`, `*_bias`. None: everything that is reached.
+        reached: patterns of what a loss has a gradient for.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing that a loss reaches.
+    """
+    names = list(names)
+    reachable = [name for name in names if not name.endswith(ROUTER_BIAS)]  # of these no loss has a gradient
+    candidates = [name for name in reachable if any(_matches(name, pattern) for pattern in reached)]
+    if patterns is None:
+        return frozenset(candidates)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ConfigError(
+                "train_only names no parameter of the student",
+                {"train_only": pattern, "parameters": ", ".join(sorted({_short(name) for name in names}))},
+                "name parts of these paths",
+            )
+    chosen = frozenset(name for name in candidates if any(_matches(name, pattern) for pattern in patterns))
+    if not chosen:
+        raise ConfigError(
+            "no loss reaches what train_only names",
+            {"train_only": ", ".join(patterns), "losses reach": ", ".join(sorted({_short(n) for n in candidates}))},
+            "name other parameters, or give a loss that reaches them a weight",
+        )
+    return chosen
+
+
+def make_projectors(
+    places: Mapping[Place, int],
+    student_width: int,
+    teacher_width: int,
+    seed: int,
+    kept: Sequence[int] | None = None,
+) -> Parameters:
+    """Maps between the widths for every place, float32: `in` `[repeats, Dt, Ds]` of what a block is given, `out`
+    `[repeats, Ds, Dt]` of what it adds.
+
+    `in` starts as a random map that keeps lengths on average and `out` as its transpose, so that a block whose own
+    weights were cut from a teacher of the same directions starts near it.
+
+    Args:
+        kept: the numbers of the teacher's stream that the student was cut to: `in` then starts by picking these.
+    """
+    rng = np.random.default_rng(seed)
+    found = {}
+    for place, repeats in places.items():
+        if kept is None:
+            into = rng.normal(0.0, teacher_width**-0.5, (repeats, teacher_width, student_width)).astype(np.float32)
+        else:
+            picks = np.arange(teacher_width)[:, None] == np.asarray(kept)
+            into = np.broadcast_to(picks.astype(np.float32), (repeats, teacher_width, student_width))
+        found[f"{place_prefix(place)}{PROJECTOR}/in"] = jnp.asarray(into)
+        found[f"{place_prefix(place)}{PROJECTOR}/out"] = jnp.asarray(into.swapaxes(1, 2).copy())
+    return found
+
+
+def cast(parameters: Mapping[str, Array], dtype: str) -> dict[str, Array]:
+    """As the forward and backward pass use them; routers' biases stay as they are: a few of them decide by little."""
+    return {name: value if name.endswith(ROUTER_BIAS) else value.astype(dtype) for name, value in parameters.items()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("/"), pattern.strip("/").split("/")
+    return any(
+        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def _short(name: str) -> str:
+    """`attention/q` of `groups/0/blocks/0/attention/q`."""
+    return name.split("/", 4)[-1] if name.startswith("groups/") else name

@@ -1,0 +1,309 @@
+"""The student's blocks, scanned: what is read for each block, and what is computed there.
+
+The scan's body takes block l's codes out of the stacks and decodes them; what is alive at a time is one block's,
+whatever L is. Training (blockwise.py) and evaluation (run/evaluate.py) differ in what they do there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distillcache.models.config import ModelConfig
+from distillcache.models.decoder import Decoder
+from distillcache.models.layers.context import BlockContext, block_context
+from distillcache.models.layers.norm import rms_norm
+from distillcache.models.routing import RouterOutput
+from distillcache.schemas.codecs import take_slot
+from distillcache.trainer.step.optimizer import put_block, take_block
+from distillcache.trainer.step.parameters import PROJECTOR, Place, cast, sublayer
+from distillcache.trainer.step.targets import Table, TapReading
+
+Taps = Mapping[str, Mapping[str, Array]]  # tap -> part -> [S, B, T, W]
+
+
+class Given(NamedTuple):
+    """What a block is trained with, of the teacher's, float32 `[B, T, Dt]`.
+
+    resid enters the span; attn_out is what its attentions added; mlp_out what its MLPs did, None where no loss asks.
+    """
+
+    resid: Array
+    attn_out: Array
+    mlp_out: Array | None
+
+
+class Outputs(NamedTuple):
+    """What a student block adds to the stream, `[B, T, Dt]`; mlp_out is None where it was not asked for, router also
+    where the block has no experts."""
+
+    attn_out: Array
+    mlp_out: Array | None
+    router: RouterOutput | None = None
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """How a block is run. See `TrainConfig.mlp_input`; compute_dtype is of parameters and activations.
+
+    own_stream: no stream is recorded, so a block is given the student's own, in the student's width.
+    teacher_norm_eps: of the teacher's attention norms, where `StudentStack.run` is given their weights.
+    """
+
+    mlp_input: str = "teacher"
+    runs_mlp: bool = False
+    compute_dtype: str = "float32"
+    own_stream: bool = False
+    teacher_norm_eps: float = 1e-6
+
+
+# `cross(place, of_block, fixed, stream)`: the student's own stream behind a block.
+Cross = Callable[[Place, Any, Any, Array], Array]
+# `visit(of_block, fixed, given, row) -> (of_block, y)`: what one block's turn does with what the scan carries for it.
+Visit = Callable[[Place, Any, Any, Given, Mapping[str, Array]], tuple[Any, Any]]
+
+
+class StudentStack:
+    """The static part of a student's blocks: their graphs and sizes."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.config: ModelConfig = decoder.config
+        self.graphs: dict[Place, dict[str, nnx.GraphDef[Any]]] = {
+            (g, p): {"attention": nnx.graphdef(block.attention), "mlp": nnx.graphdef(block.mlp)}
+            for g, group in enumerate(decoder.groups)
+            for p, block in enumerate(group.blocks)
+        }
+
+    def places(self) -> dict[Place, int]:
+        """Every place and its repeats."""
+        return {place: self.config.layers[place[0]].repeats for place in self.graphs}
+
+    def context(self, batch: Mapping[str, Any]) -> BlockContext:
+        """What the blocks need to know of the rows; computed once, outside the scan."""
+        return block_context(self.config, batch["positions"], batch["segment_ids"])
+
+    def run(
+        self,
+        place: Place,
+        parameters: Mapping[str, Array],
+        given: Given,
+        context: BlockContext,
+        rules: BlockRules,
+        norm: Array | None = None,
+    ) -> Outputs:
+        """A block's outputs, in the teacher's width.
+
+        Args:
+            norm: the weight of the teacher's attention norm, where that takes the place of the block's own (`inject:
+                attn_in`: then the table has a column `norm`).
+        """
+        parameters = cast(parameters, rules.compute_dtype)
+        into, out = (parameters.get(f"{PROJECTOR}/{side}") for side in ("in", "out"))
+
+        def inward(x: Array) -> Array:
+            x = x.astype(rules.compute_dtype)
+            return x if into is None or rules.own_stream else x @ into
+
+        def outward(x: Array) -> Array:
+            return x if out is None else x @ out
+
+        attention = sublayer(self.graphs[place]["attention"], "attention", parameters)
+        if norm is None:
+            own = attention(inward(given.resid), context)
+        else:
+            own = attention.attend(inward(rms_norm(given.resid, norm, rules.teacher_norm_eps)), context)
+        if not rules.runs_mlp:
+            return Outputs(outward(own), None)
+        own_input = rules.mlp_input == "student" or rules.own_stream
+        middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)
+        mlp = sublayer(self.graphs[place]["mlp"], "mlp", parameters)
+        mlp_out, router = mlp(middle, context)
+        return Outputs(outward(own), outward(mlp_out), router)
+
+    def cross(
+        self, place: Place, parameters: Mapping[str, Array], stream: Array, context: BlockContext, rules: BlockRules
+    ) -> Array:
+        """The student's own stream behind a block, without gradient."""
+        parameters = cast(parameters, rules.compute_dtype)
+        x = stream.astype(rules.compute_dtype)
+        x = x + sublayer(self.graphs[place]["attention"], "attention", parameters)(x, context)
+        x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x, context)[0]
+        return jax.lax.stop_gradient(x).astype(stream.dtype)
+
+    def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, "L"]:
+        """Values `[repeats]` of every place as one `[L]`."""
+        groups = [
+            jnp.stack([of_places[g, p] for p in range(len(layers.pattern))], axis=1).reshape(-1)
+            for g, layers in enumerate(self.config.layers)
+        ]
+        return jnp.concatenate(groups)
+
+
+def scan_blocks(
+    stack: StudentStack,
+    table: Table,
+    reading: TapReading,
+    taps: Taps,
+    rows: tuple[int, int],
+    visit: Visit,
+    carried: Mapping[Place, Any],
+    fixed: Mapping[Place, Any],
+    *,
+    needs_mlp: bool,
+    own: tuple[Array, Cross] | None = None,
+) -> tuple[dict[Place, Any], dict[Place, Any]]:
+    """Give every trained block its turn, in order.
+
+    Args:
+        rows: (B, T).
+        carried: what `visit` gets and gives back for its block, stacked `[repeats, ...]`, updated in place.
+        fixed: what it only gets, likewise stacked.
+        needs_mlp: `Given.mlp_out` is wanted.
+        own: where no stream is recorded: the one that enters block 0, `[B, T, Ds]`, and how it crosses a block.
+
+    Returns:
+        carried as it ended, and what `visit` returned, stacked likewise; zeros where a block is not trained.
+    """
+    decoder = TapDecoder(reading, taps, needs_mlp)
+    stream, carried, results = own[0] if own else decoder.start(rows), dict(carried), {}
+    for number, layers in enumerate(stack.config.layers):
+        members = [(number, p) for p in range(len(layers.pattern))]
+        repeats = table[number]["trained"].shape[0]
+
+        def body(state: Any, repeat: Array, members: Sequence[Place] = members, number: int = number) -> Any:
+            stream, stacks = state
+            ys = []
+            for p, place in enumerate(members):
+                row = {name: jnp.asarray(values)[repeat, p] for name, values in table[number].items()}
+                mine, given_fixed = take_block(stacks[place], repeat), take_block(fixed[place], repeat)
+
+                def run(stream: Any, mine: Any, place: Place = place, row: Any = row, kept: Any = given_fixed) -> Any:
+                    behind, given = decoder.decode(stream, row)
+                    new, y = visit(place, mine, kept, given, row)
+                    if "runs" not in row:
+                        return behind, new, y
+                    return keep_if(row["trained"], (behind, new, y), (stream, mine, zeros_like(y)))
+
+                # A branch for every block, trained or not: see optimizer.update_blocks.
+                behind = own[1](place, mine, given_fixed, stream) if own else None
+                stream, mine, y = jax.lax.cond(row.get("runs", row["trained"]), run, _skipped(run), stream, mine)
+                stream = stream if behind is None else behind
+                stacks = {**stacks, place: put_block(stacks[place], mine, repeat)}
+                ys.append(y)
+            return (stream, stacks), tuple(ys)
+
+        mine = {place: carried[place] for place in members}
+        (stream, mine), ys = jax.lax.scan(body, (stream, mine), jnp.arange(repeats))
+        carried |= mine
+        results |= dict(zip(members, ys, strict=True))
+    return carried, results
+
+
+def keep_if(condition: Array, new: Any, old: Any) -> Any:
+    """One of two trees."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Zeros of these shapes."""
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), tree)
+
+
+def _skipped(run: Callable[..., Any]) -> Callable[..., Any]:
+    def skip(stream: Any, mine: Any) -> Any:
+        return stream, mine, zeros_like(jax.eval_shape(run, stream, mine)[2])
+
+    return skip
+
+
+class StreamState(NamedTuple):
+    """Where the decoding of the stream stands: the next place, the codec's carry, and the slot decoded last."""
+
+    ready: Array
+    carry: Any
+    value: Array
+
+
+class TapDecoder:
+    """Decodes what a block is given.
+
+    Stacks are indexed here and not passed to the scan: slices given to a scan are copied whole, and XLA on CPU would
+    also lift their decoding out of it.
+    """
+
+    def __init__(self, reading: TapReading, taps: Taps, needs_mlp: bool) -> None:
+        self._reading, self._taps = reading, taps
+        self._codec: Any = reading.codecs.get("resid")  # None: no stream is recorded, or none is asked for
+        self._derives = needs_mlp and not reading.records_mlp
+        self._needs_mlp = needs_mlp
+
+    def start(self, rows: tuple[int, int]) -> StreamState | None:
+        """None for a codec without memory: every slot is decoded for itself."""
+        shape = (*rows, self._reading.hidden)
+        carry = self._codec.start(shape)
+        if carry is None:
+            return None
+        state = StreamState(jnp.zeros((), jnp.int32), carry, jnp.zeros(shape, jnp.float32))
+        if self._reading.in_step and self._derives:  # the slot entering block 0; each block then decodes the next
+            state = self._next(state)
+        return state
+
+    def decode(self, state: Any, row: Mapping[str, Array]) -> tuple[Any, Given]:
+        """A block's tensors, and where decoding stands after them."""
+        if self._codec is None:  # the student's own stream, as it is
+            return state, Given(state, self.target(row), self._sum("mlp_out", row) if self._needs_mlp else None)
+        state, resid = self._slot(state, row["resid"], ahead=False)
+        attn_out = self.target(row)
+        mlp_out = None
+        if self._derives:
+            state, leaving = self._slot(state, row["leaving"], ahead=True)
+            mlp_out = leaving - resid - attn_out
+        elif self._needs_mlp:
+            mlp_out = self._sum("mlp_out", row)
+        return state, Given(resid, attn_out, mlp_out)
+
+    def target(self, row: Mapping[str, Array]) -> Array:
+        """What the attentions of a block's span added."""
+        return self._sum("attn_out", row)
+
+    def _slot(self, state: StreamState | None, place: Array, *, ahead: bool) -> tuple[StreamState | None, Array]:
+        if state is None:
+            return None, self._take("resid", place)
+        if self._reading.in_step:
+            if ahead or not self._derives:
+                state = self._next(state)
+            return state, state.value
+
+        def one(at: Array, found: tuple[Any, Array]) -> tuple[Any, Array]:
+            return self._decode_at(at, found[0])
+
+        begin = jnp.maximum(state.ready, self._codec.first_slot(place))
+        carry, value = jax.lax.fori_loop(begin, place + 1, one, (state.carry, state.value))
+        return StreamState(place + 1, carry, value), value
+
+    def _next(self, state: StreamState) -> StreamState:
+        carry, value = self._decode_at(state.ready, state.carry)
+        return StreamState(state.ready + 1, carry, value)
+
+    def _decode_at(self, place: Array, carry: Any) -> tuple[Any, Array]:
+        parts = take_slot(self._taps["resid"], self._codec.parts(self._reading.hidden), place)
+        carry, value = self._codec.decode_slot(carry, parts, place)
+        return carry, value.astype(jnp.float32)
+
+    def _sum(self, tap: str, row: Mapping[str, Array]) -> Array:
+        """What the span's blocks added."""
+        places = row[tap]
+        total = self._take(tap, places[0])
+        for number in range(1, places.shape[0]):  # spans of a few blocks
+            more = self._take(tap, places[number])
+            total = total + jnp.where(number < row["count"], more, 0.0)
+        return total
+
+    def _take(self, tap: str, place: Array) -> Array:
+        codec = self._reading.codecs[tap]
+        parts = take_slot(self._taps[tap], codec.parts(self._reading.hidden), place)
+        return codec.decode(parts).astype(jnp.float32)
