@@ -116,7 +116,7 @@ def _remove_own(store: Store, job: RowsJob) -> None:
 def begin_rows(
     config: PrepareConfig, tokenizer: TextTokenizer | None, rows_per_file: int | None
 ) -> RowsJob | RowsIndex:
-    """What is to be done, or the index of rows that are there already. Arguments and errors as of `prepare_rows`."""
+    """Return the job to be done, or the index of rows that already exist. Arguments and errors as of `prepare_rows`."""
     use(config.storage)
     data, store = config.data, Store(config.out)
     tokenizer = tokenizer or _named_tokenizer(data)
@@ -156,7 +156,9 @@ def open_rows(data: DataConfig) -> RowReader | None:
 
 
 def _may_be_rows(path: str) -> bool:
-    """Whether this could be a rows folder: a local one that exists, or a bucket's place that is no file or pattern."""
+    """Return whether this could be a rows folder: a local one that exists, or a bucket's place that is no file or
+    pattern.
+    """
     if not is_url(path):
         return Path(os.path.expanduser(path.removeprefix("file://"))).is_dir()
     scheme, place = path.split("://", 1)
@@ -229,14 +231,14 @@ def _prepare_together(store: Store, job: RowsJob, config: PrepareConfig, stop: S
         )
         for worker in range(config.workers)
     ]
-    os.environ["PYTHONSAFEPATH"] = "1"  # else workers would import Python's own modules from the working folder first
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in any state
     workers = [
         context.Process(target=_work, args=(config, job, share), daemon=True, name=f"prepare-{share.process_id}")
         for share in shares[1:]
     ]
-    for worker in workers:
-        worker.start()
+    with _safe_path():
+        for worker in workers:
+            worker.start()
     try:
         return prepare_shared(store, job, shares[0], stop)
     except BaseException:
@@ -248,6 +250,20 @@ def _prepare_together(store: Store, job: RowsJob, config: PrepareConfig, stop: S
             worker.join(WORKER_ENDS_S)
             worker.kill()
             worker.join()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let processes that are started meanwhile import Python's own modules before those of the working folder."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _work(config: PrepareConfig, job: RowsJob, share: Share) -> None:

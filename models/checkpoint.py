@@ -94,7 +94,7 @@ def open_tensors(directory: Place, config: ModelConfig) -> TensorSource:
 
 
 def read_config(path: str | os.PathLike[str] | ObjectPath) -> ModelConfig:
-    """What `load_pretrained` would build, without reading weights."""
+    """Return the config that `load_pretrained` would build, without reading weights."""
     where = locate_checkpoint(path)
     return config_from_gguf(open_gguf(where), where) if is_gguf(where) else _config_of_directory(hf_folder(where))
 
@@ -131,7 +131,7 @@ def _run_of(where: Place) -> RunCheckpoint | None:
 
 
 def _config_of_directory(directory: Place) -> ModelConfig:
-    """What config.json says, with biases of routers where a file of them lies beside it."""
+    """Read config.json, with router biases if a file of them lies beside it."""
     config = config_from_hf(read_json(directory / CONFIG), directory / CONFIG)
     if not (directory / ROUTER_BIAS_FILE).exists():
         return config

@@ -1,4 +1,4 @@
-"""What a decoder is, independent of where its weights come from.
+"""Definition of a decoder, independent of the source of its weights.
 
 A decoder's layers are a *plan*: a list of groups, each a pattern of block kinds and a number of repeats. A group
 is scanned over its repeats, so each kind of block in a pattern is traced once, whatever the depth. Llama is one
@@ -48,7 +48,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What differs between the blocks of one decoder. Sizes are the decoder's.
+    """Properties that differ between the blocks of one decoder. Sizes are the decoder's.
 
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
@@ -214,7 +214,7 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Of a head's width, what rotary embedding is given (of which `RopeConfig.fraction` is turned)."""
+        """The part of a head's width that rotary embedding receives (of which `RopeConfig.fraction` is rotated)."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
@@ -235,7 +235,7 @@ class ModelConfig:
         return tuple(block for block, kind in enumerate(self.kinds) if kind.moe)
 
     def places(self) -> Iterator[tuple[int, int, int, int]]:
-        """Of every block in order: (block, group, repeat, place in the pattern)."""
+        """List for every block in order: (block, group, repeat, position in the pattern)."""
         block = 0
         for number, group in enumerate(self.layers):
             for repeat in range(group.repeats):

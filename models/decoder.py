@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters, and of what is computed."""
+        """The dtype of parameters and of computation."""
         return self.embed[...].dtype
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
         return found if scale == 1 else (found.astype(jnp.float32) * scale).astype(found.dtype)
 
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:
-        """What the blocks share; computed once, outside the scan."""
+        """Compute the inputs that the blocks share; once, outside the scan."""
         return block_context(self.config, positions, segment_ids)
 
     def logits(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
 
     @property
     def head_matrix(self) -> Float[Array, "D V"]:
-        """What the last norm's output is multiplied with."""
+        """Return the matrix that the last norm's output is multiplied with."""
         return self.embed[...].T if self.config.tie_embeddings else self.head[...]
 
     def scan_blocks(
@@ -254,7 +254,7 @@ def _zeros_like(sublayer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_block_order(groups: list[tuple[Any, ...]]) -> Any:
-    """What the places of every group's pattern returned, `[repeats, ...]` each, as stacks over the blocks in order."""
+    """Stack what the positions of every group's pattern returned, `[repeats, ...]` each, over the blocks in order."""
     if not isinstance(groups[0][0], dict):
         return _joined(groups)
     names = dict.fromkeys(name for places in groups for y in places for name in y)

@@ -1,4 +1,4 @@
-"""What a plan says of the teacher, of the rows and of the machine: the facts that its numbers depend on."""
+"""Facts that a plan records about the teacher, the rows and the machine, on which its numbers depend."""
 
 import platform
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ COMPRESSING_LIBRARY = "tensorstore"  # it brings its own zstd and blosc
 
 
 def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
-    """What the plan says about the teacher."""
+    """Return the plan's facts about the teacher."""
     return TeacherPlan(
         path=path,
         weights_digest=weights_digest(path),
@@ -56,8 +56,9 @@ def teacher_context(teacher: TeacherPlan) -> int | None:
 
 
 def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
-    """What every block's attention norm multiplies with, float32, as a segment's side file has it: also of a family
-    that stores it less one. Nothing of a family whose attention is given the stream as it is."""
+    """Return the factors of every block's attention norm in float32, as a segment's side file stores them: also for
+    a family that stores them minus one. Empty for a family whose attention receives the stream without a norm.
+    """
     if decoder.config.norms == "post":
         return {}
     offset = 1.0 if decoder.config.norm_product == "offset" else 0.0
@@ -70,7 +71,7 @@ def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
 
 
 def describe_rows(rows: RowReader) -> RowsPlan:
-    """What the plan says about these rows."""
+    """Return the plan's facts about these rows."""
     index = rows.index
     return RowsPlan(
         count=index.rows,
@@ -88,7 +89,8 @@ def describe_rows(rows: RowReader) -> RowsPlan:
 def describe_numerics(
     dtype: str, taps: Sequence[TapPlan], mesh: tuple[int, ...] = (1,), processes: int = 1, attention: str = "xla"
 ) -> NumericsPlan:
-    """What pins the bits on this machine. On a CPU also its architecture, since XLA compiles for it.
+    """Return the facts that determine bits on this machine. On a CPU this includes its architecture, since XLA compiles
+    for it.
 
     Args:
         mesh, processes, attention: as of `NumericsPlan`.
@@ -108,6 +110,8 @@ def describe_numerics(
 
 
 def compressor_version(taps: Sequence[TapPlan]) -> dict[str, str]:
-    """What pins the bytes of compressed chunks; empty where nothing is compressed, which any version stores alike."""
+    """Return the version that determines the bytes of compressed chunks; empty if nothing is compressed, since any
+    version stores that alike.
+    """
     compressed = any(tap.compress != "none" for tap in taps)
     return {COMPRESSING_LIBRARY: version(COMPRESSING_LIBRARY)} if compressed else {}

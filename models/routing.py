@@ -151,7 +151,7 @@ def _sum_of_z(logits: Float[Array, "*B E"], mask: Bool[Array, "*B"]) -> Float[Ar
 
 
 def expert_load(ids: Int[Array, "*B k"], mask: Bool[Array, "*B"], num_experts: int) -> Float[Array, "E"]:
-    """How many assignments of real tokens each expert has."""
+    """Count the assignments of real tokens to each expert."""
     chosen = jax.nn.one_hot(jnp.where(mask[..., None], ids, num_experts), num_experts, dtype=jnp.float32)
     return jnp.sum(chosen, axis=tuple(range(ids.ndim)))
 
@@ -234,13 +234,13 @@ def router_z_loss(logits: Float[Array, "*B E"], mask: Bool[Array, "*B"]) -> Floa
 
 
 def max_violation(load: Float[Array, "*L E"]) -> Float[Array, "*L"]:
-    """How much fuller than the mean the fullest expert is: `max / mean - 1`; 0 without load."""
+    """Compute the load of the fullest expert over the mean, `max / mean - 1`; 0 without load."""
     mean = jnp.mean(load, axis=-1)
     return jnp.where(mean > 0, jnp.max(load, axis=-1) / jnp.where(mean > 0, mean, 1.0) - 1.0, 0.0)
 
 
 class BalanceState(NamedTuple):
-    """What balancing without an auxiliary loss keeps of each expert, float32 `[..., E]`.
+    """The state of loss-free balancing for each expert, float32 `[..., E]`.
 
     bias: added to the rank. smoothed: the moving average of the load's share; starts at 0.
     """

@@ -1,4 +1,4 @@
-"""What all configs and everything on disk are made of."""
+"""Base classes of all configs and of everything on disk."""
 
 import typing
 from collections.abc import Mapping
@@ -64,6 +64,8 @@ def _leaves(annotation: Any) -> set[Any]:
 
 
 def is_name_inside(name: str) -> bool:
-    """Whether a file's name out of another's file stays in its folder; for names that are not ours to choose."""
+    """Return whether a file name read from another file stays inside its folder; for names that this program did
+    not choose.
+    """
     parts = name.split("/")
     return not ({"", ".", ".."} & set(parts) or "\\" in name or "\0" in name)

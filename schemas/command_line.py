@@ -183,7 +183,7 @@ def _required(model: type[BaseModel], keys: list[str], positional: Sequence[str]
 
 
 def _message(finding: Mapping[str, Any]) -> str:
-    """What pydantic found, in words for somebody who knows neither it nor regular expressions."""
+    """Translate a pydantic finding for readers who know neither pydantic nor regular expressions."""
     if finding["type"] == "string_type" and isinstance(finding["input"], bool | int | float):
         return "should be text: put it in quotes"
     if finding["type"] == "list_type":
@@ -347,7 +347,7 @@ def _fields(
 
 
 def _words_instead(annotation: Any) -> list[str]:
-    """What a section may be set to instead of its fields: the words of its type, and null."""
+    """Return the words that a section accepts instead of its fields: those of its type, and null."""
     words = [
         str(word)
         for member in _members(annotation)
@@ -374,7 +374,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether a number or a text will do, so that help has one line for it, whatever else it may be."""
+    """Return whether a number or a text is accepted, so that help needs one line, whatever else is accepted."""
     return any(member in (int, float, str) for member in _members(annotation))
 
 

@@ -65,3 +65,20 @@ def test_imports_name_the_package() -> None:
         if module.split(".")[0] in ALLOWED or (module.split(".")[0] == "tests" and path.is_relative_to(ROOT / "tools"))
     }
     assert wrong == {}
+
+
+def test_no_circles_of_files() -> None:
+    """Imports inside functions count: a circle is a circle, whenever it closes."""
+    known = modules()
+    edges = {name: own(path, known) - {name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for other in edges[name] & known.keys():
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in known:
+        visit(name, ())

@@ -68,7 +68,7 @@ def _begin_again_in_utf8() -> None:
 
 
 def _answer(words: list[str]) -> int:
-    """What one command line does, with help and mistakes as text."""
+    """Run one command line; help and mistakes become text."""
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2

@@ -51,7 +51,7 @@ def _lines(result: TrainResult) -> list[str]:
 
 
 def _changes(before: Evaluation, after: Evaluation) -> list[str]:
-    """What the training changed on the held-out rows."""
+    """Describe what the training changed on the held-out rows."""
     lines = [told_gap(before, after)]
     if after.perplexity_without_bias is not None:
         lines.append(

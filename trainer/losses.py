@@ -113,7 +113,8 @@ def without_padding(logits: Float[Array, "B T V"], real_vocab: int | None) -> Fl
 
 
 def counted_predictions(segment_ids: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether position t's prediction of token t + 1 counts, as in `next_token_loss`; the last position's never does.
+    """Return whether position t's prediction of token t + 1 counts, as in `next_token_loss`; the last position's never
+    does.
 
     The mask is the target's, so it is shifted with it (SpecForge issue 885 was a mask that was not).
     """
@@ -213,7 +214,7 @@ def support_kl(support: SupportLogits, counts: Bool[Array, "B T"], tau: Float[Ar
 
 
 class TopKCrossEntropy(NamedTuple):
-    """What the recorded logits tell of the teacher's own cross-entropy on next tokens, in nats.
+    """Facts that the recorded logits give about the teacher's own cross-entropy on next tokens, in nats.
 
     covered: over the targets among the teacher's top k; exact. These are the easy ones: its mean is no perplexity.
     share: how many of all targets that are (`share.mean` lies in [0, 1]).

@@ -22,6 +22,7 @@ from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.models.layers.rope import context_length
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.config.train import MeshConfig, TrainSpec
 from distillcache.schemas.errors import (
     CheckpointError,
     ConfigError,
@@ -141,9 +142,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     store = Store(config.run)
-    stages = resolve_stages(config)
+    stages = resolve_stages(config, config.mesh)
     _say_what_is_off(config, peers)
-    _check_batches(config)
+    _check_batches(config.mesh, config.batch_rows, config.micro_batches)
     check_profile(config.profile, stages[-1].last)
     sources = Sources(config)
     _check_targets(stages, sources, peers)
@@ -152,9 +153,9 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         began = False
         if peers.first:
             refuse_foreign_folder(store)
+            _check_epoch(config.batch_rows, sources.rows, not has_student(store))  # before anything is written
             store = store.guarded(held.enter_context(only_one(store)))
             began = not has_student(store)
-            _check_epoch(config, sources.rows, began)
             claim_run(store, config, sources.rows)
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
@@ -164,7 +165,10 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
-            runs = [StageRun(config, stage, decoder, parameters, sources.open, sources.norms) for stage in stages]
+            runs = [
+                StageRun(config, config.mesh, stage, decoder, parameters, sources.open, sources.norms)
+                for stage in stages
+            ]
         except BaseException:
             if began:
                 remove_beginning(store)
@@ -180,21 +184,21 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         finally:
             checkpoints.close()
         peers.meet("end")
-        result = _result(config, stages[-1], store, first)
+        result = _result(config.run, stages[-1], store, first)
         if peers.first and (first < result.steps or store.read(SUMMARY) is None):
             write_summary(store, result.summary())
         return result
 
 
-def _check_batches(config: TrainConfig) -> None:
+def _check_batches(mesh: MeshConfig, batch_rows: int, micro_batches: int) -> None:
     """See that the mesh can be made, and batches be dealt out over it."""
-    check_processes(make_mesh(config.mesh), config.mesh)
-    check_rows(config.mesh, config.batch_rows, "batch_rows")
-    check_rows(config.mesh, config.batch_rows // config.micro_batches, "batch_rows / micro_batches")
-    if config.batch_rows % config.micro_batches:
+    check_processes(make_mesh(mesh), mesh)
+    check_rows(mesh, batch_rows, "batch_rows")
+    check_rows(mesh, batch_rows // micro_batches, "batch_rows / micro_batches")
+    if batch_rows % micro_batches:
         raise ConfigError(
             "a batch cannot be cut into so many parts",
-            {"batch_rows": config.batch_rows, "micro_batches": config.micro_batches},
+            {"batch_rows": batch_rows, "micro_batches": micro_batches},
             "make batch_rows a multiple of micro_batches",
         )
 
@@ -223,20 +227,20 @@ def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> N
         print(f"note: {no_targets_note(without)}", file=sys.stderr)
 
 
-def _check_epoch(config: TrainConfig, rows: Source, begins: bool) -> None:
+def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
     """Refuse to begin a run whose batches would hold rows twice; one that goes on (begun by an earlier version) may.
 
     Every step would be the same few rows, and the steps, the speed and the losses would look like more than they are.
     """
-    if not 0 < len(rows) < config.batch_rows:
+    if not 0 < len(rows) < batch_rows:
         return
     if not begins:
-        said = f"batch_rows is {config.batch_rows:,}, and there are {len(rows):,} rows to train on"
+        said = f"batch_rows is {batch_rows:,}, and there are {len(rows):,} rows to train on"
         print(f"warning: a batch holds rows twice: {said}", file=sys.stderr)
         return
     raise ConfigError(
         "a batch is larger than the epoch: it would hold rows twice",
-        {"rows": rows.url, "batch_rows": f"{config.batch_rows:,}", "rows to train on": f"{len(rows):,}"},
+        {"rows": rows.url, "batch_rows": f"{batch_rows:,}", "rows to train on": f"{len(rows):,}"},
         f"set batch_rows to {len(rows):,} or less, or build a cache of more text",
     )
 
@@ -282,12 +286,12 @@ def _open_student(
     return with_attention(decoder, chosen_kernel(config.attention, decoder.config, config.compute_dtype))
 
 
-def _say_what_is_off(config: TrainConfig, peers: Peers) -> None:
+def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
     """Balancing by biases turns the auxiliary loss off; a user who gave it a weight is told."""
-    losses = [config.loss, *(stage.loss for stage in config.stages or [] if stage.loss)]
+    losses = [spec.loss, *(stage.loss for stage in spec.stages or [] if stage.loss)]
     if (
         peers.first
-        and config.moe_balance_type == "noaux_tc"
+        and spec.moe_balance_type == "noaux_tc"
         and any(may_count(loss.load_balance.weight) for loss in losses)
     ):
         print("moe_balance_type noaux_tc: loss.load_balance is off, its weight is not used", file=sys.stderr)
@@ -315,7 +319,7 @@ class _Run:
         self.parameters: dict[str, Kept] = {name: kept(value) for name, value in parameters.items()}
         self.kept: set[str] = set()  # names of what was trained so far
         self.steps = runs[-1].stage.last
-        self.evaluator = Evaluator(config, sources, decoder, peers)
+        self.evaluator = Evaluator(config, config.eval_batch_rows, sources, decoder, peers)
         self.evaluations: list[Evaluation] = []
         self.teacher = TeacherFigure(None)  # on the held-out rows
         self.student = decoder.config
@@ -340,7 +344,9 @@ class _Run:
         self._keep_best()
         if self.sources.held_out:  # before the stages take the device's memory
             known = known_teacher(self.evaluations)
-            self.teacher = known or measure_teacher(self.config, self.sources, self.student, self.peers)
+            self.teacher = known or measure_teacher(
+                self.config.eval_teacher, self.config.eval_batch_rows, self.sources, self.student, self.peers
+            )
         try:
             if not first and self.sources.held_out:
                 self._log(0, self._evaluate(0, self.runs[0].stage))
@@ -369,7 +375,7 @@ class _Run:
             start_step=first,
             prefetch_batches=self.config.prefetch_batches,
         )
-        flops = FlopCount(run, self.config, self.sources.rows.plan.rows.row_tokens)
+        flops = FlopCount(run, self.config.batch_rows, self.sources.rows.plan.rows.row_tokens)
         trace = Trace(self.config.profile, self.store)
         with feed, trace:
             self._steps(run, first, feed, bar, flops, trace)
@@ -514,30 +520,30 @@ class _Run:
 
 
 class FlopCount:
-    """What a step of a stage computes, and what the devices could in a second."""
+    """FLOPs of a step of a stage, and the devices' peak in a second."""
 
-    def __init__(self, run: StageRun, config: TrainConfig, row_tokens: int) -> None:
-        self.of_step = step_flops(run.stack.config, run.used_parameters(), config.batch_rows * row_tokens, row_tokens)
+    def __init__(self, run: StageRun, batch_rows: int, row_tokens: int) -> None:
+        self.of_step = step_flops(run.stack.config, run.used_parameters(), batch_rows * row_tokens, row_tokens)
         self.peak = peak_flops(1 if run.mesh is None else run.mesh.size)
 
 
-def _teacher_path(config: TrainConfig) -> str | None:
-    """Where the teacher lies now, if the config says so."""
-    return config.online.teacher.path if config.source == "online" and config.online.teacher else None
+def _teacher_path(spec: TrainSpec) -> str | None:
+    """Return the teacher's present path, if the config names one."""
+    return spec.online.teacher.path if spec.source == "online" and spec.online.teacher else None
 
 
-def _result(config: TrainConfig, stage: Stage, store: Store, first: int) -> TrainResult:
+def _result(run: str, stage: Stage, store: Store, first: int) -> TrainResult:
     """What a finished run came to, read from its files. stage: its last."""
     lines = [line for line in read_metrics(store.url) if "perf/tokens_per_second" in line]
     evaluations, steps = read_evaluations(store), stage.last
     found = {entry.step: entry for entry in evaluations}
     return TrainResult(
-        run=config.run,
+        run=run,
         steps=steps,
         resumed_from=first,
         metrics=lines[-1],
         tokens_per_s=statistics.median(line["perf/tokens_per_second"] for line in lines),
         before=found.get(0),
         after=found.get(steps),
-        diverged=end_of_run(config.run, stage, Checkpoints(store).steps(), evaluations, lines),
+        diverged=end_of_run(run, stage, Checkpoints(store).steps(), evaluations, lines),
     )

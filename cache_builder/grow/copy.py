@@ -5,41 +5,31 @@ that its numbers come from another cache (transcode.py), and no teacher runs.
 """
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import xxhash
 
-from distillcache.cache_builder.build import keeping_place, unless_finished
-from distillcache.cache_builder.grow.transcode import TapCopy, recoded_taps, transcode
-from distillcache.cache_builder.record.finish import finish_segment, tidy
-from distillcache.cache_builder.record.fixed_files import array_files
-from distillcache.cache_builder.record.pipeline import ShardWriter
+from distillcache.cache_builder.grow.copying import Copying, SelectedRows, copied_files
+from distillcache.cache_builder.grow.transcode import recoded_taps
+from distillcache.cache_builder.record.finish import finish_segment, tidy, unless_finished
+from distillcache.cache_builder.record.loop import keeping_place
 from distillcache.cache_builder.record.plan import refuse_foreign_folder, settle_plan, with_objects
-from distillcache.cache_builder.record.work_units import (
-    Batches,
-    ClaimedPieces,
-    by_one_process,
-    keep_batch,
-    work_through,
-)
+from distillcache.cache_builder.record.work_units import ClaimedPieces, by_one_process, work_through
+from distillcache.cache_builder.repair.from_source import repair_copy
 from distillcache.models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
-from distillcache.schemas.cache.addressing import RowGroup, RowMap, check_same_codec, row_groups, slots_of
+from distillcache.schemas.cache.addressing import RowGroup, check_same_codec, row_groups, slots_of
 from distillcache.schemas.cache.lease import Claims
-from distillcache.schemas.cache.segment import named_by_plan, open_cache, read_manifest, read_tokenizer, segment_name
-from distillcache.schemas.config import CopyConfig, TapConfig
+from distillcache.schemas.cache.segment import named_by_plan, open_cache, read_manifest, segment_name
+from distillcache.schemas.config import CopyConfig, CopySpec, TapConfig
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan, RowsPlan, TapPlan
-from distillcache.schemas.format.rows import Row, encode_row
+from distillcache.schemas.format.rows import encode_row
 from distillcache.schemas.format.tap_codec import signs_of
 from distillcache.schemas.format.tap_plan import tap_plan, with_compression, with_slots
-from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import watch_for_stop
 from distillcache.schemas.store.store import Store, use
 
@@ -62,10 +52,6 @@ def copy_cache(config: CopyConfig) -> Manifest:
         raise ConfigError("a cache cannot be copied onto itself", facts, "name another place for the copy")
     refuse_foreign_folder(store, "DST")
     if config.repair:
-        from distillcache.cache_builder.repair.from_source import (
-            repair_copy,  # here, since it is made of this module's parts
-        )
-
         config, repaired = repair_copy(config, source, store)
         if repaired is not None:
             return repaired
@@ -92,7 +78,7 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
                 placed.put_once(key, value)
             claims = Claims(store, plan.segment, config.claim_expiry_s)
             try:
-                job = ClaimedPieces(store=placed, plan=plan, rows=rows, stop=stop, config=config, claims=claims)
+                job = ClaimedPieces(store=placed, plan=plan, rows=rows, stop=stop, options=config, claims=claims)
                 work_through(job, "copy", None, Copying(plan, rows).run)
             finally:
                 claims.close()
@@ -104,47 +90,6 @@ def _with_recoded(plan: Plan, recoded: Mapping[str, str]) -> Plan:
     here = describe_numerics("float32", plan.taps) if recoded else None
     changed = {"recoded_on": here, "config": {**plan.config, "recoded": dict(recoded)}}
     return named_by_plan(plan.model_copy(update=changed))
-
-
-class SelectedRows:
-    """The chosen rows of a cache, numbered anew from 0."""
-
-    def __init__(self, groups: Sequence[RowGroup], wanted: str) -> None:
-        self.groups, self.wanted = groups, wanted
-        self._map = RowMap(groups, [()] * len(groups))
-        self.numbers = self._choose(wanted)
-        self.eval_indices = tuple(np.flatnonzero(np.isin(self.numbers, self._map.held_out)).tolist())
-
-    def _choose(self, wanted: str) -> np.ndarray:
-        everything = np.arange(len(self._map))
-        held_out = np.isin(everything, self._map.held_out)
-        if wanted in ("train", "eval"):
-            chosen = everything[held_out == (wanted == "eval")]
-        elif wanted == "all":
-            chosen = everything
-        else:
-            start, stop = map(int, wanted.split(":"))
-            chosen = everything[start:stop] if stop <= len(everything) else everything[:0]
-        if not len(chosen):
-            raise InputError(
-                "the cache does not hold these rows",
-                {"cache": self.groups[0].base.store.url, "rows": wanted, "found": f"{len(everything)} rows"},
-                "choose rows that it has",
-            )
-        return chosen
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether these are all rows of the one segment that brought any."""
-        return len(self.groups) == 1 and len(self.numbers) == len(self._map)
-
-    def slice(self, start: int, stop: int) -> list[Row]:
-        """Rows `start` to `stop - 1` of the copy."""
-        return [self.groups[group].base.row(row) for group, row in self.places(start, stop)]
-
-    def places(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """(group, row in it) of rows `start` to `stop - 1` of the copy."""
-        return [self._map.locate(int(number)) for number in self.numbers[start:stop]]
 
 
 def _make_plan(config: CopyConfig, source: Store, rows: SelectedRows) -> Plan:
@@ -178,7 +123,7 @@ def _make_plan(config: CopyConfig, source: Store, rows: SelectedRows) -> Plan:
 
 
 def _as_configured(tap: TapPlan) -> dict[str, Any]:
-    """What the config of a build says of such a tap."""
+    """Return the build settings that describe such a tap."""
     compression = {} if tap.compress == "none" else {"compress": tap.compress}
     if tap.k is not None:
         return {"k": tap.k, "dtype": tap.codec} | compression
@@ -187,13 +132,15 @@ def _as_configured(tap: TapPlan) -> dict[str, Any]:
 
 
 def _describe_numerics(source: NumericsPlan, taps: Sequence[TapPlan]) -> NumericsPlan:
-    """What pinned the source's numbers, and what pins the bytes that they are compressed to here."""
+    """Return the facts that determined the source's numbers, and those that determine the compressed bytes here."""
     versions = {name: value for name, value in source.versions.items() if name != COMPRESSING_LIBRARY}
     return source.model_copy(update={"versions": versions | compressor_version(taps)})
 
 
 def _describe_rows(rows: SelectedRows, source_digest: str) -> RowsPlan:
-    """What the plan says about the chosen rows. Other rows than one text gave are known by the cache they are from."""
+    """Return the plan's facts about the chosen rows. Rows that one text did not give as a whole are identified by
+    their cache.
+    """
     base = rows.groups[0].base.plan.rows
     if rows.is_whole:
         return base
@@ -213,34 +160,34 @@ def _describe_rows(rows: SelectedRows, source_digest: str) -> RowsPlan:
     )
 
 
-def _wanted_taps(config: CopyConfig, groups: Sequence[RowGroup]) -> list[str]:
+def _wanted_taps(spec: CopySpec, groups: Sequence[RowGroup]) -> list[str]:
     """The taps to copy. One that is kept by default may be absent; one with a codec must be there."""
     there = {tap.name for segment in groups[0].segments for tap in segment.plan.taps}
-    wanted = [name for name in TAPS if getattr(config.taps, name) is not None]
-    found = [name for name in wanted if name in there or getattr(config.taps, name) != "keep"]
+    wanted = [name for name in TAPS if getattr(spec.taps, name) is not None]
+    found = [name for name in wanted if name in there or getattr(spec.taps, name) != "keep"]
     if not found:
         raise ConfigError("there is nothing to copy", {"taps": "all are null"}, "keep one of the taps")
     return found
 
 
-def _chosen_blocks(config: CopyConfig, groups: Sequence[RowGroup]) -> tuple[int, ...]:
-    taps = _wanted_taps(config, groups)
+def _chosen_blocks(spec: CopySpec, groups: Sequence[RowGroup]) -> tuple[int, ...]:
+    taps = _wanted_taps(spec, groups)
     recorded = set.intersection(*(set(group.blocks(taps)) for group in groups))
-    wanted = recorded if config.blocks == "all" else set(config.blocks)
+    wanted = recorded if spec.blocks == "all" else set(spec.blocks)
     if not wanted or wanted - recorded:
         raise InputError(
             "the cache does not hold these blocks",
-            {"cache": groups[0].base.store.url, "blocks": config.blocks, "recorded": sorted(recorded), "taps": taps},
+            {"cache": groups[0].base.store.url, "blocks": spec.blocks, "recorded": sorted(recorded), "taps": taps},
             "choose recorded blocks, or leave out taps that lack them",
         )
     return tuple(sorted(wanted))
 
 
-def _chosen_taps(config: CopyConfig, groups: Sequence[RowGroup], blocks: tuple[int, ...], hidden: int) -> list[TapPlan]:
+def _chosen_taps(spec: CopySpec, groups: Sequence[RowGroup], blocks: tuple[int, ...], hidden: int) -> list[TapPlan]:
     """The taps of the copy; their objects are not divided yet."""
     chosen = []
-    for name in _wanted_taps(config, groups):
-        slots, codec = sorted(slots_of(name, blocks)), getattr(config.taps, name)
+    for name in _wanted_taps(spec, groups):
+        slots, codec = sorted(slots_of(name, blocks)), getattr(spec.taps, name)
         if codec != "keep":
             _check_codec_named(name, codec)
             tap, says_how = tap_plan(name, codec, slots, hidden), "compress" in codec.model_fields_set
@@ -248,7 +195,7 @@ def _chosen_taps(config: CopyConfig, groups: Sequence[RowGroup], blocks: tuple[i
             pairs = [(segment, tap) for group in groups for segment, tap, _ in group.locate(name, slots, as_one=False)]
             check_same_codec(name, pairs)
             tap, says_how = with_slots(pairs[0][1], slots, hidden), False
-        chosen.append(tap if says_how or config.compress == "keep" else with_compression(tap, config.compress))
+        chosen.append(tap if says_how or spec.compress == "keep" else with_compression(tap, spec.compress))
     return chosen
 
 
@@ -260,33 +207,3 @@ def _check_codec_named(name: str, codec: TapConfig) -> None:
             {f"taps.{name}.compress": codec.compress, f"taps.{name}.codec": "not set"},
             f"set taps.{name}.codec, or keep the codec and compress the copy: --compress {codec.compress}",
         )
-
-
-def copied_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
-    """What does not depend on the rows, by key."""
-    side = {name: value for name, value in group.base.side().items() if not name.startswith("signs.")}
-    return {
-        layout.TOKENIZER: read_tokenizer(source),
-        f"{layout.segment_prefix(plan.segment)}/side.safetensors": safetensors.numpy.save({**side, **signs_of(plan)}),
-        **array_files(plan),
-    }
-
-
-@dataclass(frozen=True)
-class Copying:
-    """Hands the source's rows, transcoded, to the writer."""
-
-    plan: Plan
-    rows: SelectedRows
-
-    def run(self, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
-        """Every batch: read, decoded where its codec changes, encoded, and handed on."""
-        signs = signs_of(self.plan)
-        copies = [
-            {tap.name: TapCopy(group, tap, signs) for tap in self.plan.taps} for group in self.rows.groups
-        ]  # by group
-        for first, rows in batches:
-            places = self.rows.places(first, first + len(rows))
-            begun = time.perf_counter()
-            keep_batch(self.plan, writer, bar, first, rows, transcode(copies, rows, places), begun)
-        writer.wait()

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from distillcache.cache_builder.build import build_segment, checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.prepare import open_rows
 from distillcache.cache_builder.record.finish import tidy
+from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
+from distillcache.cache_builder.record.loop import build_segment
 from distillcache.cache_builder.record.plan import chosen_taps, make_plan, plan_differences
 from distillcache.cache_builder.record.replica import open_replica
 from distillcache.cache_builder.record.work_units import RowSource
@@ -22,7 +23,7 @@ from distillcache.models.describe import COMPRESSING_LIBRARY, describe_rows
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.addressing import CODEC_FIELDS, RowGroup, row_groups
 from distillcache.schemas.cache.segment import Segment, begun_plan, open_cache, segment_name
-from distillcache.schemas.config import BuildConfig, DataConfig
+from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, Workers
 from distillcache.schemas.errors import ConfigError, InputError, PlaceLostError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan, RowsPlan, TapPlan
@@ -47,19 +48,18 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             {"cache": store.url, "missing": layout.MANIFEST},
             "build it first: the same command without --extend, and with the first config",
         )
-    model, groups = checked_model(config, tokenizer), row_groups(open_cache(store))
+    model, groups = checked_model(config.teacher.path, config.data.tokenizer, tokenizer), row_groups(open_cache(store))
     number = len(manifest.segments)
-    _check_same_teacher(store, groups[0].base.plan, config, tokenizer)
+    _check_same_teacher(store, groups[0].base.plan, config.teacher.path, tokenizer)
     store.clear_stale_locks()
     with _naming_unfinished(store, number):
-        addition = _choose_addition(
-            store, config, tokenizer, groups, number, _asked_taps(config, model, tokenizer, groups)
-        )
+        asked = _asked_taps(config, model, tokenizer, groups)
+        addition = _choose_addition(store, config.data, config, tokenizer, groups, number, asked)
     if not addition.taps:
         return manifest
-    warn_of_length(config, model)
-    with open_replica(config) as replica:
-        decoder = replica.load(config)
+    warn_of_length(config.data, config.process_id, model)
+    with open_replica(config, config) as replica:
+        decoder = replica.load(config.teacher.path, config)
         plan = make_plan(
             config,
             segment_name(number),
@@ -70,18 +70,19 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
             rows_of=addition.rows_of,
             taps=addition.taps,
             processes=replica.peers.count,
+            config=config.model_dump(mode="json"),
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
         with _naming_unfinished(store, number):
-            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
+            return build_segment(store, config, config.mesh, tokenizer, decoder, plan, addition.rows, replica)
 
 
 def _asked_taps(
-    config: BuildConfig, model: ModelConfig, tokenizer: TextTokenizer, groups: Sequence[RowGroup]
+    spec: BuildSpec, model: ModelConfig, tokenizer: TextTokenizer, groups: Sequence[RowGroup]
 ) -> list[TapPlan]:
-    """What the config asks for, with logits of the ids that the cache's are of."""
+    """Return the taps that the config asks for, with logits over the ids that the cache's logits cover."""
     recorded = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
-    return counting_as_recorded(chosen_taps(config, model, tokenizer.vocab_size), recorded)
+    return counting_as_recorded(chosen_taps(spec, model, tokenizer.vocab_size), recorded)
 
 
 @contextmanager
@@ -104,7 +105,9 @@ def _naming_unfinished(store: Store, number: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Addition:
-    """What is to be recorded, of which rows. rows_of: the segment that has them, None for new ones."""
+    """The taps to record, and the rows to record them for. rows_of: the segment that has the rows; None for new
+    ones.
+    """
 
     rows: RowSource
     plan: RowsPlan
@@ -114,17 +117,18 @@ class _Addition:
 
 def _choose_addition(
     store: Store,
-    config: BuildConfig,
+    data: DataConfig,
+    workers: Workers,
     tokenizer: TextTokenizer,
     groups: Sequence[RowGroup],
     number: int,
     taps: Sequence[TapPlan],
 ) -> _Addition:
-    """What the config asks for and the cache lacks; without taps, where it lacks nothing."""
-    group = _group_of_text(groups, config.data, tokenizer)
+    """Choose what the config asks for and the cache lacks; no taps if nothing is missing."""
+    group = _group_of_text(groups, data, tokenizer)
     if group is None:
-        _check_new_rows(store, groups, config.data, taps)
-        rows = open_or_prepare(store, config, tokenizer, number)
+        _check_new_rows(store, groups, data, taps)
+        rows = open_or_prepare(store, data, workers, tokenizer, number)
         plan = describe_rows(rows)
         # The same rows may come from other files, or from prepared ones.
         group = next((each for each in groups if each.base.plan.rows == plan), None)
@@ -165,7 +169,7 @@ def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: Text
 
 
 def _settings(data: dict[str, object]) -> dict[str, object]:
-    """What of a data config the rows depend on, beside the text and the tokenizer."""
+    """Select the data settings that the rows depend on, besides the text and the tokenizer."""
     return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
 
 
@@ -221,9 +225,9 @@ def _check_new_rows(store: Store, groups: Sequence[RowGroup], data: DataConfig, 
             _check_same_codec(group, tap)
 
 
-def _check_same_teacher(store: Store, there: Plan, config: BuildConfig, tokenizer: TextTokenizer) -> None:
+def _check_same_teacher(store: Store, there: Plan, teacher: str, tokenizer: TextTokenizer) -> None:
     pairs = {
-        "weights": (there.teacher.weights_digest, weights_digest(config.teacher.path)),
+        "weights": (there.teacher.weights_digest, weights_digest(teacher)),
         "tokenizer": (there.rows.tokenizer_digest, tokenizer.digest),
     }
     facts = {name: f"there {then!r}, here {now!r}" for name, (then, now) in pairs.items() if then != now}
@@ -236,7 +240,7 @@ def _check_same_teacher(store: Store, there: Plan, config: BuildConfig, tokenize
 
 
 def _check_same_numerics(store: Store, there: Plan, plan: Plan, accept_platform: bool) -> None:
-    """Of one cache all numbers come from one computation; other platforms only where the user accepts them.
+    """Check that all numbers of a cache come from one computation; other platforms only if the user accepts them.
 
     What compresses a segment's bytes is its own: the numbers do not depend on it.
     """

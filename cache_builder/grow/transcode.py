@@ -61,7 +61,7 @@ class TapCopy:
 
 
 def recoded_taps(groups: Sequence[RowGroup], taps: Sequence[TapPlan], signs: Signs) -> dict[str, str]:
-    """Of a copy's taps those that are decoded and encoded again, with a word on what that does."""
+    """List the taps of a copy that are decoded and encoded again, with a description of the effect."""
     found = {}
     for tap in taps:
         changes = {TapCopy(group, tap, signs).change for group in groups} - {""}
@@ -78,7 +78,7 @@ def _sums(numbers: jax.Array, real: jax.Array) -> SlotSums:
 
 
 def _numbers(decoded: jax.Array | TopK) -> jax.Array:
-    """What statistics are of: of logits, their values. A copy never encodes logits again."""
+    """Return the numbers that statistics cover: of logits, their values. A copy never encodes logits again."""
     return decoded.values if isinstance(decoded, TopK) else decoded
 
 
@@ -102,7 +102,7 @@ class _StoredStack:
         return self._tap.codec
 
     def is_kept_by(self, wanted: TapPlan, signs: Signs) -> bool:
-        """Whether the copy's codec would read these codes as they are."""
+        """Return whether the copy's codec would read these codes as they are."""
         if any(getattr(self._tap, name) != getattr(wanted, name) for name in CODEC_FIELDS):
             return False
         if wanted.rotate and not np.array_equal(
@@ -112,7 +112,7 @@ class _StoredStack:
         return not wanted.delta or self._read == self._at  # begins with a keyframe, and has no holes
 
     def read(self, rows: Sequence[int]) -> Parts:
-        """What is stored of these rows, checked against the digests; a bucket is asked more than once."""
+        """Read these rows' stored parts, checked against the digests, with retries from buckets."""
         for _ in range(READS_FROM_AFAR - 1 if self._segment.store.is_bucket else 0):
             with contextlib.suppress(DamageError):
                 return self._read_once(rows)

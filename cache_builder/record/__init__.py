@@ -1,10 +1,13 @@
 """Recording: rows through the teacher, shards into the store.
 
 plan.py         what will be built
+identity.py     which settings identify a build; differences of two
+inputs.py       the teacher's config, tokenizer and rows
 work_units.py   a segment's work units and their leases
 replica.py      devices of one replica of the teacher
 pipeline.py     full shards on their way to the store
 writer.py       writes objects, then the receipt
+loop.py         the loop: teacher, codes, shards
 fixed_files.py  files of a segment that do not depend on its rows
 lockstep.py     builds by processes that share one teacher
 finish.py       receipts to index, statistics and manifest

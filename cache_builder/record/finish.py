@@ -4,18 +4,19 @@ Every step can be repeated after a crash, and two processes may do them at once:
 claims and prepared rows go only after the manifest is durable.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from distillcache.cache_builder.record.writer import add_stats
 from distillcache.schemas.cache.segment import check_place, manifest_in, read_manifest, read_receipt, segment_number
-from distillcache.schemas.errors import DistillcacheError, PlanMismatchError
+from distillcache.schemas.errors import DamageError, DistillcacheError, InputError, PlanMismatchError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.index import encode_record
 from distillcache.schemas.format.manifest import Manifest, Plan, SegmentEntry, ShardReceipt, Stats, TapStats
 from distillcache.schemas.format.times import summed_up
+from distillcache.schemas.runtime.peers import PeerError
 from distillcache.schemas.store.store import Store
 
 READERS = 16  # of receipts: a bucket takes tens of milliseconds for each
@@ -63,7 +64,7 @@ def segment_entry(store: Store, plan: Plan, index: bytes) -> SegmentEntry:
 
 
 def lists_segment(manifest: Manifest, segment: str) -> bool:
-    """Whether the segment is finished."""
+    """Return whether the segment is finished."""
     return any(entry.segment == segment for entry in manifest.segments)
 
 
@@ -130,3 +131,31 @@ def _small_files(store: Store, plan: Plan) -> Iterator[tuple[str, str]]:
     arrays = [part.array for tap in plan.taps for part in tap.parts]
     for name in ("plan.json", "stats.json", "side.safetensors", *(f"taps/{array}/zarr.json" for array in arrays)):
         yield name, digest_bytes(store.read(f"{prefix}/{name}") or b"")
+
+
+def unless_finished(
+    store: Store, work: Callable[[], Manifest], may_repeat: Callable[[], bool] = lambda: True
+) -> Manifest:
+    """Run `work`. If it fails because another process finished the segment and tidied up, run it once more.
+
+    It finds the finished segment then, and that nothing is left to do.
+
+    Args:
+        may_repeat: whether the work can be done again after it failed.
+    """
+    before = _num_segments(store)
+    try:
+        return work()
+    except (InputError, DamageError, StorageError, PeerError):
+        if _num_segments(store) <= before or not may_repeat():
+            raise
+    return work()
+
+
+def _num_segments(store: Store) -> int:
+    """Count the finished segments; a damaged manifest is reported elsewhere."""
+    try:
+        manifest = read_manifest(store)
+    except DamageError:
+        return 0
+    return 0 if manifest is None else len(manifest.segments)

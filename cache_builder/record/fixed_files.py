@@ -19,7 +19,9 @@ from distillcache.schemas.store.store import Store
 
 
 def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[str, bytes]:
-    """What does not depend on the rows, by key: the tokenizer, the arrays' metadata, the teacher's attention norms."""
+    """Return the files that do not depend on the rows, by key: the tokenizer, the arrays' metadata, the teacher's
+    attention norms.
+    """
     prefix = layout.segment_prefix(plan.segment)
     files = {layout.TOKENIZER: tokenizer.to_json().encode()} if segment_number(plan.segment) == 0 else {}
     side = {**attention_norms(decoder), **signs_of(plan)}

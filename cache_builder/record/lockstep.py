@@ -38,7 +38,7 @@ from distillcache.schemas.cache.segment import (
     segment_number,
 )
 from distillcache.schemas.cache.waiting import Waiting, holder_words
-from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.config import BuildOptions, TeacherMeshConfig
 from distillcache.schemas.errors import InputError, Interrupted, PlaceLostError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
@@ -57,19 +57,19 @@ POLL_S = 1.0  # how often to look whether another job's claim has ended
 
 @dataclass(frozen=True)
 class Dealing:
-    """How a segment's rows are dealt out to the places of teacher calls."""
+    """The distribution of a segment's rows over the positions of teacher calls."""
 
     plan: Plan
     processes: int
 
     @property
     def own_rows(self) -> int:
-        """Of each process in a call."""
+        """The number of rows of each process in a call."""
         return self.plan.batch_rows // self.processes
 
     @property
     def run_rows(self) -> int:
-        """Of each process in a piece: whole shards from whole calls."""
+        """The number of rows of each process in a work unit: whole shards from whole calls."""
         return lcm(self.own_rows, self.plan.shard_rows)
 
     @property
@@ -77,7 +77,7 @@ class Dealing:
         return -(-self.plan.rows.count // (self.processes * self.run_rows))
 
     def shards(self, piece: int) -> range:
-        """Those that the piece fills."""
+        """List the shards that the work unit fills."""
         count = self.processes * self.run_rows // self.plan.shard_rows
         return range(piece * count, min((piece + 1) * count, self.plan.num_shards))
 
@@ -101,7 +101,8 @@ class Together:
 
     store: Store
     plan: Plan
-    config: BuildConfig
+    options: BuildOptions
+    mesh_config: TeacherMeshConfig
     rows: RowSource
     decoder: Decoder
     mesh: Mesh
@@ -117,7 +118,7 @@ class Together:
 
 
 @contextmanager
-def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -> Iterator[Callable[[], None]]:
+def held_together(store: Store, plan: Plan, expiry_s: float, peers: Peers) -> Iterator[Callable[[], None]]:
     """The segment, held against other jobs while this one works on it; by the first process, for all.
 
     Returns: what raises `PlaceLostError` where another job has it by now.
@@ -130,7 +131,7 @@ def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -
         return
     begun = segment_names(store, segment_number(plan.segment))  # perhaps on another platform, which is accepted
     segment = begun[0] if begun else plan.segment
-    claims = Claims(store, segment, config.claim_expiry_s, key=layout.job_claim_key) if peers.first else None
+    claims = Claims(store, segment, expiry_s, key=layout.job_claim_key) if peers.first else None
 
     def check() -> None:
         if claims is not None and not claims.holds(0):
@@ -141,7 +142,7 @@ def held_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -
             )
 
     try:
-        peers.share("held", lambda: _hold(store, claims, config.claim_expiry_s))
+        peers.share("held", lambda: _hold(store, claims, expiry_s))
         yield check
         if claims is not None:
             claims.done(0)  # finished, and tidied up
@@ -186,7 +187,7 @@ def _hold(store: Store, claims: Claims | None, expiry_s: float) -> bytes:
     return b"held"
 
 
-def settle_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers) -> Plan:
+def settle_together(store: Store, plan: Plan, accept_platform: bool, peers: Peers) -> Plan:
     """The plan in the store; every process compares its own with the one that the first has settled.
 
     Raises:
@@ -194,8 +195,8 @@ def settle_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers)
         StorageError: a process does not see what the first one wrote.
     """
     if peers.count == 1:
-        return settle_plan(store, plan, config.accept_platform)
-    said = peers.share("plan", lambda: to_canonical(settle_plan(store, plan, config.accept_platform)))
+        return settle_plan(store, plan, accept_platform)
+    said = peers.share("plan", lambda: to_canonical(settle_plan(store, plan, accept_platform)))
     if peers.first:
         return from_canonical(Plan, said, store.where(layout.plan_key(plan.segment)))
     if begun_plan(store, segment_number(plan.segment)) is None:
@@ -204,7 +205,7 @@ def settle_together(store: Store, plan: Plan, config: BuildConfig, peers: Peers)
             {"cache": store.url, "process": f"{peers.number} of {peers.count}"},
             "name a --cache that all processes reach: a shared disk or a bucket",
         )
-    return settle_plan(store, plan, config.accept_platform)
+    return settle_plan(store, plan, accept_platform)
 
 
 def build_together(job: Together) -> Manifest:
@@ -212,14 +213,14 @@ def build_together(job: Together) -> Manifest:
     numerics = describe_numerics(
         job.plan.numerics.dtype,
         job.plan.taps,
-        job.config.mesh.teacher_axes,
-        counted_processes(job.config, job.peers.count, job.plan.shard_rows),
+        job.mesh_config.teacher_axes,
+        counted_processes(job.mesh_config, job.plan.batch_rows, job.peers.count, job.plan.shard_rows),
         job.decoder.config.attention,
     )
     writer = ShardWriter(
         job.store,
         job.plan,
-        max_bytes=job.config.max_in_flight_mib << 20,
+        max_bytes=job.options.max_in_flight_mib << 20,
         numerics=numerics if numerics != job.plan.numerics else None,
         on_commit=lambda shard: None,
     )

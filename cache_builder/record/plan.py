@@ -1,7 +1,7 @@
-"""What will be built: sizes, slots and fingerprints, from a config, a teacher's config and the rows."""
+"""The plan of a build: sizes, slots and fingerprints, from a config, a teacher's config and the rows."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +10,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.describe import describe_numerics
 from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.schemas.cache.segment import begun_plan, named_by_plan, segment_names, segment_number
-from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.config import BuildSpec, TeacherMeshConfig
 from distillcache.schemas.config.differences import differing, told
 from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format import layout
@@ -21,7 +21,7 @@ from distillcache.schemas.store.store import Store
 
 
 def make_plan(
-    config: BuildConfig,
+    spec: BuildSpec,
     segment: str,
     model: ModelConfig,
     teacher: TeacherPlan,
@@ -30,6 +30,7 @@ def make_plan(
     rows_of: str | None = None,
     taps: Sequence[TapPlan] | None = None,
     processes: int = 1,
+    config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a segment. Pure but for the machine's platform, versions, name and clock.
 
@@ -38,31 +39,32 @@ def make_plan(
         rows_of: the segment whose rows they are, if another one's.
         taps: what to record, as `chosen_taps` gives it; default: all that the config asks for.
         processes: over which one replica of the teacher lies.
+        config: the whole config of the build, for people; default: the spec.
 
     Raises:
         ConfigError: the config asks for blocks, sizes or taps that cannot be.
     """
-    blocks = chosen_blocks(config.blocks, model.num_blocks)
-    taps = chosen_taps(config, model, rows.vocab_size) if taps is None else taps
+    blocks = chosen_blocks(spec.blocks, model.num_blocks)
+    taps = chosen_taps(spec, model, rows.vocab_size) if taps is None else taps
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * rows.row_tokens
-    shard_rows = layout.choose_shard_rows(row_bytes, rows.count, config.batch_rows, config.shard_mib, config.shard_rows)
+    shard_rows = layout.choose_shard_rows(row_bytes, rows.count, spec.batch_rows, spec.shard_mib, spec.shard_rows)
     plan = Plan(
         segment=segment,
         rows_of=rows_of,
         teacher=teacher,
         rows=rows,
-        taps=with_objects(taps, rows.row_tokens, shard_rows, config.object_mib),
+        taps=with_objects(taps, rows.row_tokens, shard_rows, spec.object_mib),
         blocks=blocks,
-        batch_rows=config.batch_rows,
+        batch_rows=spec.batch_rows,
         shard_rows=shard_rows,
         numerics=describe_numerics(
             dtype,
             taps,
-            config.mesh.teacher_axes,
-            counted_processes(config, processes, shard_rows),
-            chosen_kernel(config.attention, model, dtype),
+            spec.mesh.teacher_axes,
+            counted_processes(spec.mesh, spec.batch_rows, processes, shard_rows),
+            chosen_kernel(spec.attention, model, dtype),
         ),
-        config=config.model_dump(mode="json"),
+        config=dict(config or spec.model_dump(mode="json")),
         created={
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
@@ -72,14 +74,14 @@ def make_plan(
     return named_by_plan(plan)
 
 
-def counted_processes(config: BuildConfig, processes: int, shard_rows: int) -> int:
+def counted_processes(mesh: TeacherMeshConfig, batch_rows: int, processes: int, shard_rows: int) -> int:
     """The processes over which a replica lies, if the bits may depend on their number; 1 if not."""
-    sums_more_than_two = max(config.mesh.tensor, config.mesh.expert) > 2  # two are the same in any order
-    in_order = config.batch_rows // processes % shard_rows == 0
+    sums_more_than_two = max(mesh.tensor, mesh.expert) > 2  # two are the same in any order
+    in_order = batch_rows // processes % shard_rows == 0
     return processes if sums_more_than_two or not in_order else 1
 
 
-def chosen_taps(config: BuildConfig, model: ModelConfig, token_ids: int | None = None) -> list[TapPlan]:
+def chosen_taps(spec: BuildSpec, model: ModelConfig, token_ids: int | None = None) -> list[TapPlan]:
     """The taps that a config asks for, with their slots and arrays; the objects are not divided yet.
 
     Args:
@@ -88,8 +90,8 @@ def chosen_taps(config: BuildConfig, model: ModelConfig, token_ids: int | None =
     Raises:
         ConfigError: the config asks for blocks, codecs or taps that cannot be.
     """
-    blocks = chosen_blocks(config.blocks, model.num_blocks)
-    return choose_taps(config.taps, blocks, model.hidden_size, model.vocab_size, token_ids)
+    blocks = chosen_blocks(spec.blocks, model.num_blocks)
+    return choose_taps(spec.taps, blocks, model.hidden_size, model.vocab_size, token_ids)
 
 
 def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:
@@ -97,10 +99,10 @@ def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, obje
     return tuple(_with_objects(tap, row_tokens, shard_rows, object_mib) for tap in taps)
 
 
-def check_choices(config: BuildConfig, model: ModelConfig, token_ids: int) -> None:
+def check_choices(spec: BuildSpec, model: ModelConfig, token_ids: int) -> None:
     """Raise `ConfigError` for blocks, taps or sizes that cannot be, before anything is prepared or written."""
-    chosen_taps(config, model, token_ids)
-    layout.choose_shard_rows(1, 1, config.batch_rows, config.shard_mib, config.shard_rows)
+    chosen_taps(spec, model, token_ids)
+    layout.choose_shard_rows(1, 1, spec.batch_rows, spec.shard_mib, spec.shard_rows)
 
 
 def refuse_foreign_folder(store: Store, flag: str) -> None:

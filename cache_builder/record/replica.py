@@ -1,4 +1,4 @@
-"""Where one replica of the teacher lies: on a device, on the devices of this process, or on those of a whole job."""
+"""Placement of one replica of the teacher: on a device, on the devices of this process, or on those of a whole job."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from distillcache.models.describe import describe_teacher
 from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.models.mesh.recording import RecordingMesh
 from distillcache.models.mesh.sharding import check_processes, make_mesh
-from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.config import BuildOptions, BuildSpec, TeacherMeshConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.manifest import TeacherPlan
@@ -30,54 +30,54 @@ class Replica:
     peers: Peers
     stop: StopRequest
 
-    def load(self, config: BuildConfig) -> Decoder:
+    def load(self, path: str, spec: BuildSpec) -> Decoder:
         """The teacher, on its devices."""
-        decoder = load_pretrained(config.teacher.path, dtype=config.dtype, mesh=self.mesh)
-        return with_attention(decoder, chosen_kernel(config.attention, decoder.config, str(decoder.dtype)))
+        decoder = load_pretrained(path, dtype=spec.dtype, mesh=self.mesh)
+        return with_attention(decoder, chosen_kernel(spec.attention, decoder.config, str(decoder.dtype)))
 
     def describe_teacher(self, path: str, model: ModelConfig) -> TeacherPlan:
-        """What the plan says about the teacher. One process reads all weights for their digest."""
+        """Return the plan's facts about the teacher. One process reads all weights for their digest."""
         said = self.peers.share("teacher", lambda: to_canonical(describe_teacher(path, model)))
         return from_canonical(TeacherPlan, said, "what the first process says of the teacher")
 
 
-def is_job(config: BuildConfig) -> bool:
-    """Whether the build works in lock-step with other processes, as far as can be told before they meet."""
-    return config.replica == "job" and has_peers(config.coordinator)
+def is_job(options: BuildOptions) -> bool:
+    """Return whether the build works in lock-step with other processes, as far as can be told before they meet."""
+    return options.replica == "job" and has_peers(options.coordinator)
 
 
 @contextmanager
-def open_replica(config: BuildConfig) -> Iterator[Replica]:
+def open_replica(spec: BuildSpec, options: BuildOptions) -> Iterator[Replica]:
     """The devices, after all processes have met that they belong to; SIGTERM and SIGINT are watched.
 
     Raises:
         ConfigError: the mesh, the devices, the processes and `batch_rows` do not fit together.
         PeerError: a process does not come, fails or dies.
     """
-    if config.replica == "process":
+    if options.replica == "process":
         with watch_for_stop() as stop:
-            yield Replica(_mesh(config), ALONE, stop)
+            yield Replica(_mesh(spec.mesh, spec.batch_rows), ALONE, stop)
         return
-    given = config.num_processes > 1 or config.process_id > 0
-    numbers = (config.num_processes, config.process_id) if given else (None, None)
-    with join_peers(config.coordinator, *numbers, config.timeout_s) as peers:
+    given = options.num_processes > 1 or options.process_id > 0
+    numbers = (options.num_processes, options.process_id) if given else (None, None)
+    with join_peers(options.coordinator, *numbers, options.timeout_s) as peers:
         if not peers.first:
             progress.be_quiet()
         with watch_for_stop(together=peers.count > 1) as stop:
-            yield Replica(_mesh(config, peers.count), peers, stop)
+            yield Replica(_mesh(spec.mesh, spec.batch_rows, peers.count), peers, stop)
 
 
-def _mesh(config: BuildConfig, processes: int = 1) -> Mesh | None:
-    mesh = make_mesh(config.mesh)
+def _mesh(config: TeacherMeshConfig, batch_rows: int, processes: int = 1) -> Mesh | None:
+    mesh = make_mesh(config)
     if processes > 1:
-        check_processes(mesh, config.mesh)
+        check_processes(mesh, config)
     if mesh is None:
         return None
-    cuts = RecordingMesh.of(mesh, config.batch_rows, 1).row_cuts
+    cuts = RecordingMesh.of(mesh, batch_rows, 1).row_cuts
     if cuts % processes:
         raise ConfigError(
             "a teacher call has no whole rows for every process",
-            {"batch_rows": config.batch_rows, "processes": processes, "mesh": _sizes(config)},
+            {"batch_rows": batch_rows, "processes": processes, "mesh": _sizes(config)},
             f"make batch_rows a multiple of {mesh.size}, the devices of the mesh",
         )
     if processes > 1 and mesh.size % processes:
@@ -89,5 +89,5 @@ def _mesh(config: BuildConfig, processes: int = 1) -> Mesh | None:
     return mesh
 
 
-def _sizes(config: BuildConfig) -> str:
-    return ", ".join(f"{axis} {size}" for axis, size in config.mesh.model_dump().items())
+def _sizes(config: TeacherMeshConfig) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in config.model_dump().items())

@@ -19,7 +19,7 @@ from distillcache.models.recorder import Recording, raise_if_too_large
 from distillcache.schemas.cache.lease import Claims
 from distillcache.schemas.cache.segment import check_place, committed_shards, read_manifest
 from distillcache.schemas.cache.waiting import Waiting
-from distillcache.schemas.config import BuildConfig, CopyConfig
+from distillcache.schemas.config import ShardWorkers
 from distillcache.schemas.errors import Interrupted, NonFiniteError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan
@@ -34,7 +34,7 @@ Batches = Iterator[tuple[int, list[Row]]]  # (first row, rows)
 
 
 class RowSource(Protocol):
-    """Where rows come from: prepared ones, or those of a cache."""
+    """A source of rows: prepared ones, or those of a cache."""
 
     def slice(self, start: int, stop: int) -> list[Row]:
         """Rows `start` to `stop - 1` of the segment."""
@@ -66,7 +66,7 @@ class Pieces:
 class ClaimedPieces(Pieces):
     """Work that processes share by claims."""
 
-    config: BuildConfig | CopyConfig
+    options: ShardWorkers
     claims: Claims
 
 
@@ -96,7 +96,7 @@ def work_through(
     writer = ShardWriter(
         job.store,
         job.plan,
-        max_bytes=job.config.max_in_flight_mib << 20,
+        max_bytes=job.options.max_in_flight_mib << 20,
         numerics=numerics,
         on_commit=on_commit,
         commit=commit,
@@ -111,9 +111,10 @@ def work_through(
 def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> Batches:
     """(first row, rows) of every teacher batch of the pieces that this process claims, until none is left."""
     count = -(-job.plan.rows.count // job.piece_rows)
-    order = _order(count, job.config.process_id, job.config.num_processes)
+    order = _order(count, job.options.process_id, job.options.num_processes)
     committed = _Committed(job, bar)
-    pauses, waiting = _pauses(job.store, job.config), Waiting("for pieces that another process has claimed")
+    pauses = _pauses(job.store, job.options.claim_expiry_s)
+    waiting = Waiting("for pieces that another process has claimed")
     while True:
         check_place(job.store, job.plan)
         committed.look()
@@ -134,7 +135,7 @@ def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> 
             committed.ours(piece)
             yield from piece_batches(job, writer, piece)
         if took_any:
-            pauses = _pauses(job.store, job.config)
+            pauses = _pauses(job.store, job.options.claim_expiry_s)
             waiting.over()
         else:
             waiting.tell(job.claims.holder())
@@ -165,7 +166,7 @@ class _Committed:
 
     def has_now(self, piece: int) -> bool:
         """`has`, after another look where the last one is old: cheaper than a claim on what others have done."""
-        if time.monotonic() - self._looked > self._job.config.claim_expiry_s / 4:
+        if time.monotonic() - self._looked > self._job.options.claim_expiry_s / 4:
             self.look()
         return self.has(piece)
 
@@ -182,27 +183,27 @@ def _order(count: int, process: int, processes: int) -> list[int]:
     return [*mine, *others]
 
 
-def _pauses(store: Store, config: BuildConfig | CopyConfig) -> Iterator[float]:
-    """How long to wait, again and again, for other processes: of a bucket, hundreds may be asking."""
-    pause, longest = POLL_S, max(POLL_S, config.claim_expiry_s / 4 if store.is_bucket else 0)
+def _pauses(store: Store, expiry_s: float) -> Iterator[float]:
+    """Yield the pauses between looks at other processes' progress; longer for buckets, which hundreds may be asking."""
+    pause, longest = POLL_S, max(POLL_S, expiry_s / 4 if store.is_bucket else 0)
     while True:
         yield pause * random.uniform(0.7, 1.3)
         pause = min(2 * pause, longest)
 
 
 def by_one_process(
-    store: Store, plan: Plan, config: BuildConfig | CopyConfig, stop: StopRequest, finish: Callable[[], Manifest]
+    store: Store, plan: Plan, options: ShardWorkers, stop: StopRequest, finish: Callable[[], Manifest]
 ) -> Manifest:
     """The manifest, after one of the segment's processes has done `finish`: reading every receipt takes its time.
 
     Where only one process is known of, it does so without asking. Two that do it write the same.
     """
-    if config.num_processes == 1:
+    if options.num_processes == 1:
         return finish()
-    claims = Claims(store, plan.segment, config.claim_expiry_s, key=layout.finish_claim_key)
+    claims = Claims(store, plan.segment, options.claim_expiry_s, key=layout.finish_claim_key)
     waiting = Waiting("for another process to finish")
     try:
-        for pause in _pauses(store, config):
+        for pause in _pauses(store, options.claim_expiry_s):
             manifest = read_manifest(store)
             if manifest is not None and lists_segment(manifest, plan.segment):
                 tidy(store, plan)  # this process may have committed what another took for abandoned
@@ -232,7 +233,7 @@ def _has_receipt(job: ClaimedPieces, shard: int) -> bool:
 
 
 def _is_finished(job: ClaimedPieces) -> bool:
-    """Whether another process has finished the segment. Its manifest is there before any receipt goes."""
+    """Return whether another process has finished the segment. Its manifest is there before any receipt goes."""
     manifest = read_manifest(job.store)
     return manifest is not None and lists_segment(manifest, job.plan.segment)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a cache: everything that lies there, compared with what was committed.
+"""Checks of a cache: compares everything in it with what was committed.
 
 What vouches for what: the manifest carries its own digest; it holds the digests of the tokenizer, of each segment's
 small files and of its index.bin; a record of index.bin holds those of a shard's objects, of their inner chunks, and
@@ -121,7 +121,7 @@ def _small_file(key: str, data: bytes | None, digest: str, view: SegmentView | N
 
 
 def _is_canonical(key: str, data: bytes) -> bool:
-    """Whether a JSON object of ours is whole, and so of another build."""
+    """Return whether a JSON object of ours is whole, and so of another build."""
     model = {"plan.json": Plan, "stats.json": Stats}.get(key.rpartition("/")[2])
     if model is None:
         return False
@@ -220,7 +220,7 @@ class _IndexReading:
         self._add(rest[plan.num_shards * size :])
 
     def findings(self, explained: bool) -> Iterator[Finding]:
-        """What is wrong with the whole file, unless records that were found damaged explain it."""
+        """Yield the faults of the whole file, unless damaged records already explain them."""
         entry, view = self.view.entry, self.view
         if view.shards is not None or entry is None or explained or self.digest.hexdigest() == entry.index_digest:
             return

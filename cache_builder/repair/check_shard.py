@@ -1,4 +1,4 @@
-"""What is wrong with one stored object of a shard: its bytes against the digests that were committed for it."""
+"""Checks of one stored object of a shard: its bytes against the committed digests."""
 
 import math
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class StoredObject:
-    """What was committed about one object of a shard, or (without a piece) about its file of rows.
+    """The committed facts about one object of a shard, or (without a piece) about its file of rows.
 
     rows: those of the cache that it serves.
     """
@@ -88,7 +88,7 @@ def stored_objects(plan: Plan, first_row: int, shard: int, record: Any) -> Itera
 
 
 def check_object(store: Store, plan: Plan, stored: StoredObject, quick: bool) -> Fault | None:
-    """What is wrong with a stored object, if anything is.
+    """Check a stored object; yields its faults.
 
     Args:
         quick: look at its length and its shard index only.
@@ -134,7 +134,7 @@ def _stream_digest(store: Store, stored: StoredObject) -> str | None:
 
 
 def _check_rows(plan: Plan, stored: StoredObject, data: bytes) -> Fault | None:
-    """What is wrong with a file of rows whose bytes are the committed ones: it was written wrong."""
+    """Check a file of rows whose bytes are the committed ones: a fault means that it was written wrong."""
     try:
         for record in unpack_rows(data, stored.rows[1] - stored.rows[0]):
             if (length := len(decode_row(record).tokens)) != plan.rows.row_tokens:
@@ -149,7 +149,7 @@ def _check_rows(plan: Plan, stored: StoredObject, data: bytes) -> Fault | None:
 def _compare_chunks(
     plan: Plan, piece: Piece, data: bytes
 ) -> tuple[Bool[np.ndarray, "rows slots"], Bool[np.ndarray, "rows slots"]]:
-    """Of every inner chunk in an object's bytes: whether it is the committed one, and whether it can be read at all."""
+    """Compare every inner chunk in an object's bytes with the committed one, and check that it can be read at all."""
     rows, slots = piece.chunks.shape
     metadata = {
         **part_metadata(plan, piece.part),
@@ -180,7 +180,7 @@ def _check_quickly(store: Store, plan: Plan, stored: StoredObject) -> Fault | No
 
 
 def _shard_index_fault(store: Store, plan: Plan, stored: StoredObject, piece: Piece) -> str | None:
-    """What is wrong with an object's shard index: the zarr3 sharding codec encodes it as an array of its own.
+    """Check an object's shard index: the zarr3 sharding codec encodes it as an array of its own.
 
     `[R, Lc, 1, 1, 2]` uint64: offset and length of every inner chunk. It ends the object.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from distillcache.cache_builder.grow.copy import Copying, SelectedRows, copied_files
+from distillcache.cache_builder.grow.copying import Copying, SelectedRows, copied_files
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.work_units import Batches, Pieces, RowSource
 from distillcache.cache_builder.repair.from_teacher import check_whole, damages_of, drop_receipts, tell_repaired
@@ -18,7 +18,7 @@ from distillcache.cache_builder.repair.restore import mend_segment
 from distillcache.cache_builder.repair.survey import SegmentView, survey_cache
 from distillcache.schemas.cache.addressing import row_groups
 from distillcache.schemas.cache.segment import Segment, open_cache, read_manifest
-from distillcache.schemas.config import CopyConfig
+from distillcache.schemas.config import CopyConfig, CopySpec
 from distillcache.schemas.errors import ConfigError, DamageError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
@@ -27,9 +27,6 @@ from distillcache.schemas.format.manifest import Manifest, Plan
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import watch_for_stop
 from distillcache.schemas.store.store import Store
-
-# What of a config says where and how a copy runs, not what it holds.
-_OF_ONE_RUN = {"src", "dst", "max_in_flight_mib", "claim_expiry_s", "storage", "process_id", "num_processes", "repair"}
 
 
 def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyConfig, Manifest | None]:
@@ -85,7 +82,7 @@ def _config_of(plan: Plan, config: CopyConfig) -> CopyConfig:
     facts = {
         name: f"there {then.get(name, 'not set')!r}, here {value!r}"
         for name, value in now.items()
-        if name not in _OF_ONE_RUN and then.get(name) != value
+        if name in CopySpec.model_fields and then.get(name) != value
     }
     if facts:
         raise PlanMismatchError(
@@ -93,7 +90,7 @@ def _config_of(plan: Plan, config: CopyConfig) -> CopyConfig:
             {"cache": config.dst, **facts},
             "leave them out: a repair finds them in the copy's plan",
         )
-    kept = {name: value for name, value in then.items() if name not in _OF_ONE_RUN}
+    kept = {name: value for name, value in then.items() if name in CopySpec.model_fields}
     return CopyConfig.model_validate({**kept, **now})
 
 
@@ -110,7 +107,9 @@ class _FromSource:
         return copied_files(self.source, row_groups(self._segments)[0], self.plan)
 
     def fixed_files_of(self, view: SegmentView) -> Mapping[str, bytes]:
-        """Of a segment that may be another one: what a teacher added to the copy cannot be told from here."""
+        """Return the fixed files of a segment, which may be one that a teacher added: that part cannot be known
+        from here.
+        """
         if view.plan.copied_from is None:
             return {layout.MANIFEST: b""}
         return self.fixed_files()

@@ -16,10 +16,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from distillcache.cache_builder.build import OF_ONE_RUN, Work, config_differences, open_or_prepare, record_batches
 from distillcache.cache_builder.prepare import open_rows
 from distillcache.cache_builder.record.finish import BUILD_FOLDERS, tidy
 from distillcache.cache_builder.record.fixed_files import fixed_files
+from distillcache.cache_builder.record.identity import config_differences
+from distillcache.cache_builder.record.inputs import open_or_prepare
+from distillcache.cache_builder.record.loop import Work, record_batches
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.work_units import Batches, Pieces, RowSource
 from distillcache.cache_builder.repair.check import check_cache
@@ -36,7 +38,7 @@ from distillcache.models.mesh.sharding import make_mesh
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
 from distillcache.schemas.cache.segment import check_place, no_cache, read_plan, segment_names
 from distillcache.schemas.command_line import merge, validate
-from distillcache.schemas.config import BuildConfig, DataConfig, TeacherMeshConfig
+from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, TeacherMeshConfig, Workers
 from distillcache.schemas.config.differences import told
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError, InputError, PlanMismatchError
@@ -68,15 +70,17 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
     built = [plan for plan in plans if plan.copied_from is None]
     if not built:
         raise _is_a_copy(store, plans[0])
-    then = {name: value for name, value in built[0].config.items() if name == "teacher" or name not in OF_ONE_RUN}
+    recorded = {"teacher", *BuildSpec.model_fields}
+    then = {name: value for name, value in built[0].config.items() if name in recorded}
     return merge({**then, "data": _stated(then["data"])}, values)
 
 
 def _states_settings(values: dict[str, Any]) -> bool:
-    """Whether these values are a whole config, not only places and how to run."""
+    """Return whether these values are a whole config, not only places and how to run."""
     data = values.get("data")
     inner = data.keys() - {"path", "tokenizer"} if isinstance(data, dict) else set()
-    return {"teacher", "data"} <= values.keys() and bool(values.keys() - OF_ONE_RUN - {"data"} or inner)
+    stated = values.keys() & BuildSpec.model_fields.keys() - {"data"}
+    return {"teacher", "data"} <= values.keys() and bool(stated or inner)
 
 
 def _stated(data: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
 
 
 def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
-    """What is damaged in the finished segments, in the manifest's order: rows before what is added to them."""
+    """List the damage of the finished segments, in the manifest's order: rows before what is added to them."""
     manifest = survey.manifest
     found = [
         Damage.of(survey.store, view, view.entry, manifest, findings)
@@ -190,9 +194,9 @@ def _is_a_copy(store: Store, plan: Plan) -> ConfigError:
     )
 
 
-def _check_describes_one(store: Store, plans: Sequence[Plan], config: BuildConfig) -> None:
+def _check_describes_one(store: Store, plans: Sequence[Plan], spec: BuildSpec) -> None:
     """Settings that no segment was built with are a mistake, though none of them would count here."""
-    found = [config_differences(plan, config) for plan in plans]
+    found = [config_differences(plan, spec) for plan in plans]
     if all(found):
         raise PlanMismatchError(
             "the cache belongs to another config",
@@ -290,7 +294,10 @@ class _FromTeacher:
         self.teacher.check(self.store, self._plan)
         damage = self.damage
         lost = damage is not None and damage.plan.rows_of is None and damage.lost_rows(shards)
-        return _prepared_again(self.store, self.base, self.teacher.config, self._tokenizer) if lost else self._whole
+        if not lost:
+            return self._whole
+        config = self.teacher.config
+        return _prepared_again(self.store, self.base, config.data.path, config, self._tokenizer)
 
     @property
     def _whole(self) -> "_CacheRows":
@@ -323,14 +330,16 @@ class _CacheRows:
         return [decode_row(record, f"{self._store.where(key)} row {place}") for place, record in enumerate(records)]
 
 
-def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: TextTokenizer) -> RowSource:
+def _prepared_again(
+    store: Store, plan: Plan, path: str | list[str], workers: Workers, tokenizer: TextTokenizer
+) -> RowSource:
     """The rows of the text that the plan names, or that the command does.
 
     Raises:
         PlanMismatchError: neither is the text that the rows are of, or it gives other rows now.
     """
     own = DataConfig.model_validate(_stated(plan.config["data"]))
-    places = [own, own.model_copy(update={"path": config.data.path})]
+    places = [own, own.model_copy(update={"path": path})]
     found = {str(data.path): _text_digest(data, tokenizer) for data in places}
     there = [data for data in places if found[str(data.path)] == plan.rows.text_digest]
     facts: dict[str, object] = {"cache": f"{store.url}, segment {plan.segment}"}
@@ -338,7 +347,7 @@ def _prepared_again(store: Store, plan: Plan, config: BuildConfig, tokenizer: Te
     if not there:
         facts |= {"text then": plan.rows.text_digest, **{f"now {path}": digest for path, digest in found.items()}}
         raise PlanMismatchError("rows of the cache are damaged, and their text is not there now", facts, advice)
-    rows = open_or_prepare(store, config.model_copy(update={"data": there[0]}), tokenizer, plan=plan)
+    rows = open_or_prepare(store, there[0], workers, tokenizer, plan=plan)
     if describe_rows(rows) != plan.rows:
         facts |= {
             "rows then": f"{plan.rows.count}, digest {plan.rows.content_digest}",

@@ -35,7 +35,7 @@ from distillcache.schemas.store.store import Store
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a finished segment, sorted by what it takes to repair it.
+    """The damage of a finished segment, sorted by what its repair takes.
 
     store: raises where the segment is another's by now (`check_listed`).
     keys: the damaged objects. shards: those whose objects, rows or index records are damaged.
@@ -55,7 +55,7 @@ class Damage:
     def of(
         cls, store: Store, view: SegmentView, entry: SegmentEntry, manifest: Manifest, findings: Sequence[Finding]
     ) -> "Damage":
-        """Of the findings those about this segment; the first segment answers for the tokenizer, too."""
+        """Select the findings about this segment; the first segment also answers for the tokenizer."""
         first = segment_number(view.plan.segment) == 0
         mine = [
             finding
@@ -88,7 +88,7 @@ class Damage:
         return frozenset(range(self.plan.num_shards)) if self.stats else self.unindexed
 
     def lost_rows(self, shards: Set[int]) -> set[int]:
-        """Of these shards those whose own rows are damaged, or cannot be told from damaged ones."""
+        """Select the shards whose own rows are damaged, or cannot be told from damaged ones."""
         lost = {shard for shard in shards if layout.rows_key(self.plan.segment, shard) in self.keys}
         return lost | (self.unindexed & shards)
 
@@ -125,11 +125,11 @@ class Maker(Protocol):
     """Makes what a segment holds again."""
 
     def fixed_files(self) -> Mapping[str, bytes]:
-        """What does not depend on the rows, by key."""
+        """Return the files that do not depend on the rows, by key."""
         ...
 
     def rows(self, shards: Set[int]) -> RowSource:
-        """Where these shards' rows come from."""
+        """Return the source of these shards' rows."""
         ...
 
     def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
@@ -180,7 +180,7 @@ def _restore_fixed_files(damage: Damage, maker: Maker) -> None:
 
 
 def _is_repaired(damage: Damage, shard: int) -> bool:
-    """Whether an interrupted repair has left this shard's receipt, and its objects are what the receipt says."""
+    """Return whether an interrupted repair has left this shard's receipt, and its objects are what the receipt says."""
     store, view = damage.store, damage.view
     if store.read(layout.receipt_key(view.plan.segment, shard)) is None:
         return False

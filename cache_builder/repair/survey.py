@@ -1,4 +1,4 @@
-"""What there is of a cache: its manifest, its plans, and a listing that shows what does not belong.
+"""Survey of a cache: its manifest, its plans, and a listing that shows what does not belong.
 
 The first half of checking (check.py is the other): no digest of an object is looked at yet.
 """
@@ -46,7 +46,7 @@ class SegmentView:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Of the cache."""
+        """The number of rows of the cache."""
         return self.first_row, self.first_row + self.plan.rows.count
 
     @property
@@ -59,7 +59,7 @@ class SegmentView:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a listing of the cache, its manifest and its plans say; `findings` are those made so far."""
+    """Content of a cache by its listing, its manifest and its plans; `findings` are those made so far."""
 
     store: Store
     manifest: Manifest | None
@@ -202,7 +202,7 @@ def _stale_locks(store: Store, manifest: Manifest | None, unfinished: list[Segme
 
 
 def _belongs(name: str, view: SegmentView) -> bool:
-    """Whether a segment has a file of this name."""
+    """Return whether a segment has a file of this name."""
     plan, building = view.plan, view.shards is not None
     arrays = {part.array: len(part.object_ranges()) for tap in plan.taps for part in tap.parts}
     small = {"plan.json", "index.bin", "stats.json", "times.json", "side.safetensors", "skipped.jsonl"}

@@ -1,6 +1,7 @@
 """From input files to packed rows.
 
 files/           input files, one module for each format
+document.py      Document: text or tokens, and where it was found
 documents.py     documents from input files
 chat.py          chats to text, with the assistant's spans
 skipped.py       records left out by data.on_error: skip

@@ -194,7 +194,7 @@ class _Chat:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Count the characters that two texts have in common at their start."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -287,7 +287,7 @@ def _mappings(value: Any, name: str, where: str) -> list[Any] | None:
 
 
 def _parsed(value: Any, name: str, where: str) -> Any:
-    """What a JSON text says; anything else as it is, and a text that is no JSON too."""
+    """Parse a JSON text; anything else, also text that is not JSON, is returned as it is."""
     if not isinstance(value, str):
         return value
     if not value.strip():

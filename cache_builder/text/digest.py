@@ -1,4 +1,4 @@
-"""What identifies a corpus: the digest of its files' bytes, the same wherever they lie.
+"""Identity of a corpus: the digest of its files' bytes, independent of their location.
 
 A digest needs every byte. Where all files lie in buckets that mark the versions of their objects (generation, ETag),
 a rows folder keeps `inputs.json`: as long as a listing shows the same versions, the text need not be read again.

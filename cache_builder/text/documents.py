@@ -4,45 +4,17 @@ Documents of white space alone, and of no tokens, are skipped.
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from jaxtyping import Bool, Int32
-from numpy import ndarray
-
 from distillcache.cache_builder.text.chat import MESSAGES, TOOLS, named_chat_template, written_chats
+from distillcache.cache_builder.text.document import Document, FoundDocument, TokenDocument
 from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, input_files
 from distillcache.cache_builder.text.files.plain import line_records, text_of_record, too_long, whole_text
 from distillcache.cache_builder.text.skipped import Skipped, skipped_record
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import DataConfig
 from distillcache.schemas.errors import InputError, RecordError
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, how messages name the place that it came from, and how many bytes of the input are read by now.
-
-    spans: of a chat, the characters `(start, end)` whose tokens are targets; None: a plain text, all of it.
-    """
-
-    text: str
-    where: str
-    read_bytes: int = 0
-    spans: tuple[tuple[int, int], ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class TokenDocument:
-    """Tokens that were made elsewhere, and which of them are targets. They are taken as they are: no BOS, no EOS."""
-
-    tokens: Int32[ndarray, "n"]
-    counted: Bool[ndarray, "n"]
-    where: str
-    read_bytes: int = 0
-
-
-FoundDocument = Document | TokenDocument | Skipped
 
 
 def documents(data: DataConfig, tokenizer: TextTokenizer | None = None) -> Iterator[Document | TokenDocument]:

@@ -67,7 +67,7 @@ def mark_document(
 
 
 def count_begins(marked: np.ndarray) -> int:
-    """How many documents begin among these marked tokens."""
+    """Count the documents that begin among these marked tokens."""
     return int(np.count_nonzero(marked["marks"] & BEGINS))
 
 

@@ -29,7 +29,7 @@ READ_AHEAD = 2  # files of rows on their way while one is digested
 
 @dataclass(frozen=True)
 class RowsJob:
-    """What rows are made from."""
+    """Inputs that rows are made from."""
 
     data: DataConfig
     tokenizer: TextTokenizer
@@ -51,13 +51,13 @@ class RowsJob:
         return None if self.data.max_rows is None else self.data.max_rows * self.data.row_tokens
 
     def is_enough(self, tokens: int) -> bool:
-        """Whether no further document matters: one that begins where the last row ends is still counted."""
+        """Return whether no further document matters: one that begins where the last row ends is still counted."""
         return self.most_tokens is not None and tokens > self.most_tokens
 
 
 @dataclass(frozen=True)
 class RowsPlanned:
-    """What is known of the rows once every token is counted.
+    """Facts about the rows that are known once every token is counted.
 
     length: tokens in the stream.
     """
@@ -154,7 +154,7 @@ def rows_index(
     text_digest: str,
     skipped: int = 0,
 ) -> RowsIndex:
-    """What `rows.json` says of finished rows."""
+    """Return the index of finished rows, `rows.json`."""
     job = planned.job
     return RowsIndex(
         rows=planned.rows,

@@ -196,7 +196,7 @@ class _Work:
         return mine + sorted(set(pieces) - set(mine))
 
     def _is_beyond(self, number: int) -> bool:
-        """Whether the files before this one are known to fill all rows that are asked for."""
+        """Return whether the files before this one are known to fill all rows that are asked for."""
         if self._job.most_tokens is None:
             return False
         unknown = [each for each in range(number) if each not in self._receipts]

@@ -66,7 +66,9 @@ class StreamIndex(Config):
 
 
 def skipped_in(index: StreamIndex, job: RowsJob) -> list[Skipped]:
-    """What was left out of the text, as far as its tokens matter: the same as one process meets in reading order."""
+    """List the records left out of the text, as far as its tokens matter: the same as one process meets in reading
+    order.
+    """
     found, before = [], 0
     for file in index.files:
         found += [Skipped(each.where, each.error) for each in file.skipped if not job.is_enough(before + each.tokens)]
@@ -75,7 +77,7 @@ def skipped_in(index: StreamIndex, job: RowsJob) -> list[Skipped]:
 
 
 class PartsGone(Exception):
-    """What lay in the unfinished folder is not there any more: the rows are finished, or the folder was deleted."""
+    """Raised if the unfinished folder's content is gone: the rows are finished, or the folder was deleted."""
 
 
 class Unfinished:
@@ -116,7 +118,7 @@ def claim_key(fingerprint: str, piece: int) -> str:
 
 
 def job_fingerprint(job: RowsJob) -> str:
-    """Of all that decides the parts and the rows; where the files lie does not."""
+    """Digest everything that determines the parts and the rows; the location of the files does not."""
     settings = job.data.model_dump(mode="json", exclude={"path", "tokenizer"})
     template = None if job.tokenizer.chat is None or job.data.format != "chat" else job.tokenizer.chat.digest
     files = [[file.kind, file.size, file.version] for file in job.files]
@@ -152,7 +154,7 @@ def write_parts(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *
 
 
 class Watch:
-    """What long work tells, and asks, while it goes on. This one does nothing."""
+    """Callbacks of long work: progress and requests to stop. This one does nothing."""
 
     def read(self, consumed: int) -> None:
         """So many bytes of the present input file are read; raises to stop the work."""
@@ -220,7 +222,7 @@ class PartsStream:
         return np.concatenate(pieces)
 
     def documents_until(self, tokens: int) -> int:
-        """How many documents begin at or before place `tokens`."""
+        """Count the documents that begin at or before token `tokens`."""
         whole = bisect_right(self._ends, tokens)
         count = sum(part.documents for _, _, part in self._parts[:whole])
         start = self._ends[whole - 1] if whole else 0

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from distillcache.cache_builder.text.documents import Document, FoundDocument, TokenDocument
+from distillcache.cache_builder.text.document import Document, FoundDocument, TokenDocument
 from distillcache.cache_builder.text.files.inputs import InputReader
 from distillcache.cache_builder.text.packing import mark_document
 from distillcache.cache_builder.text.skipped import Skipped, skipped_record
@@ -27,7 +27,9 @@ class Pace:
         self._reader, self._before, self._now, self.share = reader, 0, 0, 1.0
 
     def begin(self) -> None:
-        """What was read since the last call is being tokenised now; `share` says which part of it is done."""
+        """Note that the bytes read since the last call are being tokenised now; `share` is the fraction that is
+        done.
+        """
         self._before, self._now, self.share = self._now, self._reader.consumed, 0.0
 
     @property

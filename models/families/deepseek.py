@@ -68,7 +68,9 @@ def _kv_heads(values: Values) -> int:
 
 
 def softmax_scale(width: int, rope: RopeConfig) -> float:
-    """Of queries and keys of this width: YaRN's amplitude is squared into it where `mscale_all_dim` says so."""
+    """Compute the softmax scale of queries and keys of this width: YaRN's amplitude is squared into it if
+    `mscale_all_dim` is set.
+    """
     amplitude = 1.0
     if rope.kind != "default" and rope.mscale_all_dim and rope.factor > 1:
         amplitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0

@@ -83,7 +83,7 @@ def _read_gemma3_text(values: Values) -> ModelConfig:
 
 
 def _read_gemma3(values: Values) -> ModelConfig:
-    """Whether the head is tied is said beside `text_config`; inside it may be repeated."""
+    """Read a Gemma 3 config. `tie_word_embeddings` stands beside `text_config`; inside it, it may be repeated."""
     tied = values.flag("tie_word_embeddings")
     inside = text_config(values, GEMMA3_TEXT).get("tie_word_embeddings", tied)
     if inside != tied:

@@ -69,8 +69,9 @@ def _long_rope(config: ModelConfig, rope: RopeConfig) -> dict[str, Any]:
 
 
 def says_heads(config: ModelConfig) -> bool:
-    """Whether transformers' Phi3Config takes these heads: it counts LongRoPE's factors by the hidden size over the
-    query heads, whatever `head_dim` says."""
+    """Return whether transformers' Phi3Config accepts these heads: it counts LongRoPE's factors by the hidden size
+    over the query heads, regardless of `head_dim`.
+    """
     width = int(config.hidden_size // config.num_heads * config.rope.fraction)
     return config.rope.kind != "longrope" or width // 2 == len(config.rope.short_factor)
 

@@ -225,7 +225,7 @@ def _check_target(target: Place) -> None:
 
 
 def _found_in(target: Place) -> list[str] | None:
-    """What lies there, by name; None: it is a file."""
+    """List the names in a folder; None if it is a file."""
     if isinstance(target, ObjectPath):
         return target.keys()
     if not target.is_dir():

@@ -60,7 +60,7 @@ def _not_finite(where: object, name: str, stored: np.ndarray, found: int, dtype:
 
 @dataclass(frozen=True)
 class TensorRead:
-    """What is read of one tensor, and into which parts of its parameter it goes.
+    """The part of one tensor that is read, and the part of its parameter that receives it.
 
     box: of the stored tensor. parts: numbers of the parts. cuts: of each of them, its box of what was read; None: the
     tensor is turned into the parameter's axes first, and then cut.
@@ -139,7 +139,9 @@ def plan_fill(
     mesh: Mesh | None,
     trained: TrainedParameters | None = None,
 ) -> ParameterFill:
-    """How this process fills its part of a parameter: from what was trained, if it was; else from tensors."""
+    """Plan how this process fills its part of a parameter: from trained values if there are any, otherwise from
+    tensors.
+    """
     name, shape = "/".join(map(str, path)), tuple(like.shape)
     boxes = tuple(held_boxes(name, shape, mesh))
     if trained is not None and name in trained.names:
@@ -175,5 +177,5 @@ def _plan_read(slot: TensorSlot, shape: tuple[int, ...], boxes: Sequence[Box]) -
 
 
 def _holds(box: Box, index: tuple[int, ...]) -> bool:
-    """Whether a place on the leading axes is in this box."""
+    """Return whether an index of the leading axes is in this box."""
     return all(axis.start <= at < axis.stop for at, axis in zip(index, box, strict=False))

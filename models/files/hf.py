@@ -127,7 +127,7 @@ def weight_files(directory: Place) -> list[Place]:
 
 
 def names_in(directory: Place) -> list[str]:
-    """What lies in a folder, sorted; one request, where asking for each name would be one each."""
+    """List the names in a folder, sorted, with one request instead of one for each name."""
     return sorted(each.name for each in directory.iterdir())
 
 

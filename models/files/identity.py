@@ -60,7 +60,7 @@ def weights_digest(path: str | os.PathLike[str] | ObjectPath) -> str:
 
 
 def _maxtext_digest(place: MaxtextPlace) -> str:
-    """Of config.json, the notes and the parameters' values, however Orbax has laid them out."""
+    """Digest config.json, the notes and the parameters' values, independent of Orbax's layout."""
     config = (place.folder / CONFIG).read_bytes()
     source = MaxtextSource(place, config_from_hf(json.loads(config), place.folder / CONFIG))
     notes = place.notes.model_dump_json(exclude={"checkpoint"}).encode()

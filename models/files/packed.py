@@ -34,7 +34,7 @@ FP8_TYPES = ("F8_E4M3",)
 
 
 class Form(Protocol):
-    """How one tensor is stored. shape and dtype: of what is made of it."""
+    """The storage of one tensor. shape and dtype: of the unpacked result."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -43,7 +43,7 @@ class Form(Protocol):
     def dtype(self) -> str: ...
 
     def reads(self, box: Box) -> list[tuple[str, Box]]:
-        """What of which stored tensors makes up this part."""
+        """Return the parts of stored tensors that make up this part."""
         ...
 
     def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:

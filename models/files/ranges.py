@@ -64,7 +64,7 @@ class RemoteFile:
         return self._generation
 
     def has(self, length: int) -> bool:
-        """Whether the object has at least so many bytes, which one byte tells."""
+        """Return whether the object has at least this many bytes, by reading one byte."""
         return length == 0 or self.read_or_none(length - 1, length) is not None
 
     def length(self, expected: int) -> int:

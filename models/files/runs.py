@@ -37,15 +37,15 @@ class RunCheckpoint:
 
     @property
     def key(self) -> str:
-        """Of the checkpoint's folder, below the run."""
+        """The key of the checkpoint's folder, below the run."""
         return f"{CHECKPOINTS}/{self.step:08d}"
 
     def record(self) -> bytes:
-        """What commits it: it names the digests of all its parts."""
+        """The record that commits the checkpoint, with the digests of all its parts."""
         return (self.run / self.key / RECORD).read_bytes()
 
     def open(self) -> "TrainedParameters":
-        """What was trained.
+        """Return the trained parameters.
 
         Raises:
             CheckpointError: it is damaged.
@@ -103,7 +103,7 @@ def numbered(where: Place) -> Place:
 
 
 def hf_folder(where: Place) -> Place:
-    """Where the HF files of a checkpoint lie, its tokenizer among them: of a run's, in its student's folder."""
+    """Return the folder of a checkpoint's HF files, tokenizer included; of a run, that of its student."""
     found = find_run(where)
     return where if found is None else found.student
 
@@ -117,7 +117,7 @@ def steps_of(run: Place) -> list[int]:
 def _best(run: Place, steps: Sequence[int]) -> int | None:
     data = Store(str(run)).read(EVALUATIONS)
     found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
-    place = best_place([(entry["perplexity"], _mean(entry["cosine"])) for entry in found])
+    place = best_place([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
     return None if place is None else found[place]["step"]
 
 

@@ -63,7 +63,7 @@ class StoredTensor:
     span: Span
 
     def rows(self, box: Box) -> "StoredTensor":
-        """What one run of bytes can bring of this part: its rows, whole."""
+        """Return the whole rows of this part that one run of bytes contains."""
         if not box:
             return self
         size = self.span.size // max(self.shape[0], 1)
@@ -137,7 +137,7 @@ class MappedSafetensors:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor: its bytes are [start, stop) of the file."""
+    """A tensor's entry in a header: its bytes are [start, stop) of the file."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Where each tensor of an HF checkpoint lives in our stacked parameters.
+"""Mapping of an HF checkpoint's tensors to positions in the stacked parameters.
 
 Vocabulary: a *layout* is a family's names; a *slot* is one tensor of a checkpoint, or a part of one, and its place in a
 decoder, a stacked parameter and an index on its leading axes; a *source* is an open checkpoint that reads a tensor by

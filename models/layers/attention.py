@@ -52,7 +52,7 @@ class Attention(nnx.Module):
             self.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
-        """What the sublayer adds to the residual stream."""
+        """Return the sublayer's contribution to the residual stream."""
         return self.attend(pre_norm(self, resid), context)
 
     def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         return post_norm(self, out, self.o_bias[...] if self.config.output_bias else None)
 
     def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H hd"]:
-        """What the heads give to the output projection."""
+        """Return the heads' output, the input of the output projection."""
         q, k, v = self._heads(x)
         if self.kind.rotary:
             cos, sin = angles_of(context, self.kind)

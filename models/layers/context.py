@@ -1,4 +1,4 @@
-"""What all blocks of a decoder share of the rows that they run on."""
+"""Values about the rows that all blocks of a decoder share."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from distillcache.models.layers.rope import rope_tables
 
 
 class BlockContext(NamedTuple):
-    """What every block needs to know of the rows: who sees whom, where, and the rotary angles.
+    """Inputs that every block needs about the rows: attention masks, positions and rotary angles.
 
     local_cos, local_sin: of the blocks that rotate by `ModelConfig.local_rope`; None where there is none.
     noise: in training with `MoeConfig.jitter`, a PRNG key for
@@ -28,7 +28,7 @@ class BlockContext(NamedTuple):
 
 
 def block_context(config: ModelConfig, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:
-    """What the blocks of a decoder share; computed once, outside the scan."""
+    """Compute the inputs that the blocks of a decoder share; once, outside the scan."""
     cos, sin = rope_tables(config.rope, config.rope_dim, positions, config.max_positions, segment_ids)
     context = BlockContext(cos, sin, segment_ids, positions)
     if config.local_rope is None:

@@ -54,7 +54,7 @@ def _splash_is_there() -> bool:
 
 
 def _beyond_cudnn(config: ModelConfig, dtype: str) -> str:
-    """What of the decoder cuDNN cannot do; empty if nothing."""
+    """List the features of the decoder that cuDNN does not support; empty if there are none."""
     if dtype not in ("float16", "bfloat16"):
         return f"attention in {dtype}"
     if config.head_dim % 8 or config.head_dim > CUDNN_HEAD:

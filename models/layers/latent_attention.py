@@ -59,7 +59,7 @@ class LatentAttention(Attention):
             self.o_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
 
     def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H vd"]:
-        """What the heads give to the output projection."""
+        """Return the heads' output, the input of the output projection."""
         latent, rope = self.latent, self.config.rope
         q = self._queries(x)
         plain, turned = q[..., : latent.plain_dim], q[..., latent.plain_dim :]

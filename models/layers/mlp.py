@@ -41,12 +41,12 @@ class Mlp(nnx.Module):
             self.down_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
-        """What the sublayer adds to the residual stream, and no routing."""
+        """Return the sublayer's contribution to the residual stream, and no routing."""
         out = self.hidden(resid) @ self.down[...]
         return post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None), None
 
     def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """What the neurons give to the output projection."""
+        """Return the neurons' output, the input of the output projection."""
         x = pre_norm(self, resid)
         biases = (self.gate_bias[...], self.up_bias[...]) if self.config.mlp_bias else (None, None)
         return gated(_gating(ACTIVATIONS[self.config.activation]), x @ self.gate[...], x @ self.up[...], *biases)
@@ -90,7 +90,7 @@ class Moe(nnx.Module):
     def __call__(
         self, resid: Float[Array, "B T D"], context: BlockContext
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
-        """What the sublayer adds to the residual stream, and the routing."""
+        """Return the sublayer's contribution to the residual stream, and the routing."""
         moe, activation = self.moe, ACTIVATIONS[self.config.activation]
         x = pre_norm(self, resid)
         if moe.jitter and context.noise is not None:

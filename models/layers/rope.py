@@ -63,7 +63,7 @@ def context_length(config: ModelConfig) -> int:
 
 
 def rotated_width(rope: RopeConfig, head_dim: int) -> int:
-    """How many of a head's numbers are rotated, the first ones; as transformers rounds it."""
+    """Return the count of rotated dimensions of a head, which come first; rounded as in transformers."""
     return int(head_dim * rope.fraction)
 
 
@@ -142,7 +142,9 @@ def _yarn_amplitude(rope: RopeConfig) -> float:
 
 
 def _document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    """Of every token's document, in positions: its last one plus 1. Rows are compared with themselves, as in a mask."""
+    """Return the length in positions of every token's document: its last position plus 1. Rows are compared with
+    themselves, as in a mask.
+    """
     if segment_ids is None:
         return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]

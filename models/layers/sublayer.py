@@ -1,4 +1,4 @@
-"""What a sublayer does to the stream before and behind its own work: norms, and the factor of its output."""
+"""Norms around a sublayer, and the factor of its output."""
 
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class Sublayer(Protocol):
 
 
 def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """What the sublayer works on: the stream, normed unless the family norms outputs alone."""
+    """Compute the sublayer's input: the stream, normed unless the family norms outputs alone."""
     config = sublayer.config
     if config.norms == "post":
         return resid
@@ -29,7 +29,7 @@ def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "
 def post_norm(
     sublayer: Sublayer, out: Float[Array, "B T D"], bias: Float[Array, "D"] | None = None
 ) -> Float[Array, "B T D"]:
-    """What is added to the stream: the sublayer's output, normed and multiplied where the family does.
+    """Compute the addition to the stream: the sublayer's output, normed and scaled if the family does so.
 
     Float32 inside, rounded once: bfloat16 would know a factor of 0.22 as 0.2197.
 

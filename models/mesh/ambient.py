@@ -14,7 +14,7 @@ EXPERT_AXIS, TENSOR_AXIS = "expert", "tensor"
 
 
 def splitting_axes(names: Sequence[str]) -> dict[str, int]:
-    """Those of the named axes of the ambient mesh that split something here, with their sizes."""
+    """Return the given axes of the ambient mesh that split something here, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {

@@ -1,4 +1,5 @@
-"""Where parameters and rows lie on a mesh of devices: one rule a kind of parameter, for teachers and students.
+"""Sharding of parameters and rows over a mesh of devices: one rule for each kind of parameter, for teachers and
+students.
 
 | axis | of parameters | of a batch |
 | --- | --- | --- |
@@ -101,7 +102,8 @@ def check_processes(mesh: Mesh | None, config: TeacherMeshConfig) -> None:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter of this name lies (`groups/0/blocks/0/attention/q`, `embed`), or an optimizer moment of it.
+    """Return the sharding of a parameter of this name (`groups/0/blocks/0/attention/q`, `embed`), or of an optimizer
+    moment of it.
 
     Repeats that do not divide by the axis `block` lie everywhere along it; a step has them filled up.
     """
@@ -112,7 +114,8 @@ def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSh
 
 
 def gathered_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Where a parameter lies while it is used: whole along `fsdp`, so that its weights travel and activations do not.
+    """Return the sharding of a parameter while it is used: gathered along `fsdp`, so that weights travel and
+    activations do not.
 
     Args:
         shape: without the repeats.
@@ -121,7 +124,7 @@ def gathered_spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> PartitionSpe
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Of `[B, T]`."""
+    """Return the sharding of `[B, T]` arrays."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
@@ -144,7 +147,7 @@ def rows_held(mesh: Mesh | None, batch_rows: int) -> tuple[int, ...]:
 
 
 def box_of(index: tuple[slice, ...] | None, shape: Sequence[int]) -> tuple[slice, ...]:
-    """What a sharding says of a device's part of an array of this shape, with starts and stops as numbers."""
+    """Return a device's part of an array of this shape, with starts and stops as numbers."""
     return tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), shape, strict=True))
 
 

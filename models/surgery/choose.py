@@ -8,7 +8,7 @@ from distillcache.schemas.errors import ConfigError
 
 
 def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np.ndarray | None]:
-    """Of every block the places that stay along an axis, ascending; None where a block has no such axis.
+    """Choose for every block the indices that stay along an axis, ascending; None if a block has no such axis.
 
     `H` is kept by KV group, and `E` by group of experts: `to` counts for all of them.
     """
@@ -24,7 +24,7 @@ def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np
 
 
 def block_scores(parts: Parts, block: int, letter: str, op: SurgeryOp) -> np.ndarray:
-    """What each entry along an axis of a block is worth, `[size]`; what is first is worth more by `index`."""
+    """Score each entry along an axis of a block, `[size]`; `index` ranks the first entries highest."""
     config = parts.config
     if letter == "K":
         by_head = block_scores(parts, block, "H", op).reshape(config.num_kv_heads, -1)
@@ -38,7 +38,7 @@ def block_scores(parts: Parts, block: int, letter: str, op: SurgeryOp) -> np.nda
 
 
 def expert_neuron_scores(block: Block, op: SurgeryOp) -> np.ndarray:
-    """Of the neurons of every expert, `[E, W]`."""
+    """Score the neurons of every expert, `[E, W]`."""
     down = block["mlp/down"]
     if op.by == "index":
         return np.broadcast_to(np.arange(down.shape[1], 0, -1), down.shape[:2])
@@ -46,7 +46,9 @@ def expert_neuron_scores(block: Block, op: SurgeryOp) -> np.ndarray:
 
 
 def _output_norms(block: Block, letter: str) -> np.ndarray:
-    """What each entry can at most add to the stream: the squared norm of its rows of the output projection, float64."""
+    """Bound the contribution of each entry to the stream: the squared norm of its rows of the output projection,
+    float64.
+    """
     return _norm(block["attention/o" if letter == "H" else "mlp/down"], (1, 2) if letter in "HE" else 1)
 
 
@@ -55,7 +57,7 @@ def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
 
 
 def _stream_scores(parts: Parts, op: SurgeryOp) -> np.ndarray:
-    """Of the numbers of the stream, `[D]`. By weights: the squared norm of all that is written into each."""
+    """Score the dimensions of the stream, `[D]`. By weights: the squared norm of all that is written into each."""
     if op.by == "index":
         return np.arange(parts.config.hidden_size, 0, -1)
     if op.by == "importance":

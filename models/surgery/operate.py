@@ -17,7 +17,7 @@ from distillcache.schemas.config.student import SurgeryOp
 
 @dataclass(frozen=True)
 class Operated:
-    """What came of some operations.
+    """The result of applying operations.
 
     kept: of each operation that chooses, what stayed, numbered as before it: for every block the heads, neurons or
     experts (None: the block has none), or one list of blocks or of numbers of the stream.

@@ -83,8 +83,9 @@ Block = Mapping[str, np.ndarray]  # `attention/q` -> the block's own, without th
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each part was worth on some rows (trainer/run/importance.py): axis letter -> `[size]`, for every block
-    of the decoder as it is before any operation; `stream` `[D]` is for all of them."""
+    """Importance of each part on some rows (trainer/run/importance.py): axis letter -> `[size]`, for every block of
+    the decoder before any operation; `stream` `[D]` is for all of them.
+    """
 
     blocks: tuple[Mapping[str, np.ndarray], ...]
     stream: np.ndarray

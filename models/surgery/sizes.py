@@ -1,4 +1,4 @@
-"""What an operation makes of a config, and every reason to refuse it: nothing here looks at weights."""
+"""Effects of an operation on a config, and every reason to refuse it; nothing here reads weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -121,7 +121,7 @@ def _named_tokens(folder: Place) -> dict[str, Any]:
 
 
 def content_of(token: object) -> str | None:
-    """How a token is spelled, from its text or its settings; None for what is neither."""
+    """Return the text of a token, from its text or its settings; None for anything else."""
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None
 
@@ -135,7 +135,7 @@ def _declared_tokens(folder: Place, backend: Tokenizer) -> tuple[tuple[dict[str,
 
 
 def _declarations(folder: Place) -> dict[str, dict[str, Any]]:
-    """How a token is spelled -> its settings, of all that stand beside tokenizer.json; the last of several counts."""
+    """Collect token text -> settings from all files beside tokenizer.json; the last declaration counts."""
     config = read_settings(folder / TOKENIZER_CONFIG)
     decoder = config.get("added_tokens_decoder")
     legacy = {} if decoder is not None else read_settings(folder / SPECIAL_TOKENS_MAP)

@@ -40,7 +40,7 @@ class TemplateLimit(InputError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a tokenizer writes chats.
+    """A tokenizer's template for chats.
 
     source: the Jinja template; None: the tokenizer has named ones only, for chats with tools.
     tool_source: another one for chats with tools, where the tokenizer has two.
@@ -70,7 +70,7 @@ class ChatTemplate:
             _marks(source)
 
     def marks_assistant(self, tools: Sequence[Any] | None = None) -> bool:
-        """Whether the template has `{% generation %}` blocks."""
+        """Return whether the template has `{% generation %}` blocks."""
         return _marks(self._source(tools))
 
     def render(

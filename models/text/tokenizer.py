@@ -137,7 +137,9 @@ class TextTokenizer:
 
     @cached_property
     def adds_eos(self) -> bool:
-        """Whether the tokenizer's own rule ends a text with EOS. Asked of the empty text, which has none itself."""
+        """Return whether the tokenizer's own rule ends a text with EOS. Asked of the empty text, which has none
+        itself.
+        """
         return self.backend.encode("").ids[-1:] == [self.eos_id]
 
     @cached_property
@@ -226,7 +228,7 @@ def tokenizer_from_json(text: str, eos_id: int, bos_id: int | None = None) -> Te
 
 
 def tokenizer_files(source: Place | TextTokenizer) -> tuple[dict[str, bytes], dict[str, int]]:
-    """What an export has of a tokenizer.
+    """Return the tokenizer files of an export.
 
     Files of an HF directory are taken as they are; a GGUF's are made from it.
 

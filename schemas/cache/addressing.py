@@ -55,7 +55,7 @@ class RowGroup:
     def locate(
         self, name: str, slots: Sequence[int], *, as_one: bool = True
     ) -> list[tuple[Segment, TapPlan, tuple[int, ...]]]:
-        """Where these slots of a tap are stored: (segment, its plan of the tap, the slots to take from it).
+        """Return where these slots of a tap are stored: (segment, its plan of the tap, the slots to take from it).
 
         Args:
             as_one: the slots will be one encoded stack.

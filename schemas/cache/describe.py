@@ -55,7 +55,7 @@ def teacher_words(plan: Plan) -> str:
 
 
 def segment_words(segments: Sequence[Segment]) -> Facts:
-    """Of every segment: its rows, taps, bytes before compression, and how far it is."""
+    """Describe every segment: its rows, taps, bytes before compression, and progress."""
     found = []
     for segment in segments:
         plan = segment.plan

@@ -1,4 +1,4 @@
-"""Who works on which piece: small files, created conditionally, kept alive by a heartbeat.
+"""Leases on work units: small files, created conditionally, kept alive by a heartbeat.
 
 Of a build, a piece is the consecutive shards of whole teacher batches. Claims save double work; they are not needed for
 correctness: two processes that build one piece write the same bytes.
@@ -43,7 +43,7 @@ class Claims:
         self._thread.start()
 
     def take(self, piece: int) -> bool:
-        """Whether the piece is ours now; False where a live process has it."""
+        """Try to take the work unit. Returns False if a live process has it."""
         if self._failure is not None:
             raise self._failure
         key = self._key(piece)
@@ -67,7 +67,7 @@ class Claims:
         return self._others[min(self._others)] if self._others else None
 
     def holds(self, piece: int) -> bool:
-        """Whether the piece is still ours: nobody takes over a claim before it expires."""
+        """Return whether this process still holds the work unit: nobody takes over a lease before it expires."""
         with self._lock:
             held = self._held.get(piece)
         if held is None:
@@ -83,7 +83,7 @@ class Claims:
 
     @property
     def failure(self) -> Exception | None:
-        """What stopped the heartbeat, if anything did."""
+        """The error that stopped the heartbeat, if any."""
         return self._failure
 
     def done(self, piece: int) -> None:

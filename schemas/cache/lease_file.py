@@ -22,7 +22,7 @@ EXPIRY_S = 60.0  # of a claim that does not say how long it holds, where nothing
 
 
 class Claim(Config):
-    """Who holds something, and until when. Times are in seconds since the epoch, by the owner's clock."""
+    """The holder of a lease and its expiry. Times are in seconds since the epoch, by the owner's clock."""
 
     host: str
     boot: str = Field(description="the kernel's boot id and pid namespace; empty where there are none")
@@ -58,14 +58,14 @@ def this_process_claim(expires: float, since: float | None = None, expiry_s: flo
 
 
 def is_anothers_claim(store: Store, key: str, expiry_s: float = EXPIRY_S) -> bool:
-    """Whether a live process other than this one holds the claim, or held it until less than the expiry ago."""
+    """Return whether a live process other than this one holds the lease, or held it less than one expiry ago."""
     data = store.read(key)
     claim = None if data is None else live_claim(data, store.where(key), time.time(), expiry_s)
     return claim is not None and claim.owner != this_process_claim(0.0).owner
 
 
 def is_own_claim(data: bytes, where: str) -> bool:
-    """Whether these bytes are a claim of this process's, expired or not."""
+    """Return whether these bytes are a lease of this process, expired or not."""
     claim = _claim_in(data, where)
     return claim is not None and claim.owner == this_process_claim(0.0).owner
 
@@ -92,13 +92,15 @@ def _claim_in(data: bytes, where: str) -> Claim | None:
 
 
 def _owner_is_gone(claim: Claim) -> bool:
-    """Whether the owner ran on this machine, in this boot, and runs no more."""
+    """Return whether the owner ran on this machine, in this boot, and has ended."""
     here = claim.host == socket.gethostname() and claim.boot == _boot_id() != ""
     return here and _process_start(claim.pid) != claim.started
 
 
 def _boot_id() -> str:
-    """Of this boot and, since containers on one machine may number their processes alike, of this set of processes."""
+    """Identify this boot and, since containers on one machine may number their processes alike, this process
+    namespace.
+    """
     path, numbers = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return f"{path.read_text().strip()} {numbers.readlink()}" if path.exists() and numbers.is_symlink() else ""
 

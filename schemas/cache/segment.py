@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 
 
 class SmallFiles(Protocol):
-    """Where a reader keeps small files of a segment close by. What it gives back is checked by the segment."""
+    """A nearby copy of a segment's small files. The segment checks whatever it returns."""
 
     def get(self, name: str) -> bytes | None:
         """The bytes of this name, if they are kept."""
@@ -152,14 +152,16 @@ class Segment:
 
     @property
     def identity(self) -> str:
-        """What the segment holds: the digest of all its digests; of an unfinished one, that of its plan."""
+        """The identity of the segment's content: the digest of all its digests; of an unfinished segment, that of
+        its plan.
+        """
         if self.entry is not None:
             return self.entry.index_digest
         return digest_bytes(self.plan.model_dump_json(exclude={"created"}).encode())
 
     @property
     def reads(self) -> int:
-        """How often bytes that differ from their digest are read before they are called damaged."""
+        """Number of reads before bytes that differ from their digest are reported as damaged."""
         return READS_FROM_AFAR if self.store.is_bucket else 1
 
     def chunk_digests(self, array: str, row: int) -> list[int]:
@@ -208,7 +210,7 @@ class Segment:
         return data if check_index(self.plan, data, self.entry.index_digest, self.store.where(key)) else b""
 
     def _checked(self, name: str, read: Callable[[], bytes], check: Callable[[bytes], Value]) -> Value:
-        """What `check` makes of the bytes kept by this name, or else of those that are read; the latter are kept.
+        """Return the result of `check` on the kept bytes of this name, or on newly read ones, which are then kept.
 
         Raises:
             DamageError: from `check`, each time.
@@ -483,7 +485,9 @@ def open_cache(store: Store, *, partial: bool = False) -> list[Segment]:
 
 
 def is_manifest_lost(store: Store) -> bool:
-    """Whether a cache without a manifest was finished once: receipts go after the manifest is there, not the index."""
+    """Return whether a cache without a manifest was finished once: receipts are deleted after the manifest is
+    written, the index is not.
+    """
     prefix = layout.segment_prefix(segment_name(0))
     left = f"{prefix}/index.bin" in store.keys(f"{prefix}/index.bin") and not store.keys(f"{prefix}/receipts/")
     return left and read_manifest(store) is None  # asked last: a build may have been finished meanwhile
@@ -506,7 +510,7 @@ def no_cache(store: Store) -> InputError | DamageError:
 
 
 def look_again(store: Store) -> str:
-    """What to do where there is no cache: to a reader, a bucket that is not there looks like an empty one."""
+    """Return advice for a missing cache: to a reader, a missing bucket looks like an empty one."""
     if store.read(RUN_MARK) is not None:
         return "this is a run of `distillcache train`, which `report`, `serve` and `diff` look at; name its cache here"
     place = "the path and the bucket's name" if store.is_bucket else "the path"

@@ -30,7 +30,7 @@ class Waiting:
         self._next, self._pause = now + self._pause, min(2 * self._pause, LONGEST_S)
 
     def over(self) -> None:
-        """What was waited for has happened: the next wait begins anew."""
+        """End the wait, because the awaited event has happened: the next wait starts anew."""
         self._begun = time.monotonic()
         self._next, self._pause = self._begun + FIRST_S, AGAIN_S
 

@@ -111,7 +111,7 @@ class DeltaCodec:
         return jax.lax.scan(body, self.start(shape), jnp.arange(parts["codes"].shape[0]))[1]
 
     def _before(self, carry: Float[Array, "*A D"], slot: Int[Array, ""] | int) -> Float[Array, "*A D"]:
-        """What the slot's difference is from: nothing, at a keyframe."""
+        """The values that the slot's difference is taken from: zeros at a keyframe."""
         if not self.keyframe_every:
             return carry
         return jnp.where(jnp.asarray(slot) % self.keyframe_every == 0, 0, carry)

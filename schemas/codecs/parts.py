@@ -26,7 +26,7 @@ class Part:
     every: int = 1
 
     def slots(self, slots: int) -> int:
-        """How many slots this part has where the tap stores `slots`."""
+        """Return the number of slots of this part if the tap stores `slots`."""
         return -(-slots // self.every)
 
 

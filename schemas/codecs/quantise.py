@@ -65,7 +65,7 @@ class Quantiser(Memoryless):
     trials: ClassVar[tuple[tuple[int, int], ...]]  # (shape, steps below the scale that covers the largest number)
 
     def groups(self, hidden: int) -> int:
-        """How many scales a token has."""
+        """The number of scales of a token."""
         size = (default_group(hidden) if self.group is None else self.group) or hidden
         if hidden % size:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Quantiser(Memoryless):
         raise NotImplementedError
 
     def unpack(self, stored: Int[Array, "*A W"]) -> Int[Array, "*A D"]:
-        """What `pack` was given, as int32."""
+        """Undo `pack`; returns int32."""
         raise NotImplementedError
 
     def round_code(self, wanted: Float[Array, "*A"]) -> Int[Array, "*A"]:

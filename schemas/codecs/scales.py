@@ -1,4 +1,4 @@
-"""How scales are stored: as bfloat16 bits, or as one byte a group with one shared exponent a token.
+"""Storage of scales: as bfloat16 bits, or as one byte a group with one shared exponent a token.
 
 Scales are float32, zero or normal. NaN marks what was not finite.
 """

@@ -1,4 +1,4 @@
-"""How a token's largest logits are stored: values, vocabulary ids, and the logsumexp over the whole vocabulary.
+"""Storage of a token's largest logits: values, vocabulary ids, and the logsumexp over the whole vocabulary.
 
 What other codecs are given is one array of numbers a token; this one is given, and gives back, a `TopK`.
 """

@@ -18,7 +18,10 @@ from distillcache.schemas.base import Config, Positive
 from distillcache.schemas.config.stages import (
     BenchConfig,
     BuildConfig,
+    BuildOptions,
+    BuildSpec,
     CopyConfig,
+    CopySpec,
     CopyTapsConfig,
     DataConfig,
     DataFormat,
@@ -29,8 +32,9 @@ from distillcache.schemas.config.stages import (
     OnError,
     PlanConfig,
     PrepareConfig,
-    SharedWork,
+    ShardWorkers,
     VerifyConfig,
+    Workers,
 )
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.config.teacher import (
@@ -46,8 +50,11 @@ from distillcache.schemas.config.train import TrainConfig
 __all__ = [
     "BenchConfig",
     "BuildConfig",
+    "BuildOptions",
+    "BuildSpec",
     "Config",
     "CopyConfig",
+    "CopySpec",
     "CopyTapsConfig",
     "DataConfig",
     "DataFormat",
@@ -60,7 +67,7 @@ __all__ = [
     "PlanConfig",
     "Positive",
     "PrepareConfig",
-    "SharedWork",
+    "ShardWorkers",
     "StorageConfig",
     "TapConfig",
     "TapsConfig",
@@ -69,4 +76,5 @@ __all__ = [
     "TopKConfig",
     "TrainConfig",
     "VerifyConfig",
+    "Workers",
 ]

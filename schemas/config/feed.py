@@ -1,4 +1,4 @@
-"""What a user can set of how a training reads its cache."""
+"""Settings of how a training reads its cache."""
 
 from pydantic import Field
 

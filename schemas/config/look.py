@@ -1,4 +1,4 @@
-"""What a user can set of the commands that look at a cache's data: fidelity, diff, show, stats, export-samples."""
+"""Settings of the commands that look at a cache's data: fidelity, diff, show, stats, export-samples."""
 
 from pydantic import Field
 

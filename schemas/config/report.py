@@ -1,4 +1,4 @@
-"""What a user can set of `distillcache report`."""
+"""Settings of `distillcache report`."""
 
 from pydantic import Field
 

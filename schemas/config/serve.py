@@ -1,4 +1,4 @@
-"""What a user can set of `distillcache serve`."""
+"""Settings of `distillcache serve`."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""What a user can set of `distillcache plan --simulate`: how much text, which teachers, on which machines.
+"""Settings of `distillcache plan --simulate`: amount of text, teachers, machines.
 
 The defaults describe hosts of Cloud TPU v5p (4 chips of 459 bfloat16 TFLOP/s and 50 Gbit/s of data centre network each:
 Google's page on v5p) and one bucket of Google Cloud Storage.
@@ -45,7 +45,7 @@ class TrainFleetConfig(Config):
 
 
 class BucketConfig(Config):
-    """Where the cache lies."""
+    """The bucket that holds the cache."""
 
     host_gb_s: Rate = Field(default=25.0, description="GB/s between one host and the bucket")  # 200 Gbit/s of v5p
     egress_gb_s: Rate = Field(
@@ -63,7 +63,9 @@ class BucketConfig(Config):
 
 
 class SimulateConfig(Config):
-    """What caches for much text would take: bytes, objects, requests, time, money, and what gets scarce first."""
+    """Cost of caches for large amounts of text: bytes, objects, requests, time, money, and which resource becomes
+    the bottleneck.
+    """
 
     tokens: list[Rate] = Field(default=[1e9, 1e11, 1e12], min_length=1, description="of text")
     teachers: list[TeacherShape] = Field(

@@ -1,22 +1,17 @@
-"""What a user can set: one frozen model for each stage. YAML files and `--dotted.flags` both end here.
+"""Settings of every command: one frozen model for each stage. YAML files and `--dotted.flags` both end here.
 
 The description of each field is its help text (`distillcache build --help`); its default's reason is beside it.
 """
 
 import re
 from datetime import date
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from distillcache.schemas.base import Config, Positive
 from distillcache.schemas.config.storage import StorageConfig
-from distillcache.schemas.config.teacher import (
-    TapConfig,
-    TapsConfig,
-    TeacherConfig,
-    TeacherMeshConfig,
-)
+from distillcache.schemas.config.teacher import TapConfig, TapsConfig, TeacherConfig, TeacherMeshConfig
 from distillcache.schemas.config.train import SurgeryOp
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -78,8 +73,18 @@ class DataConfig(Config):
         raise ValueError("a day is written as 2025-01-31")
 
 
-class SharedWork(Config):
-    """Work that several processes share, each with a number of its own; one too high would have nothing to do."""
+class Workers(Config):
+    """Options of one of several processes that work on one thing; they decide nothing about the result.
+
+    A number too high would have nothing to do.
+    """
+
+    process_id: int = Field(default=0, ge=0, description="this process's number, where several work on one place")
+    num_processes: Positive = Field(default=1, description="how many processes work on it")
+    claim_expiry_s: float = Field(
+        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+    )  # four missed heartbeats
+    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
     @model_validator(mode="after")
     def _is_one_of_the_processes(self) -> Self:
@@ -90,12 +95,8 @@ class SharedWork(Config):
             )
         return self
 
-    if TYPE_CHECKING:  # each has its own, with its own description and its place in --help
-        process_id: int = 0
-        num_processes: int = 1
 
-
-class PrepareConfig(SharedWork):
+class PrepareConfig(Workers):
     """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
 
     out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
@@ -103,15 +104,81 @@ class PrepareConfig(SharedWork):
     workers: Positive = Field(
         default=1, description="processes that this command starts here, which share the input files"
     )  # one process tokenises on all cores already, as long as the text is plain
-    process_id: int = Field(default=0, ge=0, description="this command's number, where several prepare one folder")
-    num_processes: Positive = Field(default=1, description="how many such commands prepare this folder")
-    claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
-    )  # four missed heartbeats
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
-class BuildConfig(SharedWork):
+class ShardSizes(Config):
+    """Sizes of shards and objects: part of what a cache is."""
+
+    object_mib: Positive = Field(
+        default=256, description="target size of a stored object"
+    )  # few requests, far below the 5 GB limit of a single PUT
+    shard_mib: Positive = Field(
+        default=1024, description="target size of a shard, the unit of commit"
+    )  # a shard must fit in memory, and a crash loses one at most
+    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
+
+
+class ShardWorkers(Workers):
+    """Options of a process that writes shards."""
+
+    max_in_flight_mib: Positive = Field(
+        default=2048, description="bytes recorded or read and not yet stored, at most"
+    )  # one shard being filled, one being written
+
+
+class BuildSpec(ShardSizes):
+    """Settings that decide what a build records. They go into the plan and are compared when it goes on."""
+
+    data: DataConfig
+    taps: TapsConfig = Field(default=TapsConfig(), description="what is recorded in every block")
+    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to record, as a list, or all")
+    batch_rows: Positive = Field(
+        default=16, description="rows in one call of the teacher"
+    )  # a few thousand tokens a call
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="what the teacher computes in; default: its checkpoint's own"
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
+        "first that can be used",
+    )  # without scores in memory, where there is a kernel for it
+    mesh: TeacherMeshConfig = Field(
+        default=TeacherMeshConfig(),
+        exclude_if=lambda value: value == TeacherMeshConfig(),  # plans from before there were meshes are the same bytes
+        description="devices of one replica of the teacher, by axis",
+    )
+
+
+class BuildOptions(ShardWorkers):
+    """Settings of how a build runs. A build may go on with others."""
+
+    replica: Literal["process", "job"] = Field(
+        default="process",
+        description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
+        "teacher lies over the devices of all processes, which work in lock-step",
+    )  # independent processes survive each other; a job is for teachers that are larger than a host
+    coordinator: str | None = Field(
+        default=None,
+        description="replica: job: HOST:PORT of process 0; default: as Cloud TPU, GKE, Slurm or Open MPI say; "
+        "none: alone, whatever they say",
+    )
+    timeout_s: Positive = Field(
+        default=60, description="replica: job: a process that is silent for so long is dead, and ends the others"
+    )  # as in training
+    accept_platform: bool = Field(
+        default=False, description="go on although the platform or library versions differ from the plan's"
+    )  # other versions may give other bits
+
+
+class BuildPlaces(Config):
+    """Where a build's cache and teacher lie. The teacher is known by its weights, wherever they are."""
+
+    cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
+    teacher: TeacherConfig
+
+
+class BuildConfig(BuildOptions, BuildSpec, BuildPlaces):
     """A teacher and text in, a cache out."""
 
     usual: ClassVar = (
@@ -134,60 +201,6 @@ class BuildConfig(SharedWork):
         "abandon",
     )
 
-    cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
-    teacher: TeacherConfig
-    data: DataConfig
-    taps: TapsConfig = Field(default=TapsConfig(), description="what is recorded in every block")
-    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to record, as a list, or all")
-    batch_rows: Positive = Field(
-        default=16, description="rows in one call of the teacher"
-    )  # a few thousand tokens a call
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="what the teacher computes in; default: its checkpoint's own"
-    )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
-        default="auto",
-        description="the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
-        "first that can be used",
-    )  # without scores in memory, where there is a kernel for it
-    object_mib: Positive = Field(
-        default=256, description="target size of a stored object"
-    )  # few requests, far below the 5 GB limit of a single PUT
-    shard_mib: Positive = Field(
-        default=1024, description="target size of a shard, the unit of commit"
-    )  # a shard must fit in memory, and a crash loses one at most
-    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
-    max_in_flight_mib: Positive = Field(
-        default=2048, description="bytes recorded and not yet stored, at most"
-    )  # one shard being filled, one being written
-    claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
-    )  # four missed heartbeats
-    mesh: TeacherMeshConfig = Field(
-        default=TeacherMeshConfig(),
-        exclude_if=lambda value: value == TeacherMeshConfig(),  # plans from before there were meshes are the same bytes
-        description="devices of one replica of the teacher, by axis",
-    )
-    replica: Literal["process", "job"] = Field(
-        default="process",
-        description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
-        "teacher lies over the devices of all processes, which work in lock-step",
-    )  # independent processes survive each other; a job is for teachers that are larger than a host
-    process_id: int = Field(default=0, ge=0, description="this process's number, where several build one cache")
-    num_processes: Positive = Field(
-        default=1, description="how many processes build this cache; replica: job on a cluster: as that says"
-    )
-    coordinator: str | None = Field(
-        default=None,
-        description="replica: job: HOST:PORT of process 0; default: as Cloud TPU, GKE, Slurm or Open MPI say; "
-        "none: alone, whatever they say",
-    )
-    timeout_s: Positive = Field(
-        default=60, description="replica: job: a process that is silent for so long is dead, and ends the others"
-    )  # as in training
-    accept_platform: bool = Field(
-        default=False, description="go on although the platform or library versions differ from the plan's"
-    )  # other versions may give other bits
     extend: bool = Field(
         default=False, description="add what is asked for to a finished cache: more rows, another tap, other blocks"
     )  # otherwise another config in the same place is a mistake
@@ -199,14 +212,13 @@ class BuildConfig(SharedWork):
         description="check what is there, and compute again exactly what is damaged, in every segment; "
         "the cache is enough, everything else is in its plans",
     )  # reading everything back takes long
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 KeptTap = TapConfig | Literal["keep"] | None
 
 
 class CopyTapsConfig(Config):
-    """Of each tap: `keep` (as it is stored), null (left out), or the codec of the copy."""
+    """Choice for each tap: `keep` (as it is stored), null (left out), or the codec of the copy."""
 
     attn_out: KeptTap = Field(default="keep", description="what the attention sublayer adds to the stream")
     resid: KeptTap = Field(default="keep", description="the stream entering each block, and leaving the last")
@@ -216,14 +228,16 @@ class CopyTapsConfig(Config):
     )
 
 
-class CopyConfig(SharedWork):
-    """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
-
-    A tap is kept, bit for bit, unless it is given a codec.
-    """
+class CopyPlaces(Config):
+    """Where a copy is made from, and where it goes."""
 
     src: str = Field(description="the finished cache to copy")
     dst: str = Field(description="where the copy goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
+
+
+class CopySpec(ShardSizes):
+    """Settings that decide what a copy holds. They go into its plan."""
+
     taps: CopyTapsConfig = Field(
         default=CopyTapsConfig(),
         description="keep, null or a codec, for every tap; what has to be recoded is said, and is not bit-equal",
@@ -238,25 +252,21 @@ class CopyConfig(SharedWork):
     batch_rows: Positive | None = Field(
         default=None, description="rows decoded at a time; default: as the cache was built"
     )
-    object_mib: Positive = Field(default=256, description="target size of a stored object")  # as in a build
-    shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise
-    shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
-    max_in_flight_mib: Positive = Field(
-        default=2048, description="bytes read and not yet stored, at most"
-    )  # one shard being filled, one being written
-    claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
-    )  # four missed heartbeats
-    process_id: int = Field(default=0, ge=0, description="this process's number, where several copy one cache")
-    num_processes: Positive = Field(default=1, description="how many processes copy this cache")
+
+
+class CopyConfig(ShardWorkers, CopySpec, CopyPlaces):
+    """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
+
+    A tap is kept, bit for bit, unless it is given a codec.
+    """
+
     repair: bool = Field(
         default=False, description="check the copy, and make exactly what is damaged again from the same source"
     )  # reading everything back takes long
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
 
 
 class PlanConfig(BuildConfig):
-    """What a build would take, before anything is written: sizes, objects, time, and what other choices would cost.
+    """Cost of a build before anything is written: sizes, objects, time, and the cost of other choices.
 
     `--simulate` instead: what known teachers and up to 1T tokens would take, with fields of its own (add --help).
     """

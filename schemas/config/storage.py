@@ -1,4 +1,4 @@
-"""How buckets are asked: how much at a time, how often again, how fast. Every default has its reason beside it."""
+"""Object-store client settings: request sizes, retries, rates. Every default has its reason beside it."""
 
 from pydantic import Field
 

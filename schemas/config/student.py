@@ -1,4 +1,4 @@
-"""What a user can set of the student: where its weights come from, and what is done to them before the first step."""
+"""Settings of the student: the source of its weights, and the operations before the first step."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,4 +1,4 @@
-"""What a user can set of the teacher: which one it is, what is recorded of it, and how it runs in the loop."""
+"""Settings of the teacher: the checkpoint, the recorded taps, and how it runs inside a training."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ class TeacherConfig(Config):
 
 
 class TeacherMeshConfig(Config):
-    """How many devices along each axis; their product is the number of devices used."""
+    """Number of devices along each axis; their product is the number of devices used."""
 
     data: Positive = Field(default=1, description="copies that work on different rows")
     fsdp: Positive = Field(default=1, description="rows and parameters split")

@@ -1,4 +1,4 @@
-"""What a user can set of a training: the student, the losses, the optimizer, the mesh, and the run itself.
+"""Settings of a training: the student, the losses, the optimizer, the mesh, and the run itself.
 
 A *weight* is a number, or a ramp from one number to another over the stage's steps.
 """
@@ -120,7 +120,7 @@ class OptimizerConfig(Config):
 
 
 class MeshConfig(TeacherMeshConfig):
-    """How many devices along each axis; their product is the number of devices used."""
+    """Number of devices along each axis; their product is the number of devices used."""
 
     block: Positive = Field(default=1, description="groups of devices that hold different blocks, blockwise mode")
 
@@ -135,34 +135,9 @@ class StageConfig(Config):
     train_only: list[str] | None = Field(default=None, description="as the run's")
 
 
-class TrainConfig(Config):
-    """A cache in, a trained student out."""
+class TrainSpec(Config):
+    """Settings that a training's numbers depend on. A run that goes on must have the same ones."""
 
-    other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's
-    usual: ClassVar = (
-        "run",
-        "cache",
-        "student.init",
-        "student.surgery",
-        "mode",
-        "steps",
-        "batch_rows",
-        "micro_batches",
-        "optimizer.learning_rate",
-        "optimizer.warmup_steps",
-        "optimizer.final_fraction",
-        "loss.alpha",
-        "loss.feature.weight",
-        "loss.mlp.weight",
-        "eval_every",
-        "checkpoint_every",
-        "compute_dtype",
-        "mesh",
-        "seed",
-    )
-
-    run: str = Field(description="folder of the run: checkpoints, metrics, the student")
-    cache: str = Field(default="", description="the cache to train from")
     source: Literal["cache", "online"] = Field(
         default="cache", description="cache: its recorded taps; online: its rows, through the teacher in every step"
     )  # online is for comparison: it costs the teacher's memory and time
@@ -229,8 +204,19 @@ class TrainConfig(Config):
         default="block",
         description="feature mode, what the backward pass computes again: nothing, whole blocks, or all but products",
     )  # the least memory
-    mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the shuffle and of projectors")
+
+
+class TrainPlaces(Config):
+    """Where a training reads and writes."""
+
+    run: str = Field(description="folder of the run: checkpoints, metrics, the student")
+    cache: str = Field(default="", description="the cache to train from")
+
+
+class TrainOptions(Config):
+    """Settings of how a training runs, keeps and reports. A run may go on with others."""
+
     checkpoint_every: Positive = Field(
         default=100, description="steps between checkpoints"
     )  # minutes of work at most are lost
@@ -240,17 +226,21 @@ class TrainConfig(Config):
     eval_every: int = Field(
         default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end of a stage only"
     )  # an evaluation costs as much as many steps
+    eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
+    log_every: Positive = Field(default=1, description="steps between lines of metrics")
     eval_teacher: bool = Field(
         default=True, description="measure the teacher's own perplexity on the held-out rows, once, before step 1"
     )  # costs loading it and one evaluation; the student's perplexity is judged by it
-    eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
-    log_every: Positive = Field(default=1, description="steps between lines of metrics")
-    partial: bool = Field(
-        default=False, description="train on the committed shards of a cache that is still being built"
-    )  # a run that goes on needs the same rows again, and a cache that grows has others
     prefetch_batches: Positive = Field(
         default=2, description="batches read ahead of use"
     )  # one being moved to the device, one being read
+    partial: bool = Field(
+        default=False, description="train on the committed shards of a cache that is still being built"
+    )  # a run that goes on needs the same rows again, and a cache that grows has others
+    profile: str | None = Field(
+        default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
+    )
+    mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
     feed: FeedConfig = Field(default=FeedConfig(), description="how the cache is read")
     storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
     coordinator: str | None = Field(
@@ -263,8 +253,32 @@ class TrainConfig(Config):
     timeout_s: Positive = Field(
         default=60, description="a process that is silent for so long is dead, and ends the others"
     )  # longer than the pauses of a busy host, shorter than anybody waits
-    profile: str | None = Field(
-        default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
+
+
+class TrainConfig(TrainOptions, TrainSpec, TrainPlaces):
+    """A cache in, a trained student out."""
+
+    other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's
+    usual: ClassVar = (
+        "run",
+        "cache",
+        "student.init",
+        "student.surgery",
+        "mode",
+        "steps",
+        "batch_rows",
+        "micro_batches",
+        "optimizer.learning_rate",
+        "optimizer.warmup_steps",
+        "optimizer.final_fraction",
+        "loss.alpha",
+        "loss.feature.weight",
+        "loss.mlp.weight",
+        "eval_every",
+        "checkpoint_every",
+        "compute_dtype",
+        "mesh",
+        "seed",
     )
 
     @model_validator(mode="after")

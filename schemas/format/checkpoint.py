@@ -49,14 +49,16 @@ class Piece(Config):
 
 
 class ArrayInfo(Config):
-    """What an array is as a whole."""
+    """Shape, dtype and layout of a whole array."""
 
     dtype: str = Field(pattern=r"^(bool|bfloat16|float8_\w+|u?int(4|8|16|32|64)|float(16|32|64))$")
     shape: tuple[Count, ...]
 
 
 class Part(Config):
-    """What one process wrote. attempt: of the run's process, so that what a killed one left is not taken for ours."""
+    """The part that one process wrote. attempt: the attempt of the run's process, so that leftovers of a killed one
+    are not mistaken for it.
+    """
 
     process: Count
     attempt: str
@@ -65,7 +67,9 @@ class Part(Config):
 
 
 class CheckpointRecord(Config):
-    """What commits a checkpoint. parts: the digest of every process's part, by its number; feed: where it stood."""
+    """The record that commits a checkpoint. parts: the digest of every process's part, by process number; feed: the
+    feed's position.
+    """
 
     step: Count
     feed: dict[str, int]
@@ -74,7 +78,7 @@ class CheckpointRecord(Config):
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What a process holds of an array, on the host: (start, values) of each of its boxes."""
+    """The boxes of an array that a process holds on the host: (start, values) of each."""
 
     info: ArrayInfo
     boxes: tuple[tuple[tuple[int, ...], np.ndarray], ...]
@@ -245,7 +249,9 @@ def _pack(boxes: Sequence[np.ndarray]) -> tuple[bytes, list[int]]:
 
 
 def _overlap(piece: Piece, box: Box) -> tuple[Box, Box] | None:
-    """What a piece and a box have in common, as a box of the piece and of the box; None where that is nothing."""
+    """Intersect a piece and a box. Returns the overlap as a box of the piece and as a box of the box; None if it is
+    empty.
+    """
     inside, target = [], []
     for first, size, axis in zip(piece.start, piece.shape, box, strict=True):
         low, high = max(first, axis.start), min(first + size, axis.stop)

@@ -1,4 +1,4 @@
-"""Where things lie in a cache, and how large its pieces are.
+"""Paths inside a cache, and the sizes of its shards and objects.
 
 Pure functions of names and sizes; no I/O. Axis letters: N rows, L blocks, T tokens, R rows in a shard, Lc slots in
 an object.
@@ -33,7 +33,7 @@ def segment_prefix(segment: str) -> str:
 
 
 def prepared_prefix(number: int) -> str:
-    """Where rows for the segment of this number are prepared, before there is a plan: a folder for each text."""
+    """The folder in which rows of this segment are prepared before there is a plan; one subfolder for each text."""
     return f"segments/{number:04d}.prepared"
 
 
@@ -50,7 +50,7 @@ def receipt_key(segment: str, shard: int) -> str:
 
 
 def times_key(segment: str) -> str:
-    """How long the shards of a finished segment took. Nothing depends on it, and it may be missing."""
+    """The key of the time that the shards of a finished segment took. Nothing depends on it, and it may be missing."""
     return f"{segment_prefix(segment)}/times.json"
 
 

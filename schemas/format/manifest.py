@@ -1,4 +1,4 @@
-"""What a cache says about itself: the plan, one receipt a shard, the statistics, the manifest.
+"""Models of a cache's own description: the plan, one receipt a shard, the statistics, the manifest.
 
 All are canonical JSON with a digest of their own (canonical.py): other bytes are damage. A segment exists once the
 manifest lists it; a shard is committed once its receipt exists (and, later, once `index.bin` holds its record). What
@@ -44,7 +44,7 @@ class PartPlan(Config):
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all its slots, before compression."""
+        """Bytes of all its slots for a token, before compression."""
         return self.slots * self.width * ITEM_BYTES[self.dtype]
 
 
@@ -72,11 +72,11 @@ class TapPlan(Config):
 
     @property
     def compress(self) -> Compression:
-        """Of its arrays, which are all compressed alike."""
+        """The compression of its arrays, which are all compressed alike."""
         return self.parts[0].compress if self.parts else "none"
 
     def numbers_per_token(self, hidden: int) -> int:
-        """How many numbers one slot has for a token, given the teacher's hidden size."""
+        """Return the count of numbers that one slot has for a token, given the teacher's hidden size."""
         return hidden if self.k is None else self.k
 
 
@@ -99,7 +99,7 @@ class TeacherPlan(Config):
 
 
 class NumericsPlan(Config):
-    """What pins the teacher's bits: XLA's results depend on all of these and on the plan's batch_rows.
+    """Facts that determine the teacher's bits: XLA's results depend on all of these and on the plan's batch_rows.
 
     mesh: devices along data, fsdp, tensor and expert; (1,) for a single one. processes: over how many the mesh lies,
     where that counts: more than two partial sums are added across devices, in the order of the collectives in use, or
@@ -168,17 +168,17 @@ class Plan(Config):
 
     @property
     def bytes_per_row(self) -> int:
-        """Of all taps; the rows' own tokens not counted."""
+        """Bytes of all taps for a row, without the row's own tokens."""
         return self.bytes_per_token * self.rows.row_tokens
 
     @property
     def is_compressed(self) -> bool:
-        """Whether any tap is: then sizes that follow from the plan are upper limits."""
+        """Return whether any tap is compressed: then sizes that follow from the plan are upper limits."""
         return any(tap.compress != "none" for tap in self.taps)
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all taps, scales included, before compression."""
+        """Bytes of all taps for a token, scales included, before compression."""
         return sum(part.bytes_per_token for tap in self.taps for part in tap.parts)
 
 

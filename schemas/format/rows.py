@@ -246,7 +246,7 @@ class RowsIndex(Config):
 
     @property
     def eval_rows(self) -> int:
-        """How many of the rows are held out."""
+        """The number of held-out rows."""
         return len(self.eval_indices)
 
 

@@ -1,4 +1,4 @@
-"""How long shards took: in their receipts while a segment is built, summed up in `times.json` once it is finished.
+"""Time that shards took: in their receipts while a segment is built, summed up in `times.json` once it is finished.
 
 For people only. The file carries its own digest, but neither the manifest nor the statistics name it: two builds of one
 plan differ in nothing else, and two processes that finish one segment at once may have read different receipts.
@@ -16,7 +16,7 @@ MANY_HOSTS = 64
 
 
 class ShardSeconds(Config):
-    """Where a shard's time went, by the clock of the process that committed it, on `host`.
+    """Time that a shard spent in each step, by the clock of the process that committed it, on `host`.
 
     compute: waiting for its rows' numbers, that is, the teacher (of a copy: reading and encoding); compiling left out.
     write: encoding its objects and storing them. total: from its first numbers to its last object, waiting for other
@@ -31,7 +31,7 @@ class ShardSeconds(Config):
 
 
 class Spread(Config):
-    """Of the seconds that shards took, all shards alike."""
+    """Distribution of the seconds that shards took, all shards alike."""
 
     total: NonNegativeFloat
     least: NonNegativeFloat
@@ -68,7 +68,7 @@ class SegmentTimes(Config):
 
 
 def summed_up(seconds: Mapping[int, ShardSeconds]) -> SegmentTimes | None:
-    """What is kept of the shards' times; None where no shard was timed."""
+    """Summarise the shards' times; None if no shard was timed."""
     if not seconds:
         return None
     by_host: dict[str, list[ShardSeconds]] = {}

@@ -64,7 +64,7 @@ class Peers:
 
     @property
     def first(self) -> bool:
-        """Whether this process does what must be done once."""
+        """Return whether this is the process that does the work that must happen once."""
         return self.number == 0
 
     def meet(self, name: str) -> None:
@@ -77,7 +77,7 @@ class Peers:
             _client().wait_at_barrier(f"distillcache/{self.attempt}/{name}", WAIT_MS)
 
     def share(self, name: str, say: Callable[[], bytes]) -> bytes:
-        """What `say` gives in the first process; the others wait for it, however long that takes.
+        """Return the value that `say` computes in the first process; the others wait for it without a time limit.
 
         Args:
             name: as in `meet`.
@@ -112,7 +112,9 @@ class Peers:
         return jax.tree.map(lambda x: np.concatenate(list(np.asarray(x)), axis=1), of_all)
 
     def should_stop(self, stop: StopRequest, step: int) -> bool:
-        """Whether to stop after this step: all processes say the same, though only one of them may have been asked."""
+        """Return whether to stop after this step: all processes get the same answer, even if only one received a
+        signal.
+        """
         if self.count == 1:
             return stop.requested
         return multihost_utils.reached_preemption_sync_point(step)
@@ -127,17 +129,17 @@ def alone() -> Peers:
 
 
 def in_cluster() -> bool:
-    """Whether a launcher that JAX knows started this process as one of several."""
+    """Return whether a launcher that JAX knows started this process as one of several."""
     return any(os.environ.get(name) for name in CLUSTERS) or _on_tpu()
 
 
 def has_peers(coordinator: str | None) -> bool:
-    """Whether the run has other processes, as far as can be told before they meet."""
+    """Return whether the run has other processes, as far as this is known before they meet."""
     return in_cluster() if coordinator is None else coordinator != ALONE_WORD
 
 
 def _on_tpu() -> bool:
-    """Whether there are TPUs here: JAX asks their own service who the other hosts are, and whether there are any."""
+    """Return whether this machine has TPUs: JAX asks their own service for the other hosts."""
     chips = [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
@@ -270,7 +272,7 @@ def _client() -> Any:
 
 
 def read_failure() -> str | None:
-    """What the first process that failed said; None where none has."""
+    """Return the message of the first process that failed; None if none has."""
     try:
         return _client().key_value_try_get(FAILED)
     except Exception:  # its errors have no class of their own: nobody failed, or the service is gone

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether the process was asked to stop. A second SIGINT interrupts at once, as everywhere."""
+    """A flag that is set when the process is asked to stop. A second SIGINT interrupts at once, as everywhere."""
 
     def __init__(self) -> None:
         self.requested = False

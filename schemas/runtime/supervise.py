@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2): die with the parent
 
 
 def is_supervised() -> bool:
-    """Whether this process is looked after already."""
+    """Return whether this process already has a supervisor."""
     return bool(os.environ.get(SUPERVISED))
 
 
@@ -72,7 +72,7 @@ def supervise(module: str, words: Sequence[str]) -> int:
 
 
 class _Told:
-    """What the child said of itself."""
+    """The messages that a child reported to its supervisor."""
 
     def __init__(self, descriptor: int) -> None:
         self._facts: dict[str, Any] = {}

@@ -159,7 +159,7 @@ def without_library_log() -> Iterator[None]:
 
 
 def is_garbled(text: str) -> bool:
-    """Whether an error means an answer that was spoiled on its way, which TensorStore does not ask for again."""
+    """Return whether an error means a response corrupted in transit, which TensorStore does not retry."""
     if any(sign in text for sign in _LISTING_CUT):
         return True
     cut = _RANGE_CUT.search(text)
@@ -180,7 +180,7 @@ def _unescaped(found: re.Match[str]) -> str:
 
 
 def advice(url: str, error: BaseException) -> str | None:
-    """What to check after this error of a bucket; None where nothing is known about it."""
+    """Return what to check after this error of a bucket; None if nothing is known about it."""
     text, google = str(error), url.startswith("gs://")
     bucket = url.partition("://")[2].partition("/")[0]
     if "PERMISSION_DENIED" in text or "UNAUTHENTICATED" in text or "credentials" in text.lower():

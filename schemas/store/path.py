@@ -55,7 +55,7 @@ class ObjectPath:
         return Store(self.root)
 
     def exists(self) -> bool:
-        """Whether there is an object of this key. A folder is none."""
+        """Return whether there is an object of this key. A folder is not one."""
         return bool(self.key) and self.store.read(self.key, slice(0, 0)) is not None
 
     def read_bytes(self) -> bytes:
@@ -94,7 +94,7 @@ class ObjectPath:
         return [key.removeprefix(prefix) for key in self.store.keys(prefix)]
 
     def iterdir(self) -> Iterator["ObjectPath"]:
-        """What lies in this folder, objects and folders, by name."""
+        """List the objects and folders in this folder by name."""
         for name in sorted({key.split("/")[0] for key in self.keys()} - {""}):
             yield self / name
 

@@ -13,7 +13,7 @@ _QUERY = re.compile(
 
 
 def has_secret(text: str) -> bool:
-    """Whether a URL in the text carries a user's name, a password or a signature."""
+    """Return whether a URL in the text carries a user name, a password or a signature."""
     return redacted(text) != text
 
 

@@ -1,4 +1,4 @@
-"""What was read from a store and will soon be wanted again, held in memory up to a bound, and read once.
+"""A bounded memory cache of objects that will soon be read again; concurrent requests for one object read it once.
 
 A store far away answers in tens of milliseconds, so the threads of a feed often want one thing at one time: the first
 that asks reads it, the others wait for what it gets.

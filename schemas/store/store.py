@@ -1,4 +1,4 @@
-"""Where a cache, a run or a corpus lives: a thin layer over TensorStore's key-value stores.
+"""Stores of caches, runs and corpora: a thin layer over TensorStore's key-value stores.
 
 A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
 of ours goes through it, so that one piece of code serves all of them and every failure becomes one `StorageError`
@@ -50,7 +50,7 @@ def use(config: StorageConfig) -> None:
 
 
 def current() -> StorageConfig:
-    """How this process asks buckets at the moment: for libraries beside TensorStore."""
+    """Return the process's current object-store client settings, for libraries other than TensorStore."""
     return _current.config
 
 
@@ -111,7 +111,7 @@ class Store:
         return {**self._spec, "path": self._spec.get("path", "") + key.rstrip("/") + "/"}
 
     def where(self, key: str) -> str:
-        """How messages name `key`."""
+        """Return the name of `key` in messages."""
         return f"{self.url}/{key}"
 
     def read(self, key: str, byte_range: slice | None = None) -> bytes | None:
@@ -146,7 +146,7 @@ class Store:
         return (result.value if result.state == "value" else None), result.stamp.generation
 
     def _ends_at(self, key: str, length: int) -> bool:
-        """Whether the value (if there is one) has no byte behind `length`."""
+        """Return whether the value (if there is one) has no byte beyond `length`."""
         try:
             return self._read(key, slice(length, length + 1))[0] is None
         except StorageError as error:
@@ -155,7 +155,7 @@ class Store:
             raise
 
     def read_checked(self, key: str, check: Callable[[bytes], Value]) -> Value | None:
-        """What `check` makes of the value; None where there is no such key.
+        """Read a value through `check`, with retries while it is garbled; None if there is no such key.
 
         A bucket's answer may be short without TensorStore noticing, so what `check` refuses is read again, until
         the same bytes come twice and have the object's length: then it is the object that is damaged.
@@ -262,7 +262,7 @@ class Store:
             self.delete(key)
 
     def length_is(self, key: str, length: int) -> bool:
-        """Whether the stored value has exactly this length, without reading it."""
+        """Return whether the stored value has exactly this length, without reading it."""
         if self.local is not None:
             self.check_inside(key)
             try:
@@ -400,7 +400,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def is_url(path: str) -> bool:
-    """Whether the path names a bucket (or any other scheme) rather than a local file."""
+    """Return whether the path names a bucket (or any other scheme) rather than a local file."""
     return "://" in path and not path.startswith("file://")
 
 

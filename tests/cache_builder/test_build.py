@@ -14,9 +14,9 @@ import tensorstore as ts
 import xxhash
 from flax import nnx
 
-from distillcache.cache_builder import build as build_module
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.prepare import prepare_rows
+from distillcache.cache_builder.record import loop as loop_module
 from distillcache.cache_builder.text.token_stream import rows_fingerprint
 from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.decoder import Decoder
@@ -95,7 +95,7 @@ def test_receipts_say_how_long_a_shard_took(
 ) -> None:
     """And what is kept of them is their sum; what is waited for is the teacher, not its compiling."""
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "finish_segment", lambda store, plan: None)
+        patch.setattr(loop_module, "finish_segment", lambda store, plan: None)
         build_cache(build_config(tmp_path / "c", teacher, corpus))
     store = Store(str(tmp_path / "c"))
     receipts = [read_canonical(store, layout.receipt_key("0000", shard), ShardReceipt) for shard in range(5)]
@@ -182,7 +182,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
 ) -> None:
     """SIGTERM's flag is raised after so many commits; the same command then goes on."""
     commits = []
-    real = build_module.ShardWriter.add
+    real = loop_module.ShardWriter.add
 
     def add(self, shard, *arguments):
         real(self, shard, *arguments)
@@ -191,9 +191,9 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
             jobs[0].stop.requested = True
 
     jobs: list = []
-    real_pieces = build_module._build_pieces
-    monkeypatch.setattr(build_module, "_build_pieces", lambda job: (jobs.append(job), real_pieces(job)))
-    monkeypatch.setattr(build_module.ShardWriter, "add", add)
+    real_pieces = loop_module._build_pieces
+    monkeypatch.setattr(loop_module, "_build_pieces", lambda job: (jobs.append(job), real_pieces(job)))
+    monkeypatch.setattr(loop_module.ShardWriter, "add", add)
     config = build_config(tmp_path / "c", teacher, corpus)
     with pytest.raises(Interrupted, match="asked to stop"):
         build_cache(config)
@@ -226,7 +226,7 @@ def test_an_unfinished_cache_of_another_plan_is_refused(
 ) -> None:
     config = build_config(tmp_path / "c", teacher, corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "finish_segment", lambda store, plan: pytest.skip.Exception)
+        patch.setattr(loop_module, "finish_segment", lambda store, plan: pytest.skip.Exception)
         build_cache(config)
     with pytest.raises(PlanMismatchError, match=r"batch_rows +there 4, here 2"):
         build_cache(build_config(tmp_path / "c", teacher, corpus, batch_rows=2))
@@ -237,8 +237,8 @@ def test_another_platform_is_refused_unless_accepted(
 ) -> None:
     config = build_config(tmp_path / "c", teacher, corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "_build_pieces", lambda job: None)
-        patch.setattr(build_module, "finish_segment", lambda store, plan: None)
+        patch.setattr(loop_module, "_build_pieces", lambda job: None)
+        patch.setattr(loop_module, "finish_segment", lambda store, plan: None)
         build_cache(config)
     store = Store(config.cache)
     plan = read_plan(store, "0000")

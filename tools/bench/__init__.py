@@ -1,6 +1,7 @@
 """Benchmarks, each as ratios inside one run.
 
 command.py          distillcache bench
+figures.py          figures and goals of a benchmark
 build.py            build against the bare teacher
 feed.py             feed against memory speed and other formats
 peer_formats.py     formats of other systems

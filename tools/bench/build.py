@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from distillcache.cache_builder.build import SEGMENT, Work, record_batches
+from distillcache.cache_builder.build import SEGMENT
 from distillcache.cache_builder.prepare import prepare_rows
+from distillcache.cache_builder.record.loop import Work, record_batches
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.plan import make_plan
 from distillcache.models.checkpoint import load_pretrained
@@ -35,7 +36,7 @@ from distillcache.schemas.format.rows import Row, RowReader
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
-from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
 from distillcache.tools.demo.teacher import fetch_teacher
 
@@ -45,7 +46,7 @@ MAX_IN_FLIGHT = 2048 << 20  # the build's own default
 
 @dataclass(frozen=True)
 class BuildSizes:
-    """What is built. choices: name -> (codec, whether `resid` is delta-coded)."""
+    """Sizes of the build. choices: name -> (codec, whether `resid` is delta-coded)."""
 
     batch_rows: int = 8
     row_tokens: int = 512

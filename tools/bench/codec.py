@@ -1,4 +1,4 @@
-"""How much each codec keeps, measured on a teacher's own activations, and what it costs.
+"""Accuracy and cost of each codec, measured on a teacher's own activations.
 
 A *distance* is a cosine distance, 1 - cos, averaged over tokens and blocks. It is taken of five things, since that of
 the stored numbers alone hides what matters (a few outlier dimensions carry the norm of a residual stream):

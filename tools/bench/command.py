@@ -12,14 +12,12 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +25,7 @@ from rich.table import Table
 
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BenchConfig
-from distillcache.schemas.store.path import local_path
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 
 MODULES = {
     "feed": "tools.bench.feed",
@@ -37,30 +35,12 @@ MODULES = {
     "routing": "tools.bench.routing",
     "load": "tools.bench.load",
 }
+
+
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
+
+
 LIBRARIES = ("jax", "tensorstore", "grain", "numpy")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure's limit: `at_least` it, or `at_most`."""
-
-    name: str
-    value: float
-    goal: float
-    direction: Literal["at_least", "at_most"]
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.goal if self.direction == "at_least" else self.value <= self.goal
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one bench found."""
-
-    figures: Mapping[str, float]
-    goals: Sequence[Goal]
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -103,7 +83,7 @@ def make_report(measured: Measured) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describe the machine and libraries that the figures depend on."""
     import jax
 
     return {
@@ -130,16 +110,6 @@ def by_turns(paths: Mapping[str, Callable[[int], float]], rounds: int) -> dict[s
             rates[name].append(path(number))
             print(f"bench: round {number + 1} of {rounds}, {name}", file=sys.stderr)
     return {name: statistics.median(found) for name, found in rates.items()}
-
-
-@contextmanager
-def scratch_folder(parent: str | None) -> Iterator[Path]:
-    """A folder that is removed afterwards; in the system's own temporary folder if no parent is named."""
-    where = None if parent is None else local_path(parent, "--dir")
-    if where is not None:
-        where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="distillcache-bench-", dir=where) as folder:
-        yield Path(folder)
 
 
 def _module(what: str) -> ModuleType:

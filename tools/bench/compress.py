@@ -1,4 +1,4 @@
-"""What lossless compression gives and what it costs, on a teacher's own activations.
+"""Gain and cost of lossless compression, on a teacher's own activations.
 
 A cache of one shard is written in each codec (`resid` in int8 and int4 as differences) and each compression, and read
 whole, a batch of all rows at a time. Figures are named `compress.<codec>.<tap>.<compression>.<figure>`:
@@ -62,7 +62,7 @@ def measure_compression(
 
 
 def make_plan(taps: Mapping[str, np.ndarray], codec: str, compress: Compression) -> Plan:
-    """Of a cache of these taps, all rows in one shard."""
+    """Plan a cache of these taps with all rows in one shard."""
     slots, rows, tokens, hidden = taps["attn_out"].shape
     chosen = {
         tap: TapConfig.model_validate(

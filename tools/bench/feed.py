@@ -28,7 +28,8 @@ import tensorstore as ts
 
 from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.format.manifest import Plan
-from distillcache.tools.bench.command import Goal, Measured, by_turns, scratch_folder
+from distillcache.tools.bench.command import by_turns
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.peer_formats import RawShards, SampleFiles, TfExamples
 from distillcache.tools.bench.synthetic_cache import synthetic_plan, write_cache, write_large_index
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
@@ -41,9 +42,9 @@ SUBSET = (3, 11, 12, 26)  # some blocks, two of them neighbours
 
 @dataclass(frozen=True)
 class FeedSizes:
-    """What is read. shape: (L, T, D) of a row. rows: in the cache. distinct: different ones, the others are links to
-    them, since Grain's shuffle is slow below some thousand rows. tf_rows: in the tf.Example file, which takes long to
-    write.
+    """Sizes of the reads. shape: (L, T, D) of a row. rows: in the cache. distinct: number of different rows; the
+    others are links to them, since Grain's shuffle is slow below some thousand rows. tf_rows: in the tf.Example
+    file, which is slow to write.
     """
 
     shape: tuple[int, int, int] = (30, 512, 576)
@@ -78,7 +79,7 @@ def measure_feed(folder: Path, sizes: FeedSizes, rounds: int) -> Measured:
 
 
 def make_goals(rates: dict[str, float], figures: dict[str, float]) -> list[Goal]:
-    """What has to be reached."""
+    """Return the goals."""
     goals = [
         Goal("bf16_unchecked_over_memcpy", rates["feed_bf16_unchecked"] / rates["memcpy"], 0.9, "at_least"),
         Goal("bf16_over_memcpy", rates["feed_bf16"] / rates["memcpy"], 0.6, "at_least"),

@@ -33,7 +33,7 @@ from distillcache.models.files.tensors import INDEX_NAME, tensor_slots
 from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.runtime.child_python import python_environment, python_words
-from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 
 SLACK = 1.03
 LARGE = ModelConfig(
@@ -113,7 +113,7 @@ def _tensors(model: ModelConfig) -> dict[str, TensorToWrite]:
 
 
 def load_share(path: Path, axis: str, processes: int, loads: int) -> dict[str, float]:
-    """What one process of several found out (load_share.py); all of them run on this machine.
+    """Return the figures of one of several processes (load_share.py), all of which run on this machine.
 
     Raises:
         DistillcacheError: it could not.

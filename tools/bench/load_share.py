@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measured(path: str, mesh: jax.sharding.Mesh | None) -> dict[str, float]:
-    """What loading this process's share of a checkpoint takes."""
+    """Measure the memory of loading this process's share of a checkpoint."""
     before, start = anonymous_kib() * 1024, time.perf_counter()
     with PeakMemory() as peak:
         decoder = load_pretrained(path, mesh=mesh)

@@ -39,7 +39,7 @@ class PeakMemory:
 
 
 def anonymous_kib() -> int:
-    """Of this process, now."""
+    """Return this process's present anonymous memory in KiB."""
     if not os.path.exists("/proc/self/status"):
         unit = 1024 if sys.platform == "darwin" else 1  # macOS counts bytes, the others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit

@@ -33,14 +33,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import save_pretrained
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
 from distillcache.models.decoder import Decoder
-from distillcache.schemas.config import (
-    BenchConfig,
-    BuildConfig,
-    TapConfig,
-    TapsConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distillcache.schemas.config import BenchConfig, BuildConfig, TapConfig, TapsConfig, TeacherConfig, TrainConfig
 from distillcache.schemas.config.train import (
     FeatureLossConfig,
     LoadBalanceConfig,
@@ -50,7 +43,7 @@ from distillcache.schemas.config.train import (
 )
 from distillcache.schemas.store.path import local_path
 from distillcache.schemas.store.whole_file import writing
-from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
@@ -97,7 +90,7 @@ class RoutingSizes:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of one run. evaluations: by step, the start and the end among them."""
+    """Results of one run. evaluations: by step, with the start and the end."""
 
     evaluations: Sequence[Evaluation]
     train_loss: float

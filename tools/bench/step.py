@@ -37,7 +37,7 @@ from distillcache.schemas.config import BenchConfig, TapConfig, TrainConfig
 from distillcache.schemas.format.manifest import TapPlan
 from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.format.tap_plan import tap_plan
-from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import build_config, default_data, default_surgery, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
@@ -67,7 +67,7 @@ WARM_STEPS = 1
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What is stepped and compiled.
+    """Sizes of the steps that run and compile.
 
     rows: of the cache. steps: of a path that count in a round; in feature mode one.
     depths: blocks, few and many. codecs: name -> (codec of both taps, whether `resid` is delta-coded).
@@ -199,7 +199,9 @@ class _Paths:
         base = train_config(Path("none"), self._cache, [], 1000, self._sizes.batch_rows)
         config = base.model_copy(update=changes)
         parameters = all_parameters(self._student)
-        run = StageRun(config, resolve_stages(config)[0], self._student, parameters, source, _no_norms)
+        run = StageRun(
+            config, config.mesh, resolve_stages(config, config.mesh)[0], self._student, parameters, source, _no_norms
+        )
         return run.prepare(parameters)
 
     def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
@@ -261,7 +263,8 @@ def _no_norms() -> np.ndarray:
 
 
 def measure_memory(config: ModelConfig, sizes: StepSizes) -> Measured:
-    """What XLA plans to allocate for a step beside its arguments. Steps are compiled and never run.
+    """Return the temporaries that XLA plans to allocate for a step besides its arguments. Steps are compiled and never
+    run.
 
     Args:
         config: of the student, whose depth is left aside.
@@ -331,7 +334,8 @@ def temporaries(
     stack = StudentStack(student.decoder)
     taps = _taps(("resid", "attn_out") if mode == "blockwise" else ("attn_out",), stack.config, codec)
     reading, table = _reading(taps, stack.config)
-    [stage] = resolve_stages(TrainConfig(run="none", cache="none", mode=mode))  # type: ignore[arg-type]
+    config = TrainConfig(run="none", cache="none", mode=mode)  # type: ignore[arg-type]
+    [stage] = resolve_stages(config, config.mesh)
     optimizer = make_optimizer(stage.optimizer, stage.steps, clips=mode == "blockwise")
     if mode == "blockwise":
         rules = BlockRules(compute_dtype=dtype)
@@ -364,7 +368,7 @@ def _taps(names: Sequence[str], config: ModelConfig, codec: tuple[str, bool]) ->
 
 
 def _reading(taps: Mapping[str, TapPlan], config: ModelConfig) -> tuple[TapReading, Table]:
-    """How these taps are read where block i's lie at place i and all blocks are trained."""
+    """Describe the reading of these taps if block i's lie at position i and all blocks are trained."""
     blocks, hidden = range(config.num_blocks), config.hidden_size
     codecs = {name: tap_codec(tap, {f"signs.{name}": make_signs(name, hidden)}) for name, tap in taps.items()}
     places = {name: {block: block for block in blocks} for name in taps}

@@ -1,4 +1,4 @@
-"""What a codec costs in the end: the demo's student, recovered from a bf16, an int8 and an int4 cache.
+"""Effect of a codec on the result: the demo's student, recovered from a bf16, an int8 and an int4 cache.
 
 The demo's own work: its teacher, text, cut, optimizer, steps and seed, three times in one run. Both taps are recorded
 in the codec; int8 and int4 code `resid` as differences, with the default keyframes. Perplexities are on held-out rows.
@@ -26,7 +26,7 @@ from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.config import BenchConfig, BuildConfig, DemoConfig, TapConfig, TapsConfig
 from distillcache.schemas.errors import StorageError
 from distillcache.schemas.store.store import Store
-from distillcache.tools.bench.command import Goal, Measured, scratch_folder
+from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import (
     DEMO_ROWS,
     EVAL_ROWS,
@@ -62,7 +62,7 @@ class StudentSizes:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What came of one cache. teacher, cut, recovered: perplexities on the held-out rows."""
+    """Results from one cache. teacher, cut, recovered: perplexities on the held-out rows."""
 
     bytes_per_token: int
     teacher: float

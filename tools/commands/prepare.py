@@ -29,7 +29,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     }
     if index.skipped:
         summary["skipped"] = index.skipped
-    without, too_long = RowReader(Store(config.out)).without_targets(), _too_long(config, index)
+    without, too_long = RowReader(Store(config.out)).without_targets(), _too_long(config.data.tokenizer, index)
     if as_json:
         print(json.dumps(summary | ({"without_targets": without} if without else {})))
     else:
@@ -41,9 +41,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         print(f"warning: {said}", file=sys.stderr)
 
 
-def _too_long(config: PrepareConfig, index: RowsIndex) -> str | None:
+def _too_long(path: str | None, index: RowsIndex) -> str | None:
     """A line about rows that are longer than what the teacher is made for, if the tokenizer is that of a checkpoint."""
-    path = config.data.tokenizer
     if path is None or path.endswith(".json"):
         return None
     try:

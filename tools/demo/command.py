@@ -19,14 +19,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import read_config
 from distillcache.models.config import ModelConfig
 from distillcache.schemas import command_line
-from distillcache.schemas.config import (
-    BuildConfig,
-    DataConfig,
-    DemoConfig,
-    TapsConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distillcache.schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig, SurgeryOp
 from distillcache.schemas.errors import ConfigError, DivergedError, PlanMismatchError
 from distillcache.schemas.store.path import local_path
@@ -122,7 +115,7 @@ def train_config(run: Path, cache: str, surgery: list[SurgeryOp], steps: int, ba
 
 @contextmanager
 def _other_flags_explained(out: Path) -> Iterator[None]:
-    """What a stage says of an unfinished demo with other flags, with advice in the demo's own flags."""
+    """Re-raise a stage's complaint about an unfinished demo with other flags, with advice in the demo's own flags."""
     try:
         yield
     except PlanMismatchError as error:

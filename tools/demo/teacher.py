@@ -20,7 +20,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def teacher_path() -> Path:
-    """Where the teacher lies once it is fetched."""
+    """Return the path of the teacher after it is fetched."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "distillcache" / Path(MEMBER).name
 

@@ -39,7 +39,7 @@ FREE = ("created.", "config.cache", "config.storage", "config.process_id", "conf
 
 
 def compare_caches(a: StoredRows, b: StoredRows, count: int, seed: int) -> dict[str, Any]:
-    """What differs, as plain values; the findings' `kind` is as `fidelity` has it."""
+    """Compare two caches; returns differences as plain values. The findings' `kind` is as in `fidelity`."""
     plans = differences(_plan(a), _plan(b), FREE)
     numbers = [number for number in a.sample(count, seed) if number < len(b) and b.committed(number)]
     measured, logits, other_rows, looks = _measured(a, b, numbers)
@@ -59,7 +59,7 @@ def compare_caches(a: StoredRows, b: StoredRows, count: int, seed: int) -> dict[
 
 
 def _plan(rows: StoredRows) -> dict[str, Any]:
-    """Of all segments, by name; arrays follow from the rest."""
+    """Describe the plan of all segments, by name; arrays follow from the rest."""
     return {
         f"{'' if len(rows.segments) == 1 else segment.plan.segment + '.'}{key}": value
         for segment in rows.segments
@@ -103,7 +103,7 @@ def _measured(
 
 
 def _measured_logits(a: StoredRows, b: StoredRows, number: int, row: Row) -> list[TopKMeasure]:
-    """Of a row whose logits are in both, as many of a token and of the same ids."""
+    """Measure a row whose logits are in both caches, with equally many a token and of the same ids."""
     if not all(TOPK_LOGITS in rows.tap_names(number) for rows in (a, b)):
         return []
     (one, own), (other, given) = (
@@ -167,7 +167,7 @@ def _codec(rows: StoredRows, number: int, name: str) -> StoredTap:
 
 
 def _statistics(a: StoredRows, b: StoredRows) -> Iterator[dict[str, Any]]:
-    """Of finished caches: where the rms of a tap's slot differs, over all rows of each."""
+    """Compare the statistics of finished caches: where the rms of a tap's slot differs, over all rows of each."""
     first, second = _rms(a), _rms(b)
     for tap, slot in sorted(first.keys() & second.keys()):
         one, other = first[tap, slot], second[tap, slot]
@@ -189,7 +189,7 @@ def _rms(rows: StoredRows) -> dict[tuple[str, int], float]:
 
 
 def _shards(a: StoredRows, b: StoredRows) -> dict[str, Any]:
-    """Of some shards that both have: in which of them the codes of a tap differ. Receipts alone are read."""
+    """Compare some shards that both caches have: in which the codes of a tap differ. Reads receipts alone."""
     found: dict[str, Any] = {"compared": 0, "differing": {}}
     for one, other in zip(a.segments, b.segments, strict=False):
         if _division(one) != _division(other):
@@ -239,7 +239,7 @@ def _figures(measured: Sequence[RowMeasure]) -> list[dict[str, Any]]:
 
 
 def _summary(found: dict[str, Any], rows_a: int, rows_b: int) -> list[str]:
-    """What differs, in a few lines; the gravest first."""
+    """Summarise the differences in a few lines, most serious first."""
     lines = [look["line"] for look in found["findings"]]
     plans = found["plans"]
     words = {

@@ -39,7 +39,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
 
 
 def compare(a: str, b: str, count: int, seed: int) -> dict[str, Any]:
-    """What differs between two caches or two runs, as plain values.
+    """Compare two caches or two runs; returns differences as plain values.
 
     Raises:
         InputError: they are not both caches or both runs.

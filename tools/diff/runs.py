@@ -15,7 +15,7 @@ FREE = ("run", "storage", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
 def compare_runs(a: str, b: str) -> dict[str, Any]:
-    """What differs, as plain values."""
+    """Compare two runs; returns differences as plain values."""
     configs = differences(_config(a), _config(b), FREE)
     curves = _curves(read_metrics(a), read_metrics(b))
     evaluations = _evaluations(a, b)
@@ -32,7 +32,9 @@ def _config(run: str) -> dict[str, Any]:
 
 
 def _curves(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every metric that both have at some step: values at some common steps, the last, and the widest difference."""
+    """Compare every metric that both runs have at some step: values at some common steps, the last, and the widest
+    difference.
+    """
     found: dict[str, Any] = {}
     for name in [name for name in _names(a) if name in _names(b) and name != "step"]:
         one, other = _by_step(a, name), _by_step(b, name)

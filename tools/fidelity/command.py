@@ -202,7 +202,7 @@ def _seen(
 
 
 def _lossy(stored: StoredTap, teacher: np.ndarray, measure: TapMeasure, real: np.ndarray) -> Look | None:
-    """What the codec alone loses, where that is much, and what would lose less."""
+    """Report a loss that the codec alone explains, if it is large, and codecs that lose less."""
     worst = float(measure.expected.max())
     if worst < LOSSY / GAIN:
         return None
@@ -303,7 +303,7 @@ def _report(
 
 
 def _figures(measured: Sequence[RowMeasure]) -> list[dict[str, Any]]:
-    """Of every tap and slot, over all rows: means, and the worst token."""
+    """Compute figures of every tap and slot over all rows: means, and the worst token."""
     found: dict[tuple[str, int], list[tuple[int, TapMeasure, int]]] = {}
     for row in measured:
         for tap in row.taps:

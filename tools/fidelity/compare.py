@@ -1,4 +1,4 @@
-"""What a row's stored taps are like, next to the teacher's own, and what its codec could at best have kept.
+"""Comparison of a row's stored taps with the teacher's, and with the best that its codec could have kept.
 
 All sums are over real tokens, in float64. An *error* is relative: the norm of a difference over the norm of the
 teacher's own numbers. What is wrong is decided by the *weighted* error, which divides every dimension by its own rms:
@@ -131,13 +131,13 @@ def dimension_weights(own: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S 1
 
 
 def weighted_error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S"]:
-    """Of all tokens, weighted by the reference's dimensions."""
+    """Error over all tokens, weighted by the reference's dimensions."""
     weights = dimension_weights(reference)
     return error(finite(values) * weights, reference * weights)
 
 
 def error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S"]:
-    """Of all tokens."""
+    """Error over all tokens."""
     return _norm(values - reference) / np.maximum(_norm(reference), TINY)
 
 
@@ -212,7 +212,7 @@ def explains(
     variant: Sequence[Float[np.ndarray, "S T D"]],
     real: Bool[np.ndarray, "T"],
 ) -> bool:
-    """Whether most of the stored slots are what the teacher gives for another input."""
+    """Return whether most of the stored slots are what the teacher gives for another input."""
     fits = [
         np.mean(weighted_error(given[:, real], own[:, real]) <= measure.limit)
         for given, own, measure in zip(values, variant, measures, strict=True)

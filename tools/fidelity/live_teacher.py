@@ -69,7 +69,7 @@ class LiveTeacher:
         self.platform = jax.devices()[0].platform
 
     def taps(self, row: Row) -> Taps:
-        """What it gives for a row: of every tap all slots of all blocks."""
+        """Compute every tap of a row, all slots of all blocks."""
         return self.taps_and_logits(row)[0]
 
     def taps_and_logits(self, row: Row) -> tuple[Taps, TopK | None]:
@@ -91,7 +91,7 @@ class LiveTeacher:
         return taps, TopK(values, ids, logsumexp[..., 0])  # type: ignore[arg-type]
 
     def variant(self, row: Row, name: str) -> Taps:
-        """What it gives for a row that was changed as one of `VARIANTS` says."""
+        """Compute the taps of a row that was changed as one of `VARIANTS` says."""
         if name == "one document":
             real = row.segment_ids > 0
             positions = np.where(real, np.arange(len(row.tokens)), 0).astype(np.int32)
@@ -120,5 +120,5 @@ def _nearest(stream: jax.Array, embed: jax.Array, shrink: jax.Array) -> tuple[ja
 
 
 def comparable(name: str) -> bool:
-    """Whether a tap's numbers can be recomputed in float32 block by block."""
+    """Return whether a tap's numbers can be recomputed in float32 block by block."""
     return name != TOPK_LOGITS

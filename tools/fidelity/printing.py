@@ -1,4 +1,4 @@
-"""What `distillcache fidelity` prints: the verdict, what to do about it, and the slots that a reader should see."""
+"""Output of `distillcache fidelity`: the verdict, advice, and the slots worth seeing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def print_fidelity(found: Mapping[str, Any], every_slot: bool) -> None:
 
 
 def _worth_seeing(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of every tap the first and the last slot, then the wrong ones, then those with the largest error."""
+    """Select of every tap the first and the last slot, then the wrong ones, then those with the largest error."""
     kept = []
     for tap in dict.fromkeys(each["tap"] for each in figures):
         of_tap = [each for each in figures if each["tap"] == tap]

@@ -1,4 +1,4 @@
-"""What a row of text says of itself: masks, positions and padding that cannot be, and tokens that mean other text."""
+"""Checks of a row's text: impossible masks, positions and padding, and tokens that mean other text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def padding_ids(tokenizer: TextTokenizer) -> set[int]:
 
 
 def counted_padding(plan: Plan, stats: Stats) -> str:
-    """How the statistics tell that padding was counted as text; empty where it was not."""
+    """Return the evidence in the statistics that padding was counted as text; empty if there is none."""
     for tap in plan.taps:
         numbers = tap.numbers_per_token(plan.teacher.hidden_size)
         found = stats.taps[tap.name].count // numbers if tap.name in stats.taps else plan.rows.tokens
@@ -81,7 +81,7 @@ def counted_padding(plan: Plan, stats: Stats) -> str:
 
 
 def other_words(texts: Texts, row: Row) -> dict[str, Any] | None:
-    """How a row reads by either tokenizer, where its tokens mean other words; None where they do not."""
+    """Return the row's text by either tokenizer if its tokens mean other words; otherwise None."""
     if texts.of_teacher is None:
         return None
     ids = row.tokens[row.segment_ids > 0]

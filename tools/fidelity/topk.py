@@ -54,7 +54,7 @@ class TopKMeasure:
         return bool(self.reasons())
 
     def reasons(self) -> list[str]:
-        """What is wrong, in words."""
+        """Return the faults in words."""
         if self.shift:
             where = "before" if self.shift > 0 else "behind"
             return [f"the ids at a token are those of {abs(self.shift)} {where} it"]
@@ -84,7 +84,7 @@ def rounding_of(stored: StoredTap) -> float:
 
 
 def kept_values(stored: StoredTap, logits: TopK) -> np.ndarray:
-    """What the tap's codec keeps of other values."""
+    """Return what the tap's codec keeps of other values."""
     given: Any = logits
     found: Any = stored.codec.decode(stored.codec.encode(given))
     return np.asarray(found.values, np.float64)
@@ -159,7 +159,7 @@ def _shift(ids: np.ndarray, own: np.ndarray, shared: float) -> int:
 
 
 def judge_topk(rows: Sequence[TopKMeasure], name: str, known: Sequence[int]) -> list[Look]:
-    """What they say, of rows whose other numbers are right.
+    """Judge the recorded logits of rows whose other numbers are right.
 
     Args:
         name: of what they were compared with.

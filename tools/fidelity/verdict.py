@@ -78,7 +78,7 @@ class Look:
 
     @property
     def next(self) -> str:
-        """What to do about it."""
+        """Return advice about the finding."""
         return NEXT[self.kind]
 
     @property
@@ -88,8 +88,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the rows were compared with: a teacher (found, recorded: the digests of its weights and of those that the
-    plan names), or another cache.
+    """The reference that rows were compared with: a teacher (found, recorded: the digests of its weights and of
+    those that the plan names), or another cache.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Reference:
 
 
 def judge(rows: Sequence[RowMeasure], reference: Reference) -> list[Look]:
-    """What the measured numbers say; empty where they are as they should be."""
+    """Judge the measured numbers; empty if they are as they should be."""
     found = [*_nonfinite(rows)]
     wrong = [row for row in rows if row.wrong]
     for explain in (_shifted, _variants, _swapped, _scaled):
@@ -213,7 +213,7 @@ def _scaled(wrong: list[RowMeasure], name: str) -> tuple[list[Look], list[RowMea
 
 
 def _is_scaled(tap: TapMeasure) -> np.ndarray:
-    """What is left after scaling is the codec's error; a token's numbers that are all zero are no scaling."""
+    """Return whether the error that remains after scaling is the codec's; tokens of zeros alone are not scaled."""
     off, factor = np.abs(tap.slope - 1), np.maximum(np.abs(tap.slope), 1)
     left = np.maximum(tap.limit, EXPLAINED * off) * factor
     return (tap.rest <= left) & (off > tap.limit) & (np.abs(tap.slope) > 1e-3)
@@ -247,7 +247,7 @@ def _unexplained(rows: Sequence[RowMeasure], wrong: list[RowMeasure], reference:
 
 
 def _seen(wrong: list[RowMeasure]) -> str:
-    """Where the stored stream embeds other tokens than the row's, all of them well-known to this teacher."""
+    """Find rows whose stored stream embeds other tokens than the row's, all of them known well to this teacher."""
     for row in wrong:
         if row.seen is None:
             continue

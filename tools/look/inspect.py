@@ -108,17 +108,17 @@ def _describe_segment(segment: Segment, times: SegmentTimes | None) -> dict[str,
 
 
 def _bytes_per_token(segments: Sequence[Segment]) -> int:
-    """Of the rows that have the most."""
+    """Return the bytes a token of the rows that have the most."""
     return max(sum(member.plan.bytes_per_token for member in group.segments) for group in row_groups(segments))
 
 
 def _tap_bytes(plan: Plan, tap: TapPlan) -> int:
-    """Of all its rows, before compression."""
+    """Return the bytes of all its rows, before compression."""
     return sum(part.bytes_per_token for part in tap.parts) * plan.rows.row_tokens * plan.rows.count
 
 
 def _stored_bytes(segment: Segment, tap: TapPlan) -> int:
-    """Of all its rows, as they are compressed; of many shards an estimate from some of them.
+    """Return the stored bytes of all its rows after compression; for many shards, an estimate from some of them.
 
     Rows that are not committed yet count like those that are.
     """

@@ -1,4 +1,4 @@
-"""What `distillcache inspect` prints: the facts, a line for every array, and what is odd, last."""
+"""Output of `distillcache inspect`: the facts, a line for every array, and the warnings last."""
 
 import math
 import sys
@@ -59,7 +59,7 @@ def _facts(found: Mapping[str, Any]) -> Table:
 
 
 def said_of_times(segments: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How long the shards of every segment took, where that was noted."""
+    """Describe the time that the shards of every segment took, if it was recorded."""
     found = []
     for segment in segments:
         times = segment["seconds"]
@@ -109,7 +109,7 @@ def _taps(found: Mapping[str, Any]) -> Table:
 
 
 def _size(tap: Mapping[str, Any]) -> str:
-    """Of all rows; where it is compressed, of what is stored, and which share that is."""
+    """Describe the size of all rows; if compressed, the stored size and its share."""
     if tap["compress"] == "none":
         return in_bytes(tap["bytes"])
     return f"{in_bytes(tap['stored_bytes'])} ({tap['stored_bytes'] / max(tap['bytes'], 1):.2f})"

@@ -183,7 +183,7 @@ def repeated_slots(tap: str, figures: Mapping[int, Hashable]) -> Iterator[str]:
 
 
 def _unlike_statistics(plan: Plan, receipts: Sequence[ShardReceipt]) -> Iterator[str]:
-    """Of an unfinished segment, whose receipts are still there."""
+    """Warn about an unfinished segment, whose receipts still exist."""
     for tap in plan.taps:
         rms = {
             receipt.shard: math.sqrt(sum(stats.square_sum) / (stats.count * len(stats.square_sum)))

@@ -1,4 +1,4 @@
-"""What the blocks did with every token of one row: its text, masks, and figures by slot and token.
+"""Facts about every token of one row in all blocks: its text, masks, and figures by slot and token.
 
 Slots are decoded one by one, so that memory is two slots of one tap, whatever the model is.
 """

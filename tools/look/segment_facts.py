@@ -1,4 +1,4 @@
-"""What is known of a segment without a row or a tap: statistics and times, from its small files or its receipts.
+"""Facts about a segment that need neither rows nor taps: statistics and times, from its small files or its receipts.
 
 Of an unfinished segment with many shards, some receipts are read, evenly drawn.
 """
@@ -40,7 +40,7 @@ def evenly_drawn(shards: Sequence[int], count: int) -> list[int]:
 
 
 def sampled_receipts(segment: Segment) -> list[ShardReceipt]:
-    """Of an unfinished segment, those of the sampled shards that are still there: it may be finished meanwhile."""
+    """Return the sampled receipts of an unfinished segment that still exist: it may be finished meanwhile."""
 
     def read(shard: int) -> ShardReceipt | None:
         return read_receipt(segment.store, segment.plan, shard)
@@ -63,7 +63,7 @@ def damaged_files(segments: Sequence[Segment]) -> Iterator[DamageError]:
 
 
 def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping[str, TapStats]:
-    """Of all its rows; of an unfinished one, of those of these receipts.
+    """Return the statistics of all its rows; of an unfinished segment, of the rows of these receipts.
 
     Raises:
         DamageError: the statistics are missing or damaged.
@@ -75,8 +75,8 @@ def segment_stats(segment: Segment, receipts: Sequence[ShardReceipt]) -> Mapping
 
 
 def segment_times(segment: Segment, receipts: Sequence[ShardReceipt]) -> SegmentTimes | None:
-    """How long its shards took; of an unfinished one, those of these receipts. None: it was built by a version that
-    did not say, or nothing is committed yet.
+    """Return the time that its shards took; of an unfinished segment, those of these receipts. None: it was built by a
+    version that did not record it, or nothing is committed yet.
 
     Raises:
         DamageError: what was noted of it is damaged.

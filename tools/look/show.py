@@ -55,7 +55,7 @@ def _texts(rows: StoredRows, facts: RowFacts) -> list[str]:
 
 
 def _odd(rows: StoredRows, facts: RowFacts) -> list[str]:
-    """What cannot be right in the row, by itself."""
+    """Return the impossible values in the row by itself."""
     checks = SampleChecks.of(rows.store, rows.plan)
     checks.row(facts.number, facts.shard, facts.row)
     if any(tap.tap == "resid" for tap in facts.taps):
@@ -168,7 +168,9 @@ def _token_table(facts: RowFacts, tokens: range) -> Table:
 
 
 def _has_cosine(tap: TapFacts) -> bool:
-    """Of the stream alone: what is added to it has no reason to be alike from block to block."""
+    """Return whether a tap has similarities between blocks: the stream alone; contributions to it have no reason to
+    be similar.
+    """
     return tap.tap == "resid" and len(tap.cosine) > 0
 
 

@@ -97,7 +97,7 @@ class StoredTap:
                 yield self.tap.slots[place], np.asarray(numbers, np.float32)
 
     def kept(self, values: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S T D"]:
-        """What the codec keeps of other numbers for the same slots."""
+        """Return what the codec keeps of other numbers for the same slots."""
         return np.asarray(self._round_trip(values), np.float32)
 
     @property
@@ -133,11 +133,11 @@ class StoredRows:
         return as_text(f"StoredRows({self.store.url!r})", self._facts())
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the text that a notebook shows."""
         return as_html(f"StoredRows of {self.store.url}", self._facts())
 
     def _facts(self) -> Facts:
-        """What the cache is; taps as `slots` gives them."""
+        """Return facts about the cache; taps as `slots` gives them."""
         own = [group.base.plan.rows for group in self.groups]
         held_out, plan = sum(len(rows.eval_indices) for rows in own), self.plan
         taps = [
@@ -171,7 +171,7 @@ class StoredRows:
         return group, number - int(self._starts[group])
 
     def committed(self, number: int) -> bool:
-        """Whether the row's shard is committed in the segment that brought it."""
+        """Return whether the row's shard is committed in the segment that brought it."""
         group, row = self.locate(number)
         return has_row(self.groups[group].base, row)
 
@@ -202,7 +202,7 @@ class StoredRows:
         return [tokenizer.decode(tokens.tolist()) for tokens in documents]
 
     def taps(self, number: int) -> list[StoredTap]:
-        """What holds taps of a row by now, in the order in which a block computes them."""
+        """List the sources of a row's taps so far, in the order in which a block computes them."""
         group, row = self.locate(number)
         found = [
             self._open(segment, tap)
@@ -272,19 +272,19 @@ def lengths(values: np.ndarray) -> np.ndarray:
 
 
 def has_row(segment: Segment, row: int) -> bool:
-    """Whether a segment has committed the shard of one of its rows."""
+    """Return whether a segment has committed the shard of one of its rows."""
     return segment.committed is None or row // segment.plan.shard_rows in segment.committed
 
 
 def repair_of(segment: Segment) -> str:
-    """How what is damaged in a segment is made again."""
+    """Return how damage in a segment is repaired."""
     if segment.plan.copied_from is not None:
         return f"copy it again: distillcache copy <what it was copied from> {segment.store.url} --repair"
     return "make it again: distillcache build --repair"
 
 
 def damage_of(segment: Segment, part: PartPlan, row: int, slots: Sequence[int]) -> DamageError:
-    """What is wrong with the object that holds one of these stored slots, as `verify` would say it."""
+    """Return the damage of the object that holds one of these stored slots, in the words of `verify`."""
     shard = row // segment.plan.shard_rows
     for slot in slots:
         key = layout.object_key(segment.plan.segment, part.array, shard, slot // part.slots_per_object)

@@ -39,7 +39,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
 
 
 def verify_cache(store: Store, *, quick: bool = False) -> dict[str, Any]:
-    """What was checked, and every finding (`distillcache.cache_builder.repair.finding`), as plain values.
+    """Verify a cache; returns counts and every finding (`cache_builder.finding`), as plain values.
 
     Raises:
         InputError: there is no cache here.
@@ -77,7 +77,7 @@ def _planned_rows(survey: Survey) -> int:
 
 
 def _covered(ranges: Sequence[tuple[int, int]]) -> int:
-    """How many rows lie in any of these ranges `[start, stop)`, ascending."""
+    """Count the rows in any of these ranges `[start, stop)`, ascending."""
     count, end = 0, 0
     for start, stop in ranges:
         count += max(stop - max(start, end), 0)

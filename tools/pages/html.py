@@ -156,7 +156,7 @@ def facts(caption: str, values: Mapping[str, object]) -> str:
 
 
 def folded(summary: str, *pieces: str) -> str:
-    """What a reader unfolds; on paper it is open."""
+    """Return a section that a reader unfolds; on paper it is open."""
     inside = "\n".join(piece for piece in pieces if piece)
     return f"<details><summary>{text(summary)}</summary>\n{inside}\n</details>" if inside else ""
 
@@ -166,7 +166,7 @@ def code(words: str, label: str) -> str:
 
 
 def note(title: str, lines: Sequence[str]) -> str:
-    """What a reader should see first; nothing without lines."""
+    """Return a note for the top of a section; nothing without lines."""
     if not lines:
         return ""
     listed = "".join(f"<li>{text(line)}</li>" for line in lines)

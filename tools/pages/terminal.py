@@ -1,4 +1,4 @@
-"""Where the commands print their tables."""
+"""The console on which commands print their tables."""
 
 import sys
 

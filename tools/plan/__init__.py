@@ -1,6 +1,7 @@
 """Cost of a build before anything is written.
 
 command.py       distillcache plan
+sizes.py         sizes of a planned cache
 printing.py      its output
 scale.py         plan --simulate: bytes, requests, time, money
 fleet.py         discrete-event simulation of many builders

@@ -22,10 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from distillcache.cache_builder.build import SEGMENT
 from distillcache.cache_builder.prepare import open_rows, prepare_rows
-from distillcache.cache_builder.record.plan import make_plan
-from distillcache.cache_builder.text.documents import Document, TokenDocument, file_documents
+from distillcache.cache_builder.text.document import Document, TokenDocument
+from distillcache.cache_builder.text.documents import file_documents
 from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, input_files
 from distillcache.cache_builder.text.packing import COUNTED
 from distillcache.cache_builder.text.skipped import Skipped
@@ -33,26 +32,34 @@ from distillcache.cache_builder.text.tokenise import token_arrays
 from distillcache.models.checkpoint import load_pretrained, read_config
 from distillcache.models.config import ModelConfig
 from distillcache.models.describe import describe_rows
-from distillcache.models.layers.rope import context_length
 from distillcache.models.recorder import make_recorder
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
 from distillcache.schemas import command_line
-from distillcache.schemas.config import BuildConfig, DataConfig, PlanConfig, PrepareConfig, TapsConfig
+from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, PlanConfig, PrepareConfig, TapsConfig
 from distillcache.schemas.errors import ConfigError
-from distillcache.schemas.format.index import record_dtype
 from distillcache.schemas.format.layout import ITEM_BYTES
-from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan, TeacherPlan
+from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan
 from distillcache.schemas.format.rows import RowReader, Split, too_long_for_teacher
 from distillcache.schemas.format.tap_codec import signs_of
 from distillcache.schemas.store.store import Store, is_url, use
 from distillcache.tools.plan.printing import print_plan
+from distillcache.tools.plan.sizes import plan_for, total_bytes
 
 SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
+
+
 SAMPLE_FILES = 16  # the sample is drawn from so many files, evenly spaced
+
+
 PACKED_SAMPLE = 4 << 20  # packed bytes that tell how much longer a .gz file is unpacked
+
+
 TOKEN_RECORD_BYTES = 4  # of a record for each token that it holds: somewhat less in some formats, 12 in others
+
+
 MEASURED_BATCHES = 2
-ROW_BYTES_PER_TOKEN = 13  # tokens, positions, segments as int32, and the loss mask
+
+
 # label -> (codec, delta coding of `resid`): what the table compares
 CODEC_CHOICES = {
     "bf16": ("bf16", False),
@@ -62,6 +69,8 @@ CODEC_CHOICES = {
     "int4": ("int4", False),
     "int4, resid as differences": ("int4", True),
 }
+
+
 BLOCK_STEPS = (1, 2, 4)  # every block, every second, every fourth
 
 
@@ -105,8 +114,8 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.data.tokenizer or config.teacher.path, eos_token=config.data.eos_token)
     rows = count_rows(config.data, tokenizer)
     build = BuildConfig.model_validate(config.model_dump(exclude={"measure"}))
-    plan = plan_for(build, model, rows.plan)
-    rate = measure_rate(config, plan) if config.measure else None
+    plan = plan_for(build, model, rows.plan, config.teacher.path)
+    rate = measure_rate(config.teacher.path, config.dtype, plan) if config.measure else None
     free, total = free_bytes(config.cache), total_bytes(plan)
     unsure = free is None or (plan.is_compressed and total > free)
     return {
@@ -131,7 +140,7 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
             "bytes": plan.shard_rows * plan.bytes_per_row,
         },
         "objects": sum(_objects(plan, part) for tap in plan.taps for part in tap.parts),
-        "memory_in_flight": memory_in_flight(config, plan),
+        "memory_in_flight": memory_in_flight(config.max_in_flight_mib, plan),
         "tokens_per_s": rate,
         "seconds": None if rate is None else plan.rows.count * plan.rows.row_tokens / rate / config.num_processes,
         "processes": config.num_processes,
@@ -139,21 +148,6 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
         "enough_room": None if unsure or free is None else total <= free,
         "choices": compare_choices(build, model, rows.plan),
     }
-
-
-def plan_for(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> Plan:
-    """The plan that a build would make, with the teacher's weights unread."""
-    teacher = TeacherPlan(
-        path=config.teacher.path,
-        weights_digest="",
-        num_blocks=model.num_blocks,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        family=model.family,
-        norm_eps=model.norm_eps,
-        context=context_length(model),
-    )
-    return make_plan(config, SEGMENT, model, teacher, rows, config.dtype or "")
 
 
 def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
@@ -196,9 +190,9 @@ def unpacked_bytes(file: InputFile, text_field: str = "text") -> int:
     return round(len(unpacked) * file.size / max(len(packed), 1))
 
 
-def measure_rate(config: BuildConfig, plan: Plan) -> float:
+def measure_rate(teacher: str, dtype: str | None, plan: Plan) -> float:
     """Tokens a second of the teacher with its recorder, on random tokens; compiling is left out."""
-    decoder = load_pretrained(config.teacher.path, dtype=config.dtype)
+    decoder = load_pretrained(teacher, dtype=dtype)
     record, parameters = make_recorder(decoder, plan.taps, signs_of(plan))
     shape = (plan.batch_rows, plan.rows.row_tokens)
     tokens = np.random.default_rng(0).integers(0, plan.teacher.vocab_size, shape, np.int32)
@@ -218,20 +212,14 @@ def free_bytes(cache: str) -> int | None:
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
 
 
-def total_bytes(plan: Plan) -> int:
-    """Of the finished cache: taps, rows and index."""
-    per_row = plan.bytes_per_row + ROW_BYTES_PER_TOKEN * plan.rows.row_tokens
-    return plan.rows.count * per_row + plan.num_shards * record_dtype(plan).itemsize
-
-
-def memory_in_flight(config: BuildConfig, plan: Plan) -> int:
+def memory_in_flight(max_in_flight_mib: int, plan: Plan) -> int:
     """Host bytes at most between teacher and store: shards within their bound, and two batches on their way there."""
-    shards = max(config.max_in_flight_mib << 20, plan.shard_rows * plan.bytes_per_row)
+    shards = max(max_in_flight_mib << 20, plan.shard_rows * plan.bytes_per_row)
     return shards + 2 * plan.batch_rows * plan.bytes_per_row
 
 
-def compare_choices(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> list[dict[str, Any]]:
-    """What the same rows and taps would take with other codecs, and with fewer of the config's blocks."""
+def compare_choices(config: BuildSpec, model: ModelConfig, rows: RowsPlan) -> list[dict[str, Any]]:
+    """Compare the cost of the same rows and taps in other codecs, and with fewer of the config's blocks."""
     chosen = list(range(model.num_blocks)) if isinstance(config.blocks, str) else sorted(set(config.blocks))
     found: list[dict[str, Any]] = []
     whole = plan_for(_with_choice(config, "bf16", False, chosen), model, rows).bytes_per_token
@@ -253,7 +241,7 @@ def compare_choices(config: BuildConfig, model: ModelConfig, rows: RowsPlan) -> 
     return found
 
 
-def _with_choice(config: BuildConfig, codec: str, delta: bool, blocks: list[int]) -> BuildConfig:
+def _with_choice(config: BuildSpec, codec: str, delta: bool, blocks: list[int]) -> BuildSpec:
     taps = {
         name: {"codec": codec, "delta": delta and name == "resid"} if getattr(config.taps, name) else None
         for name in TapsConfig.model_fields
@@ -338,5 +326,5 @@ def _objects(plan: Plan, part: PartPlan) -> int:
 
 
 def _object_bytes(plan: Plan, part: PartPlan) -> int:
-    """Of a full one; its index of chunks, 16 bytes each, is not counted."""
+    """Return the bytes of a full object; its index of chunks, 16 bytes each, is not counted."""
     return plan.shard_rows * part.slots_per_object * plan.rows.row_tokens * part.width * ITEM_BYTES[part.dtype]

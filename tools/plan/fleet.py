@@ -26,7 +26,7 @@ DRAWN = 64  # random numbers at a time
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be built. piece_tokens: computed for one piece. bytes, puts: of all pieces together."""
+    """Work of a build. piece_tokens: computed for one piece. bytes, puts: of all pieces together."""
 
     pieces: int
     piece_tokens: int
@@ -36,7 +36,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Who builds it. tokens_per_s, write_bytes_per_s: of one host. retry_share: of all writes."""
+    """The builders. tokens_per_s, write_bytes_per_s: of one host. retry_share: of all writes."""
 
     hosts: int
     tokens_per_s: float
@@ -51,7 +51,8 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Played:
-    """What happened. wall_s: until the last piece is durable. lost_s: host seconds of work that was done again.
+    """Results of the simulation. wall_s: until the last piece is durable. lost_s: host seconds of work that was done
+    again.
 
     bytes, puts: of committed pieces. retries: writes that were sent again. preemptions: of the whole build.
     """
@@ -71,7 +72,7 @@ def piece_seconds(work: Work, fleet: Fleet) -> tuple[float, float]:
 
 
 def quiet_seconds(work: Work, fleet: Fleet) -> float:
-    """Of the busiest host, if nothing is preempted and no write is sent twice."""
+    """Return the seconds of the busiest host if nothing is preempted and no write is retried."""
     compute, write = piece_seconds(work, fleet)
     return fleet.startup_s + math.ceil(work.pieces / fleet.hosts) * max(compute, write) + min(compute, write)
 
@@ -207,7 +208,7 @@ def _preemptions(fleet: Fleet) -> Iterator[tuple[float, int]]:
 
 
 def _stream(seed: tuple[int, int], rate: float, share: float, hosts: int) -> Iterator[tuple[float, int]]:
-    """Of a Poisson process of this rate, the events whose mark is below `share`."""
+    """Yield the events of a Poisson process of this rate whose mark is below `share`."""
     rng, now = np.random.default_rng(seed), 0.0
     while True:
         gaps, marks = rng.exponential(1 / rate, DRAWN), rng.random(DRAWN)

@@ -1,4 +1,4 @@
-"""What `distillcache plan` prints: what the build would take, array by array, and the same rows in other codecs."""
+"""Output of `distillcache plan`: the cost of the build by array, and of the same rows in other codecs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -20,8 +20,8 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.index import record_dtype
 from distillcache.schemas.format.layout import ITEM_BYTES, MAX_PUT_BYTES
 from distillcache.schemas.format.manifest import PartPlan, Plan, RowsPlan
-from distillcache.tools.plan.command import ROW_BYTES_PER_TOKEN, plan_for, total_bytes
 from distillcache.tools.plan.fleet import Fleet, Work, piece_seconds, play, quiet_seconds
+from distillcache.tools.plan.sizes import ROW_BYTES_PER_TOKEN, plan_for, total_bytes
 from distillcache.trainer.feed.readers.requests import split
 
 # Sizes of the published models (their config.json).
@@ -71,7 +71,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Of the finished cache, with the objects' own indexes of chunks."""
+        """Bytes of the finished cache, with the objects' own chunk indexes."""
         chunks = sum(len(part.object_ranges()) * part.slots_per_object for part in self.parts) * self.plan.shard_rows
         return total_bytes(self.plan) + self.plan.num_shards * 16 * chunks + self.objects * 4
 
@@ -87,7 +87,7 @@ class Cache:
 
     @property
     def epoch_gets(self) -> int:
-        """Of all rows; what is remembered of a shard is asked for once."""
+        """Count the requests of reading all rows once; what is remembered of a shard is requested once."""
         rows, shards = self.plan.rows.count, self.plan.num_shards
         return rows * (self.row_gets - 2) + 2 * (shards if shards <= RECORDS_KEPT else rows)
 
@@ -98,7 +98,7 @@ class Cache:
         return self.plan.bytes_per_row + files + record_dtype(self.plan).itemsize
 
     def work(self) -> Work:
-        """What its build has to do; a piece's last rows count like all others, since their batch is padded."""
+        """Return the work of its build; a piece's last rows count like all others, since their batch is padded."""
         piece_tokens = self.piece_rows * self.plan.rows.row_tokens
         return Work(pieces=self.pieces, piece_tokens=piece_tokens, bytes=self.bytes, puts=self.puts)
 
@@ -204,7 +204,7 @@ def make_fleet(config: SimulateConfig, cache: Cache, hosts: int) -> Fleet:
 
 
 def describe_cache(config: SimulateConfig, cache: Cache) -> dict[str, Any]:
-    """What it would take to build, keep and read this cache."""
+    """Describe what building, storing and reading this cache takes."""
     plan, bucket, train = cache.plan, config.bucket, config.train
     played = {hosts: play(cache.work(), make_fleet(config, cache, hosts)) for hosts in config.build.hosts}
     return {
@@ -238,7 +238,9 @@ def describe_cache(config: SimulateConfig, cache: Cache) -> dict[str, Any]:
 
 
 def limits(config: SimulateConfig, cache: Cache) -> dict[str, float]:
-    """What is needed over what there is. Building: with the most hosts of the config, as fast as their teachers are."""
+    """Compute need over capacity of each resource. Building: with the most hosts of the config, at their teachers'
+    speed.
+    """
     bucket, train, build = config.bucket, config.train, config.build
     hosts = max(build.hosts)
     fleet, work = make_fleet(config, cache, hosts), cache.work()

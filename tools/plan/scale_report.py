@@ -25,7 +25,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """What is assumed, then three tables with a line for every cache: its sizes, its build, its reading."""
+    """Print the assumptions, then three tables with a line for every cache: its sizes, its build, its reading."""
     console = Console(width=WIDTH, highlight=False)
     for line in assumptions(report["assumed"]):
         console.print(line)

@@ -65,7 +65,7 @@ def _subtitle(found: dict[str, Any]) -> str:
 
 
 def plan_facts(found: dict[str, Any]) -> str:
-    """What the cache is."""
+    """Return facts about the cache."""
     rows, teacher, numerics, made = found["rows"], found["teacher"], found["numerics"], found["created"]
     times = said_of_times(found["segments"])
     return facts(
@@ -105,7 +105,7 @@ def _flat(config: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
 
 
 def build_progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[str]:
-    """Of what is being built; nothing of a cache that is finished and was never extended."""
+    """Describe the progress of a build; nothing for a cache that is finished and was never extended."""
     if found["finished"] and len(segments) == 1:
         return []
     rows = [

@@ -1,4 +1,4 @@
-"""Who is at work on a segment at the moment, as its claims say."""
+"""Processes that work on a segment now, by its leases."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a report shows of some rows of a cache: the norm of every token's vectors, and how alike blocks are.
+"""Figures of some rows of a cache: the norm of every token's vectors, and the similarity of blocks.
 
 Rows are read one at a time and slot by slot, so memory does not grow with the cache; of tokens' vectors only a sample
 is kept, for the similarity of blocks.
@@ -147,13 +147,13 @@ def _look_at_tap(
 
 
 def _unit(values: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    """Of length 1; zeros where there is no direction."""
+    """Scale to length 1; zeros if there is no direction."""
     length = lengths(values)[:, None]
     return np.divide(values, length, out=np.zeros_like(values), where=np.isfinite(length) & (length > 0))
 
 
 def _joined(known: Likeness | None, found: Likeness) -> Likeness:
-    """Of both; the first alone where a row has other slots, as rows of another segment may."""
+    """Join the slots of both rows; the first alone if they differ, as rows of another segment may."""
     if known is None or known.slots != found.slots or found.tokens == 0:
         return found if known is None else known
     tokens = known.tokens + found.tokens

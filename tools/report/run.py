@@ -72,7 +72,7 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
 
 
 def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], done: int, of: int) -> list[str]:
-    """What a reader of the curves would point at."""
+    """Return warnings about the curves."""
     told = [] if done >= of else [f"The run is at step {done:,} of {of:,}."]
     _, waits = series(lines, "perf/data_wait_share")
     if len(waits) > 2 and (share := float(np.median(waits[len(waits) // 2 :]))) > WAITING:
@@ -102,7 +102,7 @@ def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluatio
 
 
 def planned_steps(config: Mapping[str, Any]) -> int:
-    """How many steps the config asks for, over all stages.
+    """Count the steps that the config asks for, over all stages.
 
     Raises:
         DamageError: it is no config of a run.
@@ -126,7 +126,7 @@ def run_subtitle(config: Mapping[str, Any], done: int, of: int) -> str:
 def run_facts(
     store: Store, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]
 ) -> str:
-    """What the run is and how far it is, in a table."""
+    """Return facts and progress of the run as a table."""
     _, losses = series(lines, "distill/total_loss")
     student = config.get("student", {})
     surgery = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in student.get("surgery") or [])
@@ -174,7 +174,7 @@ def _best_words(best: Evaluation | None) -> dict[str, str]:
 
 
 def _weights(loss: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Those that are not zero: a number, or a ramp; of a term with several numbers, its weight."""
+    """Describe the weights that are not zero: a number, or a ramp; of a term with several numbers, its weight."""
     found = []
     for name, value in loss.items():
         weight = value.get("weight", value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""What a page was asked for: words and whole numbers of the address, checked before anything is looked up by them."""
+"""Query parameters of a page: words and whole numbers, checked before anything is looked up by them."""
 
 from collections.abc import Mapping, Sequence
 

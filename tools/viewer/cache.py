@@ -27,7 +27,7 @@ SPLITS = {"all": "all rows", "train": "train: for training", "eval": "eval: held
 
 
 def overview(watched: WatchedCache) -> View:
-    """What the cache is, what is odd about it, and where to go on."""
+    """Show facts about the cache, warnings, and links."""
     found, stored = watched.described(), watched.rows()
     rows, state = found["rows"], "" if found["finished"] else ", not finished"
     words = f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"

@@ -1,4 +1,4 @@
-"""Who may ask the viewer, and what goes along with every answer.
+"""Access control of the viewer, and headers of every response.
 
 Pages of the web that a reader visits can send requests to this machine too. They cannot read the answers, unless they
 make their own name point here (DNS rebinding): so a request must name a host that is ours. An address is no name, and
@@ -48,7 +48,7 @@ class Guard:
 
 
 def is_ours(host: str, names: Collection[str], exposed: bool) -> bool:
-    """Whether a Host header names this viewer.
+    """Return whether a Host header names this viewer.
 
     Args:
         names: that are allowed beside localhost.
@@ -63,7 +63,7 @@ def is_ours(host: str, names: Collection[str], exposed: bool) -> bool:
 
 
 def own_names() -> tuple[str, ...]:
-    """What other machines may call this one."""
+    """Return the names by which other machines may reach this one."""
     return tuple(dict.fromkeys((socket.gethostname(), socket.getfqdn())))
 
 

@@ -23,7 +23,7 @@ LAST_SHARDS = 12
 
 
 def build_page(watched: WatchedCache) -> View:
-    """What is being built; of a finished cache, that it is."""
+    """Show the build in progress; of a finished cache, that it is finished."""
     segments = watched.unfinished()
     if not segments:
         view = View("The build", "The cache is finished.", "/build", 0)
@@ -40,7 +40,8 @@ def build_page(watched: WatchedCache) -> View:
 
 
 def shards_a_second(committed: Committed, now: float) -> float | None:
-    """Of the last ten minutes, or of the last shards where those take longer; None: too few are known, or it stands.
+    """Return the rate over the last ten minutes, or over the last shards if those take longer; None: too few are known,
+    or nothing moves.
 
     Time in which nothing was built does not count: a gap that is much longer than the others.
     """
@@ -79,7 +80,7 @@ def _speed(watched: WatchedCache, segment: Segment) -> str:
 
 
 def _shard_bytes(watched: WatchedCache, segment: Segment) -> float:
-    """What is stored of a whole shard's taps: by the plan; of compressed ones, as the newest receipts have it."""
+    """Return the stored bytes of a whole shard's taps: by the plan; if compressed, by the newest receipts."""
     plan = segment.plan
     receipts = [watched.receipt(segment, shard) for shard in _newest(watched, segment)] if plan.is_compressed else []
     known = [receipt for receipt in receipts if receipt is not None]

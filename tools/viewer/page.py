@@ -120,7 +120,7 @@ $inside
 
 @dataclass(frozen=True)
 class Frame:
-    """What is the same on all pages. of: `cache` or `run`; target: its URL; links: (words, address) of its pages."""
+    """The common frame of all pages. of: `cache` or `run`; target: its URL; links: (words, address) of its pages."""
 
     of: str
     target: str

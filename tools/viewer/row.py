@@ -93,7 +93,7 @@ def look(watched: WatchedCache, at: int, row: Row, names: Sequence[str], block: 
 
 
 def _odd(watched: WatchedCache, found: RowLook) -> list[str]:
-    """What cannot be right in the row, by itself, as `show` says it."""
+    """Return the impossible values in the row by itself, as `show` reports them."""
     stored, at = watched.rows(), found.number
     checks = SampleChecks(watched.padding)
     checks.row(at, stored.shard(at), found.row)
@@ -213,7 +213,7 @@ def _map(found: RowLook, tap: TapFacts) -> Figure:
 
 
 def _curves(found: RowLook) -> Figure | None:
-    """Of few slots, the norm of every token."""
+    """Draw the norm of every token for a few slots."""
     lines = []
     for tap in (tap for tap in found.taps if len(tap.slots) <= 2):
         for slot, norms in zip(tap.slots, tap.norm, strict=True):
@@ -305,5 +305,7 @@ def _tap_cells(tap: TapFacts, at: int) -> list[Numeric]:
 
 
 def _has_cosine(tap: TapFacts) -> bool:
-    """Of the stream alone: what is added to it has no reason to be alike from block to block."""
+    """Return whether a tap has similarities between blocks: the stream alone; contributions to it have no reason to
+    be similar.
+    """
     return tap.tap == "resid" and len(tap.cosine) > 0

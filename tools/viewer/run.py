@@ -42,7 +42,7 @@ PAGES = (
 
 @dataclass(frozen=True)
 class RunLook:
-    """What a run has written by now. text: of its config."""
+    """The present content of a run's files. text: of its config."""
 
     text: str
     config: Mapping[str, Any]
@@ -146,7 +146,7 @@ def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
 
 
 def _checkpoints(found: RunLook) -> str:
-    """Those that are kept, with what the evaluation at their step said."""
+    """List the kept checkpoints, with the results of the evaluation at their step."""
     best = best_of(found.evaluations)
     known = {entry.step: entry for entry in found.evaluations}
     rows = [

@@ -143,6 +143,6 @@ def _find_ids(watched: WatchedCache, row: Row, ids: list[int]) -> Place | None:
 
 
 def _marked(body: str, begin: int, end: int) -> str:
-    """What is around letters `begin` to `end`, which are marked."""
+    """Return the text around letters `begin` to `end`, which are highlighted."""
     before, inside, after = body[max(begin - AROUND, 0) : begin], body[begin:end], body[end : end + AROUND]
     return f"{text(shown(before))}<mark>{text(shown(inside))}</mark>{text(shown(after))}"

@@ -118,7 +118,7 @@ def _subtitle(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> 
 
 
 def _facts(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> str:
-    """Of the sample, and from the receipts of all rows."""
+    """Return facts of the sample, and from the receipts of all rows."""
     values: dict[str, object] = {}
     if found.stats.count:
         said = found.stats.describe()

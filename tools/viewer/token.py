@@ -89,7 +89,7 @@ def _facts(row: Row, token: int) -> str:
 
 
 def _vectors(watched: WatchedCache, at: int, token: int) -> tuple[dict[str, tuple[SlotVector, ...]], list[str]]:
-    """Of each tap that can be read; and what is wrong with the others."""
+    """Read the vectors of each readable tap; returns the faults of the others too."""
     stored, found, damaged = watched.rows(), {}, []
     for name in (name for name in stored.tap_names(at) if name != TOPK_LOGITS):
         try:
@@ -155,7 +155,7 @@ def _norms(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure:
 
 
 def _alike(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
-    """Of the stream, which changes little from block to block."""
+    """Return similarities of the stream, which changes little from block to block."""
     found = [(each.slot, each.cosine) for each in vectors.get("resid", ()) if each.cosine is not None]
     if len(found) < 2:
         return None
@@ -166,7 +166,7 @@ def _alike(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
 
 
 def _expected(watched: WatchedCache, stored: StoredRows, at: int, row: Row, token: int) -> Iterator[str]:
-    """Of recorded logits: the likeliest next tokens, with their probabilities."""
+    """Return the likeliest next tokens by recorded logits, with their probabilities."""
     for each in (each for each in stored.taps(at) if each.tap.name == TOPK_LOGITS):
         try:
             codes = each.read(stored.locate(at)[1])

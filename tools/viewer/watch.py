@@ -86,7 +86,7 @@ class WatchedCache:
         )
 
     def described(self) -> dict[str, Any]:
-        """What `inspect` says, made anew when the cache has changed."""
+        """Return the report of `inspect`, made anew when the cache has changed."""
         self.rows()
         return self.once("described", lambda: describe_cache(self.store))
 
@@ -108,7 +108,7 @@ class WatchedCache:
 
     @cached_property
     def _tokenizer(self) -> tuple[TextTokenizer | None, str | None]:
-        """What made the cache's tokens, or what is wrong with it."""
+        """Load the tokenizer that made the cache's tokens, or return its fault."""
         try:
             return cache_tokenizer(self.store, self._rows.plan), None
         except DistillcacheError as error:
@@ -123,7 +123,7 @@ class WatchedCache:
         return self._committed.setdefault(segment.plan.segment, Committed())
 
     def receipt(self, segment: Segment, shard: int) -> ShardReceipt | None:
-        """Of a committed shard; None where the build was finished meanwhile."""
+        """Read the receipt of a committed shard; None if the build was finished meanwhile."""
         store, plan = segment.store, segment.plan
         return self._receipts.get((segment.identity, shard), lambda: read_receipt(store, plan, shard))
 
@@ -145,14 +145,14 @@ class WatchedCache:
         }
 
     def once(self, name: str, make: Callable[[], Value]) -> Value:
-        """What `make` gives, made anew when the cache has changed."""
+        """Return the result of `make`, computed anew when the cache has changed."""
         state = self.state()
         if self._made.get(name, (None, None))[0] != state:
             self._made[name] = (state, make())
         return self._made[name][1]
 
     def recent(self, name: Hashable, make: Callable[[], Value]) -> Value:
-        """What `make` gives; of what was asked for last, without making it again: neighbours of a token, say."""
+        """Return the result of `make`, kept for the most recent keys: neighbours of a token, for example."""
         key = (self.state(), name)
         if key not in self._recent:
             self._recent[key] = make()

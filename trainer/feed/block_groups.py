@@ -72,7 +72,7 @@ class GroupedSource:
 
 
 class HeldRows:
-    """Of every batch that is asked for, the rows at these places of it alone: what one process of several reads."""
+    """The rows at these positions of every requested batch alone: the share that one of several processes reads."""
 
     def __init__(self, source: Rows, places: Sequence[int]) -> None:
         self._source, self._places = source, tuple(places)

@@ -86,7 +86,7 @@ class LocalCache:
                 os.close(getattr(self, name))
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file now; it may be gone when it is opened."""
+        """Return whether there is such a file now; it may be gone when it is opened."""
         return os.path.exists(f"{self.folder}/{name}")
 
     def open(self, name: str) -> int | None:
@@ -260,7 +260,7 @@ def _write(descriptor: int, parts: Sequence[memoryview]) -> None:
 
 
 def _abandoned(path: str) -> bool:
-    """Whether a file was being written by a process that is gone; then it is removed."""
+    """Return whether a file was being written by a process that is gone; then it is removed."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -174,7 +174,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Work:
-    """What one recorder gives to a source's batches. reads: of each tap. segments: group -> whose taps they are."""
+    """The work of one recorder for a source's batches. reads: of each tap. segments: group -> whose taps they are."""
 
     recorder: Recorder
     reads: dict[str, SlotReads]

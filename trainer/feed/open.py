@@ -1,4 +1,4 @@
-"""Where a run's batches come from: the cache, or the teacher in the loop on the cache's rows."""
+"""Source of a run's batches: the cache, or the teacher in the loop on the cache's rows."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -43,7 +43,7 @@ class SlotReads:
 
 
 def slot_reads(tap: TapPlan, codec: Codec, slots: Sequence[int], url: str) -> SlotReads:
-    """What has to be read for these slots (as the plan numbers them).
+    """Return the reads that these slots (as the plan numbers them) need.
 
     Raises:
         InputError: the cache does not hold one of them.
@@ -70,7 +70,7 @@ def slot_reads(tap: TapPlan, codec: Codec, slots: Sequence[int], url: str) -> Sl
 
 @dataclass(frozen=True)
 class SegmentReads:
-    """What one segment gives to a tap's stack."""
+    """The contribution of one segment to a tap's stack."""
 
     segment: Segment
     tap: TapPlan
@@ -79,7 +79,7 @@ class SegmentReads:
 
 @dataclass(frozen=True)
 class TapReads:
-    """What is read of a tap, for the rows of one group. at: a wanted slot's place in the stack."""
+    """The reads of a tap for the rows of one group. at: a wanted slot's position in the stack."""
 
     sources: tuple[SegmentReads, ...]
     at: dict[int, int]
@@ -94,7 +94,7 @@ class TapReads:
 
 
 def tap_reads(group: RowGroup, name: str, codec: Codec, slots: Sequence[int]) -> TapReads:
-    """What has to be read for these slots of a tap.
+    """Return the reads that these slots of a tap need.
 
     Raises:
         InputError: the group's segments do not hold one of them, or not so that they can be read together.

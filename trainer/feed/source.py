@@ -1,4 +1,4 @@
-"""What every source of batches is: one split of some rows, indexed by row, with the teacher's taps of them.
+"""Interface of every source of batches: one split of some rows, indexed by row, with the teacher's taps of them.
 
 A *source* is indexed like a sequence: `source[[4, 0, 9]]` is the batch of those rows. The taps are read from a cache
 (cache_source.py) or computed by the teacher (online.py); which of the two makes no difference to who uses them.
@@ -38,7 +38,7 @@ TARGET_ROWS = 256  # read at once while looking for a target
 
 
 class Rows(Protocol):
-    """What a feed needs of a source."""
+    """The part of a source that a feed needs."""
 
     @property
     def url(self) -> str: ...
@@ -97,7 +97,7 @@ class Source(ABC):
         self._train_before = self._rows.held_out - np.arange(len(self._rows.held_out))
 
     def _all_reads(self) -> list[dict[str, TapReads]]:
-        """What is read of every tap, for each group of rows."""
+        """Return the reads of every tap, for each group of rows."""
         found = [
             {name: tap_reads(group, name, self.codecs[name], self.slots[name]) for name in self.taps}
             for group in self._groups
@@ -123,11 +123,11 @@ class Source(ABC):
         return as_text(f"{type(self).__name__}({self.url!r})", self._facts())
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the text that a notebook shows."""
         return as_html(f"{type(self).__name__} of {self.url}", self._facts())
 
     def _facts(self) -> Facts:
-        """What the cache is, and what of it this source reads."""
+        """Return facts about the cache, and about what this source reads of it."""
         total, held_out = len(self._rows), len(self._rows.held_out)
         which = {None: "all", "train": "those for training", "eval": "those held out"}[self.split]
         state = ", partial: those of committed shards" if self.partial else ""
@@ -154,8 +154,8 @@ class Source(ABC):
         return f"{shape} {kind}"
 
     def decode(self, batch: Batch, name: str) -> Float[np.ndarray, "S B T D"]:
-        """What a tap of one of this source's batches stands for, in float32, in the order of `slots[name]`; of
-        `topk_logits` the values.
+        """Decode a tap of one of this source's batches to float32, in the order of `slots[name]`; of `topk_logits` the
+        values.
 
         For people: training decodes on the device, inside its scan over blocks.
 
@@ -180,7 +180,7 @@ class Source(ABC):
 
     @property
     def bytes_per_row(self) -> int:
-        """Of the taps as they are in a batch."""
+        """Bytes of a row's taps as they are in a batch."""
         return sum(
             ITEM_BYTES[part.dtype] * part.width * len(self.reads[name].of_part(part))
             for name, tap in self.taps.items()

@@ -154,7 +154,7 @@ def _teacher_of_prepared(
 
 
 def _identity(rows: str, plans: Sequence[Plan]) -> str:
-    """What the batches of a planned cache are made of."""
+    """Return the identity of a planned cache's batches."""
     facts = [
         (plan.teacher.weights_digest, plan.batch_rows, plan.numerics.dtype, [tap.model_dump() for tap in plan.taps])
         for plan in plans

@@ -52,7 +52,7 @@ class HostShards:
         return replace(self, values=tuple(boxes(self.boxes)))
 
     def held(self) -> Held:
-        """What this process is to write of it."""
+        """Return the part of the array that this process writes."""
         parts = zip(self.boxes, self.values, self.written, strict=True)
         mine = tuple((tuple(axis.start for axis in box), value) for box, value, own in parts if own)
         return Held(ArrayInfo(dtype=str(self.values[0].dtype), shape=self.shape), mine)
@@ -62,7 +62,7 @@ Kept = np.ndarray | HostShards
 
 
 def kept(value: jax.Array) -> Kept:
-    """What this process keeps of an array on the host."""
+    """Return the part of an array that this process keeps on the host."""
     return np.asarray(value) if value.is_fully_addressable else HostShards.of(value)
 
 

@@ -32,7 +32,7 @@ def _whole(value: Any) -> np.ndarray:
 
 
 def held(value: jax.Array, rows: int | None) -> Held:
-    """What this process is to write of an array, copied to the host.
+    """Return the part of an array that this process writes, copied to the host.
 
     Args:
         rows: how many of its first axis count (the others fill a mesh up); None: all.

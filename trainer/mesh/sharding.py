@@ -1,4 +1,4 @@
-"""Where a step's state and batches lie on a mesh, beside what teachers and students share (models/mesh/sharding.py).
+"""Sharding of a step's state and batches, besides the rules that teachers and students share (models/mesh/sharding.py).
 
 XLA derives the collectives along all axes but `block`, over which the step is a `shard_map` without any
 (step/program.py).
@@ -48,15 +48,15 @@ def state_shardings(mesh: Mesh, parameters: Mapping[str, Any], moments: Mapping[
 
 
 def taps_sharding(mesh: Mesh, blocks: int) -> NamedSharding:
-    """Of a tap's part: `[S, B, T, W]`, or with a mesh axis `block` `[groups, S, B, T, W]`."""
+    """Return the sharding of a tap's part: `[S, B, T, W]`, or with a mesh axis `block` `[groups, S, B, T, W]`."""
     return NamedSharding(mesh, PartitionSpec(*(["block"] if blocks > 1 else []), None, ROW_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device has all of."""
+    """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a table's rows `[repeats, places, ...]`."""
+    """Return the sharding of a table's rows `[repeats, places, ...]`."""
     return NamedSharding(mesh, PartitionSpec("block"))

@@ -1,4 +1,4 @@
-"""What a run keeps: the student as it was made, and, at some steps, what training changed since.
+"""Checkpoints of a run: the initial student, and, at some steps, everything that training has changed since.
 
     <run>/student/                  HF directory of the student before its first step, with its tokenizer
     <run>/checkpoints/00000100/     after 100 steps: all parameters trained so far, projectors and routers' biases among
@@ -237,7 +237,7 @@ def kept_steps(run: str) -> list[int]:
 
 
 def has_student(store: Store) -> bool:
-    """Whether a run has begun: its student is there, whole."""
+    """Return whether a run has begun: its student is there, whole."""
     return store.read(f"{STUDENT}/config.json") is not None
 
 
@@ -247,7 +247,7 @@ def named(tree: Any) -> dict[str, jax.Array]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """What a checkpoint calls a leaf."""
+    """Return the name of a leaf in a checkpoint."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

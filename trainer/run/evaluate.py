@@ -1,4 +1,4 @@
-"""How good a student is on held-out rows: perplexity of the whole model, cosine distance of every block.
+"""Quality of a student on held-out rows: perplexity of the whole model, cosine distance of every block.
 
 Host loops over batches of one shape (the last one is filled up with masked rows), so each jitted function compiles
 once; sums travel from batch to batch, in Python's own double precision.
@@ -21,7 +21,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import BlockOutput, Decoder
 from distillcache.models.routing import expert_load, max_violation
 from distillcache.schemas.base import Config
-from distillcache.schemas.config.train import TrainConfig
+from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import NonFiniteError
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.runtime.progress import Progress
@@ -43,7 +43,7 @@ MAX_EXPONENT = 700.0  # exp of more is no float
 
 
 class Evaluation(Config):
-    """What one evaluation found.
+    """Results of one evaluation.
 
     Figures are None where they are undefined: a mean of nothing is no number.
 
@@ -81,32 +81,35 @@ class Evaluation(Config):
 class Evaluator:
     """Evaluates a run's student on the cache's held-out rows."""
 
-    def __init__(self, config: TrainConfig, sources: Sources, decoder: Decoder, peers: Peers = ALONE) -> None:
-        self._config, self._source, self._peers = config, sources.held_out, peers
+    def __init__(
+        self, spec: TrainSpec, batch_rows: int, sources: Sources, decoder: Decoder, peers: Peers = ALONE
+    ) -> None:
+        self._batch_rows, self._rest_bucket = batch_rows, spec.loss.rest_bucket
+        self._source, self._peers = sources.held_out, peers
         self._stack = StudentStack(decoder)
         self._graph, state = nnx.split(decoder)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         if not self._source:
             return
         teacher_blocks = self._source.plan.teacher.num_blocks
-        spans = student_spans(decoder.config, teacher_blocks, block_starts(config.student, teacher_blocks))
+        spans = student_spans(decoder.config, teacher_blocks, block_starts(spec.student, teacher_blocks))
         self._blocks: tuple[int, ...] = ()
         # In feature mode the maps of the teacher's stream are not trained, so blocks cannot be looked at alone.
-        modes = (config.mode, *(stage.mode for stage in config.stages or []))
-        apart = config.student.projector == "none" or "feature" not in modes
+        modes = (spec.mode, *(stage.mode for stage in spec.stages or []))
+        apart = spec.student.projector == "none" or "feature" not in modes
         if "attn_out" in self._source.codecs and apart:
-            norms = sources.norms() if config.inject == "attn_in" else None
+            norms = sources.norms() if spec.inject == "attn_in" else None
             self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
         eps = self._source.plan.teacher.norm_eps
-        self._rules = BlockRules(compute_dtype=config.compute_dtype, teacher_norm_eps=eps)
+        self._rules = BlockRules(compute_dtype=spec.compute_dtype, teacher_norm_eps=eps)
 
     def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
-        """What these parameters, all of the student's, are worth after `step` steps. Processes share the rows.
+        """Evaluate these parameters, all of the student's, after `step` steps. Processes share the rows.
 
         Raises:
             NonFiniteError: a figure is not finite.
         """
-        rows, source, peers = self._config.eval_batch_rows, self._source, self._peers
+        rows, source, peers = self._batch_rows, self._source, self._peers
         parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
         decoder = self._with(parameters)
         whole = held_out(decoder, source, rows, peers=peers)
@@ -115,7 +118,7 @@ class Evaluator:
             violation = float(np.mean(max_violation(jnp.asarray(whole.load[ran]))))
         kl = None
         if "topk_logits" in source.codecs:
-            kl = teacher_divergence(decoder, source, rows, rest_bucket=self._config.loss.rest_bucket, peers=peers)
+            kl = teacher_divergence(decoder, source, rows, rest_bucket=self._rest_bucket, peers=peers)
         cosine = None
         if self._blocks:
             cosine = blockwise_cosine(
@@ -145,7 +148,7 @@ class Evaluator:
             return None
         install(decoder, biases)
         title = "perplexity without router biases"
-        return held_out(decoder, self._source, self._config.eval_batch_rows, title, self._peers).perplexity
+        return held_out(decoder, self._source, self._batch_rows, title, self._peers).perplexity
 
 
 def _evaluation(**figures: Any) -> Evaluation:
@@ -197,7 +200,7 @@ def held_out(
     peers: Peers = ALONE,
     student: ModelConfig | None = None,
 ) -> HeldOut:
-    """How well it predicts the source's rows, and how its experts are loaded there.
+    """Evaluate predictions on the source's rows, and the load of the experts there.
 
     Args:
         student: whose padding of the vocabulary is left out; default: the decoder's.
@@ -246,7 +249,7 @@ def blockwise_cosine(
 
 @dataclass(frozen=True)
 class _Record:
-    """How the teacher's recorded logits are read and compared."""
+    """Reading and comparison of the teacher's recorded logits."""
 
     codec: Any
     rest_bucket: bool

@@ -21,6 +21,7 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.lease import Claims
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.differences import differing, told
+from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import (
     CheckpointError,
     DistillcacheError,
@@ -40,12 +41,6 @@ from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.importance import IMPORTANCE
 from distillcache.trainer.run.student import SURGERY
 
-# What may differ when a run goes on: no number of the training depends on it.
-FREE_FIELDS = frozenset(
-    {"run", "cache", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_rows", "eval_teacher"}
-    | {"log_every", "prefetch_batches", "partial", "profile", "mesh", "feed", "storage"}
-    | {"coordinator", "num_processes", "process_id", "timeout_s"}
-)
 EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
 RESOLVED = "config.yaml"
@@ -67,8 +62,7 @@ def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
         InputError: the folder holds something else.
         PlanMismatchError: it holds the run of another config or cache.
     """
-    fields = set(FREE_FIELDS) & set(type(config).model_fields)
-    identity = {"cache": source.digest, **config.model_dump(mode="json", exclude=fields)}
+    identity = {"cache": source.digest, **config.model_dump(mode="json", include=set(TrainSpec.model_fields))}
     known = store.read(IDENTITY)
     if known is None or not has_student(store):
         refuse_foreign_folder(store)
@@ -235,7 +229,7 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
 
 
 def _is_leftover(key: str) -> bool:
-    """What a process leaves that ended before the student was whole, for whatever reason."""
+    """Return whether a folder holds only what a process leaves that ended before the student was complete."""
     return key in LEFTOVERS or key.startswith((f".{STUDENT}.", f"{STUDENT}/"))
 
 

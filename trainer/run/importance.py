@@ -1,4 +1,4 @@
-"""What each part of the teacher was worth on rows of the cache: by this `by: importance` chooses what a student keeps.
+"""Importance of the teacher's parts on rows of the cache: `by: importance` chooses what a student keeps by it.
 
 The recorded `resid` and `attn_out` give every sublayer its exact input, so each is run by itself, block by block. Over
 the real tokens of the rows:
@@ -137,7 +137,7 @@ def _raise_if_not_finite(scores: Scores, url: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """What is run, and how it is read: the static side of a batch's program."""
+    """The static side of a batch's program: what runs, and how it is read."""
 
     stack: StudentStack
     reading: TapReading
@@ -188,7 +188,7 @@ def _packed(scores: Scores, of: str) -> bytes:
 
 
 def _unpacked(data: bytes, of: str) -> Scores | None:
-    """What was measured; None where it was on other rows, or where it cannot be read."""
+    """Unpack a stored measurement; None if it is of other rows or cannot be read."""
     try:
         arrays = safetensors.numpy.load(data)
     except safetensors.SafetensorError:

@@ -16,7 +16,7 @@ from distillcache.trainer.run.evaluate import Evaluation, perplexity_of
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What a step took. wait_share: share of the time spent waiting for data; flops: of all devices, 0 if unknown."""
+    """Time of a step. wait_share: share of the time spent waiting for data; flops: of all devices, 0 if unknown."""
 
     seconds: float
     tokens: int

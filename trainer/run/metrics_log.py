@@ -1,4 +1,4 @@
-"""Where a run writes its metrics, and how they are read.
+"""Writing and reading of a run's metrics.
 
 On a disk lines are added to `metrics.jsonl`. An object in a bucket cannot grow, and should not be written again and
 again: there the lines go into `metrics/<first step>.jsonl`, a new object for every half minute, checkpoint or

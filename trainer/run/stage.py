@@ -13,7 +13,7 @@ from flax import nnx
 
 from distillcache.models.decoder import Decoder
 from distillcache.models.routing import BalanceState, RouterSums
-from distillcache.schemas.config.train import TrainConfig
+from distillcache.schemas.config.train import MeshConfig, TrainSpec
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.checkpoint import Held, SavedArrays
 from distillcache.trainer.feed.block_groups import GroupedSource, HeldRows, blocks_of_groups, place_batch
@@ -72,7 +72,8 @@ class StageRun:
 
     def __init__(
         self,
-        config: TrainConfig,
+        spec: TrainSpec,
+        mesh: MeshConfig,
         stage: Stage,
         decoder: Decoder,
         parameters: Parameters,
@@ -89,10 +90,10 @@ class StageRun:
         Raises:
             ConfigError, InputError: what the stage asks for is not in the cache or the student.
         """
-        self.stage, self.stack, self.mesh = stage, StudentStack(decoder), make_mesh(config.mesh)
-        self.groups = config.mesh.block
-        self._config, self._norms, self._graph = config, norms, nnx.graphdef(decoder)
-        self._balancing = make_balancing(config, stage.loss, stage.mode, decoder.config, stage.name)
+        self.stage, self.stack, self.mesh = stage, StudentStack(decoder), make_mesh(mesh)
+        self.groups = mesh.block
+        self._spec, self._norms, self._graph = spec, norms, nnx.graphdef(decoder)
+        self._balancing = make_balancing(spec, mesh, stage.loss, stage.mode, decoder.config, stage.name)
         self._check_experts_run()
         self._select(open_source)
         self._trained = choose_trained(parameters, stage.train_only, self._reached(parameters))
@@ -127,7 +128,7 @@ class StageRun:
         return found
 
     def routing(self, sums: Any) -> BlockRouting | None:
-        """What the routers of a step did, on the host, stacked over the blocks with experts; None where nobody asks."""
+        """Fetch the routing of a step to the host, stacked over the blocks with experts; None if nobody asks."""
         if isinstance(sums, StepSums):
             return block_routing(sums, self.stack)
         return sums.routing
@@ -169,13 +170,13 @@ class StageRun:
 
     @property
     def trained_names(self) -> frozenset[str]:
-        """Of what a step changes, biases of routers among it."""
+        """Names of the parameters that a step changes, biases of routers included."""
         return self._trained.union(biases(self.state.balance))
 
     def place(self, batch: Batch) -> Batch:
         """A host batch of `self.source`, on its way to the devices."""
         fields = {name: batch[name] for name in self._fields}
-        return place_batch(fields, self.mesh, self.groups, self._places, self._config.batch_rows)
+        return place_batch(fields, self.mesh, self.groups, self._places, self._spec.batch_rows)
 
     def advance(self, batch: Batch) -> Any:
         """One step; returns its sums before they are computed, on the devices."""
@@ -187,7 +188,7 @@ class StageRun:
         return self._step.lower(self.state, self._frozen, batch, self._table).compile()
 
     def parameters(self) -> dict[str, Kept]:
-        """What a step changes of the student, without what the mesh added, on the host."""
+        """Return the student's parameters that a step changes, without the mesh's padding, on the host."""
         found: dict[str, Any] = {}
         for name, value in self.state.parameters.items():
             rows = self._rows(name)
@@ -199,7 +200,7 @@ class StageRun:
         return unpadded(to_host(self.state.balance), self.stack)
 
     def held(self) -> dict[str, Held]:
-        """What this process is to keep of the parameters and the optimizer's state, by item and name."""
+        """Return the parts of parameters and optimizer state that this process keeps, by item and name."""
         found: dict[str, Held] = {}
         for name, value in self.state.parameters.items():
             found[f"{PARAMETERS}/{name}"] = held(value, self._rows(name))
@@ -222,7 +223,9 @@ class StageRun:
         self.state = TrainState(self.state.parameters, moments, *self._placed_rest(step, balance))
 
     def _rows(self, name: str) -> int | None:
-        """Of a stack, how many of its first axis are no filling; None of what is no stack."""
+        """Return how many entries of a stack's first axis are real rather than padding; None for anything but a
+        stack.
+        """
         return next((rows for place, rows in self.stack.places().items() if name.startswith(place_prefix(place))), None)
 
     # How it is made ready.
@@ -243,14 +246,14 @@ class StageRun:
 
     def _select(self, open_source: OpenSource) -> None:
         """The blocks that are trained, and the source of what they are trained with."""
-        stage, config = self.stage, self._config
+        stage, spec = self.stage, self._spec
         recorded = open_source((), None, False)
         self._own_stream = stage.mode == "blockwise" and not _records(recorded, "resid")
         self._check_own_stream(recorded)
         taps = self._taps()
         recorded = open_source(taps, None, False)
         teacher_blocks = recorded.plan.teacher.num_blocks
-        starts = block_starts(config.student, teacher_blocks)
+        starts = block_starts(spec.student, teacher_blocks)
         self.spans = student_spans(self.stack.config, teacher_blocks, starts)
         self.weights = _block_weights(stage, self.spans, recorded)
         derives = stage.compares_mlp and not _records(recorded, "mlp_out")
@@ -261,7 +264,7 @@ class StageRun:
         self.source: Rows = (
             self._sources[0] if self.groups == 1 else GroupedSource(self._sources, groups_held(self.mesh))
         )
-        rows = config.batch_rows
+        rows = spec.batch_rows
         self._places = rows_held(self.mesh, rows)
         if len(self._places) < rows:
             self.source = HeldRows(self.source, self._places)
@@ -271,13 +274,13 @@ class StageRun:
         self._table = self._make_table(shares)
 
     def _check_own_stream(self, source: Source) -> None:
-        """Where no stream is recorded, each block is given the student's own: what that rules out."""
+        """Check settings that need a recorded stream: without one, each block receives the student's own."""
         if not self._own_stream:
             return
-        stage, config = self.stage, self._config
+        stage, spec = self.stage, self._spec
         needed = {
             "mesh.block": self.groups > 1,  # the stream would cross groups of devices
-            "inject": config.inject == "attn_in",
+            "inject": spec.inject == "attn_in",
             "loss.mlp.weight": stage.compares_mlp and not _records(source, "mlp_out"),
         }
         if asking := [name for name, asks in needed.items() if asks]:
@@ -310,14 +313,14 @@ class StageRun:
             mine = {block: self.weights[block] for block in share if block in self.weights}
             tables.append(make_table(self.stack.config, self.spans, places, mine, needs_leaving=self._derives))
         table = _joined(tables, shares, self.stack)
-        if self.stage.mode == "blockwise" and self._config.inject == "attn_in":
+        if self.stage.mode == "blockwise" and self._spec.inject == "attn_in":
             norms = self._norms()[[span.first for span in self.spans]]
             table = with_column(table, "norm", norms)
         return padded_table(table, self.groups)
 
     def _reached(self, parameters: Parameters) -> list[str]:
         """Patterns of the parameters that a loss has a gradient for."""
-        stage, student = self.stage, self._config.mlp_input == "student"
+        stage, student = self.stage, self._spec.mlp_input == "student"
         if stage.mode == "feature":
             outside = () if stage.compares_tokens else BEHIND_BLOCKS
             return sorted(name for name in parameters if not name.endswith("projector/in") and name not in outside)
@@ -328,7 +331,7 @@ class StageRun:
         )
         attention |= balances and student
         found = [*(["attention"] if attention else []), *through_mlp]
-        if stage.mode == "blockwise" and self._config.inject == "attn_in":  # the teacher's norm is used
+        if stage.mode == "blockwise" and self._spec.inject == "attn_in":  # the teacher's norm is used
             own = [name for name in parameters if "/attention/" in name and not name.endswith("/attention/norm")]
             found = own + found[1:] if attention else found
         return [*found, "projector"]
@@ -339,7 +342,7 @@ class StageRun:
         Args:
             parameters: all of the student's, projectors included, as the stage finds them, on the host or not.
         """
-        config, stage = self._config, self.stage
+        spec, stage = self._spec, self.stage
         trained = {name: on_devices(value) for name, value in parameters.items() if name in self._trained}
         blocks_only = stage.mode == "blockwise"
         others = {name: value for name, value in parameters.items() if name not in self._trained and self._needs(name)}
@@ -356,10 +359,10 @@ class StageRun:
         if blocks_only:
             eps = source.plan.teacher.norm_eps
             rules = BlockRules(
-                config.mlp_input, self._runs_mlp, config.compute_dtype, self._own_stream, teacher_norm_eps=eps
+                spec.mlp_input, self._runs_mlp, spec.compute_dtype, self._own_stream, teacher_norm_eps=eps
             )
             step = BlockwiseStep(
-                self.stack, reading, rules, stage.loss, optimizer, stage.steps, config.micro_batches,
+                self.stack, reading, rules, stage.loss, optimizer, stage.steps, spec.micro_batches,
                 stage.optimizer.inside_scan, self._balancing,
             )  # fmt: skip
             update = blockwise_update(step)
@@ -373,9 +376,9 @@ class StageRun:
                     optimizer,
                     stage.optimizer.clip_norm,
                     stage.steps,
-                    config.micro_batches,
-                    config.remat,
-                    config.compute_dtype,
+                    spec.micro_batches,
+                    spec.remat,
+                    spec.compute_dtype,
                     self._balancing,
                     real_vocab(self.stack.config, source),
                 )
@@ -394,8 +397,9 @@ class StageRun:
         return self
 
     def _needs(self, name: str) -> bool:
-        """Whether the step uses a parameter at all: in blockwise mode nothing outside the blocks, and no MLP without a
-        loss on it, unless the student's own stream is run."""
+        """Return whether the step uses a parameter at all: in blockwise mode nothing outside the blocks, and no MLP
+        without a loss on it, unless the student's own stream is run.
+        """
         if self.stage.mode == "feature":
             return True
         if not name.startswith("groups/"):

@@ -7,7 +7,7 @@ usual recipe.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distillcache.schemas.config.train import LossConfig, OptimizerConfig, TrainConfig
+from distillcache.schemas.config.train import LossConfig, MeshConfig, OptimizerConfig, TrainSpec
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.schedules import all_positive, always_one, may_count
 
@@ -20,7 +20,7 @@ NEEDED = {  # by options that not every run has a use for
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage of a run is. first: the run's step at which it begins."""
+    """A stage of a run. first: the run's step at which it begins."""
 
     number: int
     mode: str
@@ -65,33 +65,33 @@ class Stage:
         return self.compares_tokens and may_count(self.loss.alpha)
 
 
-def resolve_stages(config: TrainConfig) -> tuple[Stage, ...]:
+def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     """The stages of a run, what they leave out filled in.
 
     Raises:
         ConfigError: a stage has nothing to train on, or something is asked for that no stage would do.
     """
     found: list[Stage] = []
-    if config.stages is None:
-        found = [Stage(0, config.mode, 0, config.steps, config.loss, config.optimizer, config.train_only)]
-    for number, stage in enumerate(config.stages or []):
+    if spec.stages is None:
+        found = [Stage(0, spec.mode, 0, spec.steps, spec.loss, spec.optimizer, spec.train_only)]
+    for number, stage in enumerate(spec.stages or []):
         found.append(
             Stage(
                 number,
                 stage.mode,
                 found[-1].last if found else 0,
                 stage.steps,
-                stage.loss or config.loss,
-                stage.optimizer or config.optimizer,
-                config.train_only if stage.train_only is None else stage.train_only,
+                stage.loss or spec.loss,
+                stage.optimizer or spec.optimizer,
+                spec.train_only if stage.train_only is None else stage.train_only,
             )
         )
     if not found:
         raise ConfigError("stages is empty", {"stages": []}, "leave it out, or list at least one")
     for stage in found:
-        _check_stage(stage, config)
-    _check_use(found, config)
-    if config.moe_balance_type == "noaux_tc":
+        _check_stage(stage, mesh)
+    _check_use(found, spec)
+    if spec.moe_balance_type == "noaux_tc":
         found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
     return tuple(found)
 
@@ -101,7 +101,7 @@ def _without_balance_loss(loss: LossConfig) -> LossConfig:
     return loss.model_copy(update={"load_balance": loss.load_balance.model_copy(update={"weight": 0.0})})
 
 
-def _check_stage(stage: Stage, config: TrainConfig) -> None:
+def _check_stage(stage: Stage, mesh: MeshConfig) -> None:
     loss, where = stage.loss, stage.name
     if stage.mode == "feature" and not all_positive(loss.tau):
         raise ConfigError(
@@ -127,21 +127,21 @@ def _check_stage(stage: Stage, config: TrainConfig) -> None:
             {"stage": where, **weights},
             "give one of them a value above zero",
         )
-    if stage.mode == "feature" and config.mesh.block > 1:
+    if stage.mode == "feature" and mesh.block > 1:
         raise ConfigError(
             "in feature mode blocks depend on each other, so devices cannot hold different ones",
-            {"stage": where, "mesh.block": config.mesh.block},
+            {"stage": where, "mesh.block": mesh.block},
             "use the axes data, fsdp and tensor, or a run of its own for the blockwise stage",
         )
 
 
-def _check_use(stages: Sequence[Stage], config: TrainConfig) -> None:
+def _check_use(stages: Sequence[Stage], spec: TrainSpec) -> None:
     """Refuse what is asked for and no stage of the run would do."""
     trains_mlp = any(stage.compares_mlp for stage in stages)
     asked_in_vain = {
         "loss.mlp.weight": not trains_mlp and any(may_count(stage.loss.mlp.weight) for stage in stages),
-        "mlp_input": not trains_mlp and config.mlp_input != "teacher",
-        "inject": config.inject != "resid" and all(stage.mode == "feature" for stage in stages),
+        "mlp_input": not trains_mlp and spec.mlp_input != "teacher",
+        "inject": spec.inject != "resid" and all(stage.mode == "feature" for stage in stages),
     }
     for name in (name for name, in_vain in asked_in_vain.items() if in_vain):
         raise ConfigError(

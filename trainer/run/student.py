@@ -1,4 +1,4 @@
-"""Where a run's student comes from: a checkpoint, operated on; random numbers; or the run itself."""
+"""Source of a run's student: a checkpoint with operations applied, random numbers, or the run itself."""
 
 import json
 import shutil
@@ -169,13 +169,13 @@ def _is_teacher(
 
 
 def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]]) -> None:
-    """What each operation kept: of every block, or of the blocks or the stream (models/surgery/operate.py)."""
+    """Write what each operation kept: of every block, or of the blocks or the stream (models/surgery/operate.py)."""
     done = [{**op.model_dump(), "kept": each} for op, each in zip(ops, kept, strict=True)]
     run.write(SURGERY, (json.dumps(done) + "\n").encode())
 
 
 class _Operated(BaseModel):
-    """What `kept_stream` reads of an operation."""
+    """The part of an operation that `kept_stream` reads."""
 
     op: str
     kept: list[Any]

@@ -21,7 +21,6 @@ from flax import nnx
 from distillcache.models.checkpoint import read_config
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
-from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.runtime.peers import Peers
 from distillcache.trainer.feed.open import Sources
@@ -45,9 +44,11 @@ def known_teacher(evaluations: Sequence[Evaluation]) -> TeacherFigure | None:
     return next((TeacherFigure(value) for value in found if value is not None), None)
 
 
-def measure_teacher(config: TrainConfig, sources: Sources, student: ModelConfig, peers: Peers) -> TeacherFigure:
+def measure_teacher(
+    wanted: bool, batch_rows: int, sources: Sources, student: ModelConfig, peers: Peers
+) -> TeacherFigure:
     """Evaluate the teacher on the held-out rows, or say why not. All processes of a run come to the same answer."""
-    if not config.eval_teacher:
+    if not wanted:
         return TeacherFigure(None, "eval_teacher is off")
     rows = sources.held_out_rows
     if not rows.has_targets():
@@ -56,7 +57,7 @@ def measure_teacher(config: TrainConfig, sources: Sources, student: ModelConfig,
     opened = peers.sum(np.asarray([decoder is not None], np.float64))[0]
     if decoder is None or opened < peers.count:
         return TeacherFigure(None, unknown or "another process of the run cannot open it")
-    found = held_out(decoder, rows, config.eval_batch_rows, "teacher's perplexity", peers, student).perplexity
+    found = held_out(decoder, rows, batch_rows, "teacher's perplexity", peers, student).perplexity
     del decoder
     gc.collect()  # Flax's modules are in cycles: their memory is given back when garbage is looked for
     if found is None or not math.isfinite(found):

@@ -1,4 +1,4 @@
-"""What a training step does about routing: the auxiliary losses, or the biases that stand in for them.
+"""Routing in a training step: the auxiliary losses, or the bias updates that replace them.
 
 Two ways to keep experts evenly loaded, one at a time: `load_balance` is a loss with a gradient; `noaux_tc` has none and
 moves a bias of each expert after the optimizer's step, by the step's loads (models/routing.py). Both, and the metrics,
@@ -26,14 +26,14 @@ from distillcache.models.routing import (
     router_sums,
     update_router_bias,
 )
-from distillcache.schemas.config.train import LossConfig, TrainConfig
+from distillcache.schemas.config.train import LossConfig, MeshConfig, TrainSpec
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, place_prefix
 from distillcache.trainer.step.schedules import may_count
 
 
 class Totals(NamedTuple):
-    """Of a whole batch: real tokens, and rows that have any."""
+    """Totals of a whole batch: real tokens, and rows that have any."""
 
     tokens: Array
     rows: Array
@@ -44,8 +44,9 @@ class Totals(NamedTuple):
 
 
 class BlockRouting(NamedTuple):
-    """What one block (or, stacked, each) did in a step. balance: its load-balance loss times the batch's real tokens,
-    so that it is divided as the other losses are. loads: `[G, E]`, of the rows of each bias."""
+    """Routing of one block (or, stacked, of each) in a step. balance: its load-balance loss times the batch's real
+    tokens, so that it is divided as the other losses are. loads: `[G, E]`, of the rows of each bias.
+    """
 
     sums: RouterSums
     balance: Array
@@ -71,7 +72,7 @@ class Balancing:
 
     @property
     def collects(self) -> bool:
-        """Whether anything is to be known of the routing."""
+        """Return whether anything is to be known of the routing."""
         return self.with_loss or self.update is not None
 
     def context(self, context: BlockContext, rows: Int[Array, "B"], batch_rows: int, step: Array) -> BlockContext:
@@ -94,7 +95,7 @@ class Balancing:
     def of_block(
         self, sums: RouterSums, rows: Int[Array, "B"], batch_rows: int, totals: Totals, load_before: Array | None = None
     ) -> BlockRouting:
-        """What one block did, of the sums of its rows.
+        """Compute one block's routing from the sums of its rows.
 
         Args:
             load_before: `[E]`, of the step's micro-batches before this one, for scope `global_batch`.
@@ -142,18 +143,18 @@ class Balancing:
 
 
 def make_balancing(
-    config: TrainConfig, loss: LossConfig, mode: str, model: ModelConfig, stage: str
+    spec: TrainSpec, mesh: MeshConfig, loss: LossConfig, mode: str, model: ModelConfig, stage: str
 ) -> Balancing | None:
-    """What a stage does about the routing of this student; None where it has no experts.
+    """Choose the balancing that a stage applies to this student's routers; None if it has no experts.
 
     Raises:
         ConfigError: something is asked for that the student, the mode or the mesh does not allow.
     """
     balances, weighs_z = may_count(loss.load_balance.weight), may_count(loss.router_z)
     if model.moe is None:
-        _refuse_without_experts(config, loss, stage)
+        _refuse_without_experts(spec.moe_balance_type, mesh, loss, stage)
         return None
-    if config.moe_balance_type == "gshard" and not balances:
+    if spec.moe_balance_type == "gshard" and not balances:
         raise ConfigError(
             "moe_balance_type: gshard balances by the auxiliary loss, which has no weight",
             {"stage": stage, "loss.load_balance.weight": loss.load_balance.weight},
@@ -166,30 +167,30 @@ def make_balancing(
             "use scope layer, sequence or global_batch, or mode: feature",
         )
     update = None
-    if config.moe_balance_type == "noaux_tc":
+    if spec.moe_balance_type == "noaux_tc":
         update = (
-            ("rate", config.moe_update_rate),
-            ("momentum", config.moe_update_momentum),
-            ("cap", config.moe_bias_cap),
-            ("rule", config.moe_update_rule),
+            ("rate", spec.moe_update_rate),
+            ("momentum", spec.moe_update_momentum),
+            ("cap", spec.moe_bias_cap),
+            ("rule", spec.moe_update_rule),
         )
     return Balancing(
         model.moe,
         loss.load_balance.scope,
         balances or weighs_z,
         update,
-        config.moe_afb_warmup_steps,
-        _bias_groups(config),
-        config.seed,
+        spec.moe_afb_warmup_steps,
+        _bias_groups(mesh, spec.expert_parallel_size, spec.moe_bias_sync_group),
+        spec.seed,
     )
 
 
-def _refuse_without_experts(config: TrainConfig, loss: LossConfig, stage: str) -> None:
+def _refuse_without_experts(balance_type: str | None, mesh: MeshConfig, loss: LossConfig, stage: str) -> None:
     asked = {
         "loss.load_balance.weight": may_count(loss.load_balance.weight),
         "loss.router_z": may_count(loss.router_z),
-        "moe_balance_type": config.moe_balance_type is not None,
-        "mesh.expert": config.mesh.expert > 1,
+        "moe_balance_type": balance_type is not None,
+        "mesh.expert": mesh.expert > 1,
     }
     if names := [name for name, asks in asked.items() if asks]:
         raise ConfigError(
@@ -199,9 +200,8 @@ def _refuse_without_experts(config: TrainConfig, loss: LossConfig, stage: str) -
         )
 
 
-def _bias_groups(config: TrainConfig) -> int:
-    """How many biases an expert has: one, or one for each group of devices that hold all experts once."""
-    mesh, size = config.mesh, config.expert_parallel_size
+def _bias_groups(mesh: MeshConfig, size: int, sync_group: str) -> int:
+    """Return the number of biases of an expert: one, or one for each group of devices that hold all experts once."""
     world = mesh.data * mesh.fsdp * mesh.expert
     if world % size:
         raise ConfigError(
@@ -209,7 +209,7 @@ def _bias_groups(config: TrainConfig) -> int:
             {"expert_parallel_size": size, "mesh.data * mesh.fsdp * mesh.expert": world},
             "choose a divisor",
         )
-    if config.moe_bias_sync_group == "world":
+    if sync_group == "world":
         return 1
     if size % mesh.expert:
         raise ConfigError(

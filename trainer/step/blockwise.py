@@ -45,8 +45,9 @@ class BlockSums(NamedTuple):
 
 
 class StepSums(NamedTuple):
-    """What a step reports. blocks: for every layer group sums `[repeats, places]`; tokens: what to divide them by;
-    weights: the terms' at this step."""
+    """Results of a step. blocks: for every layer group, sums `[repeats, places]`; tokens: their divisor; weights:
+    the terms' at this step.
+    """
 
     blocks: tuple[BlockSums, ...]
     tokens: Array
@@ -150,7 +151,7 @@ class BlockwiseStep:
 
 
 class _Turn:
-    """What all blocks' turns of one step share."""
+    """Values that all blocks' turns of one step share."""
 
     def __init__(self, step: BlockwiseStep, batch: Mapping[str, Any], number: Array) -> None:
         self._step, self._weights = step, step.weights(number)

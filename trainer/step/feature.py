@@ -63,7 +63,7 @@ TO_ROUTER = ("mlp/norm", "mlp/router", "mlp/logit_bias")  # what a router's loss
 
 
 class FeatureSums(NamedTuple):
-    """What a step reports: sums, their counts, and the terms' weights at this step.
+    """Results of a step: sums, their counts, and the terms' weights at this step.
 
     feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`, if logits are computed; with
     recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets
@@ -98,7 +98,7 @@ class FeatureStep:
 
     @property
     def compares_tokens(self) -> bool:
-        """Whether any loss needs logits."""
+        """Return whether any loss needs logits."""
         return may_count(self.loss.token_weight)
 
     def weights(self, step: Array) -> dict[str, Array]:

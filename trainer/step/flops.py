@@ -1,4 +1,4 @@
-"""What a step computes, and what the devices could: for the model FLOPs utilisation.
+"""FLOPs of a step and of the devices, for the model FLOPs utilisation.
 
 Only matrix products count, as usual: 2 FLOPs a multiply-add, the backward pass twice the forward one; what is computed
 again to save memory does not count. Source: PaLM (arXiv 2204.02311), appendix B.
@@ -51,6 +51,6 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
 
 
 def peak_flops(devices: int) -> float:
-    """Of so many devices together; 0 where it is not known."""
+    """Return the peak FLOP/s of this number of devices together; 0 if unknown."""
     kind = jax.devices()[0].device_kind
     return next((peak * devices for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), 0.0)

@@ -58,7 +58,7 @@ def of_places(by_place: Mapping[Place, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def outer(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to no block."""
+    """Select the parameters that belong to no block."""
     return {name: value for name, value in parameters.items() if not name.startswith("groups/")}
 
 

@@ -29,7 +29,7 @@ StepFunction = Callable[["TrainState", Parameters, Mapping[str, Any], Table], tu
 
 
 class TrainState(NamedTuple):
-    """What a step changes; as a tree of shardings, where it lies.
+    """The state that a step changes; as a tree of shardings, its placement.
 
     moments: the optimizer's state by unit: `groups/<g>/blocks/<p>/`, stacked, and `outer`.
     step: how many were done in this stage, int32 `[]`.
@@ -119,7 +119,7 @@ def jit_step(update: Update, state: TrainState, mesh: Mesh | None, blocks: int =
 
 
 def shardings_of(mesh: Mesh, state: TrainState) -> Any:
-    """Where a state lies."""
+    """Return the shardings of a state."""
     parameters, moments = state_shardings(mesh, state.parameters, state.moments)
     stacked, everywhere = NamedSharding(mesh, PartitionSpec("block")), NamedSharding(mesh, PartitionSpec())
     return TrainState(parameters, moments, everywhere, jax.tree.map(lambda _: stacked, state.balance))
@@ -201,7 +201,7 @@ def block_sums(sums: StepSums, stack: StudentStack) -> dict[str, np.ndarray]:
 
 
 def block_routing(sums: StepSums, stack: StudentStack) -> BlockRouting | None:
-    """What the routers of a step did, float64, on the host, stacked over the blocks with experts."""
+    """Fetch the routing of a step to the host in float64, stacked over the blocks with experts."""
     groups = [group.routing for group in sums.blocks]
     if groups[0] is None:
         return None

@@ -24,12 +24,12 @@ def weight_at(weight: Weight, step: Array | int, steps: int) -> Array:
 
 
 def may_count(weight: Weight) -> bool:
-    """Whether a weight is ever above zero."""
+    """Return whether a weight is ever above zero."""
     return weight.start > 0 or weight.end > 0 if isinstance(weight, Ramp) else weight > 0
 
 
 def all_positive(weight: Weight) -> bool:
-    """Whether a weight is always above zero."""
+    """Return whether a weight is always above zero."""
     return min(weight.start, weight.end) > 0 if isinstance(weight, Ramp) else weight > 0
 
 

@@ -27,7 +27,7 @@ Taps = Mapping[str, Mapping[str, Array]]  # tap -> part -> [S, B, T, W]
 
 
 class Given(NamedTuple):
-    """What a block is trained with, of the teacher's, float32 `[B, T, Dt]`.
+    """The teacher's tensors that a block trains with, float32 `[B, T, Dt]`.
 
     resid enters the span; attn_out is what its attentions added; mlp_out what its MLPs did, None where no loss asks.
     """
@@ -38,8 +38,9 @@ class Given(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a student block adds to the stream, `[B, T, Dt]`; mlp_out is None where it was not asked for, router also
-    where the block has no experts."""
+    """Contributions of a student block to the stream, `[B, T, Dt]`; mlp_out is None if it was not asked for, router
+    also if the block has no experts.
+    """
 
     attn_out: Array
     mlp_out: Array | None
@@ -48,7 +49,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockRules:
-    """How a block is run. See `TrainConfig.mlp_input`; compute_dtype is of parameters and activations.
+    """Rules for running a block. See `TrainConfig.mlp_input`; compute_dtype is of parameters and activations.
 
     own_stream: no stream is recorded, so a block is given the student's own, in the student's width.
     teacher_norm_eps: of the teacher's attention norms, where `StudentStack.run` is given their weights.
@@ -83,7 +84,7 @@ class StudentStack:
         return {place: self.config.layers[place[0]].repeats for place in self.graphs}
 
     def context(self, batch: Mapping[str, Any]) -> BlockContext:
-        """What the blocks need to know of the rows; computed once, outside the scan."""
+        """Compute the inputs that the blocks need about the rows; once, outside the scan."""
         return block_context(self.config, batch["positions"], batch["segment_ids"])
 
     def run(
@@ -221,7 +222,7 @@ def _skipped(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StreamState(NamedTuple):
-    """Where the decoding of the stream stands: the next place, the codec's carry, and the slot decoded last."""
+    """Progress of decoding the stream: the next slot, the codec's carry, and the slot decoded last."""
 
     ready: Array
     carry: Any
@@ -267,7 +268,7 @@ class TapDecoder:
         return state, Given(resid, attn_out, mlp_out)
 
     def target(self, row: Mapping[str, Array]) -> Array:
-        """What the attentions of a block's span added."""
+        """Return the contribution of the attentions of a block's span."""
         return self._sum("attn_out", row)
 
     def _slot(self, state: StreamState | None, place: Array, *, ahead: bool) -> tuple[StreamState | None, Array]:
@@ -295,7 +296,7 @@ class TapDecoder:
         return carry, value.astype(jnp.float32)
 
     def _sum(self, tap: str, row: Mapping[str, Array]) -> Array:
-        """What the span's blocks added."""
+        """Return the contribution of the span's blocks."""
         places = row[tap]
         total = self._take(tap, places[0])
         for number in range(1, places.shape[0]):  # spans of a few blocks

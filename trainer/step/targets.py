@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class TapReading:
-    """How a batch's stacks are read: the static side of a table.
+    """The static side of a table: how a batch's stacks are read.
 
     codecs: by tap. hidden: the teacher's width. in_step: block i's stream lies at place i and, if it is needed,
     the one leaving it at i + 1, so that a delta codec decodes one place a block.
@@ -176,7 +176,7 @@ def _row(
 
 
 def is_in_step(spans: Sequence[Span], places: Mapping[str, Mapping[int, int]], trained: Sequence[int]) -> bool:
-    """Whether all blocks are trained and their streams lie one after the other."""
+    """Return whether all blocks are trained and their streams lie one after the other."""
     resid = places.get("resid", {})
     return len(trained) == len(spans) and all(
         span.last == span.first + 1 and resid.get(span.first) == block for block, span in enumerate(spans)

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
 
-from distillcache.cache_builder.text.documents import Document, FoundDocument, TokenDocument
+from distillcache.cache_builder.text.document import Document, FoundDocument, TokenDocument
 from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, foreign, on_disk
 from distillcache.cache_builder.text.files.plain import check_unicode
 from distillcache.cache_builder.text.files.tf_example import TwoFeatures, decode_example

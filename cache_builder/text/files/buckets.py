@@ -164,7 +164,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _is_hidden(name: str, depth: int) -> bool:
-    """Whether a part of the name behind its first `depth` ones begins with a dot."""
+    """Return whether a part of the name behind its first `depth` ones begins with a dot."""
     return any(part.startswith(".") for part in _parts(name)[depth:])
 
 
@@ -228,7 +228,7 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def remote_failure(url: str, error: BaseException) -> InputError:
-    """What a library's error means to a user."""
+    """Translate a library's error for users."""
     facts = {"file": url, "cause": f"{type(error).__name__}: {error}".strip().split("\n")[0]}
     if _is_refusal(error):
         advice = _ROLES.get(_EXTRAS.get(url.split("://", 1)[0], ""), "check the credentials")

@@ -232,7 +232,7 @@ def _walk(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
 
 
 def _matching(pattern: str) -> dict[Path, bool]:
-    """What a pattern matches, and whether the pattern names the very file, not a folder above it.
+    """List the matches of a pattern, and whether it names the file itself rather than a folder above it.
 
     `**` is our own: Python's goes round in links to folders above, 40 times for one link, for ever for several.
     """
@@ -253,7 +253,7 @@ def _matching(pattern: str) -> dict[Path, bool]:
 
 
 def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path's parts are what a pattern's parts ask for; only a stated dot matches a hidden name."""
+    """Return whether a path's parts are what a pattern's parts ask for; only a stated dot matches a hidden name."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     if pattern[0] == "**":
@@ -268,7 +268,7 @@ def named_kind(name: str) -> str:
 
 
 def _kind(name: str, format: str, *, named: bool = False) -> str:
-    """How a file is read; empty: not at all.
+    """Return how a file is read; empty if it is not.
 
     Args:
         named: the user named this very file or a pattern of such: with a stated format, its suffix does not matter.
@@ -301,7 +301,7 @@ def unreadable(file: InputFile, error: Exception) -> InputError:
 
 
 def foreign(file: InputFile, found: Iterator[Found]) -> Iterator[Found]:
-    """What a library makes of a file's bytes, piece by piece; whatever it raises is the error for such a file."""
+    """Yield a library's results for a file's bytes; whatever it raises becomes the error for such a file."""
     while True:
         try:
             piece = next(found)

@@ -17,7 +17,7 @@ BATCH_ROWS = 1024  # read at once, each different text once, beside the row grou
 def table_records(
     file: InputFile, reader: InputReader, data: DataConfig
 ) -> Iterator[tuple[str, dict[str, Any] | Skipped]]:
-    """Where each row stands, for messages, and its column (of chats: `messages`, and `tools` where there is one).
+    """Yield the place of each row, for messages, and its column (for chats: `messages`, and `tools` if there is one).
 
     Raises:
         InputError: the file is no parquet file, or lacks the column.

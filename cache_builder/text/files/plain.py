@@ -54,7 +54,7 @@ def whole_text(file: InputFile, reader: InputReader, limit: int) -> str:
 def line_records(
     file: InputFile, reader: InputReader, fields: Sequence[str], limit: int, on_error: OnError, *, deep: bool = False
 ) -> Iterator[tuple[str, dict[str, Any] | Skipped]]:
-    """Where each line of a .jsonl file stands, for messages, and the object in it. Empty lines are none.
+    """Yield the place of each line of a .jsonl file, for messages, and its object. Empty lines are skipped.
 
     Args:
         fields: the keys that will be read: a line that gives one of them twice is refused.

@@ -1,4 +1,4 @@
-"""What one HF `model_type` is to us: how its config.json is read and written, and what its tensors are called.
+"""The interface of one HF `model_type`: how its config.json is read and written, and the names of its tensors.
 
 Every family is a module of this folder with one or two `Family` values; `models/families/__init__.py` lists them.
 """
@@ -156,13 +156,13 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def expert_tensors(prefix: str = "mlp.experts", names: tuple[str, str, str] = PROJECTIONS) -> list[BlockTensor]:
-    """Those of experts that are stored one by one; `names` of gate, up and down."""
+    """List the tensors of experts that are stored one by one; `names` of gate, up and down."""
     ours = ("mlp/gate", "mlp/up", "mlp/down")
     return [BlockTensor(f"{prefix}.{{e}}.{name}.weight", path, 1) for name, path in zip(names, ours, strict=True)]
 
 
 def shared_tensors(prefix: str) -> list[BlockTensor]:
-    """Those of the expert that takes all tokens."""
+    """List the tensors of the shared expert, which takes all tokens."""
     return [BlockTensor(f"{prefix}.{name}_proj.weight", f"mlp/shared_{name}", 1) for name in ("gate", "up", "down")]
 
 

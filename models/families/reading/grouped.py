@@ -1,4 +1,4 @@
-"""What GLM, DeepSeek and Bailing share: dense blocks first, experts in groups, and layers of multi-token prediction.
+"""Shared parts of GLM, DeepSeek and Bailing: dense blocks first, experts in groups, and multi-token prediction layers.
 
 Those layers guess tokens further ahead. Checkpoints have them behind the last block, numbered on; the forward pass that
 predicts the next token does not run them, and we leave them out.
@@ -42,7 +42,7 @@ def expert_groups(values: Values) -> tuple[int, int]:
 
 
 def shared_experts(moe: MoeConfig) -> int:
-    """How many routed experts the shared one is as wide as.
+    """Return the width of the shared expert in routed experts.
 
     Raises:
         CheckpointError: not a whole number.
@@ -81,7 +81,7 @@ def sigmoid_moe(values: Values, shared: int) -> MoeConfig:
 
 
 def sigmoid_moe_keys(config: ModelConfig) -> dict[str, Any]:
-    """What `sigmoid_moe` and `dense_then_experts` read, of this decoder.
+    """Return the config keys that `sigmoid_moe` and `dense_then_experts` read, for this decoder.
 
     Raises:
         CheckpointError: they cannot say it.
@@ -102,7 +102,7 @@ def sigmoid_moe_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def moe_tensors(config: ModelConfig, bias: str) -> list[BlockTensor]:
-    """Those of a block's router, with its bias under this name, and of its experts."""
+    """List the tensors of a block's router, with its bias under this name, and of its experts."""
     return [
         BlockTensor("mlp.gate.weight", "mlp/router", 1),
         *bias_tensors(config, bias),
@@ -112,5 +112,5 @@ def moe_tensors(config: ModelConfig, bias: str) -> list[BlockTensor]:
 
 
 def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
-    """Of the tensors of `mtp_layers`."""
+    """List the name prefixes of the tensors of `mtp_layers`."""
     return tuple(f"model.layers.{config.num_blocks + layer}." for layer in range(config.mtp_layers))

@@ -1,4 +1,4 @@
-"""What configs say of single blocks: which of them look through a window, and which rotate.
+"""Per-block settings of configs: which blocks have a window, and which rotate.
 
 Source: HF transformers, `layer_types`, `no_rope_layers` and their relatives in many `configuration_*.py`.
 """
@@ -67,8 +67,9 @@ def typed_ropes(
 
 
 def rotary_blocks(values: Values) -> list[bool]:
-    """Of every block. `no_rope_layers` has ones for rotary blocks, despite its name, and may be longer than the depth;
-    empty it means what is assumed without it."""
+    """Return for every block whether it rotates. `no_rope_layers` has ones for rotary blocks, despite its name, and
+    may be longer than the depth; an empty list means the default.
+    """
     depth, given = values.size("num_hidden_layers"), values["no_rope_layers"]
     if not given:
         interval = values.size("no_rope_layer_interval")

@@ -304,7 +304,7 @@ def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None
 
 
 def _rope_problem(key: str, value: Any) -> str | None:
-    """What was expected in place of a parameter's value; None: it can be used."""
+    """Return what was expected in place of a parameter's value; None if it can be used."""
     if value is None:
         return None
     if key == "truncate":

@@ -26,7 +26,7 @@ from distillcache.schemas.store.path import Place
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `general.architecture` is to us.
+    """The mapping of one `general.architecture`.
 
     dense, sparse: the HF family of its files without and with experts; None: it has no such files.
     renormalise: the chosen experts' weights are divided by their sum.

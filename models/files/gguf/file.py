@@ -111,7 +111,7 @@ METADATA_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def is_gguf(place: Place) -> bool:
-    """Whether a checkpoint is a file rather than a directory: in a bucket its name says so."""
+    """Return whether a checkpoint is a GGUF file rather than a directory; in a bucket this follows from its name."""
     return place.is_file() if isinstance(place, Path) else place.suffix.lower() == ".gguf"
 
 
@@ -215,7 +215,7 @@ def tensor_data(
 
 
 def _span(reader: RemoteGguf, tensor: ReaderTensor, expert: int | None) -> Span:
-    """Where a tensor's bytes lie, or those of one of its experts, which are its first axis."""
+    """Return the byte range of a tensor, or of one of its experts, which are its first axis."""
     span = reader.span(tensor)
     if expert is None:
         return span
@@ -252,7 +252,9 @@ def _bad_metadata(reader: gguf.GGUFReader, key: str, found: str, expected: str) 
 
 
 class StoredTensor(NamedTuple):
-    """Where a file has one of HF's tensors: the expert is the part of it, and None where it is all of it."""
+    """The location of an HF tensor in a file. expert: the index of the part that it is; None if it is all of the
+    stored tensor.
+    """
 
     reader: gguf.GGUFReader
     tensor: ReaderTensor

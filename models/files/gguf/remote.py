@@ -34,16 +34,16 @@ class RemoteGguf(CheckedGguf):
         return np.broadcast_to(np.zeros((), np.dtype(dtype).newbyteorder(order)), (int(count),))
 
     def span(self, tensor: ReaderTensor) -> Span:
-        """Where a tensor's bytes lie."""
+        """Return the byte range of a tensor."""
         return Span(self.file, tensor.data_offset, tensor.data_offset + tensor.n_bytes)
 
     @property
     def end(self) -> int:
-        """Where the last tensor ends; writers pad it to the alignment."""
+        """The end of the last tensor; writers pad it to the alignment."""
         return max((self.span(tensor).stop for tensor in self.tensors), default=self.data_offset)
 
     def length(self) -> int:
-        """Of the whole file."""
+        """The length of the whole file in bytes."""
         alignment = int(self.alignment)
         return self.file.length(-(-self.end // alignment) * alignment)
 

@@ -55,7 +55,7 @@ class GgufTokenizer(NamedTuple):
 
 
 def gguf_tokenizer(reader: gguf.GGUFReader, file: Place) -> GgufTokenizer:
-    """What the metadata of an open file says.
+    """Build the tokenizer that the metadata of an open file describes.
 
     Raises:
         InputError: it has no tokenizer, one of another kind, or one that contradicts itself.

@@ -97,7 +97,7 @@ def _checkpoint_in(named: Place, folder: Place) -> Place:
 
 @dataclass(frozen=True)
 class _Held:
-    """What is in memory of a stack: a box of it, for every place that will be asked for."""
+    """The part of a stack that is in memory: a box of it, for every index that will be needed."""
 
     key: tuple[str, str]
     first: int

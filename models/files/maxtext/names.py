@@ -1,4 +1,4 @@
-"""What MaxText calls a decoder's parameters, how it stacks them, and how its numbers differ from HF's.
+"""MaxText's parameter names, its stacking, and the differences of its numeric conventions from HF's.
 
 A parameter's axes are ours; with `scan_layers` all blocks' are one array, stacked along its second axis. Gemma's are
 several: Gemma 2 has one for the blocks with a window and one for the others, Gemma 3 one for each of six blocks that
@@ -119,7 +119,7 @@ def _of_block(block: int, rest: str) -> str:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is done to numbers on their way from MaxText to HF's meaning, and back.
+    """A conversion of numbers from MaxText's convention to HF's, and back.
 
     head_dim: a head's width. norm_offset: of norms, what was added. embed_scale: of embeddings, their factor.
     """
@@ -147,8 +147,9 @@ class Conversion:
         return cls(scaled, rotary == "neighbours", config.head_dim, 1.0, float(rounded))
 
     def to_hf(self, name: str, value: np.ndarray) -> np.ndarray:
-        """Of a parameter whose last axis is a whole head where it has heads. float32 where it was computed with, to be
-        rounded once."""
+        """Convert a parameter to HF's convention; its last axis is a whole head if it has heads. Returns float32 if
+        it was computed with, to be rounded once.
+        """
         if self._is_rotated(name):
             value = np.concatenate([value[..., ::2], value[..., 1::2]], axis=-1)
         if self.norm_offset and name.endswith(".scale"):

@@ -120,7 +120,7 @@ def _read_metadata(place: Place) -> dict[str, Any]:
 
 
 def _names(metadata: Mapping[str, Any]) -> list[str]:
-    """Those of the leaves that are arrays."""
+    """List the names of the leaves that are arrays."""
     found = []
     for leaf in metadata["tree_metadata"].values():
         if not leaf["value_metadata"].get("skip_deserialize"):
@@ -132,5 +132,5 @@ def _names(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def is_orbax(place: Place) -> bool:
-    """Whether a folder is an Orbax checkpoint."""
+    """Return whether a folder is an Orbax checkpoint."""
     return place.is_dir() and (place / METADATA).exists() if isinstance(place, Path) else (place / METADATA).exists()

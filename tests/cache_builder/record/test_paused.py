@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.cache_builder.build import build_cache, keeping_place
+from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record import finish as finish_module
 from distillcache.cache_builder.record.finish import tidy
+from distillcache.cache_builder.record.loop import keeping_place
 from distillcache.schemas.cache.lease import Claims
 from distillcache.schemas.cache.lease_file import Claim, live_claim, this_process_claim
 from distillcache.schemas.cache.segment import (

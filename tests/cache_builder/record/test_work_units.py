@@ -36,8 +36,8 @@ def test_idle_processes_do_not_all_want_the_same_piece() -> None:
 
 def test_a_bucket_is_asked_less_and_less_often(tmp_path: Path) -> None:
     config = build_config(tmp_path, tmp_path, tmp_path, claim_expiry_s=60)
-    near = list(islice(work_units._pauses(Store(str(tmp_path)), config), 8))
-    far = list(islice(work_units._pauses(Store("gs://never-asked"), config), 8))
+    near = list(islice(work_units._pauses(Store(str(tmp_path)), config.claim_expiry_s), 8))
+    far = list(islice(work_units._pauses(Store("gs://never-asked"), config.claim_expiry_s), 8))
     assert max(near) < 1.5
     assert 10 < max(far) < 20
     assert far[0] < 1.5

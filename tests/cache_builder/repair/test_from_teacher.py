@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.cache_builder import build as build_module
 from distillcache.cache_builder.build import build_cache
+from distillcache.cache_builder.record import loop as loop_module
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.repair import from_teacher as repair_module
 from distillcache.cache_builder.repair import restore as mend_module
@@ -319,14 +319,14 @@ def test_an_unfinished_cache_builds_its_damaged_shards_again(
 ) -> None:
     config = build_config(tmp_path / "c", teacher, corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "finish_segment", lambda store, plan: None)
+        patch.setattr(loop_module, "finish_segment", lambda store, plan: None)
         build_cache(config)
     damage(config, f"{ATTN_OUT}/c/1/0/0/0", 9)
     damage(config, f"{SEGMENT}/receipts/00003.json", 9)
     receipts = Path(config.cache) / SEGMENT / "receipts"
     whole = {path: path.stat().st_mtime_ns for path in receipts.iterdir() if path.name[4] not in "13"}
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "finish_segment", lambda store, plan: None)
+        patch.setattr(loop_module, "finish_segment", lambda store, plan: None)
         build_cache(config.model_copy(update={"repair": True}))
     assert whole.items() <= {path: path.stat().st_mtime_ns for path in receipts.iterdir()}.items()
     build_cache(config)

@@ -215,7 +215,7 @@ def test_an_unfinished_extension_is_made_ready(
     first, _, third, _ = configs(here)
     build_cache(first)
     with monkeypatch.context() as patch:
-        patch.setattr("distillcache.cache_builder.build.finish_segment", lambda store, plan: None)
+        patch.setattr("distillcache.cache_builder.record.loop.finish_segment", lambda store, plan: None)
         build_cache(third)
     damage(here / "c/segments/0000/taps/attn_out/c/2/0/0/0")
     damage(segment(here / "c", 1) / "taps/mlp_out/c/2/0/0/0")

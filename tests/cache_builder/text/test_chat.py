@@ -13,7 +13,8 @@ import pytest
 from distillcache.cache_builder.prepare import prepare_rows
 from distillcache.cache_builder.text.chat import written_chats
 from distillcache.cache_builder.text.digest import inputs_digest
-from distillcache.cache_builder.text.documents import Document, documents
+from distillcache.cache_builder.text.document import Document
+from distillcache.cache_builder.text.documents import documents
 from distillcache.cache_builder.text.packing import BEGINS, COUNTED
 from distillcache.cache_builder.text.skipped import Skipped
 from distillcache.cache_builder.text.tokenise import token_arrays

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.cache_builder.text.documents import TokenDocument, documents
+from distillcache.cache_builder.text.document import TokenDocument
+from distillcache.cache_builder.text.documents import documents
 from distillcache.schemas.config import DataConfig
 from distillcache.schemas.errors import InputError
 

@@ -207,7 +207,7 @@ def test_another_text_or_config_is_other_work(tmp_path: Path, corpus: Path) -> N
 def test_several_builders_share_a_large_text(
     tmp_path: Path, corpus: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillcache.cache_builder.build.PIECEWISE_BYTES", 1)
+    monkeypatch.setattr("distillcache.cache_builder.record.inputs.PIECEWISE_BYTES", 1)
     taken = []
     write_parts = shared_prepare.write_parts
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from distillcache.cache_builder.text import tokenise
-from distillcache.cache_builder.text.documents import Document
+from distillcache.cache_builder.text.document import Document
 from distillcache.cache_builder.text.files.inputs import InputReader, input_files
 from distillcache.cache_builder.text.packing import count_begins
 from distillcache.cache_builder.text.skipped import Skipped

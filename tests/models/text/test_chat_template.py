@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import distillcache
 from distillcache.models.text import template_worker
 from distillcache.models.text.chat_template import ChatTemplate, TemplateFailure, TemplateLimit
 from distillcache.schemas.errors import InputError
@@ -84,7 +85,7 @@ def test_the_other_process_imports_nothing_of_the_working_folder(tmp_path: Path)
     for name in ("jinja2", "json", "resource", "runpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "sitecustomize.py").write_text("raise SystemExit(4)\n")
-    root = Path(template_worker.__file__).parent.parent
+    root = Path(distillcache.__file__).parent.parent
     program = f"""
         import sys
         sys.path[:] = [{str(root)!r}] + [p for p in sys.path if p not in ('', {str(tmp_path)!r})]

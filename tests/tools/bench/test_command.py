@@ -13,8 +13,9 @@ from distillcache.tools import cli
 from distillcache.tools.bench import feed as bench_feed
 from distillcache.tools.bench import student
 from distillcache.tools.bench.build import BuildSizes, between_forwards, measure_build
-from distillcache.tools.bench.command import Goal, Measured, by_turns, make_report
+from distillcache.tools.bench.command import by_turns, make_report
 from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, subset_bytes
+from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
 from distillcache.tools.bench.student import StudentSizes, make_builds, measure_student
 from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_plan, write_cache
@@ -175,9 +176,9 @@ def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, t
     found = measure_memory(decoder.config, sizes)
     for mode, name in (("blockwise", "bf16_inside"), ("feature", "feature_mode")):
         config = TrainConfig.model_validate({"run": str(tmp_path), "cache": str(cache), "batch_rows": 4, "mode": mode})
-        [stage] = resolve_stages(config)
+        [stage] = resolve_stages(config, config.mesh)
         parameters = all_parameters(decoder)
-        run = StageRun(config, stage, decoder, parameters, Sources(config).open, source.attention_norms)
+        run = StageRun(config, config.mesh, stage, decoder, parameters, Sources(config).open, source.attention_norms)
         run.prepare(parameters)
         compiled = run.compiled(run.place(run.source[range(4)]))
         temporaries = found.figures[f"temporaries_float32_{name}_mb"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from distillcache.cache_builder import build as build_module
 from distillcache.cache_builder.build import build_cache
+from distillcache.cache_builder.record import loop as loop_module
 from distillcache.schemas.config import BuildConfig, TapConfig, TapsConfig
 from distillcache.schemas.errors import DamageError, DistillcacheError, Interrupted
 from distillcache.schemas.format.manifest import TapPlan, TapStats
@@ -208,7 +208,7 @@ def building_another(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> 
 
 
 def half_built(folder: Path, config: BuildConfig) -> Path:
-    real, commits = build_module.ShardWriter.add, []
+    real, commits = loop_module.ShardWriter.add, []
 
     def add(self: Any, shard: int, *arguments: Any) -> None:
         real(self, shard, *arguments)
@@ -217,7 +217,7 @@ def half_built(folder: Path, config: BuildConfig) -> Path:
             raise Interrupted("enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module.ShardWriter, "add", add)
+        patch.setattr(loop_module.ShardWriter, "add", add)
         with pytest.raises(Interrupted):
             build_cache(config.model_copy(update={"cache": str(folder)}))
     (folder / "building").touch()

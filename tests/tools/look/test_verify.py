@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillcache.cache_builder import build as build_module
 from distillcache.cache_builder.build import build_cache
+from distillcache.cache_builder.record import loop as loop_module
 from distillcache.cache_builder.repair.check_shard import check_object, stored_objects
 from distillcache.schemas.cache.segment import open_cache, read_plan
 from distillcache.schemas.config import TapConfig, TapsConfig
@@ -260,7 +260,7 @@ def test_the_report_and_the_exit_code(copy: Path, capsys: pytest.CaptureFixture[
 @pytest.fixture
 def unfinished(tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A build that stopped after some shards."""
-    real, commits = build_module.ShardWriter.add, []
+    real, commits = loop_module.ShardWriter.add, []
 
     def add(self, shard, *arguments):
         real(self, shard, *arguments)
@@ -269,7 +269,7 @@ def unfinished(tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.
             raise Interrupted("enough")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.ShardWriter, "add", add)
+        patch.setattr(loop_module.ShardWriter, "add", add)
         with pytest.raises(Interrupted):
             build_cache(build_config(tmp_path / "c", teacher, corpus))
     return tmp_path / "c"

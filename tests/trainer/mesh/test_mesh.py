@@ -98,9 +98,11 @@ def step_of(cache, tmp_path, **mesh):
     settings = config(tmp_path / "run", cache, mesh=mesh, **BLOCKWISE)
     sources = Sources(settings)
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
-    (stage,) = resolve_stages(settings)
+    (stage,) = resolve_stages(settings, settings.mesh)
     parameters = all_parameters(decoder)
-    return StageRun(settings, stage, decoder, parameters, sources.open, sources.norms).prepare(parameters)
+    return StageRun(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms).prepare(
+        parameters
+    )
 
 
 def test_nothing_but_scalars_crosses_block_groups(deep, tmp_path):

@@ -265,13 +265,15 @@ def stage_run(folder: Path, cache: Path, **changes: Any) -> StageRun:
     settings = moe_config(folder, cache, **changes)
     sources = Sources(settings)
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
-    (stage,) = resolve_stages(settings)
+    (stage,) = resolve_stages(settings, settings.mesh)
     rng = np.random.default_rng(0)
     parameters = {
         name: value + rng.normal(scale=0.05, size=value.shape).astype(np.float32)
         for name, value in all_parameters(decoder).items()
     }
-    return StageRun(settings, stage, decoder, parameters, sources.open, sources.norms).prepare(parameters)
+    return StageRun(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms).prepare(
+        parameters
+    )
 
 
 def steps_of(run: StageRun, count: int = 3) -> list[dict[str, float]]:

@@ -28,7 +28,8 @@ HOT = {"optimizer": {"learning_rate": 10.0, "warmup_steps": 0}}
 
 
 def last_stage(**changes: Any) -> Stage:
-    return resolve_stages(TrainConfig.model_validate({"run": "r", "cache": "c", "steps": 40, **changes}))[-1]
+    config = TrainConfig.model_validate({"run": "r", "cache": "c", "steps": 40, **changes})
+    return resolve_stages(config, config.mesh)[-1]
 
 
 def evaluation(step: int, perplexity: float = 40.0, cosine: float | None = None, kl: float | None = None) -> Evaluation:

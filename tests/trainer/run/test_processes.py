@@ -109,7 +109,9 @@ def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
     together = read_evaluations(tmp_path / "run")
     settings = config(str(tmp_path / "alone"), cache, eval_teacher=True)
     sources = Sources(settings)
-    alone = measure_teacher(settings, sources, read_config(sources.rows.plan.teacher.path), ALONE)
+    alone = measure_teacher(
+        settings.eval_teacher, settings.eval_batch_rows, sources, read_config(sources.rows.plan.teacher.path), ALONE
+    )
     assert [entry.teacher_perplexity for entry in together] == [pytest.approx(alone.perplexity, rel=1e-5)] * 2
 
 

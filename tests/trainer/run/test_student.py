@@ -253,7 +253,7 @@ def gone(*_: object) -> bool:
 )
 def test_which_losses_teach_the_teacher(changes, teaches):
     values = TrainConfig.model_validate({"run": "r", "cache": "c", **changes})
-    assert [stage.teaches_teacher for stage in resolve_stages(values)] == [teaches]
+    assert [stage.teaches_teacher for stage in resolve_stages(values, values.mesh)] == [teaches]
 
 
 def test_a_run_without_anything_to_learn_does_not_begin(tmp_path, cache, capsys):
@@ -270,7 +270,7 @@ def test_a_batch_larger_than_the_epoch(tmp_path, cache, capsys):
         train(config(tmp_path / "run", cache, batch_rows=rows + 1))
     assert (caught.value.facts["batch_rows"], caught.value.facts["rows to train on"]) == (str(rows + 1), str(rows))
     assert not (tmp_path / "run").exists()
-    loop._check_epoch(config(tmp_path / "run", cache, batch_rows=rows), source, True)
+    loop._check_epoch(rows, source, True)
     # A run of the version before goes on.
-    loop._check_epoch(config(tmp_path, cache, batch_rows=rows + 1), source, False)
+    loop._check_epoch(rows + 1, source, False)
     assert "warning: a batch holds rows twice" in capsys.readouterr().err

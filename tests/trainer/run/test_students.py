@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, cache):
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         load_student(str(run))
-    assert caught.value.facts["file"] == str(path)
+    assert caught.value.facts["object"] == str(path)
 
 
 def test_an_export_that_cannot_be_written_is_said(tmp_path, cache):

@@ -150,7 +150,9 @@ def test_the_teacher_is_freed(cache: Path, tmp_path: Path) -> None:
     student = load_pretrained(sources.rows.plan.teacher.path).config
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
-    assert yardstick.measure_teacher(settings, sources, student, ALONE).perplexity
+    assert yardstick.measure_teacher(
+        settings.eval_teacher, settings.eval_batch_rows, sources, student, ALONE
+    ).perplexity
     assert sum(array.nbytes for array in jax.live_arrays()) <= before + 1024
 
 
@@ -176,18 +178,24 @@ def test_why_it_is_not_known(
     elif case == "large":
         monkeypatch.setattr(yardstick, "_free_bytes", lambda: 1000)
     sources = yardstick.Sources(settings)
-    found = yardstick.measure_teacher(settings, sources, load_pretrained(teacher).config, ALONE)
+    found = yardstick.measure_teacher(
+        settings.eval_teacher, settings.eval_batch_rows, sources, load_pretrained(teacher).config, ALONE
+    )
     assert found.perplexity is None
     assert expected in str(found.unknown)
     if case == "gone":  # but where the student is made of it, it is at hand
         again = judging(tmp_path / "run", cache, student={"init": str(teacher)})
         sources = yardstick.Sources(again)
-        found = yardstick.measure_teacher(again, sources, load_pretrained(teacher).config, ALONE)
+        found = yardstick.measure_teacher(
+            again.eval_teacher, again.eval_batch_rows, sources, load_pretrained(teacher).config, ALONE
+        )
         assert found.perplexity == pytest.approx(by_hand(teacher, cache), rel=1e-5)
 
 
 def test_in_the_loop_it_is_the_teacher_there(tmp_path: Path, cache: Path, teacher: Path) -> None:
     settings = judging(tmp_path / "run", cache, source="online")
     sources = yardstick.Sources(settings)
-    found = yardstick.measure_teacher(settings, sources, load_pretrained(teacher).config, ALONE)
+    found = yardstick.measure_teacher(
+        settings.eval_teacher, settings.eval_batch_rows, sources, load_pretrained(teacher).config, ALONE
+    )
     assert found.perplexity == pytest.approx(by_hand(teacher, cache), rel=1e-5)

@@ -21,7 +21,7 @@ from distillcache.models.layers.context import BlockContext
 from distillcache.models.routing import BalanceState, RouterOutput, Scope, load_balance_loss, route, router_z_loss
 from distillcache.models.surgery import add_router_bias
 from distillcache.schemas.codecs import get_codec
-from distillcache.schemas.config.train import LossConfig, OptimizerConfig, TrainConfig
+from distillcache.schemas.config.train import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.losses import feature_loss
 from distillcache.trainer.run.stages import resolve_stages
@@ -64,6 +64,11 @@ TAPS = ("resid", "attn_out")
 SCOPES: tuple[Scope, ...] = ("layer", "model", "sequence", "global_batch")
 
 
+def made(config: TrainConfig, *given: Any) -> Balancing | None:
+    """`make_balancing` with a config's spec and mesh."""
+    return make_balancing(config, config.mesh, *given)
+
+
 def loss_config(scope: Any = "layer", **more: Any) -> LossConfig:
     """Features, MLPs, load balance and z; no logits."""
     values = {
@@ -83,7 +88,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def balancing_of(loss: LossConfig, mode: str = "blockwise", moe: ModelConfig = SMALL, **changes: Any) -> Balancing:
-    found = make_balancing(train_config(**changes), loss, mode, moe, "stage 0")
+    found = made(train_config(**changes), loss, mode, moe, "stage 0")
     assert found is not None
     return found
 
@@ -759,13 +764,13 @@ EP = {"moe_balance_type": "noaux_tc", "moe_bias_sync_group": "ep"}
 )
 def test_what_cannot_be_is_refused(model, loss, change, message, facts):
     with pytest.raises(ConfigError, match=message) as caught:
-        make_balancing(train_config(**change), loss, "blockwise", model, "stage 0")
+        made(train_config(**change), loss, "blockwise", model, "stage 0")
     assert facts.items() <= caught.value.facts.items()
     assert caught.value.next
 
 
 def test_a_dense_student_asks_for_nothing():
-    assert make_balancing(train_config(), NOTHING, "blockwise", DENSE_ONLY, "stage 0") is None
+    assert made(train_config(), NOTHING, "blockwise", DENSE_ONLY, "stage 0") is None
 
 
 @pytest.mark.parametrize(
@@ -800,10 +805,10 @@ def test_the_config_s_numbers_arrive():
 def test_biases_turn_the_auxiliary_loss_off_in_every_stage():
     loss = loss_config()
     stages = [{"mode": "blockwise", "steps": 2}, {"mode": "feature", "steps": 2, "loss": loss.model_dump()}]
-    found = resolve_stages(train_config(loss=loss, stages=stages, moe_balance_type="noaux_tc"))
+    found = resolve_stages(train_config(loss=loss, stages=stages, moe_balance_type="noaux_tc"), MeshConfig())
     assert [stage.loss.load_balance.weight for stage in found] == [0.0, 0.0]
     assert [stage.loss.router_z for stage in found] == [ZETA, ZETA]
-    kept = resolve_stages(train_config(loss=loss, stages=stages, moe_balance_type="gshard"))
+    kept = resolve_stages(train_config(loss=loss, stages=stages, moe_balance_type="gshard"), MeshConfig())
     assert [stage.loss.load_balance.weight for stage in kept] == [LAMBDA, LAMBDA]
 
 

@@ -50,7 +50,7 @@ class RemoteArray:
 
     @staticmethod
     def serves(store: Store) -> bool:
-        """Whether the store is one where every request takes its time, and its share of a network."""
+        """Return whether the store is one where every request takes its time, and its share of a network."""
         return store.is_bucket
 
     def start(self, wanted: Sequence[Wanted]) -> list[list[Future[None]]]:

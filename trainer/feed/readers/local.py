@@ -81,7 +81,9 @@ class LocalArray:
 
     @staticmethod
     def serves(store: Store, part: PartPlan) -> bool:
-        """Whether an array can be read so: on a local disk, uncompressed, by a machine that has numbers as stored."""
+        """Return whether an array can be read so: on a local disk, uncompressed, by a machine that has numbers as
+        stored.
+        """
         return store.local is not None and part.compress == "none" and sys.byteorder == "little"
 
     def start(self, wanted: Sequence[Wanted]) -> list[list[Future[None]]]:
@@ -112,7 +114,7 @@ class LocalArray:
                 os.close(descriptor)
 
     def _spans(self, descriptor: int, key: str, inside: int) -> list[int]:
-        """Where the chunks of one of the shard's rows begin: zarr's sharding_indexed, index at the end."""
+        """Return the offsets of the chunks of one of the shard's rows: zarr's sharding_indexed, index at the end."""
         index = np.empty((self._shard_rows, self._slots, 2), "<u8")
         start = os.fstat(descriptor).st_size - INDEX_CHECKSUM - index.nbytes
         if start < 0 or not read_into(descriptor, [index.data], start):

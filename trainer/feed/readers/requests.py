@@ -82,7 +82,7 @@ def together(runs: Sequence[Run], part: PartPlan, shard_rows: int, chunk_bytes: 
 
 
 def order_in_object(inside: int, slot: int, part: PartPlan) -> int:
-    """How many chunks lie before this one, where an object's chunks lie row by row.
+    """Count the chunks before this one, if an object's chunks lie row by row.
 
     Args:
         inside: the row's number within its shard.

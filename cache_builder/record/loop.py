@@ -1,0 +1,196 @@
+"""The recording loop: rows through the teacher, codes into shards, shards into the store.
+
+Three things go on at once: the teacher computes one batch, the batch before it is copied to the host, and a full
+shard is being written by another thread (pipeline.py). A process works on *pieces*, the consecutive shards of whole
+teacher batches, which it claims one by one (schemas/cache/lease.py), so that any number of processes may build one
+cache.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from distillcache.cache_builder.record.finish import finish_segment, tidy
+from distillcache.cache_builder.record.fixed_files import fixed_files
+from distillcache.cache_builder.record.lockstep import (
+    Together,
+    build_together,
+    finished_together,
+    held_together,
+    settle_together,
+)
+from distillcache.cache_builder.record.pipeline import ShardWriter
+from distillcache.cache_builder.record.replica import Replica
+from distillcache.cache_builder.record.work_units import (
+    Batches,
+    ClaimedPieces,
+    Pieces,
+    RowSource,
+    by_one_process,
+    keep_batch,
+    work_through,
+)
+from distillcache.models.decoder import Decoder
+from distillcache.models.describe import describe_numerics
+from distillcache.models.mesh.recording import mesh_sizes
+from distillcache.models.mesh.sharding import put, rows_sharding
+from distillcache.models.recorder import Recording, make_recorder
+from distillcache.models.text.tokenizer import TextTokenizer
+from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.segment import check_place, committed_shards
+from distillcache.schemas.config import BuildOptions, TeacherMeshConfig
+from distillcache.schemas.errors import DistillcacheError
+from distillcache.schemas.format import layout
+from distillcache.schemas.format.manifest import Manifest, Plan
+from distillcache.schemas.format.rows import Row, RowReader, teacher_batch
+from distillcache.schemas.format.tap_codec import signs_of
+from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.store.store import Store
+
+
+@dataclass(kw_only=True)
+class Work(Pieces):
+    """Inputs of the teacher's loop. mesh: the devices of the decoder."""
+
+    decoder: Decoder
+    mesh: Mesh | None = None
+
+
+@dataclass(kw_only=True)
+class _Job(ClaimedPieces, Work):
+    """A build."""
+
+
+def build_segment(
+    store: Store,
+    options: BuildOptions,
+    mesh: TeacherMeshConfig,
+    tokenizer: TextTokenizer,
+    decoder: Decoder,
+    plan: Plan,
+    rows: RowSource,
+    replica: Replica,
+) -> Manifest:
+    """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
+    peers = replica.peers
+    with held_together(store, plan, options.claim_expiry_s, peers) as check_held:
+        plan = settle_together(store, plan, options.accept_platform, peers)
+        finished = finished_together(store, plan, peers)
+        if finished is not None:
+            tidy(store, plan)
+            return finished
+        with keeping_place(store, plan, check_held) as placed:
+            return _build_settled(store, placed, options, mesh, tokenizer, decoder, plan, rows, replica)
+
+
+@contextmanager
+def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lambda: None) -> Iterator[Store]:
+    """The store for writing a segment with, as long as the segment's plan lies where it was settled.
+
+    What was written in the moment in which the plan went is deleted again.
+
+    Args:
+        check_held: raises where the segment is another job's by now.
+    """
+
+    def check() -> None:
+        check_held()
+        check_place(store, plan)
+
+    try:
+        yield store.guarded(check)
+    except DistillcacheError:
+        if store.read(layout.plan_key(plan.segment)) is None:
+            store.delete_folder(layout.segment_prefix(plan.segment))
+        check_place(store, plan)  # a folder that is deleted meanwhile fails in many ways: this is why
+        raise
+
+
+def _build_settled(
+    store: Store,
+    placed: Store,
+    options: BuildOptions,
+    mesh: TeacherMeshConfig,
+    tokenizer: TextTokenizer,
+    decoder: Decoder,
+    plan: Plan,
+    rows: RowSource,
+    replica: Replica,
+) -> Manifest:
+    """`build_segment`, after the plan is settled.
+
+    Args:
+        store: for claims. placed: for everything else.
+    """
+    peers = replica.peers
+    if peers.first:
+        for key, value in fixed_files(plan, decoder, tokenizer).items():
+            placed.put_once(key, value)
+        _keep_skipped(placed, plan, rows)
+        _warn_if_small(store, plan)
+    work = {"store": placed, "plan": plan, "options": options, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
+    if peers.count > 1:
+        return build_together(Together(**work, mesh_config=mesh, replica=replica))
+    claims = Claims(store, plan.segment, options.claim_expiry_s)
+    try:
+        _build_pieces(_Job(**work, stop=replica.stop, claims=claims))
+    finally:
+        claims.close()
+    return by_one_process(store, plan, options, replica.stop, lambda: finish_segment(placed, plan))
+
+
+def _keep_skipped(store: Store, plan: Plan, rows: RowSource) -> None:
+    """Keep the list of skipped records with the segment, and name it: prepared rows go when the build has finished."""
+    if not isinstance(rows, RowReader) or not rows.index.skipped:
+        return
+    key = layout.skipped_key(plan.segment)
+    store.put_once(key, rows.skipped())
+    print(f"{rows.index.skipped} records of the text were skipped, see {store.where(key)}", file=sys.stderr)
+
+
+def _warn_if_small(store: Store, plan: Plan) -> None:
+    if store.local is None:
+        return
+    missing = (plan.num_shards - len(committed_shards(store, plan))) * plan.shard_rows * plan.bytes_per_row
+    free = shutil.disk_usage(store.local).free
+    if missing > free:
+        size = f"{'up to ' if plan.is_compressed else ''}{missing / 1e6:,.0f} MB"
+        print(
+            f"warning: {store.url} has {free / 1e6:,.0f} MB free, and {size} are still to be written",
+            file=sys.stderr,
+        )
+
+
+def _build_pieces(job: _Job) -> None:
+    """Run the teacher over every piece that nobody has committed, and see all of them committed."""
+    numerics = describe_numerics(
+        job.plan.numerics.dtype, job.plan.taps, mesh_sizes(job.mesh), attention=job.decoder.config.attention
+    )
+    other = numerics if numerics != job.plan.numerics else None
+    work_through(job, "build", other, lambda batches, writer, bar: record_batches(job, batches, writer, bar))
+
+
+def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+    """Run the teacher over `(first row, rows)` batches and hand all of them to the writer, which is closed."""
+    record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
+    sharding = None if job.mesh is None else rows_sharding(job.mesh)
+    try:
+        waiting: tuple[int, list[Row], Recording, float] | None = None
+        for first, rows in batches:
+            arrays = teacher_batch(rows, job.plan.batch_rows, job.plan.rows.row_tokens)
+            recording = record(parameters, *(put(array, sharding) for array in arrays))  # returns before it is computed
+            begun = time.perf_counter()
+            if waiting is not None:
+                keep_batch(job.plan, writer, bar, *waiting)
+            waiting = (first, rows, recording, begun)
+            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.piece_rows == 0:
+                keep_batch(job.plan, writer, bar, *waiting)
+                waiting = None
+        writer.wait()
+    finally:
+        writer.close()

@@ -1,0 +1,42 @@
+"""Results of a benchmark: figures, goals, and the scratch folder that it works in."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distillcache.schemas.store.path import local_path
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure's limit: `at_least` it, or `at_most`."""
+
+    name: str
+    value: float
+    goal: float
+    direction: Literal["at_least", "at_most"]
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.goal if self.direction == "at_least" else self.value <= self.goal
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Results of one benchmark."""
+
+    figures: Mapping[str, float]
+    goals: Sequence[Goal]
+
+
+@contextmanager
+def scratch_folder(parent: str | None) -> Iterator[Path]:
+    """A folder that is removed afterwards; in the system's own temporary folder if no parent is named."""
+    where = None if parent is None else local_path(parent, "--dir")
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="distillcache-bench-", dir=where) as folder:
+        yield Path(folder)
