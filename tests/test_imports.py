@@ -1,10 +1,12 @@
 """Import rules: which package may import which, every import under `distillcache`, and no circles of files."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+MOST_WITH_CONFIG = 30  # functions: the commands, the stages, and the doors between them
 ALLOWED = {
     "schemas": {"schemas"},
     "models": {"models", "schemas"},
@@ -82,3 +84,17 @@ def test_no_circles_of_files() -> None:
 
     for name in known:
         visit(name, ())
+
+
+def test_few_functions_take_a_whole_config() -> None:
+    """What lies below an entry point takes a spec, options, or the values that it needs."""
+    whole = {"BuildConfig", "CopyConfig", "PrepareConfig", "TrainConfig"}
+    taking = [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if argument.annotation is not None and whole & set(re.findall(r"\w+", ast.unparse(argument.annotation)))
+    ]
+    assert len(taking) <= MOST_WITH_CONFIG, taking

@@ -101,8 +101,11 @@ class PrepareConfig(Workers):
 
     out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
     data: DataConfig
-    workers: Positive = Field(
-        default=1, description="processes that this command starts here, which share the input files"
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,  # each is a Python of 200 MB; more than any machine has cores is a typing error
+        description="processes that this command starts here, which share the input files; at most 1024",
     )  # one process tokenises on all cores already, as long as the text is plain
 
 

@@ -421,3 +421,11 @@ def test_a_process_that_is_none_of_those_there_are_is_refused(model: type[Config
     with pytest.raises(ConfigError, match="cannot be used") as caught:
         validate(model, values | {"process_id": 3}, "x")
     assert caught.value.facts["config"] == "process_id is 3, and num_processes 1: numbers go from 0 to 0"
+
+
+def test_workers_have_a_limit() -> None:
+    """Each is a process of its own: a typing error filled a machine's memory."""
+    values = {"out": "o", "data": {"path": "d"}}
+    assert validate(PrepareConfig, values | {"workers": 64}, "x").workers == 64
+    with pytest.raises(ConfigError, match="cannot be used"):
+        validate(PrepareConfig, values | {"workers": 99_999}, "x")

@@ -13,17 +13,18 @@ from distillcache.models.config import ModelConfig
 # same matrix products), labels of heads that a language model lacks, and which kernels compute it.
 BOOKKEEPING = """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation _flash_attn_2_enabled _name_or_path _pre_quantization_dtype architectures
-    attention_dropout attn_dropout attn_implementation attn_pdrop auto_map base_model_ep_plan base_model_pp_plan
-    base_model_tp_plan bos_token bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id
-    distillcache_source_dtype dtype embd_pdrop embedding_dropout eos_token eos_token_id experts_implementation
-    finetuning_task flash_attention fsdp generation_config gradient_checkpointing hidden_dropout hidden_dropout_prob
-    id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id language loss_type
-    max_sequence_length model_max_length model_name model_type name_or_path num_labels output_attentions
-    output_dropout output_hidden_states output_past output_router_logits pad_token pad_token_id prefix
-    pretraining_tp problem_type producer resid_pdrop return_dict router_aux_loss_coef router_z_loss_coef
-    sep_token_id task_specific_params tf_legacy_loss tokenizer_class tokenizer_name torch_dtype torchscript
-    transformers.js_config transformers_version transformers_weights unk_token_id use_bfloat16 use_cache
-    use_flash_attention use_flash_attention_2 use_flash_attn use_return_dict xla_device"""
+    attention_dropout attn_dropout attn_implementation attn_pdrop auto_map aux_loss_alpha base_model_ep_plan
+    base_model_pp_plan base_model_tp_plan bos_token bos_token_id chunk_size_feed_forward classifier_dropout
+    decoder_start_token_id distillcache_source_dtype dtype embd_pdrop embedding_dropout eos_token eos_token_id
+    experts_implementation finetuning_task flash_attention fsdp generation_config gradient_checkpointing
+    hidden_dropout hidden_dropout_prob id2label initializer_range is_llama_config keys_to_ignore_at_inference
+    label2id language loss_type max_batch_size max_sequence_length model_max_length model_name model_type
+    name_or_path neftune_noise_alpha num_labels output_attentions output_dropout output_hidden_states output_past
+    output_router_logits pad_token pad_token_id prefix pretraining_tp problem_type producer resid_pdrop
+    return_dict router_aux_loss_coef router_z_loss_coef sep_token_id seq_length task_specific_params
+    tf_legacy_loss tokenizer_class tokenizer_name torch_compile torch_dtype torchscript transformers.js_config
+    transformers_version transformers_weights unk_token_id use_bfloat16 use_cache use_flash_attention
+    use_flash_attention_2 use_flash_attn use_return_dict xla_device"""
 GENERATION = """assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids
     begin_suppress_tokens
     cache_config cache_implementation compile_config constraints continuous_batching_config disable_compile
@@ -42,6 +43,7 @@ HARMLESS_PREFIXES = ("unsloth_", "_unsloth_")  # who made the mirror, and with w
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "cross_attention_hidden_size": (),
+    "is_causal": (True,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "layer_types": (),
@@ -50,6 +52,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
+    "use_bidirectional_attention": (False,),
 }
 
 

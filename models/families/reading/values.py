@@ -28,6 +28,7 @@ EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytor
 MOST = 2**31 - 1
 # Under these null may mean that there is none, so it does not stand for a default.
 SWITCHED_OFF_BY_NULL = ("sliding_window", "attention_chunk_size", "head_dim")
+FALSE_BY_NULL = ("norm_topk_prob", "rope_interleave")  # switches that transformers asks for their truth
 LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -157,6 +158,8 @@ class Values:
         return None if self[key] is None else self.number(key)
 
     def flag(self, key: str) -> bool:
+        if self[key] is None and key in FALSE_BY_NULL and key in self._raw:
+            return False
         value = self._given(key)
         if not isinstance(value, bool):
             raise self.bad(key, "true or false")

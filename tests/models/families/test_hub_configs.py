@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distillcache.models.families import config_from_hf
+from distillcache.schemas.errors import CheckpointError
 
 FILE = Path("config.json")
 QWEN = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "attention_dropout": 0.0}
@@ -261,3 +262,26 @@ def test_olmo3_as_transformers_5_saves_it():
     assert config_from_hf(base | {"rope_parameters": typed}, FILE) == old
     assert config_from_hf(base | {"rope_parameters": yarn | {"rope_theta": 500000}}, FILE) == old
     assert config_from_hf(base | {"rope_parameters": yarn | {"rope_theta": 500000} | typed}, FILE) == old
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"is_causal": True, "use_bidirectional_attention": False},
+        {"torch_compile": False, "neftune_noise_alpha": 5.0, "max_batch_size": 1, "seq_length": 4096},
+        {"aux_loss_alpha": 0.001},
+    ],
+    ids=str,
+)
+def test_keys_of_training_change_nothing(more: dict[str, Any]):
+    family, raw = CONFIGS["GLM-4.5-Air"]
+    raw = raw | {"model_type": family}
+    assert config_from_hf(raw | more, FILE) == config_from_hf(raw, FILE)
+
+
+def test_a_switch_of_null_is_off_where_transformers_asks_for_its_truth():
+    family, raw = CONFIGS["GLM-4.5-Air"]
+    raw = raw | {"model_type": family}
+    assert config_from_hf(raw | {"norm_topk_prob": None}, FILE) == config_from_hf(raw | {"norm_topk_prob": False}, FILE)
+    with pytest.raises(CheckpointError, match="is_causal"):
+        config_from_hf(raw | {"is_causal": False}, FILE)
