@@ -1,4 +1,5 @@
-"""What a user gets wrong ends in one of these: one message, no traceback, exit code 2 (3: a training that diverged).
+"""Errors that a user can cause: each ends a command with one message, no traceback, exit code 2 (3: a training that
+diverged).
 
 Every message says what is wrong, where it was found, what was found and expected, and what to do next.
 The command line prints `str(error)`; anything that is not a `DistillcacheError` is a bug of ours and keeps

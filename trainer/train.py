@@ -114,7 +114,7 @@ class TrainResult:
 
 
 def divergence_summary(error: DivergedError | None) -> dict[str, Any]:
-    """Whether a run diverged, for its summary; if so, in which words, and at which step its best checkpoint is."""
+    """Summarise whether a run diverged; if so, in which words, and at which step its best checkpoint is."""
     if error is None:
         return {"diverged": False}
     return {"diverged": True, "best_checkpoint": error.best, "error": str(error)}
@@ -533,7 +533,7 @@ def _teacher_path(spec: TrainSpec) -> str | None:
 
 
 def _result(run: str, stage: Stage, store: Store, first: int) -> TrainResult:
-    """What a finished run came to, read from its files. stage: its last."""
+    """Read the result of a finished run from its files. stage: its last."""
     lines = [line for line in read_metrics(store.url) if "perf/tokens_per_second" in line]
     evaluations, steps = read_evaluations(store), stage.last
     found = {entry.step: entry for entry in evaluations}

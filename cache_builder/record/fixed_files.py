@@ -30,7 +30,7 @@ def fixed_files(plan: Plan, decoder: Decoder, tokenizer: TextTokenizer) -> dict[
 
 
 def unvouched_damage(store: Store, plan: Plan) -> Iterator[tuple[str, DamageError]]:
-    """What is wrong with these files of a segment that is being built, by key.
+    """Check these files of a segment that is being built, by key.
 
     No digest is noted of them yet, but for the teacher's norms they follow from the plan. They are there before
     the first shard is.

@@ -84,7 +84,7 @@ def _check_small_files(store: Store, view: SegmentView, entry: SegmentEntry) -> 
 
 
 def _check_unvouched(store: Store, view: SegmentView) -> Iterator[Finding]:
-    """Of a segment that is being built; the build that goes on writes these files anew."""
+    """Check files of a segment that is being built; the build that goes on writes them anew."""
     side = view.key("side.safetensors")
     rotated = any(tap.rotate for tap in view.plan.taps)
     for key, error in unvouched_damage(store, view.plan):

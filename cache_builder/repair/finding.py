@@ -20,7 +20,7 @@ What = Literal["missing", "truncated", "swapped", "stale", "damaged", "unreadabl
 
 
 def told_in_a_line(error: DamageError) -> str:
-    """What is wrong with a file, with the field if it is one's."""
+    """Describe the fault of a file in a line, with the field if it is one's."""
     facts = {name: error.facts[name] for name in ("field", "found", "expected") if name in error.facts}
     words = ", ".join(f"{name} {value}" for name, value in facts.items()) if "field" in facts else ""
     return f"{error.what} ({words})" if words else error.what

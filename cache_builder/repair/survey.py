@@ -153,7 +153,7 @@ def _view_segment(
 
 
 def _contradiction(store: Store, plan: Plan, entry: SegmentEntry) -> str:
-    """How the manifest contradicts a plan of the digest that it names; empty where it does not."""
+    """Return how the manifest contradicts a plan of the digest that it names; empty if it does not."""
     try:
         check_entry(plan, entry, record_dtype(plan).itemsize, store.where(layout.MANIFEST))
     except DamageError as error:

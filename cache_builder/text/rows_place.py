@@ -32,7 +32,7 @@ def keeping_rows(store: Store, fingerprint: str) -> Store:
 
 
 def is_place_of(store: Store, fingerprint: str) -> bool:
-    """Whether the folder is marked as the place of these rows."""
+    """Return whether the folder is marked as the place of these rows."""
     data = store.read(MARK)
     return data is not None and _fingerprint_in(data, store.where(MARK)) == fingerprint
 

@@ -1,4 +1,4 @@
-"""What the numbers of a cache's small files must be to each other, within one file and between two.
+"""Agreement of a cache's small files: conditions on their numbers within one file and between two.
 
 Digests say that bytes are what somebody wrote, not that it makes sense: a file may come from a stranger, or from a
 program with a fault, with a digest that fits. So whoever reads such a file asks here, once, and all who use its

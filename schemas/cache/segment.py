@@ -358,7 +358,7 @@ def read_tokenizer(store: Store) -> bytes:
 def small_file_damage(
     store: Store, entries: Sequence[SegmentEntry], tokenizer_digest: str, *, indexes: bool = True
 ) -> Iterator[DamageError]:
-    """What is wrong with the files beside rows and taps, one error a file.
+    """Yield one error for each damaged file beside rows and taps.
 
     Args:
         indexes: read the whole indexes, too.
@@ -377,7 +377,7 @@ def small_file_damage(
 
 
 def _index_damage(store: Store, key: str, entry: SegmentEntry) -> DamageError | None:
-    """What is wrong with the index of a finished segment as a whole; it is read a stretch at a time."""
+    """Check the index of a finished segment as a whole, a stretch at a time."""
     facts = {"file": store.where(key)}
     if not store.length_is(key, entry.index_length):
         return DamageError("the index of a segment is missing or cut short", facts, MEND_NEXT)

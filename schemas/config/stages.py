@@ -175,7 +175,7 @@ class BuildOptions(ShardWorkers):
 
 
 class BuildPlaces(Config):
-    """Where a build's cache and teacher lie. The teacher is known by its weights, wherever they are."""
+    """Paths of a build's cache and teacher. The teacher is known by its weights, wherever they are."""
 
     cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
     teacher: TeacherConfig
@@ -232,7 +232,7 @@ class CopyTapsConfig(Config):
 
 
 class CopyPlaces(Config):
-    """Where a copy is made from, and where it goes."""
+    """Paths of a copy and of its source."""
 
     src: str = Field(description="the finished cache to copy")
     dst: str = Field(description="where the copy goes: a folder, gs://bucket/prefix or s3://bucket/prefix")

@@ -208,7 +208,7 @@ class TrainSpec(Config):
 
 
 class TrainPlaces(Config):
-    """Where a training reads and writes."""
+    """Paths that a training reads and writes."""
 
     run: str = Field(description="folder of the run: checkpoints, metrics, the student")
     cache: str = Field(default="", description="the cache to train from")

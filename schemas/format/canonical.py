@@ -72,7 +72,7 @@ def from_canonical(model_type: type[ModelType], data: bytes, where: str, next: s
 
 
 def _is_spelled(model: BaseModel, data: bytes) -> bool:
-    """Whether these bytes are the model's spelling; a value that JSON has no word for has none."""
+    """Return whether these bytes are the model's canonical form; a value that JSON cannot express has none."""
     try:
         return to_canonical(model) == data
     except ValueError:  # infinity, from a number such as 1e999; half a surrogate pair

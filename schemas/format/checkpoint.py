@@ -206,7 +206,7 @@ class SavedArrays:
 
 
 def _is_inside(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is a box of an array of this shape."""
+    """Return whether a piece is a box of an array of this shape."""
     if not len(piece.start) == len(piece.shape) == len(shape):
         return False
     return all(first + size <= most for first, size, most in zip(piece.start, piece.shape, shape, strict=True))

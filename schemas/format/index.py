@@ -65,7 +65,7 @@ def decode_record(plan: Plan, data: bytes, where: str, shard: int) -> np.ndarray
 
 
 def check_index(plan: Plan, data: bytes, digest: str, where: str) -> bool:
-    """Whether these bytes are the whole index of this digest; False where some of its records are damaged.
+    """Return whether these bytes are the whole index of this digest; False if some of its records are damaged.
 
     Raises:
         DamageError: every record is whole, but together they are another build's.

@@ -55,7 +55,9 @@ def times_key(segment: str) -> str:
 
 
 def skipped_key(segment: str) -> str:
-    """What `data.on_error: skip` left out of a segment's text. Nothing depends on it, and it may be missing."""
+    """The key of the records that `data.on_error: skip` left out of a segment's text. Nothing depends on it, and it
+    may be missing.
+    """
     return f"{segment_prefix(segment)}/skipped.jsonl"
 
 

@@ -189,7 +189,7 @@ def join_peers(
 
 
 def have_met() -> bool:
-    """Whether this process has met those of its job; it can do so once."""
+    """Return whether this process has met those of its job; it can do so once."""
     return jax.distributed.is_initialized()
 
 

@@ -116,7 +116,7 @@ def judge(rows: Sequence[RowMeasure], reference: Reference) -> list[Look]:
 
 
 def file_looks(segments: Sequence[Segment]) -> list[Look]:
-    """What is wrong with small files of a cache, whether or not a number depends on them."""
+    """Report faults of a cache's small files, whether or not a number depends on them."""
     return [
         Look("damaged-file", f"{error.facts['file']}: {error.what}", {"file": str(error.facts["file"])})
         for error in damaged_files(segments)
@@ -178,7 +178,9 @@ def _swapped(wrong: list[RowMeasure], name: str) -> tuple[list[Look], list[RowMe
 
 
 def _repeated(row: RowMeasure) -> list[tuple[str, int, int]]:
-    """Those of a row's swaps whose numbers are in their own place as well: (tap, slot, the slot that it repeats)."""
+    """Select those of a row's swaps whose numbers are in their own place as well: (tap, slot, the slot that it
+    repeats).
+    """
     right = {(tap.tap, slot) for tap in row.taps for slot in np.asarray(tap.slots)[~tap.wrong].tolist()}
     return [(tap, slot, own) for tap, slot, own in row.swapped if (tap, own) in right]
 

@@ -1,4 +1,4 @@
-"""What is odd about a cache, from plans, receipts, statistics and the index; of rows, until some have targets.
+"""Warnings about a cache from plans, receipts, statistics and the index; of rows, until some have targets.
 
 Of a cache with many shards some are looked at, evenly drawn.
 """

@@ -153,7 +153,7 @@ def shown(text: str) -> str:
 
 
 def summary(tap: TapFacts, real: Sequence[bool] | np.ndarray) -> list[dict[str, Any]]:
-    """Of every slot: figures over the real tokens; None where there are none."""
+    """Summarise every slot over the real tokens; None if there are none."""
     mask = np.asarray(real)
     some = bool(mask.any())
     entries = []

@@ -52,7 +52,7 @@ def sampled_receipts(segment: Segment) -> list[ShardReceipt]:
 
 
 def damaged_files(segments: Sequence[Segment]) -> Iterator[DamageError]:
-    """What is wrong with small files; the index, and receipts, tell of themselves when they are read."""
+    """List the faults of small files; the index, and receipts, report their own when they are read."""
     manifest = read_manifest(segments[0].store) if segments else None
     if manifest is not None:
         entries = [segment.entry for segment in segments if segment.entry is not None]

@@ -188,7 +188,7 @@ class Source(ABC):
         ) * (self.plan.rows.row_tokens)
 
     def has_targets(self) -> bool:
-        """Whether any token of the split is a target. Rows are read until one has targets: usually one row."""
+        """Return whether any token of the split is a target. Rows are read until one has targets: usually one row."""
         start = 0
         while start < len(self):
             stop = min(max(2 * start, 1), start + TARGET_ROWS, len(self))

@@ -201,7 +201,7 @@ def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
 
 
 def write_summary(store: Store, summary: dict[str, Any]) -> None:
-    """What came of a run."""
+    """Write the summary of a run."""
     store.write(SUMMARY, _spelled_json(summary))
 
 

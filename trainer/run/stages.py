@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def teaches_teacher(self) -> bool:
-        """Whether a loss has something to teach even to a student that is the teacher."""
+        """Return whether a loss has something to teach even to a student that is the teacher."""
         loss = self.loss
         from_data = self.compares_tokens and not always_one(loss.alpha)
         return from_data or may_count(loss.load_balance.weight) or may_count(loss.router_z)

@@ -253,8 +253,9 @@ class FeatureStep:
 
 
 class _Counts(NamedTuple):
-    """What the whole batch's sums are divided by, `tokens` and `targets`, at least 1; and as they are its targets
-    (`found`), totals and rows."""
+    """Divisors of the whole batch's sums, `tokens` and `targets`, at least 1; and as they are its targets
+    (`found`), totals and rows.
+    """
 
     tokens: Array
     targets: Array

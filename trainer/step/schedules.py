@@ -34,5 +34,5 @@ def all_positive(weight: Weight) -> bool:
 
 
 def always_one(share: Share) -> bool:
-    """Whether a share is always the whole."""
+    """Return whether a share is always the whole."""
     return min(share.start, share.end) == 1 if isinstance(share, Ramp) else share == 1
