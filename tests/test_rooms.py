@@ -1,5 +1,6 @@
 """Folders that a newcomer can read: each lists its modules in reading order, none is long, and all are packaged."""
 
+import ast
 import tomllib
 from pathlib import Path
 
@@ -42,3 +43,18 @@ def test_the_wheel_holds_every_package() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {"distillcache." + ".".join(folder.relative_to(ROOT).parts) for folder in ROOMS}
     assert sorted(declared) == sorted({"distillcache", *found})
+
+
+def test_docstrings_begin_with_what_they_define() -> None:
+    """With a verb, or the noun: not with a question."""
+    questions = {"What", "Whether", "How", "Of", "Those", "Who", "Where"}
+    asking = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for top in TOP
+        for path in (ROOT / top).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and (text := ast.get_docstring(node))
+        and text.split()[0] in questions
+    ]
+    assert asking == []
