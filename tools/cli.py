@@ -15,23 +15,35 @@ from distillcache.schemas.errors import ConfigError, DistillcacheError
 
 # command -> (module, function, what it does); imported when called, so that `--help` starts at once
 COMMANDS = {
-    "demo": ("tools.demo.command", "run", "the whole job on a real teacher, with a report"),
-    "prepare": ("tools.commands.prepare", "run", "text to packed rows"),
-    "build": ("cache_builder.__main__", "build", "rows through the teacher into a cache (text is prepared first)"),
-    "train": ("trainer.__main__", "train_command", "a student from a cache"),
-    "export": ("tools.commands.export", "run", "a trained student as an HF directory"),
-    "plan": ("tools.plan.command", "run", "what a build would take, before anything is written"),
-    "copy": ("tools.commands.copy", "run", "a cache to other codecs, rows, blocks, taps, or to another place"),
-    "inspect": ("tools.look.inspect", "run", "what a cache holds"),
-    "serve": ("tools.viewer.command", "run", "a cache or a run in the browser: rows, tokens, blocks, search, and live"),
-    "report": ("tools.report.command", "run", "a cache or a run as one HTML file: tables, curves, heat maps"),
-    "show": ("tools.look.show", "run", "one row: text, documents, masks, and what every block made of each token"),
-    "stats": ("tools.look.stats", "run", "rms, kurtosis, outlier dimensions and rank of a sample, by block"),
-    "fidelity": ("tools.fidelity.command", "run", "rows through the live teacher, next to what the cache decodes to"),
-    "diff": ("tools.diff.command", "run", "two caches or two runs, and what is not the same"),
-    "export-samples": ("tools.look.export_samples", "run", "some rows with decoded taps, as safetensors or npz"),
-    "bench": ("tools.bench.command", "run", "speed against this machine's limits and other formats; what codecs keep"),
-    "verify": ("tools.look.verify", "run", "every byte of a cache against what was committed"),
+    "demo": ("tools.demo.command", "run", "runs the whole job on a real teacher and writes a report"),
+    "prepare": ("tools.commands.prepare", "run", "tokenises and packs text into rows"),
+    "build": ("cache_builder.__main__", "build", "runs the teacher over rows and writes a cache; prepares text first"),
+    "train": ("trainer.__main__", "train_command", "trains a student from a cache"),
+    "export": ("tools.commands.export", "run", "writes a trained student as a Hugging Face directory"),
+    "plan": ("tools.plan.command", "run", "estimates rows, bytes and time of a build before it writes anything"),
+    "copy": ("tools.commands.copy", "run", "copies a cache to another place, or to other codecs, rows, blocks or taps"),
+    "inspect": ("tools.look.inspect", "run", "describes a cache and warns of what is odd about it"),
+    "serve": (
+        "tools.viewer.command",
+        "run",
+        "shows a cache or a run in the browser, live",
+    ),
+    "report": ("tools.report.command", "run", "writes an HTML file about a cache or a run: tables, curves, heat maps"),
+    "show": (
+        "tools.look.show",
+        "run",
+        "shows one row: text, masks, per-token activation statistics by block",
+    ),
+    "stats": ("tools.look.stats", "run", "computes rms, kurtosis, outlier dimensions and rank of a sample, by block"),
+    "fidelity": ("tools.fidelity.command", "run", "compares the cache with its teacher and diagnoses mismatches"),
+    "diff": ("tools.diff.command", "run", "lists the differences of two caches or two runs"),
+    "export-samples": ("tools.look.export_samples", "run", "writes some rows with decoded taps as safetensors or npz"),
+    "bench": (
+        "tools.bench.command",
+        "run",
+        "measures speed against this machine's limits, and codec accuracy",
+    ),
+    "verify": ("tools.look.verify", "run", "checks every byte of a cache against its committed digests"),
 }
 
 EXIT_CODES = {

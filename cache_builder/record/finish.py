@@ -69,7 +69,7 @@ def lists_segment(manifest: Manifest, segment: str) -> bool:
 
 
 def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
-    """The manifest with the segment in it, put in the place of the one without, at once."""
+    """Atomically replace the manifest by one that lists the segment; returns it."""
     while True:
         data, generation = store.read_with_generation(layout.MANIFEST)
         before = None if data is None else manifest_in(store, data)

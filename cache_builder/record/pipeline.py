@@ -96,7 +96,7 @@ class ShardWriter:
             future.result()
 
     def wait(self) -> None:
-        """Until everything that is full is committed."""
+        """Block until all full shards are committed."""
         for future in self._writing:
             future.result()
         self._writing = []

@@ -173,7 +173,7 @@ GEMMA2 = Family(
 GEMMA3_TEXT = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    # With sizes: the released models with eyes leave out those of the smallest of them.
+    # With sizes: the released vision-language models leave out those of the smallest of them.
     defaults=DEFAULTS
     | {
         "vocab_size": 262_208,

@@ -78,7 +78,7 @@ QWEN2 = Family(
     read=_read_qwen2,
     write=_write_qwen2,
     layout=dense_layout,
-    neutral={"use_mrope": (False, None)},  # of models with eyes
+    neutral={"use_mrope": (False, None)},  # of vision-language models
 )
 QWEN3 = Family(
     name="qwen3",

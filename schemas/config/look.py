@@ -16,7 +16,7 @@ class FidelityConfig(Config):
     rows: Positive = Field(default=16, description="rows to compare, from as many shards as can be")  # minutes on a CPU
     seed: int = Field(default=0, ge=0, description="which rows are drawn")
     every_slot: bool = Field(default=False, description="list all slots of all taps, not only the wrong and the worst")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class DiffConfig(Config):
@@ -26,7 +26,7 @@ class DiffConfig(Config):
     b: str = Field(description="another of the same kind")
     rows: Positive = Field(default=16, description="rows of two caches to compare")
     seed: int = Field(default=0, ge=0, description="which rows are drawn")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class ShowConfig(Config):
@@ -40,7 +40,7 @@ class ShowConfig(Config):
     image: str | None = Field(
         default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks into this file"
     )
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class StatsConfig(Config):
@@ -54,7 +54,7 @@ class StatsConfig(Config):
     out: str | None = Field(
         default=None, pattern=r"\.npz$", description="also write every dimension's figures into this file"
     )
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class ExportSamplesConfig(Config):
@@ -68,4 +68,4 @@ class ExportSamplesConfig(Config):
     taps: list[str] | None = Field(default=None, description="which taps; default: all; []: the rows alone")
     blocks: list[int] | None = Field(default=None, description="which blocks; default: all")
     max_mib: Positive = Field(default=2048, description="refuse to write more than this")  # it is made in memory
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

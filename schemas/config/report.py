@@ -15,4 +15,4 @@ class ReportConfig(Config):
         default=8, ge=0, le=64, description="of a cache: rows whose activations are read and drawn; 0: none"
     )  # a few show the pattern; every row costs its bytes to read
     seed: int = Field(default=0, ge=0, description="which rows are drawn")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

@@ -22,4 +22,4 @@ class ServeConfig(Config):
         default=[],
         description="other names under which browsers ask for the page, such as a proxy's; all others are refused",
     )  # a foreign page could otherwise make its own name point here and read along (DNS rebinding)
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

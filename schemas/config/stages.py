@@ -82,9 +82,9 @@ class Workers(Config):
     process_id: int = Field(default=0, ge=0, description="this process's number, where several work on one place")
     num_processes: Positive = Field(default=1, description="how many processes work on it")
     claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="a claim without a heartbeat for so long is taken over"
+        default=60.0, gt=0, description="expiry of a claim without a heartbeat; another process then takes it over"
     )  # four missed heartbeats
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
     @model_validator(mode="after")
     def _is_one_of_the_processes(self) -> Self:
@@ -167,7 +167,7 @@ class BuildOptions(ShardWorkers):
         "none: alone, whatever they say",
     )
     timeout_s: Positive = Field(
-        default=60, description="replica: job: a process that is silent for so long is dead, and ends the others"
+        default=60, description="replica: job: heartbeat timeout; the job aborts when a process is silent for longer"
     )  # as in training
     accept_platform: bool = Field(
         default=False, description="go on although the platform or library versions differ from the plan's"
@@ -285,7 +285,7 @@ class InspectConfig(Config):
     """Print what a cache holds."""
 
     cache: str = Field(description="the cache, finished or not")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class VerifyConfig(Config):
@@ -295,7 +295,7 @@ class VerifyConfig(Config):
     quick: bool = Field(
         default=False, description="check presence, lengths and shard indexes, without reading the data"
     )  # damage inside the data is what one looks for
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class BenchConfig(Config):
@@ -342,7 +342,7 @@ class ExportConfig(Config):
     )
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
 class DemoConfig(Config):

@@ -242,7 +242,7 @@ class TrainOptions(Config):
     )
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
     feed: FeedConfig = Field(default=FeedConfig(), description="how the cache is read")
-    storage: StorageConfig = Field(default=StorageConfig(), description="how buckets are asked")
+    storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
     coordinator: str | None = Field(
         default=None,
         description="HOST:PORT of process 0, where a run has several; default: as Cloud TPU, GKE, Slurm or Open MPI "
@@ -251,7 +251,7 @@ class TrainOptions(Config):
     num_processes: Positive | None = Field(default=None, description="processes of the run; default: likewise")
     process_id: int | None = Field(default=None, ge=0, description="this process's number, from 0; default: likewise")
     timeout_s: Positive = Field(
-        default=60, description="a process that is silent for so long is dead, and ends the others"
+        default=60, description="heartbeat timeout; the run aborts when a process is silent for longer"
     )  # longer than the pauses of a busy host, shorter than anybody waits
 
 

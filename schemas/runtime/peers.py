@@ -44,7 +44,7 @@ HOST_BYTES = 64  # of a host's name, as it is sent around
 
 
 def tell(**facts: Any) -> None:
-    """Tell the process that looks after this one (supervise.py), if there is one, what it will need to say."""
+    """Report to the supervisor (supervise.py), if there is one, for its exit message."""
     if descriptor := os.environ.get(SUPERVISED):
         os.write(int(descriptor), (json.dumps(facts) + "\n").encode())
 

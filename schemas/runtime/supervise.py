@@ -1,4 +1,4 @@
-"""A process that looks after one process of a run, and says why it ended where that one no longer can.
+"""The supervisor of one process of a run: it reports why the process ended when the process itself cannot.
 
 When a process of a run is killed, JAX's runtime ends the others from C++, with a stack trace, in the middle of whatever
 they do: no Python code of theirs runs any more. So a command whose processes work in lock-step starts a child that

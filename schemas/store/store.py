@@ -25,7 +25,7 @@ from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
 
 LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
-AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # waits before what came garbled from a bucket is asked for once more
+AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # retry delays after a corrupt response
 
 Value = TypeVar("Value")
 
@@ -359,7 +359,7 @@ class Store:
         return iter(()) if self.local is None else self.local.rglob("*" + LOCK_SUFFIX)
 
     def _ask(self, what: str, key: str, operation: Callable[[], Value]) -> Value:
-        """The operation's result; of a bucket, asked for again where it came garbled."""
+        """The operation's result; retried if a bucket's response is corrupt."""
         waits = list(AGAIN_S) if self.is_bucket else []
         if self.is_bucket:
             self._meet()

@@ -1,4 +1,4 @@
-"""`distillcache plan --simulate`: caches for much text: bytes, objects, requests, time, money, and what gets scarce.
+"""`distillcache plan --simulate`: bytes, objects, requests, time, money and bottlenecks of large caches.
 
     distillcache plan --simulate
 

@@ -67,7 +67,7 @@ def make_app(kind: str, url: str, names: tuple[str, ...] = (), exposed: bool = F
         words = {
             404: "There is no such page.",
             405: "The viewer only reads: GET and HEAD are all that it answers.",
-            500: "The viewer itself failed here; what happened is told where it was started.",
+            500: "The viewer failed; see the server log.",
         }
         view = _told(words.get(status, "This cannot be answered."), status)
         kept = error.headers if isinstance(error, HTTPException) else None

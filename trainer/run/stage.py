@@ -407,7 +407,7 @@ class StageRun:
         return self._own_stream or self._runs_mlp or "/mlp/" not in name
 
     def _placed(self, parameters: Parameters) -> Parameters:
-        """Copies on the devices: a step gives its state's memory away."""
+        """Copies on the devices: train steps donate their inputs."""
         if self.mesh is None:
             return {name: jnp.array(value) for name, value in parameters.items()}
         return {n: moved(v, parameter_sharding(self.mesh, n, v.shape)) for n, v in parameters.items()}

@@ -31,7 +31,7 @@ def place_prefix(place: Place) -> str:
 
 
 def all_parameters(decoder: Decoder) -> Parameters:
-    """Copies of the decoder's parameters. Copies, because a step gives its state's memory away."""
+    """Copies of the decoder's parameters. Copies, because train steps donate their inputs."""
     flat = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     return {"/".join(map(str, path)): jnp.copy(value.get_value()) for path, value in flat}
 

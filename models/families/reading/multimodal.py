@@ -1,4 +1,4 @@
-"""Models with eyes: their config has a language model's inside, and only that one is read."""
+"""Vision-language models: their config contains the text model's, which is the part that is read."""
 
 from collections.abc import Mapping
 from typing import Any
