@@ -1,5 +1,6 @@
 """A report's sections about a run: what it is, losses, evaluations, blocks before and after, experts, speed, config."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distillcache.schemas.errors import DamageError
+from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
 from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import (
@@ -27,7 +29,7 @@ from distillcache.tools.report.curves import BlockCurves, block_curves, curve, s
 from distillcache.tools.report.experts import expert_pieces, expert_warnings
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
-from distillcache.trainer.run.folder import RESOLVED, best_of, read_evaluations, shown_config
+from distillcache.trainer.run.folder import RESOLVED, Ending, best_of, read_ending, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import TENSORBOARD, read_loads, read_metrics
 
 TERMS = {
@@ -54,7 +56,8 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     words, config = shown_config(store)
     lines, evaluations, loads = read_metrics(store.url), read_evaluations(store), read_loads(store.url)
     done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
-    told = warnings(lines, evaluations, done, of) + expert_warnings(loads)
+    ending = read_ending(store)
+    told = [*divergence_warnings(ending), *warnings(lines, evaluations, done, of), *expert_warnings(loads)]
     page = Page(page_title("Run", store.url), run_subtitle(config, done, of), footer)
     page.add(
         "What it is",
@@ -68,7 +71,24 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     page.add("Experts", *expert_pieces(lines, loads))
     page.add("Speed", *speed_pieces(lines))
     page.add("Config", folded("config.yaml", code(words, "The resolved config")) if words else "")
-    return page, {"of": "run", "steps": {"done": done, "of": of}, "warnings": told}
+    diverged = None if ending is None else ending.diverged
+    return page, {"of": "run", "steps": {"done": done, "of": of}, "diverged": diverged, "warnings": told}
+
+
+def divergence_warnings(ending: Ending | None) -> list[str]:
+    """Return why the run diverged and which of its checkpoints is the best; nothing where it did not."""
+    if ending is None or not ending.diverged:
+        return []
+    what, *rest = redacted(ending.error).splitlines() or ["no reason is given"]
+    # `label  value`, as messages are spelled; where the run lay then says nothing about where it lies now.
+    found = dict((re.split(r" {2,}", line.strip(), maxsplit=1) + [""])[:2] for line in rest)
+    kept = "none was kept" if ending.best_checkpoint is None else f"step {ending.best_checkpoint}"
+    best = found.pop("best checkpoint", kept)
+    for label in ("run", "next"):
+        found.pop(label, None)
+    figures = "; ".join(f"{label} {value}".rstrip() for label, value in found.items())
+    reason = what.removeprefix("error: ") + (f" ({figures})" if figures else "")
+    return [f"The run diverged: {reason}.", f"Best checkpoint: {best}."]
 
 
 def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], done: int, of: int) -> list[str]:

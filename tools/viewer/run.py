@@ -13,6 +13,7 @@ from distillcache.tools.pages.html import Numeric, code, figures, note, number, 
 from distillcache.tools.report.experts import expert_pieces, expert_warnings
 from distillcache.tools.report.run import (
     block_pieces,
+    divergence_warnings,
     evaluation_pieces,
     loss_pieces,
     planned_steps,
@@ -25,7 +26,7 @@ from distillcache.tools.report.run import (
 from distillcache.tools.viewer.page import View
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation
-from distillcache.trainer.run.folder import best_of, read_evaluations, shown_config
+from distillcache.trainer.run.folder import Ending, best_of, read_ending, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import read_loads, read_metrics
 
 EVERY_S = 5.0
@@ -50,6 +51,7 @@ class RunLook:
     evaluations: Sequence[Evaluation]
     loads: Sequence[Mapping[str, Any]]
     checkpoints: Sequence[int]
+    ending: Ending | None
 
     @property
     def done(self) -> int:
@@ -67,7 +69,8 @@ class RunLook:
     @property
     def state(self) -> tuple[object, ...]:
         """Differs where anything does."""
-        return self.text, len(self.lines), self.done, len(self.evaluations), len(self.loads), tuple(self.checkpoints)
+        counts = len(self.lines), len(self.evaluations), len(self.loads)
+        return self.text, self.done, counts, tuple(self.checkpoints), self.ending
 
 
 class WatchedRun:
@@ -83,7 +86,9 @@ class WatchedRun:
         url = self.store.url
         words, config = shown_config(self.store)
         checkpoints = Checkpoints(self.store).steps()
-        found = RunLook(words, config, read_metrics(url), read_evaluations(self.store), read_loads(url), checkpoints)
+        # The ending first: what it tells of is there by then.
+        ending, evaluations = read_ending(self.store), read_evaluations(self.store)
+        found = RunLook(words, config, read_metrics(url), evaluations, read_loads(url), checkpoints, ending)
         if self._seen[0] != found.state:
             self._seen = (found.state, None if self._seen[0] is None else time.time())
         return found
@@ -119,13 +124,18 @@ def run_view(watched: WatchedRun, here: str) -> View:
         "The run" if here == "/" else title,
         f"{run_subtitle(found.config, found.done, found.of)}{_last_news(watched, found)}",
         here,
-        EVERY_S if found.done < found.of or not found.of else 0,
+        EVERY_S if _goes_on(watched, found) else 0,
     )
     view.put(*watched.once(here, found, makers[here]))
     if not view.pieces:
         empty = "The student has no experts." if here == EXPERTS else "Nothing is written yet."
         view.put(paragraph(empty))
     return view
+
+
+def _goes_on(watched: WatchedRun, found: RunLook) -> bool:
+    """True where more may come: steps, or after the last one that was watched an evaluation and the summary."""
+    return found.done < found.of or not found.of or (found.ending is None and watched.changed_at() is not None)
 
 
 def _last_news(watched: WatchedRun, found: RunLook) -> str:
@@ -137,6 +147,7 @@ def _last_news(watched: WatchedRun, found: RunLook) -> str:
 
 def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
     told = warnings(found.lines, found.evaluations, found.done, found.of) + expert_warnings(found.loads)
+    told = divergence_warnings(found.ending) + told
     return [
         note("Look at this first", told),
         progress("Steps", found.done, found.of) if found.done < found.of else "",

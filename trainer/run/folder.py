@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,28 @@ def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
 def write_summary(store: Store, summary: dict[str, Any]) -> None:
     """Write the summary of a run."""
     store.write(SUMMARY, _spelled_json(summary))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a run by its summary. error: the message of one that diverged; best_checkpoint: a step, if known."""
+
+    diverged: bool = False
+    best_checkpoint: int | None = None
+    error: str = ""
+
+
+def read_ending(store: Store) -> Ending | None:
+    """Read whether a run diverged; None where it has no summary: it is at work, or was stopped, or is an older one's.
+
+    Raises:
+        DamageError: the file holds something else.
+    """
+    data = store.read(SUMMARY)
+    if data is None:
+        return None
+    step = f"copy {SUMMARY} again, or delete it: the command of the run writes it anew"
+    return from_plain(TypeAdapter(Ending), data, store.where(SUMMARY), step)
 
 
 def best_evaluation(run: str) -> Evaluation:

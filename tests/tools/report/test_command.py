@@ -10,7 +10,7 @@ import pytest
 
 from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.config.report import ReportConfig
-from distillcache.schemas.errors import ConfigError, InputError
+from distillcache.schemas.errors import ConfigError, DamageError, DivergedError, InputError
 from distillcache.schemas.store.store import Store
 from distillcache.tools.cli import main
 from distillcache.tools.look.stored_rows import StoredRows
@@ -20,7 +20,11 @@ from distillcache.tools.report.cache import _span, pooled
 from distillcache.tools.report.command import write_report
 from distillcache.tools.report.curves import POINTS, block_curves, curve
 from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
+from distillcache.tools.report.run import divergence_warnings
 from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.run.divergence import BestCheckpoint, Measure, diverged_error
+from distillcache.trainer.run.folder import read_ending
+from distillcache.trainer.train import divergence_summary
 from tests.conftest import build_config
 from tests.servers.fixtures import Bucket
 from tests.tools.report.report_reading import ReadPage, check_page
@@ -197,6 +201,78 @@ def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> N
     for words, warning in zip(expected, said["warnings"], strict=True):
         assert words in warning
         assert warning in page.words
+
+
+def summarise(run: Path, error: DivergedError | None) -> None:
+    (run / "summary.json").write_text(json.dumps({"run": str(run), "steps": 40} | divergence_summary(error)))
+
+
+DIVERGED = diverged_error(
+    "the training ended worse than it began",
+    "runs/a",
+    {"steps": 40, "loss": "0.3 at the start, 6e+08 at the end"},
+    BestCheckpoint(20, Measure("cosine distance", 0.035), "--step 20"),
+)
+DIVERGED_WORDS = [
+    "The run diverged: the training ended worse than it began (steps 40; loss 0.3 at the start, 6e+08 at the end).",
+    "Best checkpoint: step 20: cosine distance 0.035.",
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DIVERGED, DIVERGED_WORDS),
+        (
+            diverged_error("the training has diverged: the loss is not finite", "runs/a", {"step": 3}, None),
+            [
+                "The run diverged: the training has diverged: the loss is not finite (step 3).",
+                "Best checkpoint: none was kept.",
+            ],
+        ),
+        (None, []),
+    ],
+    ids=["worse", "not finite", "healthy"],
+)
+def test_a_runs_page_begins_with_how_it_diverged(error: DivergedError | None, words: list[str], tmp_path: Path) -> None:
+    summarise(run := write_run(tmp_path / "run"), error)
+    page, said = report(run, tmp_path / "r.html")
+    assert said["diverged"] is (error is not None)
+    assert said["warnings"][: len(words)] == words
+    assert said["warnings"][len(words)].startswith("The run is at step 40")
+    places = [page.words.index(each) for each in [*words, "Last total loss"]]
+    assert places == sorted(places)
+
+
+def test_without_a_summary_nothing_is_said_of_divergence(of_run: tuple[ReadPage, dict]) -> None:
+    page, said = of_run
+    assert said["diverged"] is None
+    assert "diverged" not in page.words
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        ({"steps": 40}, []),  # of a version that did not judge
+        ({"diverged": True}, ["The run diverged: no reason is given.", "Best checkpoint: none was kept."]),
+        (
+            {"diverged": True, "best_checkpoint": 8, "error": "error: gone\n  cache  s3://key:secret@bucket/x\n  odd"},
+            ["The run diverged: gone (cache s3://***@bucket/x; odd).", "Best checkpoint: step 8."],
+        ),
+    ],
+    ids=["older", "bare", "secret"],
+)
+def test_summaries_of_other_programs(summary: dict, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert divergence_warnings(read_ending(Store(str(tmp_path)))) == words
+
+
+@pytest.mark.parametrize("data", ["", "[]", '{"diverged": "perhaps"}', '{"best_checkpoint": [1]}'])
+def test_a_damaged_summary_is_named(data: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(data)
+    with pytest.raises(DamageError, match="does not hold what it should") as caught:
+        read_ending(Store(str(tmp_path)))
+    assert "summary.json" in str(caught.value)
 
 
 def test_what_a_run_holds_is_escaped(of_run: tuple[ReadPage, dict]) -> None:

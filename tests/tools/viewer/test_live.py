@@ -21,7 +21,7 @@ from distillcache.tools.viewer.watch import Committed
 from tests.conftest import build_config
 from tests.servers.fixtures import Bucket
 from tests.tools.look.test_in_buckets import upload
-from tests.tools.report.test_command import NASTY, write_run
+from tests.tools.report.test_command import DIVERGED, DIVERGED_WORDS, NASTY, summarise, write_run
 from tests.tools.viewer.serving import half, read, viewer
 
 __all__ = ["half"]  # a fixture
@@ -132,7 +132,19 @@ def test_a_run_that_goes_on_is_followed(tmp_path: Path) -> None:
     page = read(client, "/")
     assert "step 50 of 50" in page.words
     assert page.tables["The run"].row("Last total loss") == ["0.5"]
+    assert "diverged" not in page.words
+    assert 'data-every="0"' not in page.source  # its last evaluation and its summary may come
+    summarise(folder, DIVERGED)
+    page = read(client, "/")
+    places = [page.words.index(words) for words in [*DIVERGED_WORDS, "Last total loss"]]
+    assert places == sorted(places)
     assert 'data-every="0"' in page.source
+
+
+def test_a_run_that_ended_long_ago_is_not_followed(tmp_path: Path) -> None:
+    """Older ones have no summary, and none will come."""
+    folder = write_run(tmp_path / "run", steps=50)
+    assert 'data-every="0"' in read(viewer(folder, "run"), "/").source
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
