@@ -81,7 +81,7 @@ def divergence_warnings(ending: Ending | None) -> list[str]:
         return []
     what, *rest = redacted(ending.error).splitlines() or ["no reason is given"]
     # `label  value`, as messages are spelled; where the run lay then says nothing about where it lies now.
-    found = dict((re.split(r" {2,}", line.strip(), maxsplit=1) + [""])[:2] for line in rest)
+    found = dict(([*re.split(r" {2,}", line.strip(), maxsplit=1), ""])[:2] for line in rest)
     kept = "none was kept" if ending.best_checkpoint is None else f"step {ending.best_checkpoint}"
     best = found.pop("best checkpoint", kept)
     for label in ("run", "next"):
