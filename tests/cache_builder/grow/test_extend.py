@@ -284,6 +284,20 @@ def test_the_first_config_does_away_with_an_extension(
         build_cache(build_config(abandoned / "nowhere", teacher, corpus, abandon=True))
 
 
+def test_an_extension_that_is_a_link_goes_without_its_target(
+    abandoned: Path, cache: Path, tmp_path: Path, teacher: Path, corpus: Path
+) -> None:
+    (segment,) = abandoned.glob("segments/0001-*")
+    outside = tmp_path / "outside"
+    segment.rename(outside)
+    segment.symlink_to(outside)
+    before = files(outside)
+    build_cache(build_config(abandoned, teacher, corpus, abandon=True))
+    assert files(outside) == before
+    assert not segment.is_symlink()
+    assert set(files(abandoned)) == set(files(cache))
+
+
 def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teacher: Path, corpus: Path) -> None:
     builder = subprocess.Popen(["sleep", "60"])
     started = claims_module._process_start(builder.pid)
