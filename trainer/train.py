@@ -63,14 +63,15 @@ from distillcache.trainer.run.folder import (
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import MetricsLog, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
-from distillcache.trainer.run.stage import StageRun
-from distillcache.trainer.run.stages import Stage, resolve_stages
+from distillcache.trainer.run.stage import StageRun, records
+from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
 from distillcache.trainer.run.student import open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
 from distillcache.trainer.step.flops import peak_flops, step_flops
 from distillcache.trainer.step.parameters import Parameters
 from distillcache.trainer.step.schedules import may_count
+from distillcache.trainer.step.targets import block_starts
 
 WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
 
@@ -162,6 +163,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             decoder = _open_student(store, config, stages, sources, peers)
             if peers.first:
                 _warn_of_length(decoder.config, sources.rows.plan)
+                _warn_of_idleness(config, stages, sources.rows)
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
@@ -253,6 +255,15 @@ def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
     if contexts["the teacher"] == contexts["the student"]:
         notes = {"both": too_long_note(rows, contexts["the student"], "teacher and student", change)}
     for note in filter(None, notes.values()):
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def _warn_of_idleness(config: TrainConfig, stages: Sequence[Stage], source: Source) -> None:
+    """Say that the run begins with nothing to learn. No refusal: who measures what rounding does wants just that."""
+    teacher, init = source.plan.teacher, config.student.init
+    whole = block_starts(config.student, teacher.num_blocks) in (None, list(range(teacher.num_blocks)))
+    cut = whole and init in ("teacher", teacher.path, _teacher_path(config))
+    if cut and records(source, "resid") and (note := idle_note(config, stages)):
         print(f"warning: {note}", file=sys.stderr)
 
 

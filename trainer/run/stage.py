@@ -248,7 +248,7 @@ class StageRun:
         """The blocks that are trained, and the source of what they are trained with."""
         stage, spec = self.stage, self._spec
         recorded = open_source((), None, False)
-        self._own_stream = stage.mode == "blockwise" and not _records(recorded, "resid")
+        self._own_stream = stage.mode == "blockwise" and not records(recorded, "resid")
         self._check_own_stream(recorded)
         taps = self._taps()
         recorded = open_source(taps, None, False)
@@ -256,7 +256,7 @@ class StageRun:
         starts = block_starts(spec.student, teacher_blocks)
         self.spans = student_spans(self.stack.config, teacher_blocks, starts)
         self.weights = _block_weights(stage, self.spans, recorded)
-        derives = stage.compares_mlp and not _records(recorded, "mlp_out")
+        derives = stage.compares_mlp and not records(recorded, "mlp_out")
         if stage.compares_mlp and not derives:
             taps = (*taps, "mlp_out")
         shares = blocks_of_groups(self.stack.config, self.groups)
@@ -281,7 +281,7 @@ class StageRun:
         needed = {
             "mesh.block": self.groups > 1,  # the stream would cross groups of devices
             "inject": spec.inject == "attn_in",
-            "loss.mlp.weight": stage.compares_mlp and not _records(source, "mlp_out"),
+            "loss.mlp.weight": stage.compares_mlp and not records(source, "mlp_out"),
         }
         if asking := [name for name, asks in needed.items() if asks]:
             raise ConfigError(
@@ -460,7 +460,8 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
 
 
-def _records(source: Source, name: str) -> bool:
+def records(source: Source, name: str) -> bool:
+    """Return whether the tap is recorded, in whichever segment."""
     return any(tap.name == name for segment in source.segments() for tap in segment.plan.taps)
 
 

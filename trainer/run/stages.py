@@ -18,6 +18,11 @@ NEEDED = {  # by options that not every run has a use for
 }
 
 
+# What an operation of surgery changes. The others change both, or the blocks.
+CUTS_MLP = ("mlp_width", "experts", "expert_width", "upcycle")
+CUTS_ATTENTION = ("query_heads", "kv_heads")
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage of a run. first: the run's step at which it begins."""
@@ -94,6 +99,31 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     if spec.moe_balance_type == "noaux_tc":
         found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
     return tuple(found)
+
+
+def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:
+    """One line where the first stage compares only what surgery left as the teacher's; None where it has to learn.
+
+    Later stages begin with what the first one trained, which the config does not tell.
+
+    Args:
+        spec: of a run whose student is the teacher cut, block for block, and whose blocks are given the teacher's
+            recorded stream.
+    """
+    stage, ops = stages[0], [op.op for op in spec.student.surgery]
+    if stage.mode != "blockwise" or stage.teaches_teacher or not ops:
+        return None
+    # `mlp_input: student` gives the MLP what a cut attention says, so then its loss has to learn from both.
+    if not stage.compares_mlp and all(op in CUTS_MLP for op in ops):
+        left, compared, advice = "attention", "attention outputs", "give loss.mlp.weight a value"
+    elif not stage.compares_attention and spec.mlp_input == "teacher" and all(op in CUTS_ATTENTION for op in ops):
+        left, compared, advice = "the MLPs", "outputs of MLPs", "give loss.feature.weight a value"
+    else:
+        return None
+    return (
+        f"{stage.name}, has nothing to learn: surgery ({', '.join(ops)}) leaves {left} as the teacher's, and the loss "
+        f"compares {compared} alone; {advice}, or use mode: feature"
+    )
 
 
 def _without_balance_loss(loss: LossConfig) -> LossConfig:

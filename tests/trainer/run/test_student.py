@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.decoder import Decoder
 from distillcache.schemas.config import TrainConfig
@@ -23,11 +24,12 @@ from distillcache.tools.commands import export
 from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
-from distillcache.trainer.run.stages import resolve_stages
+from distillcache.trainer.run.stages import idle_note, resolve_stages
 from distillcache.trainer.run.student import open_student, start_parameters
 from distillcache.trainer.step.parameters import all_parameters, install
 from distillcache.trainer.step.targets import block_starts
 from distillcache.trainer.train import train
+from tests.conftest import build_config
 from tests.models.surgery.test_operate import assert_blocks, blocks_of
 from tests.trainer.test_train import Stop, assert_same_run, config
 
@@ -254,6 +256,80 @@ def gone(*_: object) -> bool:
 def test_which_losses_teach_the_teacher(changes, teaches):
     values = TrainConfig.model_validate({"run": "r", "cache": "c", **changes})
     assert [stage.teaches_teacher for stage in resolve_stages(values, values.mesh)] == [teaches]
+
+
+MLPS, HEADS = [{"op": "mlp_width", "to": 20}], [{"op": "query_heads", "to": 2}]
+MLP_ALONE = {"feature": {"weight": 0}, "mlp": {"weight": 1}}
+FEATURE: dict[str, Any] = {"mode": "feature", "loss": {"token_weight": 0}}
+BLOCKWISE = {"mode": "blockwise", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("surgery", "changes", "told"),
+    [
+        (MLPS, {}, "leaves attention as the teacher's"),
+        ([{"op": "upcycle", "experts": 2}], {}, "leaves attention as the teacher's"),
+        ([{"op": "experts", "to": 2}, {"op": "expert_width", "to": 8}], {}, "surgery (experts, expert_width)"),
+        (MLPS, {"stages": [BLOCKWISE, FEATURE | {"steps": 5}]}, "stage 0, mode blockwise, has nothing"),
+        (HEADS, {"loss": MLP_ALONE}, "leaves the MLPs as the teacher's"),
+        (HEADS, {"loss": MLP_ALONE, "mlp_input": "student"}, None),
+        (MLPS, {"loss": MLP_ALONE}, None),
+        (HEADS, {}, None),
+        ([*MLPS, *HEADS], {}, None),
+        ([{"op": "drop_blocks", "blocks": [1]}, *MLPS], {}, None),
+        (MLPS, {"loss": {"mlp": {"weight": 1}}}, None),
+        (MLPS, {"loss": {"load_balance": {"weight": 0.1}}}, None),
+        (MLPS, FEATURE, None),  # the stream that a block gets went through the MLPs before it
+        (MLPS, {"stages": [FEATURE | {"steps": 5}, BLOCKWISE]}, None),
+        ([], {}, None),
+    ],
+    ids=str,
+)
+def test_which_runs_begin_with_nothing_to_learn(surgery, changes, told):
+    values = TrainConfig.model_validate({"run": "r", "cache": "c", "student": {"surgery": surgery}, **changes})
+    note = idle_note(values, resolve_stages(values, values.mesh))
+    assert note is None if told is None else told in note
+
+
+class Ready(Exception):
+    """The first step would come."""
+
+
+@pytest.mark.parametrize(
+    ("student", "taps", "warns"),
+    [
+        ({"surgery": MLPS}, None, True),
+        ({"surgery": MLPS, "init": "its path"}, None, True),
+        ({"surgery": MLPS, "init": "random"}, None, False),
+        ({"surgery": MLPS, "layer_map": [0, 2]}, None, False),
+        ({"surgery": MLPS}, {"attn_out": {}, "resid": None}, False),  # a block is given the student's own stream
+    ],
+    ids=["cut", "named", "random", "shallow", "own stream"],
+)
+def test_nothing_to_learn_is_said_before_the_first_step(
+    student, taps, warns, tmp_path, cache, teacher, corpus, monkeypatch, capsys
+):
+    def ready(_: object) -> None:
+        raise Ready
+
+    monkeypatch.setattr(loop._Run, "go", ready)
+    if taps:
+        build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=taps))
+    if student.get("init") == "its path":
+        student = student | {"init": CacheSource(str(cache)).plan.teacher.path}
+    with pytest.raises(Ready):
+        train(config(tmp_path / "run", tmp_path / "cache" if taps else cache, student=student))
+    said = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn" in line]
+    assert len(said) == warns
+    if warns:
+        assert said[0].startswith("warning: stage 0, mode blockwise, has nothing to learn: surgery (mlp_width)")
+
+
+def test_the_idle_loss_is_rounding_alone(tmp_path, cache):
+    """The warning's own claim: the attention loss of a student with other MLPs is that of the teacher's own."""
+    found = train(config(tmp_path / "run", cache, steps=1, student={"surgery": MLPS}))
+    assert found.before is not None
+    assert max(found.before.cosine) < 1e-3
 
 
 def test_a_run_without_anything_to_learn_does_not_begin(tmp_path, cache, capsys):
