@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, RopeConfig
+from distillcache.models.layers.rope import context_length
 from distillcache.schemas.cache.segment import RECORDS_KEPT
 from distillcache.schemas.config import BuildConfig, DataConfig, TapsConfig, TeacherConfig
 from distillcache.schemas.config.simulate import SimulateConfig
@@ -20,6 +21,7 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.index import record_dtype
 from distillcache.schemas.format.layout import ITEM_BYTES, MAX_PUT_BYTES
 from distillcache.schemas.format.manifest import PartPlan, Plan, RowsPlan
+from distillcache.schemas.format.rows import too_long_note
 from distillcache.tools.plan.fleet import Fleet, Work, piece_seconds, play, quiet_seconds
 from distillcache.tools.plan.sizes import ROW_BYTES_PER_TOKEN, plan_for, total_bytes
 from distillcache.trainer.feed.readers.requests import split
@@ -29,7 +31,7 @@ TEACHERS = {
     "llama-3.1-8b": {"blocks": 32, "hidden": 4096, "heads": 32, "intermediate": 14336},
     "llama-3.1-70b": {"blocks": 80, "hidden": 8192, "heads": 64, "intermediate": 28672},
 }
-KV_HEADS, HEAD_DIM, VOCAB = 8, 128, 128256  # of both
+KV_HEADS, HEAD_DIM, VOCAB, CONTEXT = 8, 128, 128256, 131072  # of both
 # label -> (taps, every so many blocks)
 CHOICES: dict[str, tuple[dict[str, Any], int]] = {
     "attn_out, resid: bf16": ({"attn_out": {}, "resid": {}}, 1),
@@ -120,7 +122,17 @@ def describe_scale(config: SimulateConfig) -> dict[str, Any]:
                     found.append({**entry, **describe_cache(config, make_cache(config, teacher, tokens, choice))})
                 except ConfigError as error:  # sizes that do not fit this one: said, since others may
                     found.append({**entry, "impossible": error.what})
-    return {"assumed": config.model_dump(mode="json"), "caches": found}
+    return {"assumed": config.model_dump(mode="json"), "too_long": too_long(config), "caches": found}
+
+
+def too_long(config: SimulateConfig) -> list[str]:
+    """Return a line for every teacher that is made for shorter rows."""
+    contexts = {teacher: context_length(teacher_shape(teacher)) for teacher in config.teachers}
+    notes = [
+        too_long_note(config.row_tokens, context, teacher, f"give --row-tokens {context} or less")
+        for teacher, context in contexts.items()
+    ]
+    return [note for note in notes if note]
 
 
 def make_cache(config: SimulateConfig, teacher: str, tokens: float, choice: str) -> Cache:
@@ -165,6 +177,7 @@ def teacher_shape(name: str) -> ModelConfig:
         head_dim=HEAD_DIM,
         layers=(LayerGroup((BlockKind(),), sizes["blocks"]),),
         rope=RopeConfig(theta=500000.0),
+        max_positions=CONTEXT,
     )
 
 

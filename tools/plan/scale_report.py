@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from distillcache.schemas import command_line
@@ -29,6 +30,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     console = Console(width=WIDTH, highlight=False)
     for line in assumptions(report["assumed"]):
         console.print(line)
+    for warning in report["too_long"]:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for fill in (sizes_table, builds_table, feeds_table):
         console.print()
         console.print(fill({**report, "caches": [cache for cache in report["caches"] if "impossible" not in cache]}))

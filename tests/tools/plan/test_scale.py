@@ -82,6 +82,19 @@ def test_sizes_that_do_not_fit_are_said(capsys):
     assert printed.count("attn_out, resid: bf16") == 3
 
 
+@pytest.mark.parametrize(("row_tokens", "told"), [(131_072, 0), (131_073, 2)])  # Llama 3.1's max_position_embeddings
+def test_rows_longer_than_the_teachers_context_are_warned_of(row_tokens, told, capsys):
+    words = ["plan", "--simulate", "--row-tokens", str(row_tokens), "--tokens", "[1e9]", "--build.hosts", "[64]"]
+    assert cli.main(words) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(printed) == told
+    for line, teacher in zip(printed, ("llama-3.1-8b", "llama-3.1-70b"), strict=False):
+        assert teacher in line
+        assert "give --row-tokens 131072 or less" in line
+    assert cli.main([*words, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["too_long"]) == told
+
+
 def test_wrong_words_are_refused(capsys):
     assert cli.main(["plan", "--simulate", "--teachers", "[gpt]"]) == 2
     assert "teachers" in capsys.readouterr().err
