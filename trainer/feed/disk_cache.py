@@ -17,12 +17,15 @@ open.
 What was used longest ago is removed first, with one exception: of the segment that is being read, nothing that was used
 within `FRESH_S`. Every epoch visits all rows in another order. Where only half of them fit, removing the oldest would
 leave 15% of them to be found in the next epoch; keeping what is there leaves 50%.
+
+The folder may lie where others write, too. Nothing of ours is a link: one is never followed, only removed.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 import threading
@@ -42,6 +45,7 @@ FULL_S = 600.0  # for so long nothing is kept after there was nothing to remove:
 FOLDER = "distillcache-feed"
 NEW = ".new"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+OWN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, order=True)
@@ -67,10 +71,12 @@ class LocalCache:
         if is_url(folder):
             raise StorageError("the local cache is not local", {"feed.local_cache.dir": folder}, "name a local folder")
         self.folder = Path(os.path.abspath(os.path.expanduser(folder.removeprefix("file://")))) / FOLDER
+        self._root, self._inside = f"{os.path.realpath(self.folder.parent)}/{FOLDER}", set[str]()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            self._used = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o666)
+            self._path("lock")
+            self._lock = os.open(self.folder / "lock", OWN, 0o666)
+            self._used = os.open(self.folder / "used", OWN, 0o666)
             with self._alone():
                 self._remove(0, "")
         except OSError as error:
@@ -87,12 +93,15 @@ class LocalCache:
 
     def has(self, name: str) -> bool:
         """Return whether there is such a file now; it may be gone when it is opened."""
-        return os.path.exists(f"{self.folder}/{name}")
+        try:
+            return stat.S_ISREG(os.lstat(self._path(name)).st_mode)
+        except OSError:
+            return False
 
     def open(self, name: str) -> int | None:
         """A descriptor of the file, which the caller closes; None where there is none."""
         try:
-            descriptor = os.open(f"{self.folder}/{name}", os.O_RDONLY)
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return None
         with contextlib.suppress(OSError):
@@ -102,15 +111,16 @@ class LocalCache:
     def drop(self, name: str) -> None:
         """Remove a damaged file."""
         with contextlib.suppress(OSError):
-            os.unlink(f"{self.folder}/{name}")  # it stays counted until the folder is listed: the limit still holds
+            os.unlink(self._path(name))  # it stays counted until the folder is listed: the limit still holds
 
     def keep(self, name: str, parts: Sequence[memoryview]) -> None:
         """Store these bytes, one part after the other, unless there is no room."""
         if self._ended or time.monotonic() < self._full_until:
             return
-        path, size = f"{self.folder}/{name}", sum(part.nbytes for part in parts)
-        new = f"{path}.{os.getpid()}.{threading.get_ident()}{NEW}"
+        size = sum(part.nbytes for part in parts)
         try:
+            path = self._path(name)
+            new = f"{path}.{os.getpid()}.{threading.get_ident()}{NEW}"
             descriptor = self._begin(new, size, name.partition("/")[0])
             if descriptor is None:
                 return
@@ -131,6 +141,21 @@ class LocalCache:
     def files(self, identity: str) -> SmallFiles:
         """A segment's small files."""
         return _SmallFiles(self, identity)
+
+    def _path(self, name: str) -> str:
+        """The path of this name.
+
+        Raises:
+            OSError: a link is on the way there.
+        """
+        parent = os.path.dirname(name)
+        if parent not in self._inside:  # asked once for each: a call for every part of the path costs more than opening
+            found = os.path.realpath(f"{self.folder}/{parent}")
+            if found != f"{self._root}/{parent}".rstrip("/"):
+                raise OSError(errno.ELOOP, f"a link leads to {found}")
+            if os.path.isdir(found):
+                self._inside.add(parent)
+        return f"{self.folder}/{name}"
 
     def _begin(self, new: str, size: int, identity: str) -> int | None:
         """The new file in its full length, locked, with room for it; None where there is none."""
@@ -157,7 +182,7 @@ class LocalCache:
         """The file is whole. Names do not change while the folder is listed: it would be overlooked."""
         with self._alone():
             with contextlib.suppress(FileNotFoundError):
-                self._set_count(self._count() - os.stat(path).st_size)  # another process was first: its file goes
+                self._set_count(self._count() - os.lstat(path).st_size)  # another process was first: its file goes
             os.rename(new, path)
 
     def _remove(self, size: int, identity: str) -> int:
@@ -184,7 +209,7 @@ class LocalCache:
                 with contextlib.suppress(FileNotFoundError):  # someone dropped it
                     if parent == str(self.folder) or (name.endswith(NEW) and _abandoned(path)):
                         continue
-                    found = os.stat(path)
+                    found = os.lstat(path)
                     yield _Kept(found.st_mtime, path, found.st_size)
             if not folders and not names and parent != str(self.folder):
                 with contextlib.suppress(OSError):
@@ -261,7 +286,10 @@ def _write(descriptor: int, parts: Sequence[memoryview]) -> None:
 
 def _abandoned(path: str) -> bool:
     """Return whether a file was being written by a process that is gone; then it is removed."""
-    descriptor = os.open(path, os.O_RDWR)
+    if os.path.islink(path):
+        os.unlink(path)  # not ours, and what it leads to is not opened
+        return True
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)

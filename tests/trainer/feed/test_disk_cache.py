@@ -227,3 +227,60 @@ def test_processes_killed_at_any_moment_leave_whole_files_within_the_limit(tmp_p
     for name in found:
         number = int(name.partition("/")[2])
         assert read(cache, name) == bytes([number % 251]) * (1000 + 97 * number)
+
+
+@pytest.mark.parametrize("name", ["", "lock", "used"])
+def test_a_folder_with_a_link_for_its_own_files_is_refused(tmp_path: Path, name: str) -> None:
+    """Also one that is a link itself: what it leads to may be anybody's, and old files are removed there."""
+    outside, inside = tmp_path / "outside", tmp_path / "d" / "distillcache-feed"
+    (outside / "old").mkdir(parents=True)
+    (outside / "old" / "precious").write_bytes(b"keep me")
+    (inside / name).parent.mkdir(parents=True)
+    (inside / name).symlink_to(outside / "old" / "precious" if name else outside)
+    with pytest.raises(StorageError, match="cannot be used"):
+        LocalCache(str(tmp_path / "d"), 1)
+    assert (outside / "old" / "precious").read_bytes() == b"keep me"
+    assert [path.name for path in outside.iterdir()] == ["old"]
+
+
+def test_the_named_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    cache = LocalCache(str(tmp_path / "link"), 10 * KIB)
+    keep(cache, "a/x")
+    assert cache.has("a/x")
+    assert read(LocalCache(str(tmp_path / "real"), 10 * KIB), "a/x") == bytes([1]) * KIB
+
+
+@pytest.mark.parametrize("place", ["a", "a/taps", "a/taps/x"])
+def test_no_link_inside_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    """Neither read, nor written, nor deleted through; what is sought there comes from the cache again."""
+    outside = tmp_path / "outside"
+    kept = outside / "a/taps/x".removeprefix(place).lstrip("/") if place != "a/taps/x" else outside
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(b"keep me")
+    cache = LocalCache(str(tmp_path), 10 * KIB)
+    (cache.folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (cache.folder / place).symlink_to(outside)
+    assert not cache.has("a/taps/x")
+    assert cache.open("a/taps/x") is None
+    cache.keep("a/taps/x", [memoryview(b"new")])
+    cache.drop("a/taps/x")
+    LocalCache(str(tmp_path), 1)  # makes room
+    assert kept.read_bytes() == b"keep me"
+    assert len([path for path in tmp_path.glob("outside/**/*") if path.is_file()]) == (place != "a/taps/x")
+    assert ("a link leads to" in capsys.readouterr().err) == (place != "a/taps/x")
+
+
+def test_the_target_of_a_link_takes_no_room(tmp_path: Path) -> None:
+    outside = tmp_path / "precious"
+    outside.write_bytes(bytes(20 * KIB))
+    cache = LocalCache(str(tmp_path), 10 * KIB)
+    for name in ("a/x", "a/y"):
+        keep(cache, name, used=1.0)
+    for name in ("a/z", "a/z.1.1.new"):
+        (cache.folder / name).symlink_to(outside)
+    cache = LocalCache(str(tmp_path), 10 * KIB)
+    assert cache.has("a/x")
+    assert cache.has("a/y")
+    assert outside.stat().st_size == 20 * KIB
