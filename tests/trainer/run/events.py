@@ -17,8 +17,10 @@ def read_events(folder: Path) -> Iterator[Event]:
     """All events of all files, in the files' order; a record is length, its checksum, the event, its checksum."""
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
-        while at < len(data):
+        while at + 8 <= len(data):
             (length,) = struct.unpack_from("<Q", data, at)
+            if at + 16 + length > len(data):
+                break  # what a killed process or a full disk left unfinished: TensorBoard passes over it, too
             event = data[at + 12 : at + 12 + length]
             assert struct.unpack_from("<I", data, at + 8) == (_masked(data[at : at + 8]),), path
             assert struct.unpack_from("<I", data, at + 12 + length) == (_masked(event),), path
