@@ -9,8 +9,8 @@ that make the same rows share one mark. The newest command is right about a fold
 from pydantic import Field
 
 from distillcache.schemas.config import Config
-from distillcache.schemas.errors import DamageError, PlaceLostError
-from distillcache.schemas.format.canonical import from_canonical, to_canonical
+from distillcache.schemas.errors import PlaceLostError
+from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import INDEX_KEY
 from distillcache.schemas.store.store import Store
 
@@ -33,8 +33,7 @@ def keeping_rows(store: Store, fingerprint: str) -> Store:
 
 def is_place_of(store: Store, fingerprint: str) -> bool:
     """Return whether the folder is marked as the place of these rows."""
-    data = store.read(MARK)
-    return data is not None and _fingerprint_in(data, store.where(MARK)) == fingerprint
+    return store.holds(MARK, to_canonical(_Mark(fingerprint=fingerprint)))
 
 
 def remove_mark(store: Store) -> None:
@@ -52,10 +51,3 @@ def _check(store: Store, fingerprint: str) -> None:
         {"rows": store.url, "finished": "yes" if finished else "no"},
         "nothing more was written; run the command again if its rows are still wanted, in a folder of their own",
     )
-
-
-def _fingerprint_in(data: bytes, where: str) -> str:
-    try:
-        return from_canonical(_Mark, data, where).fingerprint
-    except DamageError:
-        return ""

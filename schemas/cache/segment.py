@@ -442,9 +442,9 @@ def begun_plan(store: Store, number: int) -> Plan | None:
 def check_place(store: Store, plan: Plan) -> None:
     """Raise `PlaceLostError` unless the plan still lies in the store, as it was settled."""
     key = layout.plan_key(plan.segment)
-    found = store.read(key)
-    if found == to_canonical(plan):
+    if store.holds(key, to_canonical(plan)):
         return
+    found = store.read(key)
     raise PlaceLostError(
         "this build's plan is gone: it was abandoned or deleted while the build went on or was paused",
         {"plan": store.where(key), "found": "nothing" if found is None else "another plan"},

@@ -140,6 +140,10 @@ class Store:
                 raise self._failure("an object is never read whole", {"object": self.where(key)}, ValueError("cut"))
             time.sleep(waits.pop(0))
 
+    def holds(self, key: str, value: bytes) -> bool:
+        """Return whether the key has this very value: with one request where it has, since equal bytes are whole."""
+        return self.read_with_generation(key, confirm=False)[0] == value or self.read(key) == value
+
     def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
         self.check_inside(key)
         result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,49 @@ def test_built_in_a_bucket_as_on_a_disk(bucket: Bucket, cache: Path, teacher: Pa
     assert verify_cache(Store(url))["ok"]
     assert describe_cache(Store(url))["rows"]["count"] == describe_cache(Store(str(cache)))["rows"]["count"]
     assert_same(batch(url, [3, 30, 3]), batch(cache, [3, 30, 3]))
+
+
+def requests_of(bucket: Bucket, work: Callable[[], object]) -> Counter[str]:
+    """How many requests there were by folder of a cache; all of them under `all`."""
+    bucket.server.clear_requests()
+    work()
+    found: Counter[str] = Counter()
+    for _, key, count in bucket.server.requests()["by_key"]:
+        name = next((name for name in ("claims/", "receipts/", "/taps/", "/rows/", "plan.json") if name in key), "rest")
+        found[name] += count
+        found["all"] += count
+    return found
+
+
+@pytest.mark.slow
+def test_requests_are_those_of_the_docs(bucket: Bucket, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    """The formulas of docs/storage.md: a cache of two shards more, and rows of one file more, cost so much more."""
+    builds, prepares, copies, s3 = [], [], [], bucket.url.startswith("s3:")
+    Store(bucket.url).write("of-others", b"")  # an empty listing is asked about once more
+    for rows in (22, 38):  # three and five shards of eight rows
+        data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=4, tokenizer=str(teacher), max_rows=rows)
+        prepare = PrepareConfig(out=f"{bucket.url}/rows{rows}", data=data)
+        prepares.append(requests_of(bucket, partial(prepare_rows, prepare, rows_per_file=16)))  # two and three files
+        prepare_rows(PrepareConfig(out=f"{tmp_path}/rows{rows}", data=data))
+        config = build_config(f"{bucket.url}/cache{rows}", teacher, corpus, data={"path": f"{tmp_path}/rows{rows}"})
+        builds.append(requests_of(bucket, partial(build_cache, config)))
+        copy = CopyConfig(src=build_here(tmp_path, config, rows), dst=f"{bucket.url}/copy{rows}", shard_rows=8)
+        copies.append(requests_of(bucket, partial(copy_cache, copy)))
+    guarded, objects = 4 if s3 else 3, 2
+    more = {name: (builds[1][name] - builds[0][name]) / 2 for name in builds[1]}
+    assert more["/taps/"] + more["plan.json"] / (objects + 2) * objects == guarded * objects
+    assert more["claims/"] == (4 if s3 else 3)
+    assert more["receipts/"] == guarded + 2
+    assert more["all"] == guarded * objects + (16 if s3 else 13)
+    assert prepares[1]["all"] - prepares[0]["all"] == guarded + 1
+    assert builds[1]["all"] - 5 * more["all"] <= (80 if s3 else 70)
+    assert (copies[1]["all"] - copies[0]["all"]) / 2 == more["all"]
+
+
+def build_here(folder: Path, config: BuildConfig, rows: int) -> str:
+    """The same cache on the disk."""
+    build_cache(config.model_copy(update={"cache": f"{folder}/cache{rows}"}))
+    return f"{folder}/cache{rows}"
 
 
 ALL_KINDS = ["503", "429", "reset", "lost", "stall", "cut", "short"]
