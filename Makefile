@@ -10,6 +10,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
+# setuptools warns at each editable install that a folder named distillcache may be imported instead; it is the same one.
+PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 # Two workers that keep neighbouring tests together: fixtures and compiled programs of a file are made once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -26,16 +28,16 @@ install: .venv/installed
 	@echo "installing into .venv, about a minute"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(PIP) install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "installing what tests and checks need, about a minute"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PIP) install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 .venv/installed-browser: .venv/installed-dev
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	@$(PIP) install --quiet --disable-pip-version-check --editable '.[browser]'
 	@touch $@
 
 browser: .venv/installed-browser

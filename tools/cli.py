@@ -6,6 +6,7 @@ standard error. `--help` has the exit codes.
 
 import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -47,9 +48,9 @@ COMMANDS = {
 }
 
 EXIT_CODES = {
-    0: "done; of verify, diff and fidelity: whole, the same, faithful",
-    1: "a fault of the program's own, with a traceback",
-    2: "what was given cannot be used, or something failed, in one message; of verify, diff and fidelity: they are not",
+    0: "done; verify, diff, fidelity: undamaged, the same, faithful",
+    1: "a bug in the program, with a traceback",
+    2: "the input cannot be used, or something failed, in one message; verify, diff, fidelity: damage or a difference",
     3: "train, demo: the training diverged, or ended worse than it began; the message names the best checkpoint",
     143: "asked to stop by SIGTERM or SIGINT; the same command goes on",
 }
@@ -57,6 +58,7 @@ EXIT_CODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    _replace_closed_streams()
     if argv is None and sys.getfilesystemencoding() != "utf-8":
         _begin_again_in_utf8()
     try:
@@ -66,7 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`| head`) has gone; Python would complain again while it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:  # rich's answer to the same, with an exit code of 1
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
     return 0
+
+
+def _replace_closed_streams() -> None:
+    """Open the null device for each standard stream that the caller closed (`>&-`).
+
+    Python has None for such a stream, on which nothing can be printed; and the next file opened would get its number,
+    and with it all that a C++ library prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
 
 
 def _begin_again_in_utf8() -> None:
@@ -84,6 +100,9 @@ def _answer(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
+    if words == ["--version"]:
+        print(f"distillcache {importlib.metadata.version('distillcache')}")
+        return 0
     try:
         return _run(words)
     except HelpRequested as text:

@@ -1,5 +1,6 @@
 """The command line as a whole."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,29 @@ def test_an_export_of_a_checkpoint_names_the_run_and_the_flag(
 ) -> None:
     assert main(["export", str(tmp_path / place) + "/" * place.endswith("/"), str(tmp_path / "out")]) == 2
     assert step in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_a_table_is_no_mistake(cache: Path) -> None:
+    """`distillcache show CACHE | head -1`: rich answers a closed pipe with an exit code of its own."""
+    program = f"from distillcache.tools.cli import main; raise SystemExit(main(['show', {str(cache)!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_mistake(closed: str, cache: Path) -> None:
+    program = "import sys; from distillcache.tools.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    words = f"exec \"$@\" inspect '{cache}' {closed}"
+    done = subprocess.run(["sh", "-c", words, "sh", sys.executable, "-c", program], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"distillcache {importlib.metadata.version('distillcache')}\n"

@@ -53,7 +53,7 @@ def make_report(
         "steps": result.steps,
         "diverged": str(result.diverged) if result.diverged else None,
         "bytes_per_token": plan.bytes_per_token,
-        "cache_gb": round(plan.bytes_per_row * plan.rows.count / 1e9, 2),
+        "cache_gb": round(plan.bytes_per_row * plan.rows.count / 1e9, 6),
         "cache": str(out / "cache"),
         "run": str(out / "run"),
         "chart": str(out / "run" / CHART),
@@ -112,9 +112,10 @@ def _facts(report: dict[str, Any]) -> Table:
     stages = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items() if name != "total")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("time", f"{seconds['total']:.0f} s: {stages}")
-    table.add_row("speed", f"build {rates['build']:.0f} tokens/s, train {rates['train']:.0f} tokens/s")
+    table.add_row("speed", f"build {rates['build']:,.0f} tokens/s, train {rates['train']:,.0f} tokens/s")
     table.add_row("memory", f"{report['peak_anon_gb']:.2f} GB at most")
-    table.add_row("cache", f"{report['cache']}  {report['cache_gb']} GB, {report['bytes_per_token']:,} bytes a token")
+    size = f"{report['cache_gb']:.3g} GB, {report['bytes_per_token']:,} bytes a token"
+    table.add_row("cache", f"{report['cache']}  {size}")
     table.add_row("run", f"{report['run']}  {report['steps']} steps, report.json, metrics.jsonl, {CHART}")
     return table
 

@@ -114,7 +114,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _verdict(found: dict[str, Any]) -> str:
     if found["ok"]:
-        return "[green]All is as it was committed.[/] Whether that is what the teacher gives: distillcache fidelity"
+        return "[green]Everything is as it was committed.[/] To compare it with the teacher: distillcache fidelity"
     kinds = Counter(finding["what"] for finding in found["findings"])
     words = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
     rows = found["rows"]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
@@ -98,7 +98,7 @@ def only_one(store: Store) -> Iterator[Callable[[], None]]:
 
     Raises:
         InputError: another one is at work.
-        StorageError: the file system cannot say.
+        StorageError: the folder cannot be written, or the file system cannot say.
     """
     with _claimed(store) if store.local is None else _locked(store, store.local) as check:
         yield check
@@ -106,9 +106,8 @@ def only_one(store: Store) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
-    folder.mkdir(parents=True, exist_ok=True)
     store.check_inside(LOCK)
-    with (folder / LOCK).open("a") as lock:
+    with _opened_lock(folder) as lock:
         if not try_lock(lock.fileno(), folder / LOCK):
             raise _busy(store)
 
@@ -121,6 +120,18 @@ def _locked(store: Store, folder: Path) -> Iterator[Callable[[], None]]:
                 raise _lost(store)
 
         yield check
+
+
+def _opened_lock(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK).open("a")
+    except OSError as error:  # no permission, a file in the folder's place, a full disk
+        raise StorageError(
+            "the run's folder cannot be written",
+            {"run": str(folder), "cause": error.strerror or str(error)},
+            "make the place writable, or name another one with --run",
+        ) from None
 
 
 @contextlib.contextmanager

@@ -45,3 +45,17 @@ def test_lock_files_are_left_where_nothing_can_be_told(
     monkeypatch.setattr(stale_locks, "lock_as_tensorstore", fail)
     Store(str(tmp_path)).clear_stale_locks()
     assert (tmp_path / "key.__lock").read_bytes() == b"tail"
+
+
+def test_a_run_in_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    """A file stands where the run's folder would be made: root may write anywhere else."""
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "run"
+    with pytest.raises(StorageError, match="run's folder cannot be written"), only_one(Store(str(place))):
+        pass
+
+
+def test_a_lock_that_cannot_be_opened_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(StorageError, match="run's folder cannot be written"), only_one(Store(str(tmp_path))):
+        pass
