@@ -164,7 +164,7 @@ def finished_together(store: Store, plan: Plan, peers: Peers) -> Manifest | None
         listed = manifest is not None and lists_segment(manifest, plan.segment)
         return b"finished" if listed else b"pending"
 
-    return read_manifest(store) if peers.share("finished", look) == b"finished" else None
+    return read_manifest(store) if peers.share("finished before", look) == b"finished" else None
 
 
 def _hold(store: Store, claims: Claims | None, expiry_s: float) -> bytes:

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -61,6 +61,7 @@ class Peers:
     number: int
     count: int
     attempt: str
+    _used: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -74,7 +75,14 @@ class Peers:
             name: not used for anything else among these processes.
         """
         if self.count > 1:
+            self._use(name)
             _client().wait_at_barrier(f"distillcache/{self.attempt}/{name}", WAIT_MS)
+
+    def _use(self, name: str) -> None:
+        """See that a name means one thing: a second value under it would never reach the other processes."""
+        if name in self._used:
+            raise ValueError(f"{name!r} was met or shared before")
+        self._used.add(name)
 
     def share(self, name: str, say: Callable[[], bytes]) -> bytes:
         """Return the value that `say` computes in the first process; the others wait for it without a time limit.
@@ -84,6 +92,7 @@ class Peers:
         """
         if self.count == 1:
             return say()
+        self._use(name)
         key = f"distillcache/{self.attempt}/{name}"
         if self.first:
             said = say()

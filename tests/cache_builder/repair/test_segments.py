@@ -241,7 +241,7 @@ def test_an_interrupted_repair_of_many_segments_goes_on(
     for number in range(4):
         damage(segment(copied / "c", number) / "index.bin", None)
         damage(segment(copied / "c", number) / "stats.json")
-    real = Store.write
+    real = Store.put_once
     for stop_at in (2, 12, 40):
         count = 0
 
@@ -253,7 +253,7 @@ def test_an_interrupted_repair_of_many_segments_goes_on(
             real(self, key, value)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "write", write)
+            patch.setattr(Store, "put_once", write)
             with pytest.raises(Interrupted):
                 repair(configs(copied)[0])
     repair(configs(copied)[0])

@@ -198,7 +198,7 @@ def test_sources_share_the_weights_and_the_program(bf16_cache: Path) -> None:
     one, two = OnlineSource(teacher, split="train"), OnlineSource(teacher, ("attn_out",), [1], "eval")
     (first,), (second,) = one._works, two._works
     assert first.recorder is second.recorder
-    held = {id(leaf) for leaf in jax.tree.leaves(teacher._decoder)}
+    held = {id(leaf) for leaf in jax.tree.leaves(teacher.decoder)}
     assert len(held) == len(jax.tree.leaves(first.recorder.parameters))
 
 
