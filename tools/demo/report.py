@@ -136,6 +136,7 @@ def write_chart(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     distance, perplexity = report["cosine_distance"], report["perplexity"]
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
@@ -144,6 +145,7 @@ def write_chart(report: dict[str, Any], path: Path) -> None:
         axes.plot(distance["block"], distance[name], color=color, marker=marker, markersize=4, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cosine distance to the teacher")
     of_teacher = told_perplexity(perplexity["teacher"], ".1f")
     axes.set_title(f"Attention outputs on held-out rows (teacher's perplexity {of_teacher})")

@@ -116,7 +116,7 @@ def _size(tap: Mapping[str, Any]) -> str:
 
 
 def _range(rms: Sequence[float]) -> str:
-    return f"{rms[0]:.2g}" if len(rms) == 1 else f"{rms[0]:.2g} to {rms[-1]:.2g}"
+    return f"{rms[0]:.2g}" if len(rms) == 1 else f"{min(rms):.2g} to {max(rms):.2g}"
 
 
 def curve(values: Sequence[float]) -> str:
