@@ -59,8 +59,10 @@ EXIT_CODES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     _replace_closed_streams()
-    if argv is None and sys.getfilesystemencoding() != "utf-8":
-        _begin_again_in_utf8()
+    if argv is None:
+        if sys.getfilesystemencoding() != "utf-8":
+            _begin_again_in_utf8()
+        _outlive_readers_of_errors()
     try:
         code = _answer(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, so that a reader who has gone is noticed here
@@ -83,6 +85,20 @@ def _replace_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+
+
+def _outlive_readers_of_errors() -> None:
+    """Go on when nobody reads standard error any more (`2>&1 | head`): progress is for people, the work is not."""
+    stream, write = sys.stderr, sys.stderr.write
+
+    def write_on(text: str) -> int:
+        try:
+            return write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return len(text)
+
+    stream.write = write_on
 
 
 def _begin_again_in_utf8() -> None:

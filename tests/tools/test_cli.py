@@ -66,3 +66,24 @@ def test_closed_streams_are_no_mistake(closed: str, cache: Path) -> None:
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"distillcache {importlib.metadata.version('distillcache')}\n"
+
+
+def test_a_build_goes_on_when_nobody_reads_its_progress(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+    """`build 2>&1 | head -1` ended in the middle with exit code 0."""
+    words = ["--cache", str(tmp_path / "c"), "--teacher.path", str(teacher), "--data.path", str(corpus)]
+    words += ["--data.row-tokens", "16", "--data.eval-rows", "4", "--batch-rows", "4", "--shard-rows", "8"]
+    program = """if True:
+        import sys
+        from distillcache.tools import cli
+        answer = cli._answer
+        def talk(words):  # as a warning does
+            print("one line", file=sys.stderr)
+            return answer(words)
+        cli._answer = talk
+        raise SystemExit(cli.main())
+    """
+    with subprocess.Popen([sys.executable, "-c", program, "build", *words], stdout=-1, stderr=-1, cwd=ROOT) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait() == 0
+    assert (tmp_path / "c" / "manifest.json").exists()

@@ -62,7 +62,7 @@ def zipped(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("packed", "found", "advice"),
     [
-        (gzip.compress(b"{}"), "gzip", "gz"),
+        (gzip.compress(b"{}", mtime=0), "gzip", "gz"),
         (bz2.compress(b"{}"), "bzip2", "bzip2 -d"),
         (lzma.compress(b"{}"), "xz", "xz -d"),
         (b"\x28\xb5\x2f\xfd\x20\x02\x11\x00\x00{}", "zstd", "zstd -d"),
@@ -177,7 +177,7 @@ def archive(name: str) -> bytes:
         (HELLO_JSON.decode().encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE "),
         (HELLO_JSON.decode().encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE "),
         (archive("a.txt"), "a tar archive", "tar -xf"),
-        (gzip.compress(HELLO_JSON), "gzip", ""),
+        (gzip.compress(HELLO_JSON, mtime=0), "gzip", ""),
         (b"PAR1....PAR1", "parquet", ""),
     ],
 )
@@ -197,7 +197,7 @@ def test_first_bytes_are_looked_at_inside_gzip_too(
     ("content", "found"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n", "a Git LFS pointer"),
-        (gzip.compress(HELLO_JSON), "gzip"),
+        (gzip.compress(HELLO_JSON, mtime=0), "gzip"),
         (b"PAR1....PAR1", "parquet"),
     ],
 )
