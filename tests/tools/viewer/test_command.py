@@ -88,7 +88,7 @@ def test_a_fault_of_our_own_is_a_page_too(cache: Path, monkeypatch: pytest.Monke
     client = TestClient(make_app("cache", str(cache)), base_url=HOST, raise_server_exceptions=False)
     answer = client.get("/")
     assert answer.status_code == 500
-    assert "The viewer itself failed here" in answer.text
+    assert "The viewer failed; see the server log" in answer.text
     assert HEADERS.items() <= dict(answer.headers).items()
 
 

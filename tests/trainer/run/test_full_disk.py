@@ -23,9 +23,8 @@ def resize(disk: Path, kib: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
 
 
-@pytest.mark.parametrize(
-    "kib", [pytest.param(316, id="metrics"), pytest.param(400, id="checkpoint", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [pytest.param(316, id="metrics"), pytest.param(400, id="checkpoint")])
 def test_a_full_disk_ends_training_which_goes_on_when_there_is_room(small_disk: Path, cache: Path, kib: int) -> None:
     """The student takes 140 KiB, a checkpoint 100, and 50 steps of metrics 70: full behind the first checkpoint."""
     run = small_disk / "run"
