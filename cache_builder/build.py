@@ -80,7 +80,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
     if is_job(config):  # before the processes meet: from then on they wait for each other
         store.clear_stale_locks()
         open_or_prepare(store, config.data, config, tokenizer)
-    with open_replica(config, config) as replica:
+    with open_replica(config.mesh, config.batch_rows, config) as replica:
         decoder = replica.load(config.teacher.path, config)  # first: a long text is prepared for long
         store.clear_stale_locks()
         rows = open_or_prepare(store, config.data, config, tokenizer)
@@ -95,7 +95,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
             processes=replica.peers.count,
             config=config.model_dump(mode="json"),
         )
-        return build_segment(store, config, config.mesh, tokenizer, decoder, plan, rows, replica)
+        return build_segment(store, config, tokenizer, decoder, plan, rows, replica)
 
 
 def _check_small_files(store: Store, manifest: Manifest) -> None:

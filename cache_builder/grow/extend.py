@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from distillcache.cache_builder.prepare import open_rows
 from distillcache.cache_builder.record.finish import tidy
+from distillcache.cache_builder.record.identity import row_settings
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.record.loop import build_segment
 from distillcache.cache_builder.record.plan import chosen_taps, make_plan, plan_differences
@@ -58,7 +59,7 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
     if not addition.taps:
         return manifest
     warn_of_length(config.data, config.process_id, model)
-    with open_replica(config, config) as replica:
+    with open_replica(config.mesh, config.batch_rows, config) as replica:
         decoder = replica.load(config.teacher.path, config)
         plan = make_plan(
             config,
@@ -74,7 +75,7 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
         with _naming_unfinished(store, number):
-            return build_segment(store, config, config.mesh, tokenizer, decoder, plan, addition.rows, replica)
+            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
 
 
 def _asked_taps(
@@ -159,18 +160,13 @@ def _group_of_text(groups: Sequence[RowGroup], data: DataConfig, tokenizer: Text
     """The rows that this very text gave, with these settings; None for prepared rows and other text."""
     if open_rows(data) is not None:
         return None
-    digest, settings = inputs_digest(data, tokenizer), _settings(data.model_dump(mode="json"))
+    digest, settings = inputs_digest(data, tokenizer), row_settings(data.model_dump(mode="json"))
     for group in groups:
         plan = group.base.plan
         same = (plan.rows.text_digest, plan.rows.tokenizer_digest) == (digest, tokenizer.digest)
-        if same and _settings(plan.config.get("data", {})) == settings:
+        if same and row_settings(plan.config.get("data", {})) == settings:
             return group
     return None
-
-
-def _settings(data: dict[str, object]) -> dict[str, object]:
-    """Select the data settings that the rows depend on, besides the text and the tokenizer."""
-    return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}
 
 
 def _missing_taps(group: RowGroup, taps: Sequence[TapPlan], hidden: int) -> list[TapPlan]:

@@ -54,9 +54,9 @@ def config_differences(plan: Plan, spec: BuildSpec) -> dict[str, tuple[Any, Any]
 
 
 def _compared(name: str, value: Any) -> Any:
-    return _row_settings(value or {}) if name == "data" else value
+    return row_settings(value or {}) if name == "data" else value
 
 
-def _row_settings(data: dict[str, Any]) -> dict[str, Any]:
+def row_settings(data: dict[str, Any]) -> dict[str, Any]:
     """Select the data settings that the rows depend on, besides the text and the tokenizer."""
     return {name: value for name, value in data.items() if name not in ("path", "tokenizer")}

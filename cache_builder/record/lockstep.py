@@ -26,7 +26,7 @@ from distillcache.cache_builder.record.replica import Replica
 from distillcache.cache_builder.record.work_units import RowSource, keep_batch
 from distillcache.models.decoder import Decoder
 from distillcache.models.describe import describe_numerics
-from distillcache.models.mesh.recording import own_part
+from distillcache.models.mesh.recording import mesh_sizes, own_part
 from distillcache.models.mesh.sharding import put, rows_held, rows_sharding
 from distillcache.models.recorder import Recording, SlotSums, make_recorder
 from distillcache.schemas.cache.lease import Claims
@@ -38,7 +38,7 @@ from distillcache.schemas.cache.segment import (
     segment_number,
 )
 from distillcache.schemas.cache.waiting import Waiting, holder_words
-from distillcache.schemas.config import BuildOptions, TeacherMeshConfig
+from distillcache.schemas.config import BuildOptions
 from distillcache.schemas.errors import InputError, Interrupted, PlaceLostError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
@@ -102,7 +102,6 @@ class Together:
     store: Store
     plan: Plan
     options: BuildOptions
-    mesh_config: TeacherMeshConfig
     rows: RowSource
     decoder: Decoder
     mesh: Mesh
@@ -210,11 +209,12 @@ def settle_together(store: Store, plan: Plan, accept_platform: bool, peers: Peer
 
 def build_together(job: Together) -> Manifest:
     """Record every piece that is not committed, each process its part, and finish the segment."""
+    axes = mesh_sizes(job.mesh)
     numerics = describe_numerics(
         job.plan.numerics.dtype,
         job.plan.taps,
-        job.mesh_config.teacher_axes,
-        counted_processes(job.mesh_config, job.plan.batch_rows, job.peers.count, job.plan.shard_rows),
+        axes,
+        counted_processes(axes, job.plan.batch_rows, job.peers.count, job.plan.shard_rows),
         job.decoder.config.attention,
     )
     writer = ShardWriter(

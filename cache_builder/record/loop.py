@@ -43,7 +43,7 @@ from distillcache.models.recorder import Recording, make_recorder
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.lease import Claims
 from distillcache.schemas.cache.segment import check_place, committed_shards
-from distillcache.schemas.config import BuildOptions, TeacherMeshConfig
+from distillcache.schemas.config import BuildOptions
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan
@@ -69,7 +69,6 @@ class _Job(ClaimedPieces, Work):
 def build_segment(
     store: Store,
     options: BuildOptions,
-    mesh: TeacherMeshConfig,
     tokenizer: TextTokenizer,
     decoder: Decoder,
     plan: Plan,
@@ -85,7 +84,7 @@ def build_segment(
             tidy(store, plan)
             return finished
         with keeping_place(store, plan, check_held) as placed:
-            return _build_settled(store, placed, options, mesh, tokenizer, decoder, plan, rows, replica)
+            return _build_settled(store, placed, options, tokenizer, decoder, plan, rows, replica)
 
 
 @contextmanager
@@ -115,7 +114,6 @@ def _build_settled(
     store: Store,
     placed: Store,
     options: BuildOptions,
-    mesh: TeacherMeshConfig,
     tokenizer: TextTokenizer,
     decoder: Decoder,
     plan: Plan,
@@ -135,7 +133,7 @@ def _build_settled(
         _warn_if_small(store, plan)
     work = {"store": placed, "plan": plan, "options": options, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
     if peers.count > 1:
-        return build_together(Together(**work, mesh_config=mesh, replica=replica))
+        return build_together(Together(**work, replica=replica))
     claims = Claims(store, plan.segment, options.claim_expiry_s)
     try:
         _build_pieces(_Job(**work, stop=replica.stop, claims=claims))

@@ -10,7 +10,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.describe import describe_numerics
 from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.schemas.cache.segment import begun_plan, named_by_plan, segment_names, segment_number
-from distillcache.schemas.config import BuildSpec, TeacherMeshConfig
+from distillcache.schemas.config import BuildSpec
 from distillcache.schemas.config.differences import differing, told
 from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format import layout
@@ -61,7 +61,7 @@ def make_plan(
             dtype,
             taps,
             spec.mesh.teacher_axes,
-            counted_processes(spec.mesh, spec.batch_rows, processes, shard_rows),
+            counted_processes(spec.mesh.teacher_axes, spec.batch_rows, processes, shard_rows),
             chosen_kernel(spec.attention, model, dtype),
         ),
         config=dict(config or spec.model_dump(mode="json")),
@@ -74,9 +74,13 @@ def make_plan(
     return named_by_plan(plan)
 
 
-def counted_processes(mesh: TeacherMeshConfig, batch_rows: int, processes: int, shard_rows: int) -> int:
-    """The processes over which a replica lies, if the bits may depend on their number; 1 if not."""
-    sums_more_than_two = max(mesh.tensor, mesh.expert) > 2  # two are the same in any order
+def counted_processes(axes: tuple[int, ...], batch_rows: int, processes: int, shard_rows: int) -> int:
+    """The processes over which a replica lies, if the bits may depend on their number; 1 if not.
+
+    Args:
+        axes: the mesh's sizes along data, fsdp, tensor and expert; (1,) without a mesh.
+    """
+    sums_more_than_two = max(axes[2:], default=1) > 2  # along tensor or expert; two are the same in any order
     in_order = batch_rows // processes % shard_rows == 0
     return processes if sums_more_than_two or not in_order else 1
 

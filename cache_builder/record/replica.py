@@ -47,7 +47,7 @@ def is_job(options: BuildOptions) -> bool:
 
 
 @contextmanager
-def open_replica(spec: BuildSpec, options: BuildOptions) -> Iterator[Replica]:
+def open_replica(mesh: TeacherMeshConfig, batch_rows: int, options: BuildOptions) -> Iterator[Replica]:
     """The devices, after all processes have met that they belong to; SIGTERM and SIGINT are watched.
 
     Raises:
@@ -56,7 +56,7 @@ def open_replica(spec: BuildSpec, options: BuildOptions) -> Iterator[Replica]:
     """
     if options.replica == "process":
         with watch_for_stop() as stop:
-            yield Replica(_mesh(spec.mesh, spec.batch_rows), ALONE, stop)
+            yield Replica(_mesh(mesh, batch_rows), ALONE, stop)
         return
     given = options.num_processes > 1 or options.process_id > 0
     numbers = (options.num_processes, options.process_id) if given else (None, None)
@@ -64,7 +64,7 @@ def open_replica(spec: BuildSpec, options: BuildOptions) -> Iterator[Replica]:
         if not peers.first:
             progress.be_quiet()
         with watch_for_stop(together=peers.count > 1) as stop:
-            yield Replica(_mesh(spec.mesh, spec.batch_rows, peers.count), peers, stop)
+            yield Replica(_mesh(mesh, batch_rows, peers.count), peers, stop)
 
 
 def _mesh(config: TeacherMeshConfig, batch_rows: int, processes: int = 1) -> Mesh | None:

@@ -80,7 +80,9 @@ class Workers(Config):
     """
 
     process_id: int = Field(default=0, ge=0, description="this process's number, where several work on one place")
-    num_processes: Positive = Field(default=1, description="how many processes work on it")
+    num_processes: Positive = Field(
+        default=1, description="how many processes work on it; of a build with replica: job on a cluster: as that says"
+    )
     claim_expiry_s: float = Field(
         default=60.0, gt=0, description="expiry of a claim without a heartbeat; another process then takes it over"
     )  # four missed heartbeats

@@ -75,7 +75,7 @@ def test_batches_are_in_order_where_shards_fit():
 def test_the_number_of_processes_counts_only_where_bits_may_depend_on_it(tmp_path, teacher, corpus):
     def counted(shard_rows, **mesh):
         config = build_config(tmp_path, teacher, corpus, batch_rows=8, mesh=TeacherMeshConfig(**mesh))
-        return counted_processes(config.mesh, config.batch_rows, 2, shard_rows)
+        return counted_processes(config.mesh.teacher_axes, config.batch_rows, 2, shard_rows)
 
     assert counted(4, data=4) == counted(2, fsdp=2, tensor=2) == 1
     assert counted(8, data=4) == 2  # rows are dealt
@@ -132,9 +132,7 @@ def test_a_job_that_waited_for_another_finds_its_work_done(tmp_path, teacher, co
     rows: Any = SimpleNamespace(slice=no_rows)
     nothing: Any = None
     (segment,) = open_cache(store)
-    assert build_segment(store, config, config.mesh, nothing, nothing, segment.plan, rows, replica) == read_manifest(
-        store
-    )
+    assert build_segment(store, config, nothing, nothing, segment.plan, rows, replica) == read_manifest(store)
     assert not list((tmp_path / "c").rglob("claims"))
 
 
