@@ -227,7 +227,7 @@ def with_attention(decoder: Decoder, kernel: Kernel) -> Decoder:
 
 
 def logits_of(
-    config: ModelConfig, norm: Float[Array, "D"], head: Float[Array, "D V"], resid: Float[Array, "B T D"]
+    config: ModelConfig, norm: Float[Array, " D"], head: Float[Array, "D V"], resid: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Next-token logits of a stream by the last norm's weights and the head."""
     x = rms_norm(resid, norm, config.norm_eps, product=config.norm_product)

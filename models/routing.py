@@ -150,7 +150,7 @@ def _sum_of_z(logits: Float[Array, "*B E"], mask: Bool[Array, "*B"]) -> Float[Ar
     return jnp.sum(jnp.where(mask, z, 0.0))
 
 
-def expert_load(ids: Int[Array, "*B k"], mask: Bool[Array, "*B"], num_experts: int) -> Float[Array, "E"]:
+def expert_load(ids: Int[Array, "*B k"], mask: Bool[Array, "*B"], num_experts: int) -> Float[Array, " E"]:
     """Count the assignments of real tokens to each expert."""
     chosen = jax.nn.one_hot(jnp.where(mask[..., None], ids, num_experts), num_experts, dtype=jnp.float32)
     return jnp.sum(chosen, axis=tuple(range(ids.ndim)))

@@ -48,7 +48,7 @@ def _of_tokens(
     config: ModelConfig,
     k: int,
     vocab_size: int | None,
-    norm: Float[Array, "D"],
+    norm: Float[Array, " D"],
     head: Float[Array, "D V"],
     stream: Float[Array, "B T D"],
 ) -> TopK:

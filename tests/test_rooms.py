@@ -1,6 +1,8 @@
 """Folders that a newcomer can read: each lists its modules in reading order, none is long, and all are packaged."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,3 +60,22 @@ def test_docstrings_begin_with_what_they_define() -> None:
         and text.split()[0] in questions
     ]
     assert asking == []
+
+
+@pytest.mark.parametrize("path", ["trainer/losses.py", "tests/test_rooms.py"])
+def test_a_name_that_nothing_defines_fails_the_check(path: str) -> None:
+    """jaxtyping's axis names are no reason to turn the rule off: a single one begins with a space."""
+    code = f"{(ROOT / path).read_text()}\n\ndef planted() -> int:\n    return nowhere\n"
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--output-format=concise",
+        f"--stdin-filename={path}",
+        "-",
+    ]
+    found = subprocess.run(command, input=code, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert [line.split(": ", 1)[1] for line in found.stdout.splitlines()[:-1]] == ["F821 Undefined name `nowhere`"]

@@ -25,8 +25,8 @@ class Document:
 class TokenDocument:
     """Tokens that were made elsewhere, and which of them are targets. They are taken as they are: no BOS, no EOS."""
 
-    tokens: Int32[ndarray, "n"]
-    counted: Bool[ndarray, "n"]
+    tokens: Int32[ndarray, " n"]
+    counted: Bool[ndarray, " n"]
     where: str
     read_bytes: int = 0
 

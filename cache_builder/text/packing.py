@@ -52,7 +52,7 @@ class SpooledStream:
 
 
 def mark_document(
-    tokens: Int32[np.ndarray, "n"], counted: Bool[np.ndarray, "n"] | None = None, *, begins: bool = True
+    tokens: Int32[np.ndarray, " n"], counted: Bool[np.ndarray, " n"] | None = None, *, begins: bool = True
 ) -> np.ndarray:
     """A document's tokens with their marks; without `counted` all of them are targets.
 

@@ -22,7 +22,7 @@ class BlockContext(NamedTuple):
     segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     noise: Array | None = None
-    bias_groups: Int[Array, "B"] | None = None
+    bias_groups: Int[Array, " B"] | None = None
     local_cos: Float[Array, "B T 1 hd"] | None = None
     local_sin: Float[Array, "B T 1 hd"] | None = None
 

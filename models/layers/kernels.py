@@ -80,7 +80,7 @@ def attend(
     context: BlockContext,
     kind: BlockKind,
     config: ModelConfig,
-    sinks: Float[Array, "H"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H vd"]:
     """Values mixed by the softmax of what queries and keys have in common, in the dtype of `q`.
 
@@ -102,7 +102,7 @@ def _written_out(
     v: Float[Array, "B T K vd"],
     mask: Bool[Array, "B 1 T T"],
     config: ModelConfig,
-    sinks: Float[Array, "H"] | None,
+    sinks: Float[Array, " H"] | None,
 ) -> Float[Array, "B T H vd"]:
     """With what `jax.nn.dot_product_attention` does not know: soft caps, sinks, values of another width than keys."""
     batch, length, heads, width = q.shape
@@ -155,7 +155,7 @@ def _splash(
     context: BlockContext,
     kind: BlockKind,
     config: ModelConfig,
-    sinks: Float[Array, "H"] | None,
+    sinks: Float[Array, " H"] | None,
 ) -> Float[Array, "B T H vd"]:
     """Splash attention of every row, each device its own rows and heads.
 
@@ -192,7 +192,7 @@ def _splash(
     return on_device(q, k, v, runs, sinks)[:, :length]
 
 
-def _segments(runs: Int[Array, "T"]) -> Any:
+def _segments(runs: Int[Array, " T"]) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     return splash_attention.SegmentIds(q=runs, kv=runs)

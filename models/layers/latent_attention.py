@@ -84,7 +84,7 @@ class LatentAttention(Attention):
             narrow = narrow + self.q_a_bias[...]
         return jnp.einsum("btr,rhk->bthk", self._norm(narrow, self.q_a_norm[...]), self.q_b[...])
 
-    def _norm(self, x: Float[Array, "B T R"], weight: Float[Array, "R"]) -> Float[Array, "B T R"]:
+    def _norm(self, x: Float[Array, "B T R"], weight: Float[Array, " R"]) -> Float[Array, "B T R"]:
         return rms_norm(x, weight, LATENT_EPS, product=self.config.norm_product)
 
 

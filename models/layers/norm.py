@@ -14,7 +14,7 @@ def norm_weight(shape: tuple[int, ...], config: ModelConfig, dtype: jnp.dtype) -
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float, *, product: NormProduct = "wide"
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, *, product: NormProduct = "wide"
 ) -> Float[Array, "*B D"]:
     """`x` over its root mean square, times `weight`; float32 inside, rounded once to the dtype of `x`.
 

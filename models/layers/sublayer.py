@@ -27,7 +27,7 @@ def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "
 
 
 def post_norm(
-    sublayer: Sublayer, out: Float[Array, "B T D"], bias: Float[Array, "D"] | None = None
+    sublayer: Sublayer, out: Float[Array, "B T D"], bias: Float[Array, " D"] | None = None
 ) -> Float[Array, "B T D"]:
     """Compute the addition to the stream: the sublayer's output, normed and scaled if the family does so.
 

@@ -26,9 +26,9 @@ class NoCommonTokens(Exception):
 class TokenRun:
     """Consecutive tokens of a text, and the characters that each stands for."""
 
-    ids: Int32[np.ndarray, "n"]
-    begins: Int64[np.ndarray, "n"]
-    ends: Int64[np.ndarray, "n"]
+    ids: Int32[np.ndarray, " n"]
+    begins: Int64[np.ndarray, " n"]
+    ends: Int64[np.ndarray, " n"]
 
     def part(self, start: int, stop: int | None = None) -> "TokenRun":
         return TokenRun(self.ids[start:stop], self.begins[start:stop], self.ends[start:stop])

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int8
 MAX_BLOCK = 128
 
 
-def make_signs(seed: str, hidden: int) -> Int8[np.ndarray, "D"]:
+def make_signs(seed: str, hidden: int) -> Int8[np.ndarray, " D"]:
     """The sign vector that a seed stands for: +1 and -1, from SHAKE-256's bits.
 
     A cache stores the vector itself and never needs the seed again; a plan uses this so that the same plan gives the
@@ -51,7 +51,7 @@ class Rotation:
     def backward(self, y: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
         return y if self.signs is None else _transform(y) * self._flips()
 
-    def _flips(self) -> Float[Array, "D"]:
+    def _flips(self) -> Float[Array, " D"]:
         return jnp.asarray(self.signs, jnp.float32)
 
 

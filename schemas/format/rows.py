@@ -55,10 +55,10 @@ class Row:
     split: whether the row is for training or held out.
     """
 
-    tokens: Int32[np.ndarray, "T"]
-    positions: Int32[np.ndarray, "T"]
-    segment_ids: Int32[np.ndarray, "T"]
-    loss_mask: Bool[np.ndarray, "T"]
+    tokens: Int32[np.ndarray, " T"]
+    positions: Int32[np.ndarray, " T"]
+    segment_ids: Int32[np.ndarray, " T"]
+    loss_mask: Bool[np.ndarray, " T"]
     split: Split
 
 

@@ -39,18 +39,18 @@ class TapMeasure:
 
     tap: str
     slots: tuple[int, ...]
-    error: Float[np.ndarray, "S"]
-    cosine: Float[np.ndarray, "S"]
-    expected: Float[np.ndarray, "S"]
-    weighted: Float[np.ndarray, "S"]
-    limit: Float[np.ndarray, "S"]
-    slope: Float[np.ndarray, "S"]
-    rest: Float[np.ndarray, "S"]
+    error: Float[np.ndarray, " S"]
+    cosine: Float[np.ndarray, " S"]
+    expected: Float[np.ndarray, " S"]
+    weighted: Float[np.ndarray, " S"]
+    limit: Float[np.ndarray, " S"]
+    slope: Float[np.ndarray, " S"]
+    rest: Float[np.ndarray, " S"]
     worst: tuple[tuple[int, float], ...]
     nonfinite: np.ndarray
 
     @property
-    def wrong(self) -> Bool[np.ndarray, "S"]:
+    def wrong(self) -> Bool[np.ndarray, " S"]:
         """Which slots are not what the codec makes of the teacher's numbers, as far as these are finite."""
         scaled = np.abs(self.slope - 1) > SLOPE_MARGIN + self.limit / CODEC_MARGIN
         return ((self.weighted > self.limit) | scaled) & (self.nonfinite == 0)
@@ -89,8 +89,8 @@ def measure_tap(
     values: Float[np.ndarray, "S T D"],
     reference: Float[np.ndarray, "S T D"],
     coded: Float[np.ndarray, "S T D"],
-    real: Bool[np.ndarray, "T"],
-    noise: float | Float[np.ndarray, "S"],
+    real: Bool[np.ndarray, " T"],
+    noise: float | Float[np.ndarray, " S"],
 ) -> TapMeasure:
     """The figures of one tap of one row.
 
@@ -130,20 +130,22 @@ def dimension_weights(own: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S 1
     return 1 / np.maximum(rms, np.maximum(0.01 * np.median(rms, -1, keepdims=True), TINY))
 
 
-def weighted_error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S"]:
+def weighted_error(
+    values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]
+) -> Float[np.ndarray, " S"]:
     """Error over all tokens, weighted by the reference's dimensions."""
     weights = dimension_weights(reference)
     return error(finite(values) * weights, reference * weights)
 
 
-def error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S"]:
+def error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, " S"]:
     """Error over all tokens."""
     return _norm(values - reference) / np.maximum(_norm(reference), TINY)
 
 
 def rotated_error(
-    tap: TapPlan, teacher: Float[np.ndarray, "S T D"], real: Bool[np.ndarray, "T"]
-) -> Float[np.ndarray, "S"] | None:
+    tap: TapPlan, teacher: Float[np.ndarray, "S T D"], real: Bool[np.ndarray, " T"]
+) -> Float[np.ndarray, " S"] | None:
     """The error that the tap's codec would have with rotation; None where it has it, or cannot."""
     if tap.rotate or not tap.codec.startswith("int"):
         return None
@@ -164,7 +166,7 @@ def find_swaps(
     measure: TapMeasure,
     values: Float[np.ndarray, "S T D"],
     teacher: Float[np.ndarray, "L T D"],
-    real: Bool[np.ndarray, "T"],
+    real: Bool[np.ndarray, " T"],
 ) -> list[tuple[str, int, int]]:
     """The wrong slots that are another block's numbers: (tap, slot, the teacher's slot that they are).
 
@@ -190,7 +192,7 @@ def find_shift(
     measures: Sequence[TapMeasure],
     values: Sequence[Float[np.ndarray, "S T D"]],
     teacher: Sequence[Float[np.ndarray, "S T D"]],
-    real: Bool[np.ndarray, "T"],
+    real: Bool[np.ndarray, " T"],
 ) -> int:
     """By how many tokens the stored numbers stand later than the teacher's, in every tap; 0: by none."""
     for shift in SHIFTS:
@@ -210,7 +212,7 @@ def explains(
     values: Sequence[Float[np.ndarray, "S T D"]],
     measures: Sequence[TapMeasure],
     variant: Sequence[Float[np.ndarray, "S T D"]],
-    real: Bool[np.ndarray, "T"],
+    real: Bool[np.ndarray, " T"],
 ) -> bool:
     """Return whether most of the stored slots are what the teacher gives for another input."""
     fits = [

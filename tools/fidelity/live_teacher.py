@@ -98,7 +98,7 @@ class LiveTeacher:
             return self.taps(replace(row, segment_ids=real.astype(np.int32), positions=positions))
         return self.taps(replace(row, tokens=np.roll(row.tokens, 1 if name == "shifted +1" else -1)))
 
-    def seen_tokens(self, stream: Float[np.ndarray, "t D"]) -> tuple[Int[np.ndarray, "t"], Float[np.ndarray, "t"]]:
+    def seen_tokens(self, stream: Float[np.ndarray, "t D"]) -> tuple[Int[np.ndarray, " t"], Float[np.ndarray, " t"]]:
         """For a few tokens of `resid` slot 0: the id whose embedding is nearest, and its relative distance."""
         best, distance = np.zeros(len(stream), np.int32), np.full(len(stream), np.inf, np.float32)
         embed: Any = self._decoder.embed[...]

@@ -96,7 +96,7 @@ def measure_topk(
     given: TopK,
     own: TopK,
     kept: np.ndarray,
-    real: Bool[np.ndarray, "T"],
+    real: Bool[np.ndarray, " T"],
     noise: float,
     rounding: float,
 ) -> TopKMeasure:

@@ -74,11 +74,11 @@ class SlotStats:
         self.compared += int(np.count_nonzero(counts))
 
     @property
-    def rms(self) -> Float[np.ndarray, "D"]:
+    def rms(self) -> Float[np.ndarray, " D"]:
         return np.sqrt(self.square / max(self.count, 1))
 
     @property
-    def kurtosis(self) -> Float[np.ndarray, "D"]:
+    def kurtosis(self) -> Float[np.ndarray, " D"]:
         """E[x^4] / E[x^2]^2 of every dimension: 3 for normal numbers."""
         return self.fourth * self.count / np.maximum(np.square(self.square), TINY)
 

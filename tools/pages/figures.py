@@ -64,10 +64,10 @@ class Line:
     """low, high: the least and the greatest of what each point is the mean of."""
 
     name: str
-    x: Float[np.ndarray, "n"]
-    y: Float[np.ndarray, "n"]
-    low: Float[np.ndarray, "n"] | None = None
-    high: Float[np.ndarray, "n"] | None = None
+    x: Float[np.ndarray, " n"]
+    y: Float[np.ndarray, " n"]
+    low: Float[np.ndarray, " n"] | None = None
+    high: Float[np.ndarray, " n"] | None = None
 
 
 @dataclass(frozen=True)

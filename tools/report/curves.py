@@ -19,10 +19,10 @@ OF_BLOCK = re.compile(r"block_(\d+)$")
 class Curve:
     """A metric by step, `[n]` each; of several neighbouring steps the mean, the least and the greatest."""
 
-    step: Float[np.ndarray, "n"]
-    mean: Float[np.ndarray, "n"]
-    low: Float[np.ndarray, "n"]
-    high: Float[np.ndarray, "n"]
+    step: Float[np.ndarray, " n"]
+    mean: Float[np.ndarray, " n"]
+    low: Float[np.ndarray, " n"]
+    high: Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BlockCurves:
     """values: of each block by step, means where steps were joined; NaN where a line had none."""
 
     blocks: tuple[int, ...]
-    step: Float[np.ndarray, "n"]
+    step: Float[np.ndarray, " n"]
     values: Float[np.ndarray, "L n"]
 
 
@@ -87,7 +87,7 @@ def _parts(count: int) -> list[slice]:
     return [slice(int(start), int(stop)) for start, stop in pairwise(edges)]
 
 
-def _mean_of_known(values: Float[np.ndarray, "L n"]) -> Float[np.ndarray, "L"]:
+def _mean_of_known(values: Float[np.ndarray, "L n"]) -> Float[np.ndarray, " L"]:
     known = np.isfinite(values)
     total = np.where(known, values, 0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(values), np.nan), where=known.any(axis=1))

@@ -33,7 +33,7 @@ class RowLook:
 
     number: int
     held_out: bool
-    real: Bool[np.ndarray, "T"]
+    real: Bool[np.ndarray, " T"]
     starts: tuple[int, ...]
     text: str
     slots: dict[str, tuple[int, ...]]
@@ -129,7 +129,7 @@ def _look(
 
 
 def _look_at_tap(
-    stored: StoredRows, number: int, name: str, real: Bool[np.ndarray, "T"], checks: SampleChecks
+    stored: StoredRows, number: int, name: str, real: Bool[np.ndarray, " T"], checks: SampleChecks
 ) -> tuple[tuple[int, ...], Float[np.ndarray, "S T"], Likeness]:
     count = len({slot for each in stored.taps(number) if each.tap.name == name for slot in each.tap.slots})
     most = KEPT_BYTES // (4 * stored.plan.teacher.hidden_size * max(count, 1))

@@ -115,7 +115,7 @@ def slot_vectors(stored: StoredRows, at: int, name: str, token: int) -> tuple[Sl
 
 
 def _described(
-    slot: int, vector: Float[np.ndarray, "D"], nonfinite: int, following: Float[np.ndarray, "D"] | None
+    slot: int, vector: Float[np.ndarray, " D"], nonfinite: int, following: Float[np.ndarray, " D"] | None
 ) -> SlotVector:
     norm, cosine = float(lengths(vector)), None
     if following is not None:

@@ -75,7 +75,7 @@ class Balancing:
         """Return whether anything is to be known of the routing."""
         return self.with_loss or self.update is not None
 
-    def context(self, context: BlockContext, rows: Int[Array, "B"], batch_rows: int, step: Array) -> BlockContext:
+    def context(self, context: BlockContext, rows: Int[Array, " B"], batch_rows: int, step: Array) -> BlockContext:
         """The blocks' context in training.
 
         Args:
@@ -93,7 +93,12 @@ class Balancing:
         return jax.vmap(router_sums)(router, mask)
 
     def of_block(
-        self, sums: RouterSums, rows: Int[Array, "B"], batch_rows: int, totals: Totals, load_before: Array | None = None
+        self,
+        sums: RouterSums,
+        rows: Int[Array, " B"],
+        batch_rows: int,
+        totals: Totals,
+        load_before: Array | None = None,
     ) -> BlockRouting:
         """Compute one block's routing from the sums of its rows.
 
@@ -110,7 +115,7 @@ class Balancing:
         return BlockRouting(whole, balance, groups.astype(jnp.float32) @ sums.load)
 
     def of_blocks(
-        self, sums: RouterSums, rows: Int[Array, "B"], batch_rows: int, totals: Totals, load_before: Array | None
+        self, sums: RouterSums, rows: Int[Array, " B"], batch_rows: int, totals: Totals, load_before: Array | None
     ) -> BlockRouting:
         """The same of several blocks at once, `[L, B, ...]`; scope `model` needs them all."""
 

@@ -62,8 +62,8 @@ def update_blocks(
     gradients: Blocks,
     state: Blocks,
     parameters: Blocks,
-    trained: Bool[Array, "L"],
-    runs: Bool[Array, "L"] | None = None,
+    trained: Bool[Array, " L"],
+    runs: Bool[Array, " L"] | None = None,
 ) -> tuple[Blocks, Blocks]:
     """New parameters and state of stacked blocks; a block that is not `trained` keeps both, weight decay included.
 

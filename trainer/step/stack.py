@@ -135,7 +135,7 @@ class StudentStack:
         x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x, context)[0]
         return jax.lax.stop_gradient(x).astype(stream.dtype)
 
-    def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, "L"]:
+    def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, " L"]:
         """Values `[repeats]` of every place as one `[L]`."""
         groups = [
             jnp.stack([of_places[g, p] for p in range(len(layers.pattern))], axis=1).reshape(-1)
