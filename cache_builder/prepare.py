@@ -4,7 +4,7 @@
 
 Documents are joined end to end, each closed by EOS, and cut every T tokens, so that only the last row is padded.
 The folder's bytes are a pure function of the text, the tokenizer and the config. A small text is prepared by one
-process in one go; a large one, or one for several processes, in pieces that outlive a process (text/shared.py).
+process in one go; a large one, or one for several processes, in work units that outlive a process (text/shared.py).
 """
 
 import multiprocessing
@@ -27,7 +27,13 @@ from distillcache.cache_builder.text.token_stream import UNFINISHED, job_fingerp
 from distillcache.cache_builder.text.tokenise import Pace
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
 from distillcache.schemas.config import DataConfig, PrepareConfig
-from distillcache.schemas.errors import ConfigError, DistillcacheError, PlaceLostError, PlanMismatchError, StorageError
+from distillcache.schemas.errors import (
+    ConfigError,
+    DistillcacheError,
+    FolderTakenError,
+    PlanMismatchError,
+    StorageError,
+)
 from distillcache.schemas.format.canonical import from_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
 from distillcache.schemas.runtime.progress import Progress
@@ -35,7 +41,7 @@ from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
 from distillcache.schemas.store.store import Store, is_url, use
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
-PIECEWISE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
+RESUMABLE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
 
 WORKER_ENDS_S = 30.0  # a worker looks every few seconds whether the rows are finished, or it is to stop
 
@@ -80,7 +86,7 @@ def prepare_rows(
     try:
         keeping_rows(store, job_fingerprint(job)).put_once(TOKENIZER_KEY, job.tokenizer.to_json().encode())
         text_digest = _prepare(store, job, config, shared_from_bytes)
-    except PlaceLostError:
+    except FolderTakenError:
         _remove_own(store, job)
         found = finished_rows(store, config.data, job.tokenizer)
         if found is None:
@@ -96,7 +102,7 @@ def _prepare(store: Store, job: RowsJob, config: PrepareConfig, shared_from_byte
     """Make the rows. Returns: the text's digest, where this process learnt it."""
     size, processes = sum(file.size for file in job.files), config.num_processes * config.workers
     with watch_for_stop() as stop:
-        if size < (PIECEWISE_BYTES if processes == 1 else shared_from_bytes):
+        if size < (RESUMABLE_BYTES if processes == 1 else shared_from_bytes):
             placed = keeping_rows(store, job_fingerprint(job))
             index, skipped = _prepare_alone(placed, job, stop)
             commit_index(placed, index, skipped)
@@ -267,7 +273,7 @@ def _safe_path() -> Iterator[None]:
 
 
 def _work(config: PrepareConfig, job: RowsJob, share: Share) -> None:
-    """A worker process. What stops it, the command's own process meets as well, and says: its pieces are free again."""
+    """Run one worker process. On an error its work units are freed; the command's own process reports the error."""
     use(config.storage)
     with watch_for_stop() as stop, suppress(DistillcacheError):
         prepare_shared(Store(config.out), job, share, stop, quiet=True)

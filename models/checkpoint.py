@@ -37,7 +37,7 @@ from distillcache.models.files.packed import unpacked, without_padding
 from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
 from distillcache.models.files.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROWS_COMPARED = 4096  # of a vocabulary, at once: some 64 MB
@@ -70,7 +70,7 @@ def load_pretrained(
         source.close()
 
 
-def _open(where: Place) -> tuple[ModelConfig, TensorSource, Layout]:
+def _open(where: Location) -> tuple[ModelConfig, TensorSource, Layout]:
     """A checkpoint, and the names that it has for a decoder's parameters."""
     if is_gguf(where):
         reader = open_gguf(where)
@@ -82,7 +82,7 @@ def _open(where: Place) -> tuple[ModelConfig, TensorSource, Layout]:
     return config, open_tensors(where, config), layout_of(config)
 
 
-def open_tensors(directory: Place, config: ModelConfig) -> TensorSource:
+def open_tensors(directory: Location, config: ModelConfig) -> TensorSource:
     """The tensors of an HF directory, under the names of the config's family and unpacked. Close it after use."""
     packing = read_json(directory / CONFIG).get("quantization_config")
     source = SafetensorsSource(directory)
@@ -120,17 +120,17 @@ def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
         source.close()
 
 
-def source_dtype(folder: Place) -> str:
+def source_dtype(folder: Location) -> str:
     """Read which dtype a run's student folder notes; float32 where a version before this wrote it."""
     found = read_json(folder / CONFIG).get(SOURCE_DTYPE)
     return str(found) if found in FLOAT_DTYPES.values() else "float32"
 
 
-def _run_of(where: Place) -> RunCheckpoint | None:
+def _run_of(where: Location) -> RunCheckpoint | None:
     return None if is_gguf(where) else find_run(where)
 
 
-def _config_of_directory(directory: Place) -> ModelConfig:
+def _config_of_directory(directory: Location) -> ModelConfig:
     """Read config.json, with router biases if a file of them lies beside it."""
     config = config_from_hf(read_json(directory / CONFIG), directory / CONFIG)
     if not (directory / ROUTER_BIAS_FILE).exists():

@@ -63,7 +63,7 @@ class PlanMismatchError(DistillcacheError):
     """A directory that already holds the work of another config."""
 
 
-class PlaceLostError(PlanMismatchError):
+class FolderTakenError(PlanMismatchError):
     """Work whose place was deleted or taken over while it was paused: it must not write there any more."""
 
 

@@ -52,11 +52,11 @@ from distillcache.trainer.run.evaluate import Evaluation, Evaluator
 from distillcache.trainer.run.folder import (
     SUMMARY,
     best_of,
-    claim_run,
     only_one,
     read_evaluations,
     refuse_foreign_folder,
     remove_beginning,
+    take_run,
     write_evaluations,
     write_summary,
 )
@@ -157,7 +157,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             _check_epoch(config.batch_rows, sources.rows, not has_student(store))  # before anything is written
             store = store.guarded(held.enter_context(only_one(store)))
             began = not has_student(store)
-            claim_run(store, config, sources.rows)
+            take_run(store, config, sources.rows)
         checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
         try:
             decoder = _open_student(store, config, stages, sources, peers)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from distillcache.schemas.cache.lease_file import is_anothers_claim
+from distillcache.schemas.cache.lease_file import is_anothers_lease
 from distillcache.schemas.cache.segment import NAME_DIGITS
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.format import layout
@@ -21,7 +21,7 @@ def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) 
     Safe to repeat after a crash: receipts go before the objects that they commit, and the plan goes last.
 
     Args:
-        expiry_s: of a claim that does not say how long it holds.
+        expiry_s: of a lease that does not say how long it holds.
 
     Raises:
         InputError: the cache is not finished: there is nothing that was added to it.
@@ -60,11 +60,11 @@ def _delete_segment(store: Store, folder: str, keys: Sequence[str]) -> None:
         store.delete(key)
 
 
-def _refuse_live_builders(store: Store, folders: Sequence[str], claims: Sequence[str], expiry_s: float) -> None:
-    live = [key for key in claims if is_anothers_claim(store, key, expiry_s)]
+def _refuse_live_builders(store: Store, folders: Sequence[str], leases: Sequence[str], expiry_s: float) -> None:
+    live = [key for key in leases if is_anothers_lease(store, key, expiry_s)]
     if live:
         raise ConfigError(
             "a process is at work on the extension",
-            {"segment": ", ".join(map(store.where, folders)), "its claims": ", ".join(live[:3])},
-            "stop it first, or wait until its claim has expired",
+            {"segment": ", ".join(map(store.where, folders)), "its leases": ", ".join(live[:3])},
+            "stop it first, or wait until its lease has expired",
         )

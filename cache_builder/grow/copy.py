@@ -1,6 +1,6 @@
 """`distillcache copy`: a finished cache, of any number of segments, to one of a single segment.
 
-A copy is built like any cache: a plan that is settled first, claims, shards with receipts, a manifest at the end. Only
+A copy is built like any cache: a plan that is settled first, leases, shards with receipts, a manifest at the end. Only
 that its numbers come from another cache (transcode.py), and no teacher runs.
 """
 
@@ -16,11 +16,11 @@ from distillcache.cache_builder.grow.transcode import recoded_taps
 from distillcache.cache_builder.record.finish import finish_segment, tidy, unless_finished
 from distillcache.cache_builder.record.loop import keeping_place
 from distillcache.cache_builder.record.plan import refuse_foreign_folder, settle_plan, with_objects
-from distillcache.cache_builder.record.work_units import ClaimedPieces, by_one_process, work_through
+from distillcache.cache_builder.record.work_units import LeasedUnits, by_one_process, work_through
 from distillcache.cache_builder.repair.from_source import repair_copy
 from distillcache.models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
 from distillcache.schemas.cache.addressing import RowGroup, check_same_codec, row_groups, slots_of
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import named_by_plan, open_cache, read_manifest, segment_name
 from distillcache.schemas.config import CopyConfig, CopySpec, TapConfig
 from distillcache.schemas.errors import ConfigError, InputError
@@ -76,12 +76,12 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
         with keeping_place(store, plan) as placed:
             for key, value in copied_files(source, groups[0], plan).items():
                 placed.put_once(key, value)
-            claims = Claims(store, plan.segment, config.claim_expiry_s)
+            leases = Leases(store, plan.segment, config.claim_expiry_s)
             try:
-                job = ClaimedPieces(store=placed, plan=plan, rows=rows, stop=stop, options=config, claims=claims)
+                job = LeasedUnits(store=placed, plan=plan, rows=rows, stop=stop, options=config, leases=leases)
                 work_through(job, "copy", None, Copying(plan, rows).run)
             finally:
-                claims.close()
+                leases.close()
             return by_one_process(store, plan, config, stop, lambda: finish_segment(placed, plan))
 
 

@@ -25,7 +25,7 @@ from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.addressing import CODEC_FIELDS, RowGroup, row_groups
 from distillcache.schemas.cache.segment import Segment, begun_plan, open_cache, segment_name
 from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, Workers
-from distillcache.schemas.errors import ConfigError, InputError, PlaceLostError, PlanMismatchError
+from distillcache.schemas.errors import ConfigError, FolderTakenError, InputError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan, RowsPlan, TapPlan
 from distillcache.schemas.format.rows import Row
@@ -91,7 +91,7 @@ def _naming_unfinished(store: Store, number: int) -> Iterator[None]:
     """A plan that does not fit is an extension that another command began: say how to be rid of it."""
     try:
         yield
-    except PlaceLostError:
+    except FolderTakenError:
         raise
     except PlanMismatchError as error:
         begun = begun_plan(store, number)

@@ -1,7 +1,7 @@
 """The end of a build: receipts become index and statistics, then the manifest makes the segment exist.
 
 Every step can be repeated after a crash, and two processes may do them at once: they write the same bytes. Receipts,
-claims and prepared rows go only after the manifest is durable.
+leases and prepared rows go only after the manifest is durable.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,7 +2,7 @@
 
 import sys
 
-from distillcache.cache_builder.prepare import PIECEWISE_BYTES, open_rows, prepare_rows
+from distillcache.cache_builder.prepare import RESUMABLE_BYTES, open_rows, prepare_rows
 from distillcache.cache_builder.text.token_stream import rows_fingerprint
 from distillcache.models.checkpoint import read_config
 from distillcache.models.config import ModelConfig
@@ -10,7 +10,7 @@ from distillcache.models.layers.rope import context_length
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.segment import begun_plan, segment_name
 from distillcache.schemas.config import DataConfig, PrepareConfig, Workers
-from distillcache.schemas.errors import InputError, PlaceLostError, PlanMismatchError, StorageError
+from distillcache.schemas.errors import FolderTakenError, InputError, PlanMismatchError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import RowReader, no_targets_note, too_long_for_teacher
@@ -82,14 +82,14 @@ def open_or_prepare(
 def _prepare(store: Store, config: PrepareConfig, tokenizer: TextTokenizer, folder: str, planned: bool) -> None:
     """Prepare rows inside the cache. Without a plan, what lies there belongs to a build that never began."""
     try:
-        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
-    except PlaceLostError as error:  # finished or deleted by others: `unless_finished` looks which
+        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=RESUMABLE_BYTES)
+    except FolderTakenError as error:  # finished or deleted by others: `unless_finished` looks which
         raise StorageError(error.what, error.facts, error.next) from error
     except PlanMismatchError:  # another text of the same length
         if planned:
             raise
         store.delete_folder(folder)
-        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=PIECEWISE_BYTES)
+        prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=RESUMABLE_BYTES)
     except InputError:  # the text's fault, so no other process of this build gets further
         if not planned:
             store.delete_folder(folder)

@@ -3,9 +3,9 @@
 Of every teacher call each process keeps the rows that its own devices recorded (recording_mesh.py), and one process
 writes a shard. So the rows of a call are *dealt*: process p of P gets B/P consecutive rows of its own run of whole
 shards. Where shards fit into B/P rows, that is the batch in its order; otherwise a call has a part of P shards, and
-several calls fill them. A *piece* is what is begun and ended together: a run for each process.
+several calls fill them. A *work unit* is what is begun and ended together: a run for each process.
 
-Nothing but the first process's words (which pieces are pending, that all is finished) is exchanged on the host, and
+Nothing but the first process's words (which work units are pending, that all is finished) is exchanged on the host, and
 nothing recorded between devices: what a process copies and writes is its share of the cache, however many there are.
 """
 
@@ -29,7 +29,7 @@ from distillcache.models.describe import describe_numerics
 from distillcache.models.mesh.recording import mesh_sizes, own_part
 from distillcache.models.mesh.sharding import put, rows_held, rows_sharding
 from distillcache.models.recorder import Recording, SlotSums, make_recorder
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import (
     begun_plan,
     committed_shards,
@@ -39,7 +39,7 @@ from distillcache.schemas.cache.segment import (
 )
 from distillcache.schemas.cache.waiting import Waiting, holder_words
 from distillcache.schemas.config import BuildOptions
-from distillcache.schemas.errors import InputError, Interrupted, PlaceLostError, StorageError
+from distillcache.schemas.errors import FolderTakenError, InputError, Interrupted, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.manifest import Manifest, Plan
@@ -52,7 +52,7 @@ from distillcache.schemas.store.store import Store
 # Calls after which the processes wait for each other. On a mesh with `data` alone nothing else holds one back that is
 # faster, and all of them stop where the fastest is.
 STEPS_APART = 16
-POLL_S = 1.0  # how often to look whether another job's claim has ended
+POLL_S = 1.0  # how often to look whether another job's lease has ended
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class Dealing:
         return lcm(self.own_rows, self.plan.shard_rows)
 
     @property
-    def pieces(self) -> int:
+    def units(self) -> int:
         return -(-self.plan.rows.count // (self.processes * self.run_rows))
 
-    def shards(self, piece: int) -> range:
+    def shards(self, unit: int) -> range:
         """List the shards that the work unit fills."""
         count = self.processes * self.run_rows // self.plan.shard_rows
-        return range(piece * count, min((piece + 1) * count, self.plan.num_shards))
+        return range(unit * count, min((unit + 1) * count, self.plan.num_shards))
 
-    def calls(self, piece: int) -> Iterator[np.ndarray]:
-        """The row of every place in each call of a piece, `[B]`; -1 for padding."""
-        runs = (piece * self.processes + np.arange(self.processes)) * self.run_rows
+    def calls(self, unit: int) -> Iterator[np.ndarray]:
+        """The row of every place in each call of a work unit, `[B]`; -1 for padding."""
+        runs = (unit * self.processes + np.arange(self.processes)) * self.run_rows
         for offset in range(0, self.run_rows, self.own_rows):
             rows = (runs[:, None] + offset + np.arange(self.own_rows)).reshape(-1)
             if rows[0] < self.plan.rows.count:
@@ -120,7 +120,7 @@ class Together:
 def held_together(store: Store, plan: Plan, expiry_s: float, peers: Peers) -> Iterator[Callable[[], None]]:
     """The segment, held against other jobs while this one works on it; by the first process, for all.
 
-    Returns: what raises `PlaceLostError` where another job has it by now.
+    Returns: what raises `FolderTakenError` where another job has it by now.
 
     Raises:
         InputError: another job works on it.
@@ -130,24 +130,24 @@ def held_together(store: Store, plan: Plan, expiry_s: float, peers: Peers) -> It
         return
     begun = segment_names(store, segment_number(plan.segment))  # perhaps on another platform, which is accepted
     segment = begun[0] if begun else plan.segment
-    claims = Claims(store, segment, expiry_s, key=layout.job_claim_key) if peers.first else None
+    leases = Leases(store, segment, expiry_s, key=layout.job_lease_key) if peers.first else None
 
     def check() -> None:
-        if claims is not None and not claims.holds(0):
-            raise PlaceLostError(
-                "another job builds this cache now: this one was silent for longer than its claim holds",
-                {"cache": store.url, "claim": store.where(layout.job_claim_key(segment, 0))},
+        if leases is not None and not leases.holds(0):
+            raise FolderTakenError(
+                "another job builds this cache now: this one was silent for longer than its lease holds",
+                {"cache": store.url, "lease": store.where(layout.job_lease_key(segment, 0))},
                 "let the other one finish, or stop it and start this one again",
             )
 
     try:
-        peers.share("held", lambda: _hold(store, claims, expiry_s))
+        peers.share("held", lambda: _hold(store, leases, expiry_s))
         yield check
-        if claims is not None:
-            claims.done(0)  # finished, and tidied up
+        if leases is not None:
+            leases.done(0)  # finished, and tidied up
     finally:
-        if claims is not None:
-            claims.close()
+        if leases is not None:
+            leases.close()
 
 
 def finished_together(store: Store, plan: Plan, peers: Peers) -> Manifest | None:
@@ -166,17 +166,17 @@ def finished_together(store: Store, plan: Plan, peers: Peers) -> Manifest | None
     return read_manifest(store) if peers.share("finished before", look) == b"finished" else None
 
 
-def _hold(store: Store, claims: Claims | None, expiry_s: float) -> bytes:
-    """Take the claim; the one that a killed job left on another machine has to expire first."""
+def _hold(store: Store, leases: Leases | None, expiry_s: float) -> bytes:
+    """Take the lease; the one that a killed job left on another machine has to expire first."""
     until, waiting = time.monotonic() + 1.5 * expiry_s, Waiting("for another job")
-    while claims is not None and not claims.take(0):
-        holder = claims.holder()
+    while leases is not None and not leases.take(0):
+        holder = leases.holder()
         if time.monotonic() > until:
             raise InputError(
                 "another job builds this cache",
                 {
                     "cache": store.url,
-                    "claim": "changing hands" if holder is None else holder_words(holder),
+                    "lease": "changing hands" if holder is None else holder_words(holder),
                     "waited": f"{1.5 * expiry_s:.0f} s",
                 },
                 "let it finish, or stop it first",
@@ -208,7 +208,7 @@ def settle_together(store: Store, plan: Plan, accept_platform: bool, peers: Peer
 
 
 def build_together(job: Together) -> Manifest:
-    """Record every piece that is not committed, each process its part, and finish the segment."""
+    """Record every work unit that is not committed, each process its part, and finish the segment."""
     axes = mesh_sizes(job.mesh)
     numerics = describe_numerics(
         job.plan.numerics.dtype,
@@ -226,7 +226,7 @@ def build_together(job: Together) -> Manifest:
     )
     with Progress("build", job.plan.rows.count * job.plan.rows.row_tokens, unit="tokens") as bar:
         try:
-            _record_pieces(job, _pending(job, bar), writer, bar)
+            _record_units(job, _pending(job, bar), writer, bar)
         finally:
             writer.close()
     job.peers.meet("written")
@@ -246,24 +246,24 @@ def _manifest(job: Together) -> Manifest:
 
 
 def _pending(job: Together, bar: Progress) -> list[int]:
-    """The pieces with a shard that has no receipt, as the first process finds them."""
+    """The work units with a shard that has no receipt, as the first process finds them."""
 
     def look() -> bytes:
         done, dealing = committed_shards(job.store, job.plan), job.dealing
-        left = [not done.issuperset(dealing.shards(piece)) for piece in range(dealing.pieces)]
+        left = [not done.issuperset(dealing.shards(unit)) for unit in range(dealing.units)]
         return np.packbits(np.asarray(left, bool)).tobytes()
 
-    bits = np.unpackbits(np.frombuffer(job.peers.share("pending", look), np.uint8))[: job.dealing.pieces]
-    for piece in np.flatnonzero(bits == 0):
-        ranges = [job.plan.shard_range(shard) for shard in job.dealing.shards(int(piece))]
+    bits = np.unpackbits(np.frombuffer(job.peers.share("pending", look), np.uint8))[: job.dealing.units]
+    for unit in np.flatnonzero(bits == 0):
+        ranges = [job.plan.shard_range(shard) for shard in job.dealing.shards(int(unit))]
         bar.skip(sum(stop - start for start, stop in ranges) * job.plan.rows.row_tokens)
     return np.flatnonzero(bits).tolist()
 
 
-def _record_pieces(job: Together, pieces: list[int], writer: ShardWriter, bar: Progress) -> None:
+def _record_units(job: Together, units: list[int], writer: ShardWriter, bar: Progress) -> None:
     """Call the teacher for all of them, in the same order in every process; keep what is this process's."""
     record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
-    calls = (call for piece in pieces for call in job.dealing.calls(piece))
+    calls = (call for unit in units for call in job.dealing.calls(unit))
     waiting: tuple[np.ndarray, dict[int, Row], Recording, float] | None = None
     stops = False
     for number, call in enumerate(calls, start=1):

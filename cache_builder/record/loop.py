@@ -1,8 +1,8 @@
 """The recording loop: rows through the teacher, codes into shards, shards into the store.
 
 Three things go on at once: the teacher computes one batch, the batch before it is copied to the host, and a full
-shard is being written by another thread (pipeline.py). A process works on *pieces*, the consecutive shards of whole
-teacher batches, which it claims one by one (schemas/cache/lease.py), so that any number of processes may build one
+shard is being written by another thread (pipeline.py). A process works on *work units*, the consecutive shards of whole
+teacher batches, which it leases one by one (schemas/cache/lease.py), so that any number of processes may build one
 cache.
 """
 
@@ -28,9 +28,9 @@ from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.replica import Replica
 from distillcache.cache_builder.record.work_units import (
     Batches,
-    ClaimedPieces,
-    Pieces,
+    LeasedUnits,
     RowSource,
+    WorkUnits,
     by_one_process,
     keep_batch,
     work_through,
@@ -41,7 +41,7 @@ from distillcache.models.mesh.recording import mesh_sizes
 from distillcache.models.mesh.sharding import put, rows_sharding
 from distillcache.models.recorder import Recording, make_recorder
 from distillcache.models.text.tokenizer import TextTokenizer
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import check_place, committed_shards
 from distillcache.schemas.config import BuildOptions
 from distillcache.schemas.errors import DistillcacheError
@@ -54,7 +54,7 @@ from distillcache.schemas.store.store import Store
 
 
 @dataclass(kw_only=True)
-class Work(Pieces):
+class Work(WorkUnits):
     """Inputs of the teacher's loop. mesh: the devices of the decoder."""
 
     decoder: Decoder
@@ -62,7 +62,7 @@ class Work(Pieces):
 
 
 @dataclass(kw_only=True)
-class _Job(ClaimedPieces, Work):
+class _Job(LeasedUnits, Work):
     """A build."""
 
 
@@ -123,7 +123,7 @@ def _build_settled(
     """`build_segment`, after the plan is settled.
 
     Args:
-        store: for claims. placed: for everything else.
+        store: for leases. placed: for everything else.
     """
     peers = replica.peers
     if peers.first:
@@ -134,11 +134,11 @@ def _build_settled(
     work = {"store": placed, "plan": plan, "options": options, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
     if peers.count > 1:
         return build_together(Together(**work, replica=replica))
-    claims = Claims(store, plan.segment, options.claim_expiry_s)
+    leases = Leases(store, plan.segment, options.claim_expiry_s)
     try:
-        _build_pieces(_Job(**work, stop=replica.stop, claims=claims))
+        _build_units(_Job(**work, stop=replica.stop, leases=leases))
     finally:
-        claims.close()
+        leases.close()
     return by_one_process(store, plan, options, replica.stop, lambda: finish_segment(placed, plan))
 
 
@@ -164,8 +164,8 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
         )
 
 
-def _build_pieces(job: _Job) -> None:
-    """Run the teacher over every piece that nobody has committed, and see all of them committed."""
+def _build_units(job: _Job) -> None:
+    """Run the teacher over every work unit that nobody has committed, and see all of them committed."""
     numerics = describe_numerics(
         job.plan.numerics.dtype, job.plan.taps, mesh_sizes(job.mesh), attention=job.decoder.config.attention
     )
@@ -186,7 +186,7 @@ def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progre
             if waiting is not None:
                 keep_batch(job.plan, writer, bar, *waiting)
             waiting = (first, rows, recording, begun)
-            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.piece_rows == 0:
+            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.unit_rows == 0:
                 keep_batch(job.plan, writer, bar, *waiting)
                 waiting = None
         writer.wait()

@@ -1,6 +1,6 @@
-"""A segment's rows in pieces, claimed one by one, and their way to the writer: what building and copying share.
+"""A segment's rows in work units, leased one by one, and their way to the writer: what building and copying share.
 
-A *piece* is the consecutive shards of whole batches. Any number of processes may work on one segment.
+A *work unit* is the consecutive shards of whole batches. Any number of processes may work on one segment.
 """
 
 import random
@@ -16,7 +16,7 @@ from distillcache.cache_builder.record.finish import lists_segment, tidy
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.writer import ShardBuffer, commit_shard
 from distillcache.models.recorder import Recording, raise_if_too_large
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import check_place, committed_shards, read_manifest
 from distillcache.schemas.cache.waiting import Waiting
 from distillcache.schemas.config import ShardWorkers
@@ -28,7 +28,7 @@ from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
 
-POLL_S = 1.0  # how often to look, at first, whether other processes have finished their pieces
+POLL_S = 1.0  # how often to look, at first, whether other processes have finished their work units
 
 Batches = Iterator[tuple[int, list[Row]]]  # (first row, rows)
 
@@ -42,8 +42,8 @@ class RowSource(Protocol):
 
 
 @dataclass(kw_only=True)
-class Pieces:
-    """A segment's rows, in pieces of whole batches and whole shards."""
+class WorkUnits:
+    """A segment's rows, in work units of whole batches and whole shards."""
 
     store: Store
     plan: Plan
@@ -51,44 +51,44 @@ class Pieces:
     stop: StopRequest
 
     @property
-    def piece_rows(self) -> int:
+    def unit_rows(self) -> int:
         return max(self.plan.shard_rows, self.plan.batch_rows)
 
-    def shards_of(self, piece: int) -> list[int]:
-        first = piece * self.piece_rows // self.plan.shard_rows
-        return list(range(first, min(first + self.piece_rows // self.plan.shard_rows, self.plan.num_shards)))
+    def shards_of(self, unit: int) -> list[int]:
+        first = unit * self.unit_rows // self.plan.shard_rows
+        return list(range(first, min(first + self.unit_rows // self.plan.shard_rows, self.plan.num_shards)))
 
-    def piece_of(self, shard: int) -> int:
-        return shard * self.plan.shard_rows // self.piece_rows
+    def unit_of(self, shard: int) -> int:
+        return shard * self.plan.shard_rows // self.unit_rows
 
 
 @dataclass(kw_only=True)
-class ClaimedPieces(Pieces):
-    """Work that processes share by claims."""
+class LeasedUnits(WorkUnits):
+    """Work that processes share by leases."""
 
     options: ShardWorkers
-    claims: Claims
+    leases: Leases
 
 
 def work_through(
-    job: ClaimedPieces, what: str, numerics: NumericsPlan | None, work: Callable[[Batches, ShardWriter, Progress], None]
+    job: LeasedUnits, what: str, numerics: NumericsPlan | None, work: Callable[[Batches, ShardWriter, Progress], None]
 ) -> None:
-    """Let `work` hand the batches of every piece that nobody has committed to the writer, until all are committed.
+    """Let `work` hand the batches of every work unit that nobody has committed to the writer, until all are committed.
 
     Args:
         numerics: where they differ from the plan's.
     """
     progress = Progress(what, job.plan.rows.count * job.plan.rows.row_tokens, unit="tokens")
-    left = {piece: set(job.shards_of(piece)) for piece in range(-(-job.plan.rows.count // job.piece_rows))}
+    left = {unit: set(job.shards_of(unit)) for unit in range(-(-job.plan.rows.count // job.unit_rows))}
 
     def on_commit(shard: int) -> None:
-        piece = left[job.piece_of(shard)]
-        piece.discard(shard)
-        if not piece:
-            job.claims.done(job.piece_of(shard))
+        unit = left[job.unit_of(shard)]
+        unit.discard(shard)
+        if not unit:
+            job.leases.done(job.unit_of(shard))
 
     def commit(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None) -> None:
-        if job.claims.holds(job.piece_of(buffer.shard)):
+        if job.leases.holds(job.unit_of(buffer.shard)):
             commit_shard(store, buffer, numerics)
         else:
             print(f"shard {buffer.shard} is left to the process that took it over meanwhile", file=sys.stderr)
@@ -103,42 +103,42 @@ def work_through(
     )
     with progress as bar:
         try:
-            work(_claimed_batches(job, writer, bar), writer, bar)
+            work(_leased_batches(job, writer, bar), writer, bar)
         finally:
             writer.close()
 
 
-def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> Batches:
-    """(first row, rows) of every teacher batch of the pieces that this process claims, until none is left."""
-    count = -(-job.plan.rows.count // job.piece_rows)
+def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Batches:
+    """(first row, rows) of every teacher batch of the work units that this process leases, until none is left."""
+    count = -(-job.plan.rows.count // job.unit_rows)
     order = _order(count, job.options.process_id, job.options.num_processes)
     committed = _Committed(job, bar)
     pauses = _pauses(job.store, job.options.claim_expiry_s)
-    waiting = Waiting("for pieces that another process has claimed")
+    waiting = Waiting("for work units that another process has leased")
     while True:
         check_place(job.store, job.plan)
         committed.look()
-        order = [piece for piece in order if not committed.has(piece)]
+        order = [unit for unit in order if not committed.has(unit)]
         if not order or _is_finished(job):
             return
         took_any = False
-        for piece in order:
+        for unit in order:
             _stop_if_asked(job.store, job.stop)
-            if committed.has_now(piece) or not job.claims.take(piece):
+            if committed.has_now(unit) or not job.leases.take(unit):
                 continue
-            if all(_has_receipt(job, shard) for shard in job.shards_of(piece)):
-                job.claims.done(piece)
+            if all(_has_receipt(job, shard) for shard in job.shards_of(unit)):
+                job.leases.done(unit)
                 continue
             if _is_finished(job):  # by another process, which took the receipts away
                 return
             took_any = True
-            committed.ours(piece)
-            yield from piece_batches(job, writer, piece)
+            committed.ours(unit)
+            yield from unit_batches(job, writer, unit)
         if took_any:
             pauses = _pauses(job.store, job.options.claim_expiry_s)
             waiting.over()
         else:
-            waiting.tell(job.claims.holder())
+            waiting.tell(job.leases.holder())
             _wait(job.stop, next(pauses))
         _stop_if_asked(job.store, job.stop)
         writer.wait()
@@ -147,7 +147,7 @@ def _claimed_batches(job: ClaimedPieces, writer: ShardWriter, bar: Progress) -> 
 class _Committed:
     """Which shards have a receipt, as far as this process knows; others' are counted as work that need not be done."""
 
-    def __init__(self, job: ClaimedPieces, bar: Progress) -> None:
+    def __init__(self, job: LeasedUnits, bar: Progress) -> None:
         self._job, self._bar = job, bar
         self._shards: set[int] = set()
         self._counted: set[int] = set()
@@ -161,25 +161,25 @@ class _Committed:
             self._bar.skip((stop - start) * self._job.plan.rows.row_tokens)
         self._counted |= self._shards
 
-    def has(self, piece: int) -> bool:
-        return self._shards.issuperset(self._job.shards_of(piece))
+    def has(self, unit: int) -> bool:
+        return self._shards.issuperset(self._job.shards_of(unit))
 
-    def has_now(self, piece: int) -> bool:
-        """`has`, after another look where the last one is old: cheaper than a claim on what others have done."""
+    def has_now(self, unit: int) -> bool:
+        """`has`, after another look where the last one is old: cheaper than a lease on what others have done."""
         if time.monotonic() - self._looked > self._job.options.claim_expiry_s / 4:
             self.look()
-        return self.has(piece)
+        return self.has(unit)
 
-    def ours(self, piece: int) -> None:
-        """This process does the piece, and counts it itself."""
-        self._counted.update(self._job.shards_of(piece))
+    def ours(self, unit: int) -> None:
+        """This process does the work unit, and counts it itself."""
+        self._counted.update(self._job.shards_of(unit))
 
 
 def _order(count: int, process: int, processes: int) -> list[int]:
-    """A process's own pieces, then the others', from a place of its own on, so that not all want the same."""
+    """A process's own work units, then the others', from a place of its own on, so that not all want the same."""
     mine = range(process, count, processes)
     start = process * count // processes
-    others = [piece for piece in (*range(start, count), *range(start)) if piece % processes != process % processes]
+    others = [unit for unit in (*range(start, count), *range(start)) if unit % processes != process % processes]
     return [*mine, *others]
 
 
@@ -200,7 +200,7 @@ def by_one_process(
     """
     if options.num_processes == 1:
         return finish()
-    claims = Claims(store, plan.segment, options.claim_expiry_s, key=layout.finish_claim_key)
+    leases = Leases(store, plan.segment, options.claim_expiry_s, key=layout.finish_lease_key)
     waiting = Waiting("for another process to finish")
     try:
         for pause in _pauses(store, options.claim_expiry_s):
@@ -208,31 +208,31 @@ def by_one_process(
             if manifest is not None and lists_segment(manifest, plan.segment):
                 tidy(store, plan)  # this process may have committed what another took for abandoned
                 return manifest
-            if claims.take(0):
+            if leases.take(0):
                 return finish()
-            waiting.tell(claims.holder())
+            waiting.tell(leases.holder())
             _wait(stop, pause)
             _stop_if_asked(store, stop)
     finally:
-        claims.close()
+        leases.close()
     raise AssertionError("unreachable: there is always another pause")
 
 
-def piece_batches(job: Pieces, writer: ShardWriter, piece: int) -> Batches:
-    """(first row, rows) of every teacher batch of a piece."""
-    start = piece * job.piece_rows
-    stop = min(start + job.piece_rows, job.plan.rows.count)
+def unit_batches(job: WorkUnits, writer: ShardWriter, unit: int) -> Batches:
+    """(first row, rows) of every teacher batch of a work unit."""
+    start = unit * job.unit_rows
+    stop = min(start + job.unit_rows, job.plan.rows.count)
     for first in range(start, stop, job.plan.batch_rows):
         _stop_if_asked(job.store, job.stop)
         writer.check()
         yield first, job.rows.slice(first, min(first + job.plan.batch_rows, stop))
 
 
-def _has_receipt(job: ClaimedPieces, shard: int) -> bool:
+def _has_receipt(job: LeasedUnits, shard: int) -> bool:
     return job.store.read(layout.receipt_key(job.plan.segment, shard)) is not None
 
 
-def _is_finished(job: ClaimedPieces) -> bool:
+def _is_finished(job: LeasedUnits) -> bool:
     """Return whether another process has finished the segment. Its manifest is there before any receipt goes."""
     manifest = read_manifest(job.store)
     return manifest is not None and lists_segment(manifest, job.plan.segment)

@@ -14,7 +14,7 @@ import tensorstore as ts
 import xxhash
 
 from distillcache.models.recorder import SlotSums
-from distillcache.schemas.errors import DistillcacheError, PlaceLostError, StorageError
+from distillcache.schemas.errors import DistillcacheError, FolderTakenError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -106,7 +106,7 @@ def commit_shard(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | Non
         rounded = {phase: round(value, 4) for phase, value in seconds.items()}
         receipt = receipt.model_copy(update={"seconds": ShardSeconds(**rounded, host=socket.gethostname())})
         store.write(layout.receipt_key(plan.segment, shard), to_canonical(receipt))
-    except PlaceLostError:
+    except FolderTakenError:
         raise
     except DistillcacheError as error:
         start, stop = plan.shard_range(shard)

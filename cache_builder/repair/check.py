@@ -5,7 +5,7 @@ small files and of its index.bin; a record of index.bin holds those of a shard's
 of its file of rows (check_shard.py). In a segment that is still being built a shard's receipt stands for its record;
 shards without one are not looked at, and its small files are written anew by the build that goes on.
 
-Damage is told, not raised. Memory: MEMORY_BYTES for objects that are damaged (whole ones are read in pieces), the
+Damage is told, not raised. Memory: MEMORY_BYTES for objects that are damaged (whole ones are read in chunks), the
 names of all keys while the cache is listed, and one stretch of the index.
 """
 
@@ -154,7 +154,7 @@ def _check_shards(store: Store, view: SegmentView, quick: bool, on_checked: Chec
         return check_object(store, view.plan, stored, quick)
 
     for stored, fault in map_windowed(check, objects(), _workers(view.plan)):
-        on_checked("rows_files" if stored.piece is None else "objects", 1)
+        on_checked("rows_files" if stored.tap_object is None else "objects", 1)
         if fault is not None:
             yield fault
     yield from found

@@ -25,7 +25,7 @@ NOT_STORED = 2**64 - 1  # how a shard index marks an inner chunk that is not the
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TapObject:
     """The part of a tap's array that one object holds.
 
     first: the object's first place on the array's slot axis.
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class StoredObject:
-    """The committed facts about one object of a shard, or (without a piece) about its file of rows.
+    """The committed facts about one object of a shard, or (without a tap object) about its file of rows.
 
     rows: those of the cache that it serves.
     """
@@ -50,7 +50,7 @@ class StoredObject:
     rows: tuple[int, int]
     length: int
     digest: str
-    piece: Piece | None = None
+    tap_object: TapObject | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def stored_objects(plan: Plan, first_row: int, shard: int, record: Any) -> Itera
                     rows=rows,
                     length=int(record[f"{part.array}/lengths"][group]),
                     digest=bytes(record[f"{part.array}/objects"][group]).hex(),
-                    piece=Piece(tap, part, first, chunks),
+                    tap_object=TapObject(tap, part, first, chunks),
                 )
 
 
@@ -100,19 +100,19 @@ def check_object(store: Store, plan: Plan, stored: StoredObject, quick: bool) ->
 
 
 def _check_bytes(store: Store, plan: Plan, stored: StoredObject) -> Fault | None:
-    if stored.piece is not None and _stream_digest(store, stored) == stored.digest:
+    if stored.tap_object is not None and _stream_digest(store, stored) == stored.digest:
         return None
     data = store.read(stored.key)
     if data is None:
         return Fault(_finding(plan, stored, "missing", f"{stored.length} bytes were committed"))
     found = digest_bytes(data)
     if found == stored.digest:
-        return None if stored.piece is not None else _check_rows(plan, stored, data)
+        return None if stored.tap_object is not None else _check_rows(plan, stored, data)
     if len(data) != stored.length:
         return Fault(_length_finding(plan, stored, len(data)), found)
-    if stored.piece is None:
+    if stored.tap_object is None:
         return Fault(_finding(plan, stored, "damaged", f"digest {found}, committed {stored.digest}"), found)
-    right, readable = _compare_chunks(plan, stored.piece, data)
+    right, readable = _compare_chunks(plan, stored.tap_object, data)
     if readable.all() and right.size > 1 and not right.any():
         return Fault(_finding(plan, stored, "stale", "all of its chunks are readable, and none was committed"), found)
     detail = f"{np.count_nonzero(~right)} of {right.size} chunks are not what was committed"
@@ -120,16 +120,16 @@ def _check_bytes(store: Store, plan: Plan, stored: StoredObject) -> Fault | None
 
 
 def _stream_digest(store: Store, stored: StoredObject) -> str | None:
-    """The digest of an object, read in pieces; None where it is not there in its full length."""
+    """The digest of an object, read in chunks; None where it is not there in its full length."""
     if not store.length_is(stored.key, stored.length):
         return None
     step = LOCAL_READ_BYTES if store.local is not None else BUCKET_READ_BYTES
     digest = xxhash.xxh3_128()
     for start in range(0, stored.length, step):
-        piece = store.read(stored.key, slice(start, min(start + step, stored.length)))
-        if piece is None:
+        tap_object = store.read(stored.key, slice(start, min(start + step, stored.length)))
+        if tap_object is None:
             return None
-        digest.update(piece)
+        digest.update(tap_object)
     return digest.hexdigest()
 
 
@@ -147,13 +147,13 @@ def _check_rows(plan: Plan, stored: StoredObject, data: bytes) -> Fault | None:
 
 
 def _compare_chunks(
-    plan: Plan, piece: Piece, data: bytes
+    plan: Plan, tap_object: TapObject, data: bytes
 ) -> tuple[Bool[np.ndarray, "rows slots"], Bool[np.ndarray, "rows slots"]]:
     """Compare every inner chunk in an object's bytes with the committed one, and check that it can be read at all."""
-    rows, slots = piece.chunks.shape
+    rows, slots = tap_object.chunks.shape
     metadata = {
-        **part_metadata(plan, piece.part),
-        "shape": [rows, slots, plan.rows.row_tokens, piece.part.width],
+        **part_metadata(plan, tap_object.part),
+        "shape": [rows, slots, plan.rows.row_tokens, tap_object.part.width],
     }
     array = _memory_array(data, "c/0/0/0/0", metadata)
     right, readable = np.zeros((rows, slots), bool), np.zeros((rows, slots), bool)
@@ -164,7 +164,7 @@ def _compare_chunks(
             readable[row, slot] = read.exception() is None
             if readable[row, slot]:
                 codes = np.ascontiguousarray(read.result())
-                right[row, slot] = xxhash.xxh3_64_intdigest(codes.data) == int(piece.chunks[row, slot])
+                right[row, slot] = xxhash.xxh3_64_intdigest(codes.data) == int(tap_object.chunks[row, slot])
     return right, readable
 
 
@@ -173,19 +173,19 @@ def _check_quickly(store: Store, plan: Plan, stored: StoredObject) -> Fault | No
         return Fault(_finding(plan, stored, "missing", f"{stored.length} bytes were committed"))
     if not store.length_is(stored.key, stored.length):
         return Fault(_length_finding(plan, stored, len(store.read(stored.key) or b"")))
-    if stored.piece is None:
+    if stored.tap_object is None:
         return None
-    fault = _shard_index_fault(store, plan, stored, stored.piece)
+    fault = _shard_index_fault(store, plan, stored, stored.tap_object)
     return None if fault is None else Fault(_finding(plan, stored, "damaged", fault))
 
 
-def _shard_index_fault(store: Store, plan: Plan, stored: StoredObject, piece: Piece) -> str | None:
+def _shard_index_fault(store: Store, plan: Plan, stored: StoredObject, tap_object: TapObject) -> str | None:
     """Check an object's shard index: the zarr3 sharding codec encodes it as an array of its own.
 
     `[R, Lc, 1, 1, 2]` uint64: offset and length of every inner chunk. It ends the object.
     """
-    metadata = part_metadata(plan, piece.part)
-    shape = [plan.shard_rows, piece.part.slots_per_object, 2]
+    metadata = part_metadata(plan, tap_object.part)
+    shape = [plan.shard_rows, tap_object.part.slots_per_object, 2]
     size = 8 * math.prod(shape) + 4  # the crc32c
     tail = store.read(stored.key, slice(stored.length - size, stored.length)) or b""
     index = _memory_array(
@@ -203,7 +203,7 @@ def _shard_index_fault(store: Store, plan: Plan, stored: StoredObject, piece: Pi
     reading = index.read()
     if reading.exception() is not None:
         return "its shard index does not fit its crc32c"
-    rows, slots = piece.chunks.shape
+    rows, slots = tap_object.chunks.shape
     offsets, lengths = np.moveaxis(reading.result()[:rows, :slots], 2, 0)
     if (offsets == NOT_STORED).any():
         return f"{np.count_nonzero(offsets == NOT_STORED)} chunks are not stored"
@@ -230,8 +230,8 @@ def _finding(
     plan: Plan, stored: StoredObject, what: What, detail: str, wrong: Bool[np.ndarray, "rows slots"] | None = None
 ) -> Finding:
     """`wrong`: which inner chunks cannot be trusted; None: none of them can."""
-    rows, piece = stored.rows, stored.piece
-    if piece is not None and wrong is not None:
+    rows, tap_object = stored.rows, stored.tap_object
+    if tap_object is not None and wrong is not None:
         places = np.flatnonzero(wrong.any(axis=1))
         rows = (rows[0] + int(places[0]), rows[0] + int(places[-1]) + 1) if len(places) else None
     return Finding(
@@ -241,16 +241,16 @@ def _finding(
         segment=plan.segment,
         shard=stored.shard,
         rows=rows,
-        tap=piece.tap.name if piece is not None else None,
-        slots=() if piece is None else _affected_slots(piece, wrong),
+        tap=tap_object.tap.name if tap_object is not None else None,
+        slots=() if tap_object is None else _affected_slots(tap_object, wrong),
     )
 
 
-def _affected_slots(piece: Piece, wrong: Bool[np.ndarray, "rows slots"] | None) -> tuple[int, ...]:
+def _affected_slots(tap_object: TapObject, wrong: Bool[np.ndarray, "rows slots"] | None) -> tuple[int, ...]:
     """The tap's slots whose numbers depend on these chunks: with delta coding, all up to the next keyframe."""
-    tap, every = piece.tap, piece.part.every
-    hit = np.arange(piece.chunks.shape[1]) if wrong is None else np.flatnonzero(wrong.any(axis=0))
-    stored = [(piece.first + int(place)) * every for place in hit]
+    tap, every = tap_object.tap, tap_object.part.every
+    hit = np.arange(tap_object.chunks.shape[1]) if wrong is None else np.flatnonzero(wrong.any(axis=0))
+    stored = [(tap_object.first + int(place)) * every for place in hit]
     if not tap.delta:
         return tuple(tap.slots[place] for place in stored)
     group = tap.keyframe_every or len(tap.slots)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from distillcache.cache_builder.grow.copying import Copying, SelectedRows, copied_files
 from distillcache.cache_builder.record.pipeline import ShardWriter
-from distillcache.cache_builder.record.work_units import Batches, Pieces, RowSource
+from distillcache.cache_builder.record.work_units import Batches, RowSource, WorkUnits
 from distillcache.cache_builder.repair.from_teacher import check_whole, damages_of, drop_receipts, tell_repaired
 from distillcache.cache_builder.repair.lost_manifest import lost_files, rebuild_manifest
 from distillcache.cache_builder.repair.restore import mend_segment
@@ -118,7 +118,7 @@ class _FromSource:
         """The source's rows."""
         return self._rows
 
-    def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+    def run(self, job: WorkUnits, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Transcode these batches as the copy did."""
         Copying(self.plan, self._rows).run(batches, writer, bar)
 

@@ -23,7 +23,7 @@ from distillcache.cache_builder.record.identity import config_differences
 from distillcache.cache_builder.record.inputs import open_or_prepare
 from distillcache.cache_builder.record.loop import Work, record_batches
 from distillcache.cache_builder.record.pipeline import ShardWriter
-from distillcache.cache_builder.record.work_units import Batches, Pieces, RowSource
+from distillcache.cache_builder.record.work_units import Batches, RowSource, WorkUnits
 from distillcache.cache_builder.repair.check import check_cache
 from distillcache.cache_builder.repair.finding import Finding
 from distillcache.cache_builder.repair.lost_manifest import lost_files, rebuild_manifest
@@ -149,8 +149,8 @@ def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
         for shard in {shard for shard in mine if shard is not None}:
             store.delete(layout.receipt_key(plan.segment, shard))
             # Its builder may be alive and hold it as done; that would have to expire first.
-            piece = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
-            store.delete(layout.claim_key(plan.segment, piece))
+            unit = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
+            store.delete(layout.lease_key(plan.segment, unit))
 
 
 def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
@@ -303,7 +303,7 @@ class _FromTeacher:
     def _whole(self) -> "_CacheRows":
         return _CacheRows(self.store, self.base)
 
-    def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+    def run(self, job: WorkUnits, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Run the teacher over these batches."""
         work = Work(
             store=job.store, plan=job.plan, rows=job.rows, stop=job.stop, decoder=self._decoder, mesh=self._mesh

@@ -13,7 +13,7 @@ from distillcache.cache_builder.repair.finding import Finding
 from distillcache.cache_builder.repair.survey import SegmentView, Survey
 from distillcache.schemas.cache.agreement import check_stats
 from distillcache.schemas.cache.segment import read_manifest, segment_number
-from distillcache.schemas.errors import DamageError, PlaceLostError
+from distillcache.schemas.errors import DamageError, FolderTakenError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -56,21 +56,21 @@ def rebuild_manifest(
     placed = survey.store.guarded(lambda: _check_unchanged(survey.store, manifest, views))
     _, generation = survey.store.read_with_generation(layout.MANIFEST)  # damaged bytes, or none
     if not placed.replace_whole(layout.MANIFEST, to_canonical(manifest), generation):
-        raise _place_lost(survey.store)
+        raise _folder_taken(survey.store)
 
 
 def _check_unchanged(store: Store, manifest: Manifest, views: Sequence[SegmentView]) -> None:
-    """Raise `PlaceLostError` where the plans and indexes are others by now, or another process wrote a manifest."""
+    """Raise `FolderTakenError` where the plans and indexes are others by now, or another process wrote a manifest."""
     try:
         written = read_manifest(store) is not None
     except DamageError:
         written = False
     if written or _manifest_of(store, views) != manifest:
-        raise _place_lost(store)
+        raise _folder_taken(store)
 
 
-def _place_lost(store: Store) -> PlaceLostError:
-    return PlaceLostError(
+def _folder_taken(store: Store) -> FolderTakenError:
+    return FolderTakenError(
         "the cache was deleted, built anew or repaired while this repair went on or was paused",
         {"cache": store.url},
         "nothing was written; run the command again",

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from distillcache.cache_builder.record.finish import total_stats
 from distillcache.cache_builder.record.pipeline import ShardWriter
-from distillcache.cache_builder.record.work_units import Batches, Pieces, RowSource, piece_batches
+from distillcache.cache_builder.record.work_units import Batches, RowSource, WorkUnits, unit_batches
 from distillcache.cache_builder.record.writer import ShardBuffer, encode_shard
 from distillcache.cache_builder.repair.check import receipt_records
 from distillcache.cache_builder.repair.check_shard import check_object, stored_objects
@@ -21,7 +21,7 @@ from distillcache.cache_builder.repair.finding import Finding
 from distillcache.cache_builder.repair.survey import SegmentView
 from distillcache.models.describe import describe_numerics
 from distillcache.schemas.cache.segment import read_manifest, read_receipt, segment_number
-from distillcache.schemas.errors import DamageError, DistillcacheError, PlaceLostError, PlanMismatchError
+from distillcache.schemas.errors import DamageError, DistillcacheError, FolderTakenError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -107,14 +107,14 @@ class Damage:
 
 
 def check_listed(store: Store, entry: SegmentEntry, tokenizer_digest: str) -> None:
-    """Raise `PlaceLostError` unless the manifest lists the segment as it did when it was checked.
+    """Raise `FolderTakenError` unless the manifest lists the segment as it did when it was checked.
 
     So a repair that was paused while its cache was deleted, or built anew with another plan, writes nothing there.
     """
     now = read_manifest(store)
     if now is not None and entry in now.segments and now.tokenizer_digest == tokenizer_digest:
         return
-    raise PlaceLostError(
+    raise FolderTakenError(
         "the cache that is repaired was deleted or built anew while the repair went on or was paused",
         {"cache": store.url, "segment": entry.segment},
         "nothing more was written; run the command again if what is there now is to be repaired",
@@ -132,7 +132,7 @@ class Maker(Protocol):
         """Return the source of these shards' rows."""
         ...
 
-    def run(self, job: Pieces, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
+    def run(self, job: WorkUnits, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Hand the codes of all these batches to the writer."""
         ...
 
@@ -192,22 +192,22 @@ def _is_repaired(damage: Damage, shard: int) -> bool:
 
 
 def _make_again(damage: Damage, maker: Maker, shards: Set[int], stop: StopRequest, max_bytes: int) -> None:
-    """Go over the whole pieces that hold these shards, and put back what is damaged of them."""
+    """Go over the whole work units that hold these shards, and put back what is damaged of them."""
     plan = damage.plan
 
     def commit(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None) -> None:
         if buffer.shard in shards:
             _put_back(damage, buffer)
 
-    pieces, touched = pieces_of(plan, shards)
-    job = Pieces(store=damage.store, plan=plan, rows=maker.rows(touched), stop=stop)
+    units, touched = units_of(plan, shards)
+    job = WorkUnits(store=damage.store, plan=plan, rows=maker.rows(touched), stop=stop)
     writer = ShardWriter(
         damage.store, plan, max_bytes=max_bytes, numerics=None, on_commit=lambda shard: None, commit=commit
     )
 
     def batches() -> Iterator[tuple[int, list[Row]]]:
-        for piece in pieces:
-            yield from piece_batches(job, writer, piece)
+        for unit in units:
+            yield from unit_batches(job, writer, unit)
 
     tokens = sum(stop - start for start, stop in map(plan.shard_range, touched)) * plan.rows.row_tokens
     with Progress("repair", tokens, unit="tokens") as bar:
@@ -217,12 +217,12 @@ def _make_again(damage: Damage, maker: Maker, shards: Set[int], stop: StopReques
             writer.close()
 
 
-def pieces_of(plan: Plan, shards: Set[int]) -> tuple[list[int], set[int]]:
-    """The pieces that hold these shards, and all shards of those pieces."""
-    piece_rows = max(plan.shard_rows, plan.batch_rows)
-    pieces = sorted({shard * plan.shard_rows // piece_rows for shard in shards})
-    touched = {shard for shard in range(plan.num_shards) if shard * plan.shard_rows // piece_rows in set(pieces)}
-    return pieces, touched
+def units_of(plan: Plan, shards: Set[int]) -> tuple[list[int], set[int]]:
+    """The work units that hold these shards, and all shards of those work units."""
+    unit_rows = max(plan.shard_rows, plan.batch_rows)
+    units = sorted({shard * plan.shard_rows // unit_rows for shard in shards})
+    touched = {shard for shard in range(plan.num_shards) if shard * plan.shard_rows // unit_rows in set(units)}
+    return units, touched
 
 
 def _put_back(damage: Damage, buffer: ShardBuffer) -> None:

@@ -215,9 +215,9 @@ def _belongs(name: str, view: SegmentView) -> bool:
         return known and view.key(name) == layout.object_key(plan.segment, array, shard, group)
     if match := _SHARD_FILE.fullmatch(name):
         number = int(match[2])
-        spelled = {"rows": layout.rows_key, "receipts": layout.receipt_key, "claims": layout.claim_key}[match[1]]
+        spelled = {"rows": layout.rows_key, "receipts": layout.receipt_key, "claims": layout.lease_key}[match[1]]
         right = number < plan.num_shards and view.key(name) == spelled(plan.segment, number)
         return right and (building or match[1] == "rows")
-    if building and view.key(name) == layout.finish_claim_key(plan.segment, 0):
+    if building and view.key(name) == layout.finish_lease_key(plan.segment, 0):
         return True
     return building and name.startswith("prepared/")

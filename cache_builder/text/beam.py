@@ -4,7 +4,7 @@
     gs://...
 
 What stands behind `--` is Beam's own. The pipeline does the work of shared.py, in the same unfinished folder
-and with the same receipts: Beam hands the pieces out in the place of claims. So the rows are the same bytes, and a
+and with the same receipts: Beam hands the work units out in the place of leases. So the rows are the same bytes, and a
 pipeline that failed goes on from what is receipted, as a pipeline or not.
 
 Workers need this package (`--sdk_container_image`, or `--setup_file`), and must reach the corpus and the rows folder.
@@ -22,13 +22,13 @@ from distillcache.cache_builder.text.rows_place import keeping_rows, remove_mark
 from distillcache.cache_builder.text.shared import finish_rows, gather_streams, write_packed
 from distillcache.cache_builder.text.token_stream import (
     UNFINISHED,
-    PartsStream,
+    ChunkStream,
     StreamIndex,
     Unfinished,
     Watch,
     job_fingerprint,
     skipped_in,
-    write_parts,
+    write_chunks,
 )
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import PrepareConfig
@@ -93,12 +93,12 @@ class _Step(beam.DoFn):
         use(self._config.storage)
         fingerprint = job_fingerprint(self._job)
         self._folder = Unfinished(keeping_rows(Store(self._config.out), fingerprint), fingerprint)
-        self._streams: tuple[PartsStream, RowsPlanned, StreamIndex] | None = None
+        self._streams: tuple[ChunkStream, RowsPlanned, StreamIndex] | None = None
 
-    def _planned(self) -> tuple[PartsStream, RowsPlanned, StreamIndex]:
+    def _planned(self) -> tuple[ChunkStream, RowsPlanned, StreamIndex]:
         if self._streams is None:
             index = gather_streams(self._folder, len(self._job.files))
-            stream = PartsStream(self._folder, index)
+            stream = ChunkStream(self._folder, index)
             skipped = len(skipped_in(index, self._job))
             self._streams = stream, plan_rows(self._job, stream.length, skipped), index
         return self._streams
@@ -107,7 +107,7 @@ class _Step(beam.DoFn):
 class _Tokenise(_Step):
     def process(self, number: int) -> Iterator[int]:
         if self._folder.read_receipt(number) is None:
-            write_parts(self._folder, self._job, number, Watch(), digest_only=False)
+            write_chunks(self._folder, self._job, number, Watch(), digest_only=False)
         yield number
 
 

@@ -9,7 +9,7 @@ that make the same rows share one mark. The newest command is right about a fold
 from pydantic import Field
 
 from distillcache.schemas.config import Config
-from distillcache.schemas.errors import PlaceLostError
+from distillcache.schemas.errors import FolderTakenError
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import INDEX_KEY
 from distillcache.schemas.store.store import Store
@@ -27,7 +27,7 @@ def take_place(store: Store, fingerprint: str) -> None:
 
 
 def keeping_rows(store: Store, fingerprint: str) -> Store:
-    """The store for writing rows with, until the folder is another's or finished; then it raises `PlaceLostError`."""
+    """The store for writing rows with, until the folder is another's or finished; then it raises `FolderTakenError`."""
     return store.guarded(lambda: _check(store, fingerprint))
 
 
@@ -46,7 +46,7 @@ def _check(store: Store, fingerprint: str) -> None:
     finished = store.read(INDEX_KEY, slice(0, 0)) is not None
     if is_place_of(store, fingerprint) and not finished:
         return
-    raise PlaceLostError(
+    raise FolderTakenError(
         "the folder is no longer the place of these rows: it was finished, deleted or given to others meanwhile",
         {"rows": store.url, "finished": "yes" if finished else "no"},
         "nothing more was written; run the command again if its rows are still wanted, in a folder of their own",

@@ -1,9 +1,9 @@
-"""Rows by many processes: input files are shared out, then files of rows, through claims in the store alone.
+"""Rows by many processes: input files are shared out, then files of rows, through leases in the store alone.
 
-Every process goes through the same three stages. A piece of work is claimed, done and receipted; who dies is replaced
-by whoever sees its claim expire; and what is receipted is never done again, so that a killed command goes on.
+Every process goes through the same three stages. A work unit is leased, done and receipted; who dies is replaced
+by whoever sees its lease expire; and what is receipted is never done again, so that a killed command goes on.
 
-    1. every input file      -> parts of the token stream, and a receipt with the file's digest
+    1. every input file      -> chunks of the token stream, and a receipt with the file's digest
     2. every file of rows    -> a pure function of the stream (packing.py)
     3. once                  -> the digest of all records, rows.json, and the unfinished folder goes
 """
@@ -26,20 +26,20 @@ from distillcache.cache_builder.text.rows_files import (
 from distillcache.cache_builder.text.rows_place import keeping_rows, remove_mark
 from distillcache.cache_builder.text.token_stream import (
     UNFINISHED,
+    ChunksGone,
+    ChunkStream,
     FileReceipt,
-    PartsGone,
-    PartsStream,
     StreamIndex,
     Unfinished,
     Watch,
-    claim_key,
     job_fingerprint,
+    lease_key,
     skipped_in,
-    write_parts,
+    write_chunks,
 )
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.waiting import Waiting
-from distillcache.schemas.errors import DamageError, Interrupted, PlaceLostError, StorageError
+from distillcache.schemas.errors import DamageError, FolderTakenError, Interrupted, StorageError
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, RowsFile
 from distillcache.schemas.runtime.progress import Progress
@@ -75,13 +75,13 @@ def prepare_shared(store: Store, job: RowsJob, share: Share, stop: StopRequest, 
         digest = None
         try:
             digest = work.through()
-        except PartsGone:
+        except ChunksGone:
             pass
-        except (StorageError, DamageError, PlaceLostError):  # over what another process has tidied up, perhaps
+        except (StorageError, DamageError, FolderTakenError):  # over what another process has tidied up, perhaps
             if store.read(INDEX_KEY) is None:
                 raise
         finally:
-            work.claims.close()
+            work.leases.close()
         if store.read(INDEX_KEY) is not None:
             store.delete_folder(UNFINISHED)  # what came late may have begun it anew
             remove_mark(store)
@@ -101,11 +101,11 @@ class _Work:
         fingerprint = job_fingerprint(job)
         self._folder = Unfinished(keeping_rows(store, fingerprint), fingerprint)
         self._receipts: dict[int, FileReceipt] = {}
-        self.claims = Claims(store, self._folder.fingerprint, share.claim_expiry_s, key=claim_key)
+        self.leases = Leases(store, self._folder.fingerprint, share.claim_expiry_s, key=lease_key)
 
     def through(self) -> str:
         index = self._folder.read_streams() or self._read_files()
-        stream = PartsStream(self._folder, index)
+        stream = ChunkStream(self._folder, index)
         planned = plan_rows(self._job, stream.length, len(skipped_in(index, self._job)))
         self._write_rows(stream, planned)
         self._share_out(
@@ -117,7 +117,7 @@ class _Work:
         return text_digest_of(index, self._job)
 
     def _read_files(self) -> StreamIndex:
-        """Stage 1: the parts of every file."""
+        """Stage 1: the chunks of every file."""
         sizes = [file.size for file in self._job.files]
         with self._bar("prepare", sum(sizes) // KB, "kB") as bar:
             counted: set[int] = set()
@@ -130,14 +130,14 @@ class _Work:
 
             def read_file(number: int) -> None:
                 watch = _BarWatch(self._stop, bar, self._store)
-                receipt = write_parts(self._folder, self._job, number, watch, digest_only=self._is_beyond(number))
+                receipt = write_chunks(self._folder, self._job, number, watch, digest_only=self._is_beyond(number))
                 self._receipts[number] = receipt
                 counted.add(number)
 
             self._share_out(range(len(sizes)), 0, finished, read_file)
         return gather_streams(self._folder, len(sizes))
 
-    def _write_rows(self, stream: PartsStream, planned: RowsPlanned) -> None:
+    def _write_rows(self, stream: ChunkStream, planned: RowsPlanned) -> None:
         """Stage 2: every file of rows."""
         with self._bar("pack", planned.rows, "rows") as bar:
 
@@ -150,50 +150,50 @@ class _Work:
             )
 
     def _share_out(
-        self, pieces: Sequence[int], first_claim: int, finished: Callable[[], set[int]], work: Callable[[int], None]
+        self, units: Sequence[int], first_lease: int, finished: Callable[[], set[int]], work: Callable[[int], None]
     ) -> None:
-        """Claim and do pieces, until all are finished, here or elsewhere.
+        """Lease and do work units, until all are finished, here or elsewhere.
 
         Args:
-            first_claim: the claim of piece 0; the others follow.
-            finished: looks which pieces are.
+            first_lease: the lease of work unit 0; the others follow.
+            finished: looks which work units are.
         """
-        left, pause, waiting = self._in_order(pieces), POLL_S, Waiting("for what another process prepares")
+        left, pause, waiting = self._in_order(units), POLL_S, Waiting("for what another process prepares")
         while True:
             done = finished()
-            left = [piece for piece in left if piece not in done]
+            left = [unit for unit in left if unit not in done]
             if not left:
                 return
             worked = False
-            for piece in left:
+            for unit in left:
                 stop_if_asked(self._stop, self._store)
-                if not self.claims.take(first_claim + piece):
+                if not self.leases.take(first_lease + unit):
                     continue
                 worked = True
-                # Since `done` was read, another process may have finished it. This claim is then held until `close`
-                # removes it, since the folder with its claims may be gone.
-                if piece not in finished():
+                # Since `done` was read, another process may have finished it. This lease is then held until `close`
+                # removes it, since the folder with its leases may be gone.
+                if unit not in finished():
                     self._raise_if_all_is_done()
-                    work(piece)
-                    self.claims.done(first_claim + piece)
+                    work(unit)
+                    self.leases.done(first_lease + unit)
             pause = POLL_S if worked else min(2 * pause, LONGEST_POLL_S)
             if worked:
                 waiting.over()
             else:
-                waiting.tell(self.claims.holder())
+                waiting.tell(self.leases.holder())
                 time.sleep(pause)
 
     def _raise_if_all_is_done(self) -> None:
         """A receipt that is not there may have gone with the folder: `rows.json` is there before any goes."""
         if self._store.read(INDEX_KEY) is not None:
-            raise PartsGone(INDEX_KEY)
+            raise ChunksGone(INDEX_KEY)
 
-    def _in_order(self, pieces: Sequence[int]) -> list[int]:
+    def _in_order(self, units: Sequence[int]) -> list[int]:
         """One's own first. Where rows are limited, front to back: what comes late may not matter at all."""
         if self._job.most_tokens is not None:
-            return list(pieces)
-        mine = [piece for piece in pieces if piece % self._share.num_processes == self._share.process_id]
-        return mine + sorted(set(pieces) - set(mine))
+            return list(units)
+        mine = [unit for unit in units if unit % self._share.num_processes == self._share.process_id]
+        return mine + sorted(set(units) - set(mine))
 
     def _is_beyond(self, number: int) -> bool:
         """Return whether the files before this one are known to fill all rows that are asked for."""
@@ -241,27 +241,27 @@ def gather_streams(folder: Unfinished, files: int) -> StreamIndex:
     """All receipts in one, once they are there; the first to ask writes it for the others.
 
     Raises:
-        PartsGone: a receipt is not there any more.
+        ChunksGone: a receipt is not there any more.
     """
     index = folder.read_streams()
     if index is not None:
         return index
     receipts = [receipt for receipt in read_receipts(folder, range(files)) if receipt is not None]
     if len(receipts) < files:
-        raise PartsGone(folder.streams_key)
+        raise ChunksGone(folder.streams_key)
     index = StreamIndex(files=tuple(receipts))
     folder.store.create(folder.streams_key, to_canonical(index))
     return index
 
 
-def write_packed(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, number: int) -> RowsFile:
+def write_packed(folder: Unfinished, stream: ChunkStream, planned: RowsPlanned, number: int) -> RowsFile:
     """Store one file of rows, then its receipt."""
     file = write_rows_file(folder.store, number, planned.records(stream, number))
     folder.store.write(folder.receipt_key("rows", number), to_canonical(file))
     return file
 
 
-def finish_rows(folder: Unfinished, stream: PartsStream, planned: RowsPlanned, index: StreamIndex) -> None:
+def finish_rows(folder: Unfinished, stream: ChunkStream, planned: RowsPlanned, index: StreamIndex) -> None:
     """The digest of all rows, and `rows.json`. Safe to repeat."""
     job, store = planned.job, folder.store
     with ThreadPoolExecutor(REQUESTS) as pool:
@@ -283,5 +283,5 @@ def _read_rows_receipt(folder: Unfinished, number: int) -> RowsFile:
     key = folder.receipt_key("rows", number)
     data = folder.store.read(key)
     if data is None:
-        raise PartsGone(key)
+        raise ChunksGone(key)
     return from_canonical(RowsFile, data, folder.store.where(key))

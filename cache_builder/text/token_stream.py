@@ -2,8 +2,8 @@
 
     <out>/unfinished/<fingerprint>/
         claims/                     who is at work on what
-        tokens/00003/00000          a *part*: marked tokens of input file 3
-        files/00003.json            the receipt of input file 3: its digest and its parts
+        tokens/00003/00000          a *chunk*: marked tokens of input file 3
+        files/00003.json            the receipt of input file 3: its digest and its chunks
         streams.json                all receipts in one, once they are there
         rows/00007.json             the receipt of one file of rows
 
@@ -33,30 +33,30 @@ from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
 
 UNFINISHED = "unfinished"
-PART_TOKENS = 1 << 22  # 20 MiB: few objects, and two of them are held while rows are packed
-PARTS_KEPT = 2  # rows are packed front to back: one part is read on, the next begun
+CHUNK_TOKENS = 1 << 22  # 20 MiB: few objects, and two of them are held while rows are packed
+CHUNKS_KEPT = 2  # rows are packed front to back: one chunk is read on, the next begun
 
 
-class PartEntry(Config):
-    """One part of an input file's tokens."""
+class ChunkEntry(Config):
+    """One chunk of an input file's tokens."""
 
     tokens: int
     documents: int
-    digest: str = Field(description="of the part's bytes")
+    digest: str = Field(description="of the chunk's bytes")
 
 
 class FileReceipt(Config):
     """An input file that is read and tokenised as far as it matters."""
 
     line: str = Field(description="the file's line in the digest of the text")
-    parts: tuple[PartEntry, ...]
+    parts: tuple[ChunkEntry, ...]
     skipped: tuple[SkippedRecord, ...] = Field(
         default=(), exclude_if=lambda value: not value, description="what data.on_error left out"
     )
 
     @property
     def tokens(self) -> int:
-        return sum(part.tokens for part in self.parts)
+        return sum(chunk.tokens for chunk in self.parts)
 
 
 class StreamIndex(Config):
@@ -76,7 +76,7 @@ def skipped_in(index: StreamIndex, job: RowsJob) -> list[Skipped]:
     return found
 
 
-class PartsGone(Exception):
+class ChunksGone(Exception):
     """Raised if the unfinished folder's content is gone: the rows are finished, or the folder was deleted."""
 
 
@@ -91,8 +91,8 @@ class Unfinished:
         """kind: `files` or `rows`."""
         return f"{self._prefix}/{kind}/{number:05d}.json"
 
-    def part_key(self, file: int, part: int) -> str:
-        return f"{self._prefix}/tokens/{file:05d}/{part:05d}"
+    def chunk_key(self, file: int, chunk: int) -> str:
+        return f"{self._prefix}/tokens/{file:05d}/{chunk:05d}"
 
     @property
     def streams_key(self) -> str:
@@ -113,16 +113,16 @@ class Unfinished:
         return None if data is None else from_canonical(StreamIndex, data, self.store.where(self.streams_key))
 
 
-def claim_key(fingerprint: str, piece: int) -> str:
-    return f"{UNFINISHED}/{fingerprint}/claims/{piece:05d}.json"
+def lease_key(fingerprint: str, unit: int) -> str:
+    return f"{UNFINISHED}/{fingerprint}/claims/{unit:05d}.json"
 
 
 def job_fingerprint(job: RowsJob) -> str:
-    """Digest everything that determines the parts and the rows; the location of the files does not."""
+    """Digest everything that determines the chunks and the rows; the location of the files does not."""
     settings = job.data.model_dump(mode="json", exclude={"path", "tokenizer"})
     template = None if job.tokenizer.chat is None or job.data.format != "chat" else job.tokenizer.chat.digest
     files = [[file.kind, file.size, file.version] for file in job.files]
-    content = [settings, job.tokenizer.digest, template, job.rows_per_file, PART_TOKENS, files]
+    content = [settings, job.tokenizer.digest, template, job.rows_per_file, CHUNK_TOKENS, files]
     return digest_bytes(json.dumps(content, sort_keys=True).encode())
 
 
@@ -131,24 +131,26 @@ def rows_fingerprint(data: DataConfig, tokenizer: TextTokenizer) -> str:
     return job_fingerprint(RowsJob(data, tokenizer, tuple(input_files(data)), 0))
 
 
-def write_parts(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *, digest_only: bool) -> FileReceipt:
-    """Read input file `number`, store its tokens in parts, then its receipt.
+def write_chunks(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", *, digest_only: bool) -> FileReceipt:
+    """Read input file `number`, store its tokens in chunks, then its receipt.
 
     Args:
         watch: is told how much is read, and may stop the work.
         digest_only: its tokens are known not to matter.
     """
-    file, parts, skipped = job.files[number], [], []
+    file, chunks, skipped = job.files[number], [], []
     with InputReader(file) as reader:
         if not digest_only:
             pace = Pace(reader)
             found = job.marked(file, reader, pace)
             with closing(found):
-                for part in _parts(_watched(found, pace, watch), job, skipped):
-                    data = part.tobytes()
-                    folder.store.write(folder.part_key(number, len(parts)), data)
-                    parts.append(PartEntry(tokens=part.size, documents=count_begins(part), digest=digest_bytes(data)))
-        receipt = FileReceipt(line=reader.finish(), parts=tuple(parts), skipped=tuple(skipped))
+                for chunk in _chunks(_watched(found, pace, watch), job, skipped):
+                    data = chunk.tobytes()
+                    folder.store.write(folder.chunk_key(number, len(chunks)), data)
+                    chunks.append(
+                        ChunkEntry(tokens=chunk.size, documents=count_begins(chunk), digest=digest_bytes(data))
+                    )
+        receipt = FileReceipt(line=reader.finish(), parts=tuple(chunks), skipped=tuple(skipped))
     folder.store.write(folder.receipt_key("files", number), to_canonical(receipt))
     return receipt
 
@@ -166,8 +168,8 @@ def _watched(found: Iterator[np.ndarray | Skipped], pace: Pace, watch: Watch) ->
         yield marked
 
 
-def _parts(found: Iterator[np.ndarray | Skipped], job: RowsJob, skipped: list[SkippedRecord]) -> Iterator[np.ndarray]:
-    """Documents joined to parts of PART_TOKENS or somewhat more, until no further one matters.
+def _chunks(found: Iterator[np.ndarray | Skipped], job: RowsJob, skipped: list[SkippedRecord]) -> Iterator[np.ndarray]:
+    """Documents joined to chunks of CHUNK_TOKENS or somewhat more, until no further one matters.
 
     Args:
         skipped: gets the notes of what was left out.
@@ -180,7 +182,7 @@ def _parts(found: Iterator[np.ndarray | Skipped], job: RowsJob, skipped: list[Sk
             continue
         gathered.append(marked)
         size, total = size + marked.size, total + marked.size
-        if size >= PART_TOKENS:
+        if size >= CHUNK_TOKENS:
             yield np.concatenate(gathered)
             gathered, size = [], 0
         if job.is_enough(total):
@@ -189,18 +191,18 @@ def _parts(found: Iterator[np.ndarray | Skipped], job: RowsJob, skipped: list[Sk
         yield np.concatenate(gathered)
 
 
-class PartsStream:
-    """The token stream that the parts of all files make."""
+class ChunkStream:
+    """The token stream that the chunks of all files make."""
 
     def __init__(self, folder: Unfinished, index: StreamIndex) -> None:
         self._folder = folder
-        self._parts = [
-            (file, number, part)
+        self._chunks = [
+            (file, number, chunk)
             for file, receipt in enumerate(index.files)
-            for number, part in enumerate(receipt.parts)
+            for number, chunk in enumerate(receipt.parts)
         ]
-        self._ends = list(accumulate(part.tokens for _, _, part in self._parts))
-        self._load = lru_cache(maxsize=PARTS_KEPT)(self._load_part)
+        self._ends = list(accumulate(chunk.tokens for _, _, chunk in self._chunks))
+        self._load = lru_cache(maxsize=CHUNKS_KEPT)(self._load_chunk)
 
     @property
     def length(self) -> int:
@@ -210,32 +212,32 @@ class PartsStream:
         """The marked tokens `start` to `stop - 1`.
 
         Raises:
-            PartsGone: a part is not there any more.
-            DamageError: a part is not what was written.
+            ChunksGone: a chunk is not there any more.
+            DamageError: a chunk is not what was written.
         """
-        pieces, place = [], bisect_right(self._ends, start)
+        chunks, place = [], bisect_right(self._ends, start)
         while start < stop:
-            first = self._ends[place] - self._parts[place][2].tokens
-            piece = self._load(place)[start - first : stop - first]
-            pieces.append(piece)
-            start, place = start + piece.size, place + 1
-        return np.concatenate(pieces)
+            first = self._ends[place] - self._chunks[place][2].tokens
+            chunk = self._load(place)[start - first : stop - first]
+            chunks.append(chunk)
+            start, place = start + chunk.size, place + 1
+        return np.concatenate(chunks)
 
     def documents_until(self, tokens: int) -> int:
         """Count the documents that begin at or before token `tokens`."""
         whole = bisect_right(self._ends, tokens)
-        count = sum(part.documents for _, _, part in self._parts[:whole])
+        count = sum(chunk.documents for _, _, chunk in self._chunks[:whole])
         start = self._ends[whole - 1] if whole else 0
         stop = min(tokens + 1, self.length)
         return count + (count_begins(self.read(start, stop)) if stop > start else 0)
 
-    def _load_part(self, place: int) -> np.ndarray:
-        file, number, part = self._parts[place]
-        key = self._folder.part_key(file, number)
+    def _load_chunk(self, place: int) -> np.ndarray:
+        file, number, chunk = self._chunks[place]
+        key = self._folder.chunk_key(file, number)
         data = self._folder.store.read(key)
         if data is None:
-            raise PartsGone(key)
-        if digest_bytes(data) != part.digest:
+            raise ChunksGone(key)
+        if digest_bytes(data) != chunk.digest:
             raise DamageError(
                 "tokens in the unfinished folder are not what was written",
                 {"object": self._folder.store.where(key), "found": f"{len(data)} bytes"},

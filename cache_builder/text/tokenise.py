@@ -16,8 +16,8 @@ from distillcache.schemas.config import OnError
 from distillcache.schemas.errors import RecordError
 
 BATCH_DOCUMENTS = 256  # tokenised at once, on all cores
-BATCH_CHARACTERS = 1 << 20  # and about as many, at most some 250 MB; a longer document is tokenised in pieces
-WHOLE_CHARACTERS = 1 << 22  # what cannot be tokenised in pieces may be as long, at some 600 MB
+BATCH_CHARACTERS = 1 << 20  # and about as many, at most some 250 MB; a longer document is tokenised in chunks
+WHOLE_CHARACTERS = 1 << 22  # what cannot be tokenised in chunks may be as long, at some 600 MB
 
 
 class Pace:
@@ -42,7 +42,7 @@ def token_arrays(
 ) -> Generator[np.ndarray | Skipped]:
     """The marked tokens of every document, of dtype MARKED, and the notes of what was skipped, in order.
 
-    A plain text is closed by EOS. A long document comes in pieces.
+    A plain text is closed by EOS. A long document comes in chunks.
 
     Args:
         pace: is told how far the work is.
@@ -117,32 +117,32 @@ def _batches(found: Iterable[FoundDocument]) -> Iterator[list[FoundDocument]]:
 def _encode_long(batch: list, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, int]]:
     for document in batch:
         begins = True
-        pieces = _pieces(document, tokenizer)
+        chunks = _chunks(document, tokenizer)
         try:
             while True:
                 with _translated([document]):
-                    piece = next(pieces, None)
-                if piece is None:
+                    chunk = next(chunks, None)
+                if chunk is None:
                     break
-                ids, counted, reached = piece
+                ids, counted, reached = chunk
                 yield mark_document(ids, counted, begins=begins), reached
                 begins = begins and not ids.size
         except NoCommonTokens as error:
             if not begins or len(document.text) > WHOLE_CHARACTERS:
-                raise _not_in_pieces(document, error) from error
+                raise _not_in_chunks(document, error) from error
             whole = _encode_texts if document.spans is None else _encode_chats
             yield from whole([document], tokenizer)
 
 
-def _not_in_pieces(document: Document, error: Exception) -> RecordError:
+def _not_in_chunks(document: Document, error: Exception) -> RecordError:
     return RecordError(
-        "a document cannot be tokenised in pieces, and is too long to be tokenised as a whole",
+        "a document cannot be tokenised in chunks, and is too long to be tokenised as a whole",
         {"document": document.where, "characters": f"{len(document.text):,}", "cause": error},
         f"cut it into documents of {BATCH_CHARACTERS:,} characters or less",
     )
 
 
-def _pieces(document: Document, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
+def _chunks(document: Document, tokenizer: TextTokenizer) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
     """Tokens, which of them are targets (None: all), and for how many characters they stand, about."""
     if document.spans is None:
         for ids in tokenizer.encode_long_document(document.text):

@@ -47,7 +47,7 @@ from distillcache.models.files.foreign import packing_key
 from distillcache.models.files.tensors import Layout
 from distillcache.models.layers.rope import rotated_width
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 KNOWN = (
     LLAMA,
@@ -92,7 +92,7 @@ __all__ = [
 ]
 
 
-def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
+def config_from_hf(raw: Mapping[str, Any], file: Location) -> ModelConfig:
     """The decoder that a `config.json` describes.
 
     Args:
@@ -112,7 +112,7 @@ def config_from_hf(raw: Mapping[str, Any], file: Place) -> ModelConfig:
     return config
 
 
-def _family_of(raw: Mapping[str, Any], file: Place) -> Family:
+def _family_of(raw: Mapping[str, Any], file: Location) -> Family:
     name, architectures = raw.get("model_type"), raw.get("architectures")
     known = [family for family in KNOWN if name in (family.name, *family.also)]
     if not known:
@@ -138,7 +138,7 @@ def _family_of(raw: Mapping[str, Any], file: Place) -> Family:
     )
 
 
-def check_heads(config: ModelConfig, file: Place) -> None:
+def check_heads(config: ModelConfig, file: Location) -> None:
     """Query heads form equal groups; numbers of a head are rotated in pairs, so its rotated width is even."""
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
@@ -157,7 +157,7 @@ def check_heads(config: ModelConfig, file: Place) -> None:
         _check_factors(config.rope, width // 2, file)
 
 
-def _check_factors(rope: RopeConfig, frequencies: int, file: Place) -> None:
+def _check_factors(rope: RopeConfig, frequencies: int, file: Location) -> None:
     """LongRoPE has a factor for every frequency."""
     counts = {"short_factor": len(rope.short_factor), "long_factor": len(rope.long_factor)}
     if set(counts.values()) != {frequencies}:
@@ -168,7 +168,7 @@ def _check_factors(rope: RopeConfig, frequencies: int, file: Place) -> None:
         )
 
 
-def check_experts(config: ModelConfig, file: Place) -> None:
+def check_experts(config: ModelConfig, file: Location) -> None:
     """The groups of experts are equal, and those that are kept have as many experts as a token takes."""
     if (moe := config.moe) is None:
         return

@@ -32,7 +32,7 @@ from distillcache.models.families.reading.grouped import (
     shared_experts,
 )
 from distillcache.models.families.reading.values import PARTIAL, Values
-from distillcache.models.files.tensors import BlockTensor, Layout, Part
+from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 from distillcache.models.layers.rope import rotated_width
 
 # The first version's own YaRN differs from transformers' in what it assumes, and it has no other scalings.
@@ -176,7 +176,7 @@ def _attention_tensors(config: ModelConfig) -> list[BlockTensor]:
     """The rows of `query_key_value` are all queries, then all keys, then all values."""
     queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     ends = {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, queries + 2 * keys)}
-    parts = {name: Part(0, *span, queries + 2 * keys) for name, span in ends.items()}
+    parts = {name: TensorSlice(0, *span, queries + 2 * keys) for name, span in ends.items()}
     fused = "attention.query_key_value"
     found = [BlockTensor(f"{fused}.weight", f"attention/{name}", 1, part) for name, part in parts.items()]
     if config.qkv_bias:

@@ -19,7 +19,7 @@ from distillcache.models.families.reading.family import (
 )
 from distillcache.models.families.reading.kinds import typed_window_keys, typed_windows
 from distillcache.models.families.reading.values import Values
-from distillcache.models.files.tensors import BlockTensor, Layout, Part
+from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 
 THETA = 150_000.0
 # Where the config says nothing of a scaling.
@@ -86,10 +86,10 @@ def _layout(config: ModelConfig) -> Layout:
         BlockTensor("self_attn.sinks", "attention/sinks"),
         BlockTensor("mlp.router.weight", "mlp/router", 1),
         BlockTensor("mlp.router.bias", "mlp/logit_bias"),
-        BlockTensor(fused, "mlp/gate", None, Part(2, 0, width, width, step=2)),
-        BlockTensor(fused, "mlp/up", None, Part(2, 1, width, width, step=2)),
-        BlockTensor(f"{fused}_bias", "mlp/gate_bias", None, Part(1, 0, width, width, step=2)),
-        BlockTensor(f"{fused}_bias", "mlp/up_bias", None, Part(1, 1, width, width, step=2)),
+        BlockTensor(fused, "mlp/gate", None, TensorSlice(2, 0, width, width, step=2)),
+        BlockTensor(fused, "mlp/up", None, TensorSlice(2, 1, width, width, step=2)),
+        BlockTensor(f"{fused}_bias", "mlp/gate_bias", None, TensorSlice(1, 0, width, width, step=2)),
+        BlockTensor(f"{fused}_bias", "mlp/up_bias", None, TensorSlice(1, 1, width, width, step=2)),
         BlockTensor("mlp.experts.down_proj", "mlp/down"),
         BlockTensor("mlp.experts.down_proj_bias", "mlp/down_bias"),
     ]

@@ -26,7 +26,7 @@ from distillcache.models.families.reading.family import (
 from distillcache.models.families.reading.kinds import rotary_blocks
 from distillcache.models.families.reading.multimodal import read_language_model
 from distillcache.models.families.reading.values import Values, is_number
-from distillcache.models.files.tensors import BlockTensor, Layout, Part
+from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
 THETA = 500_000.0
@@ -144,8 +144,8 @@ def _moe_tensors(moe: MoeConfig) -> list[BlockTensor]:
     width, fused = moe.expert_size, "feed_forward.experts.gate_up_proj"
     return [
         BlockTensor("feed_forward.router.weight", "mlp/router", 1),
-        BlockTensor(fused, "mlp/gate", None, Part(2, 0, width, 2 * width)),
-        BlockTensor(fused, "mlp/up", None, Part(2, width, 2 * width, 2 * width)),
+        BlockTensor(fused, "mlp/gate", None, TensorSlice(2, 0, width, 2 * width)),
+        BlockTensor(fused, "mlp/up", None, TensorSlice(2, width, 2 * width, 2 * width)),
         BlockTensor("feed_forward.experts.down_proj", "mlp/down"),
         *shared_tensors("feed_forward.shared_expert"),
     ]

@@ -13,7 +13,7 @@ from distillcache.models.config import BlockKind, ModelConfig, RopeConfig
 from distillcache.models.families.llama import DENSE_DEFAULTS
 from distillcache.models.families.reading.family import Family, common_fields, norm_tensors, not_exportable, only_kind
 from distillcache.models.families.reading.values import ORIGINAL, PARTIAL, Values
-from distillcache.models.files.tensors import BlockTensor, Layout, Part
+from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 
 LEGACY_KINDS = {"su": "longrope", "yarn": "longrope"}
 
@@ -84,10 +84,10 @@ def _layout(config: ModelConfig) -> Layout:
     fused, gated = "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"
     found = [
         *norm_tensors(),
-        *(BlockTensor(fused, f"attention/{name}", 1, Part(0, *span, total)) for name, span in spans.items()),
+        *(BlockTensor(fused, f"attention/{name}", 1, TensorSlice(0, *span, total)) for name, span in spans.items()),
         BlockTensor("self_attn.o_proj.weight", "attention/o", 2),
-        BlockTensor(gated, "mlp/gate", 1, Part(0, 0, inner, 2 * inner)),
-        BlockTensor(gated, "mlp/up", 1, Part(0, inner, 2 * inner, 2 * inner)),
+        BlockTensor(gated, "mlp/gate", 1, TensorSlice(0, 0, inner, 2 * inner)),
+        BlockTensor(gated, "mlp/up", 1, TensorSlice(0, inner, 2 * inner, 2 * inner)),
         BlockTensor("mlp.down_proj.weight", "mlp/down", 1),
     ]
     return Layout(lambda kind: found)

@@ -35,7 +35,7 @@ from distillcache.models.files.tensors import (
 )
 from distillcache.models.text.tokenizer import TOKENIZER_FILES, TextTokenizer, tokenizer_files
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place, locate
+from distillcache.schemas.store.path import Location, ObjectPath, locate
 from distillcache.schemas.store.whole_file import refusals, staged_folder
 
 # transformers' own limit of a shard until version 5; a file below it can be copied by every tool, and is one PUT.
@@ -213,7 +213,7 @@ def _plan_shards(tensors: Mapping[str, TensorToWrite], shard_bytes: int) -> list
     return shards
 
 
-def _check_target(target: Place) -> None:
+def _check_target(target: Location) -> None:
     found = _found_in(target)
     if found is not None and (not found or _is_ours(target, found)):
         return
@@ -224,7 +224,7 @@ def _check_target(target: Place) -> None:
     )
 
 
-def _found_in(target: Place) -> list[str] | None:
+def _found_in(target: Location) -> list[str] | None:
     """List the names in a folder; None if it is a file."""
     if isinstance(target, ObjectPath):
         return target.keys()
@@ -233,7 +233,7 @@ def _found_in(target: Place) -> list[str] | None:
     return sorted(each.name for each in target.iterdir())
 
 
-def _is_ours(target: Place, found: list[str]) -> bool:
+def _is_ours(target: Location, found: list[str]) -> bool:
     """An export of ours has our mark in its config, and nothing beside what we write; a killed one has another mark."""
     if not all(name in KNOWN_FILES or WEIGHTS_PATTERN.fullmatch(name) for name in found):
         return False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 LFS_STEP = "this is a Git LFS pointer, not the file: run `git lfs pull` in the clone, or download the files themselves"
@@ -62,7 +62,7 @@ def quantised_as(found: object) -> str | None:
     return METHODS.get(str(method).lower(), str(method)[:40])
 
 
-def step_for_missing_path(path: Place, otherwise: str = "name an HF directory, a run or a .gguf file") -> str:
+def step_for_missing_path(path: Location, otherwise: str = "name an HF directory, a run or a .gguf file") -> str:
     """The next step where nothing lies at a path.
 
     Args:
@@ -79,7 +79,7 @@ def step_for_missing_path(path: Place, otherwise: str = "name an HF directory, a
     return otherwise
 
 
-def step_for_folder(directory: Place, names: Sequence[str]) -> str | None:
+def step_for_folder(directory: Location, names: Sequence[str]) -> str | None:
     """The next step for a folder that lacks config.json or weights, where it is known for something else."""
     if "adapter_config.json" in names:
         return (
@@ -137,7 +137,7 @@ def step_for_names(missing: Sequence[str], unknown: Sequence[str]) -> str | None
     return None
 
 
-def _snapshots(folder: Place) -> Sequence[Place]:
+def _snapshots(folder: Location) -> Sequence[Location]:
     if isinstance(folder, ObjectPath):
         return []
     return sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
@@ -153,6 +153,6 @@ def packing_key(raw: Mapping[str, Any]) -> str | None:
     return next((key for key in OTHER_PACKING if isinstance(raw.get(key), dict)), None)
 
 
-def lfs_pointer(file: Place) -> CheckpointError:
+def lfs_pointer(file: Location) -> CheckpointError:
     """The error for a pointer in the place of a file."""
     return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)

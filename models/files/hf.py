@@ -14,7 +14,7 @@ from distillcache.models.files.safetensors import Entry, MappedSafetensors, Remo
 from distillcache.models.files.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
 from distillcache.schemas.base import is_name_inside
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 # In a bucket, where nothing is renamed whole: lies in a folder from an export's first write to its last.
 UNFINISHED = ".export-unfinished"
@@ -26,11 +26,11 @@ class SafetensorsSource:
     On a local disk they are memory-mapped; in a bucket what is needed of each is fetched by range reads into its shard.
     """
 
-    def __init__(self, directory: Place) -> None:
+    def __init__(self, directory: Location) -> None:
         self.where = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Place] = {}
+        self._files: dict[str, Location] = {}
         self._stored: dict[str, StoredTensor] = {}
         self._mapped: dict[str, MappedSafetensors] = {}
         files = weight_files(directory)
@@ -64,7 +64,7 @@ class SafetensorsSource:
         if self._reader is not None:
             self._reader.close()
 
-    def _index(self, file: Place, tensors: Mapping[str, StoredTensor] | Mapping[str, Entry]) -> None:
+    def _index(self, file: Location, tensors: Mapping[str, StoredTensor] | Mapping[str, Entry]) -> None:
         for name, tensor in tensors.items():
             if name in self._files:
                 raise CheckpointError(
@@ -88,13 +88,13 @@ class SafetensorsSource:
             )
 
 
-def open_all(files: Sequence[Place]) -> list[RemoteSafetensors]:
+def open_all(files: Sequence[Location]) -> list[RemoteSafetensors]:
     """The headers of files in a bucket, several at once: a large model has hundreds."""
     with ThreadPoolExecutor(REQUESTS) as pool:
         return list(pool.map(open_remote, (file for file in files if isinstance(file, ObjectPath))))
 
 
-def weight_files(directory: Place) -> list[Place]:
+def weight_files(directory: Location) -> list[Location]:
     """The files that hold a checkpoint's tensors, by name. `model.safetensors` wins over an index, as in HF."""
     names = names_in(directory)
     beside = [directory / ROUTER_BIAS_FILE] if ROUTER_BIAS_FILE in names else []
@@ -126,12 +126,12 @@ def weight_files(directory: Place) -> list[Place]:
     return [*(directory / file for file in files), *beside]
 
 
-def names_in(directory: Place) -> list[str]:
+def names_in(directory: Location) -> list[str]:
     """List the names in a folder, sorted, with one request instead of one for each name."""
     return sorted(each.name for each in directory.iterdir())
 
 
-def read_json(file: Place) -> dict[str, Any]:
+def read_json(file: Location) -> dict[str, Any]:
     """Read a JSON object from a file of the checkpoint.
 
     Raises:
@@ -165,7 +165,7 @@ def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _missing(file: Place) -> CheckpointError:
+def _missing(file: Location) -> CheckpointError:
     names = names_in(file.parent)
     step = "name a directory as transformers' save_pretrained writes it, or a .gguf file"
     if isinstance(file, ObjectPath) and not names:
@@ -182,7 +182,7 @@ def _missing(file: Place) -> CheckpointError:
     return CheckpointError(f"{file.name} is missing", facts, step)
 
 
-def _open_local(file: Place) -> MappedSafetensors:
+def _open_local(file: Location) -> MappedSafetensors:
     try:
         with Path(str(file)).open("rb") as stream:
             if is_lfs_pointer(stream.read(200)):
@@ -194,7 +194,7 @@ def _open_local(file: Place) -> MappedSafetensors:
         ) from error
 
 
-def _no_weights(directory: Place, names: list[str]) -> CheckpointError:
+def _no_weights(directory: Location, names: list[str]) -> CheckpointError:
     torch = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     ggufs = [name for name in names if name.endswith(".gguf")]
     step = _step_for_variant(names) or "name a directory that has model.safetensors, or a .gguf file"

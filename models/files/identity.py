@@ -13,11 +13,11 @@ from distillcache.models.files.foreign import step_for_missing_path
 from distillcache.models.files.gguf.file import is_gguf, open_gguf, open_parts, part_files
 from distillcache.models.files.gguf.remote import RemoteGguf
 from distillcache.models.files.hf import open_all, read_json, weight_files
-from distillcache.models.files.maxtext.checkpoint import MaxtextPlace, MaxtextSource, find_maxtext
+from distillcache.models.files.maxtext.checkpoint import MaxtextFolder, MaxtextSource, find_maxtext
 from distillcache.models.files.ranges import CHUNK_BYTES, RemoteFile, Span, SpanReader
 from distillcache.models.files.runs import find_run, numbered
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place, locate
+from distillcache.schemas.store.path import Location, ObjectPath, locate
 
 CONFIG = "config.json"
 LENGTH_BYTES = 8
@@ -25,7 +25,7 @@ LENGTH_BYTES = 8
 _known: dict[tuple[object, ...], str] = {}
 
 
-def locate_checkpoint(path: str | os.PathLike[str] | ObjectPath) -> Place:
+def locate_checkpoint(path: str | os.PathLike[str] | ObjectPath) -> Location:
     """The place of a checkpoint. Raises `CheckpointError` where a local one is not there."""
     where = numbered(locate(path))
     if isinstance(where, Path) and not where.exists():
@@ -59,7 +59,7 @@ def weights_digest(path: str | os.PathLike[str] | ObjectPath) -> str:
     return digest.hexdigest()
 
 
-def _maxtext_digest(place: MaxtextPlace) -> str:
+def _maxtext_digest(place: MaxtextFolder) -> str:
     """Digest config.json, the notes and the parameters' values, independent of Orbax's layout."""
     config = (place.folder / CONFIG).read_bytes()
     source = MaxtextSource(place, config_from_hf(json.loads(config), place.folder / CONFIG))

@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 CHUNK_BYTES = 16 * 2**20  # a quarter of a second of one GCS connection: what a failed request costs
 REQUESTS = 16  # at once; some 1 GB/s from GCS
@@ -83,7 +83,7 @@ class RemoteFile:
         return low
 
 
-def truncated(path: Place, found: object) -> NoReturn:
+def truncated(path: Location, found: object) -> NoReturn:
     """Raise the error for what is not a whole weight file."""
     raise CheckpointError(
         "a weight file is damaged, truncated or not a safetensors file",

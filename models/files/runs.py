@@ -4,7 +4,7 @@
     <run>/checkpoints/00000100     the student after 100 steps; `best` for the number: of those kept, the one with the
                                    lowest held-out perplexity (smallest cosine distance, where no token is a target)
 
-What was trained comes from the checkpoint's pieces (schemas/format/checkpoint.py), the rest from `<run>/student`, the
+What was trained comes from the checkpoint's boxes (schemas/format/checkpoint.py), the rest from `<run>/student`, the
 HF directory that the run began with.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 from distillcache.schemas.store.store import Store
 
 STUDENT, CHECKPOINTS, PARAMETERS = "student", "checkpoints", "parameters"
@@ -28,11 +28,11 @@ CONFIG = "config.json"
 class RunCheckpoint:
     """A checkpoint of a run. student: the HF directory with all that was not trained."""
 
-    run: Place
+    run: Location
     step: int
 
     @property
-    def student(self) -> Place:
+    def student(self) -> Location:
         return self.run / STUDENT
 
     @property
@@ -75,7 +75,7 @@ class TrainedParameters:
             raise _damaged(error) from error
 
 
-def find_run(where: Place) -> RunCheckpoint | None:
+def find_run(where: Location) -> RunCheckpoint | None:
     """The checkpoint that a place names; None where it is neither a run nor in one.
 
     Raises:
@@ -96,25 +96,25 @@ def find_run(where: Place) -> RunCheckpoint | None:
     return RunCheckpoint(run, step)
 
 
-def numbered(where: Place) -> Place:
+def numbered(where: Location) -> Location:
     """The place itself, or the folder of the checkpoint that it names without its zeros, or as the best."""
     found = find_run(where) if where.parent.name == CHECKPOINTS else None
     return where if found is None else found.run / found.key
 
 
-def hf_folder(where: Place) -> Place:
+def hf_folder(where: Location) -> Location:
     """Return the folder of a checkpoint's HF files, tokenizer included; of a run, that of its student."""
     found = find_run(where)
     return where if found is None else found.student
 
 
-def steps_of(run: Place) -> list[int]:
+def steps_of(run: Location) -> list[int]:
     """The steps of a run's whole checkpoints, ascending."""
     keys = [key.split("/") for key in Store(str(run)).keys(f"{CHECKPOINTS}/")]
     return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
 
 
-def _best(run: Place, steps: Sequence[int]) -> int | None:
+def _best(run: Location, steps: Sequence[int]) -> int | None:
     data = Store(str(run)).read(EVALUATIONS)
     found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
     place = best_place([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
@@ -137,7 +137,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _no_checkpoint(where: Place, asked: str, steps: Sequence[int]) -> CheckpointError:
+def _no_checkpoint(where: Location, asked: str, steps: Sequence[int]) -> CheckpointError:
     return CheckpointError(
         "the run has no such checkpoint",
         {"path": where, "wanted": asked, "found": ", ".join(map(str, steps)) or "none"},

@@ -25,7 +25,7 @@ import numpy as np
 from distillcache.models.files.foreign import LFS_MAGIC, lfs_pointer
 from distillcache.models.files.ranges import RemoteFile, Span, truncated
 from distillcache.models.files.tensors import Box
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -145,7 +145,7 @@ class Entry:
     stop: int
 
 
-def _parse(path: Place, header: bytes, start: int) -> tuple[dict[str, Entry], int]:
+def _parse(path: Location, header: bytes, start: int) -> tuple[dict[str, Entry], int]:
     """The tensors, and where the last one ends. start: where the header does."""
     tensors: dict[str, Entry] = {}
     try:

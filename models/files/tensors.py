@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from distillcache.models.config import BlockKind, ModelConfig
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 WEIGHTS_NAME = "model.safetensors"
 # Biases of routers of a family that has no place for them, float32 `[E]` for every block with experts. Other readers
@@ -28,7 +28,7 @@ Box = tuple[slice, ...]  # a part of an array: a start and a stop on every axis,
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """Entries [start, stop) of `total` along an axis of a stored tensor that holds several parameters.
 
     step: entries of `step` parameters take turns along the whole axis: of this one are start, start + step, ...
@@ -58,7 +58,7 @@ class BlockTensor:
     suffix: str
     path: str
     in_axes: int | None = None
-    part: Part | None = None
+    part: TensorSlice | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TensorSlot:
     path: tuple[str | int, ...]
     index: tuple[int, ...] = ()
     in_axes: int | None = None
-    part: Part | None = None
+    part: TensorSlice | None = None
     beside: bool = False
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -227,7 +227,7 @@ def within(box: Box, outer: Box) -> Box:
 class TensorSource(Protocol):
     """An open checkpoint: tensors by HF name, in HF's layout. Close it: one in a bucket owns threads."""
 
-    where: Place
+    where: Location
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]  # safetensors' names: F32, BF16, ...
 

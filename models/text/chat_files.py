@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from distillcache.models.files.foreign import LFS_STEP, is_lfs_pointer
 from distillcache.models.text.chat_template import ChatTemplate
 from distillcache.schemas.errors import InputError
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS = (
     "tokenizer_config.json",
@@ -38,7 +38,7 @@ _NAMED = {"name", "template"}
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
-def folder_template(folder: Place, backend: Tokenizer) -> ChatTemplate | None:
+def folder_template(folder: Location, backend: Tokenizer) -> ChatTemplate | None:
     """The chat template beside a tokenizer.json; None where there is none.
 
     Raises:
@@ -80,7 +80,7 @@ def chosen_template(
     return ChatTemplate(source, tool_source, shown, whole, unknown)
 
 
-def named_templates(entry: object, file: Place) -> dict[str, str]:
+def named_templates(entry: object, file: Location) -> dict[str, str]:
     """The templates of a `chat_template` entry: a text, a list of `{"name", "template"}`, or a mapping by name."""
     if entry is None:
         return {}
@@ -99,13 +99,13 @@ def named_templates(entry: object, file: Place) -> dict[str, str]:
     )
 
 
-def special_tokens_of(folder: Place) -> dict[str, str]:
+def special_tokens_of(folder: Location) -> dict[str, str]:
     """Every special token by the name that templates and settings give it."""
     spelled = {name: content_of(token) for name, token in _named_tokens(folder).items()}
     return {name: token for name, token in spelled.items() if token is not None}
 
 
-def _named_tokens(folder: Place) -> dict[str, Any]:
+def _named_tokens(folder: Location) -> dict[str, Any]:
     """Name -> token as it is stored, a text or its settings.
 
     Names beyond the standard ones (`image_token`) that the config spells out count before those of the map.
@@ -126,7 +126,7 @@ def content_of(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _declared_tokens(folder: Place, backend: Tokenizer) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+def _declared_tokens(folder: Location, backend: Tokenizer) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Tokens that are declared beside tokenizer.json alone: those in its vocabulary, and those that it lacks."""
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     new = {content: token for content, token in _declarations(folder).items() if content not in added}
@@ -134,7 +134,7 @@ def _declared_tokens(folder: Place, backend: Tokenizer) -> tuple[tuple[dict[str,
     return whole, tuple(content for content in new if backend.token_to_id(content) is None)
 
 
-def _declarations(folder: Place) -> dict[str, dict[str, Any]]:
+def _declarations(folder: Location) -> dict[str, dict[str, Any]]:
     """Collect token text -> settings from all files beside tokenizer.json; the last declaration counts."""
     config = read_settings(folder / TOKENIZER_CONFIG)
     decoder = config.get("added_tokens_decoder")
@@ -161,12 +161,12 @@ def _special(token: object, content: str) -> dict[str, Any]:
     return {"content": content, "normalized": False, **flags, "special": True}
 
 
-def _template_files(folder: Place) -> dict[str, str]:
+def _template_files(folder: Location) -> dict[str, str]:
     """Name -> template, of the files that hold one each."""
     return {name: _read_text(file) for name, file in template_files(folder).items()}
 
 
-def template_files(folder: Place) -> dict[str, Place]:
+def template_files(folder: Location) -> dict[str, Location]:
     """Name -> file, of the templates that lie in files of their own."""
     beside, more = folder / TEMPLATE_FILE, folder / TEMPLATE_FOLDER
     found = {"default": beside} if beside.exists() else {}
@@ -178,7 +178,7 @@ def template_files(folder: Place) -> dict[str, Place]:
     return found
 
 
-def _read_text(file: Place) -> str:
+def _read_text(file: Location) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
@@ -190,7 +190,7 @@ def _read_text(file: Place) -> str:
     return text
 
 
-def read_settings(file: Place) -> dict[str, Any]:
+def read_settings(file: Location) -> dict[str, Any]:
     """A JSON object beside a tokenizer.json; empty where there is no such file.
 
     Raises:

@@ -139,20 +139,20 @@ class ChatTemplate:
 
 def take_marks_out(marked: str) -> tuple[str, list[Span]]:
     """The text without its marks, and the spans between them; blocks that hold nothing are none."""
-    pieces: list[str] = []
+    chunks: list[str] = []
     spans: list[Span] = []
     length = start = depth = 0
-    for piece in re.split(f"([{BEGIN}{END}])", marked):
-        if piece == BEGIN:
+    for chunk in re.split(f"([{BEGIN}{END}])", marked):
+        if chunk == BEGIN:
             start, depth = (length if depth == 0 else start), depth + 1
-        elif piece == END:
+        elif chunk == END:
             depth -= 1
             if depth == 0 and length > start:
                 spans.append((start, length))
         else:
-            pieces.append(piece)
-            length += len(piece)
-    return "".join(pieces), spans
+            chunks.append(chunk)
+            length += len(chunk)
+    return "".join(chunks), spans
 
 
 @lru_cache(maxsize=8)

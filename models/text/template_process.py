@@ -103,13 +103,13 @@ def _rendered(template: Any, request: dict[str, Any]) -> str:
             raise TemplateStop("date")
         return date.fromisoformat(today).strftime(format)
 
-    pieces, length = [], 0
-    for piece in template.generate(**request["values"], strftime_now=strftime_now):
-        length += len(piece)
+    chunks, length = [], 0
+    for chunk in template.generate(**request["values"], strftime_now=strftime_now):
+        length += len(chunk)
         if length > request["characters"]:
             raise TemplateStop("size", f"more than {request['characters']:,} characters")
-        pieces.append(piece)
-    return "".join(pieces)
+        chunks.append(chunk)
+    return "".join(chunks)
 
 
 @lru_cache(maxsize=8)

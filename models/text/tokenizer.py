@@ -40,7 +40,7 @@ from distillcache.models.text.chat_files import (
 from distillcache.models.text.chat_template import ChatTemplate
 from distillcache.models.text.long_text import NoCommonTokens, token_runs
 from distillcache.schemas.errors import CheckpointError, InputError
-from distillcache.schemas.store.path import ObjectPath, Place, locate
+from distillcache.schemas.store.path import Location, ObjectPath, locate
 
 TOKENIZER_JSON = "tokenizer.json"
 # What a tokenizer consists of in an HF directory, and what an export copies.
@@ -111,7 +111,7 @@ class TextTokenizer:
         ]
 
     def encode_long_document(self, text: str) -> Iterator[np.ndarray]:
-        """`encode_document` in pieces, int32 [n], in memory that does not grow with the text.
+        """`encode_document` in chunks, int32 [n], in memory that does not grow with the text.
 
         Raises:
             NoCommonTokens: it cannot be done by windows (long_text.py).
@@ -122,7 +122,7 @@ class TextTokenizer:
         yield after
 
     def encode_long_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """`encode_spans` of one text in pieces: int32 [n], and bool [n]. Raises as `encode_long_document` does."""
+        """`encode_spans` of one text in chunks: int32 [n], and bool [n]. Raises as `encode_long_document` does."""
         places = np.array(sorted(span for span in spans if span[0] < span[1]), np.int64).reshape(-1, 2)
         for run in token_runs(self._verbatim, text):
             first = np.searchsorted(
@@ -213,11 +213,11 @@ def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | N
     return TextTokenizer(backend, eos_id, bos_id, chat=folder_template(file.parent, backend))
 
 
-def _is_gguf(place: Place) -> bool:
+def _is_gguf(place: Location) -> bool:
     return is_gguf(place) and place.suffix != ".json"
 
 
-def _is_folder(place: Place) -> bool:
+def _is_folder(place: Location) -> bool:
     """In a bucket: what is not called a .json file."""
     return place.is_dir() if isinstance(place, Path) else place.suffix != ".json"
 
@@ -227,7 +227,7 @@ def tokenizer_from_json(text: str, eos_id: int, bos_id: int | None = None) -> Te
     return TextTokenizer(Tokenizer.from_str(text), eos_id, bos_id)
 
 
-def tokenizer_files(source: Place | TextTokenizer) -> tuple[dict[str, bytes], dict[str, int]]:
+def tokenizer_files(source: Location | TextTokenizer) -> tuple[dict[str, bytes], dict[str, int]]:
     """Return the tokenizer files of an export.
 
     Files of an HF directory are taken as they are; a GGUF's are made from it.
@@ -252,7 +252,7 @@ def tokenizer_files(source: Place | TextTokenizer) -> tuple[dict[str, bytes], di
     return {name: text.encode() for name, text in made.items()} | files, ids
 
 
-def _for_export(source: Place) -> TextTokenizer | None:
+def _for_export(source: Location) -> TextTokenizer | None:
     """None where the tokenizer has no EOS that we know of: its files are still worth copying."""
     try:
         return load_tokenizer(source)
@@ -260,7 +260,7 @@ def _for_export(source: Place) -> TextTokenizer | None:
         return None
 
 
-def _files_of(source: Place) -> dict[str, bytes]:
+def _files_of(source: Location) -> dict[str, bytes]:
     """The files of an HF directory's tokenizer, or of those beside a tokenizer.json."""
     if _is_gguf(source):
         return {}
@@ -280,7 +280,7 @@ class _NoEos(InputError):
     """A tokenizer without a known EOS: an error for reading text, none for copying files."""
 
 
-def _parse(file: Place) -> Tokenizer:
+def _parse(file: Location) -> Tokenizer:
     try:
         data = file.read_bytes()
     except FileNotFoundError as error:
@@ -309,7 +309,7 @@ def _parse(file: Place) -> Tokenizer:
         ) from error
 
 
-def _check_content(data: bytes, file: Place) -> None:
+def _check_content(data: bytes, file: Location) -> None:
     """Refuse a tokenizer.json that would take memory without bound, or give ids that its vocabulary lacks."""
     try:
         content = json.loads(data)
@@ -328,7 +328,7 @@ def _check_content(data: bytes, file: Place) -> None:
         _check_post_processor(part, file)
 
 
-def _check_ids(ids: Sequence[object], size: int, file: Place) -> None:
+def _check_ids(ids: Sequence[object], size: int, file: Location) -> None:
     """Refuse ids far beyond what the file can list, before the tokenizers library allocates an array up to them."""
     highest = max((each for each in ids if isinstance(each, int)), default=0)
     most = min(max(FREE_IDS, size), MOST_ID)
@@ -339,7 +339,7 @@ def _check_ids(ids: Sequence[object], size: int, file: Place) -> None:
         )
 
 
-def _check_growth(normalizer: object, file: Place) -> None:
+def _check_growth(normalizer: object, file: Location) -> None:
     """Refuse replacements that make a text many times as long: four of `a` by a hundred make 100 MB of one letter."""
     growth = 1
     for part in _parts(normalizer, "normalizers"):
@@ -353,7 +353,7 @@ def _check_growth(normalizer: object, file: Place) -> None:
         )
 
 
-def _check_post_processor(part: Mapping[str, Any], file: Place) -> None:
+def _check_post_processor(part: Mapping[str, Any], file: Location) -> None:
     """Refuse a rule that leaves a text out or repeats it."""
     if part.get("type") != "TemplateProcessing" or not isinstance(part.get("single"), list):
         return
@@ -365,7 +365,7 @@ def _check_post_processor(part: Mapping[str, Any], file: Place) -> None:
         )
 
 
-def _check_own_tokens(backend: Tokenizer, file: Place) -> None:
+def _check_own_tokens(backend: Tokenizer, file: Location) -> None:
     """Refuse tokens of the post-processor that the vocabulary lacks: a model has no rows for them."""
     unknown = [each for each in backend.encode("").ids if each > MOST_ID or backend.id_to_token(each) is None]
     if unknown:
@@ -403,7 +403,7 @@ def _other_kind(names: Sequence[str]) -> str | None:
     return None
 
 
-def _kind_of_file(file: Place) -> str | None:
+def _kind_of_file(file: Location) -> str | None:
     """The same of a file of any name. In a bucket the name alone tells."""
     if not isinstance(file, Path):
         return _other_kind([file.name])
@@ -444,7 +444,7 @@ _KINDS = {
 }
 
 
-def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
+def _eos_id(backend: Tokenizer, file: Location, eos_token: str | None) -> int:
     found = _token_id(backend, eos_token, "data.eos_token", file) if eos_token else _named_id(backend, file, "eos")
     if found is None:
         raise _NoEos(
@@ -459,7 +459,7 @@ def _eos_id(backend: Tokenizer, file: Place, eos_token: str | None) -> int:
     return found
 
 
-def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
+def _named_id(backend: Tokenizer, file: Location, role: str) -> int | None:
     """The id of `eos` or `bos`, as the files beside a tokenizer.json name it."""
     token = special_tokens_of(file.parent).get(f"{role}_token")
     if role == "bos" and token and backend.token_to_id(token) is None:
@@ -481,7 +481,7 @@ def _named_id(backend: Tokenizer, file: Place, role: str) -> int | None:
     return None
 
 
-def _token_id(backend: Tokenizer, token: object, origin: str, file: Place) -> int:
+def _token_id(backend: Tokenizer, token: object, origin: str, file: Location) -> int:
     found = backend.token_to_id(token) if isinstance(token, str) else None
     if found is None:
         raise InputError(
@@ -492,7 +492,7 @@ def _token_id(backend: Tokenizer, token: object, origin: str, file: Place) -> in
     return found
 
 
-def _from_gguf(file: Place, eos_token: str | None) -> TextTokenizer:
+def _from_gguf(file: Location, eos_token: str | None) -> TextTokenizer:
     try:
         reader = open_gguf(file)
     except CheckpointError as error:

@@ -1,10 +1,11 @@
 """Leases on work units: small files, created conditionally, kept alive by a heartbeat.
 
-Of a build, a piece is the consecutive shards of whole teacher batches. Claims save double work; they are not needed for
-correctness: two processes that build one piece write the same bytes.
+In a build, a work unit is the consecutive shards of whole teacher batches. Leases avoid double work; correctness does
+not need them, because two processes that build one work unit write the same bytes.
 
-A claim ends when its work is committed, and as every claim does (schemas/cache/lease_file.py). It is written anew only
-where it is still there and this process's own: what was taken over or deleted while this process was paused stays so.
+A lease ends when its work is committed, or as every lease does (schemas/cache/lease_file.py). The heartbeat renews a
+lease only if it still exists and belongs to this process: a lease that was taken over or deleted while the process was
+paused stays lost.
 """
 
 import threading
@@ -13,72 +14,72 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from distillcache.schemas.cache.lease_file import Claim, is_own_claim, live_claim, this_process_claim
+from distillcache.schemas.cache.lease_file import Lease, is_own_lease, live_lease, this_process_lease
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.store.store import Store
 
-BEATING = 8  # claims renewed at a time: one answer that comes late must not let the others expire
+BEATING = 8  # leases renewed at a time: one answer that comes late must not let the others expire
 
 
-class Claims:
-    """The claims of one process. `close()` stops the heartbeat and gives back what is unfinished."""
+class Leases:
+    """The leases of one process. `close()` stops the heartbeat and gives back what is unfinished."""
 
     def __init__(
-        self, store: Store, segment: str, expiry_s: float, key: Callable[[str, int], str] = layout.claim_key
+        self, store: Store, segment: str, expiry_s: float, key: Callable[[str, int], str] = layout.lease_key
     ) -> None:
         """
         Args:
-            segment: whose pieces they are.
-            key: where a piece's claim lies, from the segment and the piece's number.
+            segment: whose work units they are.
+            key: where a work unit's lease lies, from the segment and the work unit's number.
         """
         self._store, self._expiry_s = store, expiry_s
         self._key = partial(key, segment)
-        self._held: dict[int, tuple[float, float]] = {}  # piece -> (since, expires), as last written
-        self._others: dict[int, Claim] = {}
+        self._held: dict[int, tuple[float, float]] = {}  # work unit -> (since, expires), as last written
+        self._others: dict[int, Lease] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._beat, name="claims-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="leases-heartbeat", daemon=True)
         self._thread.start()
 
-    def take(self, piece: int) -> bool:
+    def take(self, unit: int) -> bool:
         """Try to take the work unit. Returns False if a live process has it."""
         if self._failure is not None:
             raise self._failure
-        key = self._key(piece)
+        key = self._key(unit)
         data, generation = self._store.read_with_generation(key, confirm=False)
         if data is not None and self._living(key, data) is None:  # or it came short from a bucket
             data, generation = self._store.read_with_generation(key)
         holder = None if data is None else self._living(key, data)
         if holder is not None:
-            self._others[piece] = holder
+            self._others[unit] = holder
             return False
-        self._others.pop(piece, None)
-        claim = self._claim(time.time())
-        if not self._store.replace(key, to_canonical(claim), generation):
+        self._others.pop(unit, None)
+        lease = self._lease(time.time())
+        if not self._store.replace(key, to_canonical(lease), generation):
             return False
         with self._lock:
-            self._held[piece] = (claim.since or 0.0, claim.expires)
+            self._held[unit] = (lease.since or 0.0, lease.expires)
         return True
 
-    def holder(self) -> Claim | None:
-        """The claim on the first piece that `take` last found in another's hands."""
+    def holder(self) -> Lease | None:
+        """The lease on the first work unit that `take` last found in another's hands."""
         return self._others[min(self._others)] if self._others else None
 
-    def holds(self, piece: int) -> bool:
+    def holds(self, unit: int) -> bool:
         """Return whether this process still holds the work unit: nobody takes over a lease before it expires."""
         with self._lock:
-            held = self._held.get(piece)
+            held = self._held.get(unit)
         if held is None:
             return False
         if time.time() < held[1]:
             return True
-        data = self._store.read(self._key(piece))
-        if data is not None and is_own_claim(data, self._store.where(self._key(piece))):
+        data = self._store.read(self._key(unit))
+        if data is not None and is_own_lease(data, self._store.where(self._key(unit))):
             return True
         with self._lock:
-            self._held.pop(piece, None)
+            self._held.pop(unit, None)
         return False
 
     @property
@@ -86,25 +87,25 @@ class Claims:
         """The error that stopped the heartbeat, if any."""
         return self._failure
 
-    def done(self, piece: int) -> None:
-        """The piece's shards are committed: its receipts speak for it from now on."""
+    def done(self, unit: int) -> None:
+        """The work unit's shards are committed: its receipts speak for it from now on."""
         with self._lock:
-            self._held.pop(piece, None)
+            self._held.pop(unit, None)
 
     def close(self) -> None:
-        """Stop the heartbeat and release unfinished pieces, so that others need not wait for the expiry."""
+        """Stop the heartbeat and release unfinished work units, so that others need not wait for the expiry."""
         self._stop.set()
         self._thread.join()
-        for piece in sorted(self._held):
-            if self.holds(piece):
-                self._store.delete(self._key(piece))
+        for unit in sorted(self._held):
+            if self.holds(unit):
+                self._store.delete(self._key(unit))
         self._held.clear()
 
-    def _living(self, key: str, data: bytes) -> Claim | None:
-        return live_claim(data, self._store.where(key), time.time(), self._expiry_s)
+    def _living(self, key: str, data: bytes) -> Lease | None:
+        return live_lease(data, self._store.where(key), time.time(), self._expiry_s)
 
-    def _claim(self, since: float) -> Claim:
-        return this_process_claim(time.time() + self._expiry_s, since, self._expiry_s)
+    def _lease(self, since: float) -> Lease:
+        return this_process_lease(time.time() + self._expiry_s, since, self._expiry_s)
 
     def _beat(self) -> None:
         with ThreadPoolExecutor(BEATING, thread_name_prefix="claims") as pool:
@@ -117,18 +118,18 @@ class Claims:
                     self._failure = error
                     return
 
-    def _renew(self, piece: int) -> None:
+    def _renew(self, unit: int) -> None:
         with self._lock:
-            held = self._held.get(piece)
+            held = self._held.get(unit)
         if held is None or self._stop.is_set():
             return
-        key = self._key(piece)
+        key = self._key(unit)
         data, generation = self._store.read_with_generation(key)
-        ours = data is not None and is_own_claim(data, self._store.where(key))
-        claim = self._claim(held[0])
-        renewed = ours and self._store.replace(key, to_canonical(claim), generation)
+        ours = data is not None and is_own_lease(data, self._store.where(key))
+        lease = self._lease(held[0])
+        renewed = ours and self._store.replace(key, to_canonical(lease), generation)
         with self._lock:
-            if piece in self._held and not ours:
-                del self._held[piece]
-            elif piece in self._held and renewed:
-                self._held[piece] = (held[0], claim.expires)
+            if unit in self._held and not ours:
+                del self._held[unit]
+            elif unit in self._held and renewed:
+                self._held[unit] = (held[0], lease.expires)

@@ -1,4 +1,4 @@
-"""A claim: the small file by which a process says that something is its own for now.
+"""A lease: the small file by which a process says that something is its own for now.
 
 It ends when its owner deletes it, when its heartbeat is older than its expiry, or at once when its owner was a process
 of this machine and boot that is gone: after `kill -9` nobody waits. One that would hold for longer than any heartbeat
@@ -17,11 +17,11 @@ from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.canonical import from_canonical
 from distillcache.schemas.store.store import Store
 
-AHEAD = 3  # expiries: a claim that ends later than so many from now was written by a clock that runs ahead
-EXPIRY_S = 60.0  # of a claim that does not say how long it holds, where nothing else is known
+AHEAD = 3  # expiries: a lease that ends later than so many from now was written by a clock that runs ahead
+EXPIRY_S = 60.0  # of a lease that does not say how long it holds, where nothing else is known
 
 
-class Claim(Config):
+class Lease(Config):
     """The holder of a lease and its expiry. Times are in seconds since the epoch, by the owner's clock."""
 
     host: str
@@ -44,9 +44,9 @@ class Claim(Config):
         return self.host, self.boot, self.pid, self.started
 
 
-def this_process_claim(expires: float, since: float | None = None, expiry_s: float | None = None) -> Claim:
-    """A claim of this process's."""
-    return Claim(
+def this_process_lease(expires: float, since: float | None = None, expiry_s: float | None = None) -> Lease:
+    """A lease of this process's."""
+    return Lease(
         host=socket.gethostname(),
         boot=_boot_id(),
         pid=os.getpid(),
@@ -57,44 +57,44 @@ def this_process_claim(expires: float, since: float | None = None, expiry_s: flo
     )
 
 
-def is_anothers_claim(store: Store, key: str, expiry_s: float = EXPIRY_S) -> bool:
+def is_anothers_lease(store: Store, key: str, expiry_s: float = EXPIRY_S) -> bool:
     """Return whether a live process other than this one holds the lease, or held it less than one expiry ago."""
     data = store.read(key)
-    claim = None if data is None else live_claim(data, store.where(key), time.time(), expiry_s)
-    return claim is not None and claim.owner != this_process_claim(0.0).owner
+    lease = None if data is None else live_lease(data, store.where(key), time.time(), expiry_s)
+    return lease is not None and lease.owner != this_process_lease(0.0).owner
 
 
-def is_own_claim(data: bytes, where: str) -> bool:
+def is_own_lease(data: bytes, where: str) -> bool:
     """Return whether these bytes are a lease of this process, expired or not."""
-    claim = _claim_in(data, where)
-    return claim is not None and claim.owner == this_process_claim(0.0).owner
+    lease = _lease_in(data, where)
+    return lease is not None and lease.owner == this_process_lease(0.0).owner
 
 
-def live_claim(data: bytes, where: str, now: float, expiry_s: float = EXPIRY_S) -> Claim | None:
-    """The claim in these bytes, if it holds at `now`, in seconds since the epoch.
+def live_lease(data: bytes, where: str, now: float, expiry_s: float = EXPIRY_S) -> Lease | None:
+    """The lease in these bytes, if it holds at `now`, in seconds since the epoch.
 
     Args:
         where: how messages name the object.
-        expiry_s: of a claim that does not say its own.
+        expiry_s: of a lease that does not say its own.
     """
-    claim = _claim_in(data, where)
-    if claim is None:
+    lease = _lease_in(data, where)
+    if lease is None:
         return None
-    longest = AHEAD * max(expiry_s, claim.expiry_s or expiry_s)
-    return claim if now < claim.expires <= now + longest and not _owner_is_gone(claim) else None
+    longest = AHEAD * max(expiry_s, lease.expiry_s or expiry_s)
+    return lease if now < lease.expires <= now + longest and not _owner_is_gone(lease) else None
 
 
-def _claim_in(data: bytes, where: str) -> Claim | None:
+def _lease_in(data: bytes, where: str) -> Lease | None:
     try:
-        return from_canonical(Claim, data, where)
+        return from_canonical(Lease, data, where)
     except DamageError:
         return None  # half-written by a killed process: nobody's
 
 
-def _owner_is_gone(claim: Claim) -> bool:
+def _owner_is_gone(lease: Lease) -> bool:
     """Return whether the owner ran on this machine, in this boot, and has ended."""
-    here = claim.host == socket.gethostname() and claim.boot == _boot_id() != ""
-    return here and _process_start(claim.pid) != claim.started
+    here = lease.host == socket.gethostname() and lease.boot == _boot_id() != ""
+    return here and _process_start(lease.pid) != lease.started
 
 
 def _boot_id() -> str:

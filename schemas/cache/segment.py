@@ -18,7 +18,7 @@ from distillcache.schemas.cache.agreement import (
     check_together,
     side_arrays,
 )
-from distillcache.schemas.errors import MEND_NEXT, DamageError, InputError, PlaceLostError, StorageError
+from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, read_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -440,12 +440,12 @@ def begun_plan(store: Store, number: int) -> Plan | None:
 
 
 def check_place(store: Store, plan: Plan) -> None:
-    """Raise `PlaceLostError` unless the plan still lies in the store, as it was settled."""
+    """Raise `FolderTakenError` unless the plan still lies in the store, as it was settled."""
     key = layout.plan_key(plan.segment)
     if store.holds(key, to_canonical(plan)):
         return
     found = store.read(key)
-    raise PlaceLostError(
+    raise FolderTakenError(
         "this build's plan is gone: it was abandoned or deleted while the build went on or was paused",
         {"plan": store.where(key), "found": "nothing" if found is None else "another plan"},
         "nothing more was written; run the command again if what it builds is still wanted",

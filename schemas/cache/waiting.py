@@ -1,12 +1,12 @@
-"""Saying for whom a process waits: who holds a claim, since when and until when."""
+"""Saying for whom a process waits: who holds a lease, since when and until when."""
 
 import sys
 import time
 from datetime import UTC, datetime
 
-from distillcache.schemas.cache.lease_file import Claim
+from distillcache.schemas.cache.lease_file import Lease
 
-FIRST_S = 5.0  # a healthy neighbour's last piece ends sooner
+FIRST_S = 5.0  # a healthy neighbour's last work unit ends sooner
 AGAIN_S, LONGEST_S = 30.0, 600.0  # then less and less often
 
 
@@ -21,12 +21,12 @@ class Waiting:
         self._what, self._begun = what, time.monotonic()
         self._next, self._pause = self._begun + FIRST_S, AGAIN_S
 
-    def tell(self, claim: Claim | None) -> None:
-        """Say on standard error who holds the claim, if it is time to."""
+    def tell(self, lease: Lease | None) -> None:
+        """Say on standard error who holds the lease, if it is time to."""
         now = time.monotonic()
-        if claim is None or now < self._next:
+        if lease is None or now < self._next:
             return
-        print(f"waiting {self._what}: {holder_words(claim)}; {now - self._begun:.0f} s so far", file=sys.stderr)
+        print(f"waiting {self._what}: {holder_words(lease)}; {now - self._begun:.0f} s so far", file=sys.stderr)
         self._next, self._pause = now + self._pause, min(2 * self._pause, LONGEST_S)
 
     def over(self) -> None:
@@ -35,14 +35,14 @@ class Waiting:
         self._next, self._pause = self._begun + FIRST_S, AGAIN_S
 
 
-def holder_words(claim: Claim) -> str:
+def holder_words(lease: Lease) -> str:
     """`process 123 on host holds it since 10:00:00 UTC, until 10:01:00 UTC unless it renews it`."""
-    since = "" if claim.since is None else f" since {_clock(claim.since)},"
-    return f"process {claim.pid} on {claim.host} holds it{since} until {_clock(claim.expires)} unless it renews it"
+    since = "" if lease.since is None else f" since {_clock(lease.since)},"
+    return f"process {lease.pid} on {lease.host} holds it{since} until {_clock(lease.expires)} unless it renews it"
 
 
 def _clock(seconds: float) -> str:
-    """A time of a claim in words; a foreign file may hold any number."""
+    """A time of a lease in words; a foreign file may hold any number."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):

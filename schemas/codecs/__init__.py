@@ -28,7 +28,7 @@ import numpy as np
 
 from distillcache.schemas.codecs.cast import CastCodec, Fp8Codec
 from distillcache.schemas.codecs.delta import DeltaCodec
-from distillcache.schemas.codecs.parts import Carry, Codec, Part, take_slot
+from distillcache.schemas.codecs.parts import Carry, Codec, CodePart, take_slot
 from distillcache.schemas.codecs.quantise import Int4Codec, Int8Codec, default_group
 from distillcache.schemas.codecs.rotate import Rotation, make_signs
 from distillcache.schemas.codecs.topk import TopK, TopKCodec
@@ -37,8 +37,8 @@ from distillcache.schemas.errors import ConfigError
 __all__ = [
     "CODECS",
     "Carry",
+    "CodePart",
     "Codec",
-    "Part",
     "TopK",
     "TopKCodec",
     "default_group",

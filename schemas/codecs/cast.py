@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from distillcache.schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.parts import CodePart, Memoryless
 from distillcache.schemas.codecs.scales import from_bf16_bits, reciprocal, to_bf16_bits
 
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn (OCP 8-bit floating point, 2023)
@@ -21,8 +21,8 @@ class CastCodec(Memoryless):
     dtype: str
     stored: str
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
-        return (Part("codes", self.stored, hidden, self.dtype if self.stored != self.dtype else None),)
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
+        return (CodePart("codes", self.stored, hidden, self.dtype if self.stored != self.dtype else None),)
 
     def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
         return {"codes": jax.lax.bitcast_convert_type(x.astype(self.dtype), jnp.dtype(self.stored))}
@@ -37,8 +37,8 @@ class Fp8Codec(Memoryless):
 
     name: str = "fp8"
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
-        return Part("codes", "uint8", hidden, "float8_e4m3fn"), Part("scale", "uint16", 1, "bfloat16")
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
+        return CodePart("codes", "uint8", hidden, "float8_e4m3fn"), CodePart("scale", "uint16", 1, "bfloat16")
 
     def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
         wide = x.astype(jnp.float32)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distillcache.schemas.codecs.parts import Part, take_slot
+from distillcache.schemas.codecs.parts import CodePart, take_slot
 from distillcache.schemas.codecs.quantise import Int8Codec, Quantiser
 
 KEY_PARTS = {"codes": "key", "scale": "key_scale"}  # the int8 codec's names of parts, and a keyframe's
@@ -43,7 +43,7 @@ class DeltaCodec:
     def _rest(self) -> Int8Codec:
         return Int8Codec(self.inner.group)
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
         inner = self.inner.parts(hidden)
         if not self.keyframe_every:
             return inner

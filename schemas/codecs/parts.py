@@ -11,7 +11,7 @@ Carry = Any  # what a codec hands on from slot to slot: a pytree of arrays, or N
 
 
 @dataclass(frozen=True)
-class Part:
+class CodePart:
     """One stored array of a codec.
 
     name: `codes` is stored under the tap's own name, any other part under `<tap>.<name>`.
@@ -43,7 +43,7 @@ class Codec(Protocol):
         """As `get_codec` knows it."""
         ...
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
         """The arrays that a tap of `hidden` numbers a token is stored in.
 
         Raises:
@@ -70,7 +70,7 @@ class Codec(Protocol):
     def encode_slot(
         self, carry: Carry, x: Float[Array, "*A D"], slot: Int[Array, ""] | int
     ) -> tuple[Carry, dict[str, Array]]:
-        """The parts of one slot. A part that does not exist for this slot (`Part.every`) holds zeros."""
+        """The parts of one slot. A part that does not exist for this slot (`CodePart.every`) holds zeros."""
         ...
 
     def decode_slot(
@@ -107,7 +107,7 @@ class Memoryless:
 
 
 def take_slot(
-    stacks: Mapping[str, Array], parts: tuple[Part, ...], slot: Int[Array, ""] | int, axis: int = 0
+    stacks: Mapping[str, Array], parts: tuple[CodePart, ...], slot: Int[Array, ""] | int, axis: int = 0
 ) -> dict[str, Array]:
     """One slot out of the stacks of a tap, each with its slots on `axis`: what `decode_slot` wants.
 

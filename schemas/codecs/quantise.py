@@ -30,7 +30,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distillcache.schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.parts import CodePart, Memoryless
 from distillcache.schemas.codecs.rotate import Rotation
 from distillcache.schemas.codecs.scales import from_shared, reciprocal, short_above, short_value, to_shared
 from distillcache.schemas.errors import ConfigError
@@ -101,7 +101,7 @@ class Quantiser(Memoryless):
         linear, cubic = (jnp.where(signed < 0, second, first) for first, second in zip(*SHAPES, strict=True))
         return self._levels(codes, linear, cubic) * jnp.abs(signed)
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
         raise NotImplementedError
 
     def hidden(self, width: int) -> int:
@@ -184,8 +184,8 @@ class Int8Codec(Quantiser):
     level_shift: ClassVar[int] = 6
     trials: ClassVar[tuple[tuple[int, int], ...]] = ((0, 0), (1, 0))  # cutting gains 1% here
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
-        return Part("codes", "int8", hidden), Part("scale", "uint8", 1 + self.groups(hidden))
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
+        return CodePart("codes", "int8", hidden), CodePart("scale", "uint8", 1 + self.groups(hidden))
 
     def hidden(self, width: int) -> int:
         return width
@@ -215,10 +215,10 @@ class Int4Codec(Quantiser):
         *((1, step) for step in range(4)),
     )
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
         if hidden % 2:
             raise ConfigError("int4 stores numbers in pairs", {"hidden size": hidden}, "choose int8")
-        return Part("codes", "uint8", hidden // 2), Part("scale", "uint8", 1 + self.groups(hidden))
+        return CodePart("codes", "uint8", hidden // 2), CodePart("scale", "uint8", 1 + self.groups(hidden))
 
     def hidden(self, width: int) -> int:
         return 2 * width

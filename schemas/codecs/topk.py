@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from distillcache.schemas.codecs.cast import CastCodec
-from distillcache.schemas.codecs.parts import Memoryless, Part
+from distillcache.schemas.codecs.parts import CodePart, Memoryless
 
 
 class TopK(NamedTuple):
@@ -33,9 +33,9 @@ class TopKCodec(Memoryless):
     def name(self) -> str:
         return self.floats.name
 
-    def parts(self, hidden: int) -> tuple[Part, ...]:
+    def parts(self, hidden: int) -> tuple[CodePart, ...]:
         """Whatever the hidden size is."""
-        return *self.floats.parts(self.k), Part("ids", "int32", self.k), Part("logsumexp", "float32", 1)
+        return *self.floats.parts(self.k), CodePart("ids", "int32", self.k), CodePart("logsumexp", "float32", 1)
 
     def encode(self, x: TopK) -> dict[str, Array]:
         logsumexp = x.logsumexp.astype(jnp.float32)[..., None]

@@ -84,7 +84,7 @@ class Workers(Config):
         default=1, description="how many processes work on it; of a build with replica: job on a cluster: as that says"
     )
     claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="expiry of a claim without a heartbeat; another process then takes it over"
+        default=60.0, gt=0, description="expiry of a lease without a heartbeat; another process then takes it over"
     )  # four missed heartbeats
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -176,14 +176,14 @@ class BuildOptions(ShardWorkers):
     )  # other versions may give other bits
 
 
-class BuildPlaces(Config):
+class BuildPaths(Config):
     """Paths of a build's cache and teacher. The teacher is known by its weights, wherever they are."""
 
     cache: str = Field(description="where the cache goes: a folder, gs://bucket/prefix or s3://bucket/prefix")
     teacher: TeacherConfig
 
 
-class BuildConfig(BuildOptions, BuildSpec, BuildPlaces):
+class BuildConfig(BuildOptions, BuildSpec, BuildPaths):
     """A teacher and text in, a cache out."""
 
     usual: ClassVar = (
@@ -233,7 +233,7 @@ class CopyTapsConfig(Config):
     )
 
 
-class CopyPlaces(Config):
+class CopyPaths(Config):
     """Paths of a copy and of its source."""
 
     src: str = Field(description="the finished cache to copy")
@@ -259,7 +259,7 @@ class CopySpec(ShardSizes):
     )
 
 
-class CopyConfig(ShardWorkers, CopySpec, CopyPlaces):
+class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
     """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
 
     A tap is kept, bit for bit, unless it is given a codec.

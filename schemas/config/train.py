@@ -207,7 +207,7 @@ class TrainSpec(Config):
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the shuffle and of projectors")
 
 
-class TrainPlaces(Config):
+class TrainPaths(Config):
     """Paths that a training reads and writes."""
 
     run: str = Field(description="folder of the run: checkpoints, metrics, the student")
@@ -255,7 +255,7 @@ class TrainOptions(Config):
     )  # longer than the pauses of a busy host, shorter than anybody waits
 
 
-class TrainConfig(TrainOptions, TrainSpec, TrainPlaces):
+class TrainConfig(TrainOptions, TrainSpec, TrainPaths):
     """A cache in, a trained student out."""
 
     other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's

@@ -9,5 +9,5 @@ tap_codec.py   the codec that a tap plan names
 index.py       index.bin: fixed-width records of shard digests
 rows.py        rows and the row folder
 times.py       time that shards took
-checkpoint.py  training checkpoints: arrays in pieces, one writer for each
+checkpoint.py  training checkpoints: arrays in boxes, one writer for each
 """

@@ -1,13 +1,13 @@
-"""The files of one checkpoint: arrays in pieces, each written by the process that holds it.
+"""The files of one checkpoint: arrays in boxes, each written by the process that holds it.
 
-    <run>/checkpoints/00000100/p0003-000.safetensors   the bytes of process 3's pieces
-    <run>/checkpoints/00000100/p0003.json              which pieces these are, with their digests
+    <run>/checkpoints/00000100/p0003-000.safetensors   the bytes of process 3's boxes
+    <run>/checkpoints/00000100/p0003.json              which boxes these are, with their digests
     <run>/checkpoints/00000100/checkpoint.json         written last, by process 0: without it there is no checkpoint
 
-A *piece* is a box of one array, contiguous in its file. An array is named by its item and its own name
-(`parameters/embed`, `optimizer/groups/0/...`), and its pieces cover it once, however many processes wrote them: who
-reads asks for boxes of an array and is given them from whatever pieces there are, so a run may go on on other devices.
-The files are plain safetensors. Every piece is compared with its digest when it is read.
+A *saved box* is a box of one array, contiguous in its file. An array is named by its item and its own name
+(`parameters/embed`, `optimizer/groups/0/...`), and its boxes cover it once, however many processes wrote them: who
+reads asks for boxes of an array and is given them from whatever boxes there are, so a run may go on on other devices.
+The files are plain safetensors. Every box is compared with its digest when it is read.
 
 Orbax would do for local disks and Google Cloud Storage. It does not write to S3 (0.12), goes to buckets by a second
 library with credentials and retries of its own, and keeps no digests of what it stores.
@@ -31,13 +31,13 @@ from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
 
 RECORD = "checkpoint.json"
-READS = 4  # of a piece in a bucket, whose answers may come short, before it is called damaged
+READS = 4  # of a box in a bucket, whose answers may come short, before it is called damaged
 FILE_BYTES = 512 << 20  # of a data file, about: one write holds it in memory
 Box = tuple[slice, ...]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
-class Piece(Config):
+class SavedBox(Config):
     """A box of an array: `start` and `shape`, one entry an axis. offset: of its first byte in the file."""
 
     array: str
@@ -55,19 +55,19 @@ class ArrayInfo(Config):
     shape: tuple[Count, ...]
 
 
-class Part(Config):
-    """The part that one process wrote. attempt: the attempt of the run's process, so that leftovers of a killed one
-    are not mistaken for it.
+class ProcessReceipt(Config):
+    """The receipt of what one process wrote. attempt: identifies the process of the run, so that leftovers of a killed
+    process are not mistaken for it.
     """
 
     process: Count
     attempt: str
     arrays: dict[str, ArrayInfo]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SavedBox, ...]  # the boxes; the name on disk
 
 
 class CheckpointRecord(Config):
-    """The record that commits a checkpoint. parts: the digest of every process's part, by process number; feed: the
+    """The record that commits a checkpoint. parts: the digest of every process's receipt, by process number; feed: the
     feed's position.
     """
 
@@ -95,30 +95,34 @@ def nothing_of(value: Held) -> Held:
     return Held(value.info, ())
 
 
-def part_key(folder: str, process: int) -> str:
+def receipt_key(folder: str, process: int) -> str:
     return f"{folder}/p{process:04d}.json"
 
 
-def write_part(store: Store, folder: str, process: int, attempt: str, arrays: Mapping[str, Held]) -> Part:
+def write_arrays(store: Store, folder: str, process: int, attempt: str, arrays: Mapping[str, Held]) -> ProcessReceipt:
     """Write what this process holds, data first."""
-    pieces: list[Piece] = []
+    pieces: list[SavedBox] = []
     for number, group in enumerate(_files(arrays)):
         file = f"p{process:04d}-{number:03d}.safetensors"
         data, offsets = _pack([values for _, _, values in group])
         store.write(f"{folder}/{file}", data)
         for (array, start, values), offset in zip(group, offsets, strict=True):
             digest = xxhash.xxh3_64_hexdigest(values.tobytes())
-            pieces.append(Piece(array=array, start=start, shape=values.shape, file=file, offset=offset, digest=digest))
+            pieces.append(
+                SavedBox(array=array, start=start, shape=values.shape, file=file, offset=offset, digest=digest)
+            )
     infos = {name: held.info for name, held in arrays.items()}
-    part = Part(process=process, attempt=attempt, arrays=infos, pieces=tuple(pieces))
-    store.write(part_key(folder, process), to_canonical(part))
-    return part
+    receipt = ProcessReceipt(process=process, attempt=attempt, arrays=infos, pieces=tuple(pieces))
+    store.write(receipt_key(folder, process), to_canonical(receipt))
+    return receipt
 
 
-def read_part(store: Store, folder: str, process: int) -> tuple[Part, str] | None:
-    """A process's part and its digest; None where it is not there yet."""
-    key = part_key(folder, process)
-    return store.read_checked(key, lambda data: (from_canonical(Part, data, store.where(key)), digest_bytes(data)))
+def read_receipt(store: Store, folder: str, process: int) -> tuple[ProcessReceipt, str] | None:
+    """A process's receipt and its digest; None where it is not there yet."""
+    key = receipt_key(folder, process)
+    return store.read_checked(
+        key, lambda data: (from_canonical(ProcessReceipt, data, store.where(key)), digest_bytes(data))
+    )
 
 
 def commit(store: Store, folder: str, record: CheckpointRecord) -> None:
@@ -132,7 +136,7 @@ class SavedArrays:
     def __init__(self, store: Store, folder: str) -> None:
         """
         Raises:
-            DamageError: a record or a part is missing, or not what was committed.
+            DamageError: a record or a receipt is missing, or not what was committed.
         """
         self._store, self._folder = store, folder
         where = store.where(f"{folder}/{RECORD}")
@@ -141,18 +145,20 @@ class SavedArrays:
             raise _damage(where, "nothing")
         self.record: CheckpointRecord = found
         self._infos: dict[str, ArrayInfo] = {}
-        self._pieces: dict[str, list[Piece]] = {}
+        self._boxes: dict[str, list[SavedBox]] = {}
         for process, digest in enumerate(self.record.parts):
-            part = read_part(store, folder, process)
-            if part is None or part[1] != digest:
-                raise _damage(store.where(part_key(folder, process)), "nothing" if part is None else "another part")
-            self._infos |= part[0].arrays
-            for piece in part[0].pieces:
-                self._pieces.setdefault(piece.array, []).append(piece)
-        for array, pieces in self._pieces.items():
+            receipt = read_receipt(store, folder, process)
+            if receipt is None or receipt[1] != digest:
+                raise _damage(
+                    store.where(receipt_key(folder, process)), "nothing" if receipt is None else "another receipt"
+                )
+            self._infos |= receipt[0].arrays
+            for saved in receipt[0].pieces:
+                self._boxes.setdefault(saved.array, []).append(saved)
+        for array, boxes in self._boxes.items():
             shape = self._infos[array].shape if array in self._infos else ()
-            if not all(_is_inside(piece, shape) for piece in pieces):
-                raise _damage(store.where(folder), f"pieces of {array} that are not inside of it")
+            if not all(_is_inside(saved, shape) for saved in boxes):
+                raise _damage(store.where(folder), f"boxes of {array} that are not inside of it")
 
     def names(self, item: str) -> list[str]:
         """The names of the item's arrays, without the item."""
@@ -170,46 +176,46 @@ class SavedArrays:
         return self.boxes(item, name, [tuple(slice(0, size) for size in shape)])[0]
 
     def boxes(self, item: str, name: str, wanted: Sequence[Box]) -> list[np.ndarray]:
-        """These boxes of an array; each piece that any of them needs is read once.
+        """These boxes of an array; each box that any of them needs is read once.
 
         Raises:
-            DamageError: a piece is missing or not what was written, or the pieces do not cover a box.
+            DamageError: a saved box is missing or damaged, or the saved boxes do not cover a wanted one.
         """
         array = f"{item}/{name}"
         dtype, volume = np.dtype(self._infos[array].dtype), math.prod(self._infos[array].shape)
-        if sum(math.prod(piece.shape) for piece in self._pieces.get(array, [])) < volume:  # before memory is taken
-            raise _damage(f"{self._store.where(self._folder)} {array}", "pieces that do not make up the whole array")
+        if sum(math.prod(saved.shape) for saved in self._boxes.get(array, [])) < volume:  # before memory is taken
+            raise _damage(f"{self._store.where(self._folder)} {array}", "boxes that do not make up the whole array")
         found = [np.empty([axis.stop - axis.start for axis in box], dtype) for box in wanted]
         filled = [0] * len(found)
-        for piece in self._pieces.get(array, []):
-            overlaps = [(at, overlap) for at, box in enumerate(wanted) if (overlap := _overlap(piece, box)) is not None]
+        for saved in self._boxes.get(array, []):
+            overlaps = [(at, overlap) for at, box in enumerate(wanted) if (overlap := _overlap(saved, box)) is not None]
             if not overlaps:
                 continue
-            values = self._read(piece, dtype)
+            values = self._read(saved, dtype)
             for at, (inside, target) in overlaps:
                 found[at][target] = values[inside]
                 filled[at] += math.prod(axis.stop - axis.start for axis in target)
         if any(count != box.size for count, box in zip(filled, found, strict=True)):
-            raise _damage(f"{self._store.where(self._folder)} {array}", "pieces that do not make up the whole array")
+            raise _damage(f"{self._store.where(self._folder)} {array}", "boxes that do not make up the whole array")
         return found
 
-    def _read(self, piece: Piece, dtype: np.dtype) -> np.ndarray:
-        key = f"{self._folder}/{piece.file}"
-        length = math.prod(piece.shape) * dtype.itemsize
+    def _read(self, saved: SavedBox, dtype: np.dtype) -> np.ndarray:
+        key = f"{self._folder}/{saved.file}"
+        length = math.prod(saved.shape) * dtype.itemsize
         found = "nothing"
         for _ in range(READS if self._store.is_bucket else 1):
-            data = self._store.read(key, slice(piece.offset, piece.offset + length)) if length else b""
-            if data is not None and xxhash.xxh3_64_hexdigest(data) == piece.digest:
-                return np.frombuffer(data, dtype).reshape(piece.shape)
-            found = "nothing" if data is None else f"another digest of {piece.array}"
+            data = self._store.read(key, slice(saved.offset, saved.offset + length)) if length else b""
+            if data is not None and xxhash.xxh3_64_hexdigest(data) == saved.digest:
+                return np.frombuffer(data, dtype).reshape(saved.shape)
+            found = "nothing" if data is None else f"another digest of {saved.array}"
         raise _damage(self._store.where(key), found)
 
 
-def _is_inside(piece: Piece, shape: tuple[int, ...]) -> bool:
-    """Return whether a piece is a box of an array of this shape."""
-    if not len(piece.start) == len(piece.shape) == len(shape):
+def _is_inside(saved: SavedBox, shape: tuple[int, ...]) -> bool:
+    """Return whether a saved box lies inside an array of this shape."""
+    if not len(saved.start) == len(saved.shape) == len(shape):
         return False
-    return all(first + size <= most for first, size, most in zip(piece.start, piece.shape, shape, strict=True))
+    return all(first + size <= most for first, size, most in zip(saved.start, saved.shape, shape, strict=True))
 
 
 def _files(arrays: Mapping[str, Held]) -> Iterator[list[tuple[str, tuple[int, ...], np.ndarray]]]:
@@ -248,12 +254,12 @@ def _pack(boxes: Sequence[np.ndarray]) -> tuple[bytes, list[int]]:
     return data, [8 + length + header[name]["data_offsets"][0] for name in names]
 
 
-def _overlap(piece: Piece, box: Box) -> tuple[Box, Box] | None:
-    """Intersect a piece and a box. Returns the overlap as a box of the piece and as a box of the box; None if it is
+def _overlap(saved: SavedBox, box: Box) -> tuple[Box, Box] | None:
+    """Intersect a saved box and a wanted one. Returns the overlap within each of the two; None if it is
     empty.
     """
     inside, target = [], []
-    for first, size, axis in zip(piece.start, piece.shape, box, strict=True):
+    for first, size, axis in zip(saved.start, saved.shape, box, strict=True):
         low, high = max(first, axis.start), min(first + size, axis.stop)
         if low >= high:
             return None

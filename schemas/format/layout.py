@@ -61,17 +61,17 @@ def skipped_key(segment: str) -> str:
     return f"{segment_prefix(segment)}/skipped.jsonl"
 
 
-def claim_key(segment: str, piece: int) -> str:
-    return f"{segment_prefix(segment)}/claims/{piece:05d}.json"
+def lease_key(segment: str, unit: int) -> str:
+    return f"{segment_prefix(segment)}/claims/{unit:05d}.json"
 
 
-def finish_claim_key(segment: str, _piece: int) -> str:
-    """The claim of the process that finishes the segment; there is one such piece of work."""
+def finish_lease_key(segment: str, _unit: int) -> str:
+    """The lease of the process that finishes the segment; there is one such work unit."""
     return f"{segment_prefix(segment)}/claims/finish.json"
 
 
-def job_claim_key(segment: str, _piece: int) -> str:
-    """The claim of the job whose processes build the segment in lock-step."""
+def job_lease_key(segment: str, _unit: int) -> str:
+    """The lease of the job whose processes build the segment in lock-step."""
     return f"{segment_prefix(segment)}/claims/job.json"
 
 

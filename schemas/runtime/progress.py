@@ -1,4 +1,4 @@
-"""A line that says how far a long piece of work is: done, rate, time left, and a note such as the loss.
+"""A line that says the progress of a long job: done, rate, time left, and a note such as the loss.
 
 On a terminal it is a bar that is redrawn; elsewhere (a log file, a batch system) a plain line every ten seconds.
 Work that ends within two seconds prints nothing. Everything goes to standard error: standard output is for results.

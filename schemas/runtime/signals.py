@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that a loop asks between two pieces of work."""
+"""SIGTERM and SIGINT as a question that a loop asks between two units of work."""
 
 import signal
 import threading

@@ -111,10 +111,10 @@ class ObjectPath:
             raise
 
 
-Place = Path | ObjectPath
+Location = Path | ObjectPath
 
 
-def locate(path: str | os.PathLike[str] | ObjectPath) -> Place:
+def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
     """The place that a user's text names: a local path, `file://`, `gs://bucket/key` or `s3://bucket/key`."""
     if isinstance(path, ObjectPath):
         return path

@@ -1,7 +1,7 @@
 """Stores of caches, runs and corpora: a thin layer over TensorStore's key-value stores.
 
 A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
-of ours goes through it, so that one piece of code serves all of them and every failure becomes one `StorageError`
+of ours goes through it, so that one implementation serves all of them and every failure becomes one `StorageError`
 that names the key. `use` sets how buckets are asked (config/storage.py), for the whole process; `buckets` knows what
 is peculiar to them.
 """
@@ -91,7 +91,7 @@ class Store:
         self._may_write: Callable[[], None] = _always
 
     def guarded(self, may_write: Callable[[], None]) -> "Store":
-        """The same store for one piece of work that may lose the place while it is paused.
+        """The same store for one job that may lose its folder while it is paused.
 
         Args:
             may_write: called before every write and every deletion of a single key; raises where it must not be. It

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distillcache.schemas.errors import StorageError
-from distillcache.schemas.store.path import ObjectPath, Place, locate
+from distillcache.schemas.store.path import Location, ObjectPath, locate
 
 NEW_FILE_MODE = 0o666  # less the umask, as `open` makes files
 
 
-def write_file(path: str | os.PathLike[str] | Place, data: bytes) -> None:
+def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
     """Store a file on a disk or in a bucket, in place of one of that name. See `writing`.
 
     Raises:

@@ -21,8 +21,8 @@ from distillcache.cache_builder.text.token_stream import rows_fingerprint
 from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.decoder import Decoder
 from distillcache.models.text.tokenizer import load_tokenizer
-from distillcache.schemas.cache.lease import Claims
-from distillcache.schemas.cache.lease_file import this_process_claim
+from distillcache.schemas.cache.lease import Leases
+from distillcache.schemas.cache.lease_file import this_process_lease
 from distillcache.schemas.cache.segment import open_cache, read_manifest, read_plan
 from distillcache.schemas.config import DataConfig, PrepareConfig, TapConfig, TapsConfig
 from distillcache.schemas.errors import (
@@ -191,17 +191,17 @@ def test_an_interrupted_build_ends_in_the_same_bytes(
             jobs[0].stop.requested = True
 
     jobs: list = []
-    real_pieces = loop_module._build_pieces
-    monkeypatch.setattr(loop_module, "_build_pieces", lambda job: (jobs.append(job), real_pieces(job)))
+    real_units = loop_module._build_units
+    monkeypatch.setattr(loop_module, "_build_units", lambda job: (jobs.append(job), real_units(job)))
     monkeypatch.setattr(loop_module.ShardWriter, "add", add)
     config = build_config(tmp_path / "c", teacher, corpus)
     with pytest.raises(Interrupted, match="asked to stop"):
         build_cache(config)
     assert read_manifest(Store(config.cache)) is None
-    claims, receipts = (
+    leases, receipts = (
         {path.name for path in (tmp_path / "c").rglob(f"{kind}/*.json")} for kind in ("claims", "receipts")
     )
-    assert claims <= receipts  # what is unfinished was given back
+    assert leases <= receipts  # what is unfinished was given back
     monkeypatch.undo()
     build_cache(config)
     assert tree(tmp_path / "c") == tree(cache)
@@ -237,7 +237,7 @@ def test_another_platform_is_refused_unless_accepted(
 ) -> None:
     config = build_config(tmp_path / "c", teacher, corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "_build_pieces", lambda job: None)
+        patch.setattr(loop_module, "_build_units", lambda job: None)
         patch.setattr(loop_module, "finish_segment", lambda store, plan: None)
         build_cache(config)
     store = Store(config.cache)
@@ -295,44 +295,44 @@ def test_a_failing_store_names_the_shard_and_leaves_receipts_true(
     assert tree(tmp_path / "c") == tree(cache)
 
 
-def test_a_live_claim_is_respected_and_a_dead_one_is_taken(tmp_path: Path) -> None:
+def test_a_live_lease_is_respected_and_a_dead_one_is_taken(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "c"))
-    first, second = Claims(store, "0000", 60), Claims(store, "0000", 60)
+    first, second = Leases(store, "0000", 60), Leases(store, "0000", 60)
     assert first.take(3)
     assert not second.take(3)
-    claim = json.loads((tmp_path / "c/segments/0000/claims/00003.json").read_text())
-    assert claim["pid"] > 0
+    lease = json.loads((tmp_path / "c/segments/0000/claims/00003.json").read_text())
+    assert lease["pid"] > 0
     first.close()  # releases what is unfinished
     assert second.take(3)
     second.done(3)
     second.close()
-    assert store.read(layout.claim_key("0000", 3)) is not None  # done: its receipts speak for it
+    assert store.read(layout.lease_key("0000", 3)) is not None  # done: its receipts speak for it
 
 
-def test_a_claim_of_a_dead_process_or_an_old_heartbeat_is_taken(tmp_path: Path) -> None:
+def test_a_lease_of_a_dead_process_or_an_old_heartbeat_is_taken(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "c"))
-    alive = this_process_claim(expires=time.time() + 60)
+    alive = this_process_lease(expires=time.time() + 60)
     dead = alive.model_copy(update={"pid": 2**22 + 1, "started": "1"})
     elsewhere = alive.model_copy(update={"host": "elsewhere"})
     old = elsewhere.model_copy(update={"expires": 1.0})
-    for piece, claim in enumerate((dead, old, elsewhere)):
-        store.write(layout.claim_key("0000", piece), to_canonical(claim))
-    store.write(layout.claim_key("0000", 3), b'{"half')
-    claims = Claims(store, "0000", 60)
-    assert [claims.take(piece) for piece in range(4)] == [True, True, False, True]
-    claims.close()
+    for unit, lease in enumerate((dead, old, elsewhere)):
+        store.write(layout.lease_key("0000", unit), to_canonical(lease))
+    store.write(layout.lease_key("0000", 3), b'{"half')
+    leases = Leases(store, "0000", 60)
+    assert [leases.take(unit) for unit in range(4)] == [True, True, False, True]
+    leases.close()
 
 
 def test_the_heartbeat_moves_the_expiry(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "c"))
-    claims = Claims(store, "0000", 0.2)
-    assert claims.take(0)
-    first = json.loads(store.read(layout.claim_key("0000", 0)) or b"{}")["expires"]
+    leases = Leases(store, "0000", 0.2)
+    assert leases.take(0)
+    first = json.loads(store.read(layout.lease_key("0000", 0)) or b"{}")["expires"]
     deadline = time.monotonic() + 20
-    while json.loads(store.read(layout.claim_key("0000", 0)) or b"{}")["expires"] == first:
+    while json.loads(store.read(layout.lease_key("0000", 0)) or b"{}")["expires"] == first:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    claims.close()
+    leases.close()
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path: Path, corpus: Path) -> None:

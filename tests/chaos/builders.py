@@ -49,7 +49,7 @@ class Chaos:
 def build(
     environment: dict[str, str], cache: str, teacher: str, corpus: str, process: int, processes: int, host: str
 ) -> None:
-    """In the child: build. With a host's name of its own, its death shows only when its claims expire.
+    """In the child: build. With a host's name of its own, its death shows only when its leases expire.
 
     Args:
         environment: where the server is; the fork server may have been started before it.
@@ -64,7 +64,7 @@ def build(
 
 
 def config_of(cache: str, teacher: Path, corpus: Path, process: int = 0, processes: int = 1) -> BuildConfig:
-    """Small shards, so that there is much to claim, and claims that expire soon."""
+    """Small shards, so that there is much to lease, and leases that expire soon."""
     changes: dict[str, Any] = {"process_id": process, "num_processes": processes, "storage": STORAGE}
     return build_config(cache, teacher, corpus, shard_rows=4, claim_expiry_s=5.0, **changes)
 

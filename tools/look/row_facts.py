@@ -49,7 +49,7 @@ class RowFacts:
     number: int
     shard: tuple[str, int]
     row: Row
-    pieces: tuple[str, ...]
+    token_texts: tuple[str, ...]
     documents: tuple[tuple[int, int, int], ...]
     taps: tuple[TapFacts, ...]
     damaged: tuple[DamageError, ...] = ()
@@ -73,7 +73,7 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
         )
     row = rows.row(number)
     tokenizer = cache_tokenizer(rows.store, rows.plan)
-    pieces = tuple(tokenizer.decode([int(token)]) for token in row.tokens)
+    token_texts = tuple(tokenizer.decode([int(token)]) for token in row.tokens)
     found, damaged = [], []
     for name in (name for name in rows.tap_names(number) if name != TOPK_LOGITS):
         try:
@@ -89,7 +89,7 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
             {"cache": rows.store.url, "block": block, "slots": numbers_in_runs(recorded)},
             "choose one of these",
         )
-    return RowFacts(number, rows.shard(number), row, pieces, documents_of(row), tuple(found), tuple(damaged))
+    return RowFacts(number, rows.shard(number), row, token_texts, documents_of(row), tuple(found), tuple(damaged))
 
 
 def not_finite(taps: Sequence[TapFacts]) -> list[str]:

@@ -19,7 +19,7 @@ from distillcache.tools.look.show_image import draw
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages.terminal import table_console
 
-PIECE_SHOWN = 20  # characters of a token
+CHARACTERS_SHOWN = 20  # characters of a token
 TEXT_SHOWN = 400  # characters of a document on a terminal
 
 
@@ -39,7 +39,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**_describe(rows, facts, texts), "warnings": odd}))
         return code
-    _print(rows, facts, texts, odd, range(config.start, min(config.start + config.tokens, len(facts.pieces))))
+    _print(rows, facts, texts, odd, range(config.start, min(config.start + config.tokens, len(facts.token_texts))))
     if config.image is not None:
         print(f"the picture is in {config.image}")
     return code
@@ -83,7 +83,7 @@ def _describe(rows: StoredRows, facts: RowFacts, texts: Sequence[str]) -> dict[s
         ],
         "tokens": {
             "id": row.tokens.tolist(),
-            "text": list(facts.pieces),
+            "text": list(facts.token_texts),
             "position": row.positions.tolist(),
             "document": row.segment_ids.tolist(),
             "target": row.loss_mask.tolist(),
@@ -161,7 +161,7 @@ def _token_table(facts: RowFacts, tokens: range) -> Table:
         style = None if facts.real[at] else "dim"
         document = str(row.segment_ids[at]) if facts.real[at] else "padding"
         mark = "x" if row.loss_mask[at] else ""
-        text = escape(repr(facts.pieces[at])[1:-1][:PIECE_SHOWN])
+        text = escape(repr(facts.token_texts[at])[1:-1][:CHARACTERS_SHOWN])
         cells = [str(at), text, str(row.positions[at]), document, mark]
         table.add_row(*cells, *(cell for tap in facts.taps for cell in _cells(tap, at)), style=style)
     return table

@@ -67,14 +67,14 @@ def _heat(figure: Any, panel: Any, title: str, content: Any, facts: RowFacts) ->
 
 
 def _label_tokens(panel: Any, facts: RowFacts) -> None:
-    count = len(facts.pieces)
+    count = len(facts.token_texts)
     panel.set_xlim(-0.5, count - 0.5)
     if count > LABELLED_TOKENS:
         panel.set_xlabel("token")
         return
     # A dollar sign would begin a formula.
     labels = [
-        shown(piece).replace("$", r"\$")[:12] if real else ""
-        for piece, real in zip(facts.pieces, facts.real, strict=True)
+        shown(text).replace("$", r"\$")[:12] if real else ""
+        for text, real in zip(facts.token_texts, facts.real, strict=True)
     ]
     panel.set_xticks(range(count), labels, rotation=90, fontsize=7)

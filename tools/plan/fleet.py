@@ -1,11 +1,11 @@
-"""A build by many hosts, played through: claims, preemptions, writes and their retries.
+"""A build by many hosts, played through: leases, preemptions, writes and their retries.
 
-A discrete-event simulation. A host takes *pieces* (cache_builder/record/work_units.py) from one pool, computes one
-while it writes the one before, and loses what is in flight when it is preempted; the rest of what it had claimed is
-free again after the claim's expiry, and the host is back after its restart. Pieces are handed out several at a time,
-fewer towards the end, so that a build of a hundred million pieces takes some ten thousand events; a preemption still
-loses no more than the pieces in flight. Of a build that would see more than `MAX_PREEMPTIONS` of them, only a part is
-played, and its time is scaled up.
+A discrete-event simulation. A host takes *work units* (cache_builder/record/work_units.py) from one pool and computes
+one while it writes the previous one. A preempted host loses what is in flight; the rest of what it had leased is free
+again after the lease's expiry, and the host returns after its restart. Several work units are handed out at a time,
+fewer towards the end, so that a build of a hundred million work units takes some ten thousand events; a preemption
+still loses only the work units in flight. If a build would see more than `MAX_PREEMPTIONS`, a fraction of it is simulated
+and its time is scaled up.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from enum import Enum
 import numpy as np
 
 SHARES = 4  # a host takes a fourth of what would be its part of the pool
-SMALLEST = 200  # but no less than one in so many of all its pieces: its last ones are half a percent of its time
+SMALLEST = 200  # but no less than one in so many of all its work units: its last ones are half a percent of its time
 MAX_PREEMPTIONS = 1000
 LEAST_RATE = 2.0**-20  # a second and host: about one in twelve days
 DRAWN = 64  # random numbers at a time
@@ -26,10 +26,10 @@ DRAWN = 64  # random numbers at a time
 
 @dataclass(frozen=True)
 class Work:
-    """Work of a build. piece_tokens: computed for one piece. bytes, puts: of all pieces together."""
+    """Work of a build. unit_tokens: computed for one work unit. bytes, puts: of all work units together."""
 
-    pieces: int
-    piece_tokens: int
+    units: int
+    unit_tokens: int
     bytes: int
     puts: int
 
@@ -51,14 +51,13 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Played:
-    """Results of the simulation. wall_s: until the last piece is durable. lost_s: host seconds of work that was done
-    again.
+    """Results of the simulation. wall_s: until the last work unit is durable. lost_s: host seconds of repeated work.
 
-    bytes, puts: of committed pieces. retries: writes that were sent again. preemptions: of the whole build.
+    bytes, puts: of committed work units. retries: writes that were sent again. preemptions: of the whole build.
     """
 
     wall_s: float
-    pieces: int
+    units: int
     bytes: int
     puts: int
     retries: int
@@ -66,30 +65,30 @@ class Played:
     lost_s: float
 
 
-def piece_seconds(work: Work, fleet: Fleet) -> tuple[float, float]:
-    """(computing, writing) one piece on one host."""
-    return work.piece_tokens / fleet.tokens_per_s, work.bytes / work.pieces / fleet.write_bytes_per_s
+def unit_seconds(work: Work, fleet: Fleet) -> tuple[float, float]:
+    """(computing, writing) one work unit on one host."""
+    return work.unit_tokens / fleet.tokens_per_s, work.bytes / work.units / fleet.write_bytes_per_s
 
 
 def quiet_seconds(work: Work, fleet: Fleet) -> float:
     """Return the seconds of the busiest host if nothing is preempted and no write is retried."""
-    compute, write = piece_seconds(work, fleet)
-    return fleet.startup_s + math.ceil(work.pieces / fleet.hosts) * max(compute, write) + min(compute, write)
+    compute, write = unit_seconds(work, fleet)
+    return fleet.startup_s + math.ceil(work.units / fleet.hosts) * max(compute, write) + min(compute, write)
 
 
 def play(work: Work, fleet: Fleet) -> Played:
     """Play a build through."""
     expected = fleet.preemptions_per_s * fleet.hosts * quiet_seconds(work, fleet)
     part = min(1.0, MAX_PREEMPTIONS / expected) if expected else 1.0
-    pieces = max(1, round(work.pieces * part))
-    game = _Game(work, fleet, pieces)
+    units = max(1, round(work.units * part))
+    game = _Game(work, fleet, units)
     wall = game.play()
-    scale = work.pieces / pieces
+    scale = work.units / units
     return Played(
         wall_s=fleet.startup_s + (wall - fleet.startup_s) * scale,
-        pieces=round(game.committed * scale),
-        bytes=round(work.bytes * game.committed / pieces),
-        puts=round(work.puts * game.committed / pieces),
+        units=round(game.committed * scale),
+        bytes=round(work.bytes * game.committed / units),
+        puts=round(work.puts * game.committed / units),
         retries=round(game.retries * scale),
         preemptions=round(game.preemptions * scale),
         lost_s=game.lost_s * scale,
@@ -98,35 +97,35 @@ def play(work: Work, fleet: Fleet) -> Played:
 
 @dataclass
 class _Host:
-    """A host's unit: begun at `since`, `pieces` of `each` seconds, with `again` writes sent twice.
+    """A host's unit: begun at `since`, `units` of `each` seconds, with `again` writes sent twice.
 
     turn: an event of an earlier turn is void.
     """
 
     turn: int = 0
     since: float = 0.0
-    pieces: int = 0
+    units: int = 0
     each: float = 0.0
     again: int = 0
     idle: bool = False
 
 
 class _Game:
-    """One build, until all of its pieces are committed."""
+    """One build, until all of its work units are committed."""
 
-    def __init__(self, work: Work, fleet: Fleet, pieces: int) -> None:
+    def __init__(self, work: Work, fleet: Fleet, units: int) -> None:
         self._fleet, self._retries_rng = fleet, np.random.default_rng(fleet.seed)
-        self._compute_s, self._write_s = piece_seconds(work, fleet)
-        self._puts = work.puts / work.pieces
-        self._least = max(1, pieces // (fleet.hosts * SMALLEST))
-        self._free = self._left = pieces
+        self._compute_s, self._write_s = unit_seconds(work, fleet)
+        self._puts = work.puts / work.units
+        self._least = max(1, units // (fleet.hosts * SMALLEST))
+        self._free = self._left = units
         self._hosts = [_Host() for _ in range(fleet.hosts)]
         self._order, self._events = itertools.count(), list[tuple[float, int, _Event, int, int]]()
         self.committed = self.retries = self.preemptions = 0
         self.lost_s = self._end = 0.0
 
     def play(self) -> float:
-        """The time at which the last piece is durable."""
+        """The time at which the last work unit is durable."""
         preemptions = _preemptions(self._fleet)
         when, victim = next(preemptions)
         for host in range(self._fleet.hosts):
@@ -143,41 +142,43 @@ class _Game:
                     if each.idle:
                         self._take(now, waiting)
             elif value == self._hosts[host].turn:
-                self._commit(self._hosts[host], self._hosts[host].pieces, now)
+                self._commit(self._hosts[host], self._hosts[host].units, now)
                 self._take(now, host)
-        return self._end + min(self._compute_s, self._write_s)  # the last piece is written while nothing is computed
+        return self._end + min(
+            self._compute_s, self._write_s
+        )  # the last work unit is written while nothing is computed
 
     def _take(self, now: float, number: int) -> None:
-        """Let a host claim a unit, if there is one."""
+        """Let a host lease a unit, if there is one."""
         host = self._hosts[number]
         taken = min(self._free, max(self._least, self._free // (self._fleet.hosts * SHARES)))
         self._free -= taken
-        host.turn, host.since, host.pieces, host.idle = host.turn + 1, now, taken, not taken
+        host.turn, host.since, host.units, host.idle = host.turn + 1, now, taken, not taken
         if taken:
             host.again = int(self._retries_rng.binomial(round(taken * self._puts), self._fleet.retry_share))
             host.each = max(self._compute_s, self._write_s * (1 + host.again / (taken * self._puts)))
             self._push(now + taken * host.each, _Event.READY, number, host.turn)
 
-    def _commit(self, host: _Host, pieces: int, now: float) -> None:
-        if pieces:
-            self.retries += round(host.again * pieces / host.pieces)
+    def _commit(self, host: _Host, units: int, now: float) -> None:
+        if units:
+            self.retries += round(host.again * units / host.units)
             self._end = max(self._end, now)
-        self.committed += pieces
-        self._left -= pieces
-        host.pieces = 0
+        self.committed += units
+        self._left -= units
+        host.units = 0
 
     def _preempt(self, now: float, number: int) -> None:
         """A host goes, wherever it was, and comes back after its restart."""
         host = self._hosts[number]
         self.preemptions += 1
-        if host.pieces:
-            ran, claimed = now - host.since, host.pieces
+        if host.units:
+            ran, leased = now - host.since, host.units
             # What was computed last was still being written.
             done = max(0, math.floor((ran - min(self._compute_s, self._write_s)) / host.each))
             self.lost_s += ran - done * host.each
             self._commit(host, done, host.since + done * host.each)
-            self._push(now + self._fleet.claim_expiry_s, _Event.FREED, number, claimed - done)
-        host.turn, host.pieces, host.idle = host.turn + 1, 0, False
+            self._push(now + self._fleet.claim_expiry_s, _Event.FREED, number, leased - done)
+        host.turn, host.units, host.idle = host.turn + 1, 0, False
         self._push(max(now, self._fleet.startup_s) + self._fleet.restart_s, _Event.READY, number, host.turn)
 
     def _push(self, when: float, event: "_Event", host: int, value: int) -> None:
@@ -185,7 +186,7 @@ class _Game:
 
 
 class _Event(Enum):
-    """READY: a host has done its unit, or has (re)started; its value is the host's turn. FREED: so many pieces."""
+    """READY: a host has done its unit, or has (re)started; its value is the host's turn. FREED: so many work units."""
 
     READY = 1
     FREED = 2

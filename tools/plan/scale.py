@@ -22,7 +22,7 @@ from distillcache.schemas.format.index import record_dtype
 from distillcache.schemas.format.layout import ITEM_BYTES, MAX_PUT_BYTES
 from distillcache.schemas.format.manifest import PartPlan, Plan, RowsPlan
 from distillcache.schemas.format.rows import too_long_note
-from distillcache.tools.plan.fleet import Fleet, Work, piece_seconds, play, quiet_seconds
+from distillcache.tools.plan.fleet import Fleet, Work, play, quiet_seconds, unit_seconds
 from distillcache.tools.plan.sizes import ROW_BYTES_PER_TOKEN, plan_for, total_bytes
 from distillcache.trainer.feed.readers.requests import split
 
@@ -40,7 +40,9 @@ CHOICES: dict[str, tuple[dict[str, Any], int]] = {
     "int4, every 4th block": ({"attn_out": {"codec": "int4"}, "resid": {"codec": "int4", "delta": True}}, 4),
     "topk_logits, k = 64": ({"attn_out": None, "resid": None, "topk_logits": {"k": 64}}, 1),
 }
-PIECE_MEMORY = 500  # bytes that a building process holds for each piece that is left: an entry with its set of shards
+UNIT_MEMORY = (
+    500  # bytes that a building process holds for each work unit that is left: an entry with its set of shards
+)
 RECEIPT_MEMORY = 3  # times the index: receipts spell its digests in hexadecimal, and the index is made of them at once
 
 
@@ -56,11 +58,11 @@ class Cache:
         return [part for tap in self.plan.taps for part in tap.parts]
 
     @property
-    def pieces(self) -> int:
-        return -(-self.plan.rows.count // self.piece_rows)
+    def units(self) -> int:
+        return -(-self.plan.rows.count // self.unit_rows)
 
     @property
-    def piece_rows(self) -> int:
+    def unit_rows(self) -> int:
         return max(self.plan.shard_rows, self.plan.batch_rows)
 
     @property
@@ -79,8 +81,8 @@ class Cache:
 
     @property
     def puts(self) -> int:
-        """Writes of a build: objects, a rows file and a receipt for every shard, a claim for every piece."""
-        return self.objects + 2 * self.plan.num_shards + self.pieces
+        """Writes of a build: objects, a rows file and a receipt for every shard, a lease for every work unit."""
+        return self.objects + 2 * self.plan.num_shards + self.units
 
     @property
     def row_gets(self) -> int:
@@ -100,9 +102,9 @@ class Cache:
         return self.plan.bytes_per_row + files + record_dtype(self.plan).itemsize
 
     def work(self) -> Work:
-        """Return the work of its build; a piece's last rows count like all others, since their batch is padded."""
-        piece_tokens = self.piece_rows * self.plan.rows.row_tokens
-        return Work(pieces=self.pieces, piece_tokens=piece_tokens, bytes=self.bytes, puts=self.puts)
+        """Return the work of its build; a work unit's last rows count like all others, since their batch is padded."""
+        unit_tokens = self.unit_rows * self.plan.rows.row_tokens
+        return Work(units=self.units, unit_tokens=unit_tokens, bytes=self.bytes, puts=self.puts)
 
     def _all(self, part: PartPlan) -> list[tuple[int, int]]:
         return [(slot, slot) for slot in range(part.slots)]
@@ -257,13 +259,13 @@ def limits(config: SimulateConfig, cache: Cache) -> dict[str, float]:
     bucket, train, build = config.bucket, config.train, config.build
     hosts = max(build.hosts)
     fleet, work = make_fleet(config, cache, hosts), cache.work()
-    compute_s, write_s = piece_seconds(work, fleet)
+    compute_s, write_s = unit_seconds(work, fleet)
     rows_per_s = train.batch_rows / train.step_s
     read = rows_per_s * cache.row_read_bytes / 1e9
     return {
         "build: host network": write_s / compute_s,
-        "build: PUTs/s": hosts / max(compute_s, write_s) * work.puts / work.pieces / bucket.puts_per_s,
-        "build: memory": (RECEIPT_MEMORY * cache.index_bytes + PIECE_MEMORY * cache.pieces)
+        "build: PUTs/s": hosts / max(compute_s, write_s) * work.puts / work.units / bucket.puts_per_s,
+        "build: memory": (RECEIPT_MEMORY * cache.index_bytes + UNIT_MEMORY * cache.units)
         / (build.host_ram_gib * 2**30),
         "build: index PUT": cache.index_bytes / MAX_PUT_BYTES,
         "feed: host network": read / train.hosts / bucket.host_gb_s,

@@ -24,14 +24,14 @@ MOST_LETTERS = 200
 MOST_IDS = 32
 AROUND = 60  # letters on each side of what was found
 
-Place = tuple[int, int, str]  # (first token, how often in the row, HTML of what is around)
+Hit = tuple[int, int, str]  # (first token, how often in the row, HTML of what is around)
 
 
 @dataclass
 class Hits:
     """next_row: where to go on; None: all rows were looked at. damaged: rows that could not be read."""
 
-    places: list[tuple[int, Place]] = field(default_factory=list)
+    hits: list[tuple[int, Hit]] = field(default_factory=list)
     rows: int = 0
     next_row: int | None = None
     damaged: list[str] = field(default_factory=list)
@@ -64,29 +64,29 @@ def search_page(watched: WatchedCache, query: Mapping[str, str]) -> View:
     return view
 
 
-def scan(stored: StoredRows, start: int, look: Callable[[Row], Place | None]) -> Hits:
+def scan(stored: StoredRows, start: int, look: Callable[[Row], Hit | None]) -> Hits:
     """Committed rows from `start` on, until there are enough hits, rows or seconds."""
     found, began = Hits(), time.monotonic()
     for at in range(start, len(stored)):
-        if len(found.places) >= HITS or found.rows >= MOST_ROWS or time.monotonic() - began > SECONDS:
+        if len(found.hits) >= HITS or found.rows >= MOST_ROWS or time.monotonic() - began > SECONDS:
             found.next_row = at
             break
         found.rows += 1
         try:
-            place = look(stored.row(at)) if stored.committed(at) else None
+            hit = look(stored.row(at)) if stored.committed(at) else None
         except (DamageError, StorageError) as error:
             found.damaged.append(f"row {at}: {one_line(error)}")
             continue
-        if place is not None:
-            found.places.append((at, place))
+        if hit is not None:
+            found.hits.append((at, hit))
     return found
 
 
 def _listed(found: Hits, start: int) -> list[str]:
     of = f"of {found.rows:,} rows from row {start:,} on" + (", all to the end" if found.next_row is None else "")
-    count = len(found.places)
+    count = len(found.hits)
     lines = [paragraph(f"{count} {'row holds' if count == 1 else 'rows hold'} it, {of}.")]
-    for row, (token, times, around) in found.places:
+    for row, (token, times, around) in found.hits:
         place = token // 64 * 64
         link = address(f"/row/{row}", start=place or None)
         more = f", {times} times" if times > 1 else ""
@@ -104,7 +104,7 @@ def _ids(words: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _find_text(watched: WatchedCache, row: Row, words: str) -> Place | None:
+def _find_text(watched: WatchedCache, row: Row, words: str) -> Hit | None:
     """Within documents: a text does not go on in the next one."""
     pattern, decode, first, times = re.compile(re.escape(words), re.IGNORECASE), watched.decode, None, 0
     for _, start, stop in documents_of(row):
@@ -129,7 +129,7 @@ def _token_at(row: Row, start: int, stop: int, letter: int, decode: Callable[[li
     return low
 
 
-def _find_ids(watched: WatchedCache, row: Row, ids: list[int]) -> Place | None:
+def _find_ids(watched: WatchedCache, row: Row, ids: list[int]) -> Hit | None:
     tokens = row.tokens[row.segment_ids > 0]
     starts = np.flatnonzero(tokens[: max(len(tokens) - len(ids) + 1, 0)] == ids[0])
     starts = [int(at) for at in starts if tokens[at : at + len(ids)].tolist() == ids]

@@ -35,7 +35,7 @@ from distillcache.trainer.feed.slots import SlotReads
 from distillcache.trainer.feed.source import Batch, Source, SplitName
 from distillcache.trainer.feed.teacher import OnlineTeacher, Recorder
 
-Place = tuple[int, int]  # (group, row in it)
+RowAddress = tuple[int, int]  # (group, row in it)
 ROUTER = "teacher_router"
 Parts = dict[str, dict[str, jax.Array]]  # tap -> part -> codes
 
@@ -78,19 +78,19 @@ class OnlineSource(Source):
         return self._works[-1]
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        places = self._places(indices)
-        batch = self._row_batch(places)
-        calls = [(work, call) for work in self._works for call in self._calls(work, places)]
+        addresses = self._places(indices)
+        batch = self._row_batch(addresses)
+        calls = [(work, call) for work in self._works for call in self._calls(work, addresses)]
         arrays = [self._arrays(work, call) for work, call in calls]
         with self._teacher.lock:
-            out, routed = self._zeros(len(places)), {}
+            out, routed = self._zeros(len(addresses)), {}
             recorded: list[tuple[_Work, _Call, Recording]] = []
             for (work, call), tokens in zip(calls, arrays, strict=True):
                 recording = work.recorder.record(work.recorder.parameters, *map(jnp.asarray, tokens))
-                moves = call.moves(len(places))
+                moves = call.moves(len(addresses))
                 out |= work.put({name: out[name] for name in work.reads}, recording.codes, moves, len(call.pairs))
                 if recording.router is not None:
-                    routed = {ROUTER: call.put_rows(routed.get(ROUTER), recording.router, len(places))}
+                    routed = {ROUTER: call.put_rows(routed.get(ROUTER), recording.router, len(addresses))}
                 recorded.append((work, call, recording))
                 if len(recorded) > 1:  # one call is being computed, one waits: no more of them in memory
                     self._settle(*recorded.pop(0))
@@ -110,11 +110,11 @@ class OnlineSource(Source):
             for name, tap in self.taps.items()
         }
 
-    def _calls(self, work: "_Work", places: Sequence[Place]) -> Iterator["_Call"]:
+    def _calls(self, work: "_Work", addresses: Sequence[RowAddress]) -> Iterator["_Call"]:
         """The teacher's calls for the rows of a batch that belong to this work."""
-        wanted = [(k, place) for k, place in enumerate(places) if place[0] in work.segments]
+        wanted = [(k, address) for k, address in enumerate(addresses) if address[0] in work.segments]
         size = work.recorder.batch_rows
-        rows = list(dict.fromkeys(place for _, place in wanted))
+        rows = list(dict.fromkeys(address for _, address in wanted))
         if self._teacher.exact:
             batches = [
                 [(group, row) for row in range(first, min(first + size, work.segments[group].plan.rows.count))]
@@ -123,8 +123,8 @@ class OnlineSource(Source):
         else:
             batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         for batch in batches:
-            at = {place: k for k, place in enumerate(batch)}
-            yield _Call(batch, [(at[place], k) for k, place in wanted if place in at])
+            at = {address: k for k, address in enumerate(batch)}
+            yield _Call(batch, [(at[address], k) for k, address in wanted if address in at])
 
     def _arrays(self, work: "_Work", call: "_Call") -> list[np.ndarray]:
         rows: list[Row] = [self._groups[group].base.row(row) for group, row in call.rows]
@@ -152,7 +152,7 @@ class OnlineSource(Source):
 class _Call:
     """One run of the teacher. rows: what it is given. pairs: (row of the call, row of the batch that it becomes)."""
 
-    rows: list[Place]
+    rows: list[RowAddress]
     pairs: list[tuple[int, int]]
 
     def put_rows(self, sums: RouterSums | None, found: RouterSums, batch: int) -> RouterSums:
@@ -247,7 +247,7 @@ def _compare(url: str, work: _Work, call: _Call, recording: Recording) -> None:
         )
 
 
-def _not_finite(url: str, tap: TapPlan, rows: Sequence[Place], counts: np.ndarray) -> NonFiniteError:
+def _not_finite(url: str, tap: TapPlan, rows: Sequence[RowAddress], counts: np.ndarray) -> NonFiniteError:
     row, slot = min(np.argwhere(counts).tolist(), key=lambda place: (place[1], place[0]))
     return NonFiniteError(
         "the teacher gave numbers that are not finite",

@@ -33,8 +33,8 @@ from distillcache.schemas.format.checkpoint import (
     commit,
     held_whole,
     nothing_of,
-    read_part,
-    write_part,
+    read_receipt,
+    write_arrays,
 )
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.store.path import locate
@@ -115,7 +115,7 @@ class Checkpoints:
     def _write(self, step: int, arrays: Mapping[str, Held], feed: dict[str, int]) -> None:
         folder, peers = _folder(step), self._peers
         try:
-            write_part(self._store, folder, peers.number, peers.attempt, arrays)
+            write_arrays(self._store, folder, peers.number, peers.attempt, arrays)
             if peers.first:
                 commit(self._store, folder, CheckpointRecord(step=step, feed=feed, parts=self._parts(folder)))
                 self._prune()
@@ -132,7 +132,7 @@ class Checkpoints:
         deadline = time.monotonic() + self._timeout_s
         while True:
             for process in [number for number in range(self._peers.count) if number not in found]:
-                part = read_part(self._store, folder, process)
+                part = read_receipt(self._store, folder, process)
                 if part is not None and part[0].attempt == self._peers.attempt:
                     found[process] = part[1]
             missing = [number for number in range(self._peers.count) if number not in found]

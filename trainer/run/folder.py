@@ -19,15 +19,15 @@ from pydantic import TypeAdapter
 
 from distillcache.models.files.runs import best_place
 from distillcache.schemas import command_line
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.differences import differing, told
 from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import (
     CheckpointError,
     DistillcacheError,
+    FolderTakenError,
     InputError,
-    PlaceLostError,
     PlanMismatchError,
     StorageError,
 )
@@ -47,13 +47,13 @@ IDENTITY = "run.json"
 RESOLVED = "config.yaml"
 SUMMARY = "summary.json"
 LOCK = "lock"
-CLAIM = "claim.json"  # in a bucket, instead of the lock
-CLAIM_EXPIRY_S = 120.0  # a claim is written anew four times in this: rarely enough for one object of a bucket
+LEASE = "claim.json"  # in a bucket, instead of the lock
+LEASE_EXPIRY_S = 120.0  # a lease is written anew four times in this: rarely enough for one object of a bucket
 # Of a process that ended before the student was made.
-LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, CLAIM, SURGERY, IMPORTANCE)
+LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, LEASE, SURGERY, IMPORTANCE)
 
 
-def claim_run(store: Store, config: TrainConfig, source: Source) -> None:
+def take_run(store: Store, config: TrainConfig, source: Source) -> None:
     """Make the run's folder, or see that it holds this very run. A run has begun once its student is there.
 
     Args:
@@ -94,13 +94,13 @@ def refuse_foreign_folder(store: Store) -> None:
 def only_one(store: Store) -> Iterator[Callable[[], None]]:
     """Hold the run against other jobs, until this process ends, however it ends.
 
-    Returns: what raises `PlaceLostError` where the run is another process's by now, or was deleted.
+    Returns: what raises `FolderTakenError` where the run is another process's by now, or was deleted.
 
     Raises:
         InputError: another one is at work.
         StorageError: the folder cannot be written, or the file system cannot say.
     """
-    with _claimed(store) if store.local is None else _locked(store, store.local) as check:
+    with _leased(store) if store.local is None else _locked(store, store.local) as check:
         yield check
 
 
@@ -135,27 +135,27 @@ def _opened_lock(folder: Path) -> TextIO:
 
 
 @contextlib.contextmanager
-def _claimed(store: Store) -> Iterator[Callable[[], None]]:
-    """A claim that is written anew while the context lasts (schemas/cache/lease.py)."""
-    claims = Claims(store, "", CLAIM_EXPIRY_S, key=lambda *_: CLAIM)
+def _leased(store: Store) -> Iterator[Callable[[], None]]:
+    """A lease that is written anew while the context lasts (schemas/cache/lease.py)."""
+    leases = Leases(store, "", LEASE_EXPIRY_S, key=lambda *_: LEASE)
     try:
-        if not claims.take(0):
+        if not leases.take(0):
             raise _busy(store)
 
         def check() -> None:
-            if not claims.holds(0):
+            if not leases.holds(0):
                 raise _lost(store)
 
         yield check
     finally:
-        if claims.failure is not None:  # the training itself does not need the claim
-            print(f"warning: the claim on {store.url} could not be kept: {claims.failure}", file=sys.stderr)
+        if leases.failure is not None:  # the training itself does not need the lease
+            print(f"warning: the lease on {store.url} could not be kept: {leases.failure}", file=sys.stderr)
         with contextlib.suppress(StorageError):  # then it expires
-            claims.close()
+            leases.close()
 
 
-def _lost(store: Store) -> PlaceLostError:
-    return PlaceLostError(
+def _lost(store: Store) -> FolderTakenError:
+    return FolderTakenError(
         "the run is no longer this process's: it was deleted or taken over while this one was paused",
         {"run": store.url},
         "nothing more was written there; start the command again if the run is still wanted",
@@ -172,7 +172,7 @@ def remove_beginning(store: Store) -> None:
         return
     store.delete_folder(STUDENT)
     # The lock goes last: every deletion asks whether the run is still this process's, and the lock's file says so.
-    for key in sorted((key for key in store.keys("") if _is_leftover(key)), key=lambda key: key in (LOCK, CLAIM)):
+    for key in sorted((key for key in store.keys("") if _is_leftover(key)), key=lambda key: key in (LOCK, LEASE)):
         store.delete(key)
     if store.local is not None:
         for lock in store.local.glob(f"*{LOCK_SUFFIX}"):

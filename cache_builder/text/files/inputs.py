@@ -304,14 +304,14 @@ def foreign(file: InputFile, found: Iterator[Found]) -> Iterator[Found]:
     """Yield a library's results for a file's bytes; whatever it raises becomes the error for such a file."""
     while True:
         try:
-            piece = next(found)
+            chunk = next(found)
         except StopIteration:
             return
         except DistillcacheError:
             raise
         except Exception as error:  # libraries raise what they like: KeyError, MemoryError, their own
             raise unreadable(file, error) from error
-        yield piece
+        yield chunk
 
 
 def _raise_unreadable(error: OSError) -> None:

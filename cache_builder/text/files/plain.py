@@ -224,7 +224,7 @@ def _cause(error: Exception) -> str:
 
 
 def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file, unpacked: pieces of any size, or its lines, each with its end.
+    """The bytes of a file, unpacked: chunks of any size, or its lines, each with its end.
 
     Args:
         line_limit: lines are asked for; of a longer one comes one byte more than this.

@@ -11,7 +11,7 @@ from typing import Any
 from distillcache.models.config import ModelConfig, RopeConfig
 from distillcache.models.families.reading.keys import NEUTRAL_VALUES, STATED, is_harmless
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 # HF's name -> ours. `gelu_new` writes out the tanh approximation that `gelu_pytorch_tanh` calls by name.
 ACTIVATION_NAMES = {
@@ -76,7 +76,11 @@ class Values:
     """The keys of a `config.json`, with the defaults of its family for those that it leaves out."""
 
     def __init__(
-        self, raw: Mapping[str, Any], defaults: Mapping[str, Any], file: Place, aliases: Mapping[str, str] | None = None
+        self,
+        raw: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        file: Location,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -213,7 +217,7 @@ class Values:
 def rope_from_hf(
     raw: Mapping[str, Any],
     max_positions: int,
-    file: Place,
+    file: Location,
     theta: float = 10_000.0,
     fraction: float = 1.0,
     partial: bool = False,
@@ -267,7 +271,7 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
 
 
-def _rope_dict(raw: Mapping[str, Any], key: str, file: Place) -> dict[str, Any]:
+def _rope_dict(raw: Mapping[str, Any], key: str, file: Location) -> dict[str, Any]:
     """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null."""
     value = raw.get(key)
     if value is None:
@@ -279,7 +283,7 @@ def _rope_dict(raw: Mapping[str, Any], key: str, file: Place) -> dict[str, Any]:
     return {"rope_type": legacy} | value
 
 
-def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_positions: int, file: Place) -> None:
+def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_positions: int, file: Location) -> None:
     """Fill in the length that frequencies are scaled from, which may stand beside the other parameters and goes before
     the one among them; and where that is known the factor, which is then that of the two lengths."""
     inside = parameters.get(ORIGINAL)
@@ -292,7 +296,7 @@ def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_
         parameters["factor"] = max_positions / parameters[ORIGINAL]
 
 
-def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Place) -> None:
+def _check_rope_keys(parameters: dict[str, Any], kind: str, file: Location) -> None:
     required, optional = ROPE_PARAMETERS[kind]
     for key in parameters:
         if key not in (*required, *optional):
@@ -320,7 +324,7 @@ def _rope_problem(key: str, value: Any) -> str | None:
     return "a number above 0" if key in ROPE_POSITIVE and value <= 0 else None
 
 
-def unknown_key(file: Place, key: str, value: object) -> CheckpointError:
+def unknown_key(file: Location, key: str, value: object) -> CheckpointError:
     """The error for a key that may change what the model computes, in a way that is not understood."""
     return CheckpointError(
         "the config has a setting that is not supported, and that may change what the model computes",
@@ -329,7 +333,7 @@ def unknown_key(file: Place, key: str, value: object) -> CheckpointError:
     )
 
 
-def bad_value(file: Place, key: str, value: object, expected: str) -> CheckpointError:
+def bad_value(file: Location, key: str, value: object, expected: str) -> CheckpointError:
     """The error for a value that cannot be used."""
     return CheckpointError(
         "the config has a value that cannot be used",

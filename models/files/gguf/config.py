@@ -21,7 +21,7 @@ from distillcache.models.families.reading.values import MOST, is_number
 from distillcache.models.files.gguf.file import ROPE_FREQS, metadata, open_parts, tensor_data
 from distillcache.models.layers.rope import base_frequencies, llama3_frequencies
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ LARGEST = {"block_count": 2000, "expert_count": 2**16, "attention.head_count": 2
 class GgufValues:
     """The keys of a file's architecture, each understood, harmless or refused."""
 
-    def __init__(self, reader: gguf.GGUFReader, name: str, file: Place) -> None:
+    def __init__(self, reader: gguf.GGUFReader, name: str, file: Location) -> None:
         self.name, self.file = name, file
         prefix = f"{name}."
         self._values = {
@@ -125,7 +125,7 @@ class GgufValues:
         )
 
 
-def config_from_gguf(reader: gguf.GGUFReader, file: Place) -> ModelConfig:
+def config_from_gguf(reader: gguf.GGUFReader, file: Location) -> ModelConfig:
     """The decoder that a GGUF file's metadata and tensors describe."""
     parts = open_parts(reader, file)  # first: of a model in parts the first one alone has more metadata
     name = metadata(reader, "general.architecture")
@@ -237,7 +237,7 @@ def _rope(tensors: Tensors, values: GgufValues, default_dim: int) -> RopeConfig:
     return _llama3_rope(stored, theta, values.get("attention.key_length", default_dim), values.file)
 
 
-def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Place) -> RopeConfig:
+def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Location) -> RopeConfig:
     frequencies = base_frequencies(theta, head_dim)
     for factor in LLAMA3_FACTORS:
         rope = RopeConfig(theta, "llama3", factor, LLAMA3_ORIGINAL_POSITIONS, low_freq_factor=1.0, high_freq_factor=4.0)

@@ -30,7 +30,7 @@ from distillcache.models.files.gguf.remote import RemoteGguf, damaged, open_remo
 from distillcache.models.files.ranges import Span, SpanReader
 from distillcache.models.files.tensors import Box, some
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import ObjectPath, Place
+from distillcache.schemas.store.path import Location, ObjectPath
 
 MAGIC = b"GGUF"
 PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -110,12 +110,12 @@ METADATA_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def is_gguf(place: Place) -> bool:
+def is_gguf(place: Location) -> bool:
     """Return whether a checkpoint is a GGUF file rather than a directory; in a bucket this follows from its name."""
     return place.is_file() if isinstance(place, Path) else place.suffix.lower() == ".gguf"
 
 
-def open_gguf(path: Place) -> gguf.GGUFReader:
+def open_gguf(path: Location) -> gguf.GGUFReader:
     """The parsed header of a file, with its tensors memory-mapped, or in a bucket to be fetched.
 
     The last one is kept: parsing the vocabulary of a 135M model takes 3 s, and config, weights and tokenizer are
@@ -124,7 +124,7 @@ def open_gguf(path: Place) -> gguf.GGUFReader:
     return _open(*_version(path))
 
 
-def part_files(path: Place) -> list[Place]:
+def part_files(path: Location) -> list[Location]:
     """The files of a model of which this is the first, by its name: `...-00001-of-00003.gguf`; else the file alone."""
     match = PART_NAME.fullmatch(path.name)
     if match is None or int(match[2]) != 1:
@@ -132,7 +132,7 @@ def part_files(path: Place) -> list[Place]:
     return [path.parent / f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
 
 
-def open_parts(reader: gguf.GGUFReader, path: Place) -> list[gguf.GGUFReader]:
+def open_parts(reader: gguf.GGUFReader, path: Location) -> list[gguf.GGUFReader]:
     """The headers of all files of a model, of which the first is open.
 
     Raises:
@@ -171,7 +171,7 @@ def open_parts(reader: gguf.GGUFReader, path: Place) -> list[gguf.GGUFReader]:
     return readers
 
 
-def _version(path: Place) -> tuple[Place, bytes, object]:
+def _version(path: Location) -> tuple[Location, bytes, object]:
     """A file with its first bytes and what tells whether it was replaced."""
     if isinstance(path, ObjectPath):
         magic, generation = path.read_range(0, len(MAGIC))
@@ -187,7 +187,7 @@ def _version(path: Place) -> tuple[Place, bytes, object]:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Place, magic: bytes, _version: object) -> gguf.GGUFReader:
+def _open(path: Location, magic: bytes, _version: object) -> gguf.GGUFReader:
     if magic != MAGIC:
         pointer = LFS_MAGIC.startswith(magic)
         raise CheckpointError(
@@ -265,7 +265,7 @@ class StoredTensor(NamedTuple):
 class GgufSource:
     """A GGUF file's tensors under HF's names and in HF's layout."""
 
-    def __init__(self, reader: gguf.GGUFReader, config: ModelConfig, where: Place) -> None:
+    def __init__(self, reader: gguf.GGUFReader, config: ModelConfig, where: Location) -> None:
         self.where = where
         self._tensors = stored_tensors(open_parts(reader, where), config)
         self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from distillcache.models.files.gguf.file import metadata
 from distillcache.schemas.errors import InputError
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 
 # GGUF token types (llama.h, llama_token_type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -54,7 +54,7 @@ class GgufTokenizer(NamedTuple):
     ids: dict[str, int | None]
 
 
-def gguf_tokenizer(reader: gguf.GGUFReader, file: Place) -> GgufTokenizer:
+def gguf_tokenizer(reader: gguf.GGUFReader, file: Location) -> GgufTokenizer:
     """Build the tokenizer that the metadata of an open file describes.
 
     Raises:
@@ -83,7 +83,7 @@ def gguf_tokenizer(reader: gguf.GGUFReader, file: Place) -> GgufTokenizer:
     return GgufTokenizer(backend, tokens, ids)
 
 
-def _vocabulary(reader: gguf.GGUFReader, file: Place) -> tuple[list[str], list[int]]:
+def _vocabulary(reader: gguf.GGUFReader, file: Location) -> tuple[list[str], list[int]]:
     tokens = metadata(reader, "tokenizer.ggml.tokens")
     if not tokens:
         raise InputError("the GGUF file has no tokenizer", {"file": file}, "set data.tokenizer to a tokenizer.json")
@@ -97,7 +97,7 @@ def _vocabulary(reader: gguf.GGUFReader, file: Place) -> tuple[list[str], list[i
     return tokens, types
 
 
-def _special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Place) -> int | None:
+def _special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Location) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
     found = metadata(reader, key)
     if found is not None and not (type(found) is int and 0 <= found < len(tokens)):
@@ -109,7 +109,7 @@ def _special(reader: gguf.GGUFReader, tokens: list[str], role: str, file: Place)
     return found
 
 
-def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Place) -> Tokenizer:
+def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Location) -> Tokenizer:
     """Byte-level BPE: GPT-2's alphabet of 256 printable characters, cut as `tokenizer.ggml.pre` says."""
     pre = metadata(reader, "tokenizer.ggml.pre")
     if pre not in KNOWN_PRE:
@@ -147,7 +147,7 @@ def _merge(text: str) -> tuple[str, str]:
     return text[:cut], text[cut + 1 :]
 
 
-def _sentencepiece(reader: gguf.GGUFReader, tokens: list[str], types: list[int], file: Place) -> Tokenizer:
+def _sentencepiece(reader: gguf.GGUFReader, tokens: list[str], types: list[int], file: Location) -> Tokenizer:
     """SentencePiece BPE: spaces are `▁`, unknown characters become bytes, the merges follow from the scores."""
     scores = metadata(reader, "tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
@@ -189,7 +189,7 @@ def merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequ
 
 
 def _post_processor(
-    reader: gguf.GGUFReader, tokens: list[str], ids: Mapping[str, int | None], file: Place
+    reader: gguf.GGUFReader, tokens: list[str], ids: Mapping[str, int | None], file: Location
 ) -> processors.TemplateProcessing | None:
     """BOS and EOS as the file asks for them, with llama.cpp's defaults: BOS for SentencePiece, Llama 3 and Tekken."""
     own = metadata(reader, "tokenizer.ggml.model") == "llama" or metadata(reader, "tokenizer.ggml.pre") in WHOLE_SPLITS

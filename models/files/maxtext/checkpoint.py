@@ -26,7 +26,7 @@ from distillcache.models.files.maxtext.orbax import METADATA, OrbaxArray, OrbaxA
 from distillcache.models.files.tensors import INDEX_NAME, WEIGHTS_NAME, Box, whole
 from distillcache.schemas.base import Config
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store.path import Place, locate
+from distillcache.schemas.store.path import Location, locate
 
 NOTES = "maxtext.json"
 ITEMS = ("items", "default")  # what checkpoint managers call the tree within a step's folder
@@ -47,15 +47,15 @@ class MaxtextNotes(Config):
 
 
 @dataclass(frozen=True)
-class MaxtextPlace:
+class MaxtextFolder:
     """A checkpoint of MaxText that a folder has or names."""
 
-    folder: Place
-    checkpoint: Place
+    folder: Location
+    checkpoint: Location
     notes: MaxtextNotes
 
 
-def find_maxtext(folder: Place) -> MaxtextPlace | None:
+def find_maxtext(folder: Location) -> MaxtextFolder | None:
     """The checkpoint of a folder with HF's files; None where the folder has weights of HF's kind, or none.
 
     Raises:
@@ -67,13 +67,13 @@ def find_maxtext(folder: Place) -> MaxtextPlace | None:
     if NOTES in names:
         notes = _read_notes(folder / NOTES)
         named = folder if notes.checkpoint is None else locate(notes.checkpoint)
-        return MaxtextPlace(folder, _checkpoint_in(named, folder), notes)
+        return MaxtextFolder(folder, _checkpoint_in(named, folder), notes)
     if METADATA in names or any(name in names and is_orbax(folder / name) for name in ITEMS):
-        return MaxtextPlace(folder, _checkpoint_in(folder, folder), MaxtextNotes())
+        return MaxtextFolder(folder, _checkpoint_in(folder, folder), MaxtextNotes())
     return None
 
 
-def _read_notes(file: Place) -> MaxtextNotes:
+def _read_notes(file: Location) -> MaxtextNotes:
     try:
         return MaxtextNotes.model_validate_json(file.read_bytes())
     except (ValidationError, OSError) as error:
@@ -84,7 +84,7 @@ def _read_notes(file: Place) -> MaxtextNotes:
         ) from error
 
 
-def _checkpoint_in(named: Place, folder: Place) -> Place:
+def _checkpoint_in(named: Location, folder: Location) -> Location:
     for place in (named, *(named / name for name in ITEMS)):
         if is_orbax(place):
             return place
@@ -110,7 +110,7 @@ class MaxtextSource:
     Of a stacked array the part that is needed is read at once, for all blocks: each of its chunks has all of them.
     """
 
-    def __init__(self, place: MaxtextPlace, config: ModelConfig) -> None:
+    def __init__(self, place: MaxtextFolder, config: ModelConfig) -> None:
         self.where = place.checkpoint
         self._convert = Conversion.of(config, place.notes.queries, place.notes.rotary)
         self._arrays = OrbaxArrays(place.checkpoint)

@@ -20,7 +20,7 @@ from distillcache.models.files.tensors import Box, whole
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store import store
 from distillcache.schemas.store.buckets import FAILURES
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 from distillcache.schemas.store.store import Store
 
 METADATA = "_METADATA"
@@ -42,7 +42,7 @@ class OrbaxArray:
 class OrbaxArrays:
     """Arrays by name: `params.params.decoder.decoder_norm.scale`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Location) -> None:
         """
         Raises:
             CheckpointError: there is no checkpoint here that can be read.
@@ -105,7 +105,7 @@ class OrbaxArrays:
             ) from error
 
 
-def _read_metadata(place: Place) -> dict[str, Any]:
+def _read_metadata(place: Location) -> dict[str, Any]:
     try:
         found = json.loads((place / METADATA).read_text(encoding="utf-8"))
         found.setdefault("use_ocdbt", (place / OCDBT_MANIFEST).exists())
@@ -131,6 +131,6 @@ def _names(metadata: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def is_orbax(place: Place) -> bool:
+def is_orbax(place: Location) -> bool:
     """Return whether a folder is an Orbax checkpoint."""
     return place.is_dir() and (place / METADATA).exists() if isinstance(place, Path) else (place / METADATA).exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import distillcache.schemas.cache.lease_file as claims_module
+import distillcache.schemas.cache.lease_file as leases_module
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record import finish as finish_module
 from distillcache.schemas.cache.segment import open_cache, read_manifest, segment_names, segment_number
@@ -300,10 +300,10 @@ def test_an_extension_that_is_a_link_goes_without_its_target(
 
 def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teacher: Path, corpus: Path) -> None:
     builder = subprocess.Popen(["sleep", "60"])
-    started = claims_module._process_start(builder.pid)
-    claim = claims_module.this_process_claim(time.time() + 60)
-    claim = claim.model_copy(update={"pid": builder.pid, "started": started})
-    Store(str(abandoned)).write(layout.claim_key(segment_names(Store(str(abandoned)), 1)[0], 3), to_canonical(claim))
+    started = leases_module._process_start(builder.pid)
+    lease = leases_module.this_process_lease(time.time() + 60)
+    lease = lease.model_copy(update={"pid": builder.pid, "started": started})
+    Store(str(abandoned)).write(layout.lease_key(segment_names(Store(str(abandoned)), 1)[0], 3), to_canonical(lease))
     before = files(abandoned)
     with pytest.raises(ConfigError, match="at work on the extension"):
         build_cache(build_config(abandoned, teacher, corpus, abandon=True))

@@ -19,7 +19,7 @@ from distillcache.cache_builder.record.finish import unless_finished
 from distillcache.cache_builder.record.lockstep import Dealing, _hold
 from distillcache.cache_builder.record.loop import build_segment
 from distillcache.cache_builder.record.plan import counted_processes
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import open_cache, read_manifest
 from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig, TeacherMeshConfig
 from distillcache.schemas.errors import ConfigError, InputError, PlanMismatchError
@@ -49,18 +49,18 @@ def test_every_row_is_kept_once_and_a_shard_by_one_process(processes, batch_rows
     dealing = Dealing(plan_of(batch_rows, shard_rows, count), processes)
     kept = {process: [] for process in range(processes)}
     writers: dict[int, set[int]] = {}
-    for piece in range(dealing.pieces):
-        in_piece = set()
-        for call in dealing.calls(piece):
+    for unit in range(dealing.units):
+        in_unit = set()
+        for call in dealing.calls(unit):
             assert call.shape == (batch_rows,)
             for process, rows in kept.items():
                 own = dealing.own(call, process)
                 assert np.array_equal(own, np.arange(len(own)) + (own[0] if len(own) else 0))
                 rows += own.tolist()
                 for row in own.tolist():
-                    in_piece.add(row // shard_rows)
+                    in_unit.add(row // shard_rows)
                     writers.setdefault(row // shard_rows, set()).add(process)
-        assert sorted(in_piece) == list(dealing.shards(piece))
+        assert sorted(in_unit) == list(dealing.shards(unit))
     assert sorted(row for rows in kept.values() for row in rows) == list(range(count))
     assert all(len(found) == 1 for found in writers.values())
     assert all(rows == sorted(rows) for rows in kept.values())  # a shard is filled in its order
@@ -68,7 +68,7 @@ def test_every_row_is_kept_once_and_a_shard_by_one_process(processes, batch_rows
 
 def test_batches_are_in_order_where_shards_fit():
     dealing = Dealing(plan_of(8, 2, 20), 2)
-    calls = [call for piece in range(dealing.pieces) for call in dealing.calls(piece)]
+    calls = [call for unit in range(dealing.units) for call in dealing.calls(unit)]
     assert np.concatenate(calls).tolist() == [*range(20), -1, -1, -1, -1]
 
 
@@ -109,7 +109,7 @@ def test_a_mesh_that_does_not_fit_is_refused(tmp_path, teacher, corpus):
 
 def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
     store = Store(str(tmp_path))
-    first, second = (Claims(store, "0000", 0.4, key=layout.job_claim_key) for _ in range(2))
+    first, second = (Leases(store, "0000", 0.4, key=layout.job_lease_key) for _ in range(2))
     try:
         assert first.take(0)
         with pytest.raises(InputError, match="another job"):

@@ -15,8 +15,8 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record import finish as finish_module
 from distillcache.cache_builder.record.finish import tidy
 from distillcache.cache_builder.record.loop import keeping_place
-from distillcache.schemas.cache.lease import Claims
-from distillcache.schemas.cache.lease_file import Claim, live_claim, this_process_claim
+from distillcache.schemas.cache.lease import Leases
+from distillcache.schemas.cache.lease_file import Lease, live_lease, this_process_lease
 from distillcache.schemas.cache.segment import (
     begun_plan,
     check_place,
@@ -27,7 +27,7 @@ from distillcache.schemas.cache.segment import (
 )
 from distillcache.schemas.cache.waiting import Waiting
 from distillcache.schemas.config import DataConfig, TapConfig, TapsConfig
-from distillcache.schemas.errors import PlaceLostError
+from distillcache.schemas.errors import FolderTakenError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.store.store import Store
@@ -65,7 +65,7 @@ def test_a_write_fails_where_the_place_went_after_the_look_at_it(cache: Path, tm
             store.write(key, b"another's")
             store.write(layout.plan_key(plan.segment), to_canonical(plan.model_copy(update={"created": {}})))
 
-    with pytest.raises(PlaceLostError, match="another plan"):
+    with pytest.raises(FolderTakenError, match="another plan"):
         store.guarded(replaced).write(key, b"mine")
     assert store.read(key) == b"another's"
 
@@ -85,7 +85,7 @@ def test_nothing_is_written_without_the_plan(cache: Path, tmp_path: Path, moment
         "put_once": lambda: placed.put_once(key, b"x"),
         "create": lambda: placed.create(key, b"x"),
     }
-    with pytest.raises(PlaceLostError, match="abandoned or deleted"):
+    with pytest.raises(FolderTakenError, match="abandoned or deleted"):
         works[moment]()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -102,25 +102,25 @@ def test_what_was_written_as_the_plan_went_is_deleted(cache: Path, tmp_path: Pat
             store.delete(layout.plan_key(plan.segment))
             placed.write(layout.rows_key(plan.segment, 1), b"x")
 
-    with pytest.raises(PlaceLostError):
+    with pytest.raises(FolderTakenError):
         work()
     assert not (folder / layout.segment_prefix(plan.segment)).exists()
 
 
-def test_a_lost_claim_is_not_written_anew(tmp_path: Path) -> None:
+def test_a_lost_lease_is_not_written_anew(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    claims = Claims(store, "0000", 0.2)
-    assert claims.take(0)
-    assert claims.take(1)
-    another = this_process_claim(time.time() + 60).model_copy(update={"host": "elsewhere"})
-    store.write(layout.claim_key("0000", 0), to_canonical(another))
-    store.delete(layout.claim_key("0000", 1))
+    leases = Leases(store, "0000", 0.2)
+    assert leases.take(0)
+    assert leases.take(1)
+    another = this_process_lease(time.time() + 60).model_copy(update={"host": "elsewhere"})
+    store.write(layout.lease_key("0000", 0), to_canonical(another))
+    store.delete(layout.lease_key("0000", 1))
     time.sleep(0.5)
-    assert not claims.holds(0)
-    assert not claims.holds(1)
-    claims.close()
-    assert store.read(layout.claim_key("0000", 0)) == to_canonical(another)
-    assert store.read(layout.claim_key("0000", 1)) is None
+    assert not leases.holds(0)
+    assert not leases.holds(1)
+    leases.close()
+    assert store.read(layout.lease_key("0000", 0)) == to_canonical(another)
+    assert store.read(layout.lease_key("0000", 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -138,28 +138,28 @@ def test_a_lost_claim_is_not_written_anew(tmp_path: Path) -> None:
 def test_an_expiry_that_no_heartbeat_makes_is_stale(
     ahead_s: float, own_expiry_s: float, stated_s: float | None, lives: bool
 ) -> None:
-    claim = Claim(host="elsewhere", boot="b", pid=1, started="1", expires=1e6 + ahead_s, expiry_s=stated_s)
-    assert (live_claim(to_canonical(claim), "claim", 1e6, own_expiry_s) is not None) == lives
+    lease = Lease(host="elsewhere", boot="b", pid=1, started="1", expires=1e6 + ahead_s, expiry_s=stated_s)
+    assert (live_lease(to_canonical(lease), "lease", 1e6, own_expiry_s) is not None) == lives
 
 
-def test_a_claim_by_a_clock_that_runs_ahead_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_lease_by_a_clock_that_runs_ahead_holds_nobody_up(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    tomorrow = this_process_claim(time.time() + 86_400).model_copy(update={"host": "elsewhere"})
-    store.write(layout.claim_key("0000", 0), to_canonical(tomorrow))
-    claims = Claims(store, "0000", 60)
-    assert claims.take(0)
-    claims.close()
+    tomorrow = this_process_lease(time.time() + 86_400).model_copy(update={"host": "elsewhere"})
+    store.write(layout.lease_key("0000", 0), to_canonical(tomorrow))
+    leases = Leases(store, "0000", 60)
+    assert leases.take(0)
+    leases.close()
 
 
 def test_who_waits_says_for_whom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("distillcache.schemas.cache.waiting.time.monotonic", lambda: clock[0])
-    waiting = Waiting("for pieces")
-    claim = Claim(host="node-7", boot="b", pid=4711, started="1", expires=86_460.0, since=86_400.0)
+    waiting = Waiting("for work units")
+    lease = Lease(host="node-7", boot="b", pid=4711, started="1", expires=86_460.0, since=86_400.0)
     told = []
     for second in range(200):
         clock[0] = float(second)
-        waiting.tell(claim)
+        waiting.tell(lease)
         if (line := capsys.readouterr().err) != "":
             told.append((second, line))
     assert [second for second, _ in told] == [5, 35, 95]
@@ -236,8 +236,8 @@ def words_of(cache: Path, teacher: Path, corpus: Path, *more: str) -> list[str]:
     return [*words, "--dtype", "float32", "--claim-expiry-s", "2", *more]
 
 
-def paused_with_a_claim(words: list[str], cache: Path, number: int) -> subprocess.Popen[str]:
-    """A builder that was stopped once it had claimed a piece of this segment."""
+def paused_with_a_lease(words: list[str], cache: Path, number: int) -> subprocess.Popen[str]:
+    """A builder that was stopped once it had leased a work unit of this segment."""
     builder = start(words)
     deadline = time.monotonic() + 120
     while not list(cache.glob(f"segments/{number:04d}*/claims/*.json")):
@@ -257,7 +257,7 @@ def test_a_paused_extension_leaves_the_next_one_alone(
     run(words_of(place, teacher, corpus))
     text = tmp_path / "more.jsonl"
     text.write_text("".join(json.dumps({"text": f"some more text {number} " * 9}) + "\n" for number in range(40)))
-    first = paused_with_a_claim(words_of(place, teacher, text, "--extend"), place, 1)
+    first = paused_with_a_lease(words_of(place, teacher, text, "--extend"), place, 1)
     try:
         time.sleep(2.5 + delay_s)
         taps = ["--taps.mlp-out.codec", "bf16", "--extend", "--abandon"]
@@ -279,7 +279,7 @@ def test_a_paused_extension_leaves_the_next_one_alone(
 @pytest.mark.slow
 def test_a_paused_build_leaves_the_one_in_its_place_alone(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     place = tmp_path / "c"
-    first = paused_with_a_claim(words_of(place, teacher, corpus), place, 0)
+    first = paused_with_a_lease(words_of(place, teacher, corpus), place, 0)
     try:
         shutil.rmtree(place)
         run(words_of(place, teacher, corpus, "--taps.attn-out.codec", "int8"))

@@ -134,5 +134,5 @@ def test_every_object_is_written_by_one_write(tmp_path: Path, teacher: Path, cor
         for path in (tmp_path / "c").rglob("taps/*/c/*/*/*/*")
     }
     assert sorted(taps) == sorted(on_disk.items())
-    # All bytes that hit the disk: those writes, and what is created conditionally (plan, claims, prepared index).
+    # All bytes that hit the disk: those writes, and what is created conditionally (plan, leases, prepared index).
     assert total() - before < sum(size for _, size in written) + 30_000

@@ -1,4 +1,4 @@
-"""How processes share a segment's pieces: in which order, how often they look, and who finishes."""
+"""How processes share a segment's work units: in which order, how often they look, and who finishes."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ import pytest
 from distillcache.cache_builder.record import work_units
 from distillcache.cache_builder.record.work_units import by_one_process
 from distillcache.models.recorder import raise_if_too_large
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import open_cache, read_manifest
 from distillcache.schemas.errors import Interrupted, NonFiniteError
 from distillcache.schemas.format import layout
@@ -21,15 +21,15 @@ from tests.conftest import build_config
 
 
 @pytest.mark.parametrize(("count", "processes"), [(10, 1), (10, 3), (2, 5), (0, 2)])
-def test_every_process_goes_through_all_pieces_its_own_first(count: int, processes: int) -> None:
+def test_every_process_goes_through_all_units_its_own_first(count: int, processes: int) -> None:
     for process in range(processes):
         order = work_units._order(count, process, processes)
         assert sorted(order) == list(range(count))
-        own = [piece for piece in range(count) if piece % processes == process]
+        own = [unit for unit in range(count) if unit % processes == process]
         assert order[: len(own)] == own
 
 
-def test_idle_processes_do_not_all_want_the_same_piece() -> None:
+def test_idle_processes_do_not_all_want_the_same_unit() -> None:
     first = [work_units._order(64, process, 8)[8] for process in range(8)]
     assert len(set(first)) == 8
 
@@ -49,7 +49,7 @@ def test_one_finishes_and_the_others_wait_for_it(cache: Path, tmp_path: Path, mo
     manifest = (cache / "manifest.json").read_bytes()
     store = Store(str(tmp_path))
     config = build_config(tmp_path, tmp_path, tmp_path, num_processes=2)
-    finisher = Claims(store, segment.plan.segment, 60, key=layout.finish_claim_key)
+    finisher = Leases(store, segment.plan.segment, 60, key=layout.finish_lease_key)
     assert finisher.take(0)
     threading.Timer(0.3, lambda: store.write("manifest.json", manifest)).start()
     started = time.monotonic()
@@ -62,7 +62,7 @@ def test_one_finishes_and_the_others_wait_for_it(cache: Path, tmp_path: Path, mo
 def test_waiting_for_the_one_that_finishes_ends_when_asked_to_stop(cache: Path, tmp_path: Path) -> None:
     (segment,) = open_cache(Store(str(cache)))
     store, stop = Store(str(tmp_path)), StopRequest()
-    finisher = Claims(store, segment.plan.segment, 60, key=layout.finish_claim_key)
+    finisher = Leases(store, segment.plan.segment, 60, key=layout.finish_lease_key)
     assert finisher.take(0)
     stop.requested = True
     config = build_config(tmp_path, tmp_path, tmp_path, num_processes=2)

@@ -34,14 +34,14 @@ def config(cache: Path, tmp_path: Path, teacher: Path, corpus: Path) -> BuildCon
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first rows of the batches that the teacher is given."""
-    seen, real = [], mend_module.piece_batches
+    seen, real = [], mend_module.unit_batches
 
     def batches(*arguments):
         for first, rows in real(*arguments):
             seen.append(first)
             yield first, rows
 
-    monkeypatch.setattr(mend_module, "piece_batches", batches)
+    monkeypatch.setattr(mend_module, "unit_batches", batches)
     return seen
 
 

@@ -17,7 +17,7 @@ from distillcache.cache_builder.repair.from_teacher import repair_cache
 from distillcache.cache_builder.text.rows_place import MARK, keeping_rows, take_place
 from distillcache.schemas.cache.segment import read_manifest
 from distillcache.schemas.config import DataConfig, PrepareConfig
-from distillcache.schemas.errors import PlaceLostError, PlanMismatchError
+from distillcache.schemas.errors import FolderTakenError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, RowReader
@@ -81,7 +81,7 @@ def test_a_repair_writes_nothing_into_another_cache(
 
     for module, name in ((restore, "check_listed"), (lost_manifest, "_check_unchanged")):
         monkeypatch.setattr(module, name, give_away(getattr(module, name)))
-    with pytest.raises(PlaceLostError):
+    with pytest.raises(FolderTakenError):
         repair_cache(Store(str(place)), build_config(place, teacher, corpus, repair=True))
     assert taken
     assert files(place) == taken[0]
@@ -108,7 +108,7 @@ def test_a_repair_writes_nothing_over_what_another_repaired(
         monkeypatch.setattr(module, name, repaired_by_another(getattr(module, name)))
     config = build_config(place, teacher, corpus, repair=True)
     if kind == "manifest":
-        with pytest.raises(PlaceLostError):
+        with pytest.raises(FolderTakenError):
             repair_cache(Store(str(place)), config)
     else:
         repair_cache(Store(str(place)), config)
@@ -173,7 +173,7 @@ def test_two_that_make_the_same_rows_share_the_place(tmp_path: Path, corpus: Pat
     assert prepare_rows(config) == index
     store = Store(str(tmp_path / "rows"))
     take_place(store, "0" * 32)  # a waking process that had looked for rows.json before
-    with pytest.raises(PlaceLostError):
+    with pytest.raises(FolderTakenError):
         keeping_rows(store, "0" * 32).write("rows/00000.array_record", b"x")
     assert prepare_rows(config) == index
     assert files(tmp_path / "rows") == before

@@ -9,7 +9,7 @@ import pytest
 
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.grow.copy import copy_cache
-from distillcache.cache_builder.record import work_units as pieces_module
+from distillcache.cache_builder.record import work_units as units_module
 from distillcache.cache_builder.repair import restore as mend_module
 from distillcache.schemas.cache.segment import read_manifest
 from distillcache.schemas.config import BuildConfig, CopyConfig, DataConfig, TapConfig, TapsConfig, TeacherConfig
@@ -117,12 +117,12 @@ def test_the_cache_is_all_that_a_repair_needs(place: Path, copied: Path, capsys:
 def test_exactly_what_is_damaged_is_computed(place: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def batches(job, writer, piece):
-        for first, rows in pieces_module.piece_batches(job, writer, piece):
+    def batches(job, writer, unit):
+        for first, rows in units_module.unit_batches(job, writer, unit):
             seen.append((job.plan.segment, first))
             yield first, rows
 
-    monkeypatch.setattr(mend_module, "piece_batches", batches)
+    monkeypatch.setattr(mend_module, "unit_batches", batches)
     damage(segment(copied / "c", 1) / "taps/attn_out/c/1/0/0/0")
     damage(segment(copied / "c", 2) / "taps/mlp_out/c/3/0/0/0")
     before = {path: path.stat().st_mtime_ns for path in (copied / "c").rglob("*") if path.is_file()}

@@ -22,7 +22,7 @@ from distillcache.cache_builder.text.files.inputs import input_files
 from distillcache.cache_builder.text.rows_files import RowsJob
 from distillcache.cache_builder.text.rows_place import take_place
 from distillcache.cache_builder.text.shared import Share, prepare_shared
-from distillcache.cache_builder.text.token_stream import PartsStream, Unfinished, job_fingerprint
+from distillcache.cache_builder.text.token_stream import ChunkStream, Unfinished, job_fingerprint
 from distillcache.schemas.config import DataConfig, PrepareConfig
 from distillcache.schemas.errors import DamageError, InputError, Interrupted
 from distillcache.schemas.format.rows import RowReader, RowsIndex
@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that files have some parts, and rows reach over several."""
-    monkeypatch.setattr(token_stream, "PART_TOKENS", 60)
+    """So that files have some chunks, and rows reach over several."""
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 60)
     monkeypatch.setattr(shared_prepare, "POLL_S", 0.01)
 
 
@@ -81,10 +81,10 @@ def begun(config: PrepareConfig) -> RowsJob:
     return job
 
 
-def unfinished_claims(out: str) -> set[str]:
-    """The claims on input files that have no receipt."""
-    claims, receipts = ({path.name for path in Path(out).rglob(f"{folder}/*.json")} for folder in ("claims", "files"))
-    return claims - receipts if len(receipts) < 9 else set()
+def unfinished_leases(out: str) -> set[str]:
+    """The leases on input files that have no receipt."""
+    leases, receipts = ({path.name for path in Path(out).rglob(f"{folder}/*.json")} for folder in ("claims", "files"))
+    return leases - receipts if len(receipts) < 9 else set()
 
 
 @pytest.mark.parametrize("max_rows", [None, 1, 20, 10_000])
@@ -106,11 +106,11 @@ def test_any_number_of_processes_writes_the_same_folder(
     assert not Path(config.out, "unfinished").exists()
 
 
-def test_a_large_text_is_prepared_in_pieces_by_one_process_too(
+def test_a_large_text_is_prepared_in_units_by_one_process_too(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(tmp_path, corpus)
-    monkeypatch.setattr(prepare_module, "PIECEWISE_BYTES", 100)
+    monkeypatch.setattr(prepare_module, "RESUMABLE_BYTES", 100)
     monkeypatch.setattr(prepare_module, "_prepare_alone", lambda *_: pytest.fail("in one go"))
     config = config_for(tmp_path / "large", corpus)
     prepare_rows(config, tokenizer=make_tokenizer(), rows_per_file=ROWS_PER_FILE)
@@ -121,29 +121,29 @@ def test_what_is_receipted_is_not_done_again(tmp_path: Path, corpus: Path, monke
     expected = alone(tmp_path, corpus)
     config = config_for(tmp_path / "shared", corpus, num_processes=2)
     store, stop, done = Store(config.out), StopRequest(), []
-    write_parts, write_packed = shared_prepare.write_parts, shared_prepare.write_packed
+    write_chunks, write_packed = shared_prepare.write_chunks, shared_prepare.write_packed
 
     def counting_parts(folder: Unfinished, job: RowsJob, number: int, *rest: object, **named: object) -> object:
         done.append(("file", number))
         stop.requested = len(done) in (4, 13)
-        return write_parts(folder, job, number, *rest, **named)
+        return write_chunks(folder, job, number, *rest, **named)
 
-    def counting_rows(folder: Unfinished, stream: PartsStream, planned: object, number: int) -> object:
+    def counting_rows(folder: Unfinished, stream: ChunkStream, planned: object, number: int) -> object:
         done.append(("rows", number))
         stop.requested = len(done) == 13
         return write_packed(folder, stream, planned, number)
 
-    monkeypatch.setattr(shared_prepare, "write_parts", counting_parts)
+    monkeypatch.setattr(shared_prepare, "write_chunks", counting_parts)
     monkeypatch.setattr(shared_prepare, "write_packed", counting_rows)
     for _ in range(2):
         with pytest.raises(Interrupted):
             prepare_shared(store, begun(config), Share(0, 2, 60.0), stop)
-        assert not unfinished_claims(config.out)  # free for others
+        assert not unfinished_leases(config.out)  # free for others
         stop.requested = False
     prepare_shared(store, begun(config), Share(1, 2, 60.0), stop)
     store.write("tokenizer.json", make_tokenizer().to_json().encode())
     assert folder_bytes(config.out) == expected
-    # A stop is asked for before a piece is done, so that one piece may be begun twice.
+    # A stop is asked for before a work unit is done, so that one work unit may be begun twice.
     assert len(done) <= len(set(done)) + 2
 
 
@@ -151,7 +151,7 @@ def test_who_comes_too_late_does_nothing(tmp_path: Path, corpus: Path, monkeypat
     config = config_for(tmp_path / "shared", corpus, num_processes=2)
     prepare_rows(config, tokenizer=make_tokenizer(), rows_per_file=ROWS_PER_FILE)
     whole = folder_bytes(config.out)
-    monkeypatch.setattr(shared_prepare, "write_parts", lambda *_, **__: pytest.fail("done again"))
+    monkeypatch.setattr(shared_prepare, "write_chunks", lambda *_, **__: pytest.fail("done again"))
     assert prepare_shared(Store(config.out), begun(config), Share(1, 2, 60.0), StopRequest()) is None
     assert folder_bytes(config.out) == whole
     assert not Path(config.out, "unfinished").exists()
@@ -161,25 +161,25 @@ def test_of_a_limited_text_the_rest_is_only_digested(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(tmp_path / "shared", corpus, num_processes=2, max_rows=4, eval_rows=0)
-    receipts, write_parts = [], shared_prepare.write_parts
+    receipts, write_chunks = [], shared_prepare.write_chunks
 
     def remembering(*args: object, **named: object) -> object:
-        receipts.append(write_parts(*args, **named))
+        receipts.append(write_chunks(*args, **named))
         return receipts[-1]
 
-    monkeypatch.setattr(shared_prepare, "write_parts", remembering)
+    monkeypatch.setattr(shared_prepare, "write_chunks", remembering)
     prepare_shared(Store(config.out), begun(config), Share(1, 2, 60.0), StopRequest())
     assert receipts[-1].tokens == 0
     assert sum(receipt.tokens for receipt in receipts) < 4 * 16 + 2 * 91
 
 
-def test_a_bad_line_stops_every_process_and_leaves_nothing_claimed(tmp_path: Path, corpus: Path) -> None:
+def test_a_bad_line_stops_every_process_and_leaves_nothing_leased(tmp_path: Path, corpus: Path) -> None:
     (corpus / "5.jsonl").write_bytes(b"{")
     config = config_for(tmp_path / "shared", corpus, num_processes=2)
     for process in (0, 1):
         with pytest.raises(InputError, match="not JSON"):
             prepare_shared(Store(config.out), begun(config), Share(process, 2, 60.0), StopRequest())
-    assert not unfinished_claims(config.out)
+    assert not unfinished_leases(config.out)
 
 
 def test_damaged_parts_are_named(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +188,8 @@ def test_damaged_parts_are_named(tmp_path: Path, corpus: Path, monkeypatch: pyte
         patch.setattr(shared_prepare._Work, "_write_rows", lambda *_: pytest.fail("reached"))
         with pytest.raises(pytest.fail.Exception):
             prepare_shared(Store(config.out), begun(config), Share(0, 2, 60.0), StopRequest())
-    part = next(path for path in sorted(Path(config.out).rglob("tokens/*/*")) if path.stat().st_size)
-    part.write_bytes(b"\0" + part.read_bytes()[1:])
+    chunk = next(path for path in sorted(Path(config.out).rglob("tokens/*/*")) if path.stat().st_size)
+    chunk.write_bytes(b"\0" + chunk.read_bytes()[1:])
     with pytest.raises(DamageError, match="not what was written"):
         prepare_shared(Store(config.out), begun(config), Share(0, 2, 60.0), StopRequest())
 
@@ -207,11 +207,11 @@ def test_another_text_or_config_is_other_work(tmp_path: Path, corpus: Path) -> N
 def test_several_builders_share_a_large_text(
     tmp_path: Path, corpus: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillcache.cache_builder.record.inputs.PIECEWISE_BYTES", 1)
+    monkeypatch.setattr("distillcache.cache_builder.record.inputs.RESUMABLE_BYTES", 1)
     taken = []
-    write_parts = shared_prepare.write_parts
+    write_chunks = shared_prepare.write_chunks
     monkeypatch.setattr(
-        shared_prepare, "write_parts", lambda *args, **named: taken.append(args[2]) or write_parts(*args, **named)
+        shared_prepare, "write_chunks", lambda *args, **named: taken.append(args[2]) or write_chunks(*args, **named)
     )
     config = build_config(tmp_path / "cache", teacher, corpus, process_id=1, num_processes=2)
     build_cache(config)
@@ -256,7 +256,7 @@ def test_a_corpus_in_a_bucket_with_faults_gives_the_same_rows(
     tmp_path: Path, corpus: Path, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gcsfs")
-    monkeypatch.setattr(token_stream, "PART_TOKENS", 1000)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 1000)
     for path in sorted(corpus.iterdir())[:5]:
         path.unlink()
     expected = alone(tmp_path, corpus)

@@ -1,4 +1,4 @@
-"""Documents to marked tokens: long ones in pieces, which together are what the whole would be."""
+"""Documents to marked tokens: long ones in chunks, which together are what the whole would be."""
 
 import json
 from pathlib import Path
@@ -22,17 +22,17 @@ TEXT = "some words, ünd more " * 40000  # three windows
 
 
 @pytest.mark.parametrize("spans", [None, ((5, 9), (300_000, 700_000))])
-def test_a_long_document_comes_in_pieces_with_one_beginning(
+def test_a_long_document_comes_in_chunks_with_one_beginning(
     monkeypatch: pytest.MonkeyPatch, spans: tuple[tuple[int, int], ...] | None
 ) -> None:
     tokenizer = TextTokenizer(byte_tokenizer(), 256)
     documents = [Document("a", "1", spans=None), Document(TEXT, "2", spans=spans), Document("b", "3", spans=None)]
     whole = np.concatenate(list(token_arrays(documents, tokenizer)))
     monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 1 << 18)
-    pieces = list(token_arrays(documents, tokenizer))
-    assert len(pieces) > 5
-    assert max(piece.size for piece in pieces) < 1 << 19
-    assert np.array_equal(np.concatenate(pieces), whole)
+    chunks = list(token_arrays(documents, tokenizer))
+    assert len(chunks) > 5
+    assert max(chunk.size for chunk in chunks) < 1 << 19
+    assert np.array_equal(np.concatenate(chunks), whole)
     assert count_begins(whole) == 3
 
 

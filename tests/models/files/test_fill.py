@@ -18,7 +18,7 @@ from distillcache.models.families import layout_of
 from distillcache.models.files import fill
 from distillcache.models.files.fill import plan_fill
 from distillcache.models.files.hf import SafetensorsSource
-from distillcache.models.files.tensors import Box, Part, TensorSlot, merged, tensor_slots
+from distillcache.models.files.tensors import Box, TensorSlice, TensorSlot, merged, tensor_slots
 from distillcache.models.mesh.sharding import make_mesh
 from distillcache.schemas.config.teacher import TeacherMeshConfig
 from tests.models.conftest import GOLDEN, randomized
@@ -56,10 +56,10 @@ def test_a_part_that_was_read_is_the_part_of_the_whole(
     slot = TensorSlot("w", ("w",), in_axes=None if as_stored else min(in_axes, len(shape)))
     own = slot.stored_shape(shape)
     if fused == "behind":  # the last rows of a tensor that holds another parameter too
-        slot = dataclasses.replace(slot, part=Part(0, 2, 2 + own[0], 2 + own[0]))
+        slot = dataclasses.replace(slot, part=TensorSlice(0, 2, 2 + own[0], 2 + own[0]))
     if fused == "in turns":  # every other column, from the second on
         axis, total = len(own) - 1, 2 * own[-1]
-        slot = dataclasses.replace(slot, part=Part(axis, 1, total, total, step=2))
+        slot = dataclasses.replace(slot, part=TensorSlice(axis, 1, total, total, step=2))
     stored = np.arange(prod(slot.stored_shape(shape)), dtype=np.float32).reshape(slot.stored_shape(shape))
     everything = slot.stored_box(tuple(slice(0, size) for size in shape), shape)
     assert everything is not None

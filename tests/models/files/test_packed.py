@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from distillcache.models.files.packed import UnpackedSource, unpack_mxfp4, unpacked
 from distillcache.models.files.tensors import Box, Layout
-from distillcache.schemas.store.path import Place
+from distillcache.schemas.store.path import Location
 from tests.models.conftest import GOLDEN
 
 
@@ -17,7 +17,7 @@ class Stored:
     """A checkpoint in memory, which notes what is read of it."""
 
     def __init__(self, tensors: dict[str, np.ndarray]) -> None:
-        self.where: Place = GOLDEN
+        self.where: Location = GOLDEN
         self.tensors, self.announced, self.got = tensors, [], []
         self.shapes = {name: value.shape for name, value in tensors.items()}
         kinds = {"uint8": "U8", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}

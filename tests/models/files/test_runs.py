@@ -13,7 +13,7 @@ from distillcache.models.mesh.sharding import make_mesh
 from distillcache.models.text.tokenizer import load_tokenizer
 from distillcache.schemas.config.teacher import TeacherMeshConfig
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.format.checkpoint import CheckpointRecord, commit, held_whole, write_part
+from distillcache.schemas.format.checkpoint import CheckpointRecord, commit, held_whole, write_arrays
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
 from tests.models.files.test_hf import tokenizer_folder
@@ -32,7 +32,7 @@ def write_checkpoint(run: str, step: int, parameters: dict[str, np.ndarray]) -> 
     store, folder = Store(run), f"checkpoints/{step:08d}"
     held = {f"parameters/{name}": held_whole(value) for name, value in parameters.items()}
     held["optimizer/mu"] = held_whole(np.zeros(3, np.float32))
-    write_part(store, folder, 0, "a", held)
+    write_arrays(store, folder, 0, "a", held)
     digest = digest_bytes((store.read(f"{folder}/p0000.json")) or b"")
     commit(store, folder, CheckpointRecord(step=step, feed={}, parts=(digest,)))
 

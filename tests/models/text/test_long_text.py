@@ -94,9 +94,9 @@ def test_a_long_document_is_encoded_as_a_short_one(monkeypatch: pytest.MonkeyPat
     )
     tokenizer = TextTokenizer(backend, eos, bos)
     monkeypatch.setattr("distillcache.models.text.tokenizer.token_runs", lambda *found: token_runs(*found, 2048, 1024))
-    pieces = list(tokenizer.encode_long_document(text))
-    assert len(pieces) > 5
-    assert np.concatenate(pieces).tolist() == tokenizer.encode_document(text)
+    chunks = list(tokenizer.encode_long_document(text))
+    assert len(chunks) > 5
+    assert np.concatenate(chunks).tolist() == tokenizer.encode_document(text)
     spans = [(0, 10), (11, 11), (5000, 5003), (9000, 30000), (len(text) - 4, len(text))]
     ((ids, said),) = tokenizer.encode_spans([text], [spans])
     long = list(tokenizer.encode_long_spans(text, spans))

@@ -13,7 +13,7 @@ import pytest
 
 from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.errors import DamageError, DistillcacheError
-from distillcache.schemas.format.checkpoint import CheckpointRecord, SavedArrays, commit, held_whole, write_part
+from distillcache.schemas.format.checkpoint import CheckpointRecord, SavedArrays, commit, held_whole, write_arrays
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
 from distillcache.tools.look.inspect import describe_cache
@@ -175,7 +175,7 @@ def test_no_value_ends_in_a_traceback(copied: Path, name: str) -> None:
 )
 def test_a_checkpoint_whose_index_makes_no_sense(tmp_path: Path, field: str, value: Any) -> None:
     store, arrays = Store(str(tmp_path)), {"parameters/a": held_whole(np.zeros((3, 4), np.float32))}
-    write_part(store, "c", 0, "", arrays)
+    write_arrays(store, "c", 0, "", arrays)
     part = content(tmp_path / "c/p0000.json")
     part["pieces"][0][field] = value
     (tmp_path / "c/p0000.json").write_bytes(spelled(part))

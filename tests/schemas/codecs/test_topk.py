@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillcache.schemas.codecs import Part, TopK, get_topk_codec
+from distillcache.schemas.codecs import CodePart, TopK, get_topk_codec
 from distillcache.schemas.errors import ConfigError
 
 
@@ -16,9 +16,9 @@ def example(dtype: str) -> TopK:
 
 
 def test_parts() -> None:
-    ids, logsumexp = Part("ids", "int32", 4), Part("logsumexp", "float32", 1)
-    assert get_topk_codec(4, "bf16").parts(576) == (Part("codes", "uint16", 4, "bfloat16"), ids, logsumexp)
-    assert get_topk_codec(4, "f32").parts(576) == (Part("codes", "float32", 4), ids, logsumexp)
+    ids, logsumexp = CodePart("ids", "int32", 4), CodePart("logsumexp", "float32", 1)
+    assert get_topk_codec(4, "bf16").parts(576) == (CodePart("codes", "uint16", 4, "bfloat16"), ids, logsumexp)
+    assert get_topk_codec(4, "f32").parts(576) == (CodePart("codes", "float32", 4), ids, logsumexp)
 
 
 @pytest.mark.parametrize(("stored", "computed"), [("f32", "float32"), ("f32", "bfloat16"), ("bf16", "bfloat16")])

@@ -1,4 +1,4 @@
-"""Arrays in pieces: written by several processes, read by boxes, compared with their digests."""
+"""Arrays in boxes: written by several processes, read by boxes, compared with their digests."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +17,8 @@ from distillcache.schemas.format.checkpoint import (
     commit,
     held_whole,
     nothing_of,
-    read_part,
-    write_part,
+    read_receipt,
+    write_arrays,
 )
 from distillcache.schemas.store.store import Store
 
@@ -36,8 +36,8 @@ def save(folder: Path, *of_processes: Mapping[str, Held]) -> SavedArrays:
     """A committed checkpoint to which each process gave this."""
     store, parts = Store(str(folder)), []
     for number, arrays in enumerate(of_processes):
-        write_part(store, "c", number, "attempt", arrays)
-        found = read_part(store, "c", number)
+        write_arrays(store, "c", number, "attempt", arrays)
+        found = read_receipt(store, "c", number)
         assert found is not None
         parts.append(found[1])
     commit(store, "c", CheckpointRecord(step=3, feed={"seed": 1, "next_step": 3}, parts=tuple(parts)))
@@ -53,7 +53,7 @@ def quarters() -> list[Mapping[str, Held]]:
 
 
 @pytest.mark.parametrize("box", [(slice(0, 7), slice(0, 6)), (slice(2, 4), slice(3, 5)), (slice(6, 7), slice(0, 6))])
-def test_any_box_is_made_of_the_pieces_that_are_there(tmp_path, box):
+def test_any_box_is_made_of_the_saved_boxes(tmp_path, box):
     saved = save(tmp_path, *quarters())
     (found,) = saved.boxes("p", "m", [box])
     assert np.array_equal(found, MATRIX[box])
@@ -103,15 +103,15 @@ def test_a_flipped_byte_is_found(tmp_path):
     read_all(tmp_path)
 
 
-def test_a_part_of_another_attempt_is_not_taken(tmp_path):
+def test_a_receipt_of_another_attempt_is_not_taken(tmp_path):
     first, second = quarters()
     saved = save(tmp_path, first, second)
-    write_part(saved._store, "c", 1, "another", {"p/m": second["p/m"]})
+    write_arrays(saved._store, "c", 1, "another", {"p/m": second["p/m"]})
     with pytest.raises(DamageError, match="damaged"):
         SavedArrays(Store(str(tmp_path)), "c")
 
 
-def test_pieces_that_do_not_cover_an_array_are_damage(tmp_path):
+def test_boxes_that_do_not_cover_an_array_are_damage(tmp_path):
     saved = save(tmp_path, quarters()[0])
     with pytest.raises(DamageError) as caught:
         saved.whole("p", "m")

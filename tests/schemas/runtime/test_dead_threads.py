@@ -17,7 +17,7 @@ import pytest
 from distillcache.cache_builder import prepare as prepare_module
 from distillcache.cache_builder.prepare import prepare_rows
 from distillcache.cache_builder.record.pipeline import ByteBudget
-from distillcache.schemas.cache.lease import Claims
+from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.errors import StorageError
 from distillcache.schemas.runtime import supervise as supervise_module
 from distillcache.schemas.runtime.supervise import supervise
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_failed_is_told_at_the_next_step(tmp_path: Path, monke
     def full(*_: object) -> None:
         raise StorageError("no space left")
 
-    monkeypatch.setattr("distillcache.trainer.run.checkpoints.write_part", full)
+    monkeypatch.setattr("distillcache.trainer.run.checkpoints.write_arrays", full)
     checkpoints.save(1, {}, {"parameters/a": np.zeros(3)}, {})
     deadline = time.monotonic() + SOON_S
     pending = checkpoints._pending
@@ -135,8 +135,8 @@ def test_a_profile_on_a_full_disk_is_one_error(tmp_path: Path, moment: str, monk
 
 
 def test_a_dead_heartbeat_ends_its_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claims = Claims(Store(str(tmp_path)), "0000", 0.4)
-    assert claims.take(0)
+    leases = Leases(Store(str(tmp_path)), "0000", 0.4)
+    assert leases.take(0)
 
     def full(*_: object, **__: object) -> bool:
         raise StorageError("no space left")
@@ -144,11 +144,11 @@ def test_a_dead_heartbeat_ends_its_builder(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(Store, "replace", full)
         deadline = time.monotonic() + SOON_S
-        while claims.failure is None and time.monotonic() < deadline:
+        while leases.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
     with pytest.raises(StorageError, match="no space left"):
-        claims.take(1)
-    claims.close()
+        leases.take(1)
+    leases.close()
 
 
 def test_a_writer_that_failed_frees_its_bytes() -> None:

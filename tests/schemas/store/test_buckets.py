@@ -56,7 +56,7 @@ def test_a_write_whose_answer_was_lost_is_known_as_ours(bucket: Bucket) -> None:
     store = Store(bucket.url)
     with bucket.server.faults(0.5, seed=3, kinds=["lost"], only=["write"]):
         for number in range(12):
-            key = f"claim{number}"
+            key = f"lease{number}"
             assert store.create(key, b"ours %d" % number)
             assert not store.create(key, b"theirs")
             _, generation = store.read_with_generation(key)

@@ -96,7 +96,7 @@ def test_bytes_throughout_an_object_count(copy: Path) -> None:
     segment = open_cache(Store(str(copy)))[0]
     for stored in stored_objects(segment.plan, 0, 4, segment.record(4)):
         path = copy / stored.key
-        for place in range(0, path.stat().st_size, 5 if stored.piece is not None else 37):
+        for place in range(0, path.stat().st_size, 5 if stored.tap_object is not None else 37):
             with flipped(path, place, place % 8):
                 assert check_object(segment.store, segment.plan, stored, quick=False) is not None, place
 

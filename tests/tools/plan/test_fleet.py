@@ -6,7 +6,7 @@ import pytest
 
 from distillcache.tools.plan.fleet import Fleet, Work, play, quiet_seconds
 
-WORK = Work(pieces=3000, piece_tokens=16_384, bytes=3000 * 10**9, puts=3000 * 7)
+WORK = Work(units=3000, unit_tokens=16_384, bytes=3000 * 10**9, puts=3000 * 7)
 FLEET = Fleet(
     hosts=1, tokens_per_s=8192.0, write_bytes_per_s=1e9, startup_s=100.0, restart_s=300.0, claim_expiry_s=60.0
 )
@@ -24,7 +24,7 @@ def test_everything_is_built_once_whatever_happens():
     for hosts in (1, 7, 64):
         for rate in (0.0, 1 / 3600, 1 / 300):
             played = play(WORK, replace(FLEET, hosts=hosts, preemptions_per_s=rate, retry_share=0.1))
-            assert (played.pieces, played.bytes, played.puts) == (WORK.pieces, WORK.bytes, WORK.puts)
+            assert (played.units, played.bytes, played.puts) == (WORK.units, WORK.bytes, WORK.puts)
             assert played.retries == pytest.approx(0.1 * WORK.puts, rel=0.1)
             assert bool(played.preemptions) == bool(rate)
 
@@ -39,7 +39,7 @@ def test_more_preemption_never_makes_it_faster(hosts):
         assert walls[0] >= quiet_seconds(WORK, fleet)
 
 
-def test_more_hosts_are_faster_until_there_are_no_more_pieces():
+def test_more_hosts_are_faster_until_there_are_no_more_units():
     walls = [play(WORK, replace(FLEET, hosts=hosts)).wall_s for hosts in (1, 10, 100, 3000, 6000)]
     assert walls[:4] == sorted(walls[:4], reverse=True)
     assert walls[3] == walls[4] == 100 + 2 + 1
@@ -47,8 +47,8 @@ def test_more_hosts_are_faster_until_there_are_no_more_pieces():
 
 
 def test_a_preempted_host_is_back_after_its_restart():
-    """Two pieces on one host, preempted once: it loses what was in flight, and goes on 100 s later."""
-    work = Work(pieces=2, piece_tokens=16_384, bytes=2 * 10**9, puts=14)
+    """Two work units on one host, preempted once: it loses what was in flight, and goes on 100 s later."""
+    work = Work(units=2, unit_tokens=16_384, bytes=2 * 10**9, puts=14)
     fleet = replace(FLEET, startup_s=0.0, preemptions_per_s=1 / 200, restart_s=100.0, claim_expiry_s=60.0)
     played = [play(work, replace(fleet, seed=seed)) for seed in range(300)]
     once = [each for each in played if each.preemptions == 1]
@@ -58,9 +58,9 @@ def test_a_preempted_host_is_back_after_its_restart():
     assert all(each.wall_s == 5 for each in played if not each.preemptions)
 
 
-def test_a_dead_host_s_work_is_free_after_its_claim_s_expiry():
-    """Two hosts with a piece each: the one that is left takes the other's over, 60 s after that one's end."""
-    work = Work(pieces=2, piece_tokens=16_384, bytes=2 * 10**9, puts=14)
+def test_a_dead_host_s_work_is_free_after_its_lease_s_expiry():
+    """Two hosts with a work unit each: the one that is left takes the other's over, 60 s after that one's end."""
+    work = Work(units=2, unit_tokens=16_384, bytes=2 * 10**9, puts=14)
     fleet = replace(FLEET, hosts=2, startup_s=0.0, preemptions_per_s=1 / 400, restart_s=1000.0, claim_expiry_s=60.0)
     once = [each for seed in range(300) if (each := play(work, replace(fleet, seed=seed))).preemptions == 1]
     assert once
@@ -69,9 +69,9 @@ def test_a_dead_host_s_work_is_free_after_its_claim_s_expiry():
 
 def test_a_long_build_is_played_in_part_and_scaled_up():
     fleet = replace(FLEET, hosts=200, preemptions_per_s=1 / 7200)
-    work = replace(WORK, pieces=10**8, bytes=10**17, puts=7 * 10**8)
+    work = replace(WORK, units=10**8, bytes=10**17, puts=7 * 10**8)
     played = play(work, fleet)
-    assert (played.pieces, played.bytes, played.puts) == (work.pieces, work.bytes, work.puts)
+    assert (played.units, played.bytes, played.puts) == (work.units, work.bytes, work.puts)
     away = 300 / (7200 + 300)  # share of the time
     assert played.wall_s == pytest.approx(quiet_seconds(work, fleet) / (1 - away), rel=0.03)
 

@@ -10,7 +10,7 @@ import numpy as np
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
-Place = tuple[str, int]  # (tag, step)
+EventKey = tuple[str, int]  # (tag, step)
 
 
 def read_events(folder: Path) -> Iterator[Event]:
@@ -28,9 +28,9 @@ def read_events(folder: Path) -> Iterator[Event]:
             at += 16 + length
 
 
-def logged_scalars(folder: Path) -> dict[Place, float]:
+def logged_scalars(folder: Path) -> dict[EventKey, float]:
     """What TensorBoard would plot: of a step that was logged twice, the later value, and nothing that was purged."""
-    found: dict[Place, float] = {}
+    found: dict[EventKey, float] = {}
     for event in read_events(folder):
         if event.HasField("session_log") and event.session_log.status == event.session_log.START:
             found = {place: value for place, value in found.items() if place[1] < event.step}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillcache.schemas.errors import DamageError, PlaceLostError, StorageError
+from distillcache.schemas.errors import DamageError, FolderTakenError, StorageError
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.run.metrics_log import PIXELS, MetricsLog, read_loads, read_metrics
 from tests.trainer.run.events import logged_images, logged_scalars
@@ -193,12 +193,12 @@ def test_a_late_file_is_not_opened_in_the_run_of_another(tmp_path: Path) -> None
 
     def check() -> None:
         if lost[0]:
-            raise PlaceLostError("lost")
+            raise FolderTakenError("lost")
 
     log = MetricsLog(Store(str(run)).guarded(check), -1)
     (run / "router.jsonl").write_text(json.dumps(LINE["router"]) + "\n")  # another's
     lost[0] = True
-    with pytest.raises(PlaceLostError):
+    with pytest.raises(FolderTakenError):
         log.log_load(7, [0], np.ones((1, 2), np.float32))
     log.close()
     assert read_loads(run) == [LINE["router"]]
