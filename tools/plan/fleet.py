@@ -4,8 +4,8 @@ A discrete-event simulation. A host takes *work units* (cache_builder/record/wor
 one while it writes the previous one. A preempted host loses what is in flight; the rest of what it had leased is free
 again after the lease's expiry, and the host returns after its restart. Several work units are handed out at a time,
 fewer towards the end, so that a build of a hundred million work units takes some ten thousand events; a preemption
-still loses only the work units in flight. If a build would see more than `MAX_PREEMPTIONS`, a fraction of it is simulated
-and its time is scaled up.
+still loses only the work units in flight. If a build would see more than `MAX_PREEMPTIONS`, a fraction is simulated and
+its time is scaled up.
 """
 
 import heapq

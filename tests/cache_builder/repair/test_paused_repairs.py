@@ -129,7 +129,7 @@ def test_rows_are_not_written_over_other_rows(
     """The folder goes to rows of another length at each write of a preparation in turn."""
     out, config = tmp_path / "rows", preparation(tmp_path / "rows", corpus, teacher)
     if together:
-        monkeypatch.setattr(prepare_module, "PIECEWISE_BYTES", 0)
+        monkeypatch.setattr(prepare_module, "RESUMABLE_BYTES", 0)
     prepare_rows(preparation(tmp_path / "other", corpus, teacher, row_tokens=32))
     others = files(tmp_path / "other")
     if not finished:

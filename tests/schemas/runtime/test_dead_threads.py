@@ -88,7 +88,7 @@ def test_a_worker_of_prepare_is_not_waited_for(
     tmp_path: Path, corpus: Path, teacher: Path, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prepare_rows(preparation(tmp_path / "alone", corpus, teacher))
-    monkeypatch.setattr(prepare_module, "PIECEWISE_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "RESUMABLE_BYTES", 0)
     monkeypatch.setattr(prepare_module, "WORKER_ENDS_S", 0.2)
     monkeypatch.setattr(prepare_module, "_work", work)
     monkeypatch.setattr(multiprocessing, "get_context", lambda _, real=multiprocessing.get_context: real("fork"))
