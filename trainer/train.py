@@ -1,4 +1,4 @@
-"""Stage 2: a student from a cache, by one process or by several in lock-step (peers.py).
+"""Stage 2: a student from a cache, by one process or by several in lockstep (peers.py).
 
 The same command goes on where an interrupted run was, to the same bits as a run that was never interrupted: the feed,
 the step and the schedule are pure functions of the config and the step's number. What the run's folder holds:

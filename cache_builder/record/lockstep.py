@@ -1,4 +1,4 @@
-"""A build by processes that share one teacher and work in lock-step.
+"""A build by processes that share one teacher and work in lockstep.
 
 Of every teacher call each process keeps the rows that its own devices recorded (recording_mesh.py), and one process
 writes a shard. So the rows of a call are *dealt*: process p of P gets B/P consecutive rows of its own run of whole
@@ -97,7 +97,7 @@ class Dealing:
 
 @dataclass(kw_only=True)
 class Together:
-    """One process's part of a build in lock-step."""
+    """One process's part of a build in lockstep."""
 
     store: Store
     plan: Plan

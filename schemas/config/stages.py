@@ -161,7 +161,7 @@ class BuildOptions(ShardWorkers):
     replica: Literal["process", "job"] = Field(
         default="process",
         description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
-        "teacher lies over the devices of all processes, which work in lock-step",
+        "teacher lies over the devices of all processes, which work in lockstep",
     )  # independent processes survive each other; a job is for teachers that are larger than a host
     coordinator: str | None = Field(
         default=None,

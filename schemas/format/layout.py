@@ -71,7 +71,7 @@ def finish_lease_key(segment: str, _unit: int) -> str:
 
 
 def job_lease_key(segment: str, _unit: int) -> str:
-    """The lease of the job whose processes build the segment in lock-step."""
+    """The lease of the job whose processes build the segment in lockstep."""
     return f"{segment_prefix(segment)}/claims/job.json"
 
 

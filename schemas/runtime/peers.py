@@ -1,7 +1,7 @@
-"""Processes that work in lock-step: how they meet, agree to stop, and learn that one of them is gone.
+"""Processes that work in lockstep: how they meet, agree to stop, and learn that one of them is gone.
 
 Where there are several, the cluster's own environment (Cloud TPU, GKE, Slurm, Open MPI) says which one this is, or
-`coordinator`, `num_processes` and `process_id` do; `jax.distributed` connects them. They compute in lock-step, so one
+`coordinator`, `num_processes` and `process_id` do; `jax.distributed` connects them. They compute in lockstep, so one
 that fails or dies must end the others too:
 
 - one that fails says so through JAX's coordination service before it ends; the others look there every second;

@@ -1,7 +1,7 @@
 """The supervisor of one process of a run: it reports why the process ended when the process itself cannot.
 
 When a process of a run is killed, JAX's runtime ends the others from C++, with a stack trace, in the middle of whatever
-they do: no Python code of theirs runs any more. So a command whose processes work in lock-step starts a child that
+they do: no Python code of theirs runs any more. So a command whose processes work in lockstep starts a child that
 works, passes on what that one prints, and turns such an end into one message and exit code 2.
 """
 
