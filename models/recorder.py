@@ -5,6 +5,7 @@ LM head runs only where `topk_logits` are recorded; the last block's MLP only wh
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import BlockOutput, Decoder
 from distillcache.models.mesh.recording import RecordingMesh
 from distillcache.models.routing import RouterSums, router_sums
@@ -113,7 +115,24 @@ def make_recorder(
             nothing of the routing.
     """
     graph, parameters = nnx.split(decoder)
-    num_blocks = decoder.config.num_blocks
+    named = tuple((name, np.asarray(value, np.int8).tobytes()) for name, value in sorted(signs.items()))
+    return _program(graph, decoder.config, tuple(taps), named, mesh), parameters
+
+
+@lru_cache(maxsize=16)  # a second stage, or the next of several caches, neither traces nor compiles its teacher anew
+def _program(
+    graph: nnx.GraphDef[Decoder],
+    config: ModelConfig,
+    taps: tuple[TapPlan, ...],
+    named: tuple[tuple[str, bytes], ...],
+    mesh: Mesh | None,
+) -> RecordFunction:
+    """The jitted recorder of every decoder of this graph.
+
+    Args:
+        named: the taps' signs, as bytes that can be compared.
+    """
+    signs, num_blocks = {name: np.frombuffer(value, np.int8) for name, value in named}, config.num_blocks
     recorders = {
         tap.name: _TapRecorder(tap, tap_codec(tap, signs), num_blocks) for tap in taps if tap.name != TOPK_LOGITS
     }
@@ -146,7 +165,7 @@ def make_recorder(
             model.context(positions, segment_ids),
             emit,
             {
-                name: _placed(recorder.start(batch, row_tokens, decoder.config.hidden_size), places)
+                name: _placed(recorder.start(batch, row_tokens, config.hidden_size), places)
                 for name, recorder in recorders.items()
             },
             skip_last_mlp=skips,
@@ -162,13 +181,13 @@ def make_recorder(
         return Recording(codes, sums, kept.get("router"))
 
     if mesh is None:
-        return jax.jit(record), parameters
+        return jax.jit(record)
 
     def on_mesh(*args: Any) -> Recording:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # experts are split by it (layers/experts.py)
             return record(*args)
 
-    return jax.jit(on_mesh), parameters
+    return jax.jit(on_mesh)
 
 
 def _record_topk(

@@ -42,16 +42,18 @@ from distillcache.models.decoder import Decoder
 from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
 from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
 
+# Look for garbage less often: what is imported and collected stays, and tracing makes objects by the million.
+gc.set_threshold(50_000, 20, 100)
+
 __all__ = ["gcs", "gcs_server", "s3", "s3_server"]  # fixtures, found here by every test
 
 EOS = "<|end|>"
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage less often: what is imported and collected stays, and tracing makes objects by the million."""
+    """Leave what was imported and collected out of every search for garbage."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 TINY = ModelConfig(
