@@ -1,6 +1,7 @@
 """`distillcache verify`: whatever is changed under a cache is found, named, and refused by the reader that meets it."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record import loop as loop_module
 from distillcache.cache_builder.repair.check_shard import check_object, stored_objects
 from distillcache.schemas.cache.segment import open_cache, read_plan
-from distillcache.schemas.config import TapConfig, TapsConfig
+from distillcache.schemas.config import DataConfig, TapConfig, TapsConfig
 from distillcache.schemas.errors import DamageError, InputError, Interrupted, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
@@ -42,10 +43,11 @@ def files_of(cache: Path) -> list[Path]:
 @contextmanager
 def flipped(path: Path, place: int, bit: int = 0) -> Iterator[None]:
     """One bit of a file turned over, and turned back."""
-    data = path.read_bytes()
-    path.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
-    yield
-    path.write_bytes(data)
+    with path.open("r+b", buffering=0) as file:
+        (byte,) = os.pread(file.fileno(), 1, place)
+        os.pwrite(file.fileno(), bytes([byte ^ (1 << bit)]), place)
+        yield
+        os.pwrite(file.fileno(), bytes([byte]), place)
 
 
 def findings_of(cache: Path, *, quick: bool = False) -> list[tuple]:
@@ -83,19 +85,26 @@ def test_a_flipped_byte_of_any_file_is_found(copy: Path) -> None:
     assert findings_of(copy) == []
 
 
-@pytest.mark.slow  # every fifth byte, which takes half a minute; with a step of 1 all were found as well
-def test_bytes_throughout_the_small_files_count(copy: Path) -> None:
-    for number, path in enumerate(files_of(copy)):
+@pytest.mark.slow  # every fifth byte; with a step of 1 all were found as well
+@pytest.mark.longest
+def test_bytes_throughout_the_small_files_count(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+    """In a cache of two shards: each look at it reads all of them."""
+    cache = tmp_path / "c"
+    build_cache(build_config(cache, teacher, corpus, shard_rows=24))
+    for number, path in enumerate(files_of(cache)):
         for place in range(number % 5, path.stat().st_size if path.stat().st_size < 4000 else 0, 5):
             with flipped(path, place, place % 8):
-                assert {found[1] for found in findings_of(copy, quick=True)} == {str(path.relative_to(copy))}, place
+                assert {found[1] for found in findings_of(cache, quick=True)} == {str(path.relative_to(cache))}, place
 
 
 @pytest.mark.slow
-def test_bytes_throughout_an_object_count(copy: Path) -> None:
-    segment = open_cache(Store(str(copy)))[0]
-    for stored in stored_objects(segment.plan, 0, 4, segment.record(4)):
-        path = copy / stored.key
+def test_bytes_throughout_an_object_count(tmp_path: Path, teacher: Path, corpus: Path) -> None:
+    """Rows of four tokens: objects of as many chunks as others have, each of fewer bytes."""
+    data = DataConfig(path=str(corpus), row_tokens=4, eval_rows=2, max_rows=22)
+    build_cache(build_config(tmp_path / "c", teacher, corpus, data=data))
+    segment = open_cache(Store(str(tmp_path / "c")))[0]
+    for stored in stored_objects(segment.plan, 0, 2, segment.record(2)):  # the last, of six rows
+        path = tmp_path / "c" / stored.key
         for place in range(0, path.stat().st_size, 5 if stored.tap_object is not None else 37):
             with flipped(path, place, place % 8):
                 assert check_object(segment.store, segment.plan, stored, quick=False) is not None, place
