@@ -12,8 +12,9 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 # setuptools warns at each editable install that a folder named distillcache may be imported instead; it is the same one.
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip
-# Two workers that keep neighbouring tests together: fixtures and compiled programs of a file are made once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Workers keep neighbouring tests together: fixtures and compiled programs of a file are made once. Slow tests wait, for
+# servers, for claims that expire and for the disk, as long as they compute: there are twice as many of them at once.
+PYTEST := $(BIN)/python -m pytest --dist worksteal
 
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
@@ -22,23 +23,28 @@ APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteract
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
-	@echo "installing into .venv, about a minute"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	@touch $@
+
+.venv/installed: .venv/made pyproject.toml
+	@echo "installing into .venv, about a minute"
 	@$(PIP) install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+# Each of the next two holds what the ones above it do: whoever asks for it first waits for one installation.
+.venv/installed-dev: .venv/made pyproject.toml
 	@echo "installing what tests and checks need, about a minute"
 	@$(PIP) install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
+	@touch .venv/installed $@
 
-.venv/installed-browser: .venv/installed-dev
-	@$(PIP) install --quiet --disable-pip-version-check --editable '.[browser]'
-	@touch $@
+.venv/installed-browser: .venv/made pyproject.toml
+	@echo "installing what tests and checks need, browser tests too, about a minute"
+	@$(PIP) install --quiet --disable-pip-version-check --editable '.[dev,browser]'
+	@touch .venv/installed .venv/installed-dev $@
 
 browser: .venv/installed-browser
 	@test -x $(CHROMIUM) || command -v apt-get > /dev/null || \
@@ -50,17 +56,19 @@ demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)
 
 test: .venv/installed-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 -m "not slow"
 
+# Only the files that hold such tests are imported, by every worker: the others take it three seconds.
 test-slow: .venv/installed-dev
-	$(PYTEST) -m slow
+	$(PYTEST) -n 4 -m slow $$(grep -rlw slow tests --include='test_*.py')
 
 # Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8); then
 # the codecs as the machine has it: optimised as a user's programs are, on all threads.
 test-bits: .venv/installed-dev
-	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -m "bits and not slow" -k "not fp8"
+	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -n 2 -m "bits and not slow" -k "not fp8" \
+	  $$(grep -rlw bits tests --include='test_*.py')
 	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=true" \
-	  $(PYTEST) -m "bits and not slow" tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py
+	  $(PYTEST) -n 2 -m "bits and not slow" tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120

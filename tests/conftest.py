@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,6 +49,18 @@ gc.set_threshold(50_000, 20, 100)
 __all__ = ["gcs", "gcs_server", "s3", "s3_server"]  # fixtures, found here by every test
 
 EOS = "<|end|>"
+FOUND = ("slow", "bits")  # marks whose tests are looked for in the files that name them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker ends alone with one of them: the others are shared out meanwhile.
+
+    The Makefile finds the files of a mark by its word, so a test whose file lacks the word would be lost.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+    for path, mark in {(item.path, mark.name) for item in items for mark in item.iter_markers() if mark.name in FOUND}:
+        if not re.search(rf"\b{mark}\b", path.read_text()):
+            raise pytest.UsageError(f"{path}: a test of this file is marked {mark}; say so in the file")
 
 
 def pytest_collection_finish() -> None:

@@ -189,6 +189,7 @@ def _failing_at(step):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_killed_again_and_again(tmp_path, cache, whole):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "distillcache.trainer", "--run", str(run), "--cache", str(cache), "--steps", "8"]

@@ -23,7 +23,7 @@ from distillcache.schemas.config import TapConfig, TapsConfig
 from distillcache.schemas.store.store import LOCK_SUFFIX, Store
 from tests.conftest import build_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.longest, pytest.mark.timeout(900)]
 
 OPERATIONS = ("write", "replace", "delete")
 

@@ -224,6 +224,7 @@ def wait_for_receipts(cache, count, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_processes_write_the_bytes_of_one(tmp_path, teacher):
     """Two processes, one of them killed, and started again; then four: what one process with all devices writes."""
     text = tmp_path / "text.txt"

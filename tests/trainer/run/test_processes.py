@@ -62,6 +62,7 @@ def ends(processes: list[subprocess.Popen[str]], code: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
     """Four are stopped by a SIGTERM to one of them; of two, one is killed; one goes on alone."""
     run, values = tmp_path / "run", {"steps": 3000, "eval_every": 4}

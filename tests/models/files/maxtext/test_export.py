@@ -20,7 +20,7 @@ from tests.models.files.test_hf import tokenizer_folder
 from tests.models.test_checkpoint import assert_same_parameters
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)  # most of them are slow
 def test_the_tree_is_that_of_maxtexts_converter(name: str):
     decoder = load_pretrained(GOLDEN / name, dtype="float32")
     tree = maxtext_tree(decoder)["params"]["params"]
