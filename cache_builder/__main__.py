@@ -11,7 +11,6 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record.replica import is_job
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BuildConfig
-from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.runtime.supervise import is_supervised, supervise
 
 
@@ -45,15 +44,8 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     """Exit code: 0, 2 for a mistake of the user's, 143 when asked to stop."""
     argv = sys.argv[1:]
-    try:
-        words = [word for word in argv if word != "--json"]
-        return build(words, "python -m distillcache.cache_builder", "--json" in argv)
-    except command_line.HelpRequested as text:
-        print(text)
-    except DistillcacheError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0  # it was asked for help
+    words = [word for word in argv if word != "--json"]
+    return command_line.answer(lambda: build(words, "python -m distillcache.cache_builder", "--json" in argv))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest
 from distillcache.schemas.runtime.peers import have_met
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 
 SEGMENT = "0000"
 
@@ -36,12 +36,13 @@ def build_cache(config: BuildConfig) -> Manifest:
         Interrupted: SIGTERM or SIGINT; likewise.
         PeerError: another process of a job failed or died; likewise.
     """
-    use(config.storage)
-    store = Store(config.cache)
-    # Processes of a job that have met could only meet again to extend; a finished first segment is found by each alone.
-    return unless_finished(
-        store, lambda: _build_cache(store, config), lambda: not (is_job(config) and config.extend and have_met())
-    )
+    with using(config.storage):
+        store = Store(config.cache)
+        # Processes of a job that have met could only meet again to extend; a finished first segment is found by each
+        # alone.
+        return unless_finished(
+            store, lambda: _build_cache(store, config), lambda: not (is_job(config) and config.extend and have_met())
+        )
 
 
 def _build_cache(store: Store, config: BuildConfig) -> Manifest:

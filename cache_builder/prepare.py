@@ -38,7 +38,7 @@ from distillcache.schemas.format.canonical import from_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
-from distillcache.schemas.store.store import Store, is_url, use
+from distillcache.schemas.store.store import Store, is_url, using
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
 RESUMABLE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
@@ -79,6 +79,13 @@ def prepare_rows(
         PlanMismatchError: the folder holds the finished rows of other text or another config.
         Interrupted: SIGTERM or SIGINT; the same command goes on.
     """
+    with using(config.storage):
+        return _prepare_rows(config, tokenizer, rows_per_file, shared_from_bytes)
+
+
+def _prepare_rows(
+    config: PrepareConfig, tokenizer: TextTokenizer | None, rows_per_file: int | None, shared_from_bytes: int
+) -> RowsIndex:
     job = begin_rows(config, tokenizer, rows_per_file)
     if isinstance(job, RowsIndex):
         return job
@@ -123,7 +130,6 @@ def begin_rows(
     config: PrepareConfig, tokenizer: TextTokenizer | None, rows_per_file: int | None
 ) -> RowsJob | RowsIndex:
     """Return the job to be done, or the index of rows that already exist. Arguments and errors as of `prepare_rows`."""
-    use(config.storage)
     data, store = config.data, Store(config.out)
     tokenizer = tokenizer or _named_tokenizer(data)
     finished = finished_rows(store, data, tokenizer)
@@ -221,7 +227,7 @@ def _spool_tokens(
                             if job.is_enough(stream.length):
                                 break
                 lines.append(reader.finish())
-            before += file.size
+                before += reader.consumed
             bar.advance(before // KB - bar.done)
     stream.flush()
     return lines, documents
@@ -274,8 +280,7 @@ def _safe_path() -> Iterator[None]:
 
 def _work(config: PrepareConfig, job: RowsJob, share: Share) -> None:
     """Run one worker process. On an error its work units are freed; the command's own process reports the error."""
-    use(config.storage)
-    with watch_for_stop() as stop, suppress(DistillcacheError):
+    with using(config.storage), watch_for_stop() as stop, suppress(DistillcacheError):
         prepare_shared(Store(config.out), job, share, stop, quiet=True)
 
 

@@ -1,9 +1,11 @@
 """Caches of a teacher's activations, and students trained against them.
 
 The names below are what most programs need; everything else is at `distillcache.<folder>.<module>`. They are imported
-when they are first used, so `import distillcache` costs nothing.
+when they are first used, so `import distillcache` costs nothing. Nothing is printed: messages and progress go to
+loggers below `distillcache`.
 """
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,9 @@ _HOMES = {
     "save_pretrained": "models.checkpoint",
     "train": "trainer.train",
 }
+
+# Silent until a program configures logging: without a handler Python would print warnings by itself.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # In a wheel the subpackages lie inside this folder, in a checkout beside it.
 _FOLDER = Path(__file__).resolve().parent

@@ -8,6 +8,7 @@ value is one `ConfigError`.
 import difflib
 import os
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -19,22 +20,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from distillcache.schemas.config.yaml_text import MAX_CHARACTERS, YamlError, parse_yaml, to_yaml
-from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.errors import ConfigError, DistillcacheError
+from distillcache.schemas.runtime.console import shown_log
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.url_secrets import refuse_secret, refuse_secrets
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
-
-_MEMBER_NAMES = (
-    "bool",
-    "int",
-    "float",
-    "str",
-    "constrained-float",
-    "Ramp",
-    "ShareRamp",
-)  # how pydantic names a union's members, where not `list[...]`
-
 
 _REQUIRED = "  (required)"
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "~")
@@ -45,6 +36,19 @@ MAX_FIELDS = 200  # characters in which help names all fields of a mapping
 
 class HelpRequested(Exception):
     """`--help` was given; its text is the exception's text."""
+
+
+def answer(command: Callable[[], int | None]) -> int:
+    """Run a command with the library's log on standard error; help and mistakes become text. Returns: the exit code."""
+    try:
+        with shown_log():
+            return command() or 0
+    except HelpRequested as text:
+        print(text)
+    except DistillcacheError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def parse(
@@ -130,8 +134,7 @@ def validate(
     except ValidationError as error:
         facts: dict[str, object] = {}
         for finding in error.errors():
-            # Members of a union are tried one by one; their names in the path would only confuse.
-            keys = [str(key) for key in finding["loc"] if not ("[" in str(key) or key in _MEMBER_NAMES)]
+            keys = _keys(model, finding["loc"])
             message = _message(finding)
             if finding["type"] == "extra_forbidden":
                 message = _unknown_key(model, keys)
@@ -144,6 +147,22 @@ def validate(
                 message += f" (found {_shortly(finding['input'])})"
             facts.setdefault(".".join(keys) or "config", message)
         raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
+
+
+def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys that lead to a finding: pydantic's place of it, without the members of unions that were tried there."""
+    keys: list[str] = []
+    annotation: Any = model
+    for key in map(str, place):
+        members = _members(annotation)
+        if len(members) > 1:
+            annotation = next((each for each in members if getattr(each, "__name__", "Literal") in key), None)
+            continue
+        keys.append(key)
+        nested = _nested_model(annotation)
+        field = nested.model_fields.get(key) if nested is not None else None
+        annotation = field.annotation if field is not None else next(iter(typing.get_args(members[0])), None)
+    return keys
 
 
 def _shortly(value: object) -> str:

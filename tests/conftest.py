@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,6 +42,7 @@ from distillcache.models.checkpoint import save_pretrained
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
+from distillcache.schemas.runtime.console import shown_log
 from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
 
 # Look for garbage less often: what is imported and collected stays, and tracing makes objects by the million.
@@ -67,6 +69,13 @@ def pytest_collection_finish() -> None:
     """Leave what was imported and collected out of every search for garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def console(capsys: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """What a program prints that shows the log, as the command line does."""
+    with shown_log():
+        yield capsys
 
 
 TINY = ModelConfig(

@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from distillcache.schemas.command_line import HelpRequested
-from distillcache.schemas.errors import ConfigError, DistillcacheError
+from distillcache.schemas.command_line import answer
+from distillcache.schemas.errors import ConfigError
 
 # command -> (module, function, what it does); imported when called, so that `--help` starts at once
 COMMANDS = {
@@ -112,24 +112,17 @@ def _begin_again_in_utf8() -> None:
 
 
 def _answer(words: list[str]) -> int:
-    """Run one command line; help and mistakes become text."""
+    """Run one command line."""
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2
     if words == ["--version"]:
         print(f"distillcache {importlib.metadata.version('distillcache')}")
         return 0
-    try:
-        return _run(words)
-    except HelpRequested as text:
-        print(text)
-    except DistillcacheError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    return answer(lambda: _run(words))
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> int | None:
     """The exit code is the command's own, where it gives one."""
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
@@ -138,7 +131,7 @@ def _run(words: list[str]) -> int:
         raise ConfigError("there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, hint)
     module, function, _ = COMMANDS[name]
     command = getattr(importlib.import_module(f"distillcache.{module}"), function)
-    return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest) or 0
+    return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest)
 
 
 def _overview() -> str:

@@ -8,7 +8,7 @@ import jax
 
 from distillcache.schemas import command_line
 from distillcache.schemas.config import TrainConfig
-from distillcache.schemas.errors import DistillcacheError, DivergedError
+from distillcache.schemas.errors import DivergedError
 from distillcache.schemas.runtime.peers import has_peers
 from distillcache.schemas.runtime.supervise import is_supervised, supervise
 from distillcache.trainer.run.evaluate import Evaluation
@@ -68,15 +68,8 @@ def _changes(before: Evaluation, after: Evaluation) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: as that of `distillcache` (tools/cli.py)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        rest = [word for word in words if word != "--json"]
-        return train_command(rest, "python -m distillcache.trainer", "--json" in words)
-    except command_line.HelpRequested as text:
-        print(text)
-    except DistillcacheError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0  # it was asked for help
+    rest = [word for word in words if word != "--json"]
+    return command_line.answer(lambda: train_command(rest, "python -m distillcache.trainer", "--json" in words))
 
 
 if __name__ == "__main__":

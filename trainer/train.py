@@ -6,8 +6,8 @@ run/folder.py.
 """
 
 import contextlib
+import logging
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,12 +33,10 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
-from distillcache.schemas.runtime import progress
 from distillcache.schemas.runtime.peers import Peers, join_peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
-from distillcache.schemas.store import store as storage
-from distillcache.schemas.store.store import Store
+from distillcache.schemas.store.store import Store, using
 from distillcache.trainer.feed.cache_source import Feed, make_feed
 from distillcache.trainer.feed.online import ROUTER
 from distillcache.trainer.feed.open import Sources
@@ -72,6 +70,8 @@ from distillcache.trainer.step.flops import peak_flops, step_flops
 from distillcache.trainer.step.parameters import Parameters
 from distillcache.trainer.step.schedules import may_count
 from distillcache.trainer.step.targets import block_starts
+
+log = logging.getLogger(__name__)
 
 WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
 
@@ -134,10 +134,10 @@ def train(config: TrainConfig) -> TrainResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint of the last step was written, and the same command goes on.
         PeerError: another process of the run failed or died.
     """
-    storage.use(config.storage)
-    with join_peers(config.coordinator, config.num_processes, config.process_id, config.timeout_s) as peers:
-        if not peers.first:
-            progress.be_quiet()
+    with (
+        using(config.storage),
+        join_peers(config.coordinator, config.num_processes, config.process_id, config.timeout_s) as peers,
+    ):
         return _train(config, peers)
 
 
@@ -226,7 +226,7 @@ def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> N
             "mode: blockwise, or loss.token_weight: 0",
         )
     if without and peers.first:
-        print(f"note: {no_targets_note(without)}", file=sys.stderr)
+        log.info(f"note: {no_targets_note(without)}")
 
 
 def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
@@ -238,7 +238,7 @@ def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
         return
     if not begins:
         said = f"batch_rows is {batch_rows:,}, and there are {len(rows):,} rows to train on"
-        print(f"warning: a batch holds rows twice: {said}", file=sys.stderr)
+        log.warning(f"a batch holds rows twice: {said}")
         return
     raise ConfigError(
         "a batch is larger than the epoch: it would hold rows twice",
@@ -255,7 +255,7 @@ def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
     if contexts["the teacher"] == contexts["the student"]:
         notes = {"both": too_long_note(rows, contexts["the student"], "teacher and student", change)}
     for note in filter(None, notes.values()):
-        print(f"warning: {note}", file=sys.stderr)
+        log.warning(note)
 
 
 def _warn_of_idleness(config: TrainConfig, stages: Sequence[Stage], source: Source) -> None:
@@ -264,7 +264,7 @@ def _warn_of_idleness(config: TrainConfig, stages: Sequence[Stage], source: Sour
     whole = block_starts(config.student, teacher.num_blocks) in (None, list(range(teacher.num_blocks)))
     cut = whole and init in ("teacher", teacher.path, _teacher_path(config))
     if cut and records(source, "resid") and (note := idle_note(config, stages)):
-        print(f"warning: {note}", file=sys.stderr)
+        log.warning(note)
 
 
 def _open_student(
@@ -305,7 +305,7 @@ def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
         and spec.moe_balance_type == "noaux_tc"
         and any(may_count(loss.load_balance.weight) for loss in losses)
     ):
-        print("moe_balance_type noaux_tc: loss.load_balance is off, its weight is not used", file=sys.stderr)
+        log.info("moe_balance_type noaux_tc: loss.load_balance is off, its weight is not used")
 
 
 class _Run:
@@ -344,7 +344,7 @@ class _Run:
             self.parameters |= restored
             self.kept = set(restored)
         if first == self.steps:
-            print(f"{self.config.run} is finished: nothing to do", file=sys.stderr)
+            log.info(f"{self.config.run} is finished: nothing to do")
             return first
         self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first]
         self.peers.meet("read")
@@ -361,7 +361,7 @@ class _Run:
         try:
             if not first and self.sources.held_out:
                 self._log(0, self._evaluate(0, self.runs[0].stage))
-            with Progress("train", self.steps, unit="steps") as bar:
+            with Progress("train", self.steps, unit="steps", quiet=not self.peers.first) as bar:
                 bar.skip(first)
                 while self.runs:
                     run = self.runs.pop(0)

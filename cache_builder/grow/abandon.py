@@ -3,8 +3,8 @@
 A finished segment is never touched: the manifest lists it.
 """
 
+import logging
 import re
-import sys
 from collections.abc import Sequence
 
 from distillcache.schemas.cache.lease_file import is_anothers_lease
@@ -13,6 +13,8 @@ from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest
 from distillcache.schemas.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) -> None:
@@ -49,7 +51,7 @@ def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) 
     store.remove_stale_locks()
     for folder in folders:
         store.delete_folder(folder)
-    print(f"deleted: {', '.join(map(store.where, folders))}, an extension that was not finished", file=sys.stderr)
+    log.info(f"deleted: {', '.join(map(store.where, folders))}, an extension that was not finished")
 
 
 def _delete_segment(store: Store, folder: str, keys: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ A copy is built like any cache: a plan that is settled first, leases, shards wit
 that its numbers come from another cache (transcode.py), and no teacher runs.
 """
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +31,9 @@ from distillcache.schemas.format.rows import encode_row
 from distillcache.schemas.format.tap_codec import signs_of
 from distillcache.schemas.format.tap_plan import tap_plan, with_compression, with_slots
 from distillcache.schemas.runtime.signals import watch_for_stop
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
+
+log = logging.getLogger(__name__)
 
 TAPS = ("attn_out", "resid", "mlp_out", TOPK_LOGITS)
 
@@ -45,17 +47,17 @@ def copy_cache(config: CopyConfig) -> Manifest:
         DamageError: the source is damaged; nothing of the shard is committed.
         StorageError, Interrupted: the copy stopped; the same command goes on.
     """
-    use(config.storage)
-    source, store = Store(config.src), Store(config.dst)
-    if source.spec("") == store.spec(""):
-        facts = {"src": config.src, "dst": config.dst}
-        raise ConfigError("a cache cannot be copied onto itself", facts, "name another place for the copy")
-    refuse_foreign_folder(store, "DST")
-    if config.repair:
-        config, repaired = repair_copy(config, source, store)
-        if repaired is not None:
-            return repaired
-    return unless_finished(store, lambda: _copy(config, source, store))
+    with using(config.storage):
+        source, store = Store(config.src), Store(config.dst)
+        if source.spec("") == store.spec(""):
+            facts = {"src": config.src, "dst": config.dst}
+            raise ConfigError("a cache cannot be copied onto itself", facts, "name another place for the copy")
+        refuse_foreign_folder(store, "DST")
+        if config.repair:
+            config, repaired = repair_copy(config, source, store)
+            if repaired is not None:
+                return repaired
+        return unless_finished(store, lambda: _copy(config, source, store))
 
 
 def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
@@ -72,7 +74,7 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
             tidy(store, plan)
             return finished
         for tap, what in recoded.items():
-            print(f"{tap}: {what}", file=sys.stderr)
+            log.info(f"{tap}: {what}")
         with keeping_place(store, plan) as placed:
             for key, value in copied_files(source, groups[0], plan).items():
                 placed.put_once(key, value)

@@ -4,7 +4,6 @@ Codes whose codec stays are copied as they are. Others are decoded and encoded a
 trainer use, jitted, a batch at a time; decoding alone gives the statistics.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import xxhash
 
 from distillcache.models.recorder import Recording, SlotSums, slot_sums
 from distillcache.schemas.cache.addressing import CODEC_FIELDS, RowGroup
-from distillcache.schemas.cache.segment import DAMAGE_NEXT, READS_FROM_AFAR, Segment
+from distillcache.schemas.cache.segment import DAMAGE_NEXT, Segment
 from distillcache.schemas.codecs import TopK
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import TapPlan
@@ -113,10 +112,13 @@ class _StoredStack:
 
     def read(self, rows: Sequence[int]) -> Parts:
         """Read these rows' stored parts, checked against the digests, with retries from buckets."""
-        for _ in range(READS_FROM_AFAR - 1 if self._segment.store.is_bucket else 0):
-            with contextlib.suppress(DamageError):
+        for last in self._segment.store.tries():
+            try:
                 return self._read_once(rows)
-        return self._read_once(rows)
+            except DamageError:
+                if last:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _read_once(self, rows: Sequence[int]) -> Parts:
         found, pending = {}, []

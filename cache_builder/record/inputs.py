@@ -1,6 +1,6 @@
 """Inputs of a build: the teacher's config, and its rows, prepared inside the cache where the config names text."""
 
-import sys
+import logging
 
 from distillcache.cache_builder.prepare import RESUMABLE_BYTES, open_rows, prepare_rows
 from distillcache.cache_builder.text.token_stream import rows_fingerprint
@@ -15,6 +15,8 @@ from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import RowReader, no_targets_note, too_long_for_teacher
 from distillcache.schemas.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def checked_model(teacher: str, named_tokenizer: str | None, tokenizer: TextTokenizer) -> ModelConfig:
@@ -41,7 +43,7 @@ def warn_of_length(data: DataConfig, process_id: int, model: ModelConfig) -> Non
     rows = open_rows(data)
     row_tokens = data.row_tokens if rows is None else rows.index.row_tokens
     if (said := too_long_for_teacher(row_tokens, context_length(model))) and not process_id:
-        print(f"warning: {said}", file=sys.stderr)
+        log.warning(said)
 
 
 def open_or_prepare(
@@ -69,7 +71,7 @@ def open_or_prepare(
         _prepare(store, prepare, tokenizer, folder, planned=begun_plan(store, number) is not None)
         rows = RowReader(store, f"{folder}/")
     if without := rows.without_targets():
-        print(f"warning: {no_targets_note(without)}", file=sys.stderr)
+        log.warning(no_targets_note(without))
     if rows.index.tokenizer_digest != tokenizer.digest:
         raise InputError(
             "the rows were made with another tokenizer than the teacher's",

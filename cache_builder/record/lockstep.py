@@ -224,7 +224,8 @@ def build_together(job: Together) -> Manifest:
         numerics=numerics if numerics != job.plan.numerics else None,
         on_commit=lambda shard: None,
     )
-    with Progress("build", job.plan.rows.count * job.plan.rows.row_tokens, unit="tokens") as bar:
+    tokens = job.plan.rows.count * job.plan.rows.row_tokens
+    with Progress("build", tokens, unit="tokens", quiet=not job.peers.first) as bar:
         try:
             _record_units(job, _pending(job, bar), writer, bar)
         finally:

@@ -6,8 +6,8 @@ teacher batches, which it leases one by one (schemas/cache/lease.py), so that an
 cache.
 """
 
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +51,8 @@ from distillcache.schemas.format.rows import Row, RowReader, teacher_batch
 from distillcache.schemas.format.tap_codec import signs_of
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -148,7 +150,7 @@ def _keep_skipped(store: Store, plan: Plan, rows: RowSource) -> None:
         return
     key = layout.skipped_key(plan.segment)
     store.put_once(key, rows.skipped())
-    print(f"{rows.index.skipped} records of the text were skipped, see {store.where(key)}", file=sys.stderr)
+    log.info(f"{rows.index.skipped} records of the text were skipped, see {store.where(key)}")
 
 
 def _warn_if_small(store: Store, plan: Plan) -> None:
@@ -158,10 +160,7 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
     free = shutil.disk_usage(store.local).free
     if missing > free:
         size = f"{'up to ' if plan.is_compressed else ''}{missing / 1e6:,.0f} MB"
-        print(
-            f"warning: {store.url} has {free / 1e6:,.0f} MB free, and {size} are still to be written",
-            file=sys.stderr,
-        )
+        log.warning(f"{store.url} has {free / 1e6:,.0f} MB free, and {size} are still to be written")
 
 
 def _build_units(job: _Job) -> None:

@@ -17,7 +17,6 @@ from distillcache.schemas.config import BuildOptions, BuildSpec, TeacherMeshConf
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.manifest import TeacherPlan
-from distillcache.schemas.runtime import progress
 from distillcache.schemas.runtime.peers import ALONE, Peers, has_peers, join_peers
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
 
@@ -60,11 +59,11 @@ def open_replica(mesh: TeacherMeshConfig, batch_rows: int, options: BuildOptions
         return
     given = options.num_processes > 1 or options.process_id > 0
     numbers = (options.num_processes, options.process_id) if given else (None, None)
-    with join_peers(options.coordinator, *numbers, options.timeout_s) as peers:
-        if not peers.first:
-            progress.be_quiet()
-        with watch_for_stop(together=peers.count > 1) as stop:
-            yield Replica(_mesh(mesh, batch_rows, peers.count), peers, stop)
+    with (
+        join_peers(options.coordinator, *numbers, options.timeout_s) as peers,
+        watch_for_stop(together=peers.count > 1) as stop,
+    ):
+        yield Replica(_mesh(mesh, batch_rows, peers.count), peers, stop)
 
 
 def _mesh(config: TeacherMeshConfig, batch_rows: int, processes: int = 1) -> Mesh | None:

@@ -3,8 +3,8 @@
 A *work unit* is the consecutive shards of whole batches. Any number of processes may work on one segment.
 """
 
+import logging
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from distillcache.schemas.format.rows import Row
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
+
+log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often to look, at first, whether other processes have finished their work units
 
@@ -91,7 +93,7 @@ def work_through(
         if job.leases.holds(job.unit_of(buffer.shard)):
             commit_shard(store, buffer, numerics)
         else:
-            print(f"shard {buffer.shard} is left to the process that took it over meanwhile", file=sys.stderr)
+            log.info(f"shard {buffer.shard} is left to the process that took it over meanwhile")
 
     writer = ShardWriter(
         job.store,

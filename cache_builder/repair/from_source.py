@@ -4,7 +4,7 @@ What was copied, and how, is in the copy's plan: the command needs no more than 
 one that the plan names by its manifest's digest; that it has grown since does no harm.
 """
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,8 @@ from distillcache.schemas.format.manifest import Manifest, Plan
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import watch_for_stop
 from distillcache.schemas.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyConfig, Manifest | None]:
@@ -72,7 +74,7 @@ def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyCo
     for damage in damages:
         if damage not in mine:
             advice = f"distillcache build --repair --cache {store.url}"
-            print(f"left damaged: segment {damage.plan.segment}, which a teacher added: {advice}", file=sys.stderr)
+            log.info(f"left damaged: segment {damage.plan.segment}, which a teacher added: {advice}")
     return config, survey.manifest
 
 

@@ -8,7 +8,7 @@ An unfinished segment loses the receipts of its damaged shards, and the build go
 A copied segment has its source, not the teacher: `distillcache copy --repair` (from_source.py) makes it again.
 """
 
-import sys
+import logging
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
@@ -47,7 +47,9 @@ from distillcache.schemas.format.manifest import Manifest, Plan
 from distillcache.schemas.format.rows import Row, decode_row, unpack_rows
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import watch_for_stop
-from distillcache.schemas.store.store import LOCK_SUFFIX, Store, use
+from distillcache.schemas.store.store import LOCK_SUFFIX, Store
+
+log = logging.getLogger(__name__)
 
 FILES_KEPT = 4  # files of rows in memory: a teacher batch may span some
 
@@ -62,8 +64,7 @@ def complete_config(values: dict[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(values.get("cache"), str) or _states_settings(values):
         return values
-    use(validate(StorageConfig, values.get("storage", {}), "storage"))
-    store = Store(values["cache"])
+    store = Store(values["cache"], validate(StorageConfig, values.get("storage", {}), "storage"))
     plans = [plan for name in segment_names(store) if (plan := read_plan(store, name)) is not None]
     if not plans:
         raise no_cache(store)
@@ -171,18 +172,17 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
             listed = partial(check_listed, survey.store, view.entry, survey.manifest.tokenizer_digest)
             tidy(survey.store.guarded(listed), view.plan)
     keys, shards = sum(len(damage.keys) for damage in repaired), sum(len(damage.shards) for damage in repaired)
-    print(f"repaired: {keys} files, {shards} shards", file=sys.stderr)
+    log.info(f"repaired: {keys} files, {shards} shards")
     for finding in findings:
         leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
         leftover = leftover or not survey.store.keys(finding.object)  # removed just now
         if finding.what == "foreign" and not leftover and not finding.object.endswith(LOCK_SUFFIX):
-            print(f"left there: {survey.store.where(finding.object)} is not the cache's", file=sys.stderr)
+            log.info(f"left there: {survey.store.where(finding.object)} is not the cache's")
     for view in survey.segments:
         if view.entry is None:
-            print(
+            log.info(
                 f"not finished: segment {view.plan.segment}; go on with `build --extend` and the config it was begun "
-                "with, or delete it: --abandon",
-                file=sys.stderr,
+                "with, or delete it: --abandon"
             )
 
 

@@ -33,7 +33,7 @@ from distillcache.cache_builder.text.token_stream import (
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import PrepareConfig
 from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 
 
 def prepare_with_beam(
@@ -53,13 +53,14 @@ def prepare_with_beam(
         InputError, PlanMismatchError: as of `prepare_rows`, where they are found before the pipeline runs; later Beam
             raises its own error with theirs in it.
     """
-    job = begin_rows(config, tokenizer, rows_per_file)
-    if isinstance(job, RowsIndex):
-        return job
-    keeping_rows(Store(config.out), job_fingerprint(job)).put_once(TOKENIZER_KEY, job.tokenizer.to_json().encode())
-    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        add_steps(pipeline, config, job)
-    return RowReader(Store(config.out)).index
+    with using(config.storage):
+        job = begin_rows(config, tokenizer, rows_per_file)
+        if isinstance(job, RowsIndex):
+            return job
+        keeping_rows(Store(config.out), job_fingerprint(job)).put_once(TOKENIZER_KEY, job.tokenizer.to_json().encode())
+        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+            add_steps(pipeline, config, job)
+        return RowReader(Store(config.out)).index
 
 
 def add_steps(pipeline: Any, config: PrepareConfig, job: RowsJob) -> None:
@@ -90,9 +91,8 @@ class _Step(beam.DoFn):
         self._config, self._job = config, job
 
     def setup(self) -> None:
-        use(self._config.storage)
-        fingerprint = job_fingerprint(self._job)
-        self._folder = Unfinished(keeping_rows(Store(self._config.out), fingerprint), fingerprint)
+        fingerprint, store = job_fingerprint(self._job), Store(self._config.out, self._config.storage)
+        self._folder = Unfinished(keeping_rows(store, fingerprint), fingerprint)
         self._streams: tuple[ChunkStream, RowsPlanned, StreamIndex] | None = None
 
     def _planned(self) -> tuple[ChunkStream, RowsPlanned, StreamIndex]:
@@ -107,7 +107,8 @@ class _Step(beam.DoFn):
 class _Tokenise(_Step):
     def process(self, number: int) -> Iterator[int]:
         if self._folder.read_receipt(number) is None:
-            write_chunks(self._folder, self._job, number, Watch(), digest_only=False)
+            with using(self._config.storage):  # the text's
+                write_chunks(self._folder, self._job, number, Watch(), digest_only=False)
         yield number
 
 
@@ -128,7 +129,7 @@ class _Finish(_Step):
     def process(self, _: int) -> Iterator[int]:
         if self._folder.store.read(INDEX_KEY) is None:  # a runner may do a step twice
             finish_rows(self._folder, *self._planned())
-            store = Store(self._config.out)
+            store = Store(self._config.out, self._config.storage)
             store.delete_folder(UNFINISHED)
             remove_mark(store)
         yield 0

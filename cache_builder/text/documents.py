@@ -33,7 +33,7 @@ def documents(data: DataConfig, tokenizer: TextTokenizer | None = None) -> Itera
                 if not isinstance(document, Skipped):
                     empty = False
                     yield replace(document, read_bytes=before + reader.consumed)
-        before += file.size
+            before += reader.consumed
     if empty:
         raise no_text(data)
 

@@ -129,7 +129,7 @@ def _write_objects(target: ObjectPath, files: list[ExportFile]) -> None:
     """Each file by one write."""
     (target / UNFINISHED).write_bytes(b"an export is being written here\n")
     names = [file.name for file in files]
-    before = target.keys()
+    before = target.keys_below()
     if CONFIG in before:
         (target / CONFIG).unlink()
     for name in before:
@@ -227,7 +227,7 @@ def _check_target(target: Location) -> None:
 def _found_in(target: Location) -> list[str] | None:
     """List the names in a folder; None if it is a file."""
     if isinstance(target, ObjectPath):
-        return target.keys()
+        return target.keys_below()
     if not target.is_dir():
         return None if target.exists() else []
     return sorted(each.name for each in target.iterdir())

@@ -11,7 +11,7 @@ is asked for is read, so such checkpoints load as others do, tensor by tensor in
   (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`. Products are float32.
 """
 
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ import numpy as np
 from distillcache.models.config import ModelConfig
 from distillcache.models.files.tensors import ROWS_AT_ONCE, Box, Layout, TensorSource, whole
 from distillcache.schemas.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 GROUP = 32  # numbers under one scale of MXFP4
 E8M0_BIAS = 127
@@ -208,10 +210,9 @@ def without_padding(source: TensorSource, layout: Layout, config: ModelConfig) -
     }
     if not longer:
         return source
-    print(
+    log.info(
         f"note: {source.where}: {' and '.join(f'{name} has {rows:,} rows' for name, rows in longer.items())}, "
-        f"vocab_size in config.json is {size[0]:,}; the rows behind it are padding and left out",
-        file=sys.stderr,
+        f"vocab_size in config.json is {size[0]:,}; the rows behind it are padding and left out"
     )
     return UnpackedSource(source, {name: Renamed(name, size, source.dtypes[name]) for name in longer}, frozenset())
 

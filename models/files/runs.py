@@ -16,8 +16,7 @@ import numpy as np
 
 from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
-from distillcache.schemas.store.path import Location
-from distillcache.schemas.store.store import Store
+from distillcache.schemas.store.path import Location, open_folder
 
 STUDENT, CHECKPOINTS, PARAMETERS = "student", "checkpoints", "parameters"
 EVALUATIONS, BEST = "eval.json", "best"
@@ -59,7 +58,7 @@ class TrainedParameters:
     def __init__(self, checkpoint: RunCheckpoint) -> None:
         self.where = checkpoint.run / checkpoint.key
         try:
-            self._saved = SavedArrays(Store(str(checkpoint.run)), checkpoint.key)
+            self._saved = SavedArrays(open_folder(checkpoint.run), checkpoint.key)
         except DamageError as error:
             raise _damaged(error) from error
         self.names = frozenset(self._saved.names(PARAMETERS))
@@ -110,12 +109,12 @@ def hf_folder(where: Location) -> Location:
 
 def steps_of(run: Location) -> list[int]:
     """The steps of a run's whole checkpoints, ascending."""
-    keys = [key.split("/") for key in Store(str(run)).keys(f"{CHECKPOINTS}/")]
+    keys = [key.split("/") for key in open_folder(run).keys(f"{CHECKPOINTS}/")]
     return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
 
 
 def _best(run: Location, steps: Sequence[int]) -> int | None:
-    data = Store(str(run)).read(EVALUATIONS)
+    data = open_folder(run).read(EVALUATIONS)
     found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
     place = best_place([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
     return None if place is None else found[place]["step"]

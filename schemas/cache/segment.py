@@ -18,7 +18,7 @@ from distillcache.schemas.cache.agreement import (
     check_together,
     side_arrays,
 )
-from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError, StorageError
+from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, read_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -26,15 +26,10 @@ from distillcache.schemas.format.index import check_index, decode_record, encode
 from distillcache.schemas.format.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
 from distillcache.schemas.format.rows import Row, decode_row, unpack_rows
 from distillcache.schemas.format.tap_codec import Signs
-from distillcache.schemas.store import store as storage
 from distillcache.schemas.store.single_flight import Remembered
 from distillcache.schemas.store.store import Store
 
 RECORDS_KEPT = 256  # shards' index records and rows held in memory: some 50 MB, and the rows of 256 GB of taps
-
-# From a bucket, bytes may be cut or flipped on their way: only what differs from its digest so often is damaged there.
-# Where a tenth of all answers is cut, one request in a million is taken for damage.
-READS_FROM_AFAR = 6
 
 RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run/folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
@@ -94,7 +89,8 @@ class Segment:
         spec = layout.array_spec(
             self.store.spec(layout.array_folder(self.plan.segment, part.array)), part_metadata(self.plan, part)
         )
-        return ts.open(spec, read=True, open=True, assume_metadata=True, context=context or storage.context()).result()
+        context = context or self.store.context()
+        return ts.open(spec, read=True, open=True, assume_metadata=True, context=context).result()
 
     def check_objects_inside(self, array: str, shard: int, groups: Iterable[int]) -> None:
         """Raise where a link leads from these objects of an array out of the cache; each is looked at once.
@@ -159,11 +155,6 @@ class Segment:
             return self.entry.index_digest
         return digest_bytes(self.plan.model_dump_json(exclude={"created"}).encode())
 
-    @property
-    def reads(self) -> int:
-        """Number of reads before bytes that differ from their digest are reported as damaged."""
-        return READS_FROM_AFAR if self.store.is_bucket else 1
-
     def chunk_digests(self, array: str, row: int) -> list[int]:
         """The xxh3-64 of a row's inner chunks, by stored slot."""
         shard, place = divmod(row, self.plan.shard_rows)
@@ -221,18 +212,10 @@ class Segment:
                 return check(near)
             except DamageError:
                 self.kept.drop(name)
-        for left in reversed(range(self.reads)):
-            data = read()
-            try:
-                value = check(data)
-            except DamageError:
-                if not left:
-                    raise
-                continue
-            if self.kept is not None:
-                self.kept.put(name, data)
-            return value
-        raise AssertionError("read at least once")
+        value, data = self.store.checked(read, lambda data: (check(data), data))
+        if self.kept is not None:
+            self.kept.put(name, data)
+        return value
 
     def _read_receipt(self, shard: int) -> ShardReceipt | None:
         receipt = read_receipt(self.store, self.plan, shard)
@@ -268,12 +251,7 @@ class Segment:
 
     def _read_range(self, key: str, start: int, stop: int) -> bytes:
         """A range of a file; nothing where there is no file, or too short a one."""
-        try:
-            return self.store.read(key, slice(start, stop)) or b""
-        except StorageError as error:
-            if "OUT_OF_RANGE" not in str(error):  # how a shorter value answers
-                raise
-            return b""
+        return self.store.read_range(key, start, stop)[0] or b""
 
 
 def read_receipt(store: Store, plan: Plan, shard: int) -> ShardReceipt | None:

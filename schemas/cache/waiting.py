@@ -1,10 +1,12 @@
 """Saying for whom a process waits: who holds a lease, since when and until when."""
 
-import sys
+import logging
 import time
 from datetime import UTC, datetime
 
 from distillcache.schemas.cache.lease_file import Lease
+
+log = logging.getLogger(__name__)
 
 FIRST_S = 5.0  # a healthy neighbour's last work unit ends sooner
 AGAIN_S, LONGEST_S = 30.0, 600.0  # then less and less often
@@ -26,7 +28,7 @@ class Waiting:
         now = time.monotonic()
         if lease is None or now < self._next:
             return
-        print(f"waiting {self._what}: {holder_words(lease)}; {now - self._begun:.0f} s so far", file=sys.stderr)
+        log.info(f"waiting {self._what}: {holder_words(lease)}; {now - self._begun:.0f} s so far")
         self._next, self._pause = now + self._pause, min(2 * self._pause, LONGEST_S)
 
     def over(self) -> None:

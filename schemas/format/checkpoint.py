@@ -31,7 +31,6 @@ from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
 
 RECORD = "checkpoint.json"
-READS = 4  # of a box in a bucket, whose answers may come short, before it is called damaged
 FILE_BYTES = 512 << 20  # of a data file, about: one write holds it in memory
 Box = tuple[slice, ...]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -202,13 +201,14 @@ class SavedArrays:
     def _read(self, saved: SavedBox, dtype: np.dtype) -> np.ndarray:
         key = f"{self._folder}/{saved.file}"
         length = math.prod(saved.shape) * dtype.itemsize
-        found = "nothing"
-        for _ in range(READS if self._store.is_bucket else 1):
-            data = self._store.read(key, slice(saved.offset, saved.offset + length)) if length else b""
-            if data is not None and xxhash.xxh3_64_hexdigest(data) == saved.digest:
-                return np.frombuffer(data, dtype).reshape(saved.shape)
-            found = "nothing" if data is None else f"another digest of {saved.array}"
-        raise _damage(self._store.where(key), found)
+
+        def check(data: bytes | None) -> np.ndarray:
+            if data is None or xxhash.xxh3_64_hexdigest(data) != saved.digest:
+                raise _damage(self._store.where(key), "nothing" if data is None else f"another digest of {saved.array}")
+            return np.frombuffer(data, dtype).reshape(saved.shape)
+
+        byte_range = slice(saved.offset, saved.offset + length)
+        return self._store.checked(lambda: self._store.read(key, byte_range) if length else b"", check)
 
 
 def _is_inside(saved: SavedBox, shape: tuple[int, ...]) -> bool:

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from distillcache.schemas.errors import ConfigError, DistillcacheError, DivergedError, Interrupted
+from distillcache.schemas.runtime.console import last_words
 from distillcache.schemas.runtime.signals import StopRequest
 
 SUPERVISED = "DISTILLCACHE_SUPERVISED"  # in the environment: where supervise.py listens
@@ -269,7 +270,7 @@ class _Watch:
             if found is not None and not self.ours.is_set():
                 # A collective that waits for the dead cannot be interrupted: nothing but the process's end helps.
                 error = _peer_error(found)
-                print(error, file=sys.stderr, flush=True)
+                last_words(error)
                 os._exit(error.exit_code)
 
 
@@ -312,10 +313,8 @@ def _say_why(error: BaseException, watch: _Watch, timeout_s: int) -> None:
         code = getattr(error, "exit_code", 1)
         _client().key_value_set(FAILED, f"{jax.process_index()}|{socket.gethostname()}|{code}|{what}")
     if os.environ.get(SUPERVISED):
-        if isinstance(error, DistillcacheError):
-            print(error, file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
+        is_ours = isinstance(error, DistillcacheError)
+        last_words(error if is_ours else "".join(traceback.format_exception(error)).rstrip())
     if jax.process_index() == 0:
         time.sleep(LINGER_S)
     if os.environ.get(SUPERVISED):

@@ -1,10 +1,11 @@
 """A line that says the progress of a long job: done, rate, time left, and a note such as the loss.
 
-On a terminal it is a bar that is redrawn; elsewhere (a log file, a batch system) a plain line every ten seconds.
-Work that ends within two seconds prints nothing. Everything goes to standard error: standard output is for results.
+On a terminal where the program shows its log (console.py) it is a bar that is redrawn; elsewhere (a log file, a batch
+system, a program with logging of its own) a plain line of the log every ten seconds, at level INFO. Work that ends
+within two seconds says nothing.
 """
 
-import sys
+import logging
 import textwrap
 import time
 from typing import TextIO
@@ -15,35 +16,28 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from distillcache.schemas.runtime.console import terminal
+
 BAR_WIDTH = 16  # characters; the words need the rest of an 80-character line
 QUIET_S = 2.0  # shorter work needs no bar
 LINE_EVERY_S = 10.0  # often enough to see life in a log, rare enough not to fill it
 
-
-_quiet = False
-
-
-def be_quiet() -> None:
-    """From now on nothing is printed: of several processes that do the same, one is enough to watch."""
-    global _quiet
-    _quiet = True
+log = logging.getLogger(__name__)
 
 
 class Progress:
     """`with Progress("train", 2000, unit="steps") as bar: bar.advance(1, note="loss 0.12")`."""
 
-    def __init__(self, title: str, total: int, *, unit: str, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, title: str, total: int, *, unit: str, quiet: bool = False) -> None:
         """
         Args:
             title: what is going on, a word or two.
             total: how many units there are in all.
             unit: their name in the plural.
-            stream: where to print; default: standard error.
-            quiet: print nothing.
+            quiet: show nothing: of several processes that do the same, one is enough to watch.
         """
         self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self._skipped, self._note, self._printed, self._quiet = 0, "", -1, quiet
-        self._stream = stream if stream is not None else sys.stderr
+        self._skipped, self._note, self._logged, self._quiet = 0, "", -1, quiet
         self._bar: RichProgress | None = None
         self._task = None
         self._start = self._last_line = time.monotonic()
@@ -56,8 +50,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._last_line > self._start and self.done != self._printed:
-            self._print_line()
+        elif self._last_line > self._start and self.done != self._logged:
+            self._log_line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more units are done; `note` stays on the line until the next one."""
@@ -65,12 +59,12 @@ class Progress:
         self._note = note or self._note
         now = time.monotonic()
         self._first = self._first or (now, count)
-        if _quiet or self._quiet or now - self._start < QUIET_S:
+        if self._quiet or now - self._start < QUIET_S or not log.isEnabledFor(logging.INFO):
             return
-        if self._stream.isatty():
-            self._draw()
+        if (stream := terminal()) is not None:
+            self._draw(stream)
         elif now - self._last_line >= LINE_EVERY_S:
-            self._print_line()
+            self._log_line()
             self._last_line = now
 
     def skip(self, count: int) -> None:
@@ -89,7 +83,7 @@ class Progress:
         since, count = self._first
         return max(self.done - self._skipped - count, 0) / max(time.monotonic() - since, 1e-9)
 
-    def _draw(self) -> None:
+    def _draw(self, stream: TextIO) -> None:
         if self._bar is None:
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
@@ -98,7 +92,7 @@ class Progress:
                 _LeftColumn(self),
                 TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             ]
-            self._bar = RichProgress(*columns, console=Console(file=self._stream))
+            self._bar = RichProgress(*columns, console=Console(file=stream))
             self._task = self._bar.add_task(self.title, total=self.total, completed=self._skipped, note="")
             self._bar.start()
         if self._task is not None:
@@ -109,10 +103,10 @@ class Progress:
         used = len(f"{self.title} {self.describe()} {self.describe_left()} ") + BAR_WIDTH + 2
         return textwrap.shorten(self._note, max(width - used, 0), placeholder=" ...") if width > used + 4 else ""
 
-    def _print_line(self) -> None:
-        self._printed = self.done
+    def _log_line(self) -> None:
+        self._logged = self.done
         words = [f"{self.title}: {self.describe()}", self.describe_left(), self._note]
-        print(", ".join(word for word in words if word), file=self._stream, flush=True)
+        log.info(", ".join(word for word in words if word))
 
     def describe(self) -> str:
         """`120/2,000 steps, 3.1 steps/s`; no rate before it can be told."""

@@ -6,33 +6,32 @@ A *place* is where a user's file or folder lies: a `Path`, or an `ObjectPath` fo
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from distillcache.schemas.errors import ConfigError, StorageError
-from distillcache.schemas.store.buckets import is_garbled
-from distillcache.schemas.store.store import Store, is_url
+from distillcache.schemas.config.storage import StorageConfig
+from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.store.store import Store, current, is_url
 from distillcache.schemas.store.url_secrets import refuse_secret
-
-READS = 4  # of a whole object, until it comes whole
 
 
 @dataclass(frozen=True)
 class ObjectPath:
     """One key of a bucket, or the folder of the keys below it: a bucket does not tell the two apart.
 
-    root: `gs://bucket`. key: without slashes at its ends; empty for the bucket itself.
+    root: `gs://bucket`. key: without slashes at its ends; empty for the bucket itself. settings: how it is asked.
     """
 
     root: str
     key: str
+    settings: StorageConfig = field(default_factory=current, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.root}/{self.key}" if self.key else self.root
 
     def __truediv__(self, name: str) -> "ObjectPath":
-        return ObjectPath(self.root, f"{self.key}/{name}".strip("/"))
+        return replace(self, key=f"{self.key}/{name}".strip("/"))
 
     @property
     def name(self) -> str:
@@ -47,12 +46,12 @@ class ObjectPath:
     @property
     def parent(self) -> "ObjectPath":
         """The folder that holds it."""
-        return ObjectPath(self.root, self.key.rpartition("/")[0])
+        return replace(self, key=self.key.rpartition("/")[0])
 
     @cached_property
     def store(self) -> Store:
         """The store of the whole bucket."""
-        return Store(self.root)
+        return Store(self.root, self.settings)
 
     def exists(self) -> bool:
         """Return whether there is an object of this key. A folder is not one."""
@@ -63,18 +62,12 @@ class ObjectPath:
 
         Raises:
             FileNotFoundError: as a `Path` does.
-            StorageError: it cannot be read, or comes short each time: TensorStore does not notice a body that is cut
-                and says so, but a byte behind its end tells.
+            StorageError: it cannot be read, or comes short each time.
         """
-        for _ in range(READS):
-            value = self.store.read(self.key) if self.key else None
-            if value is None:
-                raise FileNotFoundError("there is no such object")
-            if self.read_range(len(value), len(value) + 1)[0] is None:
-                return value
-        raise StorageError(
-            "an object comes short from its store", {"object": self, "tries": READS}, "check the network to the store"
-        )
+        value = self.store.read(self.key) if self.key else None
+        if value is None:
+            raise FileNotFoundError("there is no such object")
+        return value
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole object as text."""
@@ -88,27 +81,19 @@ class ObjectPath:
         """Delete the object; nothing happens where there is none."""
         self.store.delete(self.key)
 
-    def keys(self) -> list[str]:
+    def keys_below(self) -> list[str]:
         """The keys below this folder, relative to it, sorted."""
         prefix = f"{self.key}/" if self.key else ""
         return [key.removeprefix(prefix) for key in self.store.keys(prefix)]
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """List the objects and folders in this folder by name."""
-        for name in sorted({key.split("/")[0] for key in self.keys()} - {""}):
+        for name in sorted({key.split("/")[0] for key in self.keys_below()} - {""}):
             yield self / name
 
     def read_range(self, start: int, stop: int) -> tuple[bytes | None, bytes]:
         """Bytes [start, stop) and the object's generation. None: there is no such object, or not that much of it."""
-        if start == stop:
-            return b"", b""
-        try:
-            return self.store.read_with_generation(self.key, slice(start, stop))
-        except StorageError as error:
-            text = str(error)
-            if "OUT_OF_RANGE" in text and not is_garbled(text):  # how an object that ends before `stop` answers
-                return None, b""
-            raise
+        return self.store.read_range(self.key, start, stop)
 
 
 Location = Path | ObjectPath
@@ -125,6 +110,11 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     return ObjectPath(f"{scheme}://{bucket}", key.strip("/"))
+
+
+def open_folder(folder: Location) -> Store:
+    """Open the store of the keys below a folder."""
+    return Store(str(folder), folder.settings if isinstance(folder, ObjectPath) else None)
 
 
 def local_path(path: str, flag: str) -> Path:

@@ -2,12 +2,13 @@
 
 A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
 of ours goes through it, so that one implementation serves all of them and every failure becomes one `StorageError`
-that names the key. `use` sets how buckets are asked (config/storage.py), for the whole process; `buckets` knows what
-is peculiar to them.
+that names the key. `using` says how buckets are asked (config/storage.py); `buckets` knows what is peculiar to them.
 """
 
 import contextlib
+import contextvars
 import copy
+import json
 import os
 import threading
 import time
@@ -25,53 +26,58 @@ from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
 
 LOCK_SUFFIX = ".__lock"  # TensorStore's file driver writes KEY through KEY.__lock
-AGAIN_S = (0.1, 0.5, 2.0, 5.0)  # retry delays after a corrupt response
+# Retry delays after a corrupt response of a bucket, which TensorStore does not notice or does not make again. Where a
+# tenth of all responses is cut, one request in a million is taken for damage.
+AGAIN_S = (0.0, 0.1, 0.5, 2.0, 5.0)
 
 Value = TypeVar("Value")
+Bytes = TypeVar("Bytes", bytes, bytes | None)
 
 
-class _Current:
-    """The process's config and the Context made from it."""
-
-    def __init__(self) -> None:
-        self.config, self.lock = StorageConfig(), threading.Lock()
-        self.context: ts.Context | None = None
+_settings: contextvars.ContextVar[StorageConfig | None] = contextvars.ContextVar("settings", default=None)
+_contexts: dict[str, ts.Context] = {}
+_making = threading.Lock()
 
 
-_current = _Current()
-
-
-def use(config: StorageConfig) -> None:
-    """Ask buckets in this way from now on, in this process. Stores that are open already keep their own."""
-    refuse_secret(config.s3_endpoint or "", "storage.s3_endpoint")
-    with _current.lock:
-        if config != _current.config:
-            _current.config, _current.context = config, None
+@contextlib.contextmanager
+def using(settings: StorageConfig) -> Iterator[None]:
+    """`with using(config.storage):` stores that are opened meanwhile, in this thread, ask buckets in this way."""
+    refuse_secret(settings.s3_endpoint or "", "storage.s3_endpoint")
+    token = _settings.set(settings)
+    try:
+        yield
+    finally:
+        _settings.reset(token)
 
 
 def current() -> StorageConfig:
-    """Return the process's current object-store client settings, for libraries other than TensorStore."""
-    return _current.config
+    """Return the settings that a store gets which is opened now."""
+    return _settings.get() or StorageConfig()
 
 
-def context(resources: dict[str, Any] | None = None) -> ts.Context:
-    """The process's TensorStore Context: all that reads and writes shares its queues and limits.
+def context(resources: dict[str, Any] | None = None, settings: StorageConfig | None = None) -> ts.Context:
+    """The process's TensorStore Context for these settings: all that reads and writes shares its queues and limits.
 
     Args:
         resources: what differs from it, for instance `{"cache_pool": {"total_bytes_limit": 0}}`.
+        settings: default: the current ones.
     """
-    with _current.lock:
-        if _current.context is None:
-            buckets.set_timeouts(_current.config)
-            _current.context = ts.Context(buckets.context_spec(_current.config))
-        return ts.Context(resources, _current.context) if resources else _current.context
+    settings = settings or current()
+    spec = buckets.context_spec(settings)
+    with _making:
+        if (name := json.dumps(spec)) not in _contexts:
+            buckets.set_timeouts(settings)
+            _contexts[name] = ts.Context(spec)
+    return ts.Context(resources, _contexts[name]) if resources else _contexts[name]
 
 
 class Store:
     """The keys below one URL. Values are bytes; a write is durable (synced) when it returns."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, settings: StorageConfig | None = None) -> None:
+        """`settings`: how a bucket is asked; default: as `using` says."""
         refuse_secret(url, "url")
+        self.settings = settings or current()
         self.url = url.rstrip("/") or "/"
         self.local = _local_path(self.url)
         if self.local is not None and self.local.exists() and not self.local.is_dir():
@@ -80,11 +86,11 @@ class Store:
             )
         if self.local is None:
             buckets.check_scheme(self.url)
-        bucket = buckets.bucket_spec(self.url, _current.config) if self.local is None else None
+        bucket = buckets.bucket_spec(self.url, self.settings) if self.local is None else None
         spec = bucket or _url_spec(self.url, self.local)
         self.is_bucket = bucket is not None
         try:
-            self._kv = ts.KvStore.open(spec, context=context() if self.is_bucket else None).result()
+            self._kv = ts.KvStore.open(spec, context=self.context() if self.is_bucket else None).result()
         except buckets.FAILURES as error:
             raise self._failure("the store cannot be opened", {"url": url}, error) from error
         self._spec = self._kv.spec().to_json() if bucket is None else bucket
@@ -105,6 +111,10 @@ class Store:
     def check_may_write(self) -> None:
         """Raise where a guarded store must not be written now: before writes that do not go through it."""
         self._may_write()
+
+    def context(self, resources: dict[str, Any] | None = None) -> ts.Context:
+        """The Context of this store's settings, as `context` gives it."""
+        return context(resources, self.settings)
 
     def spec(self, key: str) -> dict[str, Any]:
         """TensorStore's JSON spec of the folder `key` below this store, for a zarr array there (with `context()`)."""
@@ -128,17 +138,59 @@ class Store:
         """The value (None: absent) and its generation, for a conditional write.
 
         Args:
-            confirm: ask a bucket also for the length of a whole value.
+            confirm: ask a bucket also for the length of a value that is read to its end.
         """
-        waits = list(AGAIN_S)
-        while True:
+        for _ in self.tries():
             value, generation = self._read(key, byte_range)
-            certain = value is None or byte_range is not None or not (self.is_bucket and confirm)
-            if certain or self._ends_at(key, len(value or b"")):
+            open_end = byte_range is None or byte_range.stop is None
+            start = 0 if byte_range is None else byte_range.start
+            certain = value is None or not (self.is_bucket and confirm and open_end)
+            if certain or self._ends_at(key, start + len(value or b"")):
                 return value, generation
-            if not waits:
-                raise self._failure("an object is never read whole", {"object": self.where(key)}, ValueError("cut"))
-            time.sleep(waits.pop(0))
+        raise self._failure("an object is never read whole", {"object": self.where(key)}, ValueError("cut"))
+
+    def read_range(self, key: str, start: int, stop: int | None) -> tuple[bytes | None, bytes]:
+        """Bytes [start, stop) and the object's generation. None: there is no such object, or not that much of it.
+
+        `stop`: None: all that there is behind `start`, but at least a byte.
+        """
+        if start == stop:
+            return b"", b""
+        try:
+            return self.read_with_generation(key, slice(start, stop))
+        except StorageError as error:
+            if "OUT_OF_RANGE" in str(error) and not buckets.is_garbled(str(error)):  # how a shorter object answers
+                return None, b""
+            raise
+
+    def tries(self) -> Iterator[bool]:
+        """Yield for each try to read something right, with waits before the next; True for the last one.
+
+        A local disk gets one try, a bucket some more.
+        """
+        for wait in AGAIN_S if self.is_bucket else ():
+            yield False
+            time.sleep(wait)
+        yield True
+
+    def checked(self, read: Callable[[], Bytes], check: Callable[[Bytes], Value]) -> Value:
+        """Return the result of `check` on what `read` gives, read again while it is refused.
+
+        Bytes that come twice are the object's own, so `read` must give them whole: a range, or a confirmed value.
+
+        Raises:
+            DamageError: from `check`.
+        """
+        seen: list[Bytes] = []
+        for last in self.tries():
+            data = read()
+            try:
+                return check(data)
+            except DamageError:
+                if last or data in seen:
+                    raise
+            seen.append(data)
+        raise AssertionError("the last try returns or raises")
 
     def holds(self, key: str, value: bytes) -> bool:
         """Return whether the key has this very value: with one request where it has, since equal bytes are whole."""
@@ -151,35 +203,23 @@ class Store:
 
     def _ends_at(self, key: str, length: int) -> bool:
         """Return whether the value (if there is one) has no byte beyond `length`."""
-        try:
-            return self._read(key, slice(length, length + 1))[0] is None
-        except StorageError as error:
-            if "OUT_OF_RANGE" in str(error) and not buckets.is_garbled(str(error)):
-                return True
-            raise
+        return self.read_range(key, length, length + 1)[0] is None
 
     def read_checked(self, key: str, check: Callable[[bytes], Value]) -> Value | None:
         """Read a value through `check`, with retries while it is garbled; None if there is no such key.
 
-        A bucket's answer may be short without TensorStore noticing, so what `check` refuses is read again, until
-        the same bytes come twice and have the object's length: then it is the object that is damaged.
+        A bucket's answer may be short without TensorStore noticing, so of what `check` refuses the length is confirmed.
 
         Raises:
             DamageError: from `check`.
         """
-        seen: list[bytes] = []
-        waits = list(AGAIN_S) if self.is_bucket else []
-        while True:
-            data, _ = self._read(key)
-            if data is None:
-                return None
-            try:
-                return check(data)
-            except DamageError:
-                if not waits or (data in seen and self._ends_at(key, len(data))):
-                    raise
-            seen.append(data)
-            time.sleep(waits.pop(0))
+        data, _ = self._read(key)
+        try:
+            return None if data is None else check(data)
+        except DamageError:
+            if not self.is_bucket:
+                raise
+        return self.checked(lambda: self.read(key), lambda data: None if data is None else check(data))
 
     def write(self, key: str, value: bytes) -> None:
         """Store the value, whatever was there, and check the length that is stored."""
@@ -364,25 +404,24 @@ class Store:
 
     def _ask(self, what: str, key: str, operation: Callable[[], Value]) -> Value:
         """The operation's result; retried if a bucket's response is corrupt."""
-        waits = list(AGAIN_S) if self.is_bucket else []
         if self.is_bucket:
             self._meet()
-        while True:
+        for last in self.tries():
             try:
                 return operation()
             except buckets.FAILURES as error:
-                if not waits or not buckets.is_garbled(str(error)):
+                if last or not buckets.is_garbled(str(error)):
                     raise self._failure(f"an object {what}", {"object": self.where(key)}, error) from error
-            time.sleep(waits.pop(0))
+        raise AssertionError("the last try returns or raises")
 
     def _meet(self) -> None:
         try:
-            buckets.meet(self._spec, _current.config)
+            buckets.meet(self._spec, self.settings)
         except (*buckets.FAILURES, TimeoutError) as error:
             raise self._failure("the store cannot be used", {"url": self.url}, error) from error
 
     def _failure(self, what: str, facts: dict[str, object], error: BaseException) -> StorageError:
-        text = buckets.cause(error) or f"no answer within {_current.config.contact_timeout_s:g} s"
+        text = buckets.cause(error) or f"no answer within {self.settings.contact_timeout_s:g} s"
         advice = buckets.advice(self.url, error) if self.local is None else None
         if advice is None and "No space left" in text:
             advice = "free some space, then run the same command again: what is committed stays"

@@ -201,6 +201,28 @@ def test_the_members_of_a_union_are_not_part_of_the_fields_name() -> None:
     assert caught.value.facts["in"] == "build.yaml"
 
 
+@pytest.mark.parametrize("model", [PrepareConfig, BuildConfig, TrainConfig, CopyConfig, DemoConfig, StatsConfig])
+@pytest.mark.parametrize(
+    "value", [object(), {"odd": 1}, [object()], [[{"odd": 1}]]], ids=["object", "map", "list", "lists"]
+)
+def test_a_wrong_value_of_any_field_is_told_by_the_fields_own_name(model: type[Config], value: object) -> None:
+    """Whatever types a stage's config has, and however their unions are made of them."""
+    for name in field_paths(model):
+        values: Any = value
+        for key in reversed(name.split(".")):
+            values = {key: values}
+        with pytest.raises(ConfigError) as caught:
+            validate(model, values, "distillcache x")
+        others = {
+            "in",
+            "config",
+            *(told for told in caught.value.facts if "is required" in str(caught.value.facts[told])),
+        }
+        told = {re.sub(r"(\.(\d+|odd))+$", "", each) for each in caught.value.facts.keys() - others}
+        near = {each for each in field_paths(model) if each.startswith(f"{name}.") or name.startswith(f"{each}.")}
+        assert told <= {name, *near}, name
+
+
 @pytest.mark.parametrize("key", ["row_tokns", "row-tokens", "row tokens"])
 def test_an_unknown_key_of_a_file_is_named(tmp_path: Path, key: str) -> None:
     (tmp_path / "a.yaml").write_text(f"path: x\n{key}: 3\n")

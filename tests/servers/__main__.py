@@ -1,6 +1,6 @@
 """One object store on loopback: `python -m tests.servers gcs|s3 [--bucket NAME] [--faults SHARE] [--seed N]`.
 
-Prints the environment in which the commands of this project (and gcsfs, s3fs, ArrayRecord) use it, as `export`
+Prints the environment in which the commands of this project (and ArrayRecord) use it, as `export`
 lines, and serves until SIGINT or SIGTERM. With `--parent`, for the tests: prints JSON, ends with its standard input.
 """
 
@@ -30,8 +30,6 @@ def environment(kind: str, front: str) -> dict[str, str]:
             "TENSORSTORE_GCS_HTTP_URL": front,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": front,  # ArrayRecord
-            "STORAGE_EMULATOR_HOST": front,  # gcsfs
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
     return {
         "AWS_ENDPOINT_URL": front,

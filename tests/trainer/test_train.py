@@ -72,9 +72,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
         np.testing.assert_array_equal(left, right)
 
 
-def test_a_run_from_start_to_end(whole, cache, capsys):
+def test_a_run_from_start_to_end(whole, cache, console):
     result = train(config(whole, cache))
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in console.readouterr().err
     assert (result.steps, result.resumed_from) == (8, 8)
     assert result.after.mean_cosine < result.before.mean_cosine
     assert result.loss < read_metrics(whole)[1]["distill/total_loss"]
@@ -347,7 +347,7 @@ def check_dtypes(run: Path, out: Path) -> None:
     assert cli.main(["export", str(run), str(out), "--dtype", "float64"]) == 2
 
 
-def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
+def test_the_best_checkpoint_is_exported(tmp_path, whole, console):
     run, out = shutil.copytree(whole, tmp_path / "run"), tmp_path / "out"
     first, last = read_evaluations(whole)
     better = last.model_copy(update={"step": 6, "perplexity": last.perplexity / 2})
@@ -355,22 +355,22 @@ def test_the_best_checkpoint_is_exported(tmp_path, whole, capsys):
     for found, step in (([first, lost, better, last], 6), ([first, last], 8)):
         (run / "eval.json").write_text(json.dumps([entry.model_dump() for entry in found]))
         assert cli.main(["export", str(run), str(out), "--best"]) == 0
-        assert f"step {step} of {run}" in capsys.readouterr().err
+        assert f"step {step} of {run}" in console.readouterr().err
     exported, trained = load_pretrained(out), load_student(str(run)).decoder
     for name, value in all_parameters(trained).items():
         np.testing.assert_array_equal(all_parameters(exported)[name], value)
     check_dtypes(run, out)
     (run / "eval.json").write_text(json.dumps([first.model_dump()]))
     assert cli.main(["export", str(run), str(out), "--best"]) == 2
-    assert "no checkpoint of the run has a held-out figure" in capsys.readouterr().err
+    assert "no checkpoint of the run has a held-out figure" in console.readouterr().err
     assert cli.main(["export", str(run), str(out), "--best", "--step", "8"]) == 2
-    assert "both name a checkpoint" in capsys.readouterr().err
+    assert "both name a checkpoint" in console.readouterr().err
 
 
-def test_the_summary_as_json(whole, cache, capsys):
+def test_the_summary_as_json(whole, cache, console):
     argv = ["--config", str(whole / "config.yaml"), "--json"]
     assert __main__.main(argv) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(console.readouterr().out)
     assert found["steps"] == 8
     assert found["after"]["blocks"] == [0, 1, 2]
 

@@ -10,7 +10,7 @@ from distillcache.models.files.tensors import ROUTER_BIAS_FILE
 from distillcache.schemas import command_line
 from distillcache.schemas.config import ExportConfig
 from distillcache.schemas.errors import ConfigError
-from distillcache.schemas.store.store import use
+from distillcache.schemas.store.store import using
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import told_perplexity
 from distillcache.trainer.run.folder import best_evaluation
@@ -19,18 +19,18 @@ from distillcache.trainer.run.folder import best_evaluation
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the student of a run, at its newest checkpoint, the best one or the one asked for."""
     config = command_line.parse(ExportConfig, argv, command, positional=("run", "out"))
-    use(config.storage)
-    if config.best and config.step is not None:
-        raise ConfigError("--best and --step both name a checkpoint", {"--step": config.step}, "give one of them")
-    step, note = config.step, ""
-    if config.best:
-        best = best_evaluation(config.run)
-        step, note = best.step, f", the best with a held-out perplexity of {told_perplexity(best.perplexity)},"
-        if best.perplexity is None:
-            note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
-    student = load_student(config.run, step, config.dtype)
-    save = save_maxtext if config.format == "maxtext" else save_pretrained
-    save(student.decoder, config.out, tokenizer_from=student.tokenizer)
+    with using(config.storage):
+        if config.best and config.step is not None:
+            raise ConfigError("--best and --step both name a checkpoint", {"--step": config.step}, "give one of them")
+        step, note = config.step, ""
+        if config.best:
+            best = best_evaluation(config.run)
+            step, note = best.step, f", the best with a held-out perplexity of {told_perplexity(best.perplexity)},"
+            if best.perplexity is None:
+                note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
+        student = load_student(config.run, step, config.dtype)
+        save = save_maxtext if config.format == "maxtext" else save_pretrained
+        save(student.decoder, config.out, tokenizer_from=student.tokenizer)
     moe = student.decoder.config.moe
     if config.format == "hf" and moe is not None and moe.bias and not moe.native_bias:
         print(
@@ -45,4 +45,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
             )
         )
     else:
-        print(f"step {student.step} of {config.run}{note} is in {config.out}, {student.decoder.dtype}", file=sys.stderr)
+        print(
+            f"step {student.step} of {config.run}{note} is in {config.out}, {student.decoder.dtype}",
+            file=sys.stderr,
+        )

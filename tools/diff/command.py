@@ -15,7 +15,7 @@ from distillcache.schemas.cache.segment import no_cache, segment_names
 from distillcache.schemas.config.look import DiffConfig
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.layout import MANIFEST
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.diff.caches import compare_caches
 from distillcache.tools.diff.runs import compare_runs
 from distillcache.tools.fidelity.topk import words
@@ -29,8 +29,8 @@ SHOWN = 20  # lines of a table on a terminal; --json tells all
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print what differs as tables or as one JSON object; the exit code."""
     config = command_line.parse(DiffConfig, argv, command, positional=("a", "b"))
-    use(config.storage)
-    found = compare(config.a, config.b, config.rows, config.seed)
+    with using(config.storage):
+        found = compare(config.a, config.b, config.rows, config.seed)
     if as_json:
         print(json.dumps(found))
     else:

@@ -18,7 +18,7 @@ from distillcache.schemas.errors import DamageError, InputError
 from distillcache.schemas.format.manifest import TOPK_LOGITS, Plan, Stats
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.runtime.progress import Progress
-from distillcache.schemas.store.store import use
+from distillcache.schemas.store.store import using
 from distillcache.tools.fidelity import compare
 from distillcache.tools.fidelity import rows as texts
 from distillcache.tools.fidelity.compare import RowMeasure, TapMeasure
@@ -44,8 +44,8 @@ SEEN_TOKENS = 16  # compared with every row of the embedding
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print the verdict and the figures as tables or as one JSON object; the exit code."""
     config = command_line.parse(FidelityConfig, argv, command, positional=("cache",))
-    use(config.storage)
-    found = check_fidelity(StoredRows(config.cache), config.teacher, config.rows, config.seed)
+    with using(config.storage):
+        found = check_fidelity(StoredRows(config.cache), config.teacher, config.rows, config.seed)
     if as_json:
         print(json.dumps(found))
     else:

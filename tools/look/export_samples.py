@@ -16,7 +16,7 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.addressing import slots_of
 from distillcache.schemas.config.look import ExportSamplesConfig
 from distillcache.schemas.errors import ConfigError, InputError
-from distillcache.schemas.store.store import use
+from distillcache.schemas.store.store import using
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.trainer.feed.source import stack_rows
@@ -27,11 +27,11 @@ MIB = 1 << 20
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the file, and say what is in it."""
     config = command_line.parse(ExportSamplesConfig, argv, command, positional=("cache", "out"))
-    use(config.storage)
-    rows = StoredRows(config.cache)
-    numbers = config.rows if config.rows is not None else rows.sample(config.count, config.seed)
-    arrays = samples(rows, numbers, config.taps, config.blocks, config.max_mib)
-    write(config.out, arrays)
+    with using(config.storage):
+        rows = StoredRows(config.cache)
+        numbers = config.rows if config.rows is not None else rows.sample(config.count, config.seed)
+        arrays = samples(rows, numbers, config.taps, config.blocks, config.max_mib)
+        write(config.out, arrays)
     found = {name: list(values.shape) for name, values in arrays.items()}
     if as_json:
         print(json.dumps({"cache": config.cache, "out": config.out, "rows": list(numbers), "arrays": found}))

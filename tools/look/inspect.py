@@ -17,7 +17,7 @@ from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import Plan, TapPlan, TapStats
 from distillcache.schemas.format.times import SegmentTimes
 from distillcache.schemas.store.redaction import shown
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.look.inspect_print import print_cache
 from distillcache.tools.look.inspect_warnings import find_warnings
 from distillcache.tools.look.segment_facts import (
@@ -32,8 +32,8 @@ from distillcache.tools.look.segment_facts import (
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Print the cache's description as tables or as one JSON object."""
     config = command_line.parse(InspectConfig, argv, command, positional=("cache",))
-    use(config.storage)
-    found = describe_cache(Store(config.cache))
+    with using(config.storage):
+        found = describe_cache(Store(config.cache))
     if as_json:
         print(json.dumps(found))
     else:

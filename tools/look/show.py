@@ -12,7 +12,7 @@ from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.schemas import command_line
 from distillcache.schemas.config.look import ShowConfig
 from distillcache.schemas.errors import DamageError
-from distillcache.schemas.store.store import use
+from distillcache.schemas.store.store import using
 from distillcache.tools.look.row_facts import RowFacts, TapFacts, not_finite, read_row, shown, summary
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.show_image import draw
@@ -29,13 +29,13 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     Returns: the exit code, 2 where some of the row is damaged.
     """
     config = command_line.parse(ShowConfig, argv, command, positional=("cache",))
-    use(config.storage)
-    rows = StoredRows(config.cache)
-    facts = read_row(rows, config.row, config.block)
-    code = 2 if facts.damaged else 0
-    texts, odd = _texts(rows, facts), [*map(_told, facts.damaged), *_odd(rows, facts)]
-    if config.image is not None:
-        draw(facts, config.image)
+    with using(config.storage):
+        rows = StoredRows(config.cache)
+        facts = read_row(rows, config.row, config.block)
+        code = 2 if facts.damaged else 0
+        texts, odd = _texts(rows, facts), [*map(_told, facts.damaged), *_odd(rows, facts)]
+        if config.image is not None:
+            draw(facts, config.image)
     if as_json:
         print(json.dumps({**_describe(rows, facts, texts), "warnings": odd}))
         return code

@@ -21,7 +21,7 @@ from distillcache.schemas.config.look import StatsConfig
 from distillcache.schemas.errors import DamageError, InputError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.runtime.progress import Progress
-from distillcache.schemas.store.store import use
+from distillcache.schemas.store.store import using
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.look.inspect_warnings import repeated_slots
 from distillcache.tools.look.sample_checks import SampleChecks
@@ -120,18 +120,18 @@ class SlotStats:
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print the statistics as a table or as one JSON object; the exit code: 2 where a row could not be read."""
     config = command_line.parse(StatsConfig, argv, command, positional=("cache",))
-    use(config.storage)
-    rows = StoredRows(config.cache)
-    numbers = rows.sample(config.rows, config.seed)
-    if not numbers:
-        facts = {"cache": rows.store.url}
-        raise InputError("no row of the cache is committed yet", facts, "ask again when the build has begun")
-    checks = SampleChecks.of(rows.store, rows.plan)
-    numbers, slots, damaged = measure(rows, numbers, config.taps, config.blocks, checks)
-    found = describe(rows, numbers, slots)
-    found["warnings"] = [*damaged, *_broken(found["slots"]), *_repeated(slots), *checks.findings()]
-    if config.out is not None:
-        write_dimensions(config.out, slots)
+    with using(config.storage):
+        rows = StoredRows(config.cache)
+        numbers = rows.sample(config.rows, config.seed)
+        if not numbers:
+            facts = {"cache": rows.store.url}
+            raise InputError("no row of the cache is committed yet", facts, "ask again when the build has begun")
+        checks = SampleChecks.of(rows.store, rows.plan)
+        numbers, slots, damaged = measure(rows, numbers, config.taps, config.blocks, checks)
+        found = describe(rows, numbers, slots)
+        found["warnings"] = [*damaged, *_broken(found["slots"]), *_repeated(slots), *checks.findings()]
+        if config.out is not None:
+            write_dimensions(config.out, slots)
     if as_json:
         print(json.dumps(found))
     else:

@@ -32,7 +32,6 @@ from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, TapPlan
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.format.tap_codec import tap_codec
-from distillcache.schemas.store import store
 from distillcache.schemas.store.store import Store
 
 TAP_ORDER = ("resid", "attn_out", "mlp_out")  # as a block computes them; `topk_logits` belongs to no block
@@ -44,7 +43,7 @@ class StoredTap:
     def __init__(self, segment: Segment, tap: TapPlan) -> None:
         self.segment, self.tap = segment, tap
         self.codec: Codec = tap_codec(tap, segment.signs() if tap.rotate else {})
-        context = store.context({"cache_pool": {"total_bytes_limit": 0}})  # a row is read once
+        context = segment.store.context({"cache_pool": {"total_bytes_limit": 0}})  # a row is read once
         self._arrays = {part.part: segment.open_array(part, context) for part in tap.parts}
         self._decode = jax.jit(self.codec.decode_slot)
         self._round_trip = jax.jit(lambda values: self.codec.decode(self.codec.encode(values)))

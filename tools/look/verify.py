@@ -20,7 +20,7 @@ from distillcache.schemas.cache.describe import numbers_in_runs
 from distillcache.schemas.config import VerifyConfig
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.runtime.progress import Progress
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.pages.terminal import table_console
 
 SHOWN = 20  # findings on a terminal; --json tells all
@@ -29,8 +29,8 @@ SHOWN = 20  # findings on a terminal; --json tells all
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print what is wrong as a table or as one JSON object; the exit code."""
     config = command_line.parse(VerifyConfig, argv, command, positional=("cache",))
-    use(config.storage)
-    found = verify_cache(Store(config.cache), quick=config.quick)
+    with using(config.storage):
+        found = verify_cache(Store(config.cache), quick=config.quick)
     if as_json:
         print(json.dumps(found))
     else:

@@ -41,7 +41,7 @@ from distillcache.schemas.format.layout import ITEM_BYTES
 from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan
 from distillcache.schemas.format.rows import RowReader, Split, too_long_for_teacher
 from distillcache.schemas.format.tap_codec import signs_of
-from distillcache.schemas.store.store import Store, is_url, use
+from distillcache.schemas.store.store import Store, is_url, using
 from distillcache.tools.plan.printing import print_plan
 from distillcache.tools.plan.sizes import plan_for, total_bytes
 
@@ -93,8 +93,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         scale_report.run(words, f"{command} --simulate", as_json)
         return
     config = command_line.parse(PlanConfig, argv, command)
-    use(config.storage)
-    report = describe_build(config)
+    with using(config.storage):
+        report = describe_build(config)
     if as_json:
         print(json.dumps(report))
     else:

@@ -14,7 +14,7 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.segment import no_cache, read_manifest, segment_names
 from distillcache.schemas.config.report import ReportConfig
 from distillcache.schemas.errors import ConfigError, InputError
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.pages.html import size
 from distillcache.tools.report.cache import cache_page
 from distillcache.tools.report.run import run_page
@@ -24,8 +24,8 @@ from distillcache.trainer.run.folder import IDENTITY
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the report, and print where, or with `as_json` what is in it."""
     config = command_line.parse(ReportConfig, argv, command, positional=("target",))
-    use(config.storage)
-    written = write_report(config)
+    with using(config.storage):
+        written = write_report(config)
     if as_json:
         print(json.dumps(written))
         return

@@ -17,8 +17,7 @@ import jax
 from distillcache.schemas import command_line
 from distillcache.schemas.config.serve import ServeConfig
 from distillcache.schemas.errors import ConfigError, install_advice
-from distillcache.schemas.runtime import progress
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.report.command import kind_of
 
 PACKAGES = ("starlette", "uvicorn")
@@ -37,10 +36,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     check_host(config)
     # A GPU's memory is for the build or the training that is being watched.
     jax.config.update("jax_platforms", "cpu")
-    progress.be_quiet()
-    use(config.storage)
-    kind = kind_of(Store(config.target))
-    with listening(config.host, config.port) as ear:
+    with using(config.storage), listening(config.host, config.port) as ear:
+        kind = kind_of(Store(config.target))
         url = address_of(ear, config.host)
         if config.expose:
             print(

@@ -7,7 +7,7 @@ function of the seed and `s`, so the feed's whole state is `{"seed", "next_step"
 Taps stay encoded, as the codec's parts: they are decoded on the device, inside the scan over blocks.
 """
 
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,6 @@ from distillcache.schemas.errors import ConfigError, DamageError, DistillcacheEr
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.format.manifest import PartPlan
-from distillcache.schemas.store import store as storage
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.buffers import Buffers
 from distillcache.trainer.feed.disk_cache import LocalCache
@@ -34,6 +33,8 @@ from distillcache.trainer.feed.slots import SegmentReads
 from distillcache.trainer.feed.source import Batch as Batch
 from distillcache.trainer.feed.source import Rows, Source
 from distillcache.trainer.feed.source import SplitName as SplitName
+
+log = logging.getLogger(__name__)
 
 READ_THREADS = 4  # rows read at a time from a local disk: more than one keeps it busy, many would wait for Python
 MAX_SEED = 2**32 - 1  # Grain's shuffle takes 32 bits
@@ -93,12 +94,12 @@ class CacheSource(Source):
         self.partial = any(segment.committed is not None for segment in segments)
         self.digest = cache_identity(self._store, segments)
         if self.partial:
-            print(f"{url} is not finished: reading {len(self._rows)} committed rows", file=sys.stderr)
+            log.info(f"{url} is not finished: reading {len(self._rows)} committed rows")
 
     def _opener(self, direct: bool) -> Callable[[Segment, PartPlan], ArrayReader]:
         pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="feed-read")  # starts no thread before it is used
         # Nothing is cached: a batch is read once.
-        context = storage.context({"cache_pool": {"total_bytes_limit": 0}})
+        context = self._store.context({"cache_pool": {"total_bytes_limit": 0}})
 
         def open_array(segment: Segment, part: PartPlan) -> ArrayReader:
             if direct and LocalArray.serves(self._store, part):

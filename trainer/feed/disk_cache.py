@@ -24,10 +24,10 @@ The folder may lie where others write, too. Nothing of ours is a link: one is ne
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +38,8 @@ from distillcache.schemas.cache.segment import SmallFiles
 from distillcache.schemas.config.feed import LocalCacheConfig
 from distillcache.schemas.errors import StorageError
 from distillcache.schemas.store.store import is_url
+
+log = logging.getLogger(__name__)
 
 FRESH_S = 24 * 3600.0  # longer than most epochs: what a whole day did not need makes room
 SLACK = 0.02  # of the limit: removed beyond what is needed, so that the folder is not listed again for every file
@@ -238,10 +240,7 @@ class LocalCache:
             told, self._ended = self._ended, True
         if not told:
             full = " (the disk is full before feed.local_cache.max_gib is reached)" if error.errno in NO_ROOM else ""
-            print(
-                f"warning: the local cache {self.folder} keeps nothing more: {error.strerror}{full}; training goes on",
-                file=sys.stderr,
-            )
+            log.warning(f"the local cache {self.folder} keeps nothing more: {error.strerror}{full}; training goes on")
 
 
 def open_local_cache(config: LocalCacheConfig, cache: str) -> LocalCache | None:
@@ -249,7 +248,7 @@ def open_local_cache(config: LocalCacheConfig, cache: str) -> LocalCache | None:
     if config.dir is None:
         return None
     if not is_url(cache):
-        print(f"feed.local_cache is not used: {cache} is on a local disk", file=sys.stderr)
+        log.info(f"feed.local_cache is not used: {cache} is on a local disk")
         return None
     return LocalCache(config.dir, int(config.max_gib * (1 << 30)))
 

@@ -14,7 +14,7 @@ Codes stay on the device. The lock around the device admits one batch at a time,
 rows are read, and the student steps, meanwhile.
 """
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,8 @@ from distillcache.schemas.format.rows import Row, teacher_batch
 from distillcache.trainer.feed.slots import SlotReads
 from distillcache.trainer.feed.source import Batch, Source, SplitName
 from distillcache.trainer.feed.teacher import OnlineTeacher, Recorder
+
+log = logging.getLogger(__name__)
 
 RowAddress = tuple[int, int]  # (group, row in it)
 ROUTER = "teacher_router"
@@ -240,10 +242,9 @@ def _compare(url: str, work: _Work, call: _Call, recording: Recording) -> None:
                 found = xxhash.xxh3_64_intdigest(np.ascontiguousarray(codes[k, slot]).data)
                 differing, total = differing + (found != digests[slot]), total + 1
     if differing:
-        print(
-            f"warning: the teacher gives other bits here than when {url} was built ({differing} of the first {total} "
-            "chunks differ): this run's numbers are not those of a run from the cache",
-            file=sys.stderr,
+        log.warning(
+            f"the teacher gives other bits here than when {url} was built ({differing} of the first {total} "
+            "chunks differ): this run's numbers are not those of a run from the cache"
         )
 
 

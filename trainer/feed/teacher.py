@@ -3,7 +3,7 @@
 Where the rows are a cache's, the teacher must be the one that built it, and what pins its bits is as it was then.
 """
 
-import sys
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from distillcache.schemas.format.rows import INDEX_KEY, RowReader
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.cache_source import cache_identity
 from distillcache.trainer.feed.planned import PlannedSegment, check_vocabulary, planned_groups, prepared_group
+
+log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16  # of prepared rows, as a build has it
 FILES_KEPT = 64  # of prepared rows, in memory: random rows of some 270 million tokens without reading a file twice
@@ -189,7 +191,4 @@ def _warn_of_platform(url: str, plans: Sequence[Plan], attention: Kernel) -> Non
         pairs |= {name: (there.versions.get(name), here.versions.get(name)) for name in (*NUMERIC_LIBRARIES, FORWARD)}
         differing |= {name: f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b}
     if differing:
-        print(
-            f"warning: the teacher may give other bits here than when {url} was built: {'; '.join(differing.values())}",
-            file=sys.stderr,
-        )
+        log.warning(f"the teacher may give other bits here than when {url} was built: {'; '.join(differing.values())}")

@@ -238,7 +238,7 @@ def blockwise_cosine(
     """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
     table trains none. None where the rows are all padding."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
-    with Progress("cosine", len(source), unit="rows") as bar:
+    with Progress("cosine", len(source), unit="rows", quiet=not peers.first) as bar:
         for batch, rows in _batches(source, batch_rows, peers):
             sums = _block_cosines(stack, reading, rules, parameters, batch, table)
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
@@ -270,7 +270,7 @@ def _mean_token_loss(
     total = weight = 0.0
     model, real = decoder.config, real_vocab(student or decoder.config, source)
     load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
-    with Progress(title, len(source), unit="rows") as bar:
+    with Progress(title, len(source), unit="rows", quiet=not peers.first) as bar:
         for batch, rows in _batches(source, batch_rows, peers):
             stored = None if record is None else batch["topk_logits"]
             sums, loads = _token_loss(graph, record, real, parameters, stored, *(batch[name] for name in _ROW_FIELDS))

@@ -8,8 +8,8 @@
 
 import contextlib
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ from distillcache.trainer.run.checkpoints import CHECKPOINTS, STUDENT, has_stude
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.importance import IMPORTANCE
 from distillcache.trainer.run.student import SURGERY
+
+log = logging.getLogger(__name__)
 
 EVALUATIONS = "eval.json"
 IDENTITY = "run.json"
@@ -149,7 +151,7 @@ def _leased(store: Store) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         if leases.failure is not None:  # the training itself does not need the lease
-            print(f"warning: the lease on {store.url} could not be kept: {leases.failure}", file=sys.stderr)
+            log.warning(f"the lease on {store.url} could not be kept: {leases.failure}")
         with contextlib.suppress(StorageError):  # then it expires
             leases.close()
 

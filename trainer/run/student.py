@@ -1,8 +1,8 @@
 """Source of a run's student: a checkpoint with operations applied, random numbers, or the run itself."""
 
 import json
+import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +36,8 @@ from distillcache.trainer.run.importance import OpenSource, teacher_importance
 from distillcache.trainer.step.parameters import Parameters, all_parameters, make_projectors
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import FROM_TEACHER, block_starts, check_ascending, real_vocab, student_spans
+
+log = logging.getLogger(__name__)
 
 WITH_ITS_TOKENIZER = "choose a student with the teacher's tokenizer, or build a cache with another teacher"
 SURGERY = "surgery.json"  # in the run's folder
@@ -254,10 +256,9 @@ def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
             WITH_ITS_TOKENIZER,
         )
     if real_vocab(found, source) is not None:
-        print(
+        log.info(
             f"note: the teacher's vocabulary has {rows:,} rows, the student's {found.vocab_size:,}; the tokenizer uses "
-            f"{real:,}, and the rest is left out of losses and of perplexity",
-            file=sys.stderr,
+            f"{real:,}, and the rest is left out of losses and of perplexity"
         )
 
 

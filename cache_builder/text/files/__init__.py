@@ -1,7 +1,7 @@
 """Input files.
 
 inputs.py         lists files and opens them as streams
-buckets.py        files in buckets through fsspec
+buckets.py        files in buckets: listed, measured, read ahead
 marks.py          recognises formats by their first bytes
 plain.py          .txt and .jsonl, also compressed
 parquet.py        Parquet tables

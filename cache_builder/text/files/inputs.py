@@ -12,16 +12,15 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
 import xxhash
 
-from distillcache.cache_builder.text.files.buckets import RemoteObject, check_unchanged, open_remote, remote_objects
+from distillcache.cache_builder.text.files.buckets import check_unchanged, fits, open_remote, remote_objects
 from distillcache.cache_builder.text.files.marks import MARK_BYTES, refuse_other_kind
 from distillcache.schemas.config import DataConfig
 from distillcache.schemas.errors import DistillcacheError, InputError, StorageError
@@ -39,6 +38,7 @@ _KINDS_OF_MODE = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_ALIASES = {"gcs://": "gs://", "s3a://": "s3://"}  # as other programs spell them
 _KIND_OF_FORMAT = {"text": ".txt", "jsonl": ".jsonl", "chat": ".jsonl", "parquet": ".parquet"}
 
 
@@ -47,7 +47,7 @@ class InputFile:
     """A file to read.
 
     place: a local path, or a URL.
-    size: bytes as stored.
+    size: bytes as stored; of one of many objects in a bucket perhaps their average.
     kind: one of SUFFIXES: how it is read.
     version: of an object in a bucket, the store's own mark of these bytes; empty for local files.
     """
@@ -84,7 +84,7 @@ class InputReader(io.RawIOBase):
     def __init__(self, file: InputFile) -> None:
         super().__init__()
         self._file, self._hash, self.consumed = file, xxhash.xxh3_128(), 0
-        self._raw = _open_local(file) if isinstance(file.place, Path) else open_remote(_remote(file))
+        self._raw = _open_local(file) if isinstance(file.place, Path) else open_remote(file.place, file.version)
 
     def readable(self) -> bool:
         return True
@@ -108,14 +108,14 @@ class InputReader(io.RawIOBase):
                 pass
         except OSError as error:
             raise unreadable(self._file, error) from error
-        if self.consumed != self._file.size:
+        if isinstance(self._file.place, str):
+            check_unchanged(self._file.place, self._file.version)
+        elif self.consumed != self._file.size:
             raise InputError(
                 "an input file changed while it was read",
                 {"file": self._file.place, "bytes then": self._file.size, "bytes now": self.consumed},
                 "run the same command again, once nobody writes there any more",
             )
-        if self._file.version:
-            check_unchanged(_remote(self._file))
         return f"{self._file.kind} {self.consumed} {self._hash.hexdigest()}\n"
 
     def close(self) -> None:
@@ -181,14 +181,15 @@ def _local_file(file: Path, kind: str) -> InputFile:
 
 def _remote_files(url: str, format: str) -> list[InputFile]:
     """The same for a URL; in the order in which the same files would come from a disk."""
-    found, by_name = remote_objects(url)
-    if by_name:
-        return [InputFile(found[0].url, found[0].size, _kind_of_named(url, format), found[0].version)]
-    pattern = any(letter in url.split("://", 1)[1] for letter in "*?[")
-    kinds = {remote: _kind(remote.url, format, named=pattern) for remote in found}
-    texts = sorted((remote for remote, kind in kinds.items() if kind), key=lambda remote: remote.url.split("/"))
-    _refuse_none(texts, url, f"{len(found)} other files" if found else "nothing there")
-    return [InputFile(remote.url, remote.size, kinds[remote], remote.version) for remote in texts]
+    for alias, scheme in _ALIASES.items():
+        url = scheme + url.removeprefix(alias) if url.startswith(alias) else url
+    found = remote_objects(url)
+    if [each.url for each in found] == [url.rstrip("/")]:
+        return [InputFile(url, found[0].size, _kind_of_named(url, format), found[0].version)]
+    files = [InputFile(each.url, each.size, _kind(each.url, format, named=each.named), each.version) for each in found]
+    texts = [file for file in files if file.kind]
+    _refuse_none(texts, url, f"{len(found)} other files" if found else "nothing there, or no such bucket")
+    return texts
 
 
 def _open_local(file: InputFile) -> io.RawIOBase:
@@ -196,10 +197,6 @@ def _open_local(file: InputFile) -> io.RawIOBase:
         return io.FileIO(file.place)
     except OSError as error:
         raise unreadable(file, error) from error
-
-
-def _remote(file: InputFile) -> RemoteObject:
-    return RemoteObject(str(file.place), file.size, file.version)
 
 
 def _refuse_none(texts: list, path: str, found: str) -> None:
@@ -245,21 +242,11 @@ def _matching(pattern: str) -> dict[Path, bool]:
     for base in glob.glob(str(Path(*parts[:first]))):
         for file in _walk(Path(base), hidden=hidden):
             names = file.relative_to(base).parts
-            if _fits(names, rest):
+            if fits(names, rest):
                 found[file] = True
-            elif any(_fits(names[:size], rest) for size in range(1, len(names))):
+            elif any(fits(names[:size], rest) for size in range(1, len(names))):
                 found[file] = False
     return found
-
-
-def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return whether a path's parts are what a pattern's parts ask for; only a stated dot matches a hidden name."""
-    if not pattern or not names:
-        return not names and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _fits(names, pattern[1:]) or (not names[0].startswith(".") and _fits(names[1:], pattern))
-    shown = pattern[0].startswith(".") or not names[0].startswith(".")
-    return shown and fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
 def named_kind(name: str) -> str:

@@ -230,11 +230,11 @@ def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None)
         line_limit: lines are asked for; of a longer one comes one byte more than this.
     """
     try:
-        if file.kind.endswith(".gz") and file.size == 0:
-            raise EOFError("the file is empty")  # gzip reads it as no text, but it is a cut file
         # gzip and lines need a buffer: a raw stream may give less than it is asked for.
         stored = io.BufferedReader(_Borrowed(reader), READ_BYTES)
         packed = gzip.GzipFile(fileobj=stored) if file.kind.endswith(".gz") else None
+        if packed is not None and not stored.peek(1):
+            raise EOFError("the file is empty")  # gzip reads it as no text, but it is a cut file
         stream = stored if packed is None else io.BufferedReader(packed, READ_BYTES)
         if packed is not None:
             refuse_other_kind(file.kind.removesuffix(".gz"), stream.peek(MARK_BYTES)[:MARK_BYTES], file, packed=True)

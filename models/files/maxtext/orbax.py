@@ -18,10 +18,8 @@ import tensorstore as ts
 
 from distillcache.models.files.tensors import Box, whole
 from distillcache.schemas.errors import CheckpointError
-from distillcache.schemas.store import store
 from distillcache.schemas.store.buckets import FAILURES
-from distillcache.schemas.store.path import Location
-from distillcache.schemas.store.store import Store
+from distillcache.schemas.store.path import Location, open_folder
 
 METADATA = "_METADATA"
 OCDBT_MANIFEST = "manifest.ocdbt"
@@ -50,7 +48,7 @@ class OrbaxArrays:
         self.place = place
         self._metadata = _read_metadata(place)
         self.names = tuple(_names(self._metadata))
-        self._context = store.context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        self._context = open_folder(place).context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
     def open(self, names: Mapping[str, str]) -> dict[str, OrbaxArray]:
         """Some arrays, under names of one's own, all opened at once.
@@ -84,7 +82,7 @@ class OrbaxArrays:
             yield self.read(name, array, (slice(row, min(row + rows, array.shape[0])), *whole(array.shape[1:])))
 
     def _spec(self, name: str) -> dict[str, Any]:
-        folder, parent = self.place.name, Store(str(self.place.parent))
+        folder, parent = self.place.name, open_folder(self.place.parent)
         if self._metadata["use_ocdbt"]:
             kvstore = {"driver": "ocdbt", "base": parent.spec(folder), "path": f"{name}/"}
         else:

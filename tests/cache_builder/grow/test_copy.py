@@ -199,10 +199,10 @@ def test_a_damaged_source_is_not_copied(tmp_path: Path, lossless: Path) -> None:
     assert not (tmp_path / "c" / layout.MANIFEST).exists()
 
 
-def test_the_command_line(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(tmp_path: Path, cache: Path, console: pytest.CaptureFixture[str]) -> None:
     words = ["copy", str(cache), str(tmp_path / "c"), "--taps.resid.codec", "fp8", "--taps.attn_out", "null", "--json"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == 38
+    assert json.loads(console.readouterr().out)["rows"] == 38
     assert CacheSource(str(tmp_path / "c"), ("resid",)).taps["resid"].codec == "fp8"
 
 
@@ -286,22 +286,22 @@ def test_an_unfinished_copy_is_repaired_by_going_on(
 
 @pytest.mark.slow
 def test_what_is_recoded_is_said_and_recorded(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where nobody asked for it: differences that begin behind their keyframe are coded anew."""
     copy(cache, tmp_path / "kept")
-    assert "recoded" not in capsys.readouterr().err
+    assert "recoded" not in console.readouterr().err
     delta = {"resid": {**INT8, "delta": True, "keyframe_every": 2}}
     copy(cache, tmp_path / "delta", taps=delta)
-    assert "resid: recoded bf16 -> int8, not bit-equal" in capsys.readouterr().err
+    assert "resid: recoded bf16 -> int8, not bit-equal" in console.readouterr().err
     copy(tmp_path / "delta", tmp_path / "first", blocks=[0])
-    assert "recoded" not in capsys.readouterr().err
+    assert "recoded" not in console.readouterr().err
     copy(tmp_path / "delta", tmp_path / "later", blocks=[1])
-    said = capsys.readouterr().err
+    said = console.readouterr().err
     assert "resid: recoded int8 -> int8, not bit-equal" in said
     assert "attn_out" not in said
     copy(cache, tmp_path / "wide", taps={"resid": {"codec": "f32"}})
-    assert "resid: recoded bf16 -> f32, as the source decodes" in capsys.readouterr().err
+    assert "resid: recoded bf16 -> f32, as the source decodes" in console.readouterr().err
     plans = {name: read_plan(Store(str(tmp_path / name)), "0000") for name in ("kept", "first", "later")}
     assert {name: plan is not None and plan.recoded_on is not None for name, plan in plans.items()} == {
         "kept": False,
@@ -330,9 +330,9 @@ def test_a_foreign_folder_is_refused(tmp_path: Path, cache: Path) -> None:
     assert everything(folder) == before
 
 
-def test_help_says_that_taps_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_that_taps_are_kept(console: pytest.CaptureFixture[str]) -> None:
     assert main(["copy", "--help"]) == 0
-    text = capsys.readouterr().out
+    text = console.readouterr().out
     for tap in ("attn-out", "resid", "mlp-out"):
         assert f"--taps.{tap} keep or null or its fields:  (default: keep)" in text
         assert f"--taps.{tap}.codec bf16|f32|fp8|int8|int4  (default with its section: bf16)" in text

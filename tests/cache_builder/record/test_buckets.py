@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from distillcache.cache_builder.grow.copy import copy_cache
 from distillcache.cache_builder.prepare import prepare_rows
 from distillcache.schemas.config import BuildConfig, CopyConfig, DataConfig, PrepareConfig
 from distillcache.schemas.config.storage import StorageConfig
-from distillcache.schemas.store import store as storage
 from distillcache.schemas.store.store import Store
 from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.verify import verify_cache
@@ -27,13 +26,6 @@ from tests.conftest import build_config
 from tests.servers.fixtures import Bucket
 
 QUICK = StorageConfig(first_delay_s=0.02, max_delay_s=0.5)  # what is proved does not depend on how long one waits
-
-
-@pytest.fixture(autouse=True)
-def own_storage() -> Iterator[None]:
-    """What a test sets for its process must not reach the next."""
-    yield
-    storage.use(StorageConfig())
 
 
 @pytest.fixture(params=["gcs", "s3"])

@@ -129,7 +129,7 @@ def test_compressing_a_tap_of_a_copy_asks_for_its_codec(tmp_path: Path, plain: P
         copy_cache(CopyConfig.model_validate(values))
 
 
-def test_inspect_tells_what_is_stored(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_tells_what_is_stored(packed: Path, console: pytest.CaptureFixture[str]) -> None:
     found = describe_cache(Store(str(packed)))
     by_name = {tap["name"]: tap for tap in found["taps"]}
     assert by_name["attn_out"]["codec"] == "bf16, blosc"
@@ -139,7 +139,7 @@ def test_inspect_tells_what_is_stored(packed: Path, capsys: pytest.CaptureFixtur
         assert tap["stored_bytes"] == sum(objects)
     assert found["stored_bytes"] == sum(tap["stored_bytes"] for tap in by_name.values())
     assert main(["inspect", str(packed)]) == 0
-    assert "compressed to about" in capsys.readouterr().out
+    assert "compressed to about" in console.readouterr().out
 
 
 def test_a_plan_of_a_compressed_cache_is_an_upper_limit(
@@ -158,16 +158,16 @@ def test_a_plan_of_a_compressed_cache_is_an_upper_limit(
 
 
 def test_the_plan_says_at_most(
-    tmp_path: Path, teacher: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: Path, corpus: Path, console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["plan", "--cache", str(tmp_path / "c"), "--teacher.path", str(teacher), "--measure", "false"]
     words += ["--data.path", str(corpus), "--data.row-tokens", "16", "--data.eval-rows", "4", "--batch-rows", "4"]
     monkeypatch.setattr(plan_tool, "free_bytes", lambda cache: 1)
     assert main([*words, "--taps.resid.compress", "zstd"]) == 0
-    shown = capsys.readouterr().out
+    shown = console.readouterr().out
     assert "at most" in shown
     assert "before compression" in shown
     assert "bf16, zstd" in shown
     assert "There may be too little room" in shown
     assert main([*words, "--taps.resid.compress", "zstd", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["taps"][1]["compress"] == "zstd"
+    assert json.loads(console.readouterr().out)["taps"][1]["compress"] == "zstd"

@@ -151,7 +151,7 @@ def test_a_lease_by_a_clock_that_runs_ahead_holds_nobody_up(tmp_path: Path) -> N
     leases.close()
 
 
-def test_who_waits_says_for_whom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_says_for_whom(console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("distillcache.schemas.cache.waiting.time.monotonic", lambda: clock[0])
     waiting = Waiting("for work units")
@@ -160,7 +160,7 @@ def test_who_waits_says_for_whom(capsys: pytest.CaptureFixture[str], monkeypatch
     for second in range(200):
         clock[0] = float(second)
         waiting.tell(lease)
-        if (line := capsys.readouterr().err) != "":
+        if (line := console.readouterr().err) != "":
             told.append((second, line))
     assert [second for second, _ in told] == [5, 35, 95]
     for words in ("4711", "node-7", "since 1970-01-02 00:00:00 UTC", "until 1970-01-02 00:01:00 UTC"):

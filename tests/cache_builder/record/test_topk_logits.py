@@ -285,15 +285,15 @@ def test_statistics_are_of_the_values(recorded: Path, logits: np.ndarray) -> Non
 
 
 def test_inspect_shows_them(
-    recorded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recorded: Path, console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["inspect", str(recorded)]) == 0
-    shown = capsys.readouterr().out
+    shown = console.readouterr().out
     assert "f32, the largest 5" in shown
     assert all(array in shown for array in ARRAYS)
     assert main(["inspect", str(recorded), "--json"]) == 0
-    (tap,) = (tap for tap in json.loads(capsys.readouterr().out)["taps"] if tap["name"] == "topk_logits")
+    (tap,) = (tap for tap in json.loads(console.readouterr().out)["taps"] if tap["name"] == "topk_logits")
     assert (tap["slots"], tap["bytes_per_token"], tap["objects_per_shard"]) == ([0], K * 8 + 4, 3)
 
 

@@ -229,14 +229,14 @@ def test_a_longer_index_or_swapped_records_give_no_manifest(config: BuildConfig)
 
 
 def test_foreign_files_are_left_and_leftovers_removed(
-    config: BuildConfig, cache: Path, capsys: pytest.CaptureFixture[str]
+    config: BuildConfig, cache: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("notes.txt", f"{SEGMENT}/prepared/rows.json"):
         path = Path(config.cache) / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("?")
     build_cache(config)
-    assert "notes.txt is not the cache's" in capsys.readouterr().err
+    assert "notes.txt is not the cache's" in console.readouterr().err
     assert contents(config.cache) == {**contents(cache), "notes.txt": b"?"}
 
 

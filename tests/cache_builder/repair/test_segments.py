@@ -101,17 +101,17 @@ def test_the_config_of_any_segment_repairs_all(place: Path, copied: Path, number
     assert contents(cache) == expected
 
 
-def test_the_cache_is_all_that_a_repair_needs(place: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_is_all_that_a_repair_needs(place: Path, copied: Path, console: pytest.CaptureFixture[str]) -> None:
     expected = contents(place / "c")
     for number in range(4):
         damage(next((segment(copied / "c", number) / "taps").rglob("c/1/0/0/0")))
         damage(segment(copied / "c", number) / "index.bin", None if number % 2 else 100)
     damage(segment(copied / "c", 1) / "rows/00000.array_record")
     assert main(["build", "--repair", "--cache", str(copied / "c"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == read_manifest(Store(str(place / "c"))).rows  # type: ignore[union-attr]
+    assert json.loads(console.readouterr().out)["rows"] == read_manifest(Store(str(place / "c"))).rows  # type: ignore[union-attr]
     assert contents(copied / "c") == expected
     assert main(["build", "--repair", "--cache", str(copied / "nothing")]) == 2
-    assert "there is no cache here" in capsys.readouterr().err
+    assert "there is no cache here" in console.readouterr().err
 
 
 def test_exactly_what_is_damaged_is_computed(place: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_text_and_teacher_that_have_moved(tmp_path: Path, place: Path) -> None:
 
 
 def test_a_text_that_has_changed_is_refused_where_it_is_needed(
-    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, place: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     here = shutil.copytree(place, tmp_path / "here", ignore=shutil.ignore_patterns("c"))
     config = configs(here)[1].model_copy(update={"extend": False})
@@ -207,7 +207,7 @@ def test_a_manifest_of_many_segments_is_made_again(place: Path, copied: Path) ->
 
 
 def test_an_unfinished_extension_is_made_ready(
-    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     """The finished segment is repaired, the other one loses the receipt of its damaged shard, and goes on."""
     here = shutil.copytree(place, tmp_path / "here", ignore=shutil.ignore_patterns("000[123]"))
@@ -222,7 +222,7 @@ def test_an_unfinished_extension_is_made_ready(
     receipts = segment(here / "c", 1) / "receipts"
     count = len(list(receipts.iterdir()))
     repair(first)
-    assert "not finished: segment 0001" in capsys.readouterr().err
+    assert "not finished: segment 0001" in console.readouterr().err
     assert len(list(receipts.iterdir())) == count - 1
     assert not (receipts / "00002.json").exists()
     build_cache(third)
@@ -260,12 +260,12 @@ def test_an_interrupted_repair_of_many_segments_goes_on(
     assert contents(copied / "c") == contents(place / "c")
 
 
-def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
     """An extension of a copy is the teacher's; the copy itself names the command that repairs it."""
     copy = tmp_path / "copy"
     copy_cache(CopyConfig(src=str(place / "c"), dst=str(copy), rows="0:38"))
     assert main(["build", "--repair", "--cache", str(copy)]) == 2
-    assert f"distillcache copy {place / 'c'} {copy} --repair" in capsys.readouterr().err
+    assert f"distillcache copy {place / 'c'} {copy} --repair" in console.readouterr().err
     second = configs(place)[1]
     data = second.data.model_copy(update={"max_rows": 6})  # rows that the copy does not hold
     added = second.model_copy(update={"cache": str(copy), "data": data, "taps": THREE})
@@ -279,7 +279,7 @@ def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, capsys: p
     with pytest.raises(ConfigError, match="copied from"):
         repair(added)
     copy_cache(CopyConfig(src=str(place / "c"), dst=str(copy), repair=True))
-    assert "left damaged: segment 0001" in capsys.readouterr().err
+    assert "left damaged: segment 0001" in console.readouterr().err
     assert main(["build", "--repair", "--cache", str(copy)]) == 0
     assert contents(copy) == expected
 

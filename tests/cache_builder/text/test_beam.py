@@ -76,7 +76,7 @@ def test_a_pipeline_goes_on_from_what_is_receipted(tmp_path: Path, corpus: Path)
 
 
 @pytest.mark.skipif(HAS_BEAM, reason="apache-beam is installed")
-def test_without_beam_the_extra_is_named(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_beam_the_extra_is_named(tmp_path: Path, corpus: Path, console: pytest.CaptureFixture[str]) -> None:
     words = ["prepare", "--out", str(tmp_path / "out"), "--data.path", str(corpus), "--", "--runner", "DirectRunner"]
     assert cli.main(words) == InputError.exit_code
-    assert "pip install -e '.[beam]'" in capsys.readouterr().err
+    assert "pip install -e '.[beam]'" in console.readouterr().err

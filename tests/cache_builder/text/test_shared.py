@@ -17,7 +17,6 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.prepare import prepare_rows
 from distillcache.cache_builder.text import shared as shared_prepare
 from distillcache.cache_builder.text import token_stream
-from distillcache.cache_builder.text.files.buckets import filesystem
 from distillcache.cache_builder.text.files.inputs import input_files
 from distillcache.cache_builder.text.rows_files import RowsJob
 from distillcache.cache_builder.text.rows_place import take_place
@@ -255,13 +254,12 @@ def test_killed_processes_are_replaced_and_the_bytes_stay(tmp_path: Path) -> Non
 def test_a_corpus_in_a_bucket_with_faults_gives_the_same_rows(
     tmp_path: Path, corpus: Path, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gcsfs")
-    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 1000)
+    monkeypatch.setattr(token_stream, "PART_TOKENS", 1000)
     for path in sorted(corpus.iterdir())[:5]:
         path.unlink()
     expected = alone(tmp_path, corpus)
     for path in corpus.iterdir():
-        filesystem(gcs.url).pipe_file(f"{gcs.url}/corpus/{path.name}", path.read_bytes())
+        Store(gcs.url).write(f"corpus/{path.name}", path.read_bytes())
     config = config_for(f"{gcs.url}/rows", f"{gcs.url}/corpus", num_processes=2)
     with gcs.server.faults(share=0.1, seed=1):
         prepare_rows(config, tokenizer=make_tokenizer(), rows_per_file=2 * ROWS_PER_FILE)

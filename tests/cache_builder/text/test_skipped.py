@@ -172,7 +172,7 @@ TURNS = (
 )
 
 
-def test_chats_that_cannot_be_written_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chats_that_cannot_be_written_are_counted(tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("jinja2")
     text, out = tmp_path / "a.jsonl", tmp_path / "rows"
     text.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
@@ -180,9 +180,9 @@ def test_chats_that_cannot_be_written_are_counted(tmp_path: Path, capsys: pytest
     words = ["prepare", "--out", str(out), "--data.path", str(text), "--data.tokenizer", str(tmp_path / "tokenizer")]
     words += ["--data.format", "chat", "--data.eval-rows", "0", "--data.row-tokens", "32"]
     assert cli.main(words) == 2
-    assert "a.jsonl:2" in capsys.readouterr().err
+    assert "a.jsonl:2" in console.readouterr().err
     assert cli.main([*words, "--data.on-error", "skip"]) == 0
-    assert "3 skipped" in capsys.readouterr().err
+    assert "3 skipped" in console.readouterr().err
     assert listed(out) == [f"{text}:{line}" for line in (2, 3, 4)]
 
 
@@ -216,7 +216,7 @@ def test_a_day_that_is_none_is_refused(value: object) -> None:
 
 
 def test_a_build_keeps_the_list(
-    tmp_path: Path, teacher: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, teacher: Path, corpus: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     """With the segment, where prepared rows are gone: of a first build, and of an extension by another text."""
     bad, more = tmp_path / "bad.jsonl", tmp_path / "more.jsonl"
@@ -228,7 +228,7 @@ def test_a_build_keeps_the_list(
     found = sorted((tmp_path / "c/segments").glob("*/skipped.jsonl"))
     lines = [[json.loads(line)["where"] for line in file.read_text().splitlines()] for file in found]
     assert lines == [[f"{bad}:1"], [f"{more}:2", f"{more}:3"]]
-    said = capsys.readouterr().err
+    said = console.readouterr().err
     assert all(str(file) in said for file in found)
     assert verify_cache(Store(str(tmp_path / "c")))["findings"] == []
     assert not list((tmp_path / "c/segments").glob("*prepared*"))

@@ -43,12 +43,12 @@ def with_rows(plain: Path, more: int, names: tuple[str, ...]) -> Path:
     ids=["tied", "both", "embedding alone", "head alone"],
 )
 def test_rows_behind_the_vocabulary_are_left_out(
-    tied: bool, names: tuple[str, ...], tiny_config: ModelConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tied: bool, names: tuple[str, ...], tiny_config: ModelConfig, tmp_path: Path, console: pytest.CaptureFixture[str]
 ):
     decoder = randomized(Decoder(replace(tiny_config, tie_embeddings=tied)))
     save_pretrained(decoder, tmp_path / "plain")
     loaded = load_pretrained(with_rows(tmp_path / "plain", 3, names))
-    said = capfd.readouterr().err
+    said = console.readouterr().err
     assert said.count("note: ") == 1
     for name in names:
         assert f"{name} has 64 rows" in said

@@ -103,41 +103,41 @@ def words(teacher: Path, corpus: Path, place: Path, command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["prepare", "plan", "build"])
-def test_who_is_about_to_make_such_rows_says_so(tmp_path, short_teacher, teacher, corpus, capsys, command):
+def test_who_is_about_to_make_such_rows_says_so(tmp_path, short_teacher, teacher, corpus, console, command):
     assert cli.main(words(short_teacher, corpus, tmp_path / "short", command)) == 0
-    said = capsys.readouterr()
+    said = console.readouterr()
     assert said_once(said.err + said.out)
     assert "set data.row_tokens to 12 or less" in " ".join((said.err + said.out).split())
     if command == "prepare":  # of a tokenizer alone nobody knows what it is for
         assert cli.main(words(short_teacher / "tokenizer.json", corpus, tmp_path / "none", command)) == 0
     else:
         assert cli.main(words(teacher, corpus, tmp_path / "long", command)) == 0
-    assert "longer than" not in capsys.readouterr().err
+    assert "longer than" not in console.readouterr().err
 
 
-def test_extensions_say_it(tmp_path, short_cache, short_teacher, corpus, capsys):
+def test_extensions_say_it(tmp_path, short_cache, short_teacher, corpus, console):
     cache = shutil.copytree(short_cache, tmp_path / "cache")
     changed = build_config(cache, short_teacher, corpus, taps={"mlp_out": {"codec": "bf16"}}, extend=True)
     assert len(build_cache(BuildConfig.model_validate(changed)).segments) == 2
-    assert said_once(capsys.readouterr().err)
+    assert said_once(console.readouterr().err)
 
 
-def test_inspect_says_it(short_cache, cache, capsys):
+def test_inspect_says_it(short_cache, cache, console):
     assert cli.main(["inspect", str(short_cache), "--json"]) == 0
-    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    (warning,) = json.loads(console.readouterr().out)["warnings"]
     assert SAID in warning
     assert cli.main(["inspect", str(cache), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    assert json.loads(console.readouterr().out)["warnings"] == []
 
 
 @pytest.mark.parametrize("source", ["cache", "online"])
-def test_training_says_it(tmp_path, short_cache, capsys, source):
+def test_training_says_it(tmp_path, short_cache, console, source):
     train(config(tmp_path / "run", short_cache, source=source, steps=1))
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(console.readouterr().err.split())
     assert said.count("rows of 16 tokens are longer than the 12 that teacher and student are made for") == 1
 
 
-def test_a_student_may_have_a_context_of_its_own(capsys, cache, short_cache):
+def test_a_student_may_have_a_context_of_its_own(console, cache, short_cache):
     (plan, short) = (open_cache(Store(str(each)))[0].plan for each in (cache, short_cache))
     for student, its_plan, expected in (
         (replace(TINY, max_positions=8), plan, ["the 8 that the student is"]),
@@ -146,7 +146,7 @@ def test_a_student_may_have_a_context_of_its_own(capsys, cache, short_cache):
         (TINY, plan, []),
     ):
         loop._warn_of_length(student, its_plan)
-        lines = capsys.readouterr().err.splitlines()
+        lines = console.readouterr().err.splitlines()
         assert len(lines) == len(expected)
         assert all(words in line for words, line in zip(expected, lines, strict=True))
 

@@ -15,7 +15,7 @@ from distillcache.schemas.format.canonical import read_canonical, to_canonical
 from distillcache.schemas.format.manifest import Manifest
 from distillcache.schemas.store import buckets
 from distillcache.schemas.store import store as storage
-from distillcache.schemas.store.store import Store
+from distillcache.schemas.store.store import Store, using
 from tests.servers.fixtures import Bucket
 
 QUICK = StorageConfig(first_delay_s=0.01, max_delay_s=0.2)
@@ -26,9 +26,8 @@ MANIFEST = Manifest(segments=(), tokenizer_digest="00", rows=1, tokens=2)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits that are shorter than a user's."""
     monkeypatch.setattr(storage, "AGAIN_S", (0.01,) * 6)
-    storage.use(QUICK)
-    yield
-    storage.use(StorageConfig())
+    with using(QUICK):
+        yield
 
 
 @pytest.fixture(params=["gcs", "s3"])
@@ -111,8 +110,7 @@ def test_a_listing_of_gcs_that_is_an_error_page_is_no_empty_listing(gcs: Bucket)
 
 
 def test_the_rate_is_limited(gcs: Bucket) -> None:
-    storage.use(StorageConfig(read_rate=20, write_rate=None))
-    store = Store(gcs.url)
+    store = Store(gcs.url, StorageConfig(read_rate=20, write_rate=None))
     started = time.monotonic()
     for _ in range(30):
         assert store.read("absent") is None
@@ -122,10 +120,14 @@ def test_the_rate_is_limited(gcs: Bucket) -> None:
 def test_stores_share_one_context() -> None:
     assert storage.context() is storage.context()
     one = storage.context()
-    storage.use(QUICK)
+    with using(QUICK.model_copy()):
+        assert storage.context() is one
+    with using(StorageConfig(request_concurrency=3)):
+        store = Store("gs://bucket/place")
+        assert storage.context() is store.context() is not one
     assert storage.context() is one
-    storage.use(StorageConfig(request_concurrency=3))
-    assert storage.context() is not one
+    assert store.context() is not one  # a store keeps its settings
+    assert Store("gs://bucket/place").settings == QUICK
     assert storage.context({"cache_pool": {"total_bytes_limit": 0}}) is not storage.context()
 
 

@@ -10,7 +10,7 @@ from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.store.path import locate
 from distillcache.schemas.store.redaction import has_secret, redacted
-from distillcache.schemas.store.store import Store, use
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.cli import main
 
 SECRETS = [
@@ -98,7 +98,14 @@ def test_a_config_file_is_refused_alike(tmp_path: Path, model: type, text: str) 
 
 
 @pytest.mark.parametrize(
-    "way", [Store, locate, lambda url: use(StorageConfig(s3_endpoint=url))], ids=["store", "locate", "use"]
+    "way",
+    [
+        Store,
+        locate,
+        lambda url: using(StorageConfig(s3_endpoint=url)).__enter__(),
+        lambda url: Store("s3://bucket/place", StorageConfig(s3_endpoint=url)),
+    ],
+    ids=["store", "locate", "using", "settings"],
 )
 def test_the_library_refuses_them(way) -> None:
     with pytest.raises(ConfigError, match="carries credentials") as error:

@@ -147,7 +147,7 @@ def test_a_folder_that_is_removed_under_our_hands(tmp_path: Path) -> None:
     assert read(cache, "a/1") == bytes([1]) * KIB
 
 
-def test_a_full_disk_is_told_once_and_reading_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_full_disk_is_told_once_and_reading_goes_on(tmp_path: Path, monkeypatch, console) -> None:
     cache = LocalCache(str(tmp_path), 10 * KIB)
     keep(cache, "a/0")
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(tmp_path: Path, monkeypatc
     monkeypatch.setattr(disk_cache, "_write", full)
     for number in range(1, 4):
         keep(cache, f"a/{number}")
-    told = capsys.readouterr().err
+    told = console.readouterr().err
     assert told.count("warning") == 1
     assert "No space left on device" in told
     assert "max_gib" in told
@@ -173,10 +173,10 @@ def test_a_folder_that_cannot_be_used_is_an_error_at_once(tmp_path: Path) -> Non
         LocalCache("gs://bucket/cache", KIB)
 
 
-def test_a_cache_on_a_local_disk_needs_none(tmp_path: Path, capsys) -> None:
+def test_a_cache_on_a_local_disk_needs_none(tmp_path: Path, console) -> None:
     config = LocalCacheConfig(dir=str(tmp_path / "kept"), max_gib=0.5)
     assert open_local_cache(config, "caches/mine") is None
-    assert "is on a local disk" in capsys.readouterr().err
+    assert "is on a local disk" in console.readouterr().err
     assert not (tmp_path / "kept").exists()
     assert open_local_cache(LocalCacheConfig(), "gs://bucket/cache") is None
     assert open_local_cache(config, "gs://bucket/cache") is not None
@@ -253,7 +253,7 @@ def test_the_named_folder_may_be_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["a", "a/taps", "a/taps/x"])
-def test_no_link_inside_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+def test_no_link_inside_is_followed(tmp_path: Path, console: pytest.CaptureFixture[str], place: str) -> None:
     """Neither read, nor written, nor deleted through; what is sought there comes from the cache again."""
     outside = tmp_path / "outside"
     kept = outside / "a/taps/x".removeprefix(place).lstrip("/") if place != "a/taps/x" else outside
@@ -269,7 +269,7 @@ def test_no_link_inside_is_followed(tmp_path: Path, capsys: pytest.CaptureFixtur
     LocalCache(str(tmp_path), 1)  # makes room
     assert kept.read_bytes() == b"keep me"
     assert len([path for path in tmp_path.glob("outside/**/*") if path.is_file()]) == (place != "a/taps/x")
-    assert ("a link leads to" in capsys.readouterr().err) == (place != "a/taps/x")
+    assert ("a link leads to" in console.readouterr().err) == (place != "a/taps/x")
 
 
 def test_the_target_of_a_link_takes_no_room(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def delta_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus:
     ],
 )
 def test_the_bits_are_the_cache_s(
-    name: str, exact: bool, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+    name: str, exact: bool, tmp_path: Path, request: pytest.FixtureRequest, console: pytest.CaptureFixture[str]
 ) -> None:
     cache: Path = request.getfixturevalue(name)
     teacher = open_teacher(without_taps(cache, tmp_path), exact=exact)
@@ -116,7 +116,7 @@ def test_the_bits_are_the_cache_s(
             batch = online[rows]
             assert all(isinstance(part, jax.Array) for tap in online.taps for part in batch[tap].values())
             same(batch, stored[rows])
-    assert capsys.readouterr().err == ""
+    assert console.readouterr().err == ""
 
 
 def test_splits_and_feeds_are_the_cache_s(bf16_cache: Path) -> None:
@@ -312,7 +312,7 @@ def test_numbers_that_no_loss_can_be_computed_of_stop_it(
 
 
 def test_another_platform_is_told(
-    bf16_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bf16_cache: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     real = teacher_module.describe_numerics
 
@@ -321,12 +321,12 @@ def test_another_platform_is_told(
 
     monkeypatch.setattr(teacher_module, "describe_numerics", elsewhere)
     open_teacher(str(bf16_cache))
-    assert "may give other bits here" in (said := capsys.readouterr().err)
+    assert "may give other bits here" in (said := console.readouterr().err)
     assert "cpu:other here" in said
 
 
 def test_other_bits_than_the_cache_s_are_told_once(
-    delta_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    delta_cache: Path, monkeypatch: pytest.MonkeyPatch, console: pytest.CaptureFixture[str]
 ) -> None:
     source = OnlineSource(open_teacher(str(delta_cache)))
     real = Segment.chunk_digests
@@ -338,7 +338,7 @@ def test_other_bits_than_the_cache_s_are_told_once(
     monkeypatch.setattr(Segment, "chunk_digests", others)
     source[[4, 5]]
     source[[4, 5]]
-    said = capsys.readouterr().err
+    said = console.readouterr().err
     assert said.count("warning") == 1
     # Two rows of four slots of stream and its scales, two keyframes in two parts, three blocks of output and scales.
     assert f"1 of the first {2 * (4 + 4 + 2 + 2 + 3 + 3)} chunks differ" in said

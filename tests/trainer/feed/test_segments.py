@@ -94,14 +94,14 @@ def test_an_unfinished_cache_shows_its_committed_rows(
     corpus: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    console: pytest.CaptureFixture[str],
 ) -> None:
     config = build_config(tmp_path / "c", teacher, corpus)
     half_built(config, monkeypatch, 2)
     with pytest.raises(InputError, match="not finished"):
         CacheSource(config.cache)
     partial, whole = CacheSource(config.cache, partial=True), CacheSource(str(cache))
-    assert "reading 16 committed rows" in capsys.readouterr().err
+    assert "reading 16 committed rows" in console.readouterr().err
     assert len(partial) == 16
     assert "partial" in repr(partial)
     assert "partial" not in repr(CacheSource(str(cache), partial=True))

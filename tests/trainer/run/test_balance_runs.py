@@ -208,13 +208,13 @@ def logits(graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
 
 
 @pytest.mark.slow
-def test_biases_of_mixtral_go_into_a_file_of_their_own(tmp_path, moe_rows, capsys):
+def test_biases_of_mixtral_go_into_a_file_of_their_own(tmp_path, moe_rows, console):
     start = save_teacher(tmp_path / "mixtral", MIXTRAL)
     student = StudentConfig(init=str(start))
     run, out = tmp_path / "run", tmp_path / "out"
     train(moe_config(run, moe_rows, **NOAUX, student=student, steps=2))
     assert cli.main(["export", str(run), str(out)]) == 0
-    assert ROUTER_BIAS_FILE in capsys.readouterr().err
+    assert ROUTER_BIAS_FILE in console.readouterr().err
     beside, trained = load_file(out / ROUTER_BIAS_FILE), load_student(str(run)).decoder
     biases = np.asarray(all_parameters(trained)[MIXTRAL_BIAS])
     assert biases.any(axis=1).all()

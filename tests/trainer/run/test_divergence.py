@@ -141,9 +141,9 @@ def hot(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return run
 
 
-def test_a_run_that_ended_worse_exits_with_3(hot, capsys):
+def test_a_run_that_ended_worse_exits_with_3(hot, console):
     assert cli.main(["train", "--config", str(hot / "config.yaml"), "--json"]) == 3
-    said = capsys.readouterr()
+    said = console.readouterr()
     found = json.loads(said.out)
     before, after = read_evaluations(hot)[0], read_evaluations(hot)[-1]
     assert after.mean_cosine > 2 * before.mean_cosine
@@ -184,7 +184,7 @@ def test_without_held_out_rows(tmp_path, sparse_cache):
     assert "best checkpoint  step" in str(found.diverged)
 
 
-def test_a_loss_that_is_not_finite_exits_with_3(tmp_path, cache, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_exits_with_3(tmp_path, cache, monkeypatch, console):
     losses = loop.StageRun.losses
 
     def broken(run, sums):
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_exits_with_3(tmp_path, cache, monkeypatch, ca
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(json.dumps(config(run, cache).model_dump(mode="json")))
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--json"]) == 3
-    said = capsys.readouterr()
+    said = console.readouterr()
     assert "error: the training has diverged: the loss of a block is not finite" in said.err
     assert f"distillcache export {run} <folder> --step 3" in said.err
     for found in (json.loads(said.out), json.loads((run / "summary.json").read_text())):
@@ -228,9 +228,9 @@ def test_processes_end_with_the_code_of_the_one_that_diverged():
     assert "the training has diverged" in str(_peer_error(f"0|here|3|{said}"))
 
 
-def test_help_lists_the_exit_codes(capsys):
+def test_help_lists_the_exit_codes(console):
     assert cli.main(["--help"]) == 0
-    assert "    3  train, demo: the training diverged" in capsys.readouterr().out
+    assert "    3  train, demo: the training diverged" in console.readouterr().out
 
 
 def test_steps_without_targets_are_not_compared_with_others() -> None:

@@ -67,24 +67,24 @@ def run(tmp_path_factory: pytest.TempPathFactory, silent: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["prepare", "build", "plan"])
 def test_who_makes_rows_says_that_none_has_a_target(
-    command: str, tmp_path: Path, teacher: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, teacher: Path, text: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     flags = build_flags(tmp_path / "cache", teacher, text, 3)
     if command == "prepare":
         flags = ["--out", str(tmp_path / "rows"), "--data.tokenizer", str(teacher), *flags[4:10]]
     assert cli.main([command, *flags]) == 0
-    said = " ".join(" ".join(capsys.readouterr()).split())
+    said = " ".join(" ".join(console.readouterr()).split())
     assert "warning: no token of the rows to train on or the held-out rows is a target" in said
 
 
-def test_inspect_says_so(silent: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_so(silent: Path, cache: Path, console: pytest.CaptureFixture[str]) -> None:
     for each, says in ((silent, True), (cache, False)):
         assert cli.main(["inspect", str(each), "--json"]) == 0
-        warnings = json.loads(capsys.readouterr().out)["warnings"]
+        warnings = json.loads(console.readouterr().out)["warnings"]
         assert any("rows to train on or the held-out rows is a target" in said for said in warnings) == says
 
 
-def test_a_blockwise_run_needs_none(run: Path, silent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_blockwise_run_needs_none(run: Path, silent: Path, console: pytest.CaptureFixture[str]) -> None:
     found = read_evaluations(run)
     assert [entry.step for entry in found] == [0, 2, 4]
     assert [(entry.perplexity, entry.kl) for entry in found] == [(None, None)] * 3
@@ -97,20 +97,20 @@ def test_a_blockwise_run_needs_none(run: Path, silent: Path, capsys: pytest.Capt
     words += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2", "--steps", "4", "--eval-every", "2"]
     words += ["--batch-rows", "4", "--checkpoint-every", "2", "--eval-batch-rows", "4"]
     assert cli.main(["train", *words]) == 0
-    said = capsys.readouterr().err
+    said = console.readouterr().err
     assert "note: no token of the rows to train on or the held-out rows is a target" in said
     assert "held-out perplexity undefined (no token is a target)" in said
     assert cli.main(["train", *words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["after"]["perplexity"] is None
+    assert json.loads(console.readouterr().out)["after"]["perplexity"] is None
 
 
-def test_the_best_is_the_nearest_then(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_is_the_nearest_then(run: Path, tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
     trained = read_evaluations(run)[1:]
     nearest = min(trained, key=lambda entry: entry.mean_cosine or 1)
     assert best_evaluation(str(run)) == nearest
     assert nearest.step in kept_steps(str(run))
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--best"]) == 0
-    said = capsys.readouterr().err
+    said = console.readouterr().err
     assert f"step {nearest.step} of {run}, the best with a held-out cosine distance of " in said
     assert cli.main(["export", f"{run}/checkpoints/best", str(tmp_path / "again")]) in (0, 2)
 
@@ -134,7 +134,7 @@ def test_which_evaluation_is_the_best(found: list, best: int | None) -> None:
     assert (entry and entry.step) == best
 
 
-def test_pages_and_diffs_have_a_dash(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_and_diffs_have_a_dash(run: Path, tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run.html"
     said = write_report(ReportConfig(target=str(run), out=str(out)))
     assert any("No token of the held-out rows is a target" in words for words in said["warnings"])
@@ -143,7 +143,7 @@ def test_pages_and_diffs_have_a_dash(run: Path, tmp_path: Path, capsys: pytest.C
     assert "perplexity" not in " ".join(page.figures)
     assert cli.main(["diff", str(run), str(run)]) == 0
     assert cli.main(["diff", str(run), str(run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["evaluations"][0]["perplexity"] == [None, None]
+    assert json.loads(console.readouterr().out.splitlines()[-1])["evaluations"][0]["perplexity"] == [None, None]
 
 
 def test_losses_over_targets_are_refused_before_the_first_step(silent: Path, tmp_path: Path) -> None:

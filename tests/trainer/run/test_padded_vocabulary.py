@@ -86,12 +86,14 @@ def test_equal_vocabularies_are_not_masked():
     assert without_padding(logits, None) is logits
 
 
-def test_a_student_of_more_rows_trains_on_tokens(tmp_path, cache, teacher, capfd):
+def test_a_student_of_more_rows_trains_on_tokens(tmp_path, cache, teacher, console):
     save_pretrained(Decoder(replace(read_config(teacher), vocab_size=320)), tmp_path / "padded")
     student = StudentConfig(init=str(tmp_path / "padded"))
     changes = {"student": student, "mode": "feature", "steps": 2, "loss": LossConfig(alpha=0.0)}
     found = [train(config(tmp_path / f"run{n}", cache, micro_batches=n, **changes)) for n in (1, 2)]
-    assert "the teacher's vocabulary has 263 rows, the student's 320; the tokenizer uses 257" in capfd.readouterr().err
+    assert (
+        "the teacher's vocabulary has 263 rows, the student's 320; the tokenizer uses 257" in console.readouterr().err
+    )
     assert [each.steps for each in found] == [2, 2]
     assert read_config(tmp_path / "run1" / "student").vocab_size == 320
 

@@ -307,7 +307,7 @@ class Ready(Exception):
     ids=["cut", "named", "random", "shallow", "own stream"],
 )
 def test_nothing_to_learn_is_said_before_the_first_step(
-    student, taps, warns, tmp_path, cache, teacher, corpus, monkeypatch, capsys
+    student, taps, warns, tmp_path, cache, teacher, corpus, monkeypatch, console
 ):
     def ready(_: object) -> None:
         raise Ready
@@ -319,7 +319,7 @@ def test_nothing_to_learn_is_said_before_the_first_step(
         student = student | {"init": CacheSource(str(cache)).plan.teacher.path}
     with pytest.raises(Ready):
         train(config(tmp_path / "run", tmp_path / "cache" if taps else cache, student=student))
-    said = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn" in line]
+    said = [line for line in console.readouterr().err.splitlines() if "nothing to learn" in line]
     assert len(said) == warns
     if warns:
         assert said[0].startswith("warning: stage 0, mode blockwise, has nothing to learn: surgery (mlp_width)")
@@ -332,14 +332,14 @@ def test_the_idle_loss_is_rounding_alone(tmp_path, cache):
     assert max(found.before.cosine) < 1e-3
 
 
-def test_a_run_without_anything_to_learn_does_not_begin(tmp_path, cache, capsys):
+def test_a_run_without_anything_to_learn_does_not_begin(tmp_path, cache, console):
     words = ["train", "--run", str(tmp_path / "run"), "--cache", str(cache), "--batch-rows", "4"]
     assert cli.main(words) == 2
-    assert "error: the student is the teacher" in capsys.readouterr().err
+    assert "error: the student is the teacher" in console.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_larger_than_the_epoch(tmp_path, cache, capsys):
+def test_a_batch_larger_than_the_epoch(tmp_path, cache, console):
     source = CacheSource(str(cache), (), split="train")
     rows = len(source)
     with pytest.raises(ConfigError, match="a batch is larger than the epoch") as caught:
@@ -349,4 +349,4 @@ def test_a_batch_larger_than_the_epoch(tmp_path, cache, capsys):
     loop._check_epoch(rows, source, True)
     # A run of the version before goes on.
     loop._check_epoch(rows + 1, source, False)
-    assert "warning: a batch holds rows twice" in capsys.readouterr().err
+    assert "warning: a batch holds rows twice" in console.readouterr().err

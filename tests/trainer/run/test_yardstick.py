@@ -110,15 +110,15 @@ def test_how_it_is_said(now: dict[str, Any], said: str) -> None:
 
 
 def test_the_summary_the_report_and_the_viewer_show_all_four(
-    run: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, cache: Path, tmp_path: Path, console: pytest.CaptureFixture[str]
 ) -> None:
     first, *_, last = read_evaluations(run)
     flags = tmp_path / "train.yaml"
     flags.write_text(yaml.safe_dump(judging(run, cache, eval_every=4).model_dump(mode="json")))
     assert cli.main(["train", "--config", str(flags)]) == 0
-    assert told_gap(first, last) in capsys.readouterr().err
+    assert told_gap(first, last) in console.readouterr().err
     assert cli.main(["train", "--config", str(flags), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["after"]["teacher_perplexity"] == last.teacher_perplexity
+    assert json.loads(console.readouterr().out)["after"]["teacher_perplexity"] == last.teacher_perplexity
     out = tmp_path / "run.html"
     write_report(ReportConfig(target=str(run), out=str(out)))
     for page in (ReadPage(out.read_text()), read(viewer(run, "run"), "/")):

@@ -14,8 +14,8 @@ from concurrent.futures import Executor, Future
 
 import numpy as np
 
-from distillcache.schemas.cache.segment import DAMAGE_NEXT, READS_FROM_AFAR, Segment
-from distillcache.schemas.errors import DamageError, StorageError
+from distillcache.schemas.cache.segment import DAMAGE_NEXT, Segment
+from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import PartPlan
 from distillcache.schemas.store.single_flight import Remembered
@@ -97,13 +97,15 @@ class RemoteArray:
     def _fetch(self, runs: Sequence[Run]) -> None:
         """From the bucket, in one request as a rule; then to the local cache."""
         place = runs[0].row // self._shard_rows, runs[0].slot // self._part.slots_per_object
-        for left in reversed(range(READS_FROM_AFAR)):
+        from_plan = self._in_order
+        for last in self._segment.store.tries():
             try:
-                self._fetch_once(place, runs, from_plan=self._in_order and left == READS_FROM_AFAR - 1)
+                self._fetch_once(place, runs, from_plan=from_plan)
                 break
             except DamageError:
                 self._indexes.forget(place)
-                if not left:
+                from_plan = False
+                if last:
                     raise
         if self._kept is not None:
             for run in runs:
@@ -156,14 +158,9 @@ class RemoteArray:
             DamageError: it does not exist, or is too short.
             StorageError: the bucket cannot be read.
         """
-        try:
-            data = self._segment.store.read(key, slice(start, stop)) if 0 <= start < stop else b""
-        except StorageError as error:
-            if "OUT_OF_RANGE" not in str(error):  # how a shorter object answers
-                raise
-            data = b""
+        data, generation = self._segment.store.read_range(key, start, stop) if 0 <= start < stop else (b"", b"")
         if data is None or len(data) != stop - start:
-            raise self._damage(key, "no such object" if data is None else f"it ends before byte {stop}")
+            raise self._damage(key, "no such object" if generation else f"it ends before byte {stop}")
         return data
 
     def _damage(self, key: str, found: str) -> DamageError:
