@@ -32,6 +32,7 @@ from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, TapPlan
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.format.tap_codec import tap_codec
+from distillcache.schemas.store.buckets import FAILURES
 from distillcache.schemas.store.store import Store
 
 TAP_ORDER = ("resid", "attn_out", "mlp_out")  # as a block computes them; `topk_logits` belongs to no block
@@ -65,17 +66,23 @@ class StoredTap:
         self.segment.check_row_inside(part, row)
         digests = self.segment.chunk_digests(part.array, row)
         out = np.zeros((part.slots, self.segment.plan.rows.row_tokens, part.width), part.dtype)
-        for left in reversed(range(self.segment.reads)):
+
+        def read() -> bytes:
             try:
-                out[places] = self._arrays[part.part][row, places].read().result()
-            except (ValueError, OSError, RuntimeError) as error:
-                if not left:
-                    raise damage_of(self.segment, part, row, places) from error
-                continue
+                return np.asarray(self._arrays[part.part][row, places].read().result()).tobytes()
+            except FAILURES:
+                return b""
+
+        def check(data: bytes) -> np.ndarray:
+            if not data and places:
+                raise damage_of(self.segment, part, row, places)
+            out[places] = np.frombuffer(data, part.dtype).reshape(len(places), *out.shape[1:])
             wrong = [slot for slot in places if xxhash.xxh3_64_intdigest(out[slot].data) != digests[slot]]
-            if not wrong:
-                return out
-        raise damage_of(self.segment, part, row, wrong)
+            if wrong:
+                raise damage_of(self.segment, part, row, wrong)
+            return out
+
+        return self.segment.store.checked(read, check)
 
     def decoded(
         self, codes: dict[str, np.ndarray], stored: Sequence[int] | None = None

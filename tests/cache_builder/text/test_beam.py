@@ -47,7 +47,7 @@ def run(config: PrepareConfig) -> RowsIndex:
 def test_a_pipeline_writes_the_same_folder(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from distillcache.cache_builder.prepare import prepare_rows
 
-    monkeypatch.setattr(token_stream, "PART_TOKENS", 500)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 500)
     for max_rows in (None, 20):
         one = config_for(tmp_path / f"one-{max_rows}", corpus, max_rows=max_rows)
         other = config_for(tmp_path / f"beam-{max_rows}", corpus, max_rows=max_rows)

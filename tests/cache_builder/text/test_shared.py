@@ -254,7 +254,7 @@ def test_killed_processes_are_replaced_and_the_bytes_stay(tmp_path: Path) -> Non
 def test_a_corpus_in_a_bucket_with_faults_gives_the_same_rows(
     tmp_path: Path, corpus: Path, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_stream, "PART_TOKENS", 1000)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 1000)
     for path in sorted(corpus.iterdir())[:5]:
         path.unlink()
     expected = alone(tmp_path, corpus)

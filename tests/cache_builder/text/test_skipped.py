@@ -68,7 +68,7 @@ def test_a_bad_line_stops_or_is_skipped(name: str, tmp_path: Path) -> None:
 def test_many_processes_write_the_same_folder(
     tmp_path: Path, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_stream, "PART_TOKENS", 30)
+    monkeypatch.setattr(token_stream, "CHUNK_TOKENS", 30)
     monkeypatch.setattr(shared, "POLL_S", 0.01)
     folder = tmp_path / "corpus"
     folder.mkdir()

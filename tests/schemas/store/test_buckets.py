@@ -25,7 +25,7 @@ MANIFEST = Manifest(segments=(), tokenizer_digest="00", rows=1, tokens=2)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits that are shorter than a user's."""
-    monkeypatch.setattr(storage, "AGAIN_S", (0.01,) * 6)
+    monkeypatch.setattr(storage, "AGAIN_S", (0.01,) * 12)
     with using(QUICK):
         yield
 

@@ -56,7 +56,7 @@ def test_an_object_that_comes_short_is_read_again(gcs: Bucket, monkeypatch: pyte
     place, value = locate(f"{gcs.url}/key"), bytes(range(256))
     place.write_bytes(value)
     with gcs.server.faults(share=0.3, seed=1, kinds=["short"]):
-        assert all(place.read_bytes() == value for _ in range(10))
+        assert all(place.read_bytes() == value for _ in range(20))
         assert gcs.server.requests()["faults"]["short"] > 3
     with gcs.server.faults(share=1, kinds=["short"]), pytest.raises(StorageError):
         place.read_bytes()

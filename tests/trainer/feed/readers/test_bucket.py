@@ -42,6 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def as_far(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CacheSource]:
     """Opens a local cache as if it lay in a bucket."""
+    monkeypatch.setattr(Store, "tries", lambda store: iter([*[False] * 5, True]))
 
     def open_source(folder: Path, **options: object) -> CacheSource:
         with monkeypatch.context() as patched:
@@ -55,19 +56,19 @@ def as_far(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CacheSource]:
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Reads of objects arrive with a flipped bit as long as `spoiled[0]`, or half as long as `spoiled[1]`, counts."""
-    left, read = [0, 0], Store.read
+    left, read_range = [0, 0], Store.read_range
 
-    def bad(store: Store, key: str, byte_range: slice | None = None) -> bytes | None:
-        data = read(store, key, byte_range)
+    def bad(store: Store, key: str, start: int, stop: int) -> tuple[bytes | None, bytes]:
+        data, generation = read_range(store, key, start, stop)
         if "/taps/" not in key or data is None:
-            return data
+            return data, generation
         for kind in (0, 1):
             if left[kind] > 0:
                 left[kind] -= 1
-                return data[: len(data) // 2] if kind else bytes([data[0] ^ 4]) + data[1:]
-        return data
+                return data[: len(data) // 2] if kind else bytes([data[0] ^ 4]) + data[1:], generation
+        return data, generation
 
-    monkeypatch.setattr(Store, "read", bad)
+    monkeypatch.setattr(Store, "read_range", bad)
     yield left
     left[:] = 0, 0
 
