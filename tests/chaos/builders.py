@@ -7,7 +7,6 @@ gives, byte for byte, and `verify` must find nothing.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -27,6 +26,7 @@ from distillcache.schemas.errors import Interrupted
 from distillcache.schemas.store.store import Store
 from distillcache.tools.look.verify import verify_cache
 from tests.conftest import build_config, save_teacher
+from tests.processes.command import fork_server
 from tests.servers.launch import Server
 
 QUIET_S = 120.0  # more than a round's builders need when nobody disturbs them
@@ -149,8 +149,7 @@ def run(
         pause_s: between two kills, at most.
     """
     chaos, rng = Chaos(), random.Random(seed)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "distillcache.cache_builder.build"])
+    context = fork_server()
     server = Server("gcs")
     os.environ.update(server.environment)
     try:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -28,6 +27,7 @@ from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.step.parameters import all_parameters, of_place
 from distillcache.trainer.train import train
+from tests.processes.command import Command
 from tests.trainer.run.events import logged_scalars
 
 TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share", "perf/tflops_per_second")
@@ -192,21 +192,21 @@ def _failing_at(step):
 @pytest.mark.longest
 def test_killed_again_and_again(tmp_path, cache, whole):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "distillcache.trainer", "--run", str(run), "--cache", str(cache), "--steps", "8"]
-    command += ["--batch-rows", "4", "--checkpoint-every", "1", "--eval-batch-rows", "3"]
-    command += ["--student.surgery", "[{op: query_heads, to: 2}]", "--eval-teacher", "false"]
-    command += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2"]
+    words = ["--run", str(run), "--cache", str(cache), "--steps", "8"]
+    words += ["--batch-rows", "4", "--checkpoint-every", "1", "--eval-batch-rows", "3"]
+    words += ["--student.surgery", "[{op: query_heads, to: 2}]", "--eval-teacher", "false"]
+    words += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2"]
     rng, kills = np.random.default_rng(0), 0
     for _ in range(30):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = Command(__main__.main, words)
         try:
-            _, errors = process.communicate(timeout=rng.uniform(1.5, 3) + 0.7 * kills)
+            code = process.wait(timeout=rng.uniform(0.5, 1.5) + 0.5 * kills)
         except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
             kills += 1
             continue
-        assert process.returncode == 0, errors.decode()
+        assert code == 0, process.communicate()
         break
     assert kills
     assert_same_run(run, whole)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -21,6 +19,7 @@ from distillcache.tools.cli import main
 from distillcache.tools.look.verify import verify_cache
 from distillcache.trainer.feed.cache_source import CacheSource
 from tests.conftest import build_config, save_teacher
+from tests.processes.command import start
 
 INT8 = {"codec": "int8", "group": 8}
 CODED = {
@@ -342,9 +341,9 @@ def test_help_says_that_taps_are_kept(console: pytest.CaptureFixture[str]) -> No
 def test_two_processes_copy_one_cache(tmp_path: Path, cache: Path) -> None:
     """Whichever way their race falls, the bytes are those of one."""
     words = ["--taps.resid.codec", "int8", "--shard-rows", "4", "--batch-rows", "4", "--num-processes", "2"]
-    command = [sys.executable, "-m", "distillcache.tools.cli", "copy", str(cache), str(tmp_path / "two"), *words]
-    children = [subprocess.Popen([*command, "--process-id", str(number)], stderr=subprocess.PIPE) for number in (0, 1)]
-    said = [child.communicate()[1].decode() for child in children]
+    command = ["copy", str(cache), str(tmp_path / "two"), *words]
+    children = [start(*command, "--process-id", str(number)) for number in (0, 1)]
+    said = [child.communicate()[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], said
     copy(cache, tmp_path / "one", taps={"resid": {"codec": "int8"}}, shard_rows=4, batch_rows=4)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")

@@ -1,6 +1,5 @@
 """A cache's whole life in buckets, on the servers of `tests.servers`, also while a tenth of all requests goes wrong."""
 
-import multiprocessing
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.verify import verify_cache
 from distillcache.trainer.feed.cache_source import CacheSource
 from tests.conftest import build_config
+from tests.processes.command import fork_server
 from tests.servers.fixtures import Bucket
 
 QUICK = StorageConfig(first_delay_s=0.02, max_delay_s=0.5)  # what is proved does not depend on how long one waits
@@ -166,8 +166,7 @@ def test_prepared_in_a_bucket_built_by_two_and_gone_on_with(
     data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=4, tokenizer=str(teacher))
     prepare_rows(PrepareConfig(out=rows, data=data, storage=QUICK))
     config = build_config(url, teacher, corpus, data={"path": rows}, num_processes=2, claim_expiry_s=4, storage=QUICK)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "distillcache.cache_builder.build"])
+    context = fork_server()
     environment = bucket.server.environment
     builders = [
         context.Process(target=build_in, args=(environment, config.model_copy(update={"process_id": number})))

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore as ts
 
+from distillcache.cache_builder import __main__
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record.finish import unless_finished
 from distillcache.cache_builder.record.lockstep import Dealing, _hold
 from distillcache.cache_builder.record.loop import build_segment
 from distillcache.cache_builder.record.plan import counted_processes
+from distillcache.schemas import command_line
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import open_cache, read_manifest
 from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig, TeacherMeshConfig
@@ -27,8 +29,7 @@ from distillcache.schemas.format import layout
 from distillcache.schemas.runtime.peers import PeerError
 from distillcache.schemas.store.store import Store
 from tests.conftest import build_config
-
-ROOT = Path(__file__).parents[3]
+from tests.processes.command import Command
 
 
 def plan_of(batch_rows: int, shard_rows: int, count: int) -> Any:
@@ -165,19 +166,14 @@ def test_a_repair_computes_on_the_mesh_of_the_plan(tmp_path, teacher, corpus):
     assert stored(tmp_path / "cache") == expected
 
 
-# One process's part, without the supervisor; at the end, how many bytes it wrote to files.
-MEASURED = """
-import sys, tensorstore as ts
-from distillcache.cache_builder.build import build_cache
-from distillcache.schemas import command_line as settings
-from distillcache.schemas.config import BuildConfig
-build_cache(settings.parse(BuildConfig, sys.argv[1:], "test"))
-(found,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_written")
-print(found["values"][0]["value"])
-"""
+def measured():
+    """One process's part, without the supervisor; at the end, how many bytes it wrote to files."""
+    build_cache(command_line.parse(BuildConfig, sys.argv[1:], "test"))
+    (found,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_written")
+    print(found["values"][0]["value"])
 
 
-def start(cache, teacher, text, processes, number, port, code=None):
+def start(cache, teacher, text, processes, number, port, main):
     """A process of a job over four devices."""
     flags = f"--xla_force_host_platform_device_count={4 // processes}"
     own = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
@@ -185,21 +181,14 @@ def start(cache, teacher, text, processes, number, port, code=None):
         --batch-rows 8 --shard-rows 2 --mesh.data 4 --taps.resid.codec int8 --taps.resid.delta true
         --replica job --coordinator 127.0.0.1:{port} --num-processes {processes} --process-id {number}
         --timeout-s 10""".split()
-    return subprocess.Popen(
-        [sys.executable, *(["-c", code] if code else ["-m", "distillcache.cache_builder"]), *words],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": " ".join([*own, flags])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Command(main, words, {**os.environ, "XLA_FLAGS": " ".join([*own, flags])})
 
 
-def start_all(cache, teacher, text, processes, code=None):
+def start_all(cache, teacher, text, processes, main=__main__.main):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(cache, teacher, text, processes, number, port, code) for number in range(processes)]
+    return [start(cache, teacher, text, processes, number, port, main) for number in range(processes)]
 
 
 def stored(cache):
@@ -252,12 +241,12 @@ def test_processes_write_the_bytes_of_one(tmp_path, teacher):
     assert "this process was killed by SIGKILL" in last
     assert not (tmp_path / "two" / "manifest.json").exists()
 
-    again = start_all(tmp_path / "two", teacher, text, 2, MEASURED)
+    again = start_all(tmp_path / "two", teacher, text, 2, measured)
     said = [process.communicate(timeout=60)[1] for process in again]
     assert [process.returncode for process in again] == [0, 0], said
     assert stored(tmp_path / "two") == expected
 
-    four = start_all(tmp_path / "four", teacher, text, 4, MEASURED)
+    four = start_all(tmp_path / "four", teacher, text, 4, measured)
     found = [process.communicate(timeout=90) for process in four]
     assert [process.returncode for process in four] == [0] * 4, found
     assert stored(tmp_path / "four") == expected

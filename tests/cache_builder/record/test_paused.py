@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,8 +31,8 @@ from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.store.store import Store
 from distillcache.tools.look.verify import verify_cache
 from tests.conftest import build_config
+from tests.processes.command import Command, run, start
 
-ROOT = Path(__file__).parents[3]
 MLP = TapsConfig(attn_out=TapConfig(codec="bf16"), resid=TapConfig(codec="bf16"), mlp_out=TapConfig(codec="bf16"))
 
 
@@ -218,30 +216,18 @@ def test_what_another_finished_meanwhile_is_finished(
         assert verify_cache(Store(str(folder)))["findings"] == [], at
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "distillcache.tools.cli", "build", *words]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def run(words: list[str]) -> None:
-    """A build that must succeed."""
-    command = [sys.executable, "-m", "distillcache.tools.cli", "build", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def words_of(cache: Path, teacher: Path, corpus: Path, *more: str) -> list[str]:
-    words = ["--cache", str(cache), "--teacher.path", str(teacher), "--data.path", str(corpus)]
+    words = ["build", "--cache", str(cache), "--teacher.path", str(teacher), "--data.path", str(corpus)]
     words += ["--data.row-tokens", "16", "--data.eval-rows", "3", "--batch-rows", "4", "--shard-rows", "1"]
     return [*words, "--dtype", "float32", "--claim-expiry-s", "2", *more]
 
 
-def paused_with_a_lease(words: list[str], cache: Path, number: int) -> subprocess.Popen[str]:
+def paused_with_a_lease(words: list[str], cache: Path, number: int) -> Command:
     """A builder that was stopped once it had leased a work unit of this segment."""
-    builder = start(words)
+    builder = start(*words)
     deadline = time.monotonic() + 120
     while not list(cache.glob(f"segments/{number:04d}*/claims/*.json")):
-        assert builder.poll() is None, builder.stderr and builder.stderr.read()
+        assert builder.poll() is None, builder.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     builder.send_signal(signal.SIGSTOP)
@@ -254,14 +240,14 @@ def test_a_paused_extension_leaves_the_next_one_alone(
     cache: Path, tmp_path: Path, teacher: Path, corpus: Path, delay_s: float
 ) -> None:
     place = tmp_path / "c"
-    run(words_of(place, teacher, corpus))
+    run(*words_of(place, teacher, corpus))
     text = tmp_path / "more.jsonl"
     text.write_text("".join(json.dumps({"text": f"some more text {number} " * 9}) + "\n" for number in range(40)))
     first = paused_with_a_lease(words_of(place, teacher, text, "--extend"), place, 1)
     try:
         time.sleep(2.5 + delay_s)
         taps = ["--taps.mlp-out.codec", "bf16", "--extend", "--abandon"]
-        run(words_of(place, teacher, corpus, *taps))
+        run(*words_of(place, teacher, corpus, *taps))
         before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         assert verify_cache(Store(str(place)))["findings"] == []
         first.send_signal(signal.SIGCONT)
@@ -282,7 +268,7 @@ def test_a_paused_build_leaves_the_one_in_its_place_alone(tmp_path: Path, teache
     first = paused_with_a_lease(words_of(place, teacher, corpus), place, 0)
     try:
         shutil.rmtree(place)
-        run(words_of(place, teacher, corpus, "--taps.attn-out.codec", "int8"))
+        run(*words_of(place, teacher, corpus, "--taps.attn-out.codec", "int8"))
         before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         first.send_signal(signal.SIGCONT)
         told = first.communicate(timeout=120)[1]

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +21,9 @@ from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, RowReader
 from distillcache.schemas.store.store import Store
 from distillcache.tools.look.verify import verify_cache
-from tests.cache_builder.record.test_paused import ROOT, run, words_of
+from tests.cache_builder.record.test_paused import words_of
 from tests.conftest import build_config
+from tests.processes.command import Command, run, start
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -180,32 +179,19 @@ def test_two_that_make_the_same_rows_share_the_place(tmp_path: Path, corpus: Pat
     assert RowReader(store).index == index
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "distillcache.tools.cli", *words]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def do(*words: str) -> None:
-    """A command that must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "distillcache.tools.cli", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def paused(words: list[str], begun: Callable[[], bool]) -> subprocess.Popen[str]:
+def paused(words: list[str], begun: Callable[[], bool]) -> Command:
     """A command that was stopped once something had happened."""
     process = start(*words)
     deadline = time.monotonic() + 180
     while not begun():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
     return process
 
 
-def woken(process: subprocess.Popen[str], place: Path) -> str:
+def woken(process: Command, place: Path) -> str:
     """What the command says when it goes on and ends, having changed nothing."""
     before = files(place)
     try:
@@ -223,7 +209,7 @@ def woken(process: subprocess.Popen[str], place: Path) -> str:
 @pytest.mark.slow
 def test_a_paused_repair_leaves_the_cache_in_its_place_alone(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     place = tmp_path / "c"
-    run(words_of(place, teacher, corpus))
+    run(*words_of(place, teacher, corpus))
     objects = sorted(place.glob("segments/0000/taps/resid/c/*/*/0/0"))
     assert len(objects) > 20
     for path in objects:
@@ -232,7 +218,7 @@ def test_a_paused_repair_leaves_the_cache_in_its_place_alone(tmp_path: Path, tea
         ["build", "--repair", "--cache", str(place)], lambda: any(path.stat().st_size > 99 for path in objects)
     )
     shutil.rmtree(place)
-    run(words_of(place, teacher, corpus, "--taps.resid.codec", "int8"))
+    run(*words_of(place, teacher, corpus, "--taps.resid.codec", "int8"))
     assert "built anew" in woken(first, place)
     assert verify_cache(Store(str(place)))["findings"] == []
 
@@ -242,23 +228,23 @@ def test_a_paused_copy_leaves_the_one_in_its_place_alone(cache: Path, tmp_path: 
     place, words = tmp_path / "c", ["copy", str(cache), str(tmp_path / "c"), "--shard-rows", "4", "--batch-rows", "4"]
     first = paused(words, lambda: bool(list(place.glob("segments/0000/claims/*.json"))))
     shutil.rmtree(place)
-    do(*words, "--taps.resid.codec", "int8")
+    run(*words, "--taps.resid.codec", "int8")
     woken(first, place)
     assert verify_cache(Store(str(place)))["findings"] == []
 
 
 @pytest.mark.slow
 def test_a_paused_training_leaves_the_one_in_its_place_alone(cache: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = ["train", "--run", str(run), "--cache", str(cache), "--batch-rows", "4", "--checkpoint-every", "5"]
+    folder = tmp_path / "run"
+    words = ["train", "--run", str(folder), "--cache", str(cache), "--batch-rows", "4", "--checkpoint-every", "5"]
     words += ["--student.surgery", "[{op: query_heads, to: 2}]"]
-    first = paused([*words, "--steps", "4000"], lambda: bool(list(run.glob("checkpoints/*/checkpoint.json"))))
-    before = files(run)
+    first = paused([*words, "--steps", "4000"], lambda: bool(list(folder.glob("checkpoints/*/checkpoint.json"))))
+    before = files(folder)
     second = start(*words, "--steps", "10")
     told = second.communicate(timeout=180)[1]
     assert second.returncode == 2
     assert "another process is training this run" in told
-    assert files(run) == before
-    shutil.rmtree(run)
-    do(*words, "--steps", "10")
-    assert "no longer this process's" in woken(first, run)
+    assert files(folder) == before
+    shutil.rmtree(folder)
+    run(*words, "--steps", "10")
+    assert "no longer this process's" in woken(first, folder)

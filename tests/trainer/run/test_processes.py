@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,32 +13,31 @@ import pytest
 from distillcache.models.checkpoint import read_config
 from distillcache.schemas.errors import Interrupted
 from distillcache.schemas.runtime.peers import ALONE, Peers
+from distillcache.trainer import __main__
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.run.yardstick import measure_teacher
 from distillcache.trainer.train import train
+from tests.processes.command import Command
 from tests.trainer.run.test_in_bucket import config
 
 ENDED = re.compile(r"(stopped|error): ")
 
 
-def start(run: Path, caches: list[Path], devices: int, *words: str) -> list[subprocess.Popen[str]]:
+def start(run: Path, caches: list[Path], devices: int, *words: str) -> list[Command]:
     """Processes of `distillcache train`, one for each of these paths, with so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    command = [sys.executable, "-m", "distillcache.trainer"]
-    command += ["--config", str(run.parent / "run.yaml"), "--run", str(run)]
-    command += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(len(caches)), "--timeout-s", "10"]
+    together = ["--config", str(run.parent / "run.yaml"), "--run", str(run)]
+    together += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(len(caches)), "--timeout-s", "10"]
     return [
-        subprocess.Popen(
-            [*command, "--cache", str(cache), "--process-id", str(number), *words],
-            env={**os.environ, "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Command(
+            __main__.main,
+            [*together, "--cache", str(cache), "--process-id", str(number), *words],
+            {**os.environ, "XLA_FLAGS": flags},
         )
         for number, cache in enumerate(caches)
     ]
@@ -53,7 +50,7 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-def ends(processes: list[subprocess.Popen[str]], code: int) -> list[str]:
+def ends(processes: list[Command], code: int) -> list[str]:
     """What they say of their end, all with this exit code."""
     found = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), found
