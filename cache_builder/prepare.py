@@ -101,7 +101,7 @@ def _prepare_rows(
         return found
     finished = finished_rows(store, config.data, job.tokenizer, text_digest)  # perhaps another process's
     if finished is None:
-        raise StorageError("rows vanished while they were prepared", {"missing": store.where(INDEX_KEY)})
+        raise StorageError("rows disappeared while they were prepared", {"missing": store.where(INDEX_KEY)})
     return finished
 
 
@@ -320,9 +320,9 @@ def finished_rows(
     facts = {name: f"there {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here}
     if facts:
         raise PlanMismatchError(
-            "the folder holds the rows of another config",
+            "the folder contains the rows of another config",
             {"rows": store.where(INDEX_KEY), **facts},
-            "name another folder, or use the config that these rows were made with",
+            "name another folder, or use the config with which these rows were made",
         )
     if text_digest is None:  # a crash at the very end leaves it
         store.delete_folder(UNFINISHED)

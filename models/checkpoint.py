@@ -137,7 +137,7 @@ def _config_of_directory(directory: Location) -> ModelConfig:
         return config
     if config.moe is None or config.moe.native_bias:
         raise CheckpointError(
-            "router biases lie beside a checkpoint that has no use for them",
+            "router biases are stored beside a checkpoint that cannot use them",
             {"file": directory / ROUTER_BIAS_FILE, "family": config.family},
             "remove the file",
         )

@@ -86,7 +86,7 @@ def parse(
         word = words.pop(0)
         if not word.startswith("--"):
             if not bare:
-                raise ConfigError("an extra word on the command line", {"found": word}, f"see {command} --help")
+                raise ConfigError("an unexpected word on the command line", {"found": word}, f"see {command} --help")
             name = bare.pop(0)
             overrides.append(([name], word, f"<{name}>"))
             continue
@@ -448,7 +448,7 @@ def _given(value: str | None, flag: str, command: str) -> str:
     if value is None:
         raise ConfigError("a flag lacks its value", {"flag": flag}, f"see {command} --help")
     if not value.strip():  # as from a shell variable that is not set
-        raise ConfigError("a flag's value is empty", {"flag": flag}, "give it one, or leave it out")
+        raise ConfigError("a flag's value is empty", {"flag": flag}, "give it a value, or leave it out")
     return value
 
 
@@ -470,7 +470,7 @@ def _parse_value(text: str, annotation: Any, flag: str) -> Any:
             "a flag's value is not YAML", {"flag": flag, "found": _shortly(text), "cause": error}
         ) from error
     if value is None and text.strip().lower() not in ("null", "~"):  # `#` and `!` are nothing to YAML
-        raise ConfigError("a flag's value is empty", {"flag": flag, "found": text}, "put it in quotes, or leave it out")
+        raise ConfigError("a flag's value is empty", {"flag": flag, "found": text}, "quote it, or leave it out")
     return value if isinstance(value, list | dict) or str not in members else text
 
 
@@ -478,7 +478,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, flag: str) -> N
     for key in keys[:-1]:
         inner = values.get(key)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError("a flag goes into something that is not a mapping", {"flag": flag, "found": inner})
+            raise ConfigError("a flag sets a field of something that is not a mapping", {"flag": flag, "found": inner})
         values[key] = dict(inner or {})
         values = values[key]
     values[keys[-1]] = value

@@ -22,12 +22,12 @@ COMMANDS = {
     "train": ("trainer.__main__", "train_command", "trains a student from a cache"),
     "export": ("tools.commands.export", "run", "writes a trained student as a Hugging Face directory"),
     "plan": ("tools.plan.command", "run", "estimates rows, bytes and time of a build before it writes anything"),
-    "copy": ("tools.commands.copy", "run", "copies a cache to another place, or to other codecs, rows, blocks or taps"),
-    "inspect": ("tools.look.inspect", "run", "describes a cache and warns of what is odd about it"),
+    "copy": ("tools.commands.copy", "run", "copies a cache to another path, codec, or choice of rows, blocks or taps"),
+    "inspect": ("tools.look.inspect", "run", "describes a cache and warns about anomalies"),
     "serve": (
         "tools.viewer.command",
         "run",
-        "shows a cache or a run in the browser, live",
+        "shows a cache or a run live in the browser",
     ),
     "report": ("tools.report.command", "run", "writes an HTML file about a cache or a run: tables, curves, heat maps"),
     "show": (
@@ -50,9 +50,9 @@ COMMANDS = {
 EXIT_CODES = {
     0: "done; verify, diff, fidelity: undamaged, the same, faithful",
     1: "a bug in the program, with a traceback",
-    2: "the input cannot be used, or something failed, in one message; verify, diff, fidelity: damage or a difference",
+    2: "one message: unusable input or a failure; verify, diff, fidelity: damage or a difference",
     3: "train, demo: the training diverged, or ended worse than it began; the message names the best checkpoint",
-    143: "asked to stop by SIGTERM or SIGINT; the same command goes on",
+    143: "stopped by SIGTERM or SIGINT; the same command resumes",
 }
 
 

@@ -199,7 +199,7 @@ def _check_batches(mesh: MeshConfig, batch_rows: int, micro_batches: int) -> Non
     check_rows(mesh, batch_rows // micro_batches, "batch_rows / micro_batches")
     if batch_rows % micro_batches:
         raise ConfigError(
-            "a batch cannot be cut into so many parts",
+            "a batch cannot be split into so many micro-batches",
             {"batch_rows": batch_rows, "micro_batches": micro_batches},
             "make batch_rows a multiple of micro_batches",
         )
@@ -241,7 +241,7 @@ def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
         log.warning(f"a batch holds rows twice: {said}")
         return
     raise ConfigError(
-        "a batch is larger than the epoch: it would hold rows twice",
+        "a batch is larger than the epoch: it would contain rows twice",
         {"rows": rows.url, "batch_rows": f"{batch_rows:,}", "rows to train on": f"{len(rows):,}"},
         f"set batch_rows to {len(rows):,} or less, or build a cache of more text",
     )

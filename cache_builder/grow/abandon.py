@@ -31,7 +31,7 @@ def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) 
     """
     if manifest is None:
         raise InputError(
-            "there is no finished cache that an extension could be deleted from",
+            "there is no finished cache from which an extension could be deleted",
             {"cache": store.url, "missing": layout.MANIFEST},
             "finish it: the same command without --abandon",
         )
@@ -66,7 +66,7 @@ def _refuse_live_builders(store: Store, folders: Sequence[str], leases: Sequence
     live = [key for key in leases if is_anothers_lease(store, key, expiry_s)]
     if live:
         raise ConfigError(
-            "a process is at work on the extension",
+            "a process is working on the extension",
             {"segment": ", ".join(map(store.where, folders)), "its leases": ", ".join(live[:3])},
             "stop it first, or wait until its lease has expired",
         )

@@ -178,7 +178,7 @@ def _chosen_blocks(spec: CopySpec, groups: Sequence[RowGroup]) -> tuple[int, ...
     wanted = recorded if spec.blocks == "all" else set(spec.blocks)
     if not wanted or wanted - recorded:
         raise InputError(
-            "the cache does not hold these blocks",
+            "the cache lacks these blocks",
             {"cache": groups[0].base.store.url, "blocks": spec.blocks, "recorded": sorted(recorded), "taps": taps},
             "choose recorded blocks, or leave out taps that lack them",
         )

@@ -43,7 +43,7 @@ class SelectedRows:
             chosen = everything[start:stop] if stop <= len(everything) else everything[:0]
         if not len(chosen):
             raise InputError(
-                "the cache does not hold these rows",
+                "the cache lacks these rows",
                 {"cache": self.groups[0].base.store.url, "rows": wanted, "found": f"{len(everything)} rows"},
                 "choose rows that it has",
             )

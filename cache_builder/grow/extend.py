@@ -98,9 +98,9 @@ def _naming_unfinished(store: Store, number: int) -> Iterator[None]:
         if begun is None:
             raise
         raise PlanMismatchError(
-            "an extension with another config was begun and is not finished",
+            "an extension with another config is unfinished",
             {"unfinished": store.where(layout.segment_prefix(begun.segment)), **error.facts},
-            "finish it with the config that it was begun with, or delete it first: the same command with --abandon",
+            "finish it with its own config, or delete it first: the same command with --abandon",
         ) from error
 
 
@@ -212,7 +212,7 @@ def _check_new_rows(store: Store, groups: Sequence[RowGroup], data: DataConfig, 
     row_tokens = data.row_tokens if prepared is None else prepared.index.row_tokens
     if row_tokens != there:
         raise ConfigError(
-            "the rows of a cache have one length",
+            "all rows of a cache have one length",
             {"cache": f"{store.url}  {there} tokens", "data.row_tokens": row_tokens},
             f"set data.row_tokens to {there}, or build another cache",
         )
@@ -247,7 +247,7 @@ def _check_same_numerics(store: Store, there: Plan, plan: Plan, accept_platform:
     }
     if facts and ("numerics.dtype" in facts or not accept_platform):
         raise PlanMismatchError(
-            "the cache was computed in another way",
+            "the cache was computed with other numerics",
             {"cache": store.url, **facts},
-            "extend it where it was built and in its dtype; accept other bits of a platform with --accept-platform",
+            "extend it on the platform of its build and in its dtype, or accept other bits with --accept-platform",
         )

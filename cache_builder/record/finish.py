@@ -34,7 +34,7 @@ def finish_segment(store: Store, plan: Plan) -> Manifest:
         manifest = read_manifest(store)
         if manifest is None or not lists_segment(manifest, plan.segment):
             raise DistillcacheError(
-                "a receipt vanished while the build was being finished",
+                "a receipt disappeared while the build was being finished",
                 {"cache": store.url},
                 "run the same command again",
             )
@@ -77,7 +77,7 @@ def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
             return before  # another process was first: it wrote the same
         if len(before.segments if before else ()) != segment_number(plan.segment):
             raise PlanMismatchError(
-                "another segment was added in this one's place",
+                "another segment was added under this one's number",
                 {"cache": store.url, "segment": plan.segment, "listed": len(before.segments if before else ())},
                 "run the command again: it adds what the cache still lacks",
             )

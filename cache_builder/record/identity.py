@@ -37,7 +37,7 @@ def finished_plan(store: Store, spec: BuildSpec, teacher: str, tokenizer: TextTo
     }
     if differences:
         raise PlanMismatchError(
-            "the cache is finished, and belongs to another config",
+            "the cache is finished and belongs to another config",
             {"cache": store.url, **told(differences)},
             "name another cache, or add to this one with --extend",
         )

@@ -135,9 +135,9 @@ def held_together(store: Store, plan: Plan, expiry_s: float, peers: Peers) -> It
     def check() -> None:
         if leases is not None and not leases.holds(0):
             raise FolderTakenError(
-                "another job builds this cache now: this one was silent for longer than its lease holds",
+                "another job builds this cache now: this job's lease expired without a heartbeat",
                 {"cache": store.url, "lease": store.where(layout.job_lease_key(segment, 0))},
-                "let the other one finish, or stop it and start this one again",
+                "let the other job finish, or stop it and start this one again",
             )
 
     try:
@@ -173,7 +173,7 @@ def _hold(store: Store, leases: Leases | None, expiry_s: float) -> bytes:
         holder = leases.holder()
         if time.monotonic() > until:
             raise InputError(
-                "another job builds this cache",
+                "another job is building this cache",
                 {
                     "cache": store.url,
                     "lease": "changing hands" if holder is None else holder_words(holder),
@@ -239,9 +239,9 @@ def _manifest(job: Together) -> Manifest:
     manifest = read_manifest(job.store)
     if manifest is None:
         raise StorageError(
-            "the manifest vanished after it was written",
+            "the manifest disappeared after it was written",
             {"missing": job.store.where(layout.MANIFEST)},
-            "see who deletes there, then run the same command again",
+            "find out what deletes files there, then run the same command again",
         )
     return manifest
 

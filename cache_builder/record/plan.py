@@ -116,9 +116,9 @@ def refuse_foreign_folder(store: Store, flag: str) -> None:
     found = sorted(path.name for path in store.local.iterdir())
     if found and "segments" not in found:
         raise ConfigError(
-            "the cache's folder holds something else",
+            "the cache's folder contains something else",
             {"cache": store.url, "found": ", ".join(found[:5])},
-            f"name a new or an empty folder with {flag}",
+            f"name a new or empty folder with {flag}",
         )
 
 
@@ -142,9 +142,9 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
             return plan
         store.delete(key)
         raise PlanMismatchError(
-            "another plan was settled in this place at the same moment",
+            "another plan was written here at the same moment",
             {"plan": store.where(layout.plan_key(others[0]))},
-            "build one of the two in another place, or this one again when the other is finished",
+            "build one of the two at another path, or run this one again when the other is finished",
         )
     differences = plan_differences(stored, plan)
     platform_only = all(name.startswith("numerics.") for name in differences)

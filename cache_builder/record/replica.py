@@ -75,13 +75,13 @@ def _mesh(config: TeacherMeshConfig, batch_rows: int, processes: int = 1) -> Mes
     cuts = RecordingMesh.of(mesh, batch_rows, 1).row_cuts
     if cuts % processes:
         raise ConfigError(
-            "a teacher call has no whole rows for every process",
+            "a teacher call cannot give whole rows to every process",
             {"batch_rows": batch_rows, "processes": processes, "mesh": _sizes(config)},
             f"make batch_rows a multiple of {mesh.size}, the devices of the mesh",
         )
     if processes > 1 and mesh.size % processes:
         raise ConfigError(
-            "the mesh does not take the same number of devices of every process",
+            "the mesh does not use the same number of devices from every process",
             {"mesh": _sizes(config), "processes": processes},
             "let the mesh use all devices",
         )

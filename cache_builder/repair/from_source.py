@@ -52,7 +52,7 @@ def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyCo
         )
     if copied is None:
         raise DamageError(
-            "what says how the copy was made is lost",
+            "the record of how the copy was made is lost",
             {"cache": store.url, **{each.object: each.what for each in findings}},
             "delete it and copy again",
         )
@@ -141,7 +141,7 @@ class _FromSource:
             if now is not None and _digest_then(now, segments[:count]) == self.plan.copied_from:
                 return segments[:count]
         raise PlanMismatchError(
-            "this is not the cache that the copy was made from",
+            "this is not the cache from which the copy was made",
             {
                 "source": self.source.url,
                 "manifest then": self.plan.copied_from,

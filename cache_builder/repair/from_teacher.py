@@ -188,7 +188,7 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
 
 def _is_a_copy(store: Store, plan: Plan) -> ConfigError:
     return ConfigError(
-        "a copy is repaired from what it was copied from, not by the teacher",
+        "a copy is repaired from its source, not by the teacher",
         {"cache": store.url, "segment": plan.segment},
         f"distillcache copy {plan.config['copy']['src']} {store.url} --repair",
     )
@@ -201,7 +201,7 @@ def _check_describes_one(store: Store, plans: Sequence[Plan], spec: BuildSpec) -
         raise PlanMismatchError(
             "the cache belongs to another config",
             {"cache": store.url, **told(min(found, key=len))},
-            f"repair it by its own: distillcache build --repair --cache {store.url}",
+            f"repair it with its own config: distillcache build --repair --cache {store.url}",
         )
 
 
@@ -346,14 +346,14 @@ def _prepared_again(
     advice = "bring back the text that the cache was built from, or name where it is with --data.path"
     if not there:
         facts |= {"text then": plan.rows.text_digest, **{f"now {path}": digest for path, digest in found.items()}}
-        raise PlanMismatchError("rows of the cache are damaged, and their text is not there now", facts, advice)
+        raise PlanMismatchError("rows of the cache are damaged, and their text is missing", facts, advice)
     rows = open_or_prepare(store, there[0], workers, tokenizer, plan=plan)
     if describe_rows(rows) != plan.rows:
         facts |= {
             "rows then": f"{plan.rows.count}, digest {plan.rows.content_digest}",
             "rows now": f"{rows.index.rows}, digest {rows.index.content_digest}",
         }
-        raise PlanMismatchError("rows of the cache are damaged, and the text gives other rows now", facts, advice)
+        raise PlanMismatchError("rows of the cache are damaged, and the text now gives other rows", facts, advice)
     return rows
 
 

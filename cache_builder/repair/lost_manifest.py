@@ -71,7 +71,7 @@ def _check_unchanged(store: Store, manifest: Manifest, views: Sequence[SegmentVi
 
 def _folder_taken(store: Store) -> FolderTakenError:
     return FolderTakenError(
-        "the cache was deleted, built anew or repaired while this repair went on or was paused",
+        "the cache was deleted, rebuilt or repaired while this repair ran or was paused",
         {"cache": store.url},
         "nothing was written; run the command again",
     )
@@ -119,7 +119,7 @@ def _rows_digest(store: Store, view: SegmentView) -> str:
 def _cannot_be_made_again(store: Store, findings: Sequence[Finding]) -> DamageError:
     names = " and ".join(finding.object for finding in findings if finding in lost_files(findings))
     return DamageError(
-        "what says how the cache was built is lost, and cannot be made again",
+        "the record of how the cache was built is lost and cannot be reconstructed",
         {"cache": store.url, **{finding.object: f"{finding.what}: {finding.detail}" for finding in findings}},
         f"copy {names} back, or delete the cache's manifest.json, delete {names}, and build without --repair: "
         "then every shard is computed again, of each segment with the config that added it",

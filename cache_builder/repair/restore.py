@@ -115,9 +115,9 @@ def check_listed(store: Store, entry: SegmentEntry, tokenizer_digest: str) -> No
     if now is not None and entry in now.segments and now.tokenizer_digest == tokenizer_digest:
         return
     raise FolderTakenError(
-        "the cache that is repaired was deleted or built anew while the repair went on or was paused",
+        "the cache under repair was deleted or rebuilt while the repair ran or was paused",
         {"cache": store.url, "segment": entry.segment},
-        "nothing more was written; run the command again if what is there now is to be repaired",
+        "nothing more was written; run the command again to repair what is there now",
     )
 
 
@@ -278,7 +278,7 @@ def _require_same(damage: Damage, what: str, same: bool) -> None:
     then = damage.plan.recoded_on or damage.plan.numerics
     now = describe_numerics(then.dtype, damage.plan.taps, attention=then.attention)
     raise PlanMismatchError(
-        "what was computed again is not what was committed",
+        "the recomputed bytes are not what was committed",
         {
             "cache": damage.store.url,
             "segment": damage.plan.segment,

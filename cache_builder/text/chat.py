@@ -181,7 +181,7 @@ class _Chat:
     def _not_stable(self, number: int, before: str, after: str) -> RecordError:
         place = _common(before, after)
         return RecordError(
-            "the chat template writes a chat otherwise once it goes on, so the assistant's turns cannot be told",
+            "the chat template writes a chat differently when it continues, so the assistant's turns cannot be located",
             {
                 "line": self._where,
                 "message": number + 1,
@@ -219,7 +219,7 @@ def _messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         found = ", ".join(record) or "no field" if messages is None else repr(messages)[:80]
         raise RecordError(
-            "a line holds no chat",
+            "a line has no chat",
             {"line": where, "found": found, "expected": '{"messages": [{"role": "user", "content": "..."}, ...]}'},
             SHAREGPT if SHAREGPT_FIELD in record else NEXT + ", or set data.format to what the files hold",
         )
@@ -238,7 +238,7 @@ def _with_calls(message: Message, number: int, where: str) -> Message:
     calls = _mappings(message["tool_calls"], name, where)
     if calls is None:
         raise RecordError(
-            "a message's tool calls are no list of calls",
+            "a message's tool calls are not a list of calls",
             {
                 "line": where,
                 "message": number,
@@ -263,7 +263,7 @@ def _tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
     tools = _mappings(record[TOOLS], TOOLS, where)
     if tools is None:
         raise RecordError(
-            "a chat's tools are no list of descriptions",
+            "a chat's tools are not a list of descriptions",
             {
                 "line": where,
                 "found": repr(record[TOOLS])[:80],
@@ -355,7 +355,7 @@ def _check_parts(messages: Sequence[Message], text: str, where: str) -> None:
         lost = next((each for each in texts if heard and each.split("</think>")[-1].strip() not in text), None)
         if lost is not None or any(repr(each) in text for each in (content, *parts)):
             raise RecordError(
-                "the chat template cannot write contents that are no text",
+                "the chat template cannot write contents that are not text",
                 {"line": where, "message": number, "found": repr(content)[:80], "expected": "a text"},
                 "write each content as one text, or use a template that takes lists of parts",
             )

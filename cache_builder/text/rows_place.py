@@ -18,7 +18,7 @@ MARK = "preparing.json"
 
 
 class _Mark(Config):
-    fingerprint: str = Field(description="of everything that decides the rows")
+    fingerprint: str = Field(description="fingerprint of everything that determines the rows")
 
 
 def take_place(store: Store, fingerprint: str) -> None:

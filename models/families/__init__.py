@@ -175,7 +175,7 @@ def check_experts(config: ModelConfig, file: Location) -> None:
     found = {"file": file, "experts": moe.num_experts, "of a token": moe.top_k}
     if moe.num_experts * len(config.moe_blocks) > MOST_EXPERTS:
         raise CheckpointError(
-            "no model has so many experts",
+            "the number of experts is impossible",
             found | {"blocks with experts": len(config.moe_blocks), "expected": f"at most {MOST_EXPERTS} in all"},
             "correct the numbers of blocks and experts",
         )
@@ -186,7 +186,7 @@ def check_experts(config: ModelConfig, file: Location) -> None:
         )
     if moe.top_k > moe.num_experts // moe.groups * moe.groups_kept:
         raise CheckpointError(
-            "a token takes more experts than it may choose from", found, "check num_experts_per_tok and the experts"
+            "a token takes more experts than it can choose from", found, "check num_experts_per_tok and the experts"
         )
 
 

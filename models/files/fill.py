@@ -54,7 +54,7 @@ def _not_finite(where: object, name: str, stored: np.ndarray, found: int, dtype:
     return CheckpointError(
         "a tensor of the checkpoint is not finite",
         {"checkpoint": where, "tensor": name, "found": f"{found} of {stored.size} numbers are NaN or infinite"},
-        "copy the checkpoint again; if the original says the same, its training has diverged: take an earlier one",
+        "copy the checkpoint again; if the original has them too, its training has diverged: take an earlier one",
     )
 
 
@@ -99,7 +99,7 @@ class ParameterFill:
             raise CheckpointError(
                 "a trained parameter is not of the student's shape",
                 {"parameter": self.name, "found": trained.shape(self.name), "expected": tuple(self.like.shape)},
-                "name a run whose folder `student` is the one that it began with",
+                "name a run whose folder `student` is the one from its start",
             )
         parts = trained.boxes(self.name, self.boxes)
         with np.errstate(over="ignore"):  # what overflows is found below, by name

@@ -161,7 +161,7 @@ def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if found.setdefault(key, value) != value:
-            raise ValueError(f"the key {key[:80]!r} stands twice, with different values")
+            raise ValueError(f"the key {key[:80]!r} appears twice, with different values")
     return found
 
 
@@ -190,7 +190,9 @@ def _open_local(file: Location) -> MappedSafetensors:
         return MappedSafetensors(Path(str(file)))
     except OSError as error:
         raise CheckpointError(
-            "a weight file cannot be read", {"file": file, "cause": error}, "see that it is a file, and who may read it"
+            "a weight file cannot be read",
+            {"file": file, "cause": error},
+            "check that it is a file and that you may read it",
         ) from error
 
 

@@ -52,7 +52,7 @@ class RemoteFile:
                 raise CheckpointError(
                     "a file of the checkpoint was replaced while it was read",
                     {"file": self.path},
-                    "run the same command again when nobody writes it any more",
+                    "run the same command again when nothing writes it any more",
                 )
         return value
 

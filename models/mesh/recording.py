@@ -48,7 +48,7 @@ class RecordingMesh:
                 return cls(mesh, rows, left if row_tokens % _size(mesh, left) == 0 else ())
         parts = _size(mesh, ROW_AXES)
         raise ConfigError(
-            "the rows of a teacher call cannot be dealt out evenly",
+            "the rows of a teacher call cannot be distributed evenly",
             {"batch_rows": batch_rows, "mesh.data * mesh.fsdp": parts},
             f"make batch_rows a multiple of {parts}",
         )

@@ -93,9 +93,9 @@ def named_templates(entry: object, file: Location) -> dict[str, str]:
     if isinstance(entry, dict) and all(isinstance(each, str) for each in entry.values()):
         return entry
     raise InputError(
-        "the tokenizer's chat template is no text",
+        "the tokenizer's chat template is not a text",
         {"file": file, "chat_template": repr(entry)[:80], "expected": "a template, or templates by name"},
-        "copy the file again from where it came",
+        "copy the file again from its source",
     )
 
 

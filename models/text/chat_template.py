@@ -169,12 +169,12 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     if kind == "failure":
         raise TemplateFailure(message)
     if kind == "library":
-        raise InputError("a library is missing that writes chats", {"cause": message}, install_advice("chat"))
+        raise InputError("a library for chat templates is missing", {"cause": message}, install_advice("chat"))
     if kind == "syntax":
         raise InputError(
             "the tokenizer's chat template cannot be read",
             {"cause": message, "line": reply["line"] or "unknown"},
-            "copy chat_template.jinja again from where it came",
+            "copy chat_template.jinja again from its source",
         )
     if kind == "date":
         raise ConfigError(

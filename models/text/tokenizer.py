@@ -292,7 +292,9 @@ def _parse(file: Location) -> Tokenizer:
         ) from error
     except OSError as error:
         raise InputError(
-            "the tokenizer cannot be read", {"file": file, "cause": error}, "see that it is a file, and who may read it"
+            "the tokenizer cannot be read",
+            {"file": file, "cause": error},
+            "check that it is a file and that you may read it",
         ) from error
     _check_content(data, file)
     try:
@@ -386,7 +388,7 @@ def _parts(value: object, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _damaged(what: str, facts: Mapping[str, object]) -> InputError:
-    return InputError(what, facts, "copy the file again from where it came")
+    return InputError(what, facts, "copy the file again from its source")
 
 
 SAVE_IT = "save the tokenizer with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"

@@ -46,7 +46,7 @@ class RowGroup:
         if not found:
             recorded = sorted({tap.name for segment in self.segments for tap in segment.plan.taps})
             raise InputError(
-                "the cache does not hold this tap",
+                "the cache lacks this tap",
                 {"cache": self.base.store.url, "wanted": name, "found": ", ".join(recorded)},
                 f"build a cache with taps.{name}, or add it: distillcache build --extend",
             )
@@ -75,7 +75,7 @@ class RowGroup:
         facts = {"cache": self.base.store.url, "tap": name}
         if left:
             raise InputError(
-                "the cache does not hold these slots of a tap",
+                "the cache lacks these slots of a tap",
                 {**facts, "missing": sorted(left)},
                 "choose other blocks, or add them: distillcache build --extend",
             )
@@ -104,9 +104,9 @@ def row_groups(segments: Sequence[Segment]) -> tuple[RowGroup, ...]:
             groups[base].append(segment)
         else:
             raise DamageError(
-                "a segment adds to rows that the cache does not hold",
+                "a segment adds to rows that the cache lacks",
                 {"cache": segment.store.url, "segment": segment.plan.segment, "rows of": base},
-                "copy the cache again from where it came",
+                "copy the cache again from its source",
             )
     return tuple(RowGroup(tuple(members)) for members in groups.values())
 

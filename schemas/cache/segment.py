@@ -78,7 +78,7 @@ class Segment:
                 return tap
         found = ", ".join(tap.name for tap in self.plan.taps)
         raise InputError(
-            "the cache does not hold this tap",
+            "the cache lacks this tap",
             {"cache": self.store.url, "wanted": name, "found": found},
             f"build a cache with taps.{name}",
         )
@@ -358,7 +358,7 @@ def _index_damage(store: Store, key: str, entry: SegmentEntry) -> DamageError | 
     """Check the index of a finished segment as a whole, a stretch at a time."""
     facts = {"file": store.where(key)}
     if not store.length_is(key, entry.index_length):
-        return DamageError("the index of a segment is missing or cut short", facts, MEND_NEXT)
+        return DamageError("the index of a segment is missing or truncated", facts, MEND_NEXT)
     digest = xxhash.xxh3_128()
     for start in range(0, entry.index_length, INDEX_BYTES):
         digest.update(store.read(key, slice(start, min(start + INDEX_BYTES, entry.index_length))) or b"")
@@ -378,7 +378,7 @@ def read_plan(store: Store, segment: str) -> Plan | None:
     plan = read_canonical(store, key, Plan, MEND_NEXT)
     if plan is not None and plan.segment != segment:
         raise DamageError(
-            "a plan lies in another segment's folder",
+            "a plan is in another segment's folder",
             {"object": store.where(key), "found": plan.segment, "expected": segment},
             DAMAGE_NEXT,
         )
@@ -410,9 +410,9 @@ def begun_plan(store: Store, number: int) -> Plan | None:
     names = segment_names(store, number)
     if len(names) > 1:
         raise InputError(
-            "two segments of one number were begun",
+            "two segments with one number were begun",
             {"cache": store.url, "found": ", ".join(names)},
-            "stop their builders, then delete the one that nobody wants, or both: --abandon",
+            "stop their builders, then delete the unwanted one, or both: --abandon",
         )
     return read_plan(store, names[0]) if names else None
 
@@ -424,9 +424,9 @@ def check_place(store: Store, plan: Plan) -> None:
         return
     found = store.read(key)
     raise FolderTakenError(
-        "this build's plan is gone: it was abandoned or deleted while the build went on or was paused",
+        "this build's plan is gone: it was abandoned or deleted while the build ran or was paused",
         {"plan": store.where(key), "found": "nothing" if found is None else "another plan"},
-        "nothing more was written; run the command again if what it builds is still wanted",
+        "nothing more was written; run the command again if the cache is still wanted",
     )
 
 
@@ -482,7 +482,7 @@ def no_cache(store: Store) -> InputError | DamageError:
         return DamageError(
             "the plan of a cache is missing",
             {"file": store.where(layout.plan_key(segment_name(0)))},
-            "copy it back, or run the same `distillcache build` again: without its plan it is built anew",
+            "copy it back, or run the same `distillcache build` again: without a plan it starts from the beginning",
         )
     return InputError("there is no cache here", {"cache": store.url}, look_again(store))
 

@@ -100,8 +100,8 @@ def get_topk_codec(k: int, dtype: str) -> TopKCodec:
         dtype: of the values, bf16 or f32.
 
     Raises:
-        ConfigError: logits are not stored so.
+        ConfigError: logits cannot be stored in this dtype.
     """
     if dtype not in _CASTS:
-        raise ConfigError("logits are not stored so", {"found": dtype, "expected": " or ".join(_CASTS)})
+        raise ConfigError("logits cannot be stored in this dtype", {"found": dtype, "expected": " or ".join(_CASTS)})
     return TopKCodec(k, _CASTS[dtype])

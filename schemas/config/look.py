@@ -13,8 +13,10 @@ class FidelityConfig(Config):
     teacher: str | None = Field(
         default=None, description="the teacher's checkpoint; default: where the plan says that it was"
     )
-    rows: Positive = Field(default=16, description="rows to compare, from as many shards as can be")  # minutes on a CPU
-    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    rows: Positive = Field(
+        default=16, description="rows to compare, drawn from as many shards as possible"
+    )  # minutes on a CPU
+    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
     every_slot: bool = Field(default=False, description="list all slots of all taps, not only the wrong and the worst")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -23,9 +25,9 @@ class DiffConfig(Config):
     """Compare two caches, or two runs. Exit code: 0 if nothing differs that numbers depend on, 2 otherwise."""
 
     a: str = Field(description="a cache or a run")
-    b: str = Field(description="another of the same kind")
+    b: str = Field(description="another cache or run")
     rows: Positive = Field(default=16, description="rows of two caches to compare")
-    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
@@ -33,12 +35,14 @@ class ShowConfig(Config):
     """Show a row of a cache: its text, documents and masks, and what the teacher's blocks did with every token."""
 
     cache: str = Field(description="the cache, finished or not")
-    row: int = Field(default=0, ge=0, description="its number, through the whole cache")
-    block: int | None = Field(default=None, ge=0, description="one block, token by token; default: all, side by side")
+    row: int = Field(default=0, ge=0, description="row number, counted through the whole cache")
+    block: int | None = Field(
+        default=None, ge=0, description=("one block, token by token; default: all blocks side by side")
+    )
     tokens: Positive = Field(default=64, description="tokens to list, one a line")  # a screen or two
-    start: int = Field(default=0, ge=0, description="the first of them")
+    start: int = Field(default=0, ge=0, description="the first token to list")
     image: str | None = Field(
-        default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks into this file"
+        default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks to this file"
     )
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -47,12 +51,12 @@ class StatsConfig(Config):
     """Statistics of a cache's numbers by tap, block and dimension, over some rows."""
 
     cache: str = Field(description="the cache, finished or not")
-    rows: Positive = Field(default=32, description="rows to read, from as many shards as can be")
-    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    rows: Positive = Field(default=32, description="rows to read, drawn from as many shards as possible")
+    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
     taps: list[str] | None = Field(default=None, description="which taps; default: all")
     blocks: list[int] | None = Field(default=None, description="which slots of them; default: all")
     out: str | None = Field(
-        default=None, pattern=r"\.npz$", description="also write every dimension's figures into this file"
+        default=None, pattern=r"\.npz$", description="also write per-dimension statistics to this file"
     )
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -62,10 +66,10 @@ class ExportSamplesConfig(Config):
 
     cache: str = Field(description="the cache, finished or not")
     out: str = Field(pattern=r"\.(npz|safetensors)$", description="the file to write: a local path, gs:// or s3://")
-    rows: list[int] | None = Field(default=None, description="their numbers; default: drawn")
-    count: Positive = Field(default=8, description="how many are drawn")
-    seed: int = Field(default=0, ge=0, description="which rows are drawn")
-    taps: list[str] | None = Field(default=None, description="which taps; default: all; []: the rows alone")
+    rows: list[int] | None = Field(default=None, description="row numbers; default: drawn at random")
+    count: Positive = Field(default=8, description="number of rows to draw")
+    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    taps: list[str] | None = Field(default=None, description="which taps; default: all; []: only the rows")
     blocks: list[int] | None = Field(default=None, description="which blocks; default: all")
-    max_mib: Positive = Field(default=2048, description="refuse to write more than this")  # it is made in memory
+    max_mib: Positive = Field(default=2048, description="refuse to write a larger file")  # it is made in memory
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

@@ -10,9 +10,12 @@ class ReportConfig(Config):
     """Write one HTML file about a cache or a run, finished or not; it needs no network to be read."""
 
     target: str = Field(description="the cache or the run: a folder, gs://bucket/prefix or s3://bucket/prefix")
-    out: str = Field(default="report.html", description="the file to write, here or in a bucket")
+    out: str = Field(default="report.html", description="the file to write: a local path, gs:// or s3://")
     rows: int = Field(
-        default=8, ge=0, le=64, description="of a cache: rows whose activations are read and drawn; 0: none"
+        default=8,
+        ge=0,
+        le=64,
+        description=("for a cache: number of rows whose activations are read and drawn; 0: none"),
     )  # a few show the pattern; every row costs its bytes to read
-    seed: int = Field(default=0, ge=0, description="which rows are drawn")
+    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

@@ -13,13 +13,13 @@ class ServeConfig(Config):
     host: str = Field(
         default="127.0.0.1", description="address to listen at; one that other machines can reach needs --expose"
     )  # rows may be private text
-    port: int = Field(default=8321, ge=0, le=65535, description="0: any that is free")
+    port: int = Field(default=8321, ge=0, le=65535, description="0: any free port")
     expose: bool = Field(
         default=False,
         description="let other machines read everything that the cache or run holds: there is no password",
     )
     names: list[str] = Field(
         default=[],
-        description="other names under which browsers ask for the page, such as a proxy's; all others are refused",
+        description="further host names that browsers may use, such as a proxy's; all others are refused",
     )  # a foreign page could otherwise make its own name point here and read along (DNS rebinding)
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

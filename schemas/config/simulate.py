@@ -17,30 +17,35 @@ TeacherShape = Literal["llama-3.1-8b", "llama-3.1-70b"]
 class BuildFleetConfig(Config):
     """The machines that run the teacher."""
 
-    hosts: list[Positive] = Field(default=[16, 64, 256, 1024], min_length=1, description="how many, one column each")
+    hosts: list[Positive] = Field(
+        default=[16, 64, 256, 1024], min_length=1, description=("numbers of hosts, one column each")
+    )
     tokens_per_s: Rate | None = Field(
-        default=None, description="of one host's teacher; default: from host_tflops, mfu and the teacher's products"
+        default=None,
+        description=(
+            "tokens a second of one host's teacher; default: from host_tflops, mfu and the teacher's matrix products"
+        ),
     )  # `plan` without --simulate measures it
     host_tflops: Rate = Field(default=1836.0, description="bfloat16 peak of one host, TFLOP/s")  # 4 chips of v5p
     mfu: float = Field(default=0.4, gt=0, le=1, description="share of the peak that a forward pass reaches")
     host_ram_gib: Rate = Field(default=448.0, description="memory of one host")  # of v5p's 4-chip machines
     startup_s: float = Field(
-        default=300.0, ge=0, description="from the start of a host to its first batch: weights, compiling"
+        default=300.0, ge=0, description="from the start of a host to its first batch (weights, compilation)"
     )
     preemptions_per_h: float = Field(
-        default=0.05, ge=0, description="of one host"
+        default=0.05, ge=0, description="preemptions of one host an hour"
     )  # one in 20 hours; spot machines in a busy region see more
     restart_s: float = Field(default=600.0, ge=0, description="from a preemption to the first batch on a new host")
     claim_expiry_s: float = Field(default=60.0, ge=0, description="after which a dead host's work is taken over")
-    retry_share: float = Field(default=0.001, ge=0, lt=1, description="of all writes, those that are sent again")
-    seed: int = Field(default=0, ge=0, description="of preemptions and retries")
+    retry_share: float = Field(default=0.001, ge=0, lt=1, description="share of writes that are retried")
+    seed: int = Field(default=0, ge=0, description="seed of preemptions and retries")
 
 
 class TrainFleetConfig(Config):
     """The machines that read the cache."""
 
-    hosts: Positive = Field(default=64, description="how many; each reads its share of every batch")
-    batch_rows: Positive = Field(default=256, description="rows in a step's batch, of all hosts together")
+    hosts: Positive = Field(default=64, description="number of hosts; each reads its share of every batch")
+    batch_rows: Positive = Field(default=256, description="rows in a step's global batch")
     step_s: Rate = Field(default=1.0, description="seconds of a step")
 
 
@@ -49,12 +54,12 @@ class BucketConfig(Config):
 
     host_gb_s: Rate = Field(default=25.0, description="GB/s between one host and the bucket")  # 200 Gbit/s of v5p
     egress_gb_s: Rate = Field(
-        default=25.0, description="GB/s that the bucket gives to all hosts together"
+        default=25.0, description="GB/s that the bucket serves to all hosts together"
     )  # 200 Gbit/s, a project's usual quota in a region; more on request
     puts_per_s: Rate = Field(
-        default=1000.0, description="writes a second that a new bucket takes"
+        default=1000.0, description="writes a second that a new bucket accepts"
     )  # Cloud Storage's quotas page; it grows with use, doubling in some 20 minutes
-    gets_per_s: Rate = Field(default=5000.0, description="reads a second that a new bucket takes")  # likewise
+    gets_per_s: Rate = Field(default=5000.0, description="reads a second that a new bucket accepts")  # likewise
     price_per_gib_month: float = Field(
         default=0.020, ge=0, description="US dollars"
     )  # Standard storage in us-central1, Google's price list of 2025
@@ -67,7 +72,7 @@ class SimulateConfig(Config):
     the bottleneck.
     """
 
-    tokens: list[Rate] = Field(default=[1e9, 1e11, 1e12], min_length=1, description="of text")
+    tokens: list[Rate] = Field(default=[1e9, 1e11, 1e12], min_length=1, description="tokens of text")
     teachers: list[TeacherShape] = Field(
         default=["llama-3.1-8b", "llama-3.1-70b"], min_length=1, description="32 blocks of 4,096; 80 of 8,192"
     )
@@ -77,4 +82,4 @@ class SimulateConfig(Config):
     shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise
     build: BuildFleetConfig = Field(default=BuildFleetConfig(), description="the machines that run the teacher")
     train: TrainFleetConfig = Field(default=TrainFleetConfig(), description="the machines that read the cache")
-    bucket: BucketConfig = Field(default=BucketConfig(), description="where the cache lies")
+    bucket: BucketConfig = Field(default=BucketConfig(), description="the bucket that holds the cache")

@@ -27,8 +27,10 @@ class DataConfig(Config):
     format: DataFormat = Field(
         default="auto",
         exclude_if=lambda value: value == "auto",
-        description="what the files hold; auto: by their suffix; chat: lines (or parquet rows) with `messages`, "
-        "written by the tokenizer's chat template, where only the assistant's turns are targets",
+        description=(
+            "format of the files; auto: by suffix; chat: lines (or parquet rows) with `messages`, formatted "
+            "by the tokenizer's chat template, with only the assistant's turns as targets"
+        ),
     )  # written down only where it is set: rows and plans from before it are the same bytes
     text_field: str = Field(
         default="text", description="the field, column or feature that holds the text"
@@ -36,20 +38,22 @@ class DataConfig(Config):
     chat_date: date | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
-        description="the day that a chat template may write as today's, such as 2025-01-31",
+        description="the date that a chat template writes as today's, such as 2025-01-31",
     )  # no default, since the same text must give the same rows on every day
     on_error: OnError = Field(
         default="stop",
         exclude_if=lambda value: value == "stop",
-        description="a line, row or record that cannot be used: stop ends the command; skip leaves it out, counts it "
-        "and lists it in skipped.jsonl beside the rows",
+        description=(
+            "for a line, row or record that cannot be used: stop ends the command; skip leaves it out, counts"
+            " it and lists it in skipped.jsonl beside the rows"
+        ),
     )  # stop: nobody finds out later that half of a text was left out
     tokenizer: str | None = Field(
         default=None,
         description="a tokenizer.json, an HF directory or a .gguf; default: the teacher's own (prepare needs one)",
     )
     eos_token: str | None = Field(
-        default=None, description="ends every document; default: what the tokenizer's own files name"
+        default=None, description="the token that ends every document; default: from the tokenizer's files"
     )
     row_tokens: Positive = Field(default=1024, description="T, tokens in a row")  # long enough for real context
     eval_rows: int = Field(
@@ -61,8 +65,8 @@ class DataConfig(Config):
         exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
         description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
     )  # reading takes up to nine times a document's length in memory
-    max_rows: Positive | None = Field(default=None, description="stop after so many rows; default: the whole text")
-    eval_seed: int = Field(default=0, ge=0, description="which rows are drawn for evaluation")
+    max_rows: Positive | None = Field(default=None, description="maximum number of rows; default: the whole text")
+    eval_seed: int = Field(default=0, ge=0, description="seed of the rows drawn for evaluation")
 
     @field_validator("chat_date", mode="before")
     @classmethod
@@ -70,7 +74,7 @@ class DataConfig(Config):
         """Numbers are no dates: pydantic would take them for seconds since 1970."""
         if value is None or isinstance(value, date) or (isinstance(value, str) and _DAY.fullmatch(value)):
             return value
-        raise ValueError("a day is written as 2025-01-31")
+        raise ValueError("a date is written as 2025-01-31")
 
 
 class Workers(Config):
@@ -79,9 +83,10 @@ class Workers(Config):
     A number too high would have nothing to do.
     """
 
-    process_id: int = Field(default=0, ge=0, description="this process's number, where several work on one place")
+    process_id: int = Field(default=0, ge=0, description="this process's number, if several share the work")
     num_processes: Positive = Field(
-        default=1, description="how many processes work on it; of a build with replica: job on a cluster: as that says"
+        default=1,
+        description=("number of processes that share the work; for replica: job on a cluster: set by the cluster"),
     )
     claim_expiry_s: float = Field(
         default=60.0, gt=0, description="expiry of a lease without a heartbeat; another process then takes it over"
@@ -101,13 +106,13 @@ class Workers(Config):
 class PrepareConfig(Workers):
     """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
 
-    out: str = Field(description="folder for the rows: <out>/rows/ and <out>/rows.json")
+    out: str = Field(description="folder for the rows (<out>/rows/ and <out>/rows.json)")
     data: DataConfig
     workers: int = Field(
         default=1,
         ge=1,
         le=1024,  # each is a Python of 200 MB; more than any machine has cores is a typing error
-        description="processes that this command starts here, which share the input files; at most 1024",
+        description="worker processes on this machine that share the input files; at most 1024",
     )  # one process tokenises on all cores already, as long as the text is plain
 
 
@@ -127,7 +132,7 @@ class ShardWorkers(Workers):
     """Options of a process that writes shards."""
 
     max_in_flight_mib: Positive = Field(
-        default=2048, description="bytes recorded or read and not yet stored, at most"
+        default=2048, description="maximum of data recorded or read but not yet stored"
     )  # one shard being filled, one being written
 
 
@@ -141,12 +146,14 @@ class BuildSpec(ShardSizes):
         default=16, description="rows in one call of the teacher"
     )  # a few thousand tokens a call
     dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="what the teacher computes in; default: its checkpoint's own"
+        default=None, description="the teacher's compute dtype; default: that of its checkpoint"
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto",
-        description="the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
-        "first that can be used",
+        description=(
+            "the teacher's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: "
+            "the first that is supported"
+        ),
     )  # without scores in memory, where there is a kernel for it
     mesh: TeacherMeshConfig = Field(
         default=TeacherMeshConfig(),
@@ -160,19 +167,23 @@ class BuildOptions(ShardWorkers):
 
     replica: Literal["process", "job"] = Field(
         default="process",
-        description="process: each process has a teacher of its own, and they share nothing but the cache; job: one "
-        "teacher lies over the devices of all processes, which work in lockstep",
+        description=(
+            "process: each process has its own teacher and shares only the cache; job: one teacher spans the "
+            "devices of all processes, which work in lockstep"
+        ),
     )  # independent processes survive each other; a job is for teachers that are larger than a host
     coordinator: str | None = Field(
         default=None,
-        description="replica: job: HOST:PORT of process 0; default: as Cloud TPU, GKE, Slurm or Open MPI say; "
-        "none: alone, whatever they say",
+        description=(
+            "replica: job: HOST:PORT of process 0; default: from Cloud TPU, GKE, Slurm or Open MPI; none: a "
+            "single process, whatever they say"
+        ),
     )
     timeout_s: Positive = Field(
         default=60, description="replica: job: heartbeat timeout; the job aborts when a process is silent for longer"
     )  # as in training
     accept_platform: bool = Field(
-        default=False, description="go on although the platform or library versions differ from the plan's"
+        default=False, description="continue although the platform or library versions differ from the plan's"
     )  # other versions may give other bits
 
 
@@ -207,15 +218,18 @@ class BuildConfig(BuildOptions, BuildSpec, BuildPaths):
     )
 
     extend: bool = Field(
-        default=False, description="add what is asked for to a finished cache: more rows, another tap, other blocks"
+        default=False,
+        description=("add to a finished cache what the config asks for: more rows, another tap, other blocks"),
     )  # otherwise another config in the same place is a mistake
     abandon: bool = Field(
-        default=False, description="first delete an extension that was begun and never finished"
+        default=False, description="first delete an unfinished extension"
     )  # what was computed for it is lost
     repair: bool = Field(
         default=False,
-        description="check what is there, and compute again exactly what is damaged, in every segment; "
-        "the cache is enough, everything else is in its plans",
+        description=(
+            "check every segment and recompute exactly what is damaged; needs only the cache, whose plans "
+            "hold everything else"
+        ),
     )  # reading everything back takes long
 
 
@@ -225,11 +239,13 @@ KeptTap = TapConfig | Literal["keep"] | None
 class CopyTapsConfig(Config):
     """Choice for each tap: `keep` (as it is stored), null (left out), or the codec of the copy."""
 
-    attn_out: KeptTap = Field(default="keep", description="what the attention sublayer adds to the stream")
-    resid: KeptTap = Field(default="keep", description="the stream entering each block, and leaving the last")
-    mlp_out: KeptTap = Field(default="keep", description="what the MLP sublayer adds to the stream")
+    attn_out: KeptTap = Field(default="keep", description="what the attention sublayer adds to the residual stream")
+    resid: KeptTap = Field(
+        default="keep", description=("the residual stream entering each block, and leaving the last")
+    )
+    mlp_out: KeptTap = Field(default="keep", description="what the MLP sublayer adds to the residual stream")
     topk_logits: Literal["keep"] | None = Field(
-        default="keep", description="every token's largest logits; null, or keep, as they are stored"
+        default="keep", description="every token's largest logits: null, or keep as stored"
     )
 
 
@@ -245,18 +261,18 @@ class CopySpec(ShardSizes):
 
     taps: CopyTapsConfig = Field(
         default=CopyTapsConfig(),
-        description="keep, null or a codec, for every tap; what has to be recoded is said, and is not bit-equal",
+        description=(
+            "for every tap: keep, null or a codec; a tap that has to be re-encoded is reported and not bit-equal"
+        ),
     )
     compress: Literal["keep", "none", "zstd", "blosc"] = Field(
-        default="keep", description="of every tap that does not name its own with its codec; keep: as it is stored"
+        default="keep", description="lossless compression of every tap that does not set its own; keep: as stored"
     )  # codes are copied as they are, whatever compresses them
     blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to copy, as a list, or all")
     rows: str = Field(
         default="all", pattern=r"^(all|train|eval|\d+:\d+)$", description="all, train, eval, or START:STOP"
     )
-    batch_rows: Positive | None = Field(
-        default=None, description="rows decoded at a time; default: as the cache was built"
-    )
+    batch_rows: Positive | None = Field(default=None, description="rows decoded at a time; default: as in the build")
 
 
 class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
@@ -266,7 +282,7 @@ class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
     """
 
     repair: bool = Field(
-        default=False, description="check the copy, and make exactly what is damaged again from the same source"
+        default=False, description="check the copy, and restore exactly what is damaged from the same source"
     )  # reading everything back takes long
 
 
@@ -279,7 +295,7 @@ class PlanConfig(BuildConfig):
     usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
 
     measure: bool = Field(
-        default=True, description="run the teacher on a few batches of random tokens, to expect a time"
+        default=True, description="measure the teacher on a few batches of random tokens to estimate the time"
     )  # without it there is nothing to expect a time from
 
 
@@ -311,15 +327,17 @@ class BenchConfig(Config):
     )
     dir: str | None = Field(
         default=None,
-        description="where the data goes meanwhile, about 3 GB (student: 7 GB); default: the temporary folder",
+        description="folder for temporary data, about 3 GB (student: 7 GB); default: the temporary folder",
     )  # it is removed afterwards
     rounds: Positive | None = Field(
         default=None,
-        description="how often everything is measured, by turns; medians count; default: feed 5, build 2, step 2; "
-        "the others measure once",
+        description=(
+            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2; the "
+            "others measure once"
+        ),
     )
     plot: str | None = Field(
-        default=None, pattern=r"\.(svg|png)$", description="routing: also draw loss and load by step into this file"
+        default=None, pattern=r"\.(svg|png)$", description="routing: also plot loss and load by step to this file"
     )
 
     @model_validator(mode="after")
@@ -332,7 +350,7 @@ class BenchConfig(Config):
 class ExportConfig(Config):
     """Write a run's student as an HF directory, or as MaxText takes it."""
 
-    run: str = Field(description="the run, as trained")
+    run: str = Field(description="the run to export")
     out: str = Field(description="the folder to write: a local path, gs:// or s3://; for MaxText a local path")
     format: Literal["hf", "maxtext"] = Field(
         default="hf",
@@ -340,7 +358,8 @@ class ExportConfig(Config):
         "load_parameters_path), and the HF files beside it, without weights; needs pip install -e '.[maxtext]'",
     )  # what most tools load
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="of the weights; default: that of the checkpoint that the student was made of"
+        default=None,
+        description=("dtype of the weights; default: that of the checkpoint from which the student was made"),
     )
     step: int | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")

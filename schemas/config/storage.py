@@ -9,38 +9,38 @@ class StorageConfig(Config):
     """For `gs://` and `s3://`; local disks need none of it. Credentials never are: each store has its rules."""
 
     request_concurrency: Positive = Field(
-        default=32, description="requests to a bucket at a time, in this process"
+        default=32, description="concurrent requests to a bucket in this process"
     )  # some 2 GB/s at 60 MB/s a stream; more only costs memory, unless the network is faster
     max_retries: Positive = Field(
         default=32,
-        description="how often a request that failed for the moment (429, 5xx, no connection) is made again",
+        description="retries of a request after a temporary failure (429, 5xx, no connection)",
     )  # with the two below: an outage of a quarter of an hour is sat out
     first_delay_s: float = Field(
-        default=0.25, gt=0, description="wait before the first retry; twice as long before each further one"
+        default=0.25, gt=0, description="delay before the first retry; it doubles with each further one"
     )  # most failures are over at once
     max_delay_s: float = Field(
-        default=32.0, gt=0, description="longest wait between two tries"
+        default=32.0, gt=0, description="maximum delay between two retries"
     )  # what the stores' own clients take
     stall_timeout_s: Positive = Field(
-        default=60, description="a request that moves no byte for so long is given up and made again"
+        default=60, description="a request without progress for this long is cancelled and retried"
     )  # stores answer within seconds; a connection that died without a word never does
     contact_timeout_s: float = Field(
         default=20.0,
         gt=0,
-        description="how long the first request to a bucket may take in all",
+        description="total time limit of the first request to a bucket",
     )  # a wrong endpoint or missing credentials must not look like a hang
     read_rate: float | None = Field(
-        default=1000.0, gt=0, description="reads a second in this process at first; null: as many as there are"
+        default=1000.0, gt=0, description="initial limit of reads a second in this process; null: none"
     )  # a new bucket of GCS serves about 5,000 a second, shared by all processes
     write_rate: float | None = Field(
-        default=200.0, gt=0, description="writes a second in this process at first; null: as many as there are"
+        default=200.0, gt=0, description="initial limit of writes a second in this process; null: none"
     )  # likewise about 1,000; objects are large, so no build comes near
     rate_doubling_s: float = Field(
-        default=1200.0, gt=0, description="the two rates double in this time"
+        default=1200.0, gt=0, description="time in which the two limits double"
     )  # GCS asks for no faster ramp than double in 20 minutes, so that it can spread the keys
     s3_endpoint: str | None = Field(
         default=None,
-        description="URL of an S3 store that is not Amazon's; default: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL",
+        description="URL of an S3 store other than Amazon's; default: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL",
     )
     s3_region: str | None = Field(
         default=None, description="default: AWS_REGION or AWS_DEFAULT_REGION, else the bucket's own"

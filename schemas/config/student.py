@@ -18,42 +18,48 @@ class SurgeryOp(Config):
 
     op: Literal[
         "query_heads", "kv_heads", "mlp_width", "experts", "expert_width", "hidden_size", "drop_blocks", "upcycle"
-    ] = Field(description="what is done")
+    ] = Field(description="the operation")
     to: Positive | None = Field(
         default=None,
         exclude_if=_unset,
-        description="how many stay: query heads in each KV group, KV heads, neurons of an MLP (mlp_width) or of an "
-        "expert (expert_width), experts in a block, numbers in the residual stream (hidden_size)",
+        description=(
+            "how many stay: query heads in each KV group, KV heads, neurons of an MLP (mlp_width) or of an "
+            "expert (expert_width), experts in a block, dimensions of the residual stream (hidden_size)"
+        ),
     )
     by: Literal["index", "weight_norm", "importance"] = Field(
         default="index",
-        description="which ones stay: the first, those of the largest output weights, or those worth most on rows of "
-        "the cache",
+        description=(
+            "which ones stay: the first, those with the largest output weights, or the most important on rows"
+            " of the cache"
+        ),
     )  # needs no data and is easy to compare
     blocks: Blocks | None = Field(
         default=None,
         exclude_if=_unset,
-        description="drop_blocks: the blocks that go; upcycle: those whose MLP becomes experts, default: all",
+        description="drop_blocks: the blocks to remove; upcycle: the blocks whose MLP becomes experts, default: all",
     )
-    experts: Positive | None = Field(default=None, exclude_if=_unset, description="upcycle: how many are made")
+    experts: Positive | None = Field(default=None, exclude_if=_unset, description="upcycle: number of experts")
     top_k: Positive | None = Field(
-        default=None, exclude_if=_unset, description="upcycle: how many of them a token takes; default: 2"
+        default=None, exclude_if=_unset, description="upcycle: number of experts for each token; default: 2"
     )
     how: Literal["copy", "partition"] | None = Field(
         default=None,
         exclude_if=_unset,
-        description="upcycle: every expert is the whole MLP (default), or has its share of the neurons",
+        description="upcycle: every expert copies the whole MLP (default), or gets a share of its neurons",
     )
     noise: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
         exclude_if=_unset,
-        description="upcycle, how: copy: noise on each copy, as a share of its standard deviation; default: 0",
+        description="upcycle, how: copy: noise on each copy, as a fraction of its standard deviation; default: 0",
     )
     router_std: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, exclude_if=_unset, description="upcycle: of the new router's random weights; default: 0.02"
+        default=None,
+        exclude_if=_unset,
+        description=("upcycle: standard deviation of the new router's random weights; default: 0.02"),
     )
     seed: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, exclude_if=_unset, description="upcycle: of router and noise; default: 0"
+        default=None, exclude_if=_unset, description="upcycle: seed of router and noise; default: 0"
     )
 
     @property
@@ -73,7 +79,7 @@ class SurgeryOp(Config):
         if getattr(self, needs) is None:
             raise ValueError(f"op: {self.op} needs {needs}")
         if self.how == "partition" and self.noise:
-            raise ValueError("noise is for how: copy; parts of an MLP differ as they are")
+            raise ValueError("noise is for how: copy; the parts of a partition differ anyway")
         if self.op == "upcycle" and self.how != "partition" and self.by != "index":
             raise ValueError("by is for how: partition; every copy has all neurons")
         return self
@@ -99,12 +105,15 @@ class StudentConfig(Config):
     importance_rows: Positive = Field(
         default=64,
         exclude_if=lambda value: value == 64,  # runs from before there was importance are the same
-        description="by: importance: it is measured on so many of the first training rows",
+        description="by: importance: number of training rows, from the first, on which it is measured",
     )  # as long as a few training steps; twice as many changed at most 3% of the choices
     layer_map: list[int] | None = Field(
         default=None,
-        description="the teacher's blocks at which the student's begin, ascending: block i stands for those from "
-        "layer_map[i] to the next entry, made of the first; default: block for block, or what drop_blocks leaves",
+        description=(
+            "the teacher's blocks at which the student's begin, ascending: block i is made from block "
+            "layer_map[i] and stands for those up to the next entry; default: block for block, or what "
+            "drop_blocks leaves"
+        ),
     )
     projector: Literal["none", "linear"] = Field(
         default="none", description="linear: learned maps between the student's width and the teacher's, in each block"
@@ -114,7 +123,7 @@ class StudentConfig(Config):
     def _agrees(self) -> Self:
         names = [op.op for op in self.surgery]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"surgery names {', '.join(twice)} twice: say it once, as it shall be in the end")
+            raise ValueError(f"surgery names {', '.join(twice)} twice: name it once, with its final value")
         chosen = [op.spelled for op in self.surgery if op.by != "index"]
         if self.init == "random" and chosen:
             raise ValueError(f"init: random has no weights to choose by, but surgery has {', '.join(chosen)}")

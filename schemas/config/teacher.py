@@ -17,10 +17,10 @@ class TeacherConfig(Config):
 class TeacherMeshConfig(Config):
     """Number of devices along each axis; their product is the number of devices used."""
 
-    data: Positive = Field(default=1, description="copies that work on different rows")
-    fsdp: Positive = Field(default=1, description="rows and parameters split")
-    tensor: Positive = Field(default=1, description="heads and MLP widths split")
-    expert: Positive = Field(default=1, description="experts split; for models with routers")
+    data: Positive = Field(default=1, description="data parallelism: replicas that work on different rows")
+    fsdp: Positive = Field(default=1, description="rows and parameters sharded")
+    tensor: Positive = Field(default=1, description="heads and MLP widths sharded")
+    expert: Positive = Field(default=1, description="experts sharded; for models with routers")
 
     @property
     def teacher_axes(self) -> tuple[int, ...]:
@@ -36,10 +36,10 @@ class TeacherMeshConfig(Config):
 
 class TapConfig(Config):
     codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
-        default="bf16", description="how the numbers are stored"
+        default="bf16", description="the storage codec"
     )  # lossless for the usual bf16 teacher
     group: int | None = Field(
-        default=None, ge=0, description="numbers that share a scale, int8 and int4; 0: the whole token; default: 32"
+        default=None, ge=0, description="int8 and int4: numbers that share a scale; 0: the whole token; default: 32"
     )  # measured: finer groups gain more than their scales cost
     rotate: bool = Field(
         default=True, description="int8 and int4: spread outliers by a random rotation first"
@@ -48,38 +48,39 @@ class TapConfig(Config):
         default=False, description="resid in int8 or int4: code the difference from block to block"
     )  # six times closer, but one block is read with up to keyframe_every - 1 others
     keyframe_every: int = Field(
-        default=8, ge=0, description="with delta: slots from one that needs no other to the next; 0: none"
+        default=8, ge=0, description="with delta: slots from one keyframe to the next; 0: no keyframes"
     )  # adds 7% of bf16's size; half a dozen reads at most for one block
     compress: Literal["none", "zstd", "blosc"] = Field(
         default="none",
         exclude_if=lambda value: value == "none",  # so that plans without it compare with those of before there was any
-        description="lossless compression of what is stored: zstd is smaller, blosc faster to read",
+        description="lossless compression: zstd is smaller, blosc faster to read",
     )  # measured: bf16 shrinks by a fifth, int8 and int4 hardly, and a local disk is read several times faster without
 
 
 class TopKConfig(Config):
     k: Positive = Field(
-        default=64, description="how many, the largest; not more than the vocabulary has"
+        default=64, description="number of logits, the largest; at most the vocabulary size"
     )  # measured: nine tenths of the mass; another doubling would gain three hundredths
     dtype: Literal["bf16", "f32"] = Field(
-        default="bf16", description="how the logits are stored; their logsumexp is always float32"
+        default="bf16", description="dtype of the stored logits; their logsumexp is always float32"
     )  # lossless for the usual bf16 teacher
     compress: Literal["none", "zstd", "blosc"] = Field(
         default="none",
         exclude_if=lambda value: value == "none",  # as in TapConfig
-        description="lossless compression of what is stored",
+        description="lossless compression",
     )  # as in TapConfig
 
 
 class TapsConfig(Config):
     attn_out: TapConfig | None = Field(
-        default=TapConfig(), description="what the attention sublayer adds to the stream; null: not recorded"
+        default=TapConfig(), description=("what the attention sublayer adds to the residual stream; null: not recorded")
     )  # the target of the feature loss
     resid: TapConfig | None = Field(
-        default=TapConfig(), description="the stream entering each block, and leaving the last; null: not recorded"
+        default=TapConfig(),
+        description=("the residual stream entering each block, and leaving the last; null: not recorded"),
     )  # the input of a block in blockwise mode
     mlp_out: TapConfig | None = Field(
-        default=None, description="what the MLP sublayer adds to the stream"
+        default=None, description="what the MLP sublayer adds to the residual stream"
     )  # off: it follows from resid and attn_out
     topk_logits: TopKConfig | None = Field(
         default=None,
@@ -96,25 +97,30 @@ class OnlineConfig(Config):
 
     rows: str | None = Field(
         default=None,
-        description="a finished cache, whose taps are not read, or prepared rows; default: the run's cache",
+        description="a finished cache (its taps are not read) or prepared rows; default: the run's cache",
     )  # to compare with training from that cache
     teacher: TeacherConfig | None = Field(
-        default=None, description="default: the checkpoint that the cache names; prepared rows need one"
+        default=None,
+        description=("the teacher; default: the checkpoint that the cache names; required for prepared rows"),
     )  # it must be the cache's own teacher, wherever it lies now
     taps: TapsConfig | None = Field(
         default=None,
-        description="what is recorded; default: as in the cache; of prepared rows attn_out and resid, exact",
+        description="what is recorded; default: as in the cache; for prepared rows attn_out and resid without loss",
     )  # an online run has no need to save bytes
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
-        description="what the teacher computes in; default: as the cache was built; for prepared rows, as stored",
+        description=(
+            "the teacher's compute dtype; default: as in the cache; for prepared rows, that of its checkpoint"
+        ),
     )  # other dtypes give other numbers
     batch_rows: Positive | None = Field(
         default=None,
-        description="rows in a call of the teacher; default: as the cache was built; for prepared rows, 16",
+        description="rows in a call of the teacher; default: as in the cache; for prepared rows, 16",
     )  # other shapes give other bits
     exact: bool = Field(
         default=False,
-        description="run every row in the batch in which a build runs it: the same bits also where they depend on the "
-        "rows beside it, for up to batch_rows times the work",
+        description=(
+            "run every row in the batch in which a build runs it: gives the same bits even if they depend on "
+            "the other rows, for up to batch_rows times the work"
+        ),
     )  # measured on CPUs: they do not

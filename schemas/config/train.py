@@ -20,16 +20,16 @@ from distillcache.schemas.config.teacher import OnlineConfig, TeacherMeshConfig
 class Ramp(Config):
     """A weight that changes with the step, from `start` at the first step of a stage to `end` at its last."""
 
-    start: float = Field(ge=0, description="at the first step")
-    end: float = Field(ge=0, description="at the last step")
+    start: float = Field(ge=0, description="value at the first step")
+    end: float = Field(ge=0, description="value at the last step")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="linear", description="the way between; constant: start throughout"
+        default="linear", description="shape between the two; constant: start throughout"
     )
 
 
 class ShareRamp(Ramp):
-    start: float = Field(ge=0, le=1, description="at the first step")
-    end: float = Field(ge=0, le=1, description="at the last step")
+    start: float = Field(ge=0, le=1, description="value at the first step")
+    end: float = Field(ge=0, le=1, description="value at the last step")
 
 
 Weight = Annotated[float, Field(ge=0)] | Ramp
@@ -39,21 +39,21 @@ Share = Annotated[float, Field(ge=0, le=1)] | ShareRamp
 class FeatureLossConfig(Config):
     weight: Weight = Field(default=1.0, description="beta, the weight of the whole term")
     relative_l2: float = Field(
-        default=1.0, ge=0, description="share of ||s - t||^2 / ||t||^2"
+        default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2"
     )  # scale-free, and it sees the norm, which cosine does not
-    cosine: float = Field(default=0.0, ge=0, description="share of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="share of mean (s - t)^2, as MaxText computes it")
+    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2, as MaxText computes it")
     blocks: Blocks = Field(default="all", description="the student's blocks that count")
     block_weights: list[float] | None = Field(
-        default=None, description="one for every block that counts, in their order; default: 1 each"
+        default=None, description="one weight for every block that counts, in order; default: 1 each"
     )
 
 
 class MlpLossConfig(Config):
     weight: Weight = Field(default=0.0, description="gamma, the weight of the whole term")
-    relative_l2: float = Field(default=1.0, ge=0, description="share of ||s - t||^2 / ||t||^2")
-    cosine: float = Field(default=0.0, ge=0, description="share of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="share of mean (s - t)^2")
+    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
 
 
 class LoadBalanceConfig(Config):
@@ -63,8 +63,10 @@ class LoadBalanceConfig(Config):
     )
     scope: Literal["layer", "model", "sequence", "global_batch"] = Field(
         default="layer",
-        description="over which the load is balanced: each block, all blocks together (feature mode), each row, or "
-        "each block, its load counted over the step's micro-batches so far",
+        description=(
+            "the tokens over which the load is balanced: each block, all blocks together (feature mode), each"
+            " row, or each block with its load counted over the step's micro-batches so far"
+        ),
     )  # one block's imbalance cannot hide another's, as it can with model
 
 
@@ -75,19 +77,24 @@ class LossConfig(Config):
     """
 
     token_weight: Weight = Field(
-        default=1.0, description="feature mode: of KL and CE together; 0: features alone, logits are not computed"
+        default=1.0,
+        description=("feature mode: weight of KL and CE together; 0: only features, logits are not computed"),
     )  # as MaxText sums them
-    alpha: Share = Field(default=0.0, description="share of the KL, 0 to 1; the rest is CE's; feature mode")
+    alpha: Share = Field(
+        default=0.0, description=("feature mode: share of the KL, 0 to 1; the rest is the share of CE")
+    )
     tau: Weight = Field(default=1.0, description="temperature of the KL")
     rest_bucket: bool = Field(
-        default=False, description="KL: what lies outside the teacher's top k counts as one more class"
+        default=False, description="KL: everything outside the teacher's top k counts as one more class"
     )  # as MaxText and most others compute it: over the top k alone
     feature: FeatureLossConfig = Field(
-        default=FeatureLossConfig(), description="attention output against the teacher's"
+        default=FeatureLossConfig(), description="compares attention outputs with the teacher's"
     )
-    mlp: MlpLossConfig = Field(default=MlpLossConfig(), description="MLP output against the teacher's, blockwise mode")
+    mlp: MlpLossConfig = Field(
+        default=MlpLossConfig(), description=("blockwise mode: compares MLP outputs with the teacher's")
+    )
     load_balance: LoadBalanceConfig = Field(
-        default=LoadBalanceConfig(), description="loss that keeps experts evenly loaded"
+        default=LoadBalanceConfig(), description="auxiliary loss that balances the load of experts"
     )
     router_z: Weight = Field(
         default=0.0, description="zeta, the weight of the router z-loss; for students with routers"
@@ -97,13 +104,13 @@ class LossConfig(Config):
 class OptimizerConfig(Config):
     """AdamW with linear warm-up and cosine decay; state is per block, and in blockwise mode clipping as well."""
 
-    learning_rate: float = Field(default=1e-3, gt=0, description="at its highest, after the warm-up")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate, after the warm-up")
     warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")  # Adam's moments need a few
     final_fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="of learning_rate, at the last step of a stage: it falls along half a cosine",
+        description="learning rate at the last step of a stage, as a fraction of the peak (cosine decay)",
     )
     b1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first decay")
     b2: float = Field(default=0.95, ge=0, lt=1, description="Adam's second decay")  # short runs: a shorter memory
@@ -112,27 +119,30 @@ class OptimizerConfig(Config):
         default=0.0, ge=0, description="AdamW's decoupled weight decay"
     )  # students start near the answer
     clip_norm: float | None = Field(
-        default=1.0, gt=0, description="clip each block's gradient (feature mode: the whole) to this norm; null: never"
+        default=1.0,
+        gt=0,
+        description=("clip each block's gradient (feature mode: the whole gradient) to this norm; null: never"),
     )  # one bad block must not slow the others
     inside_scan: bool = Field(
-        default=True, description="blockwise mode: update a block as soon as its gradient is known"
+        default=True,
+        description=("blockwise mode: update each block inside the scan, as soon as its gradient is known"),
     )  # the gradients of one block only are alive; the same numbers to rounding
 
 
 class MeshConfig(TeacherMeshConfig):
     """Number of devices along each axis; their product is the number of devices used."""
 
-    block: Positive = Field(default=1, description="groups of devices that hold different blocks, blockwise mode")
+    block: Positive = Field(default=1, description="blockwise mode: groups of devices that hold different blocks")
 
 
 class StageConfig(Config):
     """One part of a run. What is not stated is as the run states it."""
 
-    mode: Literal["blockwise", "feature"] = Field(description="as the run's")
+    mode: Literal["blockwise", "feature"] = Field(description="default: the run's")
     steps: Positive = Field(description="optimizer steps of this stage")
-    loss: LossConfig | None = Field(default=None, description="as the run's")
-    optimizer: OptimizerConfig | None = Field(default=None, description="as the run's")
-    train_only: list[str] | None = Field(default=None, description="as the run's")
+    loss: LossConfig | None = Field(default=None, description="default: the run's")
+    optimizer: OptimizerConfig | None = Field(default=None, description="default: the run's")
+    train_only: list[str] | None = Field(default=None, description="default: the run's")
 
 
 class TrainSpec(Config):
@@ -142,39 +152,46 @@ class TrainSpec(Config):
         default="cache", description="cache: its recorded taps; online: its rows, through the teacher in every step"
     )  # online is for comparison: it costs the teacher's memory and time
     online: OnlineConfig = Field(default=OnlineConfig(), description="source online: which teacher, on which rows")
-    student: StudentConfig = Field(default=StudentConfig(), description="what is trained")
+    student: StudentConfig = Field(default=StudentConfig(), description="the student")
     mode: Literal["blockwise", "feature"] = Field(
         default="blockwise",
-        description="blockwise: every block gets the teacher's stream; feature: the student runs as a whole; also as "
-        "MaxText's blockwise_distill, true or false",
+        description=(
+            "blockwise: every block receives the teacher's stream; feature: the student runs as a whole; "
+            "MaxText's blockwise_distill (true or false) is accepted too"
+        ),
     )
     inject: Literal["resid", "attn_in"] = Field(
         default="resid",
-        description="what a block is given in blockwise mode: the teacher's stream, or its normed attention input",
+        description="a block's input in blockwise mode: the teacher's stream, or its normed attention input",
     )  # so the student's own norm is trained too
     mlp_input: Literal["teacher", "student"] = Field(
-        default="teacher", description="the MLP's input: the teacher's stream, or the student's attention output on it"
+        default="teacher",
+        description=("the MLP's input: the teacher's stream, or that stream with the student's attention output"),
     )  # then attention and MLP do not depend on each other
-    loss: LossConfig = Field(default=LossConfig(), description="what is compared, with which weight")
+    loss: LossConfig = Field(default=LossConfig(), description="the losses and their weights")
     train_only: list[str] | None = Field(
         default=None,
-        description="parameters that are trained, by parts of their paths: [attention], [mlp/down]; default: all that "
-        "a loss reaches",
+        description=(
+            "patterns for the paths of trained parameters: [attention], [mlp/down]; default: all that a loss reaches"
+        ),
     )
-    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="settings of AdamW")
     stages: list[StageConfig] | None = Field(
-        default=None, description="parts of the run, one after the other; default: one, as the run states it"
+        default=None,
+        description=("stages of the run, one after the other; default: one stage with the settings of the run"),
     )
     moe_balance_type: Literal["gshard", "noaux_tc"] | None = Field(
         default=None,
-        description="how experts are kept evenly loaded: gshard: by loss.load_balance; noaux_tc: by biases that move "
-        "with the load, without a loss; default: loss.load_balance if it has a weight, biases stay as they are",
+        description=(
+            "how experts are balanced: gshard: by loss.load_balance; noaux_tc: by biases that follow the "
+            "load, without a loss; default: loss.load_balance if it has a weight, with fixed biases"
+        ),
     )
     moe_update_rule: Literal["ema", "sign"] = Field(
         default="ema", description="noaux_tc: biases follow the smoothed load, or the sign of the step's (DeepSeek-V3)"
     )
-    moe_update_rate: float = Field(default=0.01, gt=0, description="noaux_tc: how fast biases move")
-    moe_update_momentum: float = Field(default=0.9, ge=0, lt=1, description="noaux_tc: of the smoothed load")
+    moe_update_rate: float = Field(default=0.01, gt=0, description="noaux_tc: update rate of the biases")
+    moe_update_momentum: float = Field(default=0.9, ge=0, lt=1, description=("noaux_tc: momentum of the smoothed load"))
     moe_bias_cap: float | None = Field(
         default=2.0, description="noaux_tc: the largest magnitude of a bias; null or at most 0: none"
     )
@@ -189,22 +206,28 @@ class TrainSpec(Config):
     batch_rows: Positive = Field(default=8, description="rows in the global batch")
     micro_batches: Positive = Field(
         default=1,
-        description="parts that a batch is computed in, one after the other; loads are balanced within each, unless "
-        "loss.load_balance.scope says otherwise",
+        description=(
+            "sequential micro-batches of a batch; loads are balanced within each, unless "
+            "loss.load_balance.scope says otherwise"
+        ),
     )  # for memory; all but load_balance has the whole batch's gradient
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the student's forward and backward; parameters stay float32"
+        default="float32", description="dtype of the student's forward and backward pass; parameters stay float32"
     )  # CPUs have no fast bfloat16
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto",
-        description="the student's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: the "
-        "first that can be used",
+        description=(
+            "the student's attention kernel: splash on TPUs, cudnn on GPUs in 16 bits, xla anywhere; auto: "
+            "the first that is supported"
+        ),
     )  # without scores in memory, where there is a kernel for it
     remat: Literal["none", "block", "dots"] = Field(
         default="block",
-        description="feature mode, what the backward pass computes again: nothing, whole blocks, or all but products",
+        description=(
+            "feature mode: what the backward pass recomputes: nothing, whole blocks, or everything but matrix products"
+        ),
     )  # the least memory
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of the shuffle and of projectors")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the shuffle and of the projectors")
 
 
 class TrainPaths(Config):
@@ -221,10 +244,10 @@ class TrainOptions(Config):
         default=100, description="steps between checkpoints"
     )  # minutes of work at most are lost
     keep_checkpoints: Positive = Field(
-        default=2, description="how many of the newest stay; so does the best"
+        default=2, description="number of newest checkpoints to keep, besides the best"
     )  # one may be half-written
     eval_every: int = Field(
-        default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end of a stage only"
+        default=0, ge=0, description="steps between evaluations on held-out rows; 0: only at the end of a stage"
     )  # an evaluation costs as much as many steps
     eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
     log_every: Positive = Field(default=1, description="steps between lines of metrics")
@@ -232,7 +255,7 @@ class TrainOptions(Config):
         default=True, description="measure the teacher's own perplexity on the held-out rows, once, before step 1"
     )  # costs loading it and one evaluation; the student's perplexity is judged by it
     prefetch_batches: Positive = Field(
-        default=2, description="batches read ahead of use"
+        default=2, description="batches to prefetch"
     )  # one being moved to the device, one being read
     partial: bool = Field(
         default=False, description="train on the committed shards of a cache that is still being built"
@@ -245,11 +268,17 @@ class TrainOptions(Config):
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
     coordinator: str | None = Field(
         default=None,
-        description="HOST:PORT of process 0, where a run has several; default: as Cloud TPU, GKE, Slurm or Open MPI "
-        "say; none: alone, whatever they say",
+        description=(
+            "HOST:PORT of process 0, if the run has several processes; default: from Cloud TPU, GKE, Slurm or"
+            " Open MPI; none: a single process, whatever they say"
+        ),
     )
-    num_processes: Positive | None = Field(default=None, description="processes of the run; default: likewise")
-    process_id: int | None = Field(default=None, ge=0, description="this process's number, from 0; default: likewise")
+    num_processes: Positive | None = Field(
+        default=None, description=("processes of the run; default: from the cluster")
+    )
+    process_id: int | None = Field(
+        default=None, ge=0, description=("this process's number, from 0; default: from the cluster")
+    )
     timeout_s: Positive = Field(
         default=60, description="heartbeat timeout; the run aborts when a process is silent for longer"
     )  # longer than the pauses of a busy host, shorter than anybody waits
@@ -284,7 +313,7 @@ class TrainConfig(TrainOptions, TrainSpec, TrainPaths):
     @model_validator(mode="after")
     def _has_rows(self) -> Self:
         if not (self.cache or (self.source == "online" and self.online.rows)):
-            raise ValueError("give cache; with source: online, online.rows will do")
+            raise ValueError("set cache; with source: online, online.rows is enough")
         return self
 
     @model_validator(mode="before")

@@ -16,7 +16,7 @@ from distillcache.schemas.store.store import Store
 ModelType = TypeVar("ModelType", bound=BaseModel)
 Value = TypeVar("Value")
 
-AGAIN = "copy it again from where it came, or write it again"
+AGAIN = "copy it again from its source, or write it again"
 
 
 def to_canonical(model: BaseModel) -> bytes:
@@ -108,7 +108,7 @@ def from_plain(kind: TypeAdapter[Value], data: bytes, where: str, step: str) -> 
         cause: Exception = error
     except (ValueError, RecursionError) as error:
         found, cause = {"found": f"{len(data)} bytes that are not JSON", "cause": error}, error
-    raise DamageError("a JSON file does not hold what it should", {"object": where, **found}, step) from cause
+    raise DamageError("a JSON file does not have the expected content", {"object": where, **found}, step) from cause
 
 
 def _with_digest(body: bytes) -> bytes:

@@ -157,7 +157,7 @@ class SavedArrays:
         for array, boxes in self._boxes.items():
             shape = self._infos[array].shape if array in self._infos else ()
             if not all(_is_inside(saved, shape) for saved in boxes):
-                raise _damage(store.where(folder), f"boxes of {array} that are not inside of it")
+                raise _damage(store.where(folder), f"boxes of {array} that are not inside it")
 
     def names(self, item: str) -> list[str]:
         """The names of the item's arrays, without the item."""
@@ -272,5 +272,5 @@ def _damage(where: str, found: str) -> DamageError:
     return DamageError(
         "a checkpoint is damaged",
         {"object": where, "found": found},
-        "delete the checkpoint's folder: the run goes on from the one before it",
+        "delete the checkpoint's folder: the run resumes from the one before it",
     )

@@ -57,7 +57,7 @@ def decode_record(plan: Plan, data: bytes, where: str, shard: int) -> np.ndarray
     dtype = record_dtype(plan)
     if len(data) != dtype.itemsize or xxhash.xxh3_64_intdigest(data[:-8]) != int.from_bytes(data[-8:], "little"):
         raise DamageError(
-            "a record of the cache's index is damaged" if data else "the index of a segment is missing or cut short",
+            "a record of the cache's index is damaged" if data else "the index of a segment is missing or truncated",
             {"file": where, "shard": shard},
             MEND_NEXT,
         )

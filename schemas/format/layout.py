@@ -113,7 +113,7 @@ def choose_slots_per_object(slot_bytes: int, slots: int, object_mib: int, array:
     """
     if slot_bytes > MAX_PUT_BYTES:
         raise ConfigError(
-            "an object would be larger than a store takes in one write",
+            "an object would be larger than a store accepts in one write",
             {"array": array, "one block of one shard": f"{slot_bytes} bytes", "limit": f"{MAX_PUT_BYTES} bytes"},
             "lower shard_rows or shard_mib",
         )

@@ -170,13 +170,13 @@ def unpack_rows(data: bytes, count: int | None = None, where: str = "a file of r
             raise DamageError(
                 "a file of rows is damaged",
                 {"object": where, "length": f"{len(data)} bytes", "cause": str(error).split(";")[0]},
-                "copy it again from where it came, or write it again",
+                "copy it again from its source, or write it again",
             ) from error
     if count is not None and len(records) != count:
         raise DamageError(
-            "a file of rows holds another number of rows",
+            "a file of rows has the wrong number of rows",
             {"object": where, "found": len(records), "expected": count},
-            "copy it again from where it came, or write it again",
+            "copy it again from its source, or write it again",
         )
     return records
 
@@ -193,7 +193,7 @@ def _scratch_file() -> Iterator[IO[bytes]]:
 
 def _scratch_failure(cause: str) -> StorageError:
     return StorageError(
-        "a file of rows cannot pass through the temporary folder",
+        "a file of rows cannot be copied to the temporary folder",
         {"folder": tempfile.gettempdir(), "cause": cause},
         "free some space there, or set TMPDIR to another folder",
     )
@@ -316,7 +316,7 @@ class RowReader:
             raise DamageError(
                 "a file of rows is not what was committed",
                 {"object": where, "found": found, "expected": expected},
-                "copy it again from where it came, or prepare the rows again in another folder",
+                "copy it again from its source, or prepare the rows again in another folder",
             )
         return unpack_rows(data, entry.rows, where)
 
@@ -325,5 +325,5 @@ def _not_a_record(where: str, found: str, expected: str) -> DamageError:
     return DamageError(
         "the bytes of a row are damaged",
         {"row": where, "found": found, "expected": expected},
-        "copy its file again from where it came, or write it again",
+        "copy its file again from its source, or write it again",
     )

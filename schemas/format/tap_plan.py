@@ -81,7 +81,7 @@ def topk_plan(config: TopKConfig, hidden: int, vocab: int, token_ids: int | None
     if config.k > ids:
         padding = f", {vocab - ids} rows of padding left out" if ids < vocab else ""
         raise ConfigError(
-            "a token has fewer logits than are to be recorded",
+            "a token has fewer logits than should be recorded",
             {"taps.topk_logits.k": config.k, "the teacher's vocabulary": f"{ids} ids{padding}"},
             f"lower taps.topk_logits.k to {ids} or less",
         )

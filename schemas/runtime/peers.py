@@ -173,7 +173,7 @@ def join_peers(
     if not has_peers(coordinator):
         if coordinator is None and (num_processes or 1) > 1:
             raise ConfigError(
-                "several processes need a place to meet",
+                "several processes need an address to meet",
                 {"num_processes": num_processes, "coordinator": "not given"},
                 "give --coordinator HOST:PORT, the same for all: the address of process 0",
             )
@@ -207,7 +207,7 @@ def _check_numbers(coordinator: str | None, num_processes: int | None, process_i
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if coordinator is not None and None in (num_processes, process_id) and not in_cluster():
         raise ConfigError(
-            "processes that work together need numbers",
+            "processes that work together need their count and numbers",
             {name: "not given" if value is None else value for name, value in given.items()},
             "give --num-processes, the same for all, and --process-id, from 0, another for each",
         )
@@ -303,9 +303,9 @@ def _say_why(error: BaseException, watch: _Watch, timeout_s: int) -> None:
         while time.monotonic() < deadline:
             time.sleep(POLL_S)
         raise PeerError(
-            "the connection to another process of the run broke off",
+            "the connection to another process of the run was lost",
             {"process": f"{jax.process_index()} of {jax.process_count()}", "cause": str(error).split("\n")[0][:200]},
-            "look at the other processes' own messages, then start all of them again",
+            "read the other processes' own messages, then start all of them again",
         ) from error
     watch.ours.set()
     what = str(error) if isinstance(error, DistillcacheError) else f"error: {type(error).__name__}: {error}"
@@ -332,7 +332,7 @@ def _peer_error(said: str) -> PeerError:
     error = PeerError(
         f"process {number}, on {host}, has ended: {first.removeprefix('error: ')}",
         {"there": " ".join(" ".join(rest).split())} if rest else {},
-        "mend what it names, then start all processes again: they go on where they were",
+        "fix what it names, then start all processes again: they resume where they stopped",
     )
     if int(code) == DivergedError.exit_code:  # all processes of a run that diverged end alike
         error.exit_code = DivergedError.exit_code

@@ -118,14 +118,14 @@ def _death(number: int, told: dict[str, Any], hidden: Sequence[bytes]) -> PeerEr
         return PeerError(
             f"this process was killed by {signal.Signals(number).name}",
             {"process": this},
-            "see whether its memory was full, then start all processes again: they go on where they were",
+            "check whether its memory was full, then start all processes again: they resume where they stopped",
         )
     dead = _missing(hidden, me, hosts)
     named = ", ".join(f"{at} on {hosts[at]}" for at in dead) or "one that does not answer"
     return PeerError(
         f"a process that works with this one is gone: {named}",
         {"this process": this, "runtime": _cause(hidden)},
-        "look at its own messages, then start all processes again: they go on where they were",
+        "read its own messages, then start all processes again: they resume where they stopped",
     )
 
 

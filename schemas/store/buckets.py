@@ -36,7 +36,7 @@ def check_scheme(url: str) -> None:
         raise StorageError(
             "the store cannot be opened",
             {"url": url, "expected": "a path, file://, gs:// or s3://"},
-            "download what lies there, or copy it to a bucket, and name that place",
+            "download its content, or copy it to a bucket, and name that path",
         )
 
 

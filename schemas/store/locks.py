@@ -19,6 +19,6 @@ def try_lock(descriptor: int, path: object) -> bool:
         raise StorageError(
             "the file system cannot lock a file",
             {"file": path, "cause": error.strerror or error},
-            "mount it with locks (NFS: lockd running, no `nolock`), or name a place on another disk or in a bucket",
+            "mount it with locks (NFS: lockd running, no `nolock`), or name a path on another disk or in a bucket",
         ) from error
     return True

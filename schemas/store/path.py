@@ -126,6 +126,6 @@ def local_path(path: str, flag: str) -> Path:
     where = locate(path)
     if isinstance(where, ObjectPath):
         raise ConfigError(
-            "this can only be on a local disk", {flag: path}, "name a local path, and copy what it holds afterwards"
+            "this path must be on a local disk", {flag: path}, "name a local path, and copy its content afterwards"
         )
     return where

@@ -82,7 +82,7 @@ class Store:
         self.local = _local_path(self.url)
         if self.local is not None and self.local.exists() and not self.local.is_dir():
             raise StorageError(
-                "a directory is needed where there is a file", {"path": self.local}, "name another directory"
+                "a directory is needed, but there is a file", {"path": self.local}, "name another directory"
             )
         if self.local is None:
             buckets.check_scheme(self.url)
@@ -384,7 +384,7 @@ class Store:
                 raise StorageError(
                     "a name or a link leads out of its folder",
                     {"object": path, "leads to": found, "folder": self.url},
-                    "remove the link: nothing of its target was touched",
+                    "remove the link; its target was not touched",
                 )
 
     def _check_length(self, key: str, length: int) -> None:
@@ -394,7 +394,7 @@ class Store:
         """
         if not self.is_bucket and not self.length_is(key, length):
             raise StorageError(
-                "the store holds another length than was written",
+                "the store has another length than was written",
                 {"object": self.where(key), "written": f"{length} bytes"},
                 "run the same command again",
             )
@@ -427,9 +427,7 @@ class Store:
             advice = "free some space, then run the same command again: what is committed stays"
         elif advice is None and ("Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text):
             advice = "make the place writable, or name another one"
-        return StorageError(
-            what, {**facts, "cause": text}, advice or "check the place, then run the same command again"
-        )
+        return StorageError(what, {**facts, "cause": text}, advice or "check the path, then run the same command again")
 
 
 def _always() -> None:

@@ -17,7 +17,7 @@ def refuse_secret(text: str, where: str) -> None:
     """
     if has_secret(text):
         raise ConfigError(
-            "a URL carries credentials, which would be stored and printed", {where: redacted(text)}, BELONGS
+            "a URL contains credentials, which would be stored and printed", {where: redacted(text)}, BELONGS
         )
 
 

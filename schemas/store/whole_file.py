@@ -73,7 +73,7 @@ def refusals(path: Path, what: str = "the file cannot be written") -> Iterator[N
         raise StorageError(
             what,
             {"file": path, "cause": error.strerror or error},
-            "make room there, make it writable, or name another place; what was there before is unchanged",
+            "make room there, make it writable, or name another path; what was there before is unchanged",
         ) from error
 
 

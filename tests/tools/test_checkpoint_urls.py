@@ -51,4 +51,4 @@ def test_build_train_export(gcs: Bucket, teacher: Path, corpus: Path, tmp_path: 
 
 def test_a_demo_in_a_bucket_is_refused(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["demo", "--out", "gs://bucket/demo"]) == 2
-    assert "only be on a local disk" in capsys.readouterr().err
+    assert "must be on a local disk" in capsys.readouterr().err

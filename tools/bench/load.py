@@ -141,7 +141,7 @@ def load_share(path: Path, axis: str, processes: int, loads: int) -> dict[str, f
         raise DistillcacheError(
             "a process of the bench failed",
             {"process": failed, "said": said[failed][1][-500:]},
-            "see that there is memory for a share and a process of JAX for each other one",
+            "check that there is memory for one share, and for one JAX process each for the others",
         )
     return json.loads(said[loads][0].splitlines()[-1])
 

@@ -34,7 +34,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     moe = student.decoder.config.moe
     if config.format == "hf" and moe is not None and moe.bias and not moe.native_bias:
         print(
-            f"warning: {student.decoder.config.family} has no place for router biases: they are in {ROUTER_BIAS_FILE}, "
+            f"warning: {student.decoder.config.family} cannot store router biases: they are in {ROUTER_BIAS_FILE}, "
             "which other readers ignore; eval/student_perplexity_without_bias says what they will see",
             file=sys.stderr,
         )

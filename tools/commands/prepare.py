@@ -36,7 +36,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if name != "out")
         print(f"rows in {config.out}: {text}", file=sys.stderr)
         if index.skipped:
-            print(f"what was skipped: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
+            print(f"skipped records: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
     for said in [*([no_targets_note(without)] if without else []), *([too_long] if too_long else [])]:
         print(f"warning: {said}", file=sys.stderr)
 
@@ -65,7 +65,5 @@ def _with_beam(config: PrepareConfig, options: Sequence[str]) -> RowsIndex:
     try:
         from distillcache.cache_builder.text.beam import prepare_with_beam
     except ImportError as error:
-        raise InputError(
-            "a library is missing that runs pipelines", {"cause": error}, install_advice("beam")
-        ) from error
+        raise InputError("a library for pipelines is missing", {"cause": error}, install_advice("beam")) from error
     return prepare_with_beam(config, options)

@@ -57,9 +57,11 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
 def _start(out: Path) -> None:
     """Make the folder; empty it if it holds a finished demo; refuse it if it holds something else."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARKER).exists())):
-        raise ConfigError("the demo's folder holds something else", {"folder": out}, "name another one: --out FOLDER")
+        raise ConfigError(
+            "the demo's folder contains something else", {"folder": out}, "name another one: --out FOLDER"
+        )
     if (out / "run" / "report.json").exists():
-        print(f"{out} holds a finished demo: starting afresh", file=sys.stderr)
+        print(f"{out} contains a finished demo: starting again", file=sys.stderr)
         for folder in FOLDERS:
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / MARKER).unlink()
@@ -122,7 +124,7 @@ def _other_flags_explained(out: Path) -> Iterator[None]:
         raise PlanMismatchError(
             "the demo's folder holds an unfinished demo with other flags",
             {"folder": out, **error.facts},
-            "use the flags that it was begun with, or another folder: --out FOLDER",
+            "use its flags, or another folder: --out FOLDER",
         ) from error
 
 

@@ -27,7 +27,7 @@ def _config(run: str) -> dict[str, Any]:
     store = Store(run)
     config = shown_config(store)[1]
     if not config:
-        raise InputError("the run has lost its config", {"file": store.where(RESOLVED)}, "name another run")
+        raise InputError("the run's config is missing", {"file": store.where(RESOLVED)}, "name another run")
     return flattened(config)
 
 

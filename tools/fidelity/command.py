@@ -69,7 +69,9 @@ def check_fidelity(rows: StoredRows, teacher: str | None, count: int, seed: int)
     numbers = rows.sample(count, seed)
     if not numbers:
         raise InputError(
-            "no row of the cache is committed yet", {"cache": rows.store.url}, "ask again when the build has begun"
+            "no row of the cache is committed yet",
+            {"cache": rows.store.url},
+            "try again when the first shards are committed",
         )
     misfit = _misfit(path, plan)
     if misfit is not None:

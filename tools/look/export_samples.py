@@ -84,7 +84,7 @@ def _slots(rows: StoredRows, number: int, name: str, blocks: Sequence[int] | Non
     wanted = sorted(slots_of(name, blocks)) if blocks is not None else stored
     if not stored or not set(wanted) <= set(stored):
         facts = {"cache": rows.store.url, "tap": name, "wanted": wanted, "stored": stored}
-        raise InputError("the cache does not hold this tap or these blocks", facts, "choose others")
+        raise InputError("the cache lacks this tap or these blocks", facts, "choose others")
     return wanted
 
 

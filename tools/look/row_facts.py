@@ -85,7 +85,7 @@ def read_row(rows: StoredRows, number: int, block: int | None = None) -> RowFact
     if block is not None and not found and not damaged:
         recorded = sorted({slot for stored in rows.taps(number) for slot in stored.tap.slots})
         raise InputError(
-            "the cache does not hold this block",
+            "the cache lacks this block",
             {"cache": rows.store.url, "block": block, "slots": numbers_in_runs(recorded)},
             "choose one of these",
         )

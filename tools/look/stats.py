@@ -160,7 +160,7 @@ def measure(
     wanted = [name for name in names if name != TOPK_LOGITS] if taps is None else list(taps)
     if not set(wanted) <= set(names):
         raise InputError(
-            "the cache does not hold these numbers",
+            "the cache lacks statistics for these taps",
             {"cache": rows.store.url, "wanted": wanted, "found": names},
             "choose recorded taps",
         )
@@ -169,7 +169,7 @@ def measure(
         raise next(iter(damaged.values()))
     whole = [number for number in numbers if number not in damaged]
     if not found:
-        raise InputError("the cache does not hold these blocks", {"cache": rows.store.url, "wanted": slots})
+        raise InputError("the cache lacks these blocks", {"cache": rows.store.url, "wanted": slots})
     order = {name: place for place, name in enumerate(wanted)}
     in_order = dict(sorted(found.items(), key=lambda pair: (order[pair[0][0]], pair[0][1])))
     return whole, in_order, list(_told(damaged))

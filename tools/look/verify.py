@@ -124,7 +124,7 @@ def _verdict(found: dict[str, Any]) -> str:
         hit = f"none of the {rows['of']:,} rows can be read before that is mended"
     elif not rows["affected"] and any(key.endswith("/plan.json") for key in lost):
         hit = "nothing of its segment can be read before the plan is mended"
-    return f"[red]Something is wrong: {words}; {hit}.[/]"
+    return f"[red]Problems found: {words}; {hit}.[/]"
 
 
 def _next_steps(found: dict[str, Any]) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _next_steps(found: dict[str, Any]) -> Iterator[str]:
         yield "ask again: the store failed to give what is unreadable; if it goes on, disk or bucket are at fault"
     if kinds - {"foreign", "unreadable"}:
         yield (
-            f"make what is damaged again: distillcache build --repair --cache {found['cache']} "
+            f"recompute what is damaged: distillcache build --repair --cache {found['cache']} "
             "(a copy: distillcache copy SRC DST --repair)"
         )
     if "foreign" in kinds:

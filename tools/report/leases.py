@@ -21,8 +21,8 @@ def workers(segment: Segment) -> str:
         if lease is not None:
             units.setdefault((lease.host, lease.pid), []).append(unit)
     rows = [(host, str(pid), _listed(leased)) for (host, pid), leased in sorted(units.items())]
-    return table("Who is at work", ("host", "process", "on work units"), rows) or paragraph(
-        "Nobody is at work on it now."
+    return table("Active processes", ("host", "process", "on work units"), rows) or paragraph(
+        "No process is working on it now."
     )
 
 

@@ -132,7 +132,7 @@ def planned_steps(config: Mapping[str, Any]) -> int:
     steps: list[Any] = [stage.get("steps", 0) if isinstance(stage, Mapping) else None for stage in stages]
     if not all(isinstance(each, int) for each in steps):
         facts = {"file": RESOLVED, "found": f"steps {steps}"}
-        raise DamageError("the config of a run has no numbers of steps", facts, "copy it again from where it came")
+        raise DamageError("the config of a run has no numbers of steps", facts, "copy it again from its source")
     return sum(steps)
 
 

@@ -41,7 +41,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         url = address_of(ear, config.host)
         if config.expose:
             print(
-                f"warning: everything in {config.target} can be read by whoever reaches {url}: there is no password",
+                f"warning: everyone who can reach {url} can read everything in {config.target}: there is no password",
                 file=sys.stderr,
             )
         _serve(config, kind, ear, url, as_json)
@@ -90,7 +90,7 @@ def check_host(config: ServeConfig) -> None:
         raise ConfigError(
             "other machines could read everything at this address",
             {"host": config.host},
-            "leave --host out (and use `ssh -L` from afar), or allow it with --expose",
+            "leave --host out (and use `ssh -L` from other machines), or allow it with --expose",
         )
 
 
@@ -122,9 +122,9 @@ def listening(host: str, port: int) -> socket.socket:
         ear.close()
         taken = error.errno == errno.EADDRINUSE
         raise ConfigError(
-            "another program uses this port" if taken else "this address cannot be listened at",
+            "another program uses this port" if taken else "the server cannot listen at this address",
             {"host": host, "port": port, "cause": error.strerror or error},
-            "choose another with --port; --port 0 takes any that is free",
+            "choose another with --port; --port 0 takes any free port",
         ) from error
     return ear
 

@@ -46,12 +46,12 @@ def slot_reads(tap: TapPlan, codec: Codec, slots: Sequence[int], url: str) -> Sl
     """Return the reads that these slots (as the plan numbers them) need.
 
     Raises:
-        InputError: the cache does not hold one of them.
+        InputError: the cache lacks one of them.
     """
     missing = sorted(set(slots) - set(tap.slots))
     if missing:
         raise InputError(
-            "the cache does not hold these slots of a tap",
+            "the cache lacks these slots of a tap",
             {"cache": url, "tap": tap.name, "missing": missing},
             "choose other blocks, or build a cache that has them",
         )

@@ -105,7 +105,7 @@ class Source(ABC):
         for name, first in found[0].items():
             if any(reads[name].at != first.at for reads in found):
                 raise InputError(
-                    "the segments of a cache hold a delta-coded tap's slots at different places",
+                    "the segments of a cache store the slots of a delta-coded tap at different indices",
                     {"cache": self.url, "tap": name},
                     "read a copy: distillcache copy joins the segments",
                 )
@@ -211,7 +211,7 @@ class Source(ABC):
         found = self._groups[0].base.side().get("attention_norm")
         if found is None:
             raise InputError(
-                "the teacher norms what its attention adds, not what it is given: it has no normed input to inject",
+                "the teacher norms the output of its attention, not the input: there is no normed input to inject",
                 {"cache": self.url, "family": self.plan.teacher.family, "inject": "attn_in"},
                 "leave inject at resid: that is the input of this teacher's attention",
             )
@@ -270,7 +270,7 @@ def _chosen_blocks(recorded: tuple[int, ...], wanted: Sequence[int] | None, url:
     missing = sorted(set(wanted) - set(recorded))
     if missing or not wanted:
         raise InputError(
-            "the cache does not hold these blocks" if missing else "no block is asked for",
+            "the cache lacks these blocks" if missing else "no block is requested",
             {"cache": url, "missing": missing, "recorded": list(recorded)},
             "choose recorded blocks, or build a cache that has them",
         )

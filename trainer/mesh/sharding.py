@@ -24,7 +24,7 @@ def check_rows(config: MeshConfig, rows: int, name: str) -> None:
     parts = config.data * config.fsdp
     if rows % parts:
         raise ConfigError(
-            "the rows of a batch cannot be dealt out evenly",
+            "the rows of a batch cannot be distributed evenly",
             {name: rows, "mesh.data * mesh.fsdp": parts},
             f"make {name} a multiple of {parts}",
         )

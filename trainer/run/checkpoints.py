@@ -123,7 +123,7 @@ class Checkpoints:
             raise StorageError(
                 f"a checkpoint cannot be written: {error.what}",
                 error.facts,
-                f"{error.next}; the run goes on from the last whole checkpoint",
+                f"{error.next}; the run resumes from the last complete checkpoint",
             ) from error
 
     def _parts(self, folder: str) -> tuple[str, ...]:
@@ -140,9 +140,9 @@ class Checkpoints:
                 return tuple(found[number] for number in range(self._peers.count))
             if time.monotonic() > deadline:
                 raise StorageError(
-                    "processes do not write their parts of it",
+                    "processes have not written their part of a checkpoint",
                     {"checkpoint": self._store.where(folder), "missing": missing, "waited": f"{self._timeout_s:.0f} s"},
-                    "see that every process reaches the same --run: a shared disk or a bucket",
+                    "check that every process reaches the same --run: a shared disk or a bucket",
                 )
             time.sleep(POLL_S)
 

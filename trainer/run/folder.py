@@ -76,9 +76,9 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
     differences = told(differing(then, identity))
     if differences:
         raise PlanMismatchError(
-            "the run's folder holds the run of another config or cache",
+            "the run's folder contains the run of another config or cache",
             {"run": store.url, **differences},
-            "use the config that it was begun with, or another --run",
+            "use the config of that run, or another --run",
         )
     store.write(RESOLVED, command_line.dump_yaml(config).encode())
 
@@ -88,7 +88,7 @@ def refuse_foreign_folder(store: Store) -> None:
     begun = store.read(IDENTITY) is not None and has_student(store)
     if not begun and any(not _is_leftover(key) for key in store.keys("")):
         raise InputError(
-            "the run's folder holds something else", {"run": store.url}, "name a new or an empty folder with --run"
+            "the run's folder contains something else", {"run": store.url}, "name a new or empty folder with --run"
         )
 
 
@@ -132,7 +132,7 @@ def _opened_lock(folder: Path) -> TextIO:
         raise StorageError(
             "the run's folder cannot be written",
             {"run": str(folder), "cause": error.strerror or str(error)},
-            "make the place writable, or name another one with --run",
+            "make the folder writable, or name another one with --run",
         ) from None
 
 

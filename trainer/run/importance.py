@@ -54,7 +54,7 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
         open_source: the training rows with some taps.
 
     Raises:
-        ConfigError: the cache does not hold what is needed.
+        ConfigError: the cache lacks what is needed.
     """
     source = open_source((), None, False)
     missing = {"resid", "attn_out"} - {tap.name for segment in source.segments() for tap in segment.plan.taps}
@@ -118,7 +118,7 @@ def _raise_if_not_finite(scores: Scores, url: str) -> None:
         for letter, value in found.items():
             if not np.isfinite(value).all():
                 raise NonFiniteError(
-                    "the importance of the teacher's parts is not finite",
+                    "the importance of the teacher's heads, neurons or experts is not finite",
                     {
                         "cache": url,
                         "block": block,
@@ -129,7 +129,7 @@ def _raise_if_not_finite(scores: Scores, url: str) -> None:
                 )
     if not np.isfinite(scores.stream).all():
         raise NonFiniteError(
-            "the importance of the stream's numbers is not finite",
+            "the importance of the stream's dimensions is not finite",
             {"cache": url, "axis": "D", "found": f"{np.sum(~np.isfinite(scores.stream))} of {scores.stream.size}"},
             "check the teacher's weights, or choose by: weight_norm",
         )

@@ -130,7 +130,7 @@ class MetricsLog:
             raise StorageError(
                 "the run's metrics cannot be written",
                 {"run": self._store.url, "cause": error.strerror or error},
-                "make room, then start the same command again: it goes on from its last checkpoint",
+                "make room, then start the same command again: it resumes from its last checkpoint",
             ) from error
         except DistillcacheError:
             self._failed = True
@@ -299,9 +299,9 @@ def _lines(data: bytes, where: str, name: str) -> list[dict[str, Any]]:
             kind.model_validate(value)
         except (ValueError, RecursionError) as error:
             raise DamageError(
-                "a line of a run's metrics is not what a run writes",
+                "a line of a run's metrics is damaged",
                 {"file": where, "line": number, "found": _shortened(line)},
-                f"delete line {number}, or write it as it was: nothing but that step's figures is lost with it",
+                f"delete line {number}, or restore it: only that step's figures are lost",
             ) from error
         found.append(value)
     return found

@@ -40,7 +40,7 @@ class Trace:
             raise StorageError(
                 "the trace of the profiler cannot be written",
                 {"run": self._store.where(TRACES), "cause": str(error).split("\n")[0][:200]},
-                "make room, or leave out --profile; the same command goes on from the last checkpoint",
+                "make room, or leave out --profile; the same command resumes from the last checkpoint",
             ) from error
 
     def __enter__(self) -> "Trace":

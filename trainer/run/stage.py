@@ -285,9 +285,9 @@ class StageRun:
         }
         if asking := [name for name, asks in needed.items() if asks]:
             raise ConfigError(
-                "the cache holds no residual stream, and this needs it",
+                "the cache has no residual stream, which this needs",
                 {"cache": source.url, "needed for": ", ".join(asking)},
-                "add it: distillcache build --extend with taps.resid, or leave these options as they are by default",
+                "add it: distillcache build --extend with taps.resid, or leave these options at their defaults",
             )
 
     def _taps(self) -> tuple[str, ...]:
@@ -424,7 +424,7 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
     """The student blocks that are trained, with their weights in the feature loss.
 
     Raises:
-        ConfigError: blocks that the student has not, or that the cache does not hold; weights that do not fit.
+        ConfigError: blocks that the student has not, or that the cache lacks; weights that do not fit.
     """
     loss, there = stage.loss.feature, set(source.blocks)
     uses = stage.mode == "blockwise" or stage.compares_attention
@@ -440,7 +440,7 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
         )
     if missing := sorted(set(blocks) - set(whole)):
         raise ConfigError(
-            "the cache does not hold what these blocks are compared with",
+            "the cache lacks the taps with which these blocks are compared",
             {"cache": source.url, "loss.feature.blocks": missing, "found": whole},
             "choose other blocks, or add them: distillcache build --extend",
         )
@@ -455,7 +455,7 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
         raise ConfigError(
             "loss.feature.block_weights does not fit",
             {"found": given, "expected": f"{len(blocks)} numbers, none below 0, one for each of blocks {blocks}"},
-            "leave it out to weigh all blocks alike",
+            "leave it out to weigh all blocks equally",
         )
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
 

@@ -140,7 +140,7 @@ def _check_stage(stage: Stage, mesh: MeshConfig) -> None:
     for name, term in (("feature", loss.feature), ("mlp", loss.mlp)):
         if may_count(term.weight) and not (term.relative_l2 or term.cosine or term.l2):
             raise ConfigError(
-                "a loss has a weight and compares nothing",
+                "a loss has a weight but compares nothing",
                 {"stage": where, f"loss.{name}": term.model_dump()},
                 "give one of relative_l2, cosine and l2 a value above zero",
             )

@@ -194,7 +194,9 @@ def kept_stream(run: Store) -> list[int]:
     kept = next((op.kept for op in found if op.op == "hidden_size"), None)
     if kept is None:
         raise CheckpointError(
-            "the run has lost its record of surgery", {"missing": run.where(SURGERY)}, "copy it again, or begin anew"
+            "the run's record of surgery is missing",
+            {"missing": run.where(SURGERY)},
+            "copy it again, or start a new run",
         )
     return kept
 

@@ -167,7 +167,7 @@ def make_balancing(
         )
     if balances and loss.load_balance.scope == "model" and mode == "blockwise":
         raise ConfigError(
-            "blocks are trained apart from each other, so their load cannot be balanced together",
+            "blocks are trained independently, so their load cannot be balanced together",
             {"stage": stage, "loss.load_balance.scope": "model"},
             "use scope layer, sequence or global_batch, or mode: feature",
         )
@@ -210,7 +210,7 @@ def _bias_groups(mesh: MeshConfig, size: int, sync_group: str) -> int:
     world = mesh.data * mesh.fsdp * mesh.expert
     if world % size:
         raise ConfigError(
-            "the devices cannot be cut into expert-parallel groups of this size",
+            "the devices cannot be divided into expert-parallel groups of this size",
             {"expert_parallel_size": size, "mesh.data * mesh.fsdp * mesh.expert": world},
             "choose a divisor",
         )

@@ -84,7 +84,7 @@ def _of_record(record: bytes, text_field: str, where: str) -> Iterator[Document 
     tokens = _numbers(features, name, where)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= 2**31):
         raise RecordError(
-            "a record's tokens are no token ids",
+            "a record's tokens are not token ids",
             {"record": where, "feature": name, "found": f"{tokens.min()} to {tokens.max()}"},
             "set data.text_field to the feature's name",
         )

@@ -110,7 +110,7 @@ class GgufValues:
         return CheckpointError(
             "the GGUF file has a value that cannot be used",
             {"file": self.file, "key": self.key(key), "found": str(value)[:120], "expected": expected},
-            "use a file whose blocks are all of one size, or the model's HF directory",
+            "use a file whose blocks all have one size, or the model's HF directory",
         )
 
     def key(self, key: str) -> str:
@@ -207,7 +207,7 @@ def _head_dim(values: GgufValues, default: int) -> int:
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.get(key, size) != size:
             raise CheckpointError(
-                "the GGUF file has heads that are not rotated whole, or whose keys and values differ in width",
+                "the GGUF file has partially rotated heads, or keys and values of different width",
                 {"file": values.file, "head width": size, values.key(key): values.get(key)},
                 "use another file",
             )

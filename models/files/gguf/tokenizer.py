@@ -114,7 +114,7 @@ def _byte_level(reader: gguf.GGUFReader, tokens: list[str], file: Location) -> T
     pre = metadata(reader, "tokenizer.ggml.pre")
     if pre not in KNOWN_PRE:
         raise InputError(
-            "the GGUF file's way of cutting text before tokenising is not known",
+            "the GGUF file's pre-tokenizer is not known",
             {"file": file, "tokenizer.ggml.pre": pre, "known": ", ".join(KNOWN_PRE)},
             "set data.tokenizer to the model's tokenizer.json",
         )

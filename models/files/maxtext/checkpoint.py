@@ -39,10 +39,11 @@ class MaxtextNotes(Config):
 
     checkpoint: str | None = Field(default=None, description="the Orbax checkpoint; default: this folder, or its items")
     queries: Literal["auto", "scaled", "plain"] = Field(
-        default="auto", description="scaled: multiplied by 1/sqrt(head width); auto: as MaxText has this family"
+        default="auto",
+        description=("scaled: multiplied by 1/sqrt(head width); auto: MaxText's convention for this family"),
     )
     rotary: Literal["auto", "halves", "neighbours"] = Field(
-        default="auto", description="which numbers of a head rotate together; auto: neighbours where RoPE is llama3's"
+        default="auto", description=("which dimensions of a head rotate together; auto: neighbours if RoPE is llama3's")
     )
 
 
@@ -89,7 +90,7 @@ def _checkpoint_in(named: Location, folder: Location) -> Location:
         if is_orbax(place):
             return place
     raise CheckpointError(
-        "there is no Orbax checkpoint where one is named",
+        "there is no Orbax checkpoint at the named path",
         {"folder": folder, "named": named, "expected": f"a folder with {METADATA}, or with {ITEMS[0]}/{METADATA}"},
         f"name MaxText's <run>/checkpoints/<step>/items in {NOTES}",
     )

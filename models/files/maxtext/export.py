@@ -79,7 +79,7 @@ def maxtext_tree(decoder: Decoder) -> dict[str, Any]:
             stacks[_array_name(slot)].append(slice_on_host(parameters[slot.path].get_value(), slot.index))
     if unknown := ["/".join(map(str, path)) for path in parameters if path not in known]:
         raise CheckpointError(
-            "MaxText has no place for some of the parameters",
+            "MaxText has no equivalent of some parameters",
             {"family": decoder.config.family, "parameters": ", ".join(unknown[:8])},
             "export an HF directory",
         )

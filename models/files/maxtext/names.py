@@ -55,7 +55,7 @@ def maxtext_layout(config: ModelConfig) -> Layout:
     """
     if config.family not in FAMILIES:
         raise CheckpointError(
-            "how MaxText stores this family is not known here",
+            "MaxText's layout of this family is not supported",
             {"family": config.family, "known": ", ".join(sorted(FAMILIES))},
             "convert the checkpoint with MaxText's own to_huggingface.py, and name the HF directory",
         )

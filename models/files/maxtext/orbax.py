@@ -111,7 +111,7 @@ def _read_metadata(place: Location) -> dict[str, Any]:
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            "this is no Orbax checkpoint of a tree of arrays",
+            "this is not an Orbax checkpoint of a tree of arrays",
             {"folder": place, "file": METADATA, "found": f"{type(error).__name__}: {error}"},
             f"name the folder that holds {METADATA}: MaxText's <run>/checkpoints/<step>/items",
         ) from error

@@ -173,11 +173,11 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path, cache: Path, lossless:
         copy(tmp_path / "nothing", tmp_path / "c")
     with pytest.raises(ConfigError, match="onto itself"):
         copy(cache, cache)
-    with pytest.raises(InputError, match="does not hold these rows"):
+    with pytest.raises(InputError, match="lacks these rows"):
         copy(cache, tmp_path / "c", rows="30:99")
-    with pytest.raises(InputError, match="does not hold these blocks"):
+    with pytest.raises(InputError, match="lacks these blocks"):
         copy(cache, tmp_path / "c", blocks=[7])
-    with pytest.raises(InputError, match="does not hold this tap"):
+    with pytest.raises(InputError, match="lacks this tap"):
         copy(cache, tmp_path / "c", taps={"mlp_out": {"codec": "bf16"}})
     assert not (tmp_path / "c").exists()
     copy(cache, tmp_path / "c")
@@ -259,7 +259,7 @@ def test_a_repair_takes_the_source_as_it_was(tmp_path: Path, cache: Path, lossle
     build_cache(build_config(source, teacher, more, data=data, extend=True))
     damage(tmp_path / "c/segments/0000/taps/resid/c/0/0/0/0")
     broken = everything(tmp_path / "c")
-    with pytest.raises(PlanMismatchError, match="not the cache that the copy was made from"):
+    with pytest.raises(PlanMismatchError, match="not the cache from which the copy was made"):
         copy(lossless, tmp_path / "c", repair=True)
     with pytest.raises(PlanMismatchError, match="other settings"):
         copy(source, tmp_path / "c", repair=True, taps={"resid": INT8})

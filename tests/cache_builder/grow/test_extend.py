@@ -305,7 +305,7 @@ def test_an_extension_that_is_being_built_is_not_deleted(abandoned: Path, teache
     lease = lease.model_copy(update={"pid": builder.pid, "started": started})
     Store(str(abandoned)).write(layout.lease_key(segment_names(Store(str(abandoned)), 1)[0], 3), to_canonical(lease))
     before = files(abandoned)
-    with pytest.raises(ConfigError, match="at work on the extension"):
+    with pytest.raises(ConfigError, match="working on the extension"):
         build_cache(build_config(abandoned, teacher, corpus, abandon=True))
     assert files(abandoned) == before
     builder.kill()

@@ -175,7 +175,7 @@ def test_a_text_that_has_changed_is_refused_where_it_is_needed(
     repair(config)
     damage(here / "c/segments/0000/rows/00000.array_record")
     before = contents(here / "c")
-    with pytest.raises(PlanMismatchError, match="text is not there now") as caught:
+    with pytest.raises(PlanMismatchError, match="text is missing") as caught:
         repair(config)
     assert "--data.path" in caught.value.next
     assert contents(here / "c") == before

@@ -113,8 +113,8 @@ def test_white_space_behind_a_turns_end_is_not_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "writes a chat otherwise"),
-        ("{{ messages[-1].content }}{% for m in messages %}{{ m.content }}{% endfor %}", "writes a chat otherwise"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "writes a chat differently"),
+        ("{{ messages[-1].content }}{% for m in messages %}{{ m.content }}{% endfor %}", "writes a chat differently"),
         ("{{ raise_exception('not these') }}", "not these"),
         ("{{ messages[7].content.upper() }}", "UndefinedError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
@@ -402,17 +402,17 @@ def test_messages_and_calls_may_be_json_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message", "field"),
     [
-        (answer(tool_calls=CALLS[0]), "no list of calls", None),
-        (answer(tool_calls="f"), "no list of calls", None),
-        (answer(tool_calls=[None]), "no list of calls", None),
-        (answer(tool_calls=[["f"]]), "no list of calls", None),
+        (answer(tool_calls=CALLS[0]), "not a list of calls", None),
+        (answer(tool_calls="f"), "not a list of calls", None),
+        (answer(tool_calls=[None]), "not a list of calls", None),
+        (answer(tool_calls=[["f"]]), "not a list of calls", None),
         (answer(tool_calls='[{"a": 1, "a": 2}]'), "twice", "messages[1].tool_calls: a"),
         ({"messages": HELLO, "tools": '[{"a": {"b": 1, "b": 2}}]'}, "twice", "tools: b"),
         (answer(tool_calls=[{"function": {"arguments": {"x": date(2025, 1, 1)}}}]), "neither text nor number", None),
         (answer(content=b"Ho"), "neither text nor number", "messages[1].content"),
-        (answer(content=[{"type": "text", "text": "Ho"}]), "contents that are no text", None),
-        (answer(content={"text": "Ho"}), "contents that are no text", None),
-        (answer(content=["Ho"]), "contents that are no text", None),
+        (answer(content=[{"type": "text", "text": "Ho"}]), "contents that are not text", None),
+        (answer(content={"text": "Ho"}), "contents that are not text", None),
+        (answer(content=["Ho"]), "contents that are not text", None),
         (answer(content=[{"type": "image_url", "image_url": {"url": "a"}}]), "more than text", None),
         (answer(content=[{"type": "input_audio", "text": "Ho"}]), "more than text", None),
         (answer(content=[{"image": "a", "text": None}]), "more than text", None),
@@ -433,7 +433,7 @@ def test_parts_are_written_by_templates_that_know_them_and_never_left_out(tmp_pa
     chat, data = {"messages": [{"role": "user", "content": parts}]}, DataConfig(path="a", format="chat")
     ((text, _),) = written_chats(chat, chat_tokenizer(tmp_path / "knows", knows), data, "here")
     assert text == "HoHu"
-    with pytest.raises(RecordError, match="contents that are no text"):
+    with pytest.raises(RecordError, match="contents that are not text"):
         written_chats(chat, chat_tokenizer(tmp_path / "drops", drops), data, "here")
     lines = write_chats(tmp_path / "a.jsonl", {"messages": HELLO})
     with pytest.raises(RecordError, match="writes nothing"):

@@ -149,7 +149,7 @@ def test_only_the_stated_layers_are_left_out(layers: list[int], changes: dict[st
         ({"partial_rotary_factor": 0.25}, "even head width"),
         ({"n_group": 5}, "groups"),
         ({"n_group": 4, "topk_group": "2"}, "topk_group"),
-        ({"n_group": 4, "num_experts_per_tok": 4}, "may choose from"),
+        ({"n_group": 4, "num_experts_per_tok": 4}, "can choose from"),
         ({"use_qk_norm": 1}, "use_qk_norm"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
     ],

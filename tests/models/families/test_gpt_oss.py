@@ -113,7 +113,7 @@ def test_round_trip_is_exact(config: ModelConfig):
     [
         ({"new_trick": 3}, "new_trick"),
         ({"experts_per_token": 3}, "experts_per_token"),
-        ({"num_local_experts": 3}, "may choose from"),
+        ({"num_local_experts": 3}, "can choose from"),
         ({"swiglu_limit": 0}, "swiglu_limit"),
         ({"layer_types": [FULL]}, "layer_types"),
         ({"sliding_window": None}, "sliding_window"),

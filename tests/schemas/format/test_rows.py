@@ -108,7 +108,7 @@ def test_a_file_of_rows_comes_back_and_is_the_same_every_time(count: int) -> Non
 
 def test_a_file_with_another_number_of_rows_is_damage() -> None:
     packed = pack_rows([b"a", b"b"])
-    with pytest.raises(DamageError, match="another number of rows") as caught:
+    with pytest.raises(DamageError, match="wrong number of rows") as caught:
         unpack_rows(packed, 3, "gs://bucket/rows/00000.array_record")
     assert caught.value.facts == {"object": "gs://bucket/rows/00000.array_record", "found": 2, "expected": 3}
 

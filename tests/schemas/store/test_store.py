@@ -266,7 +266,7 @@ def test_what_is_no_bucket_is_told_what_is(url: str) -> None:
     with pytest.raises(StorageError, match="cannot be opened") as caught:
         Store(url)
     assert "gs:// or s3://" in str(caught.value)
-    assert "download what lies there" in caught.value.next
+    assert "download its content" in caught.value.next
 
 
 @pytest.mark.parametrize("url", ["nope://bucket", "gs://B_AD!/prefix", ""])

@@ -46,7 +46,7 @@ def test_from_text_to_report(
     # A finished demo starts afresh, and says so; --json prints one object and nothing else.
     assert cli.main([*words(out, teacher, long_corpus), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "starting afresh" in captured.err
+    assert "starting again" in captured.err
     again = json.loads(captured.out)
     assert again["perplexity"] == report["perplexity"]
     assert again["seconds"]["build"] > 0.0

@@ -96,7 +96,7 @@ def test_a_damaged_index_is_a_warning(cache: Path, tmp_path: Path) -> None:
     index = copied / "segments/0000/index.bin"
     index.write_bytes(index.read_bytes()[:-3])
     (found,) = warnings(copied)
-    assert "the index of a segment is missing or cut short" in found
+    assert "the index of a segment is missing or truncated" in found
 
 
 def timed(store: Store, seconds: dict[int, tuple[float, str]]) -> None:

@@ -93,7 +93,7 @@ def test_what_is_not_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "0 to 37" in capsys.readouterr().err
     assert main(["show", str(cache), "--block", "9"]) == 2
     said = capsys.readouterr().err
-    assert "does not hold this block" in said
+    assert "lacks this block" in said
     assert "0 to 3" in said
 
 

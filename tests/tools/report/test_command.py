@@ -270,7 +270,7 @@ def test_summaries_of_other_programs(summary: dict, words: list[str], tmp_path: 
 @pytest.mark.parametrize("data", ["", "[]", '{"diverged": "perhaps"}', '{"best_checkpoint": [1]}'])
 def test_a_damaged_summary_is_named(data: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(data)
-    with pytest.raises(DamageError, match="does not hold what it should") as caught:
+    with pytest.raises(DamageError, match="does not have the expected content") as caught:
         read_ending(Store(str(tmp_path)))
     assert "summary.json" in str(caught.value)
 

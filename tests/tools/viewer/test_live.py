@@ -40,7 +40,7 @@ def test_a_cache_that_is_being_built(half: Path) -> None:
     assert read(client, "/rows").tables["The rows"].row("16")[0] == "not committed yet"
     page = read(client, "/build")
     assert "2 of 5 shards" in page.words
-    assert "Nobody is at work on it now" in page.words
+    assert "No process is working on it now" in page.words
     rows = page.tables["The newest shards"].rows[1:]
     assert {cells[0] for cells in rows} == {"0", "1"}
     assert all(cells[2].endswith(" UTC") for cells in rows)

@@ -137,9 +137,9 @@ def test_both_readers_give_the_same(cache, sparse_cache, integrity):
 def test_a_sparse_cache_has_the_slots_that_its_blocks_need(cache, sparse_cache):
     sparse = CacheSource(str(sparse_cache))
     assert sparse.slots == {"resid": (0, 1, 2, 3), "attn_out": (0, 2)}
-    with pytest.raises(InputError, match="does not hold these blocks"):
+    with pytest.raises(InputError, match="lacks these blocks"):
         CacheSource(str(sparse_cache), blocks=[1])
-    with pytest.raises(InputError, match="does not hold this tap"):
+    with pytest.raises(InputError, match="lacks this tap"):
         CacheSource(str(sparse_cache), taps=("mlp_out",))
 
 

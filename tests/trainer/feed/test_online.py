@@ -254,7 +254,7 @@ def test_other_taps_than_the_cache_s(f32_cache: Path, delta_cache: Path, tmp_pat
     assert (narrow.plan.batch_rows, narrow.plan.numerics.dtype) == (2, "bfloat16")
     codes = narrow[[9]]["resid"]["codes"]
     np.testing.assert_array_equal(codes, codes.astype(jnp.bfloat16).astype(jnp.float32))
-    with pytest.raises(InputError, match="does not hold this tap"):
+    with pytest.raises(InputError, match="lacks this tap"):
         OnlineSource(open_teacher(str(f32_cache)), ("mlp_out",))
 
 
@@ -269,7 +269,7 @@ def test_empty_splits_and_odd_rows(sparse_cache: Path) -> None:
     for index in (-1, len(source)):
         with pytest.raises(IndexError, match=f"row {index} of"):
             source[[index]]
-    with pytest.raises(InputError, match="does not hold these blocks"):
+    with pytest.raises(InputError, match="lacks these blocks"):
         OnlineSource(teacher, blocks=[1])
 
 

@@ -66,7 +66,7 @@ def test_a_tap_that_only_some_rows_have_is_refused(tmp_path: Path, teacher: Path
     first = DataConfig(path=str(corpus), row_tokens=16, eval_rows=3, max_rows=20)
     build_cache(build_config(folder, teacher, corpus, data=first, taps=TapsConfig(attn_out=None), extend=True))
     assert len(CacheSource(str(folder), ("resid",))) == 58
-    with pytest.raises(InputError, match="does not hold this tap"):
+    with pytest.raises(InputError, match="lacks this tap"):
         CacheSource(str(folder))
     described = describe_cache(Store(str(folder)))
     assert described["rows"]["count"] == 58
@@ -133,6 +133,6 @@ def test_rows_are_visible_once_all_their_taps_are(
     assert len(source) == 24
     assert source[[23]]["mlp_out"]["codes"].shape[:2] == (3, 1)
     assert len(open_cache(Store(config.cache))) == 1
-    with pytest.raises(InputError, match="does not hold this tap"):
+    with pytest.raises(InputError, match="lacks this tap"):
         CacheSource(config.cache, ("mlp_out",))
     assert not describe_cache(Store(config.cache))["finished"]

@@ -166,7 +166,7 @@ def test_parameters_lie_as_declared():
         ({"mesh": {"block": 16}}, "more devices"),
         ({"mesh": {"data": 8}}, "dealt out evenly"),
         ({"mesh": {"block": 2}, "mode": "feature"}, "depend on each other"),
-        ({"micro_batches": 3}, "cut into so many parts"),
+        ({"micro_batches": 3}, "split into so many micro-batches"),
     ],
     ids=lambda value: str(value),
 )

@@ -113,7 +113,7 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
     losses = [line["feature/mean"] for line in read_metrics(tmp_path / "run") if line["step"]]
     assert losses[-1] < losses[0]
     for change in ({"inject": "attn_in"}, {"mesh": {"block": 2}}, {"loss": {"mlp": {"weight": 1.0}}}):
-        with pytest.raises(ConfigError, match="holds no residual stream"):
+        with pytest.raises(ConfigError, match="has no residual stream"):
             train(config(tmp_path / "other", without_stream, **change))
 
 
@@ -126,7 +126,7 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
         ({"loss": {"feature": {"blocks": [0, 0]}}}, "named twice"),
         ({"loss": {"feature": {"blocks": [5]}}}, "no such blocks"),
         ({"loss": {"feature": {"block_weights": [1.0]}}}, "block_weights does not fit"),
-        ({"mode": "feature", "loss": {"alpha": 0.5}}, "does not hold this tap"),
+        ({"mode": "feature", "loss": {"alpha": 0.5}}, "lacks this tap"),
         ({"inject": "attn_in", "train_only": ["attention/norm"]}, "no loss reaches"),
         ({"mode": "feature", "loss": {"token_weight": 0.0, "feature": {"weight": 0.0}}}, "no loss has a weight"),
         ({"mode": "feature", "loss": {"token_weight": 0.0}, "train_only": ["head"]}, "no loss reaches"),

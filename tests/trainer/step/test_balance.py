@@ -749,7 +749,7 @@ EP = {"moe_balance_type": "noaux_tc", "moe_bias_sync_group": "ep"}
             SMALL,
             NOTHING,
             {**EP, "expert_parallel_size": 3, "mesh": {"data": 2, "fsdp": 2}},
-            "cannot be cut into expert-parallel groups",
+            "cannot be divided into expert-parallel groups",
             {"expert_parallel_size": 3, "mesh.data * mesh.fsdp * mesh.expert": 4},
         ),
         (
