@@ -122,7 +122,7 @@ def _other_flags_explained(out: Path) -> Iterator[None]:
         yield
     except PlanMismatchError as error:
         raise PlanMismatchError(
-            "the demo's folder holds an unfinished demo with other flags",
+            "the demo's folder contains an unfinished demo with other flags",
             {"folder": out, **error.facts},
             "use its flags, or another folder: --out FOLDER",
         ) from error

@@ -262,4 +262,4 @@ def _summary(found: dict[str, Any], rows_a: int, rows_b: int) -> list[str]:
         lines.append(
             f"{array}: other codes in {len(numbers)} of {shards['compared']} compared shards, such as {numbers[:4]}"
         )
-    return lines or ["nothing differs in what was compared"]
+    return lines or ["no difference found"]

@@ -87,4 +87,4 @@ def _summary(found: dict[str, Any]) -> list[str]:
         last = found["evaluations"][-1]
         a, b = (told_perplexity(value, ".4g") for value in last["perplexity"])
         lines.append(f"perplexity at step {last['step']}: {a} and {b}")
-    return lines or ["nothing differs in what was compared"]
+    return lines or ["no difference found"]

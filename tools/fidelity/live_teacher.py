@@ -30,7 +30,7 @@ CHUNK = 8192  # rows of the embedding compared at a time
 VARIANTS = {
     "shifted +1": "the teacher's input was shifted by one token (later) against the rows",
     "shifted -1": "the teacher's input was shifted by one token (earlier) against the rows",
-    "one document": "the documents of a row saw each other: the teacher ran without the rows' document boundaries",
+    "one document": "attention crossed document boundaries: the teacher ran without the rows' document boundaries",
 }
 
 
@@ -82,7 +82,7 @@ class LiveTeacher:
                 raise NonFiniteError(
                     "the teacher gives numbers that are not finite",
                     {"teacher": self.path, "tap": name, "found": f"{count} of a row of {len(row.tokens)} tokens"},
-                    "check the teacher's weights: no cache can be made with them",
+                    "check the teacher's weights: they cannot be cached",
                 )
         taps = {name: np.asarray(codes[name]["codes"][0]) for name in self.names}
         if TOPK_LOGITS not in codes:

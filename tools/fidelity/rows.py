@@ -49,9 +49,9 @@ def row_faults(row: Row, padding: Sequence[int]) -> Iterator[tuple[str, str]]:
     real = row.segment_ids > 0
     counted = int(np.count_nonzero(row.loss_mask & ~real))
     if counted:
-        yield "padding", f"the loss mask counts {counted} tokens that are padding"
+        yield "padding", f"the loss mask includes {counted} tokens that are padding"
     if not real.any():
-        yield "padding", "all of it is padding: it has no token to compare"
+        yield "padding", "the row is all padding: there is no token to compare"
     last = int(row.tokens[-1])
     run = len(row.tokens) - int(np.flatnonzero(np.append(-1, row.tokens) != last)[-1])
     if last in padding and run >= min(LONGEST_RUN, len(row.tokens)) and real[-run:].all():

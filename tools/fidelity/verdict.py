@@ -22,43 +22,42 @@ KINDS = {
     "damaged-object": "a stored object is not what was committed",
     "non-finite": "stored numbers are NaN or infinite",
     "wrong-tokenizer": "the tokens were made with another tokenizer than the teacher's",
-    "shifted-tokens": "the numbers stand at other tokens than they belong to",
+    "shifted-tokens": "the numbers belong to other tokens",
     "wrong-masks": "the teacher saw other document boundaries than the rows have",
-    "swapped-blocks": "blocks are stored in each other's places",
-    "repeated-block": "a block's numbers are stored in another one's place, too",
-    "scaled-block": "a block is multiplied with a factor",
-    "stale-shard": "some shards hold other numbers for their rows, while others are right",
+    "swapped-blocks": "blocks are stored in each other's slots",
+    "repeated-block": "a block's numbers are stored in another block's slot too",
+    "scaled-block": "a block is multiplied by a factor",
+    "stale-shard": "some shards hold wrong numbers for their rows, while others are right",
     "other-rows": "the teacher saw other tokens than the rows hold",
     "other-teacher": "the numbers are another teacher's",
-    "other-numbers": "some blocks hold other numbers",
-    "other-logits": "the recorded logits are others",
-    "padding-as-text": "padding is counted as text",
+    "other-numbers": "some blocks hold wrong numbers",
+    "other-logits": "the recorded logits are wrong",
+    "padding-as-text": "padding is marked as text",
     "damaged-file": "a small file of the cache is missing, or is not what was committed",
-    "lossy-codec": "the codec loses much of these numbers",
-    "faithful": "the cache decodes to what the teacher gives, as nearly as its codecs keep it",
+    "lossy-codec": "the codec loses much of this tap",
+    "faithful": "the decoded cache matches the teacher within the error of its codecs",
 }
-REPAIR = "distillcache build --repair makes what is damaged again (a copy: distillcache copy SRC DST --repair)"
-REBUILD = "build the cache again in another place, and delete this one"
+REPAIR = "distillcache build --repair recomputes what is damaged (a copy: distillcache copy SRC DST --repair)"
+REBUILD = "build the cache again at another path, and delete this one"
 # What to do about it.
 NEXT = {
     "truncated-object": REPAIR,
     "damaged-object": REPAIR,
     "non-finite": f"check the teacher's weights, and compute in another dtype: --dtype float32; then {REBUILD}",
     "wrong-tokenizer": "prepare the text with the teacher's own tokenizer (leave out data.tokenizer); then " + REBUILD,
-    "shifted-tokens": "train nothing on it; look for what moves tokens between the rows and the teacher, then "
+    "shifted-tokens": "do not train on it; find what shifts tokens between the rows and the teacher, then " + REBUILD,
+    "wrong-masks": "do not train on it; check that the teacher gets the rows' segment_ids and positions, then "
     + REBUILD,
-    "wrong-masks": "train nothing on it; see that the teacher gets the rows' segment_ids and positions, then "
-    + REBUILD,
-    "swapped-blocks": "train nothing on it; look for what sorts layers by name (10 before 2), then " + REBUILD,
-    "repeated-block": "train nothing on it; look for a recorder that is off by one, or writes what enters a block "
-    f"where what leaves it belongs; then {REBUILD}",
-    "scaled-block": f"look for what scales this block (a norm's weight, a multiplier, a codec's scale); then {REBUILD}",
+    "swapped-blocks": "do not train on it; find what sorts layers by name (10 before 2), then " + REBUILD,
+    "repeated-block": "do not train on it; find a recorder that is off by one, or writes a block's input in place of "
+    f"its output; then {REBUILD}",
+    "scaled-block": f"find what scales this block (a norm's weight, a multiplier, a codec's scale); then {REBUILD}",
     "stale-shard": f"{REBUILD}; the shards named here were left by another build, or written by another machine's",
-    "other-rows": "see which rows the teacher was given; then " + REBUILD,
+    "other-rows": "check which rows the teacher was given; then " + REBUILD,
     "other-teacher": "name the teacher that made it with --teacher, or " + REBUILD,
     "other-numbers": "compare these blocks with another implementation of the teacher; then " + REBUILD,
-    "other-logits": "see which head, vocabulary and scale the logits were computed with; then " + REBUILD,
-    "padding-as-text": "see that segment_ids are 0 at padding; prepare the rows again, then " + REBUILD,
+    "other-logits": "check with which head, vocabulary and scale the logits were computed; then " + REBUILD,
+    "padding-as-text": "check that segment_ids are 0 at padding; prepare the rows again, then " + REBUILD,
     "damaged-file": REPAIR,
     "lossy-codec": "build with taps.<tap>.rotate: true, with groups, or in int8; distillcache plan shows the sizes",
     "faithful": "nothing to do",
@@ -230,7 +229,7 @@ def _unexplained(rows: Sequence[RowMeasure], wrong: list[RowMeasure], reference:
     seen = _seen(wrong)
     where = _where(wrong)
     if good - bad and share > 0.5:
-        others = f"{len(good)} other sampled shards are as they should be"
+        others = f"{len(good)} other sampled shards are correct"
         shards = ", ".join(f"{segment}/{shard}" for segment, shard in sorted(bad)[:6])
         return [Look("stale-shard", f"shards {shards}: {_far(wrong, reference.name)}; {others}{seen}", where)]
     if seen and share > 0.5:

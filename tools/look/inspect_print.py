@@ -28,8 +28,8 @@ def print_cache(found: Mapping[str, Any]) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     if not warnings:
         console.print(
-            "Nothing odd in plans, statistics, some rows and some of the index; "
-            "`stats` reads some rows, `verify` every byte, `fidelity` asks the teacher."
+            "No anomaly in plans, statistics, some rows and part of the index. `stats` reads some rows, "
+            "`verify` every byte; `fidelity` compares with the teacher."
         )
 
 

@@ -155,14 +155,14 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
     dead = [slot for slot, value in zip(tap.slots, rms, strict=True) if value <= DEAD * median]
     dead = [slot for slot in dead if broken.get(slot, 0) < stats.count]  # all NaN: told above, and no zeros
     if dead:
-        yield f"{tap.name}: dead blocks, all but zero: {dead[:8]}"
+        yield f"{tap.name}: dead blocks, almost zero: {dead[:8]}"
     yield from _twice(tap, stats)
     peaks = {slot: peak / value for slot, peak, value in zip(tap.slots, stats.abs_max, rms, strict=True) if value > 0}
     worst = max(peaks, key=lambda slot: peaks[slot], default=None)
     if worst is not None and peaks[worst] > OUTLIER and tap.codec.startswith("int") and not tap.rotate:
         yield (
             f"{tap.name}: outlier dimensions (up to {peaks[worst]:.0f} times the rms, in slot {worst}) in {tap.codec} "
-            "without rotation: `distillcache fidelity` says what that costs"
+            "without rotation: `distillcache fidelity` shows what that costs"
         )
 
 
@@ -201,7 +201,7 @@ def _unlike(what: str, values: Mapping[int, float]) -> Iterator[str]:
     odd = {shard: value / median for shard, value in values.items() if median and _far(value / median)}
     if odd:
         words = ", ".join(f"shard {shard} ({ratio:.3g} times)" for shard, ratio in list(odd.items())[:6])
-        yield f"{what} of some shards is unlike the others': {words}"
+        yield f"{what} of some shards differs from the others': {words}"
 
 
 def _far(ratio: float) -> bool:
@@ -219,7 +219,7 @@ def _of_index(segment: Segment, shards: Sequence[int]) -> Iterator[str]:
                 digests.setdefault(bytes(record[f"{part.array}/digest"]), []).append(shard)
             same = [group for group in digests.values() if len(group) > 1]
             if same and part.part == "codes":
-                yield f"{part.array}: shards {same[0][:6]} hold the very same codes"
+                yield f"{part.array}: shards {same[0][:6]} hold identical codes"
         if tap.compress != "none":
             sizes = {
                 shard: sum(float(record[f"{part.array}/lengths"].sum()) for part in tap.parts)

@@ -98,13 +98,13 @@ class SampleChecks:
         if 2 * len(bad) > len(tested):
             return [
                 f"the same token enters block 0 as different vectors, in {len(bad)} of {len(tested)} rows: the numbers "
-                "do not stand at their tokens (shifted, or of other rows); `distillcache fidelity` says which"
+                "belong to other tokens (shifted, or of other rows); `distillcache fidelity` finds out"
             ]
         shards = sorted({self._rows[row] for row in bad})
         named = ", ".join(f"{segment}/{shard}" for segment, shard in shards[:6])
         return [
             f"{_rows(bad)} (shards {named}): their tokens enter block 0 as other vectors than in the other rows: "
-            "stale, or of another teacher; `distillcache fidelity` says which"
+            "stale, or from another teacher; `distillcache fidelity` finds out"
         ]
 
     def _out_of_order(self) -> list[str]:
@@ -112,8 +112,8 @@ class SampleChecks:
             return []
         pairs = exchanged(np.mean(self._cosines, 0))
         return [
-            f"resid {self._slots[at]} and {self._slots[other]} look exchanged: each is more like the other's neighbour "
-            "than like its own"
+            f"resid {self._slots[at]} and {self._slots[other]} look exchanged: each resembles the other's neighbours "
+            "more than its own"
             for at, other in pairs
         ]
 

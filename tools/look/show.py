@@ -122,9 +122,7 @@ def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], odd: Sequenc
         console.print()
     console.print(_token_table(facts, tokens))
     if any(len(tap.slots) > 1 for tap in facts.taps):
-        console.print(
-            "norm and largest: the largest of all slots; cosine: the least one to the next slot; @ which slot"
-        )
+        console.print("norm and largest: maximum over all slots; cosine: minimum to the next slot; @ the slot")
     for words in odd:
         console.print(f"[yellow]warning:[/] {escape(words)}")
     if len(tokens) < len(row.tokens):

@@ -278,8 +278,8 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(each["tap"], str(each["slot"]), *figures, rank, alike, "; ".join(filter(None, notes)))
     console.print(table)
     tokens = found["slots"][0]["rank_tokens"]
-    console.print("outlier dimensions: by how many times their rms is that of the median dimension")
-    console.print(f"rank: the effective rank of {tokens} sampled tokens, which cannot be more than that")
-    console.print("to next: the mean cosine with the next slot; of resid, near 1 where a block hardly turns the stream")
+    console.print("outlier dimensions: their rms as a multiple of the median dimension's")
+    console.print(f"rank: the effective rank of {tokens} sampled tokens, which is also its maximum")
+    console.print("to next: the mean cosine with the next slot; for resid, near 1 if a block hardly turns the stream")
     for warning in found["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")

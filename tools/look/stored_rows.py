@@ -157,7 +157,7 @@ class StoredRows:
             for tap in segment.plan.taps
         ]
         rows = f"{len(self) - held_out:,} train + {held_out:,} eval of {plan.rows.row_tokens:,} tokens"
-        state = "" if self.finished else "; not finished: `committed(number)` says which are there"
+        state = "" if self.finished else "; not finished: `committed(number)` tells which rows exist"
         facts = [("rows", rows + state), ("tokens", f"{sum(rows.tokens for rows in own):,} without padding")]
         return [*facts, *taps, ("teacher", teacher_words(plan)), *segment_words(self.segments)]
 
@@ -285,8 +285,8 @@ def has_row(segment: Segment, row: int) -> bool:
 def repair_of(segment: Segment) -> str:
     """Return how damage in a segment is repaired."""
     if segment.plan.copied_from is not None:
-        return f"copy it again: distillcache copy <what it was copied from> {segment.store.url} --repair"
-    return "make it again: distillcache build --repair"
+        return f"restore it: distillcache copy <its source> {segment.store.url} --repair"
+    return "recompute it: distillcache build --repair"
 
 
 def damage_of(segment: Segment, part: PartPlan, row: int, slots: Sequence[int]) -> DamageError:

@@ -114,27 +114,27 @@ def _print(found: dict[str, Any]) -> None:
 
 def _verdict(found: dict[str, Any]) -> str:
     if found["ok"]:
-        return "[green]Everything is as it was committed.[/] To compare it with the teacher: distillcache fidelity"
+        return "[green]Every byte is as committed.[/] To compare it with the teacher: distillcache fidelity"
     kinds = Counter(finding["what"] for finding in found["findings"])
     words = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
     rows = found["rows"]
     hit = f"{rows['affected']:,} of {rows['of']:,} rows cannot be trusted" if rows["affected"] else "no row is affected"
     lost = {finding["object"] for finding in found["findings"]}
     if MANIFEST in lost:
-        hit = f"none of the {rows['of']:,} rows can be read before that is mended"
+        hit = f"none of the {rows['of']:,} rows can be read before that is repaired"
     elif not rows["affected"] and any(key.endswith("/plan.json") for key in lost):
-        hit = "nothing of its segment can be read before the plan is mended"
+        hit = "nothing of its segment can be read before the plan is repaired"
     return f"[red]Problems found: {words}; {hit}.[/]"
 
 
 def _next_steps(found: dict[str, Any]) -> Iterator[str]:
     kinds = {finding["what"] for finding in found["findings"]}
     if "unreadable" in kinds:
-        yield "ask again: the store failed to give what is unreadable; if it goes on, disk or bucket are at fault"
+        yield "run it again: the store failed to return some data; if that persists, the disk or bucket is at fault"
     if kinds - {"foreign", "unreadable"}:
         yield (
             f"recompute what is damaged: distillcache build --repair --cache {found['cache']} "
             "(a copy: distillcache copy SRC DST --repair)"
         )
     if "foreign" in kinds:
-        yield "delete what is foreign: nothing reads it; what is left over from building goes with that command"
+        yield "delete foreign files: nothing reads them; leftovers of a build are removed by that command"

@@ -16,7 +16,7 @@ def print_plan(report: Mapping[str, Any]) -> None:
     console = table_console()
     console.print(_facts(report))
     if not report["rows"]["exact"]:
-        console.print("The text is large: a sample was tokenised, and what follows from it is an estimate.")
+        console.print("The text is large: a sample was tokenised, and the figures that depend on it are estimates.")
     if report["without_targets"]:
         where = "" if report["rows"]["exact"] else "in the sample, "
         console.print(f"[yellow]warning:[/] {where}{no_targets_note(report['without_targets'])}")
@@ -115,7 +115,7 @@ def _next_steps(report: Mapping[str, Any]) -> Sequence[str]:
         best = max(fits, key=lambda choice: choice["bytes"], default=None)
         words = f"; {best['codec']} of {best['blocks']} blocks would fit" if best is not None else ""
         return [
-            f"[bold red]There is too little room at {escape(report['cache'])}[/]: choose another place or codec{words}."
+            f"[bold red]There is too little room at {escape(report['cache'])}[/]: choose another path or codec{words}."
         ]
     unsure = report["enough_room"] is None and report["free_bytes"] is not None
     words = f"There may be too little room at {escape(report['cache'])}: it depends on how far the taps compress."

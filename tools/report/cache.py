@@ -93,7 +93,7 @@ def plan_facts(found: dict[str, Any]) -> str:
 def config_table(segments: Sequence[Segment]) -> str:
     """The build's config, to unfold."""
     rows = [(name, value) for name, value in _flat(shown(segments[0].plan.config))]
-    return folded("The config that it was built with", table("Config of the build", ("field", "value"), rows))
+    return folded("The config of the build", table("Config of the build", ("field", "value"), rows))
 
 
 def _flat(config: dict[str, Any], name: str = "") -> list[tuple[str, str]]:
@@ -168,7 +168,7 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
     taps = [tap for tap in found["taps"] if "rms" in tap]
     if not taps:
         return [paragraph("No shard is committed yet.")]
-    words = "From the receipts: no activations were read for this."
+    words = "From the receipts; no activations were read."
     if not found["finished"]:
         words += " Of a segment that is being built, its first committed shard stands for all."
     pieces = [paragraph(words)]

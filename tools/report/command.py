@@ -46,9 +46,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     store = Store(config.target)
     kind = kind_of(store)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-    footer = (
-        f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. This file loads nothing from anywhere."
-    )
+    footer = f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. This file loads no other files."
     page, said = run_page(store, footer) if kind == "run" else cache_page(store, config.rows, config.seed, footer)
     data = page.render().encode()
     Store(place).write(name, data)

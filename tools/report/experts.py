@@ -40,12 +40,14 @@ def expert_pieces(lines: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[st
     if violation is None and not loads:
         return []
     drawn = [
-        _router_figure(violation, "Max violation", "The fullest expert's load over the mean, less one: 0 is even"),
-        _router_figure(entropy, "Router entropy", "Nats of a token's probabilities"),
+        _router_figure(
+            violation, "Max violation", "The fullest expert's load divided by the mean, minus one: 0 is balanced"
+        ),
+        _router_figure(entropy, "Router entropy", "Entropy of a token's probabilities, in nats"),
     ]
     if not loads:
         return [figures(drawn)]
-    words = "Load is an expert's share of the tokens times the number of experts: 1 is even."
+    words = "Load is an expert's share of the tokens times the number of experts: 1 is balanced."
     of_blocks = [_block_figure(loads, place) for place in _chosen(len(loads[-1]["blocks"]))]
     return [paragraph(words), figures([*drawn, _last_figure(loads), *of_blocks]), _table(loads)]
 
@@ -69,7 +71,7 @@ def _last_figure(loads: Sequence[Mapping[str, Any]]) -> Figure:
     words = f"from {values.min():.3g} to {values.max():.3g}"
     grid = HeatMap(values, "", "expert", "block", "load", row_labels=last["blocks"])
     return Figure(
-        title="Load of the experts at last",
+        title="Final load of the experts",
         caption=f"At step {last['step']:,}, {words}.",
         alt=f"Heat map of the load by block and expert at step {last['step']:,}, {words}.",
         svg=draw_maps([grid], 2.4),

@@ -97,7 +97,7 @@ def row_warnings(sample: Sample) -> list[str]:
         if odd:
             told.append(f"{name}: {sum(odd.values()):,} vectors are not finite, in rows {_listed(odd)}.")
         for slots, rows in silent.items():
-            told.append(f"{name}: nothing but zeros in slots {_listed(slots)} of rows {_listed(rows)}.")
+            told.append(f"{name}: only zeros in slots {_listed(slots)} of rows {_listed(rows)}.")
     return told
 
 

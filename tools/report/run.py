@@ -96,7 +96,7 @@ def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluatio
     told = [] if done >= of else [f"The run is at step {done:,} of {of:,}."]
     _, waits = series(lines, "perf/data_wait_share")
     if len(waits) > 2 and (share := float(np.median(waits[len(waits) // 2 :]))) > WAITING:
-        told.append(f"It waits for data {share:.0%} of the time (median of the later half).")
+        told.append(f"It spends {share:.0%} of the time waiting for data (median of the later half).")
     trained = [entry for entry in evaluations if entry.step]
     if evaluations and evaluations[-1].perplexity is None:
         told.append("No token of the held-out rows is a target: perplexity and KL are undefined there.")
@@ -226,7 +226,7 @@ def loss_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
                 for block, values in zip(found.blocks, found.values, strict=True)
             ]
             tables.append(table(f"Loss of the {words} by block", ("block", "first", "least", "last"), rows))
-    return [figures(drawn), _terms_table(lines), folded("Loss by block in numbers", *tables)]
+    return [figures(drawn), _terms_table(lines), folded("Loss by block, numbers", *tables)]
 
 
 def _terms(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
@@ -247,7 +247,7 @@ def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in terms)
     return Figure(
         title="Loss by term",
-        caption="Each term with its weight; the band is from the least to the greatest of neighbouring steps.",
+        caption="Each term with its weight; the band spans the minimum to the maximum of neighbouring steps.",
         alt=f"Line chart of the loss by step, from the first to the last: {ends}.",
         svg=draw_lines(terms[:6], "step", "loss"),
     )
@@ -395,7 +395,7 @@ def speed_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(seconds):
         spread = (float(seconds.min()), float(np.median(seconds)), float(seconds.max()), float(seconds[-1]))
         rows.append(("seconds a step", *map(number, spread)))
-    words = "The figures leave out the first line, whose step was compiled; the table does not."
+    words = "The figures leave out the first line, whose step includes compilation; the table includes it."
     return [
         paragraph(words),
         figures(drawn),

@@ -66,7 +66,7 @@ def make_app(kind: str, url: str, names: tuple[str, ...] = (), exposed: bool = F
         status = error.status_code if isinstance(error, HTTPException) else 500
         words = {
             404: "There is no such page.",
-            405: "The viewer only reads: GET and HEAD are all that it answers.",
+            405: "The viewer only reads: it answers only GET and HEAD.",
             500: "The viewer failed; see the server log.",
         }
         view = _told(words.get(status, "This cannot be answered."), status)
@@ -80,7 +80,7 @@ def make_app(kind: str, url: str, names: tuple[str, ...] = (), exposed: bool = F
 def _endpoint(site: Site, make: Make, alone: threading.Lock) -> Callable[[Request], Response]:
     def answer(request: Request) -> Response:  # not async: Starlette runs it in a thread of its own
         if not alone.acquire(timeout=PATIENCE_S):
-            return HTMLResponse(_told("Other pages are still being made: try again.", 503).render(site.frame), 503)
+            return HTMLResponse(_told("The server is busy with other pages: try again.", 503).render(site.frame), 503)
         try:
             began = time.monotonic()
             view = _made(site, make, request.path_params, request.query_params)

@@ -24,7 +24,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-REFUSED = "This viewer does not answer to the name that was asked for. Give it with --names, if it is yours.\n"
+REFUSED = "This viewer does not answer to this host name. If the name is yours, allow it with --names.\n"
 
 
 class Guard:

@@ -27,7 +27,7 @@ def build_page(watched: WatchedCache) -> View:
     segments = watched.unfinished()
     if not segments:
         view = View("The build", "The cache is finished.", "/build", 0)
-        view.put(paragraph("Nothing is being built. The overview says when and by whom it was."))
+        view.put(paragraph("No build is running. The overview shows when and by whom the cache was built."))
         return view
     segment = segments[0]
     done, of = len(segment.committed or ()), segment.plan.num_shards
@@ -69,7 +69,7 @@ def _speed(watched: WatchedCache, segment: Segment) -> str:
         "Left to write": size(left * shard_bytes),
     }
     if rate is None:
-        values["Speed"] = "not known: it takes two shards, one soon behind the other"
+        values["Speed"] = "not known: it takes two shards in quick succession"
     else:
         tokens = rate * plan.shard_rows * plan.rows.row_tokens
         values["Speed"] = f"{size(rate * shard_bytes)}/s, {tokens:,.0f} tokens/s, {rate * 60:.3g} shards a minute"

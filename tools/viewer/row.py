@@ -151,7 +151,7 @@ def _moves(stored: StoredRows, at: int, query: Mapping[str, str]) -> str:
 def _text(watched: WatchedCache, row: Row) -> Iterator[str]:
     real = int((row.segment_ids > 0).sum())
     if real > int((row.loss_mask & (row.segment_ids > 0)).sum()):
-        yield paragraph("Dotted and slanted: tokens that do not count as targets.")
+        yield paragraph("Dotted and slanted: tokens that are not targets.")
     documents = []
     for document, start, stop in documents_of(row):
         tag = f'<span class="tag">document {document}, tokens {start} to {stop - 1}</span>'
@@ -249,9 +249,7 @@ def _tokens(watched: WatchedCache, found: RowLook, start: int, kept: Mapping[str
     count = len(found.row.tokens)
     stop = min(start + TOKENS_SHOWN, count)
     if any(len(tap.slots) > 1 for tap in found.taps):
-        yield paragraph(
-            "norm and largest: the largest of the slots; cosine: the least one to the next slot; @ which slot."
-        )
+        yield paragraph("norm and largest: maximum over the slots; cosine: minimum to the next slot; @ the slot.")
     before = address(f"/row/{found.number}", **kept, start=max(start - TOKENS_SHOWN, 0)) if start else None
     after = address(f"/row/{found.number}", **kept, start=stop) if stop < count else None
     yield steps("Pages of tokens", [("← earlier tokens", before), ("later tokens →", after)])

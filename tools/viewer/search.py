@@ -47,7 +47,7 @@ def search_page(watched: WatchedCache, query: Mapping[str, str]) -> View:
     ids, start = _ids(query.get("ids", "")), number_in(query, "start", 0, max(len(stored) - 1, 0))
     view = View("Search", "rows that hold a text, or these token ids in this order", "/search")
     fields = [
-        text_field("text", "text, large or small letters", words, MOST_LETTERS),
+        text_field("text", "text, case-insensitive", words, MOST_LETTERS),
         text_field("ids", "or token ids, such as 12 345 6", " ".join(map(str, ids)), 8 * MOST_IDS),
         number_field("start", "from row", start, max(len(stored) - 1, 0)),
     ]
@@ -56,7 +56,7 @@ def search_page(watched: WatchedCache, query: Mapping[str, str]) -> View:
         return view
     look = (lambda row: _find_ids(watched, row, ids)) if ids else (lambda row: _find_text(watched, row, words))
     found = scan(stored, start, look)
-    view.put(note("Not readable, and left out", found.damaged[:8]))
+    view.put(note("Unreadable, left out", found.damaged[:8]))
     view.add("Found", *_listed(found, start))
     if found.next_row is not None:
         to = address("/search", text=words or None, ids=" ".join(map(str, ids)) or None, start=found.next_row)

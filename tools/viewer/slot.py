@@ -63,7 +63,7 @@ def slot_page(watched: WatchedCache, tap: str, slot: int, query: Mapping[str, st
         number_field("seed", "seed of the draw", seed, 10**9),
     ]
     view.put(form(f"/slot/{tap}/{slot}", asked, "read them", "Choose a sample"))
-    view.put(note("This is damaged, and left out", found.damaged))
+    view.put(note("Damaged data, left out", found.damaged))
     view.add("The slot", _facts(watched, tap, slot, found))
     if found.stats.count:
         view.add("Dimensions", figures(_figures(found.stats)), _table(found.stats))
@@ -166,7 +166,7 @@ def _figures(stats: SlotStats) -> list[Figure]:
         ),
         Figure(
             "Dimensions by size",
-            "Root mean square, largest first: a cliff at the left is outlier dimensions.",
+            "Root mean square, largest first: a cliff at the left means outlier dimensions.",
             f"Line chart of the sorted root mean squares: {words}.",
             by_rank,
         ),

@@ -58,7 +58,7 @@ def token_page(watched: WatchedCache, at: int, token: int) -> View:
     vectors, damaged = _vectors(watched, at, token)
     view.put(note("This is damaged", damaged))
     view.add("By slot", *_by_slot(vectors))
-    view.add("What the teacher expected next", *_expected(watched, stored, at, row, token))
+    view.add("The teacher's next-token prediction", *_expected(watched, stored, at, row, token))
     return view
 
 

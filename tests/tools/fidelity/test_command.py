@@ -89,7 +89,7 @@ def test_documents_that_saw_each_other(cache: Path, live: LiveTeacher, tmp_path:
 
     kind, line = verdict(plant(cache, tmp_path / "c", merged), live, 16)
     assert kind == "wrong-masks"
-    assert "saw each other" in line
+    assert "crossed document boundaries" in line
 
 
 @pytest.mark.parametrize("tap", TAPS)

@@ -104,7 +104,7 @@ def test_two_caches_logits(recorded: Path, tmp_path: Path) -> None:
     other = StoredRows(str(plant(recorded, tmp_path / "c", FAULTS["ids"][0])))
     found = compare_caches(a, other, 4, 0)
     assert [each["kind"] for each in found["findings"]] == ["other-logits"]
-    assert "the recorded logits are others: topk_logits against A" in found["summary"][0]
+    assert "the recorded logits are wrong: topk_logits against A" in found["summary"][0]
 
 
 def test_rounded_values_beside_an_exact_sum_are_no_fault() -> None:

@@ -43,9 +43,9 @@ def one_nan(values: np.ndarray) -> np.ndarray:
 
 
 CASES: dict[str, Change] = {
-    "dead blocks, all but zero: [1]": in_every_row("attn_out", one_dead),
+    "dead blocks, almost zero: [1]": in_every_row("attn_out", one_dead),
     "5 numbers are not finite, in slots [2]": in_every_row("resid", lambda v: one_nan(v)[: len(v)]),
-    "shards [0, 3] hold the very same codes": lambda shard, rows, values: (
+    "shards [0, 3] hold identical codes": lambda shard, rows, values: (
         rows,
         {tap: np.full_like(each, 0.5) if shard in (0, 3) else each for tap, each in values.items()},
     ),
@@ -76,7 +76,7 @@ def test_a_shard_unlike_the_others_while_the_cache_is_built(cache: Path, tmp_pat
 
     found = warnings(plant(cache, tmp_path / "c", louder, tidy=False))
     assert len(found) == 1
-    assert "resid: the rms of some shards is unlike the others': shard 2 (" in found[0]
+    assert "resid: the rms of some shards differs from the others': shard 2 (" in found[0]
 
 
 def test_statistics_that_counted_padding(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_sums_over_nothing_have_no_figures() -> None:
 def test_rows_of_padding_are_told(cache: Path, teacher: Path) -> None:
     found = check_fidelity(StoredRows(str(cache)), str(teacher), 2, 0)
     assert found["verdict"]["kind"] == "padding-as-text"
-    assert "it has no token to compare" in found["verdict"]["line"]
+    assert "there is no token to compare" in found["verdict"]["line"]
     assert found["taps"] == []
     compared = compare_caches(StoredRows(str(cache)), StoredRows(str(cache)), 2, 0)
     assert not compared["taps"]

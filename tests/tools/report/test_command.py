@@ -162,7 +162,7 @@ def test_what_is_not_finite_or_nothing_is_told(cache: Path) -> None:
     sample = Sample((replace(row, norms={"resid": norms}),), {}, ())
     assert row_warnings(sample) == [
         f"resid: 1 vectors are not finite, in rows {row.number}.",
-        f"resid: nothing but zeros in slots 2 of rows {row.number}.",
+        f"resid: only zeros in slots 2 of rows {row.number}.",
     ]
 
 

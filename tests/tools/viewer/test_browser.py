@@ -118,7 +118,7 @@ def test_a_slot_and_its_rows(browser: Any, viewer: str, cache: Path) -> None:
 def test_search(browser: Any, viewer: str, cache: Path) -> None:
     page = browser.new_page()
     page.goto(f"{viewer}/search")
-    page.get_by_label("text, large or small letters").fill("LONGER")
+    page.get_by_label("text, case-insensitive").fill("LONGER")
     page.get_by_role("button", name="search").click()
     assert page.locator("mark").first.inner_text() == "longer"
     page.get_by_role("link", name="Row").first.click()
