@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from distillcache.schemas.store.redaction import redacted, shown
 
 # What to do about a damaged file of a cache.
-MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to mend it"
+MEND_NEXT = "run `distillcache verify` to see all damage, and `distillcache build --repair` to repair it"
 
 
 class DistillcacheError(Exception):

@@ -479,7 +479,7 @@ class _Run:
             raise Interrupted(
                 "the training was asked to stop",
                 {"run": config.run, "kept": f"a checkpoint at step {number} of {self.steps}"},
-                "run the same command again to go on",
+                "run the same command again to resume",
             )
 
     def _save(self, run: StageRun, number: int, feed: dict[str, int]) -> None:

@@ -287,7 +287,7 @@ def _record_units(job: Together, units: list[int], writer: ShardWriter, bar: Pro
         raise Interrupted(
             "the build was asked to stop",
             {"cache": job.store.url, "kept": "every committed shard"},
-            "run the same command again to go on",
+            "run the same command again to resume",
         )
 
 

@@ -151,9 +151,9 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
     if differences and not (platform_only and accept_platform):
         facts = told(differences)
         advice = (
-            "go on where it was begun, or accept other bits with --accept-platform"
+            "resume on the platform where it was started, or accept other bits with --accept-platform"
             if platform_only
-            else "go on on the machine where it was begun, or copy to another place"
+            else "resume on the machine where it was started, or copy to another path"
             if all(name.startswith("recoded_on") for name in differences)
             else "use the config that it was begun with, or another cache"
         )

@@ -252,7 +252,7 @@ def _stop_if_asked(store: Store, stop: StopRequest) -> None:
         raise Interrupted(
             "the build was asked to stop",
             {"cache": store.url, "kept": "every committed shard"},
-            "run the same command again to go on",
+            "run the same command again to resume",
         )
 
 

@@ -47,7 +47,7 @@ def _check(store: Store, fingerprint: str) -> None:
     if is_place_of(store, fingerprint) and not finished:
         return
     raise FolderTakenError(
-        "the folder is no longer the place of these rows: it was finished, deleted or given to others meanwhile",
+        "the folder no longer belongs to these rows: it was finished, deleted or reused meanwhile",
         {"rows": store.url, "finished": "yes" if finished else "no"},
         "nothing more was written; run the command again if its rows are still wanted, in a folder of their own",
     )

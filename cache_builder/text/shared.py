@@ -227,7 +227,7 @@ def stop_if_asked(stop: StopRequest, store: Store, kept: str = "what is finished
         raise Interrupted(
             "preparing was asked to stop",
             {"out": store.url, "kept": kept},
-            "run the same command again to go on",
+            "run the same command again to resume",
         )
 
 

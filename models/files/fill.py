@@ -172,7 +172,7 @@ def _plan_read(slot: TensorSlot, shape: tuple[int, ...], boxes: Sequence[Box]) -
         return TensorRead(slot, around, parts, tuple(within(box, around) for box in known))
     everything = slot.stored_box(whole(inner), inner)
     if everything is None:
-        raise ValueError(f"a whole parameter is no box of its tensor {slot.name}")
+        raise ValueError(f"a whole parameter is not a box of its tensor {slot.name}")
     return TensorRead(slot, everything, parts, None)
 
 

@@ -169,7 +169,7 @@ def _missing(file: Location) -> CheckpointError:
     names = names_in(file.parent)
     step = "name a directory as transformers' save_pretrained writes it, or a .gguf file"
     if isinstance(file, ObjectPath) and not names:
-        step = "check the names of bucket and folder: nothing lies there, or there is no such bucket"
+        step = "check the names of bucket and folder: the folder is empty, or there is no such bucket"
     if any(name in names for name in ("_METADATA", "_CHECKPOINT_METADATA", "items")):
         step = (
             "this is an Orbax checkpoint, which does not say what the model is: make a folder with the config.json and "
@@ -177,7 +177,7 @@ def _missing(file: Location) -> CheckpointError:
         )
     step = step_for_folder(file.parent, names) or step
     if UNFINISHED in names:
-        step = "an export to this place was stopped: run it again"
+        step = "an export to this path was interrupted: run it again"
     facts = {"directory": file.parent, "found": some(names) or "nothing"}
     return CheckpointError(f"{file.name} is missing", facts, step)
 

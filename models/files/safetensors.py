@@ -170,7 +170,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, none of whose names stands twice: readers differ in which one they would take."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name appears twice in the header")
     return found
 
 

@@ -261,7 +261,7 @@ def read_receipt(store: Store, plan: Plan, shard: int) -> ShardReceipt | None:
         DamageError: it is damaged, or another shard's or plan's.
     """
     key = layout.receipt_key(plan.segment, shard)
-    where, next = store.where(key), f"{DAMAGE_NEXT}; `distillcache build --repair` removes it, and the build goes on"
+    where, next = store.where(key), f"{DAMAGE_NEXT}; `distillcache build --repair` removes it, and the build continues"
 
     def check(data: bytes) -> ShardReceipt:
         return check_receipt(plan, shard, from_canonical(ShardReceipt, data, where, next), where)

@@ -87,7 +87,7 @@ def get_codec(
             )
         return _FLOATS[name]
     if keyframe_every < 0:
-        raise ConfigError("keyframe_every cannot be negative", {"found": keyframe_every}, "0 stands for no keyframes")
+        raise ConfigError("keyframe_every cannot be negative", {"found": keyframe_every}, "use 0 for no keyframes")
     kind = _INTEGERS[name]
     codec = kind(group, Rotation(signs))
     return DeltaCodec(codec, keyframe_every) if delta else codec

@@ -107,13 +107,13 @@ def _count_values(node: Any, counts: dict[int, int]) -> int:
         return 1
     if id(node) in counts:
         if not counts[id(node)]:
-            raise _refused("an alias stands inside of what it names", node.start_mark)
+            raise _refused("an alias refers to itself", node.start_mark)
         return counts[id(node)]
     counts[id(node)] = 0
     inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
     total = 1 + sum(_count_values(each, counts) for each in inner)
     if total > MAX_VALUES:
-        raise _refused(f"more than {MAX_VALUES:,} values, once aliases are spelled out", node.start_mark)
+        raise _refused(f"more than {MAX_VALUES:,} values after expanding aliases", node.start_mark)
     counts[id(node)] = total
     return total
 

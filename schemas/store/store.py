@@ -426,7 +426,7 @@ class Store:
         if advice is None and "No space left" in text:
             advice = "free some space, then run the same command again: what is committed stays"
         elif advice is None and ("Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text):
-            advice = "make the place writable, or name another one"
+            advice = "make it writable, or name another path"
         return StorageError(what, {**facts, "cause": text}, advice or "check the path, then run the same command again")
 
 

@@ -71,7 +71,7 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
         refuse_foreign_folder(store)
         known = _spelled_json(identity)
         store.write(IDENTITY, known)
-    step = f"the run cannot be gone on with without {IDENTITY}: copy it again, or name another --run"
+    step = f"the run cannot resume without {IDENTITY}: copy it again, or name another --run"
     then = from_plain(TypeAdapter(dict[str, Any]), known, store.where(IDENTITY), step)
     differences = told(differing(then, identity))
     if differences:
@@ -205,7 +205,7 @@ def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
     data = store.read(EVALUATIONS)
     if data is None:
         return []
-    step = f"copy {EVALUATIONS} again, or delete it: a run that goes on evaluates what it still needs"
+    step = f"copy {EVALUATIONS} again, or delete it: the resumed run evaluates what it still needs"
     return from_plain(TypeAdapter(list[Evaluation]), data, store.where(EVALUATIONS), step)
 
 
@@ -237,7 +237,7 @@ def read_ending(store: Store) -> Ending | None:
     data = store.read(SUMMARY)
     if data is None:
         return None
-    step = f"copy {SUMMARY} again, or delete it: the command of the run writes it anew"
+    step = f"copy {SUMMARY} again, or delete it: the command of the run writes it again"
     return from_plain(TypeAdapter(Ending), data, store.where(SUMMARY), step)
 
 
@@ -251,7 +251,7 @@ def best_evaluation(run: str) -> Evaluation:
     best = best_of([entry for entry in found if entry.step in kept])
     if best is None:
         raise CheckpointError(
-            "no checkpoint of the run has a held-out figure, so none is the best",
+            "no checkpoint of the run has a held-out evaluation, so there is no best one",
             {"run": run, "checkpoints": kept, "evaluations": [entry.step for entry in found]},
             "export the newest without --best, or name one with --step",
         )

@@ -114,7 +114,7 @@ class InputReader(io.RawIOBase):
             raise InputError(
                 "an input file changed while it was read",
                 {"file": self._file.place, "bytes then": self._file.size, "bytes now": self.consumed},
-                "run the same command again, once nobody writes there any more",
+                "run the same command again when nothing writes there any more",
             )
         return f"{self._file.kind} {self.consumed} {self._hash.hexdigest()}\n"
 

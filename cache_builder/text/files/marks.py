@@ -26,7 +26,7 @@ _MARKS: Mapping[bytes, tuple[str, str]] = {
     b"\xff\xfe": ("text in UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     b"\xfe\xff": ("text in UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     b"%PDF-": ("a PDF", "write its text as .txt"),
-    b"version ht": ("a Git LFS pointer", "fetch what it stands for (git lfs pull)"),
+    b"version ht": ("a Git LFS pointer", "fetch the file itself (git lfs pull)"),
 }
 _OWN = {".parquet": "parquet", ".array_record": "ArrayRecord"}  # kind -> what it finds in a file of its own
 _TAR = slice(257, 262)

@@ -124,7 +124,7 @@ def _names(metadata: Mapping[str, Any]) -> list[str]:
         if not leaf["value_metadata"].get("skip_deserialize"):
             name = ".".join(str(part["key"]) for part in leaf["key_metadata"])
             if "/" in name or "\\" in name or name.strip(".") == "":
-                raise ValueError(f"the name {name[:80]!r} leads to another place")
+                raise ValueError(f"the name {name[:80]!r} leads outside its folder")
             found.append(name)
     return found
 

@@ -52,7 +52,7 @@ def test_plain_data_is_read(text: str, value: object) -> None:
         ("{1: 2}", "the key 1 is no text"),
         ("{null: 2}", "the key null is no text"),
         ("? [a]\n: 1", "the key a sequence is no text"),
-        ("&a [*a]", "an alias stands inside of what it names"),
+        ("&a [*a]", "an alias refers to itself"),
         (LAUGHS, "100,000 values"),
         ("a: 1\n---\nb: 2", "a second document begins (line 2, column 1)"),
         ('"\\ud800"', "half a surrogate pair"),
