@@ -427,7 +427,7 @@ def test_a_damaged_gz_is_an_error(tmp_path: Path, name: str, damage: str) -> Non
         ("other", "1 other files"),
         ("other/*.md", "1 other files"),
         ("other/a.md", "not a text file"),
-        ("nowhere://bucket/a.txt", "cannot be read from such a place"),
+        ("nowhere://bucket/a.txt", "cannot be read from this kind of URL"),
     ],
 )
 def test_a_path_without_text_is_named(tmp_path: Path, path: str, message: str) -> None:

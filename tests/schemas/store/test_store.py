@@ -229,14 +229,14 @@ def test_a_read_only_folder_says_so(tmp_path: Path) -> None:
             store.write("key", b"value")
     finally:
         tmp_path.chmod(0o700)
-    assert "make the place writable" in caught.value.next
+    assert "make it writable" in caught.value.next
 
 
 def test_a_read_only_disk_says_so(tiny_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
     with pytest.raises(StorageError, match="cannot be written") as caught:
         Store(str(tiny_disk)).write("key", b"value")
-    assert "make the place writable" in caught.value.next
+    assert "make it writable" in caught.value.next
 
 
 def test_places_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
