@@ -231,7 +231,7 @@ def models_of_commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[type[B
     found: dict[str, list[type[BaseModel]]] = {}
 
     def parse(model: type[BaseModel], _argv: Any, command: str, **_more: Any) -> Any:
-        found.setdefault(command.removeprefix("distillcache "), []).append(model)
+        found.setdefault(command.split()[1], []).append(model)
         raise Parsed(None)
 
     monkeypatch.setattr(command_line, "parse", parse)

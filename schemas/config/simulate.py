@@ -67,6 +67,14 @@ class BucketConfig(Config):
     price_per_1000_gets: float = Field(default=0.0004, ge=0, description="US dollars, class B operations")  # likewise
 
 
+class StudentsConfig(Config):
+    """Students that are trained from one teacher, one after the other."""
+
+    counts: list[Positive] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="numbers of students to compare")
+    size: Rate = Field(default=0.25, description="parameters of a student, as a fraction of the teacher's")
+    hosts: Positive = Field(default=1, description="hosts that build the cache and train each student")
+
+
 class SimulateConfig(Config):
     """Cost of caches for large amounts of text: bytes, objects, requests, time, money, and which resource becomes
     the bottleneck.
@@ -83,3 +91,9 @@ class SimulateConfig(Config):
     build: BuildFleetConfig = Field(default=BuildFleetConfig(), description="the machines that run the teacher")
     train: TrainFleetConfig = Field(default=TrainFleetConfig(), description="the machines that read the cache")
     bucket: BucketConfig = Field(default=BucketConfig(), description="the bucket that holds the cache")
+    students: StudentsConfig = Field(
+        default=StudentsConfig(), description="training hours from a cache and with the teacher in the loop"
+    )
+    plot: str | None = Field(
+        default=None, description="also plot hours by number of students, for the first teacher and text, to this file"
+    )

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from distillcache.schemas import command_line
 from distillcache.schemas.config.simulate import SimulateConfig
+from distillcache.schemas.store.path import local_path
 from distillcache.tools.plan.scale import describe_scale
+from distillcache.tools.plan.students import ONLINE, add_hours, write_plot
 
 WIDTH = 170  # of the tables, wherever they go: they are made to be pasted
 DAY_S, YEAR_S = 86400.0, 365 * 86400.0
@@ -18,7 +20,11 @@ DAY_S, YEAR_S = 86400.0, 365 * 86400.0
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Print what the caches that the command line describes would take."""
-    report = describe_scale(command_line.parse(SimulateConfig, argv, command))
+    config = command_line.parse(SimulateConfig, argv, command)
+    plot = None if config.plot is None else local_path(config.plot, "--plot")
+    report = add_hours(config, describe_scale(config))
+    if plot is not None:
+        write_plot(report, plot)
     if as_json:
         print(json.dumps(report))
     else:
@@ -26,13 +32,13 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print the assumptions, then three tables with a line for every cache: its sizes, its build, its reading."""
+    """Print the assumptions, then four tables with a line for every cache: sizes, build, reading, students."""
     console = Console(width=WIDTH, highlight=False)
     for line in assumptions(report["assumed"]):
         console.print(line)
     for warning in report["too_long"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
-    for fill in (sizes_table, builds_table, feeds_table):
+    for fill in (sizes_table, builds_table, feeds_table, students_table):
         console.print()
         console.print(fill({**report, "caches": [cache for cache in report["caches"] if "impossible" not in cache]}))
     for cache in report["caches"]:
@@ -54,6 +60,8 @@ def assumptions(assumed: Mapping[str, Any]) -> list[str]:
         f"build: {speed}, {build['preemptions_per_h']:g} preemptions an hour and host, {build['restart_s']:,.0f} s "
         f"until it is back, {build['retry_share']:.1%} of writes sent twice",
         f"train: {train['hosts']} hosts, {train['batch_rows']} rows a step of {train['step_s']:g} s",
+        f"students: {assumed['students']['size']:g} of the teacher's size, one after the other on "
+        f"{assumed['students']['hosts']} host(s), each sees the text once",
         f"bucket: {bucket['host_gb_s']:g} GB/s to a host, {bucket['egress_gb_s']:g} GB/s to all, "
         f"{bucket['puts_per_s']:,.0f} PUTs/s and {bucket['gets_per_s']:,.0f} GETs/s when new",
         f"prices: ${bucket['price_per_gib_month']:g} a GiB and month, "
@@ -107,6 +115,18 @@ def feeds_table(report: Mapping[str, Any]) -> Table:
             f"{cache['read_gb_per_s_per_host']:.3g}",
             scarce(cache["limits"], "feed: ", "nothing"),
         )
+    return table
+
+
+def students_table(report: Mapping[str, Any]) -> Table:
+    """Hours for each number of students from the cache, and with the teacher in the loop instead."""
+    counts = report["assumed"]["students"]["counts"]
+    most = counts[-1]
+    table = _table(*(f"{count} {'student' if count == 1 else 'students'}" for count in counts), f"{most}, {ONLINE}")
+    for cache in report["caches"]:
+        hours = cache["students"]
+        each = [*hours["cached_h"], hours["online_h"][-1]]
+        table.add_row(*_names(cache), *(duration(3600 * value) for value in each))
     return table
 
 
