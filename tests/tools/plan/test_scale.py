@@ -68,7 +68,7 @@ def test_every_combination_is_described(capsys):
             assert large["dollars_per_month"] == pytest.approx(large["bytes"] / 2**30 * 0.02)
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert printed.count("topk_logits, k = 64") == 3 * 4
+    assert printed.count("topk_logits, k = 64") == 4 * 4
     assert "8 hosts" in printed
     assert cli.main(["plan", "--simulate", "--help"]) == 0
     assert "price_per_gib_month" in capsys.readouterr().out.replace("-", "_")
@@ -79,7 +79,7 @@ def test_sizes_that_do_not_fit_are_said(capsys):
     assert cli.main(["plan", "--simulate", *words]) == 0
     printed = capsys.readouterr().out
     assert "not possible: 8b, 100B, topk_logits, k = 64: an object would be larger" in printed
-    assert printed.count("attn_out, resid: bf16") == 3
+    assert printed.count("attn_out, resid: bf16") == 4
 
 
 @pytest.mark.parametrize(("row_tokens", "told"), [(131_072, 0), (131_073, 2)])  # Llama 3.1's max_position_embeddings
