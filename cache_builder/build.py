@@ -24,7 +24,7 @@ SEGMENT = "0000"
 
 
 def build_cache(config: BuildConfig) -> Manifest:
-    """Build the cache that `config` describes, or go on with it where it was stopped.
+    """Build the cache that `config` describes, or resume it.
 
     Text is prepared first. Running the same command again after any interruption gives the same bytes in `rows/` and
     `taps/` as an uninterrupted build; a finished cache is left as it is.
@@ -100,7 +100,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
 
 
 def _check_small_files(store: Store, manifest: Manifest) -> None:
-    """Raise the first damage to the files beside rows and taps, so that nobody is told of a whole cache."""
+    """Raise the first damage to the files beside rows and taps, so that a damaged cache is not reported as intact."""
     for damage in small_file_damage(store, manifest.segments, manifest.tokenizer_digest):
         raise damage
 

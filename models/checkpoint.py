@@ -131,7 +131,7 @@ def _run_of(where: Location) -> RunCheckpoint | None:
 
 
 def _config_of_directory(directory: Location) -> ModelConfig:
-    """Read config.json, with router biases if a file of them lies beside it."""
+    """Read config.json, with router biases if a file of them is beside it."""
     config = config_from_hf(read_json(directory / CONFIG), directory / CONFIG)
     if not (directory / ROUTER_BIAS_FILE).exists():
         return config

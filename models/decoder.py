@@ -40,7 +40,7 @@ class BlockOutput(NamedTuple):
 class DecoderOutput(NamedTuple):
     """logits `[B, T, V]` or None; taps by name: `attn_out`, `mlp_out` `[L, B, T, D]`, `resid` `[L + 1, B, T, D]`.
 
-    router: `RouterOutput` stacked over the blocks with experts (`ModelConfig.moe_blocks`), where it was asked for.
+    router: `RouterOutput` stacked over the blocks with experts (`ModelConfig.moe_blocks`), where it was requested.
     """
 
     logits: Array | None

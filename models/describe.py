@@ -41,7 +41,7 @@ def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
 
 
 def teacher_context(teacher: TeacherPlan) -> int | None:
-    """The longest document that a plan's teacher is made for, in tokens; None where nobody knows.
+    """The longest document that a plan's teacher is made for, in tokens; None if unknown.
 
     A plan of an earlier version does not say. Then the config of the checkpoint does, if it is still on this machine.
     """

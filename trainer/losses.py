@@ -173,7 +173,7 @@ def support_logits(
 ) -> SupportLogits:
     """Both sides' logits over the teacher's top k, zeros where nothing counts: all that a KL at any tau needs.
 
-    The rest, if asked for, is one pseudo-logit: log(exp(logsumexp) - sum exp(values)) for the teacher, the logsumexp of
+    The rest, if requested, is one pseudo-logit: log(exp(logsumexp) - sum exp(values)) for the teacher, the logsumexp of
     all other logits for the student. At tau = 1 that is each one's exact mass outside the top k. At another tau the
     teacher's logits there are unknown, so the pseudo-logits are divided by tau like any logit, on both sides: the rest
     counts as one class with its mass at tau = 1.

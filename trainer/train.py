@@ -1,6 +1,6 @@
 """Stage 2: a student from a cache, by one process or by several in lockstep (peers.py).
 
-The same command goes on where an interrupted run was, to the same bits as a run that was never interrupted: the feed,
+The same command resumes an interrupted run with the same bits as a run that was never interrupted: the feed,
 the step and the schedule are pure functions of the config and the step's number. What the run's folder holds:
 run/folder.py.
 """
@@ -122,7 +122,7 @@ def divergence_summary(error: DivergedError | None) -> dict[str, Any]:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train the student that `config` describes, or go on with its run; a finished run is left as it is.
+    """Train the student that `config` describes, or resume its run; a finished run is left as it is.
 
     A student that ended worse than it began is a result, with `diverged`.
 
@@ -230,7 +230,7 @@ def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> N
 
 
 def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
-    """Refuse to begin a run whose batches would hold rows twice; one that goes on (begun by an earlier version) may.
+    """Refuse to begin a run whose batches would hold rows twice; a resumed one (from an earlier version) may.
 
     Every step would be the same few rows, and the steps, the speed and the losses would look like more than they are.
     """
@@ -298,7 +298,7 @@ def _open_student(
 
 
 def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
-    """Balancing by biases turns the auxiliary loss off; a user who gave it a weight is told."""
+    """Balancing by biases turns the auxiliary loss off; a user who gave it a weight is notified."""
     losses = [spec.loss, *(stage.loss for stage in spec.stages or [] if stage.loss)]
     if (
         peers.first

@@ -1,4 +1,4 @@
-"""`distillcache build --abandon`: delete an extension that was begun and that nobody wants to finish.
+"""`distillcache build --abandon`: delete an extension that was begun and that will not be finished.
 
 A finished segment is never touched: the manifest lists it.
 """

@@ -39,11 +39,11 @@ TAPS = ("attn_out", "resid", "mlp_out", TOPK_LOGITS)
 
 
 def copy_cache(config: CopyConfig) -> Manifest:
-    """Copy what `config` selects, or go on with a copy where it was stopped; a finished copy is left as it is.
+    """Copy what `config` selects, or resume a copy; a finished copy is left as it is.
 
     Raises:
-        InputError, ConfigError: the source is no finished cache, or does not hold what is asked for.
-        PlanMismatchError: the place holds another cache, or a copy of another one.
+        InputError, ConfigError: the source is no finished cache, or does not hold what is requested.
+        PlanMismatchError: the folder holds another cache, or a copy of another one.
         DamageError: the source is damaged; nothing of the shard is committed.
         StorageError, Interrupted: the copy stopped; the same command goes on.
     """

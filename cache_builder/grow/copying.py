@@ -23,7 +23,7 @@ from distillcache.schemas.store.store import Store
 
 
 class SelectedRows:
-    """The chosen rows of a cache, numbered anew from 0."""
+    """The chosen rows of a cache, renumbered from 0."""
 
     def __init__(self, groups: Sequence[RowGroup], wanted: str) -> None:
         self.groups, self.wanted = groups, wanted

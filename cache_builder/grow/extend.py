@@ -36,7 +36,7 @@ from distillcache.schemas.store.store import Store
 def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
     """Add what the config asks for and the cache lacks; where it lacks nothing, nothing changes.
 
-    The same command goes on after any interruption.
+    The same command resumes after any interruption.
 
     Raises:
         InputError: there is no finished cache, or what was given cannot be used.

@@ -18,7 +18,7 @@ def finished_plan(store: Store, spec: BuildSpec, teacher: str, tokenizer: TextTo
     """The plan of a finished cache.
 
     Args:
-        teacher: where its checkpoint lies now.
+        teacher: the current path of its checkpoint.
 
     Raises:
         PlanMismatchError: the cache belongs to another config.

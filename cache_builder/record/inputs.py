@@ -82,7 +82,7 @@ def open_or_prepare(
 
 
 def _prepare(store: Store, config: PrepareConfig, tokenizer: TextTokenizer, folder: str, planned: bool) -> None:
-    """Prepare rows inside the cache. Without a plan, what lies there belongs to a build that never began."""
+    """Prepare rows inside the cache. Without a plan, what is there belongs to a build that never began."""
     try:
         prepare_rows(config, tokenizer=tokenizer, shared_from_bytes=RESUMABLE_BYTES)
     except FolderTakenError as error:  # finished or deleted by others: `unless_finished` looks which

@@ -1,9 +1,9 @@
 """The recording loop: rows through the teacher, codes into shards, shards into the store.
 
-Three things go on at once: the teacher computes one batch, the batch before it is copied to the host, and a full
-shard is being written by another thread (pipeline.py). A process works on *work units*, the consecutive shards of whole
-teacher batches, which it leases one by one (schemas/cache/lease.py), so that any number of processes may build one
-cache.
+Three things happen at the same time: the teacher computes one batch, the batch before it is copied to the host, and a
+full shard is being written by another thread (pipeline.py). A process works on *work units*, the consecutive shards of
+whole teacher batches, which it leases one by one (schemas/cache/lease.py), so that any number of processes may build
+one cache.
 """
 
 import logging
@@ -91,7 +91,7 @@ def build_segment(
 
 @contextmanager
 def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lambda: None) -> Iterator[Store]:
-    """The store for writing a segment with, as long as the segment's plan lies where it was settled.
+    """The store for writing a segment with, as long as the segment's plan exists.
 
     What was written in the moment in which the plan went is deleted again.
 

@@ -75,7 +75,7 @@ def make_plan(
 
 
 def counted_processes(axes: tuple[int, ...], batch_rows: int, processes: int, shard_rows: int) -> int:
-    """The processes over which a replica lies, if the bits may depend on their number; 1 if not.
+    """The processes that a replica spans, if the bits may depend on their number; 1 if not.
 
     Args:
         axes: the mesh's sizes along data, fsdp, tensor and expert; (1,) without a mesh.
@@ -125,8 +125,8 @@ def refuse_foreign_folder(store: Store, flag: str) -> None:
 def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
     """The plan that is in the store: ours if nobody was first, else the stored one if it describes the same work.
 
-    Plans that differ have folders of their own, so whoever settles one looks once more afterwards: of two that were
-    settled at one moment the later one sees the other, and goes.
+    Plans that differ have folders of their own, so a process that settles one checks once more afterwards: of two that
+    were settled at one moment the later one sees the other, and goes.
 
     Raises:
         PlanMismatchError: the place holds another plan; the message lists what differs.
@@ -164,7 +164,7 @@ def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
 def plan_differences(stored: Plan, wanted: Plan) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (stored, wanted), for every field that the bytes of a segment depend on.
 
-    Of which ids logits are is settled by the stored plan, which is the one that is gone on with.
+    Of which ids logits are is settled by the stored plan, which is the one that is resumed.
     """
     wanted = wanted.model_copy(update={"taps": tuple(counting_as_recorded(wanted.taps, stored.taps))})
     ignored = {"config", "created", "segment"}  # the segment's name follows from the rest

@@ -173,7 +173,7 @@ class _Committed:
         return self.has(unit)
 
     def ours(self, unit: int) -> None:
-        """This process does the work unit, and counts it itself."""
+        """Record that this process does the work unit and counts it itself."""
         self._counted.update(self._job.shards_of(unit))
 
 
@@ -262,7 +262,7 @@ def keep_batch(
     """Wait for a recording, check it, and hand its rows to their shards.
 
     Args:
-        begun: when it was asked for, once that was compiled, by `time.perf_counter`.
+        begun: when it was requested, once that was compiled, by `time.perf_counter`.
     """
     codes = {part.array: np.asarray(recording.codes[tap.name][part.part]) for tap in plan.taps for part in tap.parts}
     sums = {name: type(tap)(*(np.asarray(value) for value in tap)) for name, tap in recording.sums.items()}

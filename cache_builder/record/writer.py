@@ -38,7 +38,7 @@ Put = Callable[[str, bytes], None]
 class ShardBuffer:
     """One shard being filled: codes `[rows, S, T, W]` by array name, and the statistics of its rows.
 
-    begun: when the first of its numbers were asked for, by `time.perf_counter`. computing: seconds of waiting for them.
+    begun: when the first of its numbers were requested, by `time.perf_counter`. computing: seconds of waiting for them.
     """
 
     shard: int

@@ -1,9 +1,9 @@
 """Checks of a cache: compares everything in it with what was committed.
 
-What vouches for what: the manifest carries its own digest; it holds the digests of the tokenizer, of each segment's
-small files and of its index.bin; a record of index.bin holds those of a shard's objects, of their inner chunks, and
-of its file of rows (check_shard.py). In a segment that is still being built a shard's receipt stands for its record;
-shards without one are not looked at, and its small files are written anew by the build that goes on.
+Which file holds which digest: the manifest carries its own digest; it holds the digests of the tokenizer, of each
+segment's small files and of its index.bin; a record of index.bin holds those of a shard's objects, of their inner
+chunks, and of its file of rows (check_shard.py). In a segment that is still being built a shard's receipt stands for
+its record; shards without one are not looked at, and its small files are rewritten by the build that goes on.
 
 Damage is told, not raised. Memory: MEMORY_BYTES for objects that are damaged (whole ones are read in chunks), the
 names of all keys while the cache is listed, and one stretch of the index.
@@ -84,7 +84,7 @@ def _check_small_files(store: Store, view: SegmentView, entry: SegmentEntry) -> 
 
 
 def _check_unvouched(store: Store, view: SegmentView) -> Iterator[Finding]:
-    """Check files of a segment that is being built; the build that goes on writes them anew."""
+    """Check files of a segment that is being built; the resumed build writes them again."""
     side = view.key("side.safetensors")
     rotated = any(tap.rotate for tap in view.plan.taps)
     for key, error in unvouched_damage(store, view.plan):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyConfig, Manifest | None]:
-    """Check a copy, and make a finished one whole, or an unfinished one ready to go on.
+    """Check a copy, and make a finished one whole, or an unfinished one ready to resume.
 
     Returns: the config that the copy was begun with, for this run; the manifest, None where the copy is not finished.
 

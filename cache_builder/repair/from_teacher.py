@@ -90,7 +90,7 @@ def _stated(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def repair_cache(store: Store, config: BuildConfig) -> Manifest | None:
-    """Check a cache, and make its finished segments whole, and an unfinished one ready for the build to go on.
+    """Check a cache, and make its finished segments whole, and an unfinished one ready for the build to resume.
 
     Returns: the manifest; None where the cache is not finished.
 
@@ -244,7 +244,7 @@ class _Teacher:
 class _FromTeacher:
     """Makes a built segment again.
 
-    base: the plan of the segment whose files hold the rows. damage: None where only fixed files are asked for.
+    base: the plan of the segment whose files hold the rows. damage: None where only fixed files are requested.
     """
 
     store: Store

@@ -32,7 +32,7 @@ def lost_files(findings: Sequence[Finding]) -> list[Finding]:
 def rebuild_manifest(
     survey: Survey, findings: Sequence[Finding], fixed_files: Callable[[SegmentView], Mapping[str, bytes]]
 ) -> None:
-    """Write the manifest anew. Nothing is written unless everything else is whole.
+    """Write the manifest again. Nothing is written unless everything else is whole.
 
     Args:
         fixed_files: what a segment's files that do not depend on the rows must be, by key.

@@ -1,4 +1,4 @@
-"""Making a damaged segment whole, whoever makes its numbers again: the teacher (from_teacher.py) or a copy's source.
+"""Making a damaged segment whole, wherever the numbers come from: the teacher (from_teacher.py) or a copy's source.
 
 The manifest stays true throughout: readers find the committed bytes or an error. Every write asks first whether the
 manifest still lists the segment as it was checked, and writes nothing over equal bytes. What is made again is written
@@ -109,7 +109,7 @@ class Damage:
 def check_listed(store: Store, entry: SegmentEntry, tokenizer_digest: str) -> None:
     """Raise `FolderTakenError` unless the manifest lists the segment as it did when it was checked.
 
-    So a repair that was paused while its cache was deleted, or built anew with another plan, writes nothing there.
+    So a repair that was paused while its cache was deleted, or rebuilt with another plan, writes nothing there.
     """
     now = read_manifest(store)
     if now is not None and entry in now.segments and now.tokenizer_digest == tokenizer_digest:

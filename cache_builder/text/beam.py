@@ -4,7 +4,7 @@
     gs://...
 
 What stands behind `--` is Beam's own. The pipeline does the work of shared.py, in the same unfinished folder
-and with the same receipts: Beam hands the work units out in the place of leases. So the rows are the same bytes, and a
+and with the same receipts: Beam hands the work units out in place of leases. So the rows are the same bytes, and a
 pipeline that failed goes on from what is receipted, as a pipeline or not.
 
 Workers need this package (`--sdk_container_image`, or `--setup_file`), and must reach the corpus and the rows folder.

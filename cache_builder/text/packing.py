@@ -57,7 +57,7 @@ def mark_document(
     """A document's tokens with their marks; without `counted` all of them are targets.
 
     Args:
-        begins: the document begins with these; else they go on with one.
+        begins: the document begins with these; otherwise they continue one.
     """
     marked = np.empty(tokens.size, MARKED)
     marked["token"] = tokens

@@ -40,7 +40,7 @@ class RowsJob:
         """The marked tokens of a file's documents, and the notes of what was skipped, in order.
 
         Args:
-            pace: is told how far the work is.
+            pace: receives progress.
         """
         found = file_documents(file, reader, self.data, self.tokenizer)
         return token_arrays(found, self.tokenizer, self.data.on_error, pace)

@@ -1,4 +1,4 @@
-"""Whose a rows folder is while rows are made in it.
+"""Ownership of a rows folder while rows are made in it.
 
     <out>/preparing.json      the fingerprint of the rows that are being made; it goes when `rows.json` is there
 

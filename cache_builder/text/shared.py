@@ -1,7 +1,8 @@
 """Rows by many processes: input files are shared out, then files of rows, through leases in the store alone.
 
-Every process goes through the same three stages. A work unit is leased, done and receipted; who dies is replaced
-by whoever sees its lease expire; and what is receipted is never done again, so that a killed command goes on.
+Every process goes through the same three stages. A work unit is leased, done and receipted; a process that dies is
+replaced by one that sees its lease expire; and what is receipted is never done again, so that a killed command can
+resume.
 
     1. every input file      -> chunks of the token stream, and a receipt with the file's digest
     2. every file of rows    -> a pure function of the stream (packing.py)
@@ -62,7 +63,7 @@ class Share:
 
 
 def prepare_shared(store: Store, job: RowsJob, share: Share, stop: StopRequest, quiet: bool = False) -> str | None:
-    """Take part in making the rows until `rows.json` is there, whoever wrote it.
+    """Take part in making the rows until `rows.json` is there, by any process.
 
     Returns: the text's digest; None where the rows were finished before this process had learnt it.
 
@@ -196,7 +197,7 @@ class _Work:
         return mine + sorted(set(units) - set(mine))
 
     def _is_beyond(self, number: int) -> bool:
-        """Return whether the files before this one are known to fill all rows that are asked for."""
+        """Return whether the files before this one are known to fill all rows that are requested."""
         if self._job.most_tokens is None:
             return False
         unknown = [each for each in range(number) if each not in self._receipts]

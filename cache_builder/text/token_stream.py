@@ -135,7 +135,7 @@ def write_chunks(folder: Unfinished, job: RowsJob, number: int, watch: "Watch", 
     """Read input file `number`, store its tokens in chunks, then its receipt.
 
     Args:
-        watch: is told how much is read, and may stop the work.
+        watch: receives the number of bytes read, and may stop the work.
         digest_only: its tokens are known not to matter.
     """
     file, chunks, skipped = job.files[number], [], []
@@ -159,7 +159,7 @@ class Watch:
     """Callbacks of long work: progress and requests to stop. This one does nothing."""
 
     def read(self, consumed: int) -> None:
-        """So many bytes of the present input file are read; raises to stop the work."""
+        """Report bytes read of the current input file; raise to stop the work."""
 
 
 def _watched(found: Iterator[np.ndarray | Skipped], pace: Pace, watch: Watch) -> Iterator[np.ndarray | Skipped]:

@@ -45,7 +45,7 @@ def token_arrays(
     A plain text is closed by EOS. A long document comes in chunks.
 
     Args:
-        pace: is told how far the work is.
+        pace: receives progress.
 
     Raises:
         RecordError: the tokenizer cannot encode a document, or does not know its tokens.

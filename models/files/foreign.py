@@ -1,7 +1,7 @@
 """Places that hold something other than a checkpoint that is read: recognised, with the step that helps.
 
 Hub cache: `models--owner--name/{blobs,refs,snapshots/<commit>}` (huggingface_hub). LoRA: `adapter_config.json` beside
-`adapter_model.safetensors` (peft). Git LFS: a pointer of three lines in the place of a file's bytes. Mistral's own
+`adapter_model.safetensors` (peft). Git LFS: a pointer of three lines in place of a file's bytes. Mistral's own
 format: `params.json` and `consolidated*.safetensors`. Quantised weights: `quantization_config` in config.json
 (transformers), `quantization` (MLX).
 """
@@ -63,7 +63,7 @@ def quantised_as(found: object) -> str | None:
 
 
 def step_for_missing_path(path: Location, otherwise: str = "name an HF directory, a run or a .gguf file") -> str:
-    """The next step where nothing lies at a path.
+    """The next step if nothing exists at a path.
 
     Args:
         otherwise: the step for what looks like a path and not like a model's name.
@@ -154,5 +154,5 @@ def packing_key(raw: Mapping[str, Any]) -> str | None:
 
 
 def lfs_pointer(file: Location) -> CheckpointError:
-    """The error for a pointer in the place of a file."""
+    """The error for a pointer in place of a file."""
     return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)

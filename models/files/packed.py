@@ -1,7 +1,7 @@
 """Checkpoints whose tensors are not stored as their layout says: under other names, or in few bits.
 
 A *form* says of one tensor what is read of the file for a part of it, and how that becomes the part. Nothing but what
-is asked for is read, so such checkpoints load as others do, tensor by tensor into the devices' parts.
+is requested is read, so such checkpoints load as others do, tensor by tensor into the devices' parts.
 
 - MXFP4: 32 numbers share a power of two; each is one of 16 values in 4 bits, two to a byte, the first in the low half.
   Source: OCP Microscaling Formats (MX) v1.0, E2M1 elements with E8M0 scales. As gpt-oss stores it (the model card, and

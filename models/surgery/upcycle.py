@@ -21,7 +21,7 @@ ROUTER_STD = 0.02  # logits of some tenths, so no expert is far ahead
 
 
 def upcycled(parts: Parts, block: int, config: ModelConfig, op: SurgeryOp) -> Block:
-    """One block with experts in the place of its MLP; the dense one's norms stay.
+    """One block with experts in place of its MLP; the dense one's norms stay.
 
     Args:
         parts: before the operation. config: after it.

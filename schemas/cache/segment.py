@@ -243,7 +243,7 @@ class Segment:
             return unpack_rows(data, stop - start)
 
         def read() -> bytes:
-            # A bucket answers a range with one request; of a whole value, the length is asked for as well.
+            # A bucket answers a range with one request; of a whole value, the length is requested as well.
             far, length = self.store.is_bucket, int(record["rows_length"])
             return self._read_range(key, 0, length) if far else self.store.read(key) or b""
 

@@ -146,7 +146,7 @@ class StageConfig(Config):
 
 
 class TrainSpec(Config):
-    """Settings that a training's numbers depend on. A run that goes on must have the same ones."""
+    """Settings that a training's numbers depend on. A resumed run must have the same ones."""
 
     source: Literal["cache", "online"] = Field(
         default="cache", description="cache: its recorded taps; online: its rows, through the teacher in every step"
@@ -259,7 +259,7 @@ class TrainOptions(Config):
     )  # one being moved to the device, one being read
     partial: bool = Field(
         default=False, description="train on the committed shards of a cache that is still being built"
-    )  # a run that goes on needs the same rows again, and a cache that grows has others
+    )  # a resumed run needs the same rows again, and a cache that grows has others
     profile: str | None = Field(
         default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
     )

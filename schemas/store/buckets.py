@@ -106,7 +106,7 @@ _meeting = threading.Lock()
 
 
 def meet(spec: dict[str, Any], config: StorageConfig) -> None:
-    """Ask a bucket one thing before anything depends on it: what is permanently wrong must not be retried for long.
+    """Probe a bucket once, so that permanent errors fail fast.
 
     Once for each bucket and process. To TensorStore, a bucket of GCS that does not exist is empty: only a write tells.
 

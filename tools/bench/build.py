@@ -103,7 +103,7 @@ def between_forwards(
 
 
 def reference_rows(folder: Path, teacher: str, row_tokens: int, rows: int) -> RowReader:
-    """So many rows of real English text, in the teacher's tokens."""
+    """A number of rows of real English text, in the teacher's tokens."""
     (folder / "corpus").mkdir(exist_ok=True)
     data = default_data(folder).model_copy(update={"row_tokens": row_tokens, "eval_rows": 0, "max_rows": rows})
     prepare_rows(PrepareConfig(out=str(folder / "rows"), data=data), tokenizer=load_tokenizer(teacher))

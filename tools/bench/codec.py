@@ -140,7 +140,7 @@ def _attend_pattern(group: Any, streams: Float[Array, "k B T D"], context: Block
 
 
 def bits_per_number(codec: Codec, slots: int, hidden: int, only: Callable[[str], bool] = lambda _: True) -> float:
-    """Stored bits over numbers of a tap with `slots` slots, of the parts whose names are asked for."""
+    """Stored bits over numbers of a tap with `slots` slots, of the parts whose names are requested."""
     parts = [part for part in codec.parts(hidden) if only(part.name)]
     return sum(8 * ITEM_BYTES[part.dtype] * part.width * part.slots(slots) for part in parts) / (slots * hidden)
 

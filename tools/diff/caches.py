@@ -1,6 +1,6 @@
 """Two caches side by side: plans, statistics, stored bytes by shard, and the numbers of a sample of rows.
 
-The numbers are judged as `fidelity` judges them, with A in the place of the teacher.
+The numbers are judged as `fidelity` judges them, with A in place of the teacher.
 """
 
 import math

@@ -73,7 +73,7 @@ class LiveTeacher:
         return self.taps_and_logits(row)[0]
 
     def taps_and_logits(self, row: Row) -> tuple[Taps, TopK | None]:
-        """`taps`, and its largest logits: values and ids `[T, k]`, logsumexp `[T]`; None where none are asked for."""
+        """`taps`, and its largest logits: values and ids `[T, k]`, logsumexp `[T]`; None where none are requested."""
         arrays = teacher_batch([row], 1, len(row.tokens))
         recording = self._record(self._parameters, *map(jnp.asarray, arrays))
         codes = recording.codes

@@ -9,7 +9,7 @@ from rich.table import Table
 from distillcache.tools.fidelity.topk import words
 from distillcache.tools.pages.terminal import table_console
 
-LISTED = 8  # slots of a tap, where not all are asked for: verdict and table fit on one screen
+LISTED = 8  # slots of a tap, where not all are requested: verdict and table fit on one screen
 
 
 def print_fidelity(found: Mapping[str, Any], every_slot: bool) -> None:

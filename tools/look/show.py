@@ -24,7 +24,7 @@ TEXT_SHOWN = 400  # characters of a document on a terminal
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
-    """Print the row as tables or as one JSON object, and draw it where a picture is asked for.
+    """Print the row as tables or as one JSON object, and draw it where a picture is requested.
 
     Returns: the exit code, 2 where some of the row is damaged.
     """

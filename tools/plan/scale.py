@@ -5,8 +5,8 @@
 Sizes come from the plan that a build of such a teacher would make, requests from the feed's own rule
 (trainer/feed/readers/requests.py), times from a build that is played through (fleet.py). Nothing is read or written.
 
-A *choice* is what is recorded, and in which codec. A *limit* is what would be needed of a thing over what there is of
-it: above 1, something else has to be chosen, or more of it to be had.
+A *choice* is what is recorded, and in which codec. A *limit* is the need of a resource divided by its capacity:
+above 1, it is a bottleneck.
 """
 
 from dataclasses import dataclass
@@ -203,7 +203,7 @@ def host_rate(config: SimulateConfig, cache: Cache) -> float:
 
 
 def make_fleet(config: SimulateConfig, cache: Cache, hosts: int) -> Fleet:
-    """So many hosts as the config describes them."""
+    """A fleet of this many hosts, as the config describes them."""
     build = config.build
     return Fleet(
         hosts=hosts,

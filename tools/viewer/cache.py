@@ -67,7 +67,7 @@ def row_list(watched: WatchedCache, query: Mapping[str, str]) -> View:
     """Some rows with their beginning; `start` counts within the split.
 
     Raises:
-        NotUnderstood: what is asked for makes no sense.
+        NotUnderstood: what is requested makes no sense.
     """
     stored, split = watched.rows(), choice_in(query, "split", list(SPLITS), "all")
     held_out = _held_out(stored)

@@ -1,4 +1,4 @@
-"""`distillcache serve`: a cache or a run in the browser, on this machine alone unless it is told otherwise.
+"""`distillcache serve`: a cache or a run in the browser, on this machine alone unless configured otherwise.
 
 distillcache serve caches/mine
 distillcache serve gs://bucket/runs/cut --port 0
@@ -85,7 +85,7 @@ def check_packages() -> None:
 
 
 def check_host(config: ServeConfig) -> None:
-    """Raise `ConfigError` where other machines could read along and nobody has said that they may."""
+    """Raise `ConfigError` where other machines could read everything and --expose is not set."""
     if not config.expose and not is_loopback(config.host):
         raise ConfigError(
             "other machines could read everything at this address",
@@ -104,7 +104,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that a taken port is told before anything is read.
+    """A socket that is bound, so that a taken port is reported before anything is read.
 
     Raises:
         ConfigError: it cannot be.

@@ -192,7 +192,7 @@ def steps(label: str, links: Sequence[tuple[str, str | None]]) -> str:
 
 
 def form(to: str, fields: Sequence[str], button: str, label: str) -> str:
-    """Fields that are asked for by a GET."""
+    """Fields that are requested by a GET."""
     inside = "\n".join([*fields, f"<button>{text(button)}</button>"])
     return f'<form class="ask" action="{text(to)}" aria-label="{text(label)}">{inside}</form>'
 

@@ -1,6 +1,6 @@
-"""The viewer's page about one row: its text with documents and masks, and what the blocks made of every token.
+"""The viewer's page about one row: its text with documents and masks, and per-token activation statistics.
 
-A tap that is damaged is told on the page; the others are shown.
+A damaged tap is reported on the page; the others are shown.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def row_page(watched: WatchedCache, at: int, query: Mapping[str, str]) -> View:
     Raises:
         InputError: there is no such row, or it is not committed yet.
         DamageError: its tokens are not what was committed.
-        NotUnderstood: what is asked for makes no sense.
+        NotUnderstood: what is requested makes no sense.
     """
     stored, row = watched.rows(), committed_row(watched.rows(), at)
     names = [name for name in stored.tap_names(at) if name != TOPK_LOGITS]

@@ -1,6 +1,6 @@
 """The viewer's pages about a run, finished or not: how far it is, its curves, evaluations, experts, speed and config.
 
-Each page is drawn anew only when the run has written something.
+Each page is redrawn only when the run has written something.
 """
 
 import time
@@ -98,7 +98,7 @@ class WatchedRun:
         return self._seen[1]
 
     def once(self, here: str, found: RunLook, make: Callable[[], list[str]]) -> list[str]:
-        """A page's pieces, made anew when the run has gone on."""
+        """A page's pieces, made again when the run has progressed."""
         if self._made.get(here, (None, None))[0] != found.state:
             self._made[here] = (found.state, make())
         return self._made[here][1]

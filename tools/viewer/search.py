@@ -1,4 +1,4 @@
-"""The viewer's search: rows that hold some text, or some token ids. A page reads for a bounded time, and can go on."""
+"""The viewer's search: rows that hold some text or token ids. A page reads for a bounded time and can continue."""
 
 import re
 import time
@@ -29,7 +29,7 @@ Hit = tuple[int, int, str]  # (first token, how often in the row, HTML of what i
 
 @dataclass
 class Hits:
-    """next_row: where to go on; None: all rows were looked at. damaged: rows that could not be read."""
+    """next_row: where to continue; None: all rows were looked at. damaged: rows that could not be read."""
 
     hits: list[tuple[int, Hit]] = field(default_factory=list)
     rows: int = 0
@@ -41,7 +41,7 @@ def search_page(watched: WatchedCache, query: Mapping[str, str]) -> View:
     """The form, and what was found.
 
     Raises:
-        NotUnderstood: what is asked for makes no sense.
+        NotUnderstood: what is requested makes no sense.
     """
     stored, words = watched.rows(), query.get("text", "")[:MOST_LETTERS]
     ids, start = _ids(query.get("ids", "")), number_in(query, "start", 0, max(len(stored) - 1, 0))
@@ -105,7 +105,7 @@ def _ids(words: str) -> list[int]:
 
 
 def _find_text(watched: WatchedCache, row: Row, words: str) -> Hit | None:
-    """Within documents: a text does not go on in the next one."""
+    """Within documents: a text does not continue in the next one."""
     pattern, decode, first, times = re.compile(re.escape(words), re.IGNORECASE), watched.decode, None, 0
     for _, start, stop in documents_of(row):
         body = decode(row.tokens[start:stop].tolist())

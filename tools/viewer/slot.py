@@ -41,7 +41,7 @@ def slot_page(watched: WatchedCache, tap: str, slot: int, query: Mapping[str, st
 
     Raises:
         NotThere: the tap has no such slot.
-        NotUnderstood: what is asked for makes no sense.
+        NotUnderstood: what is requested makes no sense.
     """
     slots = watched.taps()[tap]
     if slot not in slots:

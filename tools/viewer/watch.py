@@ -86,7 +86,7 @@ class WatchedCache:
         )
 
     def described(self) -> dict[str, Any]:
-        """Return the report of `inspect`, made anew when the cache has changed."""
+        """Return the report of `inspect`, made again when the cache has changed."""
         self.rows()
         return self.once("described", lambda: describe_cache(self.store))
 
@@ -145,7 +145,7 @@ class WatchedCache:
         }
 
     def once(self, name: str, make: Callable[[], Value]) -> Value:
-        """Return the result of `make`, computed anew when the cache has changed."""
+        """Return the result of `make`, recomputed when the cache has changed."""
         state = self.state()
         if self._made.get(name, (None, None))[0] != state:
             self._made[name] = (state, make())

@@ -1,4 +1,4 @@
-"""Memory for batches, used again once nobody holds it.
+"""Memory for batches, reused when no reference is left.
 
 A batch is large enough that the system hands out its memory as fresh pages, zeroed one by one: that costs as much as
 reading into them. So a buffer comes back when the last array that looks at it is gone, device arrays included (JAX on

@@ -195,7 +195,7 @@ class Feed(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """Enough to go on with the same batches, on any number of processes."""
+        """Enough to continue with the same batches, on any number of processes."""
         return {"seed": self._seed, "next_step": self._next_step}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -245,7 +245,7 @@ def make_feed(
 ) -> Feed:
     """An endless, shuffled feed.
 
-    Rows are drawn without replacement and shuffled anew in every epoch; a batch may reach into the next epoch, so
+    Rows are drawn without replacement and reshuffled in every epoch; a batch may reach into the next epoch, so
     no row is left out, and a batch may be larger than the split.
 
     Args:

@@ -1,4 +1,4 @@
-"""Files on a local disk that hold what was read from a bucket, so that the next epoch does not pay the network again.
+"""Files on a local disk that hold what was read from a bucket, so that the next epoch does not fetch it again.
 
     <dir>/distillcache-feed/              all of it: nothing else in <dir> is looked at
       lock, used                          taken while files are added or removed; the bytes of all files, 8 bytes
@@ -67,7 +67,7 @@ class LocalCache:
 
         Raises:
             StorageError: the folder cannot be made or written. It is the start of a run, nothing is lost yet; later
-                trouble is told once, and the run goes on without keeping more.
+            failures are reported once, and the run continues without keeping more.
         """
         self._max, self._threads, self._full_until, self._ended = max_bytes, threading.Lock(), 0.0, False
         if is_url(folder):
@@ -235,7 +235,7 @@ class LocalCache:
         os.pwrite(self._used, struct.pack("<q", used), 0)
 
     def _end(self, error: OSError) -> None:
-        """Say once that nothing more is kept; what is there goes on being used."""
+        """Say once that nothing more is kept; existing files stay in use."""
         with self._threads:
             told, self._ended = self._ended, True
         if not told:

@@ -1,6 +1,6 @@
 """The teacher in the loop: a source that computes the taps of its rows instead of reading them.
 
-    teacher = open_teacher("cache")  # trainer/feed/teacher.py; the weights lie on the device once
+    teacher = open_teacher("cache")  # trainer/feed/teacher.py; the weights are on the device once
     train, held_out = (OnlineSource(teacher, split=split) for split in ("train", "eval"))
 
 It runs the function that `build` runs (models/recorder.py), compiled for the same shapes: each *call* takes

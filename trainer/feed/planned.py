@@ -46,7 +46,7 @@ def planned_groups(
     """A cache's groups of rows, with other taps, another dtype or other batches than they were built with.
 
     Args:
-        taps: of all blocks, in the place of those that the segments hold; None: those.
+        taps: of all blocks, in place of those that the segments hold; None: those.
     """
     return tuple(
         RowGroup(

@@ -1,6 +1,6 @@
 """Between a process's memory and the devices of a mesh, of which other processes may hold a part.
 
-On the way there every device is given its own part alone; on the way back a value is gathered only if it is asked for
+On the way there every device is given its own part alone; on the way back a value is gathered only if it is requested
 as a whole (metrics, evaluation), and a checkpoint takes what each process holds.
 """
 

@@ -48,7 +48,7 @@ POLL_S = 0.2
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them. Saving goes on in the background until `wait` or `close`."""
+    """The checkpoints of one run, newest `keep` of them. Saving runs in the background until `wait` or `close`."""
 
     def __init__(self, store: Store, keep: int = 0, peers: Peers = ALONE, timeout_s: float = 600.0) -> None:
         """

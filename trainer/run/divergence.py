@@ -1,9 +1,9 @@
-"""Trainings that end worse than they began: how that is told, and which checkpoint is the best of what is kept.
+"""Trainings that end worse than they began: how that is detected, and which checkpoint is the best of what is kept.
 
 Held-out rows decide where an evaluation measures what the last stage trains: perplexity and KL where it compares
 tokens, the blocks' cosine distance where it compares attention. What no evaluation measures (MLPs in blockwise mode,
 experts' balance) and runs without held-out rows are judged by the loss of the last stage, its first steps against its
-last ones, weighted alike. Everything is read from the run's own files, so a run that goes on is compared with the
+last ones, weighted alike. Everything is read from the run's own files, so a resumed run is compared with the
 run's start, and all processes of a run come to the same end.
 """
 
@@ -174,7 +174,7 @@ def _last(weight: Any) -> float:
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """The best of a run's checkpoints. flag: how `export` is told of it."""
+    """The best of a run's checkpoints. flag: the `export` option that selects it."""
 
     step: int
     measure: Measure | None

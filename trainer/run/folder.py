@@ -50,7 +50,7 @@ RESOLVED = "config.yaml"
 SUMMARY = "summary.json"
 LOCK = "lock"
 LEASE = "claim.json"  # in a bucket, instead of the lock
-LEASE_EXPIRY_S = 120.0  # a lease is written anew four times in this: rarely enough for one object of a bucket
+LEASE_EXPIRY_S = 120.0  # a lease is rewritten four times in this: rarely enough for one object of a bucket
 # Of a process that ended before the student was made.
 LEFTOVERS = (IDENTITY, RESOLVED, TOKENIZER, LOCK, LEASE, SURGERY, IMPORTANCE)
 
@@ -138,7 +138,7 @@ def _opened_lock(folder: Path) -> TextIO:
 
 @contextlib.contextmanager
 def _leased(store: Store) -> Iterator[Callable[[], None]]:
-    """A lease that is written anew while the context lasts (schemas/cache/lease.py)."""
+    """A lease that is rewritten while the context lasts (schemas/cache/lease.py)."""
     leases = Leases(store, "", LEASE_EXPIRY_S, key=lambda *_: LEASE)
     try:
         if not leases.take(0):

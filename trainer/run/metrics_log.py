@@ -229,7 +229,7 @@ class _Tensorboard:
         store.check_inside(TENSORBOARD)
         folder = Path(self._folder) if store.local is None else store.local / TENSORBOARD  # type: ignore[arg-type]
         folder.mkdir(parents=True, exist_ok=True)
-        # A run that goes on within the same second writes a file of its own.
+        # A resumed run within the same second writes a file of its own.
         self._prefix, self._suffix = str(folder / "events"), f".{purge_step}"
         self._writer = EventsWriter(self._prefix, self._suffix)
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))

@@ -74,7 +74,7 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     """The stages of a run, what they leave out filled in.
 
     Raises:
-        ConfigError: a stage has nothing to train on, or something is asked for that no stage would do.
+        ConfigError: a stage has nothing to train on, or something is requested that no stage would do.
     """
     found: list[Stage] = []
     if spec.stages is None:
@@ -166,7 +166,7 @@ def _check_stage(stage: Stage, mesh: MeshConfig) -> None:
 
 
 def _check_use(stages: Sequence[Stage], spec: TrainSpec) -> None:
-    """Refuse what is asked for and no stage of the run would do."""
+    """Refuse what is requested and no stage of the run would do."""
     trains_mlp = any(stage.compares_mlp for stage in stages)
     asked_in_vain = {
         "loss.mlp.weight": not trains_mlp and any(may_count(stage.loss.mlp.weight) for stage in stages),

@@ -58,7 +58,7 @@ def open_student(
     """The student before its first step, float32: made and kept in the run's folder, or read from there.
 
     Args:
-        teacher_path: where the source's teacher lies, if not where its plan says.
+        teacher_path: path of the source's teacher, if not the one in its plan.
         router_bias: its experts get biases, of zero where they have none.
         seed: of `init: random`.
         open_source: the training rows with some taps, for `by: importance`.
@@ -245,7 +245,7 @@ def _naming_vocabularies(error: ConfigError, found: ModelConfig, source: Source)
 
 
 def _check_vocabulary(found: ModelConfig, path: str, source: Source) -> None:
-    """Teacher and student may differ in rows that no token has; the user is told once, when the student is made."""
+    """Teacher and student may differ in rows that no token has; the user is notified once, when the student is made."""
     real, rows = source.plan.rows.vocab_size, source.plan.teacher.vocab_size
     if found.vocab_size < real:
         raise ConfigError(

@@ -3,8 +3,8 @@
 It is measured once a run, before step 1, as the student's is: by the same function, on the same rows and targets, with
 the same padding of the vocabulary left out, in the dtype in which the cache was built. The teacher is loaded for that
 alone, or is the one in the loop, and every process evaluates its share of the rows. eval.json keeps the figure, so a
-run that goes on does not measure it again. The last stream that a cache holds would do as well, but for the codec's
-error, and would need the teacher's norm and head from its checkpoint all the same.
+resumed run does not measure it again. The last stream that a cache holds would do as well, but for the codec's error,
+and would need the teacher's norm and head from its checkpoint all the same.
 """
 
 import gc
@@ -112,7 +112,7 @@ def _too_large(path: str, dtype: str) -> str | None:
 
 
 def _free_bytes() -> int | None:
-    """Free memory of the first device, or of the host where that is the device; None where nobody says."""
+    """Free memory of the first device, or of the host where that is the device; None if unknown."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:

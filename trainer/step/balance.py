@@ -153,7 +153,7 @@ def make_balancing(
     """Choose the balancing that a stage applies to this student's routers; None if it has no experts.
 
     Raises:
-        ConfigError: something is asked for that the student, the mode or the mesh does not allow.
+        ConfigError: something is requested that the student, the mode or the mesh does not allow.
     """
     balances, weighs_z = may_count(loss.load_balance.weight), may_count(loss.router_z)
     if model.moe is None:

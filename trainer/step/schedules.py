@@ -1,4 +1,4 @@
-"""Weights that change with the step: pure functions of the step, so that a run that goes on has the same ones."""
+"""Weights that change with the step: pure functions of the step, so a resumed run has the same ones."""
 
 import jax.numpy as jnp
 from jaxtyping import Array

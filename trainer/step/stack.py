@@ -238,7 +238,7 @@ class TapDecoder:
 
     def __init__(self, reading: TapReading, taps: Taps, needs_mlp: bool) -> None:
         self._reading, self._taps = reading, taps
-        self._codec: Any = reading.codecs.get("resid")  # None: no stream is recorded, or none is asked for
+        self._codec: Any = reading.codecs.get("resid")  # None: no stream is recorded, or none is requested
         self._derives = needs_mlp and not reading.records_mlp
         self._needs_mlp = needs_mlp
 

@@ -37,8 +37,8 @@ class Span:
 class TapReading:
     """The static side of a table: how a batch's stacks are read.
 
-    codecs: by tap. hidden: the teacher's width. in_step: block i's stream lies at place i and, if it is needed,
-    the one leaving it at i + 1, so that a delta codec decodes one place a block.
+    codecs: by tap. hidden: the teacher's width. in_step: block i's stream lies at index i and, if needed, the one
+    leaving it at i + 1, so that a delta codec decodes one place a block.
     """
 
     codecs: Mapping[str, Codec]

@@ -1,4 +1,4 @@
-"""Parquet tables: one record a row, of the one column that is asked for, a row group at a time."""
+"""Parquet tables: one record a row, of the one column that is requested, a row group at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

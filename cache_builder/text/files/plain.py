@@ -227,7 +227,7 @@ def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None)
     """The bytes of a file, unpacked: chunks of any size, or its lines, each with its end.
 
     Args:
-        line_limit: lines are asked for; of a longer one comes one byte more than this.
+        line_limit: lines are requested; of a longer one comes one byte more than this.
     """
     try:
         # gzip and lines need a buffer: a raw stream may give less than it is asked for.

@@ -119,7 +119,7 @@ def open_gguf(path: Location) -> gguf.GGUFReader:
     """The parsed header of a file, with its tensors memory-mapped, or in a bucket to be fetched.
 
     The last one is kept: parsing the vocabulary of a 135M model takes 3 s, and config, weights and tokenizer are
-    asked for one after the other.
+    requested one after the other.
     """
     return _open(*_version(path))
 
