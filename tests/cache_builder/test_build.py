@@ -394,7 +394,7 @@ def test_rows_of_a_build_that_never_began_are_replaced(tmp_path: Path, teacher: 
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="contains something else"):
         build_cache(build_config(tmp_path, teacher, corpus))
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

@@ -314,7 +314,7 @@ def test_what_is_recoded_is_said_and_recorded(
     assert later.config["recoded"] == {"resid": "recoded int8 -> int8, not bit-equal to the source"}
     elsewhere = later.recoded_on.model_copy(update={"platform": "another"})
     monkeypatch.setattr("distillcache.cache_builder.grow.copy.describe_numerics", lambda *_: elsewhere)
-    with pytest.raises(PlanMismatchError, match=r"recoded_on\.platform[\s\S]*machine where it was begun"):
+    with pytest.raises(PlanMismatchError, match=r"recoded_on\.platform[\s\S]*machine where it was started"):
         copy(tmp_path / "delta", tmp_path / "later", blocks=[1])
 
 
@@ -324,7 +324,7 @@ def test_a_foreign_folder_is_refused(tmp_path: Path, cache: Path) -> None:
     (folder / "photo.jpg").write_bytes(b"sea")
     (folder / "photo.jpg.__lock").write_bytes(b"not ours")
     before = everything(folder)
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="contains something else"):
         copy(cache, folder)
     assert everything(folder) == before
 

@@ -46,7 +46,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def contents(cache: Path | str) -> dict[str, bytes]:
-    """Every file but the shards' times, which cannot be made again."""
+    """Every file but the shards' times, which cannot be reconstructed."""
     files = {str(path.relative_to(cache)): path for path in Path(cache).rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if path.name != "times.json"}
 
@@ -208,7 +208,7 @@ def test_a_lost_manifest_is_not_guessed(config: BuildConfig, cache: Path, name: 
     damage(config, "manifest.json")
     damage(config, name, place)
     before = contents(config.cache)
-    with pytest.raises(DamageError, match=r"cannot be made again[\s\S]*build without --repair"):
+    with pytest.raises(DamageError, match=r"cannot be reconstructed[\s\S]*build without --repair"):
         build_cache(config)
     assert contents(config.cache) == before
     build_cache(config.model_copy(update={"repair": False}))
@@ -221,7 +221,7 @@ def test_a_longer_index_or_swapped_records_give_no_manifest(config: BuildConfig)
     damage(config, "manifest.json")
     for wrong in (data + b"more", data[size : 2 * size] + data[:size] + data[2 * size :]):
         index.write_bytes(wrong)
-        with pytest.raises(DamageError, match="cannot be made again"):
+        with pytest.raises(DamageError, match="cannot be reconstructed"):
             build_cache(config)
     index.write_bytes(data)
     build_cache(config)

@@ -219,7 +219,7 @@ def test_a_paused_repair_leaves_the_cache_in_its_place_alone(tmp_path: Path, tea
     )
     shutil.rmtree(place)
     run(*words_of(place, teacher, corpus, "--taps.resid.codec", "int8"))
-    assert "built anew" in woken(first, place)
+    assert "rebuilt" in woken(first, place)
     assert verify_cache(Store(str(place)))["findings"] == []
 
 

@@ -65,7 +65,7 @@ def configs(place: Path) -> list[BuildConfig]:
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """Every file but the shards' times, which cannot be made again."""
+    """Every file but the shards' times, which cannot be reconstructed."""
     files = (path for path in cache.rglob("*") if path.is_file() and path.name != "times.json")
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
@@ -198,7 +198,7 @@ def test_a_manifest_of_many_segments_is_made_again(place: Path, copied: Path) ->
     damage(copied / "c/manifest.json", None)
     damage(segment(copied / "c", 3) / "taps/mlp_out/c/0/0/0/0")
     before = contents(copied / "c")
-    with pytest.raises(DamageError, match=r"cannot be made again[\s\S]*0003"):
+    with pytest.raises(DamageError, match=r"cannot be reconstructed[\s\S]*0003"):
         repair(configs(copied)[0])
     assert contents(copied / "c") == before
     shutil.copy(segment(place / "c", 3) / "taps/mlp_out/c/0/0/0/0", segment(copied / "c", 3) / "taps/mlp_out/c/0/0/0/0")
@@ -276,7 +276,7 @@ def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, console: 
     assert contents(copy) == expected
     damage(segment(copy, 1) / "taps/attn_out/c/0/0/0/0")
     damage(copy / "segments/0000/taps/attn_out/c/0/0/0/0")
-    with pytest.raises(ConfigError, match="copied from"):
+    with pytest.raises(ConfigError, match="from its source"):
         repair(added)
     copy_cache(CopyConfig(src=str(place / "c"), dst=str(copy), repair=True))
     assert "left damaged: segment 0001" in console.readouterr().err

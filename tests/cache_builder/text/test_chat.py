@@ -442,7 +442,7 @@ def test_parts_are_written_by_templates_that_know_them_and_never_left_out(tmp_pa
 
 def test_the_fields_of_sharegpt_are_recognised(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-    with pytest.raises(RecordError, match="holds no chat") as caught:
+    with pytest.raises(RecordError, match="has no chat") as caught:
         written_chats(record, chat_tokenizer(tmp_path / "tok", SHOWN), DataConfig(path="a", format="chat"), "here")
     assert "assistant for gpt" in caught.value.next
 

@@ -194,12 +194,12 @@ def test_any_value_under_any_key_ends_in_an_error_of_ours(name: str, tmp_path: P
 def test_names_of_an_orbax_checkpoint_lead_nowhere_else(keys: list[str], tmp_path: Path):
     leaf = {"key_metadata": [{"key": key} for key in keys], "value_metadata": {}}
     (tmp_path / "_METADATA").write_text(json.dumps({"tree_metadata": {"leaf": leaf}}))
-    with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
+    with pytest.raises(CheckpointError, match="not an Orbax checkpoint"):
         OrbaxArrays(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "3", "{}", '{"tree_metadata": 3}', '{"tree_metadata": {"a": {}}}'])
 def test_metadata_that_is_no_orbax_tree(text: str, tmp_path: Path):
     (tmp_path / "_METADATA").write_text(text)
-    with pytest.raises(CheckpointError, match="no Orbax checkpoint"):
+    with pytest.raises(CheckpointError, match="not an Orbax checkpoint"):
         OrbaxArrays(tmp_path)

@@ -66,7 +66,7 @@ def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -
 @pytest.mark.parametrize("entry", [3, [{"name": "default"}], {"default": 3}, ["text"]])
 def test_an_entry_that_is_no_template_is_named(tmp_path: Path, entry: object) -> None:
     folder = write_folder(tmp_path, {"tokenizer_config.json": {"eos_token": "<eos>", "chat_template": entry}})
-    with pytest.raises(InputError, match="is no text"):
+    with pytest.raises(InputError, match="is not a text"):
         load_tokenizer(folder)
 
 

@@ -75,7 +75,7 @@ def test_no_command_takes_or_repeats_them(
     monkeypatch.chdir(tmp_path)
     assert main([word.format(url) for word in command]) == 2
     told = "".join(capsys.readouterr())
-    assert "carries credentials" in told
+    assert "contains credentials" in told
     assert "AWS_" in told
     assert "hush" not in told
     assert not list(tmp_path.iterdir())
@@ -92,7 +92,7 @@ def test_no_command_takes_or_repeats_them(
 def test_a_config_file_is_refused_alike(tmp_path: Path, model: type, text: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text.format(SECRETS[0]))
-    with pytest.raises(ConfigError, match="carries credentials") as error:
+    with pytest.raises(ConfigError, match="contains credentials") as error:
         command_line.parse(model, ["--config", str(file)], "distillcache x")
     assert "hush" not in str(error.value)
 
@@ -108,14 +108,14 @@ def test_a_config_file_is_refused_alike(tmp_path: Path, model: type, text: str) 
     ids=["store", "locate", "using", "settings"],
 )
 def test_the_library_refuses_them(way) -> None:
-    with pytest.raises(ConfigError, match="carries credentials") as error:
+    with pytest.raises(ConfigError, match="contains credentials") as error:
         way(SECRETS[0].replace("http", "s3"))
     assert "hush" not in str(error.value)
 
 
 def test_the_environments_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", SECRETS[0])
-    with pytest.raises(ConfigError, match="carries credentials"):
+    with pytest.raises(ConfigError, match="contains credentials"):
         Store("s3://bucket/place")
 
 

@@ -90,7 +90,7 @@ def assert_refused_with_other_flags(out: Path, flags: list[str], first: list[str
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="contains something else"):
         command.run(["--out", str(tmp_path)], "distillcache demo", False)
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 

@@ -102,4 +102,4 @@ def test_numbers_whose_squares_overflow(
 def test_what_is_not_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(cache), "--taps", "[mlp_out]"]) == 2
     assert main(["stats", str(cache), "--blocks", "[9]"]) == 2
-    assert "does not hold these" in capsys.readouterr().err
+    assert "lacks these" in capsys.readouterr().err

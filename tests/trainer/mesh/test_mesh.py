@@ -164,7 +164,7 @@ def test_parameters_lie_as_declared():
     ("change", "message"),
     [
         ({"mesh": {"block": 16}}, "more devices"),
-        ({"mesh": {"data": 8}}, "dealt out evenly"),
+        ({"mesh": {"data": 8}}, "distributed evenly"),
         ({"mesh": {"block": 2}, "mode": "feature"}, "depend on each other"),
         ({"micro_batches": 3}, "split into so many micro-batches"),
     ],

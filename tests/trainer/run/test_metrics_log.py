@@ -157,7 +157,7 @@ def test_a_garbled_line_is_named(tmp_path: Path, name: str, garbled: bytes) -> N
     path.write_bytes(data)
     readers = [lambda: MetricsLog(Store(str(tmp_path)), 10), lambda: READERS[name](tmp_path)]
     for reader in readers:
-        with pytest.raises(DamageError, match="not what a run writes") as caught:
+        with pytest.raises(DamageError, match="is damaged") as caught:
             reader()
         assert caught.value.facts["line"] == 2
         assert str(path) in str(caught.value)

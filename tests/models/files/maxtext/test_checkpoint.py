@@ -318,7 +318,7 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path: Path):
     refused(folder, "cannot be read")
     other = with_config("olmoe", tmp_path / "olmoe")
     write_orbax(other / "items", flat)
-    refused(other, "not known here", "olmoe", "to_huggingface")
+    refused(other, "is not supported", "olmoe", "to_huggingface")
 
 
 def test_trees_that_do_not_fit_are_listed(tmp_path: Path):
