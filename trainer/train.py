@@ -238,7 +238,7 @@ def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
         return
     if not begins:
         said = f"batch_rows is {batch_rows:,}, and there are {len(rows):,} rows to train on"
-        log.warning(f"a batch holds rows twice: {said}")
+        log.warning(f"a batch contains rows twice: {said}")
         return
     raise ConfigError(
         "a batch is larger than the epoch: it would contain rows twice",

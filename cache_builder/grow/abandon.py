@@ -51,7 +51,7 @@ def abandon_extension(store: Store, manifest: Manifest | None, expiry_s: float) 
     store.remove_stale_locks()
     for folder in folders:
         store.delete_folder(folder)
-    log.info(f"deleted: {', '.join(map(store.where, folders))}, an extension that was not finished")
+    log.info(f"deleted: {', '.join(map(store.where, folders))}, an unfinished extension")
 
 
 def _delete_segment(store: Store, folder: str, keys: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def copy_cache(config: CopyConfig) -> Manifest:
         source, store = Store(config.src), Store(config.dst)
         if source.spec("") == store.spec(""):
             facts = {"src": config.src, "dst": config.dst}
-            raise ConfigError("a cache cannot be copied onto itself", facts, "name another place for the copy")
+            raise ConfigError("a cache cannot be copied onto itself", facts, "name another path for the copy")
         refuse_foreign_folder(store, "DST")
         if config.repair:
             config, repaired = repair_copy(config, source, store)

@@ -93,7 +93,7 @@ def work_through(
         if job.leases.holds(job.unit_of(buffer.shard)):
             commit_shard(store, buffer, numerics)
         else:
-            log.info(f"shard {buffer.shard} is left to the process that took it over meanwhile")
+            log.info(f"shard {buffer.shard} is left to the process that has taken it over")
 
     writer = ShardWriter(
         job.store,

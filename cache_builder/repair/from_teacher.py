@@ -181,8 +181,8 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
     for view in survey.segments:
         if view.entry is None:
             log.info(
-                f"not finished: segment {view.plan.segment}; go on with `build --extend` and the config it was begun "
-                "with, or delete it: --abandon"
+                f"not finished: segment {view.plan.segment}; resume it with `build --extend` and its config, or delete "
+                "it: --abandon"
             )
 
 

@@ -125,7 +125,9 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
         numbers = rows.sample(config.rows, config.seed)
         if not numbers:
             facts = {"cache": rows.store.url}
-            raise InputError("no row of the cache is committed yet", facts, "ask again when the build has begun")
+            raise InputError(
+                "no row of the cache is committed yet", facts, "try again when the first shards are committed"
+            )
         checks = SampleChecks.of(rows.store, rows.plan)
         numbers, slots, damaged = measure(rows, numbers, config.taps, config.blocks, checks)
         found = describe(rows, numbers, slots)

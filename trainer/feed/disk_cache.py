@@ -240,7 +240,7 @@ class LocalCache:
             told, self._ended = self._ended, True
         if not told:
             full = " (the disk is full before feed.local_cache.max_gib is reached)" if error.errno in NO_ROOM else ""
-            log.warning(f"the local cache {self.folder} keeps nothing more: {error.strerror}{full}; training goes on")
+            log.warning(f"the local cache {self.folder} cannot store more: {error.strerror}{full}; training continues")
 
 
 def open_local_cache(config: LocalCacheConfig, cache: str) -> LocalCache | None:

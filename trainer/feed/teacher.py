@@ -191,4 +191,6 @@ def _warn_of_platform(url: str, plans: Sequence[Plan], attention: Kernel) -> Non
         pairs |= {name: (there.versions.get(name), here.versions.get(name)) for name in (*NUMERIC_LIBRARIES, FORWARD)}
         differing |= {name: f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b}
     if differing:
-        log.warning(f"the teacher may give other bits here than when {url} was built: {'; '.join(differing.values())}")
+        log.warning(
+            f"the teacher may compute other bits here than when {url} was built: {'; '.join(differing.values())}"
+        )

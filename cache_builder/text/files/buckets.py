@@ -3,7 +3,7 @@
     gs://bucket/corpus/**/*.jsonl.gz
     s3://bucket/corpus/
 
-A listing of the store tells names alone. Each object is asked for its version (generation, ETag), with one request. Its
+A listing of the store tells names alone. Each object is requested its version (generation, ETag), with one request. Its
 length is found by asking whether it has a certain byte, with some 20 requests for 1 GB; so of many objects some are
 measured, and the others are taken for as long as those are on average.
 """
@@ -94,7 +94,7 @@ def _check_version(url: str, version: str, now: str) -> None:
         raise InputError(
             "an input file changed while it was read",
             {"file": url, "version then": version, "version now": now or "none: it is gone"},
-            "run the same command again, once nobody writes there any more",
+            "run the same command again when nothing writes there any more",
         )
 
 

@@ -230,7 +230,7 @@ def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None)
         line_limit: lines are requested; of a longer one comes one byte more than this.
     """
     try:
-        # gzip and lines need a buffer: a raw stream may give less than it is asked for.
+        # gzip and lines need a buffer: a raw stream may give less than it is requested.
         stored = io.BufferedReader(_Borrowed(reader), READ_BYTES)
         packed = gzip.GzipFile(fileobj=stored) if file.kind.endswith(".gz") else None
         if packed is not None and not stored.peek(1):

@@ -279,7 +279,7 @@ def test_a_copied_segment_is_left_to_copy(place: Path, tmp_path: Path, console: 
     with pytest.raises(ConfigError, match="from its source"):
         repair(added)
     copy_cache(CopyConfig(src=str(place / "c"), dst=str(copy), repair=True))
-    assert "left damaged: segment 0001" in console.readouterr().err
+    assert "not repaired: segment 0001" in console.readouterr().err
     assert main(["build", "--repair", "--cache", str(copy)]) == 0
     assert contents(copy) == expected
 

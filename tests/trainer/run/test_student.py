@@ -349,4 +349,4 @@ def test_a_batch_larger_than_the_epoch(tmp_path, cache, console):
     loop._check_epoch(rows, source, True)
     # A run of the version before goes on.
     loop._check_epoch(rows + 1, source, False)
-    assert "warning: a batch holds rows twice" in console.readouterr().err
+    assert "warning: a batch contains rows twice" in console.readouterr().err
