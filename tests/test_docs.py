@@ -155,10 +155,10 @@ def check_command(words: list[str]) -> None:
 
 
 def check_package(word: str) -> None:
-    extras = re.match(r"(?:\.|0)\[([\w,]+)\]$", word)  # 0: a wheel's name, from a variable
-    if extras:
-        assert set(extras[1].split(",")) <= EXTRAS, word
-    elif word not in ("-e", "."):
+    ours = re.match(r"(?:\.|0|distillcache-\*\.whl)(?:\[([\w,]+)\])?$", word)  # 0: a wheel's name, from a variable
+    if ours:
+        assert set(ours[1].split(",") if ours[1] else ()) <= EXTRAS, word
+    elif word != "-e":
         name = re.match(r"[\w-]+", word)
         assert name, word
         assert name[0] in OTHER_PACKAGES, word

@@ -362,7 +362,7 @@ def test_the_best_checkpoint_is_exported(tmp_path, whole, console):
     check_dtypes(run, out)
     (run / "eval.json").write_text(json.dumps([first.model_dump()]))
     assert cli.main(["export", str(run), str(out), "--best"]) == 2
-    assert "no checkpoint of the run has a held-out figure" in console.readouterr().err
+    assert "no checkpoint of the run has a held-out evaluation" in console.readouterr().err
     assert cli.main(["export", str(run), str(out), "--best", "--step", "8"]) == 2
     assert "both name a checkpoint" in console.readouterr().err
 
