@@ -42,7 +42,7 @@ class TapFacts:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """pieces: the text of every token. documents: (segment id, first token, token behind the last). damaged: why
+    """token_texts: the text of every token. documents: (segment id, first token, token behind the last). damaged: why
     some of the row's taps are missing.
     """
 

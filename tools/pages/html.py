@@ -1,7 +1,7 @@
-"""A report's page out of escaped pieces: sections, tables, figures, notes.
+"""A report's page out of escaped fragments: sections, tables, figures, notes.
 
-A *piece* is HTML that is complete and escaped; everything that comes from a cache, a run or a user passes `text`. The
-page loads nothing: its own policy forbids every request.
+A *fragment* is HTML that is complete and escaped; everything that comes from a cache, a run or a user passes `text`.
+The page loads nothing: its own policy forbids every request.
 """
 
 import html
@@ -59,10 +59,10 @@ class Linked:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading; pieces are HTML."""
+    """A part of the page under a heading; fragments are HTML."""
 
     title: str
-    pieces: Sequence[str]
+    fragments: Sequence[str]
 
 
 def page_title(kind: str, url: str) -> str:
@@ -79,9 +79,9 @@ class Page:
     footer: str
     sections: list[Section] = field(default_factory=list)
 
-    def add(self, title: str, *pieces: str) -> None:
+    def add(self, title: str, *fragments: str) -> None:
         """A section, unless nothing is in it."""
-        shown = [piece for piece in pieces if piece]
+        shown = [fragment for fragment in fragments if fragment]
         if shown:
             self.sections.append(Section(title, shown))
 
@@ -155,9 +155,9 @@ def facts(caption: str, values: Mapping[str, object]) -> str:
     return _scrolling(caption, f"<tbody>\n{rows}\n</tbody>", "facts")
 
 
-def folded(summary: str, *pieces: str) -> str:
+def folded(summary: str, *fragments: str) -> str:
     """Return a section that a reader unfolds; on paper it is open."""
-    inside = "\n".join(piece for piece in pieces if piece)
+    inside = "\n".join(fragment for fragment in fragments if fragment)
     return f"<details><summary>{text(summary)}</summary>\n{inside}\n</details>" if inside else ""
 
 
@@ -193,7 +193,7 @@ def _figure(figure: Figure) -> str:
 
 def section_html(section: Section) -> str:
     """Under its heading, which links can point at by `slug`."""
-    name, inside = slug(section.title), "\n".join(section.pieces)
+    name, inside = slug(section.title), "\n".join(section.fragments)
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{text(section.title)}</h2>\n{inside}\n</section>'
 
 

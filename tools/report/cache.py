@@ -119,13 +119,13 @@ def build_progress(found: dict[str, Any], segments: Sequence[Segment]) -> list[s
         )
         for entry in found["segments"]
     ]
-    pieces = [table("Segments", ("segment", "rows", "count", "shards done", "of", "finished"), rows)]
+    fragments = [table("Segments", ("segment", "rows", "count", "shards done", "of", "finished"), rows)]
     for segment in segments:
         if segment.committed is not None:
             done = len(segment.committed)
-            pieces.insert(0, progress(f"Shards of segment {segment.plan.segment}", done, segment.plan.num_shards))
-            pieces.append(workers(segment))
-    return pieces
+            fragments.insert(0, progress(f"Shards of segment {segment.plan.segment}", done, segment.plan.num_shards))
+            fragments.append(workers(segment))
+    return fragments
 
 
 def storage_table(found: dict[str, Any]) -> str:
@@ -171,9 +171,9 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
     words = "From the receipts; no activations were read."
     if not found["finished"]:
         words += " Of a segment that is being built, its first committed shard stands for all."
-    pieces = [paragraph(words)]
+    fragments = [paragraph(words)]
     drawn = [_stats_figure(found, taps, "rms", "Root mean square"), _stats_figure(found, taps, "abs_max", "Largest")]
-    pieces.append(figures(drawn))
+    fragments.append(figures(drawn))
     for tap in taps:
         label, width = _label(found, tap), len(tap["slots"])
         rows = [
@@ -181,8 +181,8 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
             for slot, rms, peak in zip(tap["slots"], tap["rms"], tap["abs_max"], strict=True)
         ]
         shown = table(f"Statistics of {label}", ("slot", "rms", "largest", "largest / rms"), rows)
-        pieces.append(folded(f"{label}: {width} slots, {tap['nonfinite']:,} numbers not finite", shown))
-    return pieces
+        fragments.append(folded(f"{label}: {width} slots, {tap['nonfinite']:,} numbers not finite", shown))
+    return fragments
 
 
 def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:

@@ -34,7 +34,7 @@ def expert_warnings(loads: Sequence[Mapping[str, Any]]) -> list[str]:
     return told
 
 
-def expert_pieces(lines: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[str, Any]]) -> list[str]:
+def expert_fragments(lines: Sequence[Mapping[str, Any]], loads: Sequence[Mapping[str, Any]]) -> list[str]:
     """Nothing of a student without experts."""
     violation, entropy = block_curves(lines, "router/max_violation_"), block_curves(lines, "router/entropy_")
     if violation is None and not loads:

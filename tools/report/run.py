@@ -26,7 +26,7 @@ from distillcache.tools.pages.html import (
     table,
 )
 from distillcache.tools.report.curves import BlockCurves, block_curves, curve, series, step_map
-from distillcache.tools.report.experts import expert_pieces, expert_warnings
+from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, Ending, best_of, read_ending, read_evaluations, shown_config
@@ -65,11 +65,11 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
         progress("Steps", done, of) if done < of else "",
         run_facts(store, config, lines, evaluations),
     )
-    page.add("Loss", *loss_pieces(lines))
-    page.add("Evaluations", *evaluation_pieces(evaluations))
-    page.add("Blocks before and after", *block_pieces(evaluations))
-    page.add("Experts", *expert_pieces(lines, loads))
-    page.add("Speed", *speed_pieces(lines))
+    page.add("Loss", *loss_fragments(lines))
+    page.add("Evaluations", *evaluation_fragments(evaluations))
+    page.add("Blocks before and after", *block_fragments(evaluations))
+    page.add("Experts", *expert_fragments(lines, loads))
+    page.add("Speed", *speed_fragments(lines))
     page.add("Config", folded("config.yaml", code(words, "The resolved config")) if words else "")
     diverged = None if ending is None else ending.diverged
     return page, {"of": "run", "steps": {"done": done, "of": of}, "diverged": diverged, "warnings": told}
@@ -213,7 +213,7 @@ def _begun(store: Store) -> str | None:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))} UTC on {host}"
 
 
-def loss_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def loss_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Losses by term and by block."""
     drawn = [terms_figure(lines), _rate_figure(lines)]
     tables = []
@@ -294,7 +294,7 @@ def _ends(values: np.ndarray) -> tuple[float | None, float | None, float | None]
     return (float(known[0]), float(known.min()), float(known[-1])) if len(known) else (None, None, None)
 
 
-def evaluation_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
+def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
     """Evaluations on held-out rows, or that there are none."""
     if not evaluations:
         return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
@@ -342,7 +342,7 @@ def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Seq
     )
 
 
-def block_pieces(evaluations: Sequence[Evaluation]) -> list[str]:
+def block_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
     """Cosine distance of every block, at the first and at the last evaluation."""
     if not evaluations or not evaluations[-1].blocks:
         return []
@@ -373,7 +373,7 @@ def _gone(before: float | None, after: float) -> Numeric:
     return Numeric(f"{1 - after / before:.1%}") if before else number(None)
 
 
-def speed_pieces(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Throughput, waiting and MFU."""
     kinds = {
         "perf/tokens_per_second": ("Throughput", "tokens a second"),

@@ -130,7 +130,7 @@ class Frame:
 
 @dataclass
 class View:
-    """One page. Pieces are HTML (pages/html.py), title and subtitle plain text.
+    """One page. Fragments are HTML (pages/html.py), title and subtitle plain text.
 
     here: the address of its link in the frame. every_s: how often to look again; None or 0: it does not change any
     more. status, headers: of the answer.
@@ -142,26 +142,26 @@ class View:
     every_s: float | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    pieces: list[str] = field(default_factory=list)
+    fragments: list[str] = field(default_factory=list)
 
     @classmethod
     def elsewhere(cls, to: str) -> "View":
         """Lead the browser to another page: `to` is an address of our own making."""
         return cls("Elsewhere", "", status=303, headers={"location": to})
 
-    def put(self, *pieces: str) -> None:
+    def put(self, *fragments: str) -> None:
         """More, without a heading."""
-        self.pieces += [piece for piece in pieces if piece]
+        self.fragments += [fragment for fragment in fragments if fragment]
 
-    def add(self, title: str, *pieces: str) -> None:
+    def add(self, title: str, *fragments: str) -> None:
         """A section, unless nothing is in it."""
-        shown = [piece for piece in pieces if piece]
+        shown = [fragment for fragment in fragments if fragment]
         if shown:
-            self.pieces.append(section_html(Section(title, shown)))
+            self.fragments.append(section_html(Section(title, shown)))
 
     def render(self, frame: Frame) -> str:
         """The whole page."""
-        inside, follows = "\n".join(self.pieces), bool(self.every_s)
+        inside, follows = "\n".join(self.fragments), bool(self.every_s)
         return PAGE.substitute(
             title=text(self.title),
             subtitle=text(self.subtitle),

@@ -26,7 +26,7 @@ from distillcache.tools.viewer.watch import WatchedCache
 TOKENS_SHOWN = 64
 ALL_BLOCKS_BYTES = 64 << 20  # of a row's activations: larger rows are shown one block at a time, unless asked for all
 MARKS_SHOWN = 30
-PIECE_LETTERS = 20  # of a token: some are long rules of dashes
+TOKEN_LETTERS = 20  # of a token: some are long rules of dashes
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,16 @@ def one_line(error: DamageError | StorageError) -> str:
 
 def running_text(watched: WatchedCache, row: Row, start: int, stop: int, marked: int | None = None) -> str:
     """Tokens as text; those that are no targets, and the marked one, set apart."""
-    decode, pieces = watched.decode, []
+    decode, fragments = watched.decode, []
     kinds = [("mark" if at == marked else "on" if row.loss_mask[at] else "off") for at in range(start, stop)]
     edges = [0, *(at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]), len(kinds)]
     for first, last in pairwise(edges):
         words = text(decode(row.tokens[start + first : start + last].tolist()))
         kind = kinds[first] if first < len(kinds) else "on"
-        pieces.append({"on": words, "off": f'<span class="off">{words}</span>', "mark": f"<mark>{words}</mark>"}[kind])
-    return "".join(pieces)
+        fragments.append(
+            {"on": words, "off": f'<span class="off">{words}</span>', "mark": f"<mark>{words}</mark>"}[kind]
+        )
+    return "".join(fragments)
 
 
 def _block(query: Mapping[str, str], stored: StoredRows, slots: Mapping[str, Sequence[int]]) -> int | None:
@@ -277,10 +279,10 @@ def _hidden(values: Mapping[str, str | None]) -> list[str]:
 
 def _token_cells(watched: WatchedCache, found: RowLook, at: int) -> list[object]:
     row, real = found.row, bool(found.real[at])
-    piece = shown(watched.decode([int(row.tokens[at])]))[:PIECE_LETTERS]
+    token_text = shown(watched.decode([int(row.tokens[at])]))[:TOKEN_LETTERS]
     cells: list[object] = [
         Linked(str(at), f"/row/{found.number}/token/{at}", right=True),
-        piece if piece.strip() else repr(piece),
+        token_text if token_text.strip() else repr(token_text),
         number(int(row.positions[at])),
         number(int(row.segment_ids[at])) if real else Numeric("padding"),
         Numeric("yes" if row.loss_mask[at] else "no"),

@@ -10,16 +10,16 @@ from typing import Any
 
 from distillcache.schemas.store.store import Store
 from distillcache.tools.pages.html import Numeric, code, figures, note, number, paragraph, progress, table
-from distillcache.tools.report.experts import expert_pieces, expert_warnings
+from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.tools.report.run import (
-    block_pieces,
+    block_fragments,
     divergence_warnings,
-    evaluation_pieces,
-    loss_pieces,
+    evaluation_fragments,
+    loss_fragments,
     planned_steps,
     run_facts,
     run_subtitle,
-    speed_pieces,
+    speed_fragments,
     terms_figure,
     warnings,
 )
@@ -60,7 +60,7 @@ class RunLook:
     @property
     def may_have_experts(self) -> bool:
         """False once a step is logged and it tells nothing of routers."""
-        return not self.lines or bool(expert_pieces(self.lines, self.loads))
+        return not self.lines or bool(expert_fragments(self.lines, self.loads))
 
     @property
     def of(self) -> int:
@@ -98,7 +98,7 @@ class WatchedRun:
         return self._seen[1]
 
     def once(self, here: str, found: RunLook, make: Callable[[], list[str]]) -> list[str]:
-        """A page's pieces, made again when the run has progressed."""
+        """A page's fragments, made again when the run has progressed."""
         if self._made.get(here, (None, None))[0] != found.state:
             self._made[here] = (found.state, make())
         return self._made[here][1]
@@ -110,14 +110,14 @@ def run_view(watched: WatchedRun, here: str) -> View:
     (title,) = (words for words, address in PAGES if address == here)
     makers: dict[str, Callable[[], list[str]]] = {
         "/": lambda: _overview(watched, found),
-        "/losses": lambda: loss_pieces(found.lines) if found.lines else [],
+        "/losses": lambda: loss_fragments(found.lines) if found.lines else [],
         "/evaluations": lambda: [
-            *evaluation_pieces(found.evaluations),
-            *block_pieces(found.evaluations),
+            *evaluation_fragments(found.evaluations),
+            *block_fragments(found.evaluations),
             _checkpoints(found),
         ],
-        EXPERTS: lambda: expert_pieces(found.lines, found.loads),
-        "/speed": lambda: speed_pieces(found.lines) if found.lines else [],
+        EXPERTS: lambda: expert_fragments(found.lines, found.loads),
+        "/speed": lambda: speed_fragments(found.lines) if found.lines else [],
         "/config": lambda: [code(found.text, "The resolved config")] if found.text else [],
     }
     view = View(
@@ -127,7 +127,7 @@ def run_view(watched: WatchedRun, here: str) -> View:
         EVERY_S if _goes_on(watched, found) else 0,
     )
     view.put(*watched.once(here, found, makers[here]))
-    if not view.pieces:
+    if not view.fragments:
         empty = "The student has no experts." if here == EXPERTS else "Nothing is written yet."
         view.put(paragraph(empty))
     return view

@@ -63,8 +63,8 @@ def token_page(watched: WatchedCache, at: int, token: int) -> View:
 
 
 def _subtitle(watched: WatchedCache, row: Row, token: int) -> str:
-    piece = watched.decode([int(row.tokens[token])])
-    return f"{shown(piece)!r}, id {int(row.tokens[token])}" + ("" if row.segment_ids[token] else ", padding")
+    decoded = watched.decode([int(row.tokens[token])])
+    return f"{shown(decoded)!r}, id {int(row.tokens[token])}" + ("" if row.segment_ids[token] else ", padding")
 
 
 def _context(watched: WatchedCache, row: Row, token: int) -> str:

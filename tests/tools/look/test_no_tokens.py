@@ -15,7 +15,7 @@ from distillcache.tools.look import inspect_warnings
 from distillcache.tools.look.row_facts import read_row, summary
 from distillcache.tools.look.stats import SlotStats
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.report.experts import expert_pieces
+from distillcache.tools.report.experts import expert_fragments
 
 
 @pytest.fixture
@@ -71,5 +71,5 @@ def test_statistics_of_nothing_are_not_dead_blocks(cache: Path, monkeypatch: pyt
 
 def test_experts_of_a_block_that_saw_no_token_have_dashes() -> None:
     loads = [{"step": 1, "blocks": [0, 1], "share": [[0.5, 0.5], [0.0, 0.0]]}]
-    page = "".join(expert_pieces([], loads))
+    page = "".join(expert_fragments([], loads))
     assert page.count("–") >= 4  # noqa: RUF001 - the dash of tables
