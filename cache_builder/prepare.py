@@ -1,4 +1,4 @@
-"""Text to rows: tokenise, pack, hold some out, and write a rows folder.
+"""Text to rows: tokenise, pack, hold out rows for evaluation, and write a rows folder.
 
     distillcache prepare --out rows --data.path corpus --data.tokenizer tokenizer.json --data.row-tokens 1024
 

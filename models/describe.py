@@ -1,4 +1,4 @@
-"""Facts that a plan records about the teacher, the rows and the machine, on which its numbers depend."""
+"""Facts about the teacher, the rows and the machine that a plan records, because its numbers depend on them."""
 
 import platform
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, how evenly they are loaded, and the two ways to keep them so.
+"""Routing: the choice of experts for each token, the measures of their load, and two ways to balance it.
 
 Vocabulary: a router's *logits* become *scores* (softmax or sigmoid); the `top_k` experts of the highest *rank* are
 chosen; their scores, normalised as the family does, are the *weights* of the mixture. A *bias* is added to the rank

@@ -1,4 +1,4 @@
-"""`distillcache`: one program, one command for each thing that can be done.
+"""`distillcache`: one program with a command for each task.
 
 Commands that report take `--json`: one JSON object on standard output, and nothing else there. Progress and logs go to
 standard error. `--help` has the exit codes.

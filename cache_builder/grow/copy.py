@@ -1,4 +1,4 @@
-"""`distillcache copy`: a finished cache, of any number of segments, to one of a single segment.
+"""`distillcache copy`: copy a finished cache of any number of segments to one with a single segment.
 
 A copy is built like any cache: a plan that is settled first, leases, shards with receipts, a manifest at the end. Only
 that its numbers come from another cache (transcode.py), and no teacher runs.

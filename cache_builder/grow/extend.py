@@ -1,4 +1,4 @@
-"""`distillcache build --extend`: a finished cache grows by one segment.
+"""`distillcache build --extend`: add one segment to a finished cache.
 
 The config says what the cache should hold. Rows that no segment has become a segment with rows of its own; rows that
 are there get the taps and blocks that they lack. What is there is neither written nor computed again, and the new

@@ -1,4 +1,4 @@
-"""One tap from the codec that it is stored in to the one that a copy stores it in.
+"""Transcoding of one tap: from its stored codec to the codec of the copy.
 
 Codes whose codec stays are copied as they are. Others are decoded and encoded again by the codecs that builder and
 trainer use, jitted, a batch at a time; decoding alone gives the statistics.

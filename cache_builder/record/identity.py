@@ -1,4 +1,4 @@
-"""Identity of a build: which settings decide what is recorded, and where two builds differ."""
+"""Identity of a build: the settings that determine what is recorded, and the differences of two builds."""
 
 from typing import Any
 

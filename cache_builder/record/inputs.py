@@ -1,4 +1,5 @@
-"""Inputs of a build: the teacher's config, and its rows, prepared inside the cache where the config names text."""
+"""Inputs of a build: the teacher's config and its rows, which are prepared inside the cache if the config names
+text."""
 
 import logging
 

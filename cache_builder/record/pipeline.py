@@ -1,4 +1,4 @@
-"""Shards on their way to the store: filled by the main thread, written by another, bounded in bytes."""
+"""The write pipeline: the main thread fills shards, another thread writes them, bounded in bytes."""
 
 import threading
 import time

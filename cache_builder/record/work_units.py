@@ -1,4 +1,4 @@
-"""A segment's rows in work units, leased one by one, and their way to the writer: what building and copying share.
+"""Work units of a segment: leased one by one and handed to the writer; shared by building and copying.
 
 A *work unit* is the consecutive shards of whole batches. Any number of processes may work on one segment.
 """

@@ -1,4 +1,4 @@
-"""From a shard in memory to a shard in the store: objects, then the receipt.
+"""Writing of a shard from memory to the store: objects, then the receipt.
 
 An object is encoded in memory by TensorStore's own zarr3 driver and stored by one write: no shard is ever read back
 to be completed, a stale object of a killed build is replaced whatever it holds, and its length and digest are known.

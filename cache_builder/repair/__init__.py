@@ -1,4 +1,4 @@
-"""Damage: found, reported, restored.
+"""Damage: detection, reports and repair.
 
 survey.py         lists a cache: manifest, plans, foreign objects
 finding.py        Finding: a damaged object and the rows that it affects

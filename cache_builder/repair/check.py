@@ -1,4 +1,4 @@
-"""Checks of a cache: compares everything in it with what was committed.
+"""Checks of a cache: everything in it is compared with what was committed.
 
 Which file holds which digest: the manifest carries its own digest; it holds the digests of the tokenizer, of each
 segment's small files and of its index.bin; a record of index.bin holds those of a shard's objects, of their inner

@@ -1,4 +1,4 @@
-"""A finding: an object of a cache that is not as it should be, and the rows that cannot be trusted because of it.
+"""A finding: a damaged object of a cache, and the rows that cannot be trusted because of it.
 
 Its kinds:
 

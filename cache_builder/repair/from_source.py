@@ -1,4 +1,4 @@
-"""`distillcache copy SRC DST --repair`: make exactly what is damaged in a copy again, from what it was copied from.
+"""`distillcache copy SRC DST --repair`: restore exactly what is damaged in a copy, from its source.
 
 What was copied, and how, is in the copy's plan: the command needs no more than the two places. The source must be the
 one that the plan names by its manifest's digest; that it has grown since does no harm.

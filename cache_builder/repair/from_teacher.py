@@ -1,4 +1,4 @@
-"""`distillcache build --repair`: compute again exactly what is damaged, in every segment.
+"""`distillcache build --repair`: recompute exactly what is damaged, in every segment.
 
 What is repaired is described by the plans: each segment's taps, batches and text are its own plan's. Of the command
 line count the cache, and where teacher, tokenizer and text lie now. Rows come from the cache where they are whole

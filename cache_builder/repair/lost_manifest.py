@@ -1,4 +1,4 @@
-"""A manifest that is lost, made again from the plans and the indexes.
+"""Reconstruction of a lost manifest from the plans and the indexes.
 
 The manifest holds the digests of files that exist. Where every object is what the indexes say, every record of them
 is whole, the rows are the plans', and what the teacher decides is what it decides now, writing it anew guesses nothing.

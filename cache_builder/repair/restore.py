@@ -1,4 +1,4 @@
-"""Making a damaged segment whole, wherever the numbers come from: the teacher (from_teacher.py) or a copy's source.
+"""Repair of a damaged segment, with numbers from the teacher (from_teacher.py) or from a copy's source.
 
 The manifest stays true throughout: readers find the committed bytes or an error. Every write asks first whether the
 manifest still lists the segment as it was checked, and writes nothing over equal bytes. What is made again is written

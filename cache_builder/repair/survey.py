@@ -1,4 +1,4 @@
-"""Survey of a cache: its manifest, its plans, and a listing that shows what does not belong.
+"""Survey of a cache: its manifest, its plans, and a listing that reveals foreign files.
 
 The first half of checking (check.py is the other): no digest of an object is looked at yet.
 """

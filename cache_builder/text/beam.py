@@ -1,4 +1,4 @@
-"""Rows as an Apache Beam pipeline, for corpora that a cluster prepares: on Dataflow, Flink, Spark, or here.
+"""Rows as an Apache Beam pipeline, for corpora that are prepared by a cluster: Dataflow, Flink, Spark, or this machine.
 
     distillcache prepare --config prepare.yaml -- --runner DataflowRunner --project P --region R --temp_location
     gs://...

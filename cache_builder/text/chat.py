@@ -1,4 +1,4 @@
-"""Chats to text, and which of the text is the assistant's.
+"""Chats to text, with the spans of the assistant's words.
 
 Only what the assistant says is a target (`loss_mask`). Where the tokenizer's chat template marks it with
 `{% generation %}`, the marks count. Elsewhere every assistant turn is found by writing the chat up to it (with the

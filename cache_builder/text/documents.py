@@ -1,4 +1,4 @@
-"""Documents from input files: text, a chat as text, or tokens that somebody else made.
+"""Documents from input files: text, a chat as text, or existing tokens.
 
 Documents of white space alone, and of no tokens, are skipped.
 """

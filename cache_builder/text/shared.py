@@ -1,4 +1,4 @@
-"""Rows by many processes: input files are shared out, then files of rows, through leases in the store alone.
+"""Rows by many processes: they share input files, then files of rows, only through leases in the store.
 
 Every process goes through the same three stages. A work unit is leased, done and receipted; a process that dies is
 replaced by one that sees its lease expire; and what is receipted is never done again, so that a killed command can

@@ -1,4 +1,4 @@
-"""Records that `data.on_error: skip` leaves out: what is noted of each, and the list of them beside the rows.
+"""Records that `data.on_error: skip` leaves out, and their list beside the rows.
 
 Which records are skipped depends on the text, the tokenizer and the config alone, never on who reads them: so the rows
 and the list are the same for one process and for many.

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and behind each sublayer, and blocks with a window between those that see all.
+"""Gemma 2 and 3: norms before and after each sublayer, and blocks with a window between those without.
 
 Norms multiply by one more than their weight; embeddings are multiplied by the root of their width; scores of attention
 are scaled by a number of the config's. Gemma 2 caps scores and logits softly, and every other block has a window. Gemma

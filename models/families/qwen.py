@@ -1,4 +1,4 @@
-"""Qwen2 (also 1.5 and 2.5, and QwQ) and Qwen3: dense blocks, of which the last ones may look through a window.
+"""Qwen2 (also 1.5 and 2.5, and QwQ) and Qwen3: dense blocks, of which the last ones may have a window.
 
 Qwen2 has biases of queries, keys and values, always. Qwen3 norms every head of its queries and keys; its head has a
 width of its own.

@@ -1,4 +1,4 @@
-"""SmolLM3: every fourth block knows no positions; those blocks may look through a window.
+"""SmolLM3: every fourth block has no positions; those blocks may have a window.
 
 Source: HF transformers `configuration_smollm3`, `modeling_smollm3`.
 """

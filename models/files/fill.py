@@ -1,4 +1,4 @@
-"""Parameters filled from the tensors of a checkpoint, by the parts that this process's devices hold.
+"""Filling of parameters from the tensors of a checkpoint, box by box for this process's devices.
 
 On the host are, at any time, the parts of one stacked parameter and one tensor of the checkpoint, of which only what
 those parts need is read: a run of its rows where the mesh cuts them, and of what is cut across its rows the columns

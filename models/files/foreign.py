@@ -1,4 +1,4 @@
-"""Places that hold something other than a checkpoint that is read: recognised, with the step that helps.
+"""Paths that hold something other than a readable checkpoint: detection, and the step that helps.
 
 Hub cache: `models--owner--name/{blobs,refs,snapshots/<commit>}` (huggingface_hub). LoRA: `adapter_config.json` beside
 `adapter_model.safetensors` (peft). Git LFS: a pointer of three lines in place of a file's bytes. Mistral's own

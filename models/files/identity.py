@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds: one digest of its content, the same on a local disk and in a bucket."""
+"""Identity of a checkpoint's weights: one digest of its content, the same on a local disk and in a bucket."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors are not stored as their layout says: under other names, or in few bits.
+"""Checkpoints whose stored tensors differ from their layout: other names, or packed in few bits.
 
 A *form* says of one tensor what is read of the file for a part of it, and how that becomes the part. Nothing but what
 is requested is read, so such checkpoints load as others do, tensor by tensor into the devices' parts.

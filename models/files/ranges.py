@@ -1,4 +1,4 @@
-"""Bytes of objects in a bucket, by ranges: a known sequence of them, fetched some way ahead of who reads them.
+"""Byte ranges of objects in a bucket: a known sequence of them, prefetched ahead of the reader.
 
 A *span* is a stretch of one object, for instance a tensor. Long spans are fetched in chunks, several at once, into one
 buffer; short ones by one request each, whose bytes are handed on as they are.

@@ -1,4 +1,4 @@
-"""The safetensors format, where the library's own reader and writer do not reach: parts of tensors, and buckets.
+"""The safetensors format, for what the library's own reader and writer lack: slices of tensors, and buckets.
 
 A file on a local disk is mapped: a part of a tensor is a view, whose pages are the page cache's. The library would copy
 whole tensors, or parse the header again for each part.

@@ -1,4 +1,4 @@
-"""Attention proper: queries, keys and values to mixed values, by one of several kernels.
+"""Attention kernels: queries, keys and values to mixed values, by one of several implementations.
 
 - `xla`: `jax.nn.dot_product_attention`, and written out where a family needs what that does not know. Runs anywhere;
   XLA holds the scores `[B, H, T, T]`.

@@ -1,4 +1,4 @@
-"""Parameters drawn at random, and what every part of a decoder uses: the norm and the soft cap."""
+"""Random initialisation of parameters, and functions that every part of a decoder uses: the norm and the soft cap."""
 
 import jax
 import jax.numpy as jnp

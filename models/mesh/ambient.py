@@ -1,4 +1,4 @@
-"""The mesh that is around a computation while it is traced: which of its axes split what.
+"""The mesh around a computation while it is traced: which of its axes shard what.
 
 Code that works on a device's own rows, heads or experts (models/layers/experts.py, models/layers/kernels.py) finds them
 here, so that decoders need no mesh of their own.

@@ -1,4 +1,4 @@
-"""A mesh on which a teacher runs, and how what it records is dealt out over it.
+"""The mesh on which a teacher runs, and the distribution of its recordings over that mesh.
 
 The teacher works on rows cut over `data` and `fsdp`, and the devices along `tensor` and `expert` hold copies of the
 stream. Each of these copies records other rows (or, where there are too few, other tokens of them): a cut that needs no

@@ -1,4 +1,5 @@
-"""Which heads, neurons, experts or numbers of the stream stay: the first, the heaviest, or those worth most on rows."""
+"""Choice of the heads, neurons, experts or stream dimensions that stay: the first, the heaviest, or the most
+important."""
 
 import numpy as np
 

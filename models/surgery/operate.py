@@ -1,4 +1,4 @@
-"""The operations: a decoder in, another one out, in which everything that no operation names is the first one's."""
+"""The operations: each makes a new decoder, in which everything that it does not name is copied from the old one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

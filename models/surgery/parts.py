@@ -1,4 +1,4 @@
-"""A decoder taken apart, block by block, and put together again; and which axis of a parameter is what.
+"""A decoder taken apart block by block and put together again, with the meaning of every parameter's axes.
 
 Axis letters: D hidden, H query heads, K key/value heads, h width of a head, F neurons of a dense MLP, E experts,
 W neurons of an expert, S neurons of the shared expert, V vocabulary.

@@ -1,4 +1,4 @@
-"""A dense MLP becomes experts: copies of it, or a partition of its neurons.
+"""Upcycling of a dense MLP to experts: copies of it, or a partition of its neurons.
 
 Copies: every expert is the whole MLP, plus noise. Weights of the chosen experts sum to 1, so without noise the output
 is the dense one, whatever the router says (Sparse Upcycling, arXiv 2212.05055).

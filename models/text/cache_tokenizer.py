@@ -1,4 +1,4 @@
-"""The tokenizer that a cache keeps: what made the tokens of its rows."""
+"""The tokenizer that a cache keeps, which made the tokens of its rows."""
 
 from distillcache.models.text.tokenizer import TextTokenizer, tokenizer_from_json
 from distillcache.schemas.cache.segment import read_tokenizer

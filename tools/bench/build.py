@@ -1,4 +1,4 @@
-"""Building: tokens a second of the build over those of the bare teacher, by turns in one run.
+"""Building: tokens a second of the build divided by those of the bare teacher, interleaved in one run.
 
 A build takes a minute, and what else a machine does changes meanwhile: so the bare teacher runs before and after every
 build, and a ratio is to the mean of its two neighbours.

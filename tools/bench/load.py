@@ -1,4 +1,4 @@
-"""One of eight processes loads its share of a 30 GB checkpoint: what memory that takes, on each of two meshes.
+"""Memory of one of eight processes that loads its share of a 30 GB checkpoint, on each of two meshes.
 
 The checkpoint has the shapes of a 15B Llama in bfloat16, in shards with an index. Its files are sparse, all zeros, so
 that they take no disk; they are read as any other. Eight processes meet as those of a job do, and one of them loads

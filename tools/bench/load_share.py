@@ -1,4 +1,4 @@
-"""One process of several that hold a checkpoint together loads its share, and says what memory that took.
+"""One of several processes that hold a checkpoint together: loads its share and reports its peak memory.
 
     python -m distillcache.tools.bench.load_share PATH --axis fsdp --process 3 --processes 8 --coordinator
     localhost:9123

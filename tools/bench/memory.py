@@ -1,4 +1,4 @@
-"""Peak anonymous memory of this process: what it holds itself, not pages of files that it mapped."""
+"""Peak anonymous memory of this process, without mapped pages of files."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""Three ways in which other systems keep activations, as writers and readers: what `bench feed` compares with.
+"""Three storage formats of other systems, as writers and readers, for the comparison in `bench feed`.
 
     RawShards     DeepSpec's layout: raw bf16 files of several rows, memory-mapped
     SampleFiles   the speculators layout: one safetensors file a row

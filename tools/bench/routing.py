@@ -1,4 +1,4 @@
-"""Balancing experts without a loss against balancing them with one: the same student, three times, from the same rows.
+"""Balancing of experts with and without an auxiliary loss: the same student, three times, from the same rows.
 
 A tiny random Mixtral and a tiny random Qwen3-MoE learn the next bytes of real text (the demo's) in feature mode:
 without balancing (`none`), with the auxiliary loss (`aux`), and by biases that follow the load (`aux_free`:

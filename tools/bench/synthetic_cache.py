@@ -1,4 +1,4 @@
-"""Caches of random numbers in any shape, without a teacher: what `bench feed` and tests of size and memory read.
+"""Caches of random numbers in any shape, without a teacher, for `bench feed` and tests of size and memory.
 
 They hold what a feed reads, committed as a build commits it: plan, objects, rows, index, manifest.
 """

@@ -1,4 +1,4 @@
-"""`distillcache copy SRC DST`: a cache to other codecs, rows, blocks or taps, or to another place."""
+"""`distillcache copy SRC DST`: copy a cache to other codecs, rows, blocks or taps, or to another path."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`distillcache export`: a trained student as an HF directory, or as MaxText takes it."""
+"""`distillcache export`: write a trained student as an HF directory or in MaxText's format."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`distillcache prepare`: text to packed rows. What stands behind a bare `--` makes it a Beam pipeline."""
+"""`distillcache prepare`: turn text into packed rows. Arguments after a bare `--` make it a Beam pipeline."""
 
 import json
 import sys

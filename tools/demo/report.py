@@ -1,4 +1,4 @@
-"""The demo's report: figures as plain values, as tables for people, and as a picture."""
+"""The demo's report: figures as plain values, as tables for people, and as a chart."""
 
 import statistics
 from pathlib import Path

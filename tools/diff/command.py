@@ -1,4 +1,4 @@
-"""`distillcache diff`: two caches or two runs, and what is not the same.
+"""`distillcache diff`: the differences of two caches or two runs.
 
 Exit code 0: nothing differs that numbers depend on. 2: something does.
 """

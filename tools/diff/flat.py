@@ -1,4 +1,4 @@
-"""Nested settings as one level of dotted names, and where two of them differ."""
+"""Nested settings as one level of dotted names, and their differences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`distillcache fidelity`: a sample of rows through the live teacher, next to what the cache decodes to.
+"""`distillcache fidelity`: compare the decoded cache with the live teacher on a sample of rows.
 
 Exit code 0: the cache is what its codecs make of this teacher. 2: it is not, or they lose much; the first line says
 what it looks like, and why.

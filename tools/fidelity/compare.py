@@ -1,4 +1,4 @@
-"""Comparison of a row's stored taps with the teacher's, and with the best that its codec could have kept.
+"""Comparison of a row's stored taps with the teacher's, and with the best that their codec can represent.
 
 All sums are over real tokens, in float64. An *error* is relative: the norm of a difference over the norm of the
 teacher's own numbers. What is wrong is decided by the *weighted* error, which divides every dimension by its own rms:

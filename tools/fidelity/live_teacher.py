@@ -1,4 +1,4 @@
-"""The teacher as it is now, on some rows: the numbers that it would give a cache to store, before any codec.
+"""The live teacher on some rows: the numbers that it would record, before any codec.
 
 It runs the function that `build` runs (models/recorder.py) with taps in float32, one row a call: memory is one row's
 taps, whatever is sampled.

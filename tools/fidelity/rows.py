@@ -1,4 +1,4 @@
-"""Checks of a row's text: impossible masks, positions and padding, and tokens that mean other text."""
+"""Checks of a row's text: impossible masks, positions and padding, and tokens that decode to other text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

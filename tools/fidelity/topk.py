@@ -1,4 +1,4 @@
-"""Recorded logits next to a teacher's own: the k largest values, their ids, and the logsumexp of all.
+"""Comparison of recorded logits with the teacher's: the k largest values, their ids, and the logsumexp of all.
 
 Ids that nearly tie change places from run to run, so an id counts as wrong only where the teacher's k-th logit is
 clearly below the value that is stored for it, or where most ids are others. All sums are over real tokens, in float64.

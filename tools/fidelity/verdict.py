@@ -1,4 +1,4 @@
-"""From measured rows to what a cache looks like: every finding with its evidence, the gravest first.
+"""Verdict of a fidelity check: every finding with its evidence, the gravest first.
 
 A wrong row is explained once: by numbers that are another block's, another token's or scaled, by another input of the
 teacher, or else by another teacher (all shards) or a stale shard (some).

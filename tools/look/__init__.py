@@ -1,4 +1,4 @@
-"""Looking at a cache's files, rows and numbers.
+"""Inspection of a cache's files, rows and numbers.
 
 stored_rows.py       StoredRows: rows by number, and their decoded taps
 segment_facts.py     statistics and times of a segment, from small files

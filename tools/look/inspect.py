@@ -1,4 +1,4 @@
-"""`distillcache inspect`: what a cache holds, finished or not, from its plan and receipts alone.
+"""`distillcache inspect`: describe a cache, finished or not, from its plan and receipts alone.
 
 How large compressed taps came out is known shard by shard: it is taken from some of them.
 """

@@ -1,4 +1,4 @@
-"""Checks of rows by themselves, without a teacher: masks, and numbers that are impossible where they stand.
+"""Checks of rows without a teacher: masks, and impossible numbers.
 
 - Block 0 is entered by an embedding, which is the same for the same token. Where one token has many vectors there,
   numbers and tokens do not belong together; where it has others in some rows alone, those rows are from elsewhere.

@@ -1,4 +1,4 @@
-"""`distillcache show`: one row of a cache, as text with its documents and masks, next to what the blocks made of it."""
+"""`distillcache show`: one row of a cache as text with documents and masks, next to per-token activation statistics."""
 
 import json
 from collections.abc import Sequence

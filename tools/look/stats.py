@@ -1,4 +1,4 @@
-"""`distillcache stats`: what the numbers of a cache are like, by tap, slot and dimension, over a sample of rows.
+"""`distillcache stats`: distributions of a cache's numbers by tap, slot and dimension, over a sample of rows.
 
 Sums run over the rows one slot at a time; what stays in memory is a few numbers a dimension, and of every slot a
 sample of tokens for the effective rank.

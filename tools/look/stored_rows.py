@@ -1,4 +1,4 @@
-"""Rows of a cache, finished or not, by their number, and the numbers that their taps decode to: what people look at.
+"""Rows of a cache by number, finished or not, with their decoded taps.
 
 Rows are numbered as planned, so that row 17 is the same one while the cache is still being built. One row of one tap is
 read at a time, checked against the digests, and decoded slot by slot: memory does not grow with the cache.

@@ -1,4 +1,4 @@
-"""`distillcache verify`: every byte of a cache against what was committed.
+"""`distillcache verify`: compare every byte of a cache with what was committed.
 
 Exit code 0: all is well. 2: something is wrong; the report says what, and which rows it affects.
 """

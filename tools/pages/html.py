@@ -1,4 +1,4 @@
-"""A report's page out of escaped fragments: sections, tables, figures, notes.
+"""A report's page, assembled from escaped fragments: sections, tables, figures, notes.
 
 A *fragment* is HTML that is complete and escaped; everything that comes from a cache, a run or a user passes `text`.
 The page loads nothing: its own policy forbids every request.

@@ -1,4 +1,4 @@
-"""The look of a report's page: one style sheet for phones, desks, paper, light and dark.
+"""Style sheet of a report's page, for phones, desktops, paper, light and dark.
 
 Figures are drawn in the same variables (`--s1` ... of figures.py), so they change with the page. Contrast: text
 at least 7:1 on the page, soft text 4.5:1, series 3:1 (WCAG 2.2, 1.4.3 and 1.4.11), in both schemes.

@@ -1,4 +1,4 @@
-"""`distillcache plan`: what a build would take, before anything is written.
+"""`distillcache plan`: estimate the cost of a build before anything is written.
 
     distillcache plan --config build.yaml
 

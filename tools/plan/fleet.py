@@ -1,4 +1,4 @@
-"""A build by many hosts, played through: leases, preemptions, writes and their retries.
+"""Simulation of a build by many hosts: leases, preemptions, writes and their retries.
 
 A discrete-event simulation. A host takes *work units* (cache_builder/record/work_units.py) from one pool and computes
 one while it writes the previous one. A preempted host loses what is in flight; the rest of what it had leased is free

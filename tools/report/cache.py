@@ -1,4 +1,4 @@
-"""A report's sections about a cache: what it is, progress, storage, statistics of its blocks, some of its rows."""
+"""Sections of a report about a cache: description, progress, storage, statistics of its blocks, some of its rows."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`distillcache report`: one HTML file about a cache or a run, which needs no network and no program but a browser.
+"""`distillcache report`: write one HTML file about a cache or a run, which needs no network and only a browser.
 
 distillcache report caches/mine --out mine.html
 distillcache report gs://bucket/runs/cut --out gs://bucket/reports/cut.html

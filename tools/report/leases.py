@@ -1,4 +1,4 @@
-"""Processes that work on a segment now, by its leases."""
+"""Processes that currently work on a segment, found by its leases."""
 
 import time
 

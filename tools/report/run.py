@@ -1,4 +1,5 @@
-"""A report's sections about a run: what it is, losses, evaluations, blocks before and after, experts, speed, config."""
+"""Sections of a report about a run: description, losses, evaluations, blocks before and after, experts, speed,
+config."""
 
 import re
 import time

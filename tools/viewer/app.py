@@ -1,4 +1,4 @@
-"""The viewer as a web application: which address is which page, and what is said where something is wrong.
+"""The viewer as a web application: routes and error pages.
 
 Nothing is written, and no address reaches a file: rows, tokens and slots are numbers, taps are looked up among those of
 the plan. Pages are made one at a time, since each may hold some of a row's activations.

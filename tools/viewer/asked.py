@@ -1,4 +1,4 @@
-"""Query parameters of a page: words and whole numbers, checked before anything is looked up by them."""
+"""Query parameters of a page: words and whole numbers, validated before use."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""The viewer's pages about a cache as a whole: what it is, and its rows, a screen at a time."""
+"""The viewer's pages about a cache as a whole: its description, and its rows, a screen at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""`distillcache serve`: a cache or a run in the browser, on this machine alone unless configured otherwise.
+"""`distillcache serve`: show a cache or a run in the browser, on this machine alone unless configured otherwise.
 
 distillcache serve caches/mine
 distillcache serve gs://bucket/runs/cut --port 0

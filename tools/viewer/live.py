@@ -1,4 +1,4 @@
-"""The viewer's live page about a cache that is being built: how far, how fast, who is at work, what came last."""
+"""The viewer's live page about a build: progress, speed, active processes, newest shards."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The frame of the viewer's pages: head, links to the other pages, and the little script of the live ones.
+"""The frame of the viewer's pages: head, links to the other pages, and the script of live pages.
 
 What is inside comes from pages/html.py, where all that is not ours is escaped. A page is complete without its script:
 that only fetches a live page again and puts the new contents in place (without it, the browser reloads the page).

@@ -1,4 +1,4 @@
-"""The viewer's pages about a run, finished or not: how far it is, its curves, evaluations, experts, speed and config.
+"""The viewer's pages about a run, finished or not: progress, curves, evaluations, experts, speed and config.
 
 Each page is redrawn only when the run has written something.
 """

@@ -1,4 +1,4 @@
-"""The viewer's page about one slot of a tap: what every dimension is like in a sample of rows, and its neighbours."""
+"""The viewer's page about one slot of a tap: statistics of every dimension in a sample of rows, and similar slots."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The viewer's page about one token: its vector in every slot, and where it was recorded what came next."""
+"""The viewer's page about one token: its vector in every slot and, if recorded, the teacher's prediction."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A cache that is looked at for hours, perhaps while it is built: opened once, and again when it has changed.
+"""A cache that is watched for hours, perhaps while it is built: opened once, and reopened when it has changed.
 
 Also when each shard was committed: on a disk as its receipt's time says, in a bucket when the viewer first saw it.
 """

@@ -1,4 +1,4 @@
-"""A source for each group of devices along the mesh axis `block`: each reads the slots of its own blocks only.
+"""A source for each group of devices along the mesh axis `block`: each reads only the slots of its own blocks.
 
 A group's taps are a stack of their own; the stacks lie side by side on a leading axis, `[groups, S, B, T, W]`, of which
 each device gets its group's part. S is the longest stack's; shorter ones are filled up with zeros that nobody decodes.

@@ -1,4 +1,4 @@
-"""Files on a local disk that hold what was read from a bucket, so that the next epoch does not fetch it again.
+"""Local disk cache of what was read from a bucket, so that the next epoch does not fetch it again.
 
     <dir>/distillcache-feed/              all of it: nothing else in <dir> is looked at
       lock, used                          taken while files are added or removed; the bytes of all files, 8 bytes

@@ -1,4 +1,4 @@
-"""Rows of which the teacher can give any taps: those of a cache with other taps planned, or prepared rows.
+"""Rows for which the teacher can compute any taps: those of a cache with other taps planned, or prepared rows.
 
 A *planned segment* looks like one of a cache, but nothing of its taps is stored: its plan says how the teacher would
 give them.

@@ -1,4 +1,4 @@
-"""Which stored slots of a tap a reader needs, and where each lies in a batch's stack.
+"""Selection of the stored slots of a tap that a reader needs, with the index of each in a batch's stack.
 
 A codec without memory needs the wanted slots alone. A delta codec needs every slot from the last keyframe on; its stack
 keeps keyframes at multiples of `keyframe_every`, as they are stored, so that decoding needs no other addresses.

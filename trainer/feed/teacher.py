@@ -1,4 +1,4 @@
-"""The teacher in the loop: which one it is, whose rows it gets, and its compiled forward (online.py runs it).
+"""The teacher in the loop: its choice, its rows, and its compiled forward pass (online.py runs it).
 
 Where the rows are a cache's, the teacher must be the one that built it, and what pins its bits is as it was then.
 """

@@ -1,4 +1,4 @@
-"""A student's parameters on the hosts of a mesh: each process keeps what its own devices hold.
+"""A student's parameters on the hosts of a mesh: each process keeps the shards of its own devices.
 
 Where all devices are this process's, an array is kept whole, as a NumPy array. Evaluation alone gathers the others.
 """

@@ -1,4 +1,4 @@
-"""Between a process's memory and the devices of a mesh, of which other processes may hold a part.
+"""Transfers between a process's memory and the devices of a mesh, some of which belong to other processes.
 
 On the way there every device is given its own part alone; on the way back a value is gathered only if it is requested
 as a whole (metrics, evaluation), and a checkpoint takes what each process holds.

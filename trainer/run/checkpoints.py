@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the initial student, and, at some steps, everything that training has changed since.
+"""Checkpoints of a run: the initial student and, at some steps, everything that training has changed since.
 
     <run>/student/                  HF directory of the student before its first step, with its tokenizer
     <run>/checkpoints/00000100/     after 100 steps: all parameters trained so far, projectors and routers' biases among

@@ -1,4 +1,4 @@
-"""Trainings that end worse than they began: how that is detected, and which checkpoint is the best of what is kept.
+"""Divergence: detection of trainings that end worse than they began, and the best checkpoint that was kept.
 
 Held-out rows decide where an evaluation measures what the last stage trains: perplexity and KL where it compares
 tokens, the blocks' cosine distance where it compares attention. What no evaluation measures (MLPs in blockwise mode,

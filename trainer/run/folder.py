@@ -1,4 +1,4 @@
-"""A run's folder, on a disk or in a bucket: whose it is, who is at work on it, and what it says of itself.
+"""A run's folder, on a disk or in a bucket: its identity, its lock or lease, and its records.
 
 <run>/config.yaml      the resolved config            <run>/metrics.jsonl, router.jsonl, tensorboard/
 <run>/run.json         what the numbers depend on     <run>/eval.json   every evaluation

@@ -1,4 +1,4 @@
-"""Importance of the teacher's parts on rows of the cache: `by: importance` chooses what a student keeps by it.
+"""Importance of the teacher's heads, neurons, experts and stream dimensions, measured on rows of the cache.
 
 The recorded `resid` and `attn_out` give every sublayer its exact input, so each is run by itself, block by block. Over
 the real tokens of the rows:

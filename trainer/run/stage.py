@@ -1,4 +1,4 @@
-"""One stage of a run, ready to step: what it reads, what it trains, and its compiled step.
+"""One stage of a run, ready to step: its source, its trained parameters, and its compiled step.
 
 A stage begins with a fresh optimizer, from the parameters that the one before it left.
 """

@@ -1,4 +1,4 @@
-"""The stages of a run: what each one is, and whether its config makes sense.
+"""The stages of a run, and checks that their configs make sense.
 
 A run has one stage, or several, one after the other (`stages`): blockwise first and feature mode after it is the
 usual recipe.

@@ -1,4 +1,4 @@
-"""The teacher's own perplexity on the held-out rows: what a student's is judged by.
+"""The teacher's own perplexity on the held-out rows, to which a student's is compared.
 
 It is measured once a run, before step 1, as the student's is: by the same function, on the same rows and targets, with
 the same padding of the vocabulary left out, in the dtype in which the cache was built. The teacher is loaded for that

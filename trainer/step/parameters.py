@@ -1,4 +1,4 @@
-"""A student's parameters by name, and which of them are trained.
+"""A student's parameters by name, and the selection of the trained ones.
 
 All parameters are one flat dict: `embed`, `final_norm`, `head`, and `groups/<g>/blocks/<p>/<path>`, stacked over the
 repeats of layer group g, for every place p of its pattern. Projectors, where the student's width is not the teacher's,

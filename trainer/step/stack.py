@@ -1,4 +1,4 @@
-"""The student's blocks, scanned: what is read for each block, and what is computed there.
+"""The student's blocks in a scan: the inputs of each block, and what is computed there.
 
 The scan's body takes block l's codes out of the stacks and decodes them; what is alive at a time is one block's,
 whatever L is. Training (blockwise.py) and evaluation (run/evaluate.py) differ in what they do there.

@@ -1,4 +1,4 @@
-"""The first bytes by which a file shows what it is, whatever its name says."""
+"""File types by their first bytes, independent of the file's name."""
 
 from collections.abc import Mapping
 

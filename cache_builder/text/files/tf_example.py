@@ -1,4 +1,4 @@
-"""`tf.train.Example` without TensorFlow: the few parts of protobuf's wire format that it is made of.
+"""`tf.train.Example` without TensorFlow: the subset of protobuf's wire format that it uses.
 
 Source: tensorflow/core/example/{example,feature}.proto, and protobuf.dev "Encoding":
 

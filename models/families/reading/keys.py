@@ -1,4 +1,4 @@
-"""Keys of a `config.json` that never make it unusable: bookkeeping, and those that repeat what is so anyway.
+"""Keys of a `config.json` that never make it unusable: bookkeeping and redundant keys.
 
 Source: `PretrainedConfig` and `GenerationConfig` of HF transformers, versions 4.0 to 5.24: before version 5,
 `save_pretrained` left every generation setting that was not the default in config.json.

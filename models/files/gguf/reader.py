@@ -1,4 +1,4 @@
-"""The gguf package's reader, with every count and length checked against the file before anything is made of it."""
+"""The gguf package's reader, with every count and length checked against the file before memory is allocated."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: its vocabulary, its merges, and how text is cut before them.
+"""The tokenizer inside a GGUF file: its vocabulary, its merges and its pre-tokenizer.
 
 Source: llama.cpp `llama-vocab.cpp`.
 """

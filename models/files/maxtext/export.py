@@ -1,4 +1,4 @@
-"""A decoder as MaxText takes it: a scanned parameter checkpoint, written by Orbax, with the HF files beside it.
+"""A decoder in MaxText's format: a scanned parameter checkpoint, written by Orbax, with the HF files beside it.
 
     <out>/items/                              `load_parameters_path` of MaxText, with scan_layers=True
     <out>/config.json, tokenizer.json, ...    of the same model as an HF directory has them

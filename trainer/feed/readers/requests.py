@@ -1,4 +1,4 @@
-"""Which chunks of one array a batch wants, and how they are requested together.
+"""Planning of requests: the chunks of one array that a batch needs, grouped into ranges.
 
 A *run* is some consecutive slots of one row inside one object: they lie one after the other there, so one request
 brings them. A *request* is one range of bytes of one object: a run, or the runs of neighbouring rows.

@@ -1,4 +1,4 @@
-"""The threads that wait for buckets: one set for all sources of a process."""
+"""The threads that wait for buckets: one pool for all sources of a process."""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
