@@ -15,11 +15,13 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 # Workers keep neighbouring tests together: fixtures and compiled programs of a file are made once. Slow tests wait, for
 # servers, for claims that expire and for the disk, as long as they compute: there are twice as many of them at once.
 PYTEST := $(BIN)/python -m pytest --dist worksteal
+# The files that hold tests of a mark: to import all the others would take every worker three seconds.
+FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test test-slow test-bits chaos check browser install clean
+.PHONY: demo test test-slow test-bits test-bits-plain test-bits-optimised chaos check browser install clean
 
 install: .venv/installed
 
@@ -58,17 +60,19 @@ demo: install
 test: .venv/installed-dev
 	$(PYTEST) -n 2 -m "not slow"
 
-# Only the files that hold such tests are imported, by every worker: the others take it three seconds.
 test-slow: .venv/installed-dev
-	$(PYTEST) -n 4 -m slow $$(grep -rlw slow tests --include='test_*.py')
+	$(PYTEST) -n 4 -m slow $(call FILES,slow)
 
-# Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8); then
-# the codecs as the machine has it: optimised as a user's programs are, on all threads.
-test-bits: .venv/installed-dev
-	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -n 2 -m "bits and not slow" -k "not fp8" \
-	  $$(grep -rlw bits tests --include='test_*.py')
+test-bits: test-bits-plain test-bits-optimised
+
+# Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8).
+test-bits-plain: .venv/installed-dev
+	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -n 2 -m "bits and not slow" -k "not fp8" $(call FILES,bits)
+
+# The codecs as the machine has it: optimised as a user's programs are, on all threads.
+test-bits-optimised: .venv/installed-dev
 	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=true" \
-	  $(PYTEST) -n 2 -m "bits and not slow" tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py
+	  $(PYTEST) -n 1 -m "bits and not slow" tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120
