@@ -15,7 +15,7 @@ from distillcache.schemas.runtime.supervise import is_supervised, supervise
 
 
 def build(argv: Sequence[str], command: str = "distillcache build", as_json: bool = False) -> int:
-    """Build the cache that the command line describes, and say what it holds. Where processes work in lockstep, a
+    """Build the cache that the command line describes, and print a summary. Where processes work in lockstep, a
     child of this one builds."""
     config = command_line.parse(BuildConfig, argv, command, complete=_complete)
     if is_job(config) and not is_supervised():

@@ -110,8 +110,8 @@ def describe_numerics(
 
 
 def compressor_version(taps: Sequence[TapPlan]) -> dict[str, str]:
-    """Return the version that determines the bytes of compressed chunks; empty if nothing is compressed, since any
-    version stores that alike.
+    """Return the version that determines the bytes of compressed chunks; empty if nothing is compressed, since every
+    version stores that in the same way.
     """
     compressed = any(tap.compress != "none" for tap in taps)
     return {COMPRESSING_LIBRARY: version(COMPRESSING_LIBRARY)} if compressed else {}

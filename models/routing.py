@@ -54,7 +54,7 @@ class RouterSums(NamedTuple):
 
 
 def route(logits: Float[Array, "*B E"], bias: Float[Array, "*#B E"] | None, moe: MoeConfig) -> RouterOutput:
-    """All that a block's router says, in float32."""
+    """Compute everything that a block's router returns, in float32."""
     logits = logits.astype(jnp.float32)
     ids, weights = select_experts(
         logits,

@@ -38,7 +38,7 @@ class DistillcacheError(Exception):
 
 
 class Interrupted(DistillcacheError):
-    """SIGTERM or SIGINT: work in flight was finished or dropped, and the same command goes on from here."""
+    """SIGTERM or SIGINT: work in flight was finished or dropped, and the same command resumes from here."""
 
     exit_code = 143
 
@@ -72,7 +72,7 @@ class StorageError(DistillcacheError):
 
 
 class DamageError(DistillcacheError):
-    """Stored bytes that are not what was committed."""
+    """Stored bytes that differ from what was committed."""
 
 
 class NonFiniteError(DistillcacheError):

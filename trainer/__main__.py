@@ -17,8 +17,9 @@ from distillcache.trainer.train import TrainResult, divergence_summary, train
 
 
 def train_command(argv: Sequence[str], command: str = "distillcache train", as_json: bool = False) -> int:
-    """Train what the command line describes, and say what came of it. Where a run has several processes, a child of
-    this one trains."""
+    """Train the student that the command line describes, and print the results. If a run has several processes, a
+    child of this one trains.
+    """
     config = command_line.parse(TrainConfig, argv, command)
     if has_peers(config.coordinator) and not is_supervised():
         return supervise("trainer", [*argv, *(["--json"] if as_json else [])])

@@ -235,7 +235,7 @@ def topk_cross_entropy(
     segment_ids: Int[Array, "B T"],
     loss_mask: Bool[Array, "B T"],
 ) -> TopKCrossEntropy:
-    """The teacher's cross-entropy on the targets that `next_token_loss` counts, as far as the record goes."""
+    """The teacher's cross-entropy on the targets that `next_token_loss` counts, from the recorded logits."""
     counts = counted_predictions(segment_ids, loss_mask)
     values, logsumexp = _real(values, counts), jnp.where(counts, logsumexp.astype(jnp.float32), 0.0)
     is_target = ids == jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))[..., None]

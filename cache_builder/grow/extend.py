@@ -34,7 +34,7 @@ from distillcache.schemas.store.store import Store
 
 
 def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, manifest: Manifest | None) -> Manifest:
-    """Add what the config asks for and the cache lacks; where it lacks nothing, nothing changes.
+    """Add what the config asks for and the cache lacks; a cache that lacks nothing stays unchanged.
 
     The same command resumes after any interruption.
 

@@ -93,7 +93,7 @@ def _list_segment(store: Store, plan: Plan, entry: SegmentEntry) -> Manifest:
 
 
 def tidy(store: Store, plan: Plan) -> None:
-    """Remove what a finished segment needs no more. Safe to repeat."""
+    """Remove files that a finished segment no longer needs. Safe to repeat."""
     prefix = layout.segment_prefix(plan.segment)
     for folder in BUILD_FOLDERS:
         store.delete_keys(f"{prefix}/{folder}/")

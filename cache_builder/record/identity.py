@@ -45,7 +45,7 @@ def finished_plan(store: Store, spec: BuildSpec, teacher: str, tokenizer: TextTo
 
 
 def config_differences(plan: Plan, spec: BuildSpec) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (plan's config, this one), where that decides what is recorded; places do not."""
+    """Dotted field -> (plan's config, this one), for fields that determine what is recorded; paths do not."""
     # Some fields are written only where they are set.
     there, here = plan.config, spec.model_dump(mode="json")
     known = (here.keys() | there.keys()) & BuildSpec.model_fields.keys()

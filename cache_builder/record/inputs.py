@@ -36,7 +36,7 @@ def checked_model(teacher: str, named_tokenizer: str | None, tokenizer: TextToke
 
 
 def warn_of_length(data: DataConfig, process_id: int, model: ModelConfig) -> None:
-    """Say, before anything long begins, that rows will be longer than what the teacher is made for.
+    """Warn, before long work begins, that rows will exceed the teacher's context.
 
     No refusal: positions are rotations in every family, which have no end, and a test of a stretched context may be
     just what somebody wants.

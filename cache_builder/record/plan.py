@@ -123,7 +123,7 @@ def refuse_foreign_folder(store: Store, flag: str) -> None:
 
 
 def settle_plan(store: Store, plan: Plan, accept_platform: bool) -> Plan:
-    """The plan that is in the store: ours if nobody was first, else the stored one if it describes the same work.
+    """Settle the plan in the store: ours if there is none yet, otherwise the stored one if it describes the same work.
 
     Plans that differ have folders of their own, so a process that settles one checks once more afterwards: of two that
     were settled at one moment the later one sees the other, and goes.

@@ -41,7 +41,7 @@ class Replica:
 
 
 def is_job(options: BuildOptions) -> bool:
-    """Return whether the build works in lockstep with other processes, as far as can be told before they meet."""
+    """Return whether the build works in lockstep with other processes, as far as is known before they connect."""
     return options.replica == "job" and has_peers(options.coordinator)
 
 

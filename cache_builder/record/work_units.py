@@ -167,7 +167,7 @@ class _Committed:
         return self._shards.issuperset(self._job.shards_of(unit))
 
     def has_now(self, unit: int) -> bool:
-        """`has`, after another look where the last one is old: cheaper than a lease on what others have done."""
+        """`has`, refreshed if the last look is old: cheaper than a lease on work that others have done."""
         if time.monotonic() - self._looked > self._job.options.claim_expiry_s / 4:
             self.look()
         return self.has(unit)

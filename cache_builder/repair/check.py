@@ -164,7 +164,7 @@ def _check_shards(store: Store, view: SegmentView, quick: bool, on_checked: Chec
 def map_windowed(
     work: Callable[[StoredObject], Fault | None], tasks: Iterable[StoredObject], workers: int
 ) -> Iterator[tuple[StoredObject, Fault | None]]:
-    """Each task with its result, in order; no more than `workers` at work and as many waiting."""
+    """Yield each task with its result, in order; at most `workers` run and as many wait."""
     waiting: deque[tuple[StoredObject, Future[Fault | None]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
         try:

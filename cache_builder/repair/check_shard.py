@@ -55,14 +55,14 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class Fault:
-    """A finding, and the digest of what was found: another object's digest tells that the two were swapped."""
+    """A finding, and the digest of the stored bytes: the digest of another object means that the two were swapped."""
 
     finding: Finding
     found_digest: str = ""
 
 
 def stored_objects(plan: Plan, first_row: int, shard: int, record: Any) -> Iterator[StoredObject]:
-    """The file of rows and every object of a shard, as its index record tells them.
+    """The file of rows and every object of a shard, from its index record.
 
     Args:
         first_row: the cache's number of the segment's first row.

@@ -166,7 +166,7 @@ def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:
 
 
 def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequence[Damage]) -> None:
-    """Remove what building left behind, and say on standard error what was repaired and what stays as it is."""
+    """Remove leftovers of a build, and report what was repaired and what was left alone."""
     for view in survey.segments:
         if view.entry is not None and survey.manifest is not None:
             listed = partial(check_listed, survey.store, view.entry, survey.manifest.tokenizer_digest)

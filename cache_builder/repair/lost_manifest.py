@@ -24,7 +24,7 @@ from distillcache.schemas.store.store import Store
 
 
 def lost_files(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings about the manifest and plans: what says how the cache was built."""
+    """The findings about the manifest and plans, which record how the cache was built."""
     names = (layout.MANIFEST, "plan.json")
     return [each for each in findings if each.object.rpartition("/")[2] in names and each.what != "foreign"]
 

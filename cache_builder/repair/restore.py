@@ -35,7 +35,7 @@ from distillcache.schemas.store.store import Store
 
 @dataclass(frozen=True)
 class Damage:
-    """The damage of a finished segment, sorted by what its repair takes.
+    """The damage of a finished segment, grouped by the repair that it needs.
 
     store: raises where the segment is another's by now (`check_listed`).
     keys: the damaged objects. shards: those whose objects, rows or index records are damaged.
@@ -88,7 +88,7 @@ class Damage:
         return frozenset(range(self.plan.num_shards)) if self.stats else self.unindexed
 
     def lost_rows(self, shards: Set[int]) -> set[int]:
-        """Select the shards whose own rows are damaged, or cannot be told from damaged ones."""
+        """Select the shards whose own rows are damaged or may be."""
         lost = {shard for shard in shards if layout.rows_key(self.plan.segment, shard) in self.keys}
         return lost | (self.unindexed & shards)
 
@@ -122,7 +122,7 @@ def check_listed(store: Store, entry: SegmentEntry, tokenizer_digest: str) -> No
 
 
 class Maker(Protocol):
-    """Makes what a segment holds again."""
+    """Recomputes the content of a segment."""
 
     def fixed_files(self) -> Mapping[str, bytes]:
         """Return the files that do not depend on the rows, by key."""

@@ -101,7 +101,7 @@ class _Chat:
             raise TemplateLimit(error.what, {"line": self._where, **error.facts}, error.next) from error
 
     def examples(self, whole: str, special_tokens: tuple[str, ...]) -> list[tuple[str, list[Span]]]:
-        """The texts that show every assistant turn as it was said, and the spans of the turns, found by prefixes.
+        """The texts that contain every assistant turn unchanged, and the spans of the turns, found by prefixes.
 
         One text, the whole chat, where the template writes a turn alike however the chat goes on.
         """

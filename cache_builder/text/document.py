@@ -10,7 +10,7 @@ from distillcache.cache_builder.text.skipped import Skipped
 
 @dataclass(frozen=True)
 class Document:
-    """A text, how messages name the place that it came from, and how many bytes of the input are read by now.
+    """A text, its origin for messages, and the number of input bytes read so far.
 
     spans: of a chat, the characters `(start, end)` whose tokens are targets; None: a plain text, all of it.
     """

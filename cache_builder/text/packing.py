@@ -43,7 +43,7 @@ class SpooledStream:
         self.length += marked.size
 
     def flush(self) -> None:
-        """Whatever was added is in the file now, or the file system says that it cannot be."""
+        """Flush everything that was added to the file; raise if the file system cannot."""
         self._spool.flush()
 
     def read(self, start: int, stop: int) -> np.ndarray:

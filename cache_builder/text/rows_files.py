@@ -175,7 +175,7 @@ def rows_index(
 
 
 def commit_index(store: Store, index: RowsIndex, skipped: Sequence[Skipped]) -> None:
-    """Write the list of what was skipped, then `rows.json`, which makes the rows exist.
+    """Write the list of skipped records, then `rows.json`, which commits the rows.
 
     Where another process was first, its `rows.json` stays.
 

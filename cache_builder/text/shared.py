@@ -239,7 +239,7 @@ def read_receipts(folder: Unfinished, numbers: Sequence[int]) -> list[FileReceip
 
 
 def gather_streams(folder: Unfinished, files: int) -> StreamIndex:
-    """All receipts in one, once they are there; the first to ask writes it for the others.
+    """All receipts in one object, once they exist; the first caller writes it for the others.
 
     Raises:
         ChunksGone: a receipt is not there any more.

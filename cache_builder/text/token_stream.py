@@ -77,7 +77,7 @@ def skipped_in(index: StreamIndex, job: RowsJob) -> list[Skipped]:
 
 
 class ChunksGone(Exception):
-    """Raised if the unfinished folder's content is gone: the rows are finished, or the folder was deleted."""
+    """Signals that the unfinished folder's content is gone: the rows are finished, or the folder was deleted."""
 
 
 class Unfinished:

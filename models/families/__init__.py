@@ -169,7 +169,7 @@ def _check_factors(rope: RopeConfig, frequencies: int, file: Location) -> None:
 
 
 def check_experts(config: ModelConfig, file: Location) -> None:
-    """The groups of experts are equal, and those that are kept have as many experts as a token takes."""
+    """Check that the groups of experts are equal, and that the kept ones have enough experts for a token."""
     if (moe := config.moe) is None:
         return
     found = {"file": file, "experts": moe.num_experts, "of a token": moe.top_k}

@@ -52,7 +52,7 @@ KNOWN_FILES = frozenset({CONFIG, INDEX_NAME, ROUTER_BIAS_FILE, UNFINISHED, *TOKE
 
 @dataclass(frozen=True)
 class ExportFile:
-    """A file of an export: its name, and what writes its content."""
+    """A file of an export: its name, and the function that writes its content."""
 
     name: str
     write: Callable[[BinaryIO], object]

@@ -149,7 +149,7 @@ def is_lfs_pointer(data: bytes) -> bool:
 
 
 def packing_key(raw: Mapping[str, Any]) -> str | None:
-    """The key of a config.json, other than `quantization_config`, that says how its weights are quantised."""
+    """The key of a config.json, other than `quantization_config`, that describes the quantisation of its weights."""
     return next((key for key in OTHER_PACKING if isinstance(raw.get(key), dict)), None)
 
 

@@ -84,7 +84,7 @@ class RemoteFile:
 
 
 def truncated(path: Location, found: object) -> NoReturn:
-    """Raise the error for what is not a whole weight file."""
+    """Raise the error for an incomplete weight file."""
     raise CheckpointError(
         "a weight file is damaged, truncated or not a safetensors file",
         {"file": path, "found": found},
@@ -149,7 +149,7 @@ class SpanReader:
         return pending.result()
 
     def close(self) -> None:
-        """Drop what nobody read, and stop the threads."""
+        """Drop unread data, and stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _fetch_ahead(self, reading: int) -> None:

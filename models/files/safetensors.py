@@ -85,7 +85,7 @@ class RemoteSafetensors:
 
 
 def open_remote(path: ObjectPath) -> RemoteSafetensors:
-    """Read a file's header and see that the file ends where the header says, in four small requests.
+    """Read a file's header and check that the file ends where the header says, in four small requests.
 
     Raises:
         CheckpointError: the file is missing, truncated or not of this format.

@@ -83,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One parameter, or one of its stack, and where a checkpoint has it.
+    """One parameter, or one of its stack, and its location in a checkpoint.
 
     name: of the tensor, HF's.
     path: of the parameter in the decoder's nnx state.

@@ -82,7 +82,7 @@ def attend(
     config: ModelConfig,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H vd"]:
-    """Values mixed by the softmax of what queries and keys have in common, in the dtype of `q`.
+    """Values mixed by the softmax of the scores of queries and keys, in the dtype of `q`.
 
     Args:
         sinks: a logit of every query head that takes part in the softmax and has no value.

@@ -70,8 +70,9 @@ def rotated_width(rope: RopeConfig, head_dim: int) -> int:
 def rotate(
     x: Float[Array, "B T H hd"], cos: Float[Array, "B T 1 rd"], sin: Float[Array, "B T 1 rd"], rope: RopeConfig
 ) -> Float[Array, "B T H hd"]:
-    """`x` turned by its token's angles, float32 inside, rounded once to the dtype of `x`; what lies beyond the rotated
-    width passes."""
+    """`x` rotated by its token's angles, float32 inside, rounded once to the dtype of `x`; dimensions beyond the
+    rotated width are copied.
+    """
     width, dtype = cos.shape[-1], x.dtype
     x, passed = x[..., :width].astype(jnp.float32), x[..., width:]
     if rope.interleaved:

@@ -11,7 +11,7 @@ from distillcache.models.layers.norm import rms_norm
 
 
 class Sublayer(Protocol):
-    """norm and post_norm `[D]`: each is there where `config.norms` says so."""
+    """norm and post_norm `[D]`: each exists if `config.norms` says so."""
 
     config: ModelConfig
     norm: nnx.Param

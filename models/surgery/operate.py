@@ -58,7 +58,7 @@ def operate(decoder: Decoder, ops: Sequence[SurgeryOp], scores: Scores | None = 
 
 
 def add_router_bias(decoder: Decoder) -> Decoder:
-    """The same decoder with a bias of zero on every expert; the given one where it has biases already.
+    """Add a zero bias to every expert; a decoder that has biases already is returned unchanged.
 
     Raises:
         ValueError: it has no experts.

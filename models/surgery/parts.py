@@ -93,8 +93,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Parts:
-    """A decoder taken apart: the parameters of no block by name, those of each block, and the scores of what is left
-    of it, where they were measured."""
+    """A decoder taken apart: the parameters outside of blocks by name, those of each block, and the scores of what is
+    left of it, if measured."""
 
     config: ModelConfig
     outer: Mapping[str, np.ndarray]

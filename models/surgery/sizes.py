@@ -139,7 +139,7 @@ def _drop_blocks(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
 
 
 def kept_blocks(op: SurgeryOp, blocks: int) -> list[int]:
-    """The blocks that `drop_blocks` leaves of so many.
+    """The blocks that `drop_blocks` keeps, of a model with this number of blocks.
 
     Raises:
         ConfigError: it names blocks that are not there, or all of them.
@@ -151,7 +151,7 @@ def kept_blocks(op: SurgeryOp, blocks: int) -> list[int]:
 
 
 def named_blocks(op: SurgeryOp, blocks: int) -> set[int]:
-    """The blocks that an operation names, of a model with so many."""
+    """The blocks that an operation names, of a model with this number of blocks."""
     named = list(range(blocks)) if op.blocks in ("all", None) else list(op.blocks)
     if beyond := sorted(block for block in named if not 0 <= block < blocks):
         raise refused(op, "blocks", beyond, f"0 to {blocks - 1}: the model has {blocks} blocks", "name others")

@@ -35,7 +35,7 @@ class TemplateFailure(Exception):
 
 
 class TemplateLimit(InputError):
-    """The template needs more time, memory or text than a chat may take, or asks for random values."""
+    """The template exceeds its limits of time, memory or text, or uses random values."""
 
 
 @dataclass(frozen=True)

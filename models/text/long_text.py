@@ -19,7 +19,7 @@ OVERLAP = 1 << 14
 
 
 class NoCommonTokens(Exception):
-    """Two windows give other tokens where they overlap; its text says where."""
+    """Two windows give different tokens where they overlap; its text names the position."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -176,7 +176,7 @@ class TextTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """The highest id + 1: what a model's vocabulary must at least be."""
+        """The highest id + 1: the minimum size of a model's vocabulary."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def to_json(self) -> str:
@@ -185,7 +185,9 @@ class TextTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3-128, in hex, of what decides the tokens of a document: tokenizer.json, keys sorted, and the EOS id."""
+        """xxh3-128, in hex, of everything that determines the tokens of a document: tokenizer.json, keys sorted, and
+        the EOS id.
+        """
         content = {"tokenizer": json.loads(self.to_json()), "eos_id": self.eos_id}
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())

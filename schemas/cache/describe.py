@@ -39,14 +39,14 @@ def numbers_in_runs(numbers: Sequence[int]) -> str:
 
 
 def in_bytes(count: int) -> str:
-    """As a person says it: 3.20 GB, 108 MB."""
+    """A size for people: 3.20 GB, 108 MB."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
 def teacher_words(plan: Plan) -> str:
-    """Which one, and what it computed in."""
+    """The teacher's name and compute dtype."""
     teacher = plan.teacher
     return (
         f"{redacted(teacher.path)}, {teacher.num_blocks} blocks of {teacher.hidden_size:,}, in {plan.numerics.dtype}, "

@@ -68,7 +68,7 @@ class Leases:
         return self._others[min(self._others)] if self._others else None
 
     def holds(self, unit: int) -> bool:
-        """Return whether this process still holds the work unit: nobody takes over a lease before it expires."""
+        """Return whether this process still holds the work unit: no process takes over a lease before it expires."""
         with self._lock:
             held = self._held.get(unit)
         if held is None:

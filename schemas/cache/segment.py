@@ -369,7 +369,7 @@ def _index_damage(store: Store, key: str, entry: SegmentEntry) -> DamageError | 
 
 
 def read_plan(store: Store, segment: str) -> Plan | None:
-    """The plan of a segment, or None where nobody has started it.
+    """The plan of a segment, or None if it was not started.
 
     Raises:
         DamageError: it is damaged, or another segment's.
@@ -402,7 +402,7 @@ def planned_segments(keys: Iterable[str]) -> list[str]:
 
 
 def begun_plan(store: Store, number: int) -> Plan | None:
-    """The plan of the segment of this number, finished or not; None where nobody has started one.
+    """The plan of the segment with this number, finished or not; None if none was started.
 
     Raises:
         InputError: there are two.

@@ -13,7 +13,7 @@ AGAIN_S, LONGEST_S = 30.0, 600.0  # then less and less often
 
 
 class Waiting:
-    """One wait; `tell` says it after a while, and again at growing intervals."""
+    """One wait; `tell` reports it after a while, and again at growing intervals."""
 
     def __init__(self, what: str) -> None:
         """

@@ -56,7 +56,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]:
-        """Parts to numbers: what `encode` was given, as nearly as the codec keeps it."""
+        """Decode parts to numbers: the input of `encode` within the codec's precision."""
         ...
 
     def first_slot(self, slot: int) -> int:
@@ -109,7 +109,7 @@ class Memoryless:
 def take_slot(
     stacks: Mapping[str, Array], parts: tuple[CodePart, ...], slot: Int[Array, ""] | int, axis: int = 0
 ) -> dict[str, Array]:
-    """One slot out of the stacks of a tap, each with its slots on `axis`: what `decode_slot` wants.
+    """One slot of the stacks of a tap, each with its slots on `axis`, as `decode_slot` needs it.
 
     Made for the body of a scan: slices passed as scan inputs would be copied whole.
     """

@@ -6,7 +6,7 @@ from distillcache.schemas.base import Config
 
 
 class LocalCacheConfig(Config):
-    """A folder on a local disk, where what was read from a bucket is kept for the next epoch."""
+    """A folder on a local disk that keeps data of a bucket for the next epoch."""
 
     dir: str | None = Field(
         default=None, description="the folder; all processes of a host may share it; null: nothing is kept"

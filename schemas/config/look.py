@@ -32,7 +32,7 @@ class DiffConfig(Config):
 
 
 class ShowConfig(Config):
-    """Show a row of a cache: its text, documents and masks, and what the teacher's blocks did with every token."""
+    """Show a row of a cache: its text, documents and masks, and per-token activation statistics."""
 
     cache: str = Field(description="the cache, finished or not")
     row: int = Field(default=0, ge=0, description="row number, counted through the whole cache")

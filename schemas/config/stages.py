@@ -117,7 +117,7 @@ class PrepareConfig(Workers):
 
 
 class ShardSizes(Config):
-    """Sizes of shards and objects: part of what a cache is."""
+    """Sizes of shards and objects, which are part of a cache's identity."""
 
     object_mib: Positive = Field(
         default=256, description="target size of a stored object"
@@ -137,7 +137,7 @@ class ShardWorkers(Workers):
 
 
 class BuildSpec(ShardSizes):
-    """Settings that decide what a build records. They go into the plan and are compared when it goes on."""
+    """Settings that determine what a build records. They go into the plan and are compared when it goes on."""
 
     data: DataConfig
     taps: TapsConfig = Field(default=TapsConfig(), description="what is recorded in every block")
@@ -257,7 +257,7 @@ class CopyPaths(Config):
 
 
 class CopySpec(ShardSizes):
-    """Settings that decide what a copy holds. They go into its plan."""
+    """Settings that determine what a copy holds. They go into its plan."""
 
     taps: CopyTapsConfig = Field(
         default=CopyTapsConfig(),
@@ -300,7 +300,7 @@ class PlanConfig(BuildConfig):
 
 
 class InspectConfig(Config):
-    """Print what a cache holds."""
+    """Describe what a cache holds."""
 
     cache: str = Field(description="the cache, finished or not")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

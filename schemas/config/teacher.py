@@ -24,7 +24,7 @@ class TeacherMeshConfig(Config):
 
     @property
     def teacher_axes(self) -> tuple[int, ...]:
-        """data, fsdp, tensor, expert; (1,) for a single device: what pins a teacher's bits."""
+        """Sizes along data, fsdp, tensor and expert, which pin a teacher's bits; (1,) for a single device."""
         sizes = (self.data, self.fsdp, self.tensor, self.expert)
         return sizes if max(sizes) > 1 else (1,)
 

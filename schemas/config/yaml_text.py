@@ -17,7 +17,7 @@ MAX_VALUES = 100_000  # with aliases spelled out: a few lines can stand for 10^9
 
 
 class YamlError(ValueError):
-    """A text that cannot be read as YAML; its text says what is wrong and where."""
+    """A text that cannot be read as YAML; the message names the problem and its position."""
 
 
 def parse_yaml(text: str) -> Any:

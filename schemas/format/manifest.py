@@ -72,7 +72,7 @@ class TapPlan(Config):
 
     @property
     def compress(self) -> Compression:
-        """The compression of its arrays, which are all compressed alike."""
+        """The compression of its arrays, the same for all."""
         return self.parts[0].compress if self.parts else "none"
 
     def numbers_per_token(self, hidden: int) -> int:
@@ -81,7 +81,7 @@ class TapPlan(Config):
 
 
 class TeacherPlan(Config):
-    """Which teacher: where it was read from, and what it is. Identity is `weights_digest`, not the path.
+    """The teacher: its path and its identity. Identity is `weights_digest`, not the path.
 
     norm_eps: of its norms; with the attention norms' weights in the side file it makes attention inputs of `resid`.
     context: the longest document that it is made for, in tokens (models/layers/rope.py); plans did not say before there

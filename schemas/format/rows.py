@@ -69,7 +69,7 @@ def num_targets(segment_ids: Int32[np.ndarray, "*B T"], loss_mask: Bool[np.ndarr
 
 
 def too_long_note(row_tokens: int, context: int | None, whose: str, change: str) -> str | None:
-    """Say in a line that rows are longer than a model's context; None where they are not, or nobody knows.
+    """One line that warns of rows longer than a model's context; None if they are not, or if the context is unknown.
 
     Args:
         context: the longest document that the model is made for, in tokens.
@@ -221,7 +221,7 @@ class RowsFile(Config):
 
 
 class RowsIndex(Config):
-    """`rows.json`: what a rows folder holds and what made it."""
+    """`rows.json`: the content of a rows folder and the settings that made it."""
 
     format: Literal["distillcache-rows/1"] = "distillcache-rows/1"
     rows: Positive = Field(description="N")

@@ -91,7 +91,7 @@ def topk_plan(config: TopKConfig, hidden: int, vocab: int, token_ids: int | None
 
 
 def counting_as_recorded(taps: Sequence[TapPlan], recorded: Sequence[TapPlan]) -> list[TapPlan]:
-    """The taps, with logits of the same ids as what is recorded already, so that both mean the same."""
+    """The taps, with logits of the same ids as the recorded ones, so that both have the same meaning."""
     counted = {tap.name: tap.vocab_size for tap in recorded if tap.k is not None}
     return [
         tap.model_copy(update={"vocab_size": counted[tap.name]}) if tap.k is not None and tap.name in counted else tap

@@ -74,7 +74,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second, of this process; 0 before it can be told.
+        """Units a second of this process; 0 until it is known.
 
         The first units are left out, with their time: programs are compiled meanwhile, which says nothing of the rest.
         """
@@ -109,12 +109,12 @@ class Progress:
         log.info(", ".join(word for word in words if word))
 
     def describe(self) -> str:
-        """`120/2,000 steps, 3.1 steps/s`; no rate before it can be told."""
+        """`120/2,000 steps, 3.1 steps/s`; without a rate until it is known."""
         rate = f", {_short(self.rate)} {self.unit}/s" if self.rate else ""
         return f"{self.done:,}/{self.total:,} {self.unit}{rate}"
 
     def describe_left(self) -> str:
-        """`3 min 20 s left`; empty at the end, and before the rate can be told."""
+        """`3 min 20 s left`; empty at the end, and until the rate is known."""
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         return f"{format_seconds(left)} left" if left > 0 else ""
 

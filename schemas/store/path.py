@@ -118,7 +118,7 @@ def open_folder(folder: Location) -> Store:
 
 
 def local_path(path: str, flag: str) -> Path:
-    """The local path of a user's text, for what is made of plain files.
+    """The local path of a user's text, for features that need plain files.
 
     Raises:
         ConfigError: it names a bucket.

@@ -23,7 +23,7 @@ class Remembered(Generic[Key, Value]):
         self._found: OrderedDict[Key, Future[Value]] = OrderedDict()
 
     def get(self, key: Key, read: Callable[[], Value]) -> Value:
-        """The value of `key`; where it is not held, what `read` gives. What it raises reaches all who wait for it."""
+        """The value of `key`, read with `read` if it is not held. What it raises reaches all who wait for it."""
         with self._lock:
             future = self._found.get(key)
             if future is not None:

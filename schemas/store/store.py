@@ -174,7 +174,7 @@ class Store:
         yield True
 
     def checked(self, read: Callable[[], Bytes], check: Callable[[Bytes], Value]) -> Value:
-        """Return the result of `check` on what `read` gives, read again while it is refused.
+        """Return the result of `check` on the result of `read`, which is read again while `check` refuses it.
 
         Bytes that come twice are the object's own, so `read` must give them whole: a range, or a confirmed value.
 
@@ -328,7 +328,7 @@ class Store:
                     os.ftruncate(descriptor, 0)
 
     def remove_stale_locks(self) -> None:
-        """Delete the lock files of dead writers: for a finished cache, which nobody writes any more."""
+        """Delete the lock files of dead writers, for a finished cache without writers."""
         for path in self._lock_files():
             with held(path) as descriptor:
                 if descriptor is not None:
@@ -362,7 +362,7 @@ class Store:
                 _remove_if_empty(self.local / parent)
 
     def remove_empty_folders(self, key: str) -> None:
-        """Remove what deleting the last key of a folder leaves behind on a local disk."""
+        """Remove the empty folders that remain on a local disk after the last key was deleted."""
         if self.local is None:
             return
         self.check_inside(key)

@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def refusals(path: Path, what: str = "the file cannot be written") -> Iterator[None]:
-    """Turn what a disk refuses into one `StorageError`."""
+    """Turn the errors of a disk into one `StorageError`."""
     try:
         yield
     except OSError as error:

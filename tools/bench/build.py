@@ -69,7 +69,7 @@ def measure(config: BenchConfig) -> Measured:
 
 
 def measure_build(folder: Path, teacher: str, sizes: BuildSizes, rounds: int) -> Measured:
-    """The same with a teacher and sizes of one's own."""
+    """Measure with another teacher and other sizes."""
     rows = reference_rows(folder, teacher, sizes.row_tokens, sizes.batch_rows * sizes.batches)
     decoder = load_pretrained(teacher)
     batches = [(first, rows.slice(first, first + sizes.batch_rows)) for first in range(0, len(rows), sizes.batch_rows)]

@@ -65,7 +65,7 @@ def measure(config: BenchConfig) -> Measured:
 
 
 def measure_feed(folder: Path, sizes: FeedSizes, rounds: int) -> Measured:
-    """The same with sizes of one's own."""
+    """Measure with other sizes."""
     rows = random_rows(sizes)
     print("bench: writing the data", file=sys.stderr)
     sources = write_all(folder, sizes, rows)

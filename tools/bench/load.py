@@ -65,7 +65,7 @@ def measure(config: BenchConfig) -> Measured:
 
 
 def measure_load(folder: Path, sizes: LoadSizes) -> Measured:
-    """The same with sizes of one's own."""
+    """Measure with other sizes."""
     total = write_sparse(folder / "model", sizes.model, sizes.shard_bytes)
     figures, goals = {"checkpoint_gb": total / 1e9}, []
     for axis in sizes.axes:

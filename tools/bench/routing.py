@@ -121,7 +121,7 @@ def measure(config: BenchConfig) -> Measured:
 def train_all(
     folder: Path, sizes: RoutingSizes, families: Sequence[str] = tuple(FAMILIES)
 ) -> dict[str, dict[str, Trained]]:
-    """Family -> way -> what came of it."""
+    """Family -> way -> result."""
     cache = build_rows(folder, sizes)
     found: dict[str, dict[str, Trained]] = {}
     for family in families:
@@ -197,7 +197,7 @@ def train_one(run: Path, cache: str, student: Path, way: str, sizes: RoutingSize
 
 
 def train_config(run: Path, cache: str, student: Path, way: str, sizes: RoutingSizes) -> TrainConfig:
-    """The next-token loss alone, and what this way adds."""
+    """The config with the next-token loss and the additions of this way."""
     weight, balance_type = WAYS[way]
     return TrainConfig(
         run=str(run),
@@ -220,7 +220,7 @@ def train_config(run: Path, cache: str, student: Path, way: str, sizes: RoutingS
 
 
 def summarise(found: Mapping[str, Mapping[str, Trained]]) -> Measured:
-    """Figures and goals of what came of all runs."""
+    """Figures and goals of all runs."""
     figures: dict[str, float] = {}
     goals: list[Goal] = []
     for family, runs in found.items():

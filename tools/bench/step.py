@@ -91,7 +91,7 @@ def measure(config: BenchConfig) -> Measured:
 
 
 def measure_step(folder: Path, teacher: str, sizes: StepSizes, rounds: int) -> Measured:
-    """The same with a teacher and sizes of one's own."""
+    """Measure with another teacher and other sizes."""
     decoder = load_pretrained(teacher, dtype="float32")
     student = apply_surgery(decoder, [default_surgery(decoder.config)])
     del decoder
@@ -311,7 +311,7 @@ class AbstractStudent:
 
 
 def abstract_student(config: ModelConfig, depth: int) -> AbstractStudent:
-    """A student of these sizes with so many blocks, all of the first one's kind."""
+    """A student of these sizes with a number of blocks, all of the first one's kind."""
     deep = replace(config, layers=(LayerGroup(config.layers[0].pattern[:1], depth),))
     decoder = nnx.eval_shape(lambda: Decoder(deep))
     return AbstractStudent(decoder, jax.eval_shape(lambda: all_parameters(Decoder(deep))))

@@ -77,7 +77,7 @@ def measure(config: BenchConfig) -> Measured:
 
 
 def measure_student(folder: Path, teacher: str, sizes: StudentSizes) -> Measured:
-    """The same with a teacher and sizes of one's own.
+    """Measure with another teacher and other sizes.
 
     Raises:
         StorageError: the folder has too little room for the largest cache and a run.

@@ -10,7 +10,7 @@ from distillcache.schemas.config import CopyConfig
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Copy, and say what the copy holds."""
+    """Copy, and print a summary."""
     config = command_line.parse(CopyConfig, argv, command, positional=("src", "dst"))
     manifest = copy_cache(config)
     if as_json:

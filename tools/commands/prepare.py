@@ -15,7 +15,7 @@ from distillcache.schemas.store.store import Store
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Prepare the rows that the command line describes, and say what they are."""
+    """Prepare the rows that the command line describes, and print a summary."""
     words, beam_options = _split(argv)
     config = command_line.parse(PrepareConfig, words, command)
     index = prepare_rows(config) if beam_options is None else _with_beam(config, beam_options)

@@ -144,7 +144,7 @@ def default_data(out: Path) -> DataConfig:
 
 
 def with_demo_sizes(data: DataConfig) -> DataConfig:
-    """The user's text with the demo's sizes, so that it stays a demo; what the user states goes first."""
+    """The user's text with the demo's sizes, so that it stays a demo; explicit settings of the user win."""
     sizes = {"row_tokens": ROW_TOKENS, "eval_rows": EVAL_ROWS, "max_rows": DEMO_ROWS}
     return data.model_copy(update={name: size for name, size in sizes.items() if name not in data.model_fields_set})
 

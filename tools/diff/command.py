@@ -27,7 +27,7 @@ SHOWN = 20  # lines of a table on a terminal; --json tells all
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
-    """Print what differs as tables or as one JSON object; the exit code."""
+    """Print the differences as tables or as one JSON object; return the exit code."""
     config = command_line.parse(DiffConfig, argv, command, positional=("a", "b"))
     with using(config.storage):
         found = compare(config.a, config.b, config.rows, config.seed)

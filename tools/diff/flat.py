@@ -16,7 +16,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Name -> what A and B have there; None where one of them has no such name.
+    """Name -> the values of A and B; None if one of them lacks the name.
 
     Args:
         leave_out: beginnings of names that do not count.

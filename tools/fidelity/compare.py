@@ -51,14 +51,14 @@ class TapMeasure:
 
     @property
     def wrong(self) -> Bool[np.ndarray, " S"]:
-        """Which slots are not what the codec makes of the teacher's numbers, as far as these are finite."""
+        """The slots that differ from the encoded numbers of the teacher, as far as these are finite."""
         scaled = np.abs(self.slope - 1) > SLOPE_MARGIN + self.limit / CODEC_MARGIN
         return ((self.weighted > self.limit) | scaled) & (self.nonfinite == 0)
 
 
 @dataclass
 class RowMeasure:
-    """One row: its taps, and (of a row with wrong slots) what its numbers look like instead.
+    """One row: its taps and, if slots are wrong, what its numbers resemble instead.
 
     shard: (segment, shard). swapped: (tap, slot, the teacher's slot that it is). shift: by how many tokens the stored
     numbers stand later. variant: of `live_teacher.VARIANTS`. seen: (the row's tokens, those that the stored stream
@@ -146,7 +146,7 @@ def error(values: Float[np.ndarray, "S T D"], reference: Float[np.ndarray, "S T 
 def rotated_error(
     tap: TapPlan, teacher: Float[np.ndarray, "S T D"], real: Bool[np.ndarray, " T"]
 ) -> Float[np.ndarray, " S"] | None:
-    """The error that the tap's codec would have with rotation; None where it has it, or cannot."""
+    """The error that the tap's codec would have with rotation; None if it has rotation or cannot."""
     if tap.rotate or not tap.codec.startswith("int"):
         return None
     signs = make_signs(tap.name, teacher.shape[-1])
@@ -214,7 +214,7 @@ def explains(
     variant: Sequence[Float[np.ndarray, "S T D"]],
     real: Bool[np.ndarray, " T"],
 ) -> bool:
-    """Return whether most of the stored slots are what the teacher gives for another input."""
+    """Return whether most of the stored slots match the teacher's output for another input."""
     fits = [
         np.mean(weighted_error(given[:, real], own[:, real]) <= measure.limit)
         for given, own, measure in zip(values, variant, measures, strict=True)

@@ -91,7 +91,7 @@ class LiveTeacher:
         return taps, TopK(values, ids, logsumexp[..., 0])  # type: ignore[arg-type]
 
     def variant(self, row: Row, name: str) -> Taps:
-        """Compute the taps of a row that was changed as one of `VARIANTS` says."""
+        """Compute the taps of a row with one of the `VARIANTS` of its input."""
         if name == "one document":
             real = row.segment_ids > 0
             positions = np.where(real, np.arange(len(row.tokens)), 0).astype(np.int32)

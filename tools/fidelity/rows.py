@@ -41,7 +41,7 @@ def open_texts(store: Store, plan: Plan, teacher: str) -> Texts:
 
 
 def row_faults(row: Row, padding: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """(kind, evidence) of what cannot be right in a row's masks.
+    """(kind, evidence) of impossible values in a row's masks.
 
     Args:
         padding: ids that fill rows up: 0, the tokenizer's padding token and its EOS.

@@ -84,7 +84,7 @@ def rounding_of(stored: StoredTap) -> float:
 
 
 def kept_values(stored: StoredTap, logits: TopK) -> np.ndarray:
-    """Return what the tap's codec keeps of other values."""
+    """Return other values after a round trip through the tap's codec."""
     given: Any = logits
     found: Any = stored.codec.decode(stored.codec.encode(given))
     return np.asarray(found.values, np.float64)

@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Write the file, and say what is in it."""
+    """Write the file, and print a summary."""
     config = command_line.parse(ExportSamplesConfig, argv, command, positional=("cache", "out"))
     with using(config.storage):
         rows = StoredRows(config.cache)

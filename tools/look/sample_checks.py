@@ -28,7 +28,7 @@ ORDER_TOKENS = 32  # of a row
 
 @dataclass
 class SampleChecks:
-    """Rows are given one after the other: `row`, then `slot` for each slot of each tap; then ask for `findings`."""
+    """Checks of rows in sequence: call `row`, then `slot` for each slot of each tap, and finally `findings`."""
 
     padding: Sequence[int]
     _rows: dict[int, tuple[str, int]] = field(default_factory=dict)  # row -> (segment, shard)
@@ -41,7 +41,7 @@ class SampleChecks:
 
     @classmethod
     def of(cls, store: Store, plan: Plan) -> "SampleChecks":
-        """For the rows of a cache, whose tokenizer says what pads.
+        """Make the checks for the rows of a cache, whose tokenizer defines the padding.
 
         Raises:
             DamageError: it is missing, or is not what was committed.

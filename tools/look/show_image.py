@@ -13,7 +13,7 @@ INCHES = (14, 2.2)  # width, and height of a panel
 
 
 def draw(facts: RowFacts, path: str) -> None:
-    """Write the picture, as the suffix says.
+    """Write the picture in the format of the suffix.
 
     Raises:
         StorageError: it cannot be written there.

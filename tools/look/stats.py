@@ -148,7 +148,7 @@ def measure(
     slots: Sequence[int] | None,
     checks: SampleChecks,
 ) -> tuple[list[int], dict[tuple[str, int], SlotStats], list[str]]:
-    """The rows that were read, the sums of every (tap, slot), in the order of the blocks, and what could not be read.
+    """The rows that were read, the sums of every (tap, slot) in block order, and the damage.
 
     Args:
         numbers: of committed rows, at least one.

@@ -103,7 +103,7 @@ class StoredTap:
                 yield self.tap.slots[place], np.asarray(numbers, np.float32)
 
     def kept(self, values: Float[np.ndarray, "S T D"]) -> Float[np.ndarray, "S T D"]:
-        """Return what the codec keeps of other numbers for the same slots."""
+        """Return other numbers for the same slots after a round trip through the codec."""
         return np.asarray(self._round_trip(values), np.float32)
 
     @property
@@ -242,7 +242,7 @@ class StoredRows:
             yield from stored.decoded(codes, [stored.tap.slots.index(slot) for slot in slots])
 
     def sample(self, count: int, seed: int) -> list[int]:
-        """Numbers of committed rows, ascending: as many different shards as can be, then rows drawn in each of them."""
+        """Numbers of committed rows, ascending: from as many shards as possible, then rows drawn in each of them."""
         drawn = random.Random(seed)  # draws from a range without making a list of it
         shards = [
             (int(start), group.base, shard)

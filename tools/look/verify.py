@@ -27,7 +27,7 @@ SHOWN = 20  # findings on a terminal; --json tells all
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
-    """Print what is wrong as a table or as one JSON object; the exit code."""
+    """Print the findings as a table or as one JSON object; return the exit code."""
     config = command_line.parse(VerifyConfig, argv, command, positional=("cache",))
     with using(config.storage):
         found = verify_cache(Store(config.cache), quick=config.quick)

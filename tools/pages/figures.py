@@ -61,7 +61,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Line:
-    """low, high: the least and the greatest of what each point is the mean of."""
+    """low, high: the minimum and maximum of the values that each point averages."""
 
     name: str
     x: Float[np.ndarray, " n"]

@@ -85,7 +85,7 @@ class CountedRows:
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Print what the build that the command line describes would take; with `--simulate`, what much text would."""
+    """Print the cost of the build that the command line describes; with `--simulate`, of large texts."""
     if "--simulate" in argv:
         from distillcache.tools.plan import scale_report  # here, since it is made of this module's parts
 

@@ -91,7 +91,7 @@ class Cache:
 
     @property
     def epoch_gets(self) -> int:
-        """Count the requests of reading all rows once; what is remembered of a shard is requested once."""
+        """Count the requests of reading all rows once; remembered records of a shard are requested once."""
         rows, shards = self.plan.rows.count, self.plan.num_shards
         return rows * (self.row_gets - 2) + 2 * (shards if shards <= RECORDS_KEPT else rows)
 

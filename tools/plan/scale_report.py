@@ -19,7 +19,7 @@ DAY_S, YEAR_S = 86400.0, 365 * 86400.0
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Print what the caches that the command line describes would take."""
+    """Print the cost of the caches that the command line describes."""
     config = command_line.parse(SimulateConfig, argv, command)
     plot = None if config.plot is None else local_path(config.plot, "--plot")
     report = add_hours(config, describe_scale(config))
@@ -131,7 +131,7 @@ def students_table(report: Mapping[str, Any]) -> Table:
 
 
 def scarce(limits: Mapping[str, float], what: str, otherwise: str) -> str:
-    """Everything of which too little is there, the scarcest first; where there is enough, what comes next."""
+    """The bottlenecks, worst first; if every resource suffices, what comes next."""
     found = sorted(((value, name.removeprefix(what)) for name, value in limits.items() if name.startswith(what)))[::-1]
     over = [f"{name} {value:.2g}x" if value < 100 else f"{name} {value:,.0f}x" for value, name in found if value > 1]
     return ", ".join(over) or f"{otherwise}; next {found[0][1]} {found[0][0]:.2g}x"

@@ -36,7 +36,7 @@ NAMES = {"resid": "residual stream", "attn_out": "attention output", "mlp_out": 
 
 
 def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, dict[str, Any]]:
-    """The page, and what it says in a few plain values.
+    """The page, and a summary of it as plain values.
 
     Args:
         rows, seed: how many rows are drawn and shown, and which.

@@ -22,7 +22,7 @@ from distillcache.trainer.run.folder import IDENTITY
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Write the report, and print where, or with `as_json` what is in it."""
+    """Write the report, and print its path or, with `as_json`, its summary."""
     config = command_line.parse(ReportConfig, argv, command, positional=("target",))
     with using(config.storage):
         written = write_report(config)

@@ -82,7 +82,7 @@ def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
 
 
 def row_warnings(sample: Sample) -> list[str]:
-    """Damaged rows, what cannot be right, and real tokens whose numbers are not finite, or all zero in a slot."""
+    """Warnings: damaged rows, impossible values, and real tokens whose numbers are not finite or all zero in a slot."""
     told = [*sample.damaged, *(f"{each}." for each in sample.odd)]
     for name in sorted({name for row in sample.rows for name in row.norms}):
         odd: dict[int, int] = {}

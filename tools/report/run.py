@@ -49,7 +49,7 @@ ROWS_OPEN = 16  # of a table about blocks; a longer one is folded
 
 
 def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
-    """The page, and what it says in a few plain values.
+    """The page, and a summary of it as plain values.
 
     Raises:
         StorageError: the run cannot be read.

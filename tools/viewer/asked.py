@@ -6,11 +6,11 @@ DIGITS = 12  # more than any row has
 
 
 class NotThere(Exception):
-    """There is no such page; the text says why, in a sentence."""
+    """No such page; the text gives the reason in a sentence."""
 
 
 class NotUnderstood(Exception):
-    """The address asks for something that makes no sense; the text says what, in a sentence."""
+    """A request that makes no sense; the text gives the reason in a sentence."""
 
 
 def whole(word: str, what: str) -> int:

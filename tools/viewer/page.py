@@ -215,7 +215,7 @@ def number_field(name: str, label: str, value: int, most: int) -> str:
 
 
 def text_field(name: str, label: str, value: str, most: int) -> str:
-    """Words of at most so many letters."""
+    """Text field with a maximum length."""
     return (
         f'<label class="wide">{text(label)}<input type="search" name="{text(name)}" value="{text(value)}" '
         f'maxlength="{most}"></label>'

@@ -31,7 +31,7 @@ TOKEN_LETTERS = 20  # of a token: some are long rules of dashes
 
 @dataclass(frozen=True)
 class RowLook:
-    """A row with the taps that could be read, and of the others what is wrong."""
+    """A row with its readable taps, and the damage of the others."""
 
     number: int
     row: Row

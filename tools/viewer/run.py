@@ -59,7 +59,7 @@ class RunLook:
 
     @property
     def may_have_experts(self) -> bool:
-        """False once a step is logged and it tells nothing of routers."""
+        """Return False once a logged step has no router metrics."""
         return not self.lines or bool(expert_fragments(self.lines, self.loads))
 
     @property
@@ -82,7 +82,7 @@ class WatchedRun:
         self._seen: tuple[object, float | None] = (None, None)
 
     def look(self) -> RunLook:
-        """Read what is there."""
+        """Read the current state."""
         url = self.store.url
         words, config = shown_config(self.store)
         checkpoints = Checkpoints(self.store).steps()

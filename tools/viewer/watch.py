@@ -66,7 +66,7 @@ class WatchedCache:
         return self._rows
 
     def reopen(self) -> bool:
-        """Look at the cache again; whether it is not what it was. Decoders that were compiled stay where they fit."""
+        """Look at the cache again; return whether it has changed. Decoders that were compiled stay where they fit."""
         before, fresh = self.state(), StoredRows(self.store.url)
         if [segment.identity for segment in fresh.segments] == [segment.identity for segment in self._rows.segments]:
             for known, new in zip(self._rows.segments, fresh.segments, strict=True):

@@ -32,7 +32,7 @@ class Stacks:
 
 
 class GroupedSource:
-    """Several sources of the same rows as one: what `make_feed` needs. Taps come as `Stacks`."""
+    """Several sources of the same rows as one, for `make_feed`. Taps come as `Stacks`."""
 
     def __init__(self, sources: Sequence[Source], held: Sequence[int]) -> None:
         """

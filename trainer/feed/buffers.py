@@ -22,7 +22,7 @@ class Buffers:
         self._free: dict[int, deque[np.ndarray]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An uninitialised, aligned array; its memory is lent until the array and all its views are gone."""
+        """An uninitialised, aligned array; its memory is reused once the array and all its views are gone."""
         size = int(np.prod(shape)) * dtype.itemsize
         if size < SMALLEST:
             return _aligned(size)[:size].view(dtype).reshape(shape)

@@ -26,7 +26,7 @@ class Sources:
 
     @cached_property
     def held_out(self) -> Source:
-        """The rows for evaluation, with what evaluation compares: as much of it as is recorded."""
+        """The rows for evaluation, with all recorded taps that it compares."""
         recorded = {tap.name for segment in self.rows.segments() for tap in segment.plan.taps}
         compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded else ()
         taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))

@@ -31,7 +31,7 @@ class HostShards:
 
     @classmethod
     def of(cls, value: jax.Array) -> "HostShards":
-        """A copy of what this process has of a global array."""
+        """A copy of this process's shards of a global array."""
         found: dict[str, tuple[Box, np.ndarray, bool]] = {}
         for shard in value.addressable_shards:
             box, first = box_of(shard.index, value.shape), shard.replica_id == 0
@@ -90,5 +90,5 @@ def moved(value: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def gathered(parameters: Mapping[str, Kept]) -> dict[str, Any]:
-    """All of every array, in every process; all of them must ask at the same time."""
+    """Gather every array in every process; all processes must call this at the same time."""
     return {name: to_host(on_devices(value)) for name, value in parameters.items()}

@@ -21,7 +21,7 @@ ReadBox = Callable[[tuple[Box, ...]], list[np.ndarray]]  # boxes of one array
 
 
 def to_host(tree: Any) -> Any:
-    """All of every array, as NumPy arrays; where processes hold parts, all of them must ask at the same time."""
+    """Gather every array as NumPy; if processes hold shards, all of them must call this at the same time."""
     return jax.tree.map(_whole, tree)
 
 

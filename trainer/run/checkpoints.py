@@ -82,7 +82,7 @@ class Checkpoints:
             self._store.delete_folder(folder)
 
     def save(self, step: int, held: Mapping[str, Held], whole: Mapping[str, Any], feed: dict[str, int]) -> None:
-        """Begin to save what was reached after `step` steps; all processes call this.
+        """Start saving the state after `step` steps; all processes call this.
 
         Args:
             held: what this process is to write, by item and name.
@@ -194,7 +194,7 @@ def balance_arrays(balance: Mapping[str, BalanceState]) -> dict[str, np.ndarray]
 
 
 def restored_balance(saved: SavedArrays) -> dict[str, BalanceState]:
-    """The state of the routers' biases, as many groups as there were."""
+    """The state of the routers' biases, with the stored number of groups."""
     units = sorted({name.rpartition("/")[0] + "/" for name in saved.names(ROUTER)})
     return {
         unit: BalanceState(*(jnp.asarray(saved.whole(ROUTER, unit + field)) for field in BalanceState._fields))

@@ -101,7 +101,7 @@ class MetricsLog:
             self._tensorboard.add(summary.image("router/load", image), step)
 
     def flush(self) -> None:
-        """Make everything that was logged durable, and readable by others."""
+        """Make all logged lines durable and readable by others."""
         with self._told():
             for each in (self._lines, self._loads, self._tensorboard):
                 each.flush()

@@ -128,7 +128,7 @@ class StageRun:
         return found
 
     def routing(self, sums: Any) -> BlockRouting | None:
-        """Fetch the routing of a step to the host, stacked over the blocks with experts; None if nobody asks."""
+        """Fetch the routing of a step to the host, stacked over the blocks with experts; None if not needed."""
         if isinstance(sums, StepSums):
             return block_routing(sums, self.stack)
         return sums.routing

@@ -71,7 +71,7 @@ class Stage:
 
 
 def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
-    """The stages of a run, what they leave out filled in.
+    """The stages of a run, with inherited settings filled in.
 
     Raises:
         ConfigError: a stage has nothing to train on, or something is requested that no stage would do.
@@ -102,7 +102,7 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
 
 
 def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:
-    """One line where the first stage compares only what surgery left as the teacher's; None where it has to learn.
+    """A warning if the first stage compares only what surgery left unchanged; None if it has something to learn.
 
     Later stages begin with what the first one trained, which the config does not tell.
 

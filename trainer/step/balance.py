@@ -55,7 +55,7 @@ class BlockRouting(NamedTuple):
 
 @dataclass(frozen=True)
 class Balancing:
-    """The static side: what is collected of routers, and what is done with it.
+    """The static side: what is collected from routers, and how it is used.
 
     scope: of the load-balance loss. with_loss: it or the z-loss may count. update: the arguments of
     `update_router_bias` after every step but the first `warmup`; None: biases stay as they are. bias_groups: how many

@@ -130,7 +130,9 @@ def make_projectors(
 
 
 def cast(parameters: Mapping[str, Array], dtype: str) -> dict[str, Array]:
-    """As the forward and backward pass use them; routers' biases stay as they are: a few of them decide by little."""
+    """Cast parameters for the forward and backward pass; router biases keep their precision, since small differences
+    decide.
+    """
     return {name: value if name.endswith(ROUTER_BIAS) else value.astype(dtype) for name, value in parameters.items()}
 
 

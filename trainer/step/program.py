@@ -171,7 +171,7 @@ def unpadded(tree: Any, stack: StudentStack) -> Any:
 
 
 def padded_table(table: Table, groups: int) -> Table:
-    """A table filled up alike, with rows that are not trained.
+    """A table padded with rows that are not trained.
 
     With several groups there is a column `runs`: whether any of them trains the block of its own that it comes to at
     the same time. Then all of them run theirs, those that do not train it for nothing: a collective inside a branch

@@ -230,7 +230,7 @@ class StreamState(NamedTuple):
 
 
 class TapDecoder:
-    """Decodes what a block is given.
+    """Decodes the inputs of a block.
 
     Stacks are indexed here and not passed to the scan: slices given to a scan are copied whole, and XLA on CPU would
     also lift their decoding out of it.

@@ -51,8 +51,8 @@ class TapReading:
 
 
 def block_starts(config: StudentConfig, teacher_blocks: int) -> list[int] | None:
-    """The teacher's blocks at which the student's begin: the layer map, or else what `drop_blocks` leaves; None: block
-    for block.
+    """The teacher's blocks at which the student's begin: the layer map, or what `drop_blocks` leaves; None: block for
+    block.
 
     A student whose first blocks were dropped begins with the teacher's stream all the same: at block 0.
     """
@@ -176,7 +176,7 @@ def _row(
 
 
 def is_in_step(spans: Sequence[Span], places: Mapping[str, Mapping[int, int]], trained: Sequence[int]) -> bool:
-    """Return whether all blocks are trained and their streams lie one after the other."""
+    """Return whether all blocks are trained and their streams are consecutive."""
     resid = places.get("resid", {})
     return len(trained) == len(spans) and all(
         span.last == span.first + 1 and resid.get(span.first) == block for block, span in enumerate(spans)

@@ -159,7 +159,7 @@ def _are_shown(parts: Sequence[str]) -> bool:
 
 
 def fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return whether a path's parts are what a pattern's parts ask for; only a stated dot matches a hidden name."""
+    """Return whether the parts of a path match those of a pattern; only an explicit dot matches a hidden name."""
     if not pattern or not names:
         return not names and all(part == "**" for part in pattern)
     if pattern[0] == "**":

@@ -98,7 +98,7 @@ class InputReader(io.RawIOBase):
         return count
 
     def finish(self) -> str:
-        """Read what is left, and return the file's line in the digest of all: kind, length and digest, no name.
+        """Read the remaining bytes, and return the file's line in the digest of all: kind, length and digest, no name.
 
         Raises:
             InputError: it cannot be read, or it is not the file any more that was listed.
@@ -250,7 +250,7 @@ def _matching(pattern: str) -> dict[Path, bool]:
 
 
 def named_kind(name: str) -> str:
-    """The kind that a file's name says; empty where it says none."""
+    """The kind of a file by its name; empty if the name has none."""
     return _kind(name, "auto")
 
 

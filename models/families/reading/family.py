@@ -46,7 +46,7 @@ class Family:
 
 
 def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str = "hidden_act") -> dict[str, Any]:
-    """The fields of `ModelConfig` that all families spell alike, for a decoder of these blocks.
+    """The fields of `ModelConfig` that all families share, for a decoder of these blocks.
 
     `num_key_value_heads` null or absent means one for each query head, `head_dim` likewise the hidden size over the
     query heads. activation: the key that names it.
@@ -68,7 +68,7 @@ def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str
 
 
 def common_keys(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The keys of `config.json` that all families spell alike, for readers of transformers 4.5x and 5.x.
+    """The keys of `config.json` that all families share, for readers of transformers 4.5x and 5.x.
 
     Both spellings of the rotary parameters and of the dtype are written; each version ignores the other's.
     """

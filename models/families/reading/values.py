@@ -325,7 +325,7 @@ def _rope_problem(key: str, value: Any) -> str | None:
 
 
 def unknown_key(file: Location, key: str, value: object) -> CheckpointError:
-    """The error for a key that may change what the model computes, in a way that is not understood."""
+    """The error for an unknown key that may change what the model computes."""
     return CheckpointError(
         "the config has a setting that is not supported, and that may change what the model computes",
         {"file": file, "key": key, "value": _short(value)},
@@ -343,7 +343,7 @@ def bad_value(file: Location, key: str, value: object, expected: str) -> Checkpo
 
 
 def is_number(value: object) -> bool:
-    """True and False are no numbers here, nor is what float64 cannot hold, NaN, or infinity."""
+    """Return whether a value is a finite number that float64 can hold; booleans are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63

@@ -155,7 +155,7 @@ class MaxtextSource:
         return array, number, box if len(inner) == len(box) else whole(inner)
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Release what is held."""
         self._held = None
 
     def parts(self) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[np.ndarray]]]:

@@ -159,7 +159,7 @@ def test_rows_are_not_written_over_other_rows(
     assert total > 3
     assert MARK not in files(out)
     for at in range(2, total + 1, max(1, total // 5)):  # the first is the mark itself: the newest command is right
-        with pytest.raises(PlanMismatchError, match=r"the place of these rows|the rows of another config"):
+        with pytest.raises(PlanMismatchError, match=r"no longer belongs to these rows|the rows of another config"):
             prepare_and_lose_at(at)
         assert files(out) == others, at
 

@@ -34,7 +34,7 @@ class PendingRead(Protocol):
     """A future of TensorStore or of `concurrent.futures`."""
 
     def exception(self) -> BaseException | None:
-        """Wait, and say what went wrong."""
+        """Wait, and return the error, if any."""
         ...
 
 

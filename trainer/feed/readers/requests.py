@@ -98,7 +98,7 @@ def _object(run: Run, part: PartPlan, shard_rows: int) -> tuple[int, int]:
 
 
 def byte_ranges(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranges `[start, stop)` to ask for, to get these `(offset, length)`, in ascending order."""
+    """The ranges `[start, stop)` to request for these `(offset, length)`, in ascending order."""
     ranges: list[tuple[int, int]] = []
     for offset, length in sorted(spans):
         if ranges and offset - ranges[-1][1] <= GAP_BYTES and offset + length - ranges[-1][0] <= REQUEST_BYTES:
