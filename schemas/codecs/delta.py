@@ -59,7 +59,7 @@ class DeltaCodec:
     def encode_slot(
         self, carry: Float[Array, "*A D"], x: Float[Array, "*A D"], slot: Int[Array, ""] | int
     ) -> tuple[Float[Array, "*A D"], dict[str, Array]]:
-        y = self.inner.rotation.forward(x.astype(jnp.float32))
+        y = self.inner.rotated(x)
         before = self._before(carry, slot)
         parts = self.inner.quantise(y - before)
         coded = before + self.inner.restore(parts)

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Carry = Any  # what a codec hands on from slot to slot: a pytree of arrays, or None
+
+
+def within(x: Float[Array, "*A"], largest: float) -> Float[Array, "*A"]:
+    """Finite numbers clamped to +-`largest`; NaN and infinities as they are, so that they stay seen."""
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 @dataclass(frozen=True)

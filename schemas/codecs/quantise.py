@@ -19,8 +19,8 @@ the same bits in every program, with or without fused multiply-add. Delta coding
     shape 0    level = c * (20 m^2 + 10 c^2)       c: int8 -127..127, m = 127, the bracket over 64, rounded
     shape 1    level = c * (27 m^2 +  3 c^2)          int4 2 * code - 15 (odd), m = 15; no zero among the levels
 
-Numbers must be below about 1e33, since a token's are added up; what is below about 1e-31 may become zero. A NaN or
-infinity makes its whole token NaN, so that it cannot pass unseen.
+Every finite number has a finite code: those beyond 2^120 (1.3e36) are coded as that, and what is below about 1e-31 may
+become zero. A NaN or infinity makes its whole token NaN, so that it cannot pass unseen.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distillcache.schemas.codecs.parts import CodePart, Memoryless
+from distillcache.schemas.codecs.parts import CodePart, Memoryless, within
 from distillcache.schemas.codecs.rotate import Rotation
 from distillcache.schemas.codecs.scales import from_shared, reciprocal, short_above, short_value, to_shared
 from distillcache.schemas.errors import ConfigError
@@ -42,6 +42,9 @@ INVERSES = (
     (1.4949293, -1.4749636, 2.8249078, -3.8379066, 2.8471714, -0.85445943),
     (1.1109179, -0.14949741, 0.050247762, -0.011688441),
 )
+# The largest number: rotated it may be 2^3.5 times as large, a difference of two twice that, and the reciprocal of the
+# scale must be a normal number still. Builds refuse numbers far below it, whose squares overflow.
+LARGEST = 2.0**120
 
 
 def default_group(hidden: int) -> int:
@@ -76,16 +79,21 @@ class Quantiser(Memoryless):
         return hidden // size
 
     def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
-        return self.quantise(self.rotation.forward(x.astype(jnp.float32)))
+        return self.quantise(self.rotated(x))
 
     def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]:
         return self.rotation.backward(self.restore(parts))
+
+    def rotated(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
+        """The numbers that are coded: float32, clamped to `LARGEST`, rotated."""
+        return self.rotation.forward(within(x.astype(jnp.float32), LARGEST))
 
     def quantise(self, y: Float[Array, "*A D"]) -> dict[str, Array]:
         """Rotated numbers to parts."""
         grouped = self._grouped(y)
         largest = jnp.max(jnp.abs(grouped), -1)
-        finite = jnp.isfinite(jnp.sum(jnp.abs(y), -1, keepdims=True))  # a maximum may pass over NaN, a sum cannot
+        # A maximum may pass over NaN, a sum cannot; scaled down, since the sum of finite numbers could overflow.
+        finite = jnp.isfinite(jnp.sum(jnp.abs(y) * 2.0**-64, -1, keepdims=True))
         stored = to_shared(*self._search(grouped, jnp.where(finite, largest, 0)), finite)
         scale, shape = from_shared(stored)
         signed = _spread(jnp.where(shape, -1, 1) * reciprocal(scale) / self._level_max, y.shape[-1])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillcache.schemas.codecs import CODECS, Codec, get_codec, make_signs, take_slot
-from distillcache.schemas.codecs.quantise import Quantiser
+from distillcache.schemas.codecs.quantise import LARGEST, Quantiser
 from distillcache.schemas.codecs.rotate import Rotation, block_size, hadamard
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.layout import ITEM_BYTES
@@ -179,6 +179,26 @@ def test_a_power_of_two_changes_only_the_scales(options: dict[str, Any], seed: i
     plain, scaled = encode(x), encode(x * np.float32(2.0**power))
     np.testing.assert_array_equal(plain["codes"], scaled["codes"])
     np.testing.assert_array_equal(np.asarray(decode(plain)) * np.float32(2.0**power), decode(scaled))
+
+
+@codecs(EVERY)
+@pytest.mark.parametrize("scale", [1e30, 5e37, float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_every_finite_number_has_a_finite_code(options: dict[str, Any], scale: float, aligned: bool) -> None:
+    """Beyond a codec's range as its largest; up to there as 2^-100 times the number is, multiplied in float64."""
+    _, encode, decode = compiled(options)
+    x = np.random.default_rng(0).uniform(-1, 1, (4, HIDDEN)) * scale
+    if aligned:  # all of a Hadamard block end in one number, which is sqrt(32) times as large
+        x = np.where(np.arange(4)[:, None] % 2, -scale, scale) * (SIGNS if options.get("signs") is not None else 1.0)
+        x = np.broadcast_to(x, (4, HIDDEN))
+    got = np.asarray(decode(encode(x.astype(np.float32))), np.float64)
+    assert np.isfinite(got).all()
+    if options["name"] in ("int8", "int4"):
+        small = decode(encode((np.clip(x, -LARGEST, LARGEST) * 2.0**-100).astype(np.float32)))
+        np.testing.assert_array_equal(got, np.asarray(small, np.float64) * 2.0**100)
+    else:
+        bound = {"f32": 0, "bf16": 2**-8, "fp8": 2**-4 * 1.02}[options["name"]]
+        assert (np.abs(got - x) <= bound * np.abs(x) + 1e-4 * bound * scale + 1e-7 * scale).all()
 
 
 @codecs(EVERY)

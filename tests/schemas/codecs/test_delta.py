@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillcache.schemas.codecs import Codec, get_codec, make_signs, take_slot
+from distillcache.schemas.codecs.quantise import LARGEST
 
 HIDDEN, SLOTS, EVERY = 64, 19, 8
 SIGNS = make_signs("a plan", HIDDEN)
@@ -120,6 +121,19 @@ def test_what_is_not_finite_lasts_until_the_next_keyframe(name: str) -> None:
     assert np.isfinite(got[EVERY:]).all()
     assert np.isfinite(got[:, 0]).all()
     assert np.isfinite(got[:2]).all()
+
+
+@NAMES
+@pytest.mark.parametrize("keyframe_every", [0, EVERY])
+@pytest.mark.parametrize("scale", [1e30, 5e37, float(np.finfo(np.float32).max)])
+def test_every_finite_number_has_a_finite_code(name: str, keyframe_every: int, scale: float) -> None:
+    """A stream that changes its sign from slot to slot: no difference is larger."""
+    _, encode, decode = compiled(name, keyframe_every)
+    x = np.broadcast_to(np.where(np.arange(SLOTS)[:, None, None] % 2, -scale, scale) * SIGNS, (SLOTS, 2, HIDDEN))
+    got = np.asarray(decode(encode(x.astype(np.float32))), np.float64)
+    assert np.isfinite(got).all()
+    small = decode(encode((np.clip(x, -LARGEST, LARGEST) * 2.0**-100).astype(np.float32)))
+    np.testing.assert_array_equal(got, np.asarray(small, np.float64) * 2.0**100)
 
 
 @NAMES
