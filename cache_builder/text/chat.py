@@ -27,6 +27,16 @@ READ_AHEAD = 1 << 20  # characters of a chat's beginnings that one request has w
 SHAREGPT_FIELD = "conversations"
 SHAREGPT = "write conversations as messages: role for from (user for human, assistant for gpt), content for value"
 
+# Fields by which data sets leave a turn out of the loss: OpenAI's and Mistral's `weight`, 0 or 1; axolotl's `train` and
+# `training`.
+LEARNT = ("weight", "train", "training")
+# Fields that say something no template writes, and what to do about each.
+UNWRITTEN = {
+    "function_call": "write it as tool_calls, which chat templates know",
+    "refusal": "write it as the message's content",
+    "train_detail": "leave it out: a turn is learnt as a whole (weight: 1) or not at all (weight: 0)",
+}
+
 _MEDIA = re.compile("(^|_)(image|audio|video|file)s?(_|$)")  # a part's type: input_image, image_url, video, ...
 
 
@@ -70,7 +80,9 @@ def written_chats(
             {"line": where, "token": repr(unknown), "declared in": "tokenizer_config.json or special_tokens_map.json"},
             "save the tokenizer with transformers, which adds the token, or correct the line",
         )
-    return [(text, spans)] if template.marks_assistant(tools) else chat.examples(text, closing)
+    if not template.marks_assistant(tools):
+        return chat.examples(text, closing)
+    return [(text, chat.learnt_of(spans))]
 
 
 class _Chat:
@@ -86,6 +98,7 @@ class _Chat:
     ) -> None:
         self._messages, self._tools, self._template = messages, tools, template
         self._today, self._where = data.chat_date, where
+        self._muted = {number for number, message in enumerate(messages) if not _is_learnt(message, number + 1, where)}
         self._prefixes: dict[tuple[int, bool], str] = {}  # as `_read_ahead` has them
 
     def write(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[str, list[Span]]:
@@ -100,13 +113,30 @@ class _Chat:
         except TemplateLimit as error:
             raise TemplateLimit(error.what, {"line": self._where, **error.facts}, error.next) from error
 
+    def learnt_of(self, spans: list[Span]) -> list[Span]:
+        """The spans of `{% generation %}` blocks without those of turns that are not to be learnt."""
+        turns = [number for number, message in enumerate(self._messages) if message["role"] == "assistant"]
+        if not self._muted.intersection(turns):
+            return spans
+        if len(spans) != len(turns):
+            raise RecordError(
+                "the turns of a chat that are not to be learnt cannot be told from the others",
+                {"line": self._where, "assistant's turns": len(turns), "{% generation %} blocks": len(spans)},
+                f"leave out {', '.join(LEARNT)}, or use a template with one block a turn",
+            )
+        return [span for number, span in zip(turns, spans, strict=True) if number not in self._muted]
+
     def examples(self, whole: str, special_tokens: tuple[str, ...]) -> list[tuple[str, list[Span]]]:
         """The texts that contain every assistant turn unchanged, and the spans of the turns, found by prefixes.
 
         One text, the whole chat, where the template writes a turn alike however the chat goes on.
         """
         found: list[tuple[str, list[Span]]] = []
-        turns = [number for number, message in enumerate(self._messages) if message["role"] == "assistant"]
+        turns = [
+            number
+            for number, message in enumerate(self._messages)
+            if message["role"] == "assistant" and number not in self._muted
+        ]
         self._read_ahead(turns, len(whole))
         for number in turns:
             text, start, end = self._turn(number, special_tokens)
@@ -227,6 +257,7 @@ def _messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
     messages = [_with_calls(message, number, where) for number, message in enumerate(messages, 1)]
     for number, message in enumerate(messages, 1):
         _refuse_media(message.get("content"), number, where)
+        _refuse_unwritten(message, number, where)
     return messages
 
 
@@ -338,6 +369,41 @@ def _refuse_media(content: Any, number: int, where: str) -> None:
                 {"line": where, "message": number, "found": media, "expected": "text"},
                 "leave such chats out (data.on_error: skip does)",
             )
+
+
+def _refuse_unwritten(message: Message, number: int, where: str) -> None:
+    """Refuse a message with a field that means something to trainers or models, and nothing to chat templates."""
+    name = next((name for name in UNWRITTEN if message.get(name) is not None), None)
+    if name is not None:
+        raise RecordError(
+            "a message has a field that no chat template writes",
+            {"line": where, "message": number, "field": name, "found": repr(message[name])[:80]},
+            UNWRITTEN[name],
+        )
+
+
+def _is_learnt(message: Message, number: int, where: str) -> bool:
+    """Return whether a turn is to be learnt, as far as its fields `LEARNT` say.
+
+    Raises:
+        RecordError: one has another value, or a turn that is not the assistant's is to be learnt.
+    """
+    for name in LEARNT:
+        value = message.get(name)
+        if value is None:
+            continue
+        facts = {"line": where, "message": number, "field": name, "found": repr(value)[:80]}
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise RecordError("a turn is learnt or not", {**facts, "expected": "0 or 1 (false or true)"}, NEXT)
+        if value and message["role"] != "assistant":
+            raise RecordError(
+                "only what the assistant says is learnt",
+                {**facts, "role": message["role"]},
+                f"leave {name} out of the turns of others",
+            )
+        if not value:
+            return False
+    return True
 
 
 def _check_parts(messages: Sequence[Message], text: str, where: str) -> None:

@@ -78,7 +78,8 @@ QWEN2 = Family(
     read=_read_qwen2,
     write=_write_qwen2,
     layout=dense_layout,
-    neutral={"use_mrope": (False, None)},  # of vision-language models
+    # use_mrope: of vision-language models. attention_bias: not read, the biases are always there.
+    neutral={"use_mrope": (False, None), "attention_bias": (False, True)},
 )
 QWEN3 = Family(
     name="qwen3",

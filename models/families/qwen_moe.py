@@ -131,6 +131,7 @@ QWEN2_MOE = Family(
     read=_read_qwen2,
     write=_write_qwen2,
     layout=_layout,
+    neutral={"attention_bias": (False, True)},  # not read: qkv_bias decides
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",

@@ -78,6 +78,60 @@ def test_tokens_and_masks_are_those_of_transformers(tmp_path: Path, family: str,
     assert encoded(data, tokenizer) == [(expected["ids"], expected["mask"])]
 
 
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "Nothing"},
+]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}], ids=str)
+def test_turns_that_are_not_to_be_learnt(tmp_path: Path, blocks: bool, field: dict[str, Any]) -> None:
+    """They are written as they were, and the run of targets that was theirs is gone."""
+    template = CHATML if blocks else without_blocks(CHATML)
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template)
+    kept = dict.fromkeys(field, 1)
+    chats = [
+        [message | (kept if message["role"] == "assistant" else {}) for message in TURNS],
+        [message | (field if number in (0, 1) else {}) for number, message in enumerate(TURNS)],
+        [message | field for message in TURNS],
+    ]
+    data = write_chats(tmp_path / "chats.jsonl", *({"messages": chat} for chat in [TURNS, *chats]))
+    plain, all_kept, second, none = encoded(data, tokenizer)
+    assert all_kept == plain
+    assert {ids == plain[0] for ids, _ in (second, none)} == {True}
+    first, last = re.finditer("1+", plain[1])
+    assert second[1] == "0" * last.start() + plain[1][last.start() :]
+    assert first.end() < last.start()
+    assert set(none[1]) == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight": 0.5}, "learnt or not"),
+        ({"weight": "0"}, "learnt or not"),
+        ({"train": 2}, "learnt or not"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "tool_calls"),
+        ({"refusal": "No."}, "refusal"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "train_detail"),
+    ],
+    ids=str,
+)
+def test_fields_that_were_ignored_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
+    data = DataConfig(path="chats.jsonl", format="chat")
+    nulls = dict.fromkeys(changes)
+    assert written_chats({"messages": [TURNS[0], TURNS[1] | nulls]}, tokenizer, data, "here")
+    with pytest.raises(RecordError, match=said) as caught:
+        written_chats({"messages": [TURNS[0], TURNS[1] | changes]}, tokenizer, data, "here")
+    assert caught.value.facts["field"] == next(iter(changes))
+    with pytest.raises(RecordError, match="only what the assistant says"):
+        written_chats({"messages": [TURNS[0] | {"weight": 1}, TURNS[1]]}, tokenizer, data, "here")
+
+
 def test_the_mask_reaches_the_trainer_target_by_target(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path / "tokenizer", CHATML)
     chats = [FAMILIES["chatml"]["chats"][name] for name in ("two turns", "system", "nothing said", "two answers")]

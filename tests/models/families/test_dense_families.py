@@ -153,6 +153,12 @@ def test_refusals_of_every_family(family: str, changes: dict[str, Any], named: s
     assert str(FILE) in str(caught.value)
 
 
+@pytest.mark.parametrize("stated", [False, True, None])
+def test_the_bias_of_qwen2_is_no_setting(stated: bool | None):
+    """transformers' code does not read the key: the biases are there whatever it says."""
+    assert read("qwen2", attention_bias=stated) == read("qwen2")
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
