@@ -20,13 +20,14 @@ from itertools import accumulate
 import numpy as np
 from pydantic import Field
 
-from distillcache.cache_builder.text.files.inputs import InputReader, input_files
+from distillcache.cache_builder.text.files.inputs import InputReader, content_mark, input_files
 from distillcache.cache_builder.text.packing import MARKED, count_begins
 from distillcache.cache_builder.text.rows_files import RowsJob
 from distillcache.cache_builder.text.skipped import Skipped, SkippedRecord
 from distillcache.cache_builder.text.tokenise import Pace
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import Config, DataConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -118,10 +119,14 @@ def lease_key(fingerprint: str, unit: int) -> str:
 
 
 def job_fingerprint(job: RowsJob) -> str:
-    """Digest everything that determines the chunks and the rows; the location of the files does not."""
+    """Digest everything that determines the chunks and the rows; the location of the files does not.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
     settings = job.data.model_dump(mode="json", exclude={"path", "tokenizer"})
     template = None if job.tokenizer.chat is None or job.data.format != "chat" else job.tokenizer.chat.digest
-    files = [[file.kind, file.size, file.version] for file in job.files]
+    files = [[file.kind, file.size, content_mark(file)] for file in job.files]
     content = [settings, job.tokenizer.digest, template, job.rows_per_file, CHUNK_TOKENS, files]
     return digest_bytes(json.dumps(content, sort_keys=True).encode())
 
@@ -240,7 +245,7 @@ class ChunkStream:
         if digest_bytes(data) != chunk.digest:
             raise DamageError(
                 "tokens in the unfinished folder are not what was written",
-                {"object": self._folder.store.where(key), "found": f"{len(data)} bytes"},
+                {"object": self._folder.store.where(key), "found": counted(len(data), "byte")},
                 f"delete {self._folder.store.where(UNFINISHED)} and run the same command again",
             )
         return np.frombuffer(data, MARKED)
