@@ -11,6 +11,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record.replica import is_job
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BuildConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.runtime.supervise import is_supervised, supervise
 
 
@@ -27,7 +28,10 @@ def build(argv: Sequence[str], command: str = "distillcache build", as_json: boo
     if as_json:
         print(json.dumps(summary))
     else:
-        print(f"cache {config.cache}: {manifest.rows} rows, {manifest.tokens} tokens, finished", file=sys.stderr)
+        print(
+            f"cache {config.cache}: {counted(manifest.rows, 'row')}, {manifest.tokens:,} tokens, finished",
+            file=sys.stderr,
+        )
         print(f"look at it: distillcache inspect {config.cache}", file=sys.stderr)
     return 0
 

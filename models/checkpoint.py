@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from distillcache.models.config import ModelConfig
+from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.decoder import Decoder, abstract_decoder
 from distillcache.models.families import config_from_hf, layout_of
 from distillcache.models.files.export import SOURCE_DTYPE
@@ -163,26 +163,57 @@ def fill_decoder(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def is_same_model(path: str | os.PathLike[str] | ObjectPath, decoder: Decoder) -> bool:
+# Fields of a config that change nothing of what a decoder, or one kind of sublayer, computes.
+NO_PART = ("family", "vocab_size", "attention", "experts", "mtp_layers")
+_OUTSIDE = ("tie_embeddings", "norm_head", "embed_scale", "embed_scale_rounded", "logits_divisor", "logits_softcap")
+OF_OTHERS: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "attention": (*_OUTSIDE, "intermediate_size", "activation", "mlp_bias", "moe"),
+    "mlp": (
+        *_OUTSIDE,
+        *("num_heads", "num_kv_heads", "head_dim", "rope", "local_rope", "qkv_bias", "output_bias", "qk_norm"),
+        *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent"),
+    ),
+}
+
+
+def is_same_model(
+    path: str | os.PathLike[str] | ObjectPath, decoder: Decoder, part: Literal["all", "attention", "mlp"] = "all"
+) -> bool:
     """True where a checkpoint is this very decoder: it computes the same with parameters equal to the bit.
 
     Rows of the vocabulary that only one of them has do not count. One stacked parameter is loaded at a time, up to the
     first that differs, in the decoder's dtype.
+
+    Args:
+        part: compare this sublayer of every block alone, given the same stream.
     """
     where = locate_checkpoint(path)
     run = _run_of(where)
     config, source, layout = _open(where if run is None else run.student)
     try:
         here = decoder.config
-        stored = {name: getattr(here, name) for name in ("family", "vocab_size", "attention", "experts", "mtp_layers")}
+        stored = {name: getattr(here, name) for name in (*NO_PART, *OF_OTHERS[part])}
+        if part == "attention" and _without_experts(config) == _without_experts(here):
+            stored["layers"] = here.layers
         if replace(config, **stored) != here:
             return False
         flat = {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
         trained = None if run is None else run.open()
         _, source, fills = _planned_fills(config, source, jnp.dtype(decoder.dtype), None, layout, trained)
-        return len(flat) == len(fills) and all(_equal(fill.load(source), flat[path]) for path, _, fill in fills)
+        if part != "all":
+            flat = {path: value for path, value in flat.items() if part in path}
+            fills = [each for each in fills if part in each[0]]
+        return len(flat) == len(fills) and all(
+            path in flat and _equal(fill.load(source), flat[path]) for path, _, fill in fills
+        )
     finally:
         source.close()
+
+
+def _without_experts(config: ModelConfig) -> list[tuple[list[BlockKind], int]]:
+    """The layers, whatever their MLPs are."""
+    return [([replace(kind, moe=False) for kind in group.pattern], group.repeats) for group in config.layers]
 
 
 def _equal(left: jax.Array, right: jax.Array) -> bool:

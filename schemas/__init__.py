@@ -1,6 +1,7 @@
 """Definitions that every stage shares: configuration, file formats, byte stores. Imports none of the other packages.
 
 errors.py        errors that a user can act on; each ends a command with one message and exit code 2
+counted.py       numbers of things in words
 base.py          the strict, frozen models that configs and stored files derive from
 config/          settings of every command
 command_line.py  configs from YAML files and dotted flags, and their help text

@@ -26,7 +26,7 @@ class DistillcacheError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, facts: Mapping[str, object] | None = None, next: str = "") -> None:
-        self.what, self.facts, self.next = redacted(what), shown(dict(facts or {})), redacted(next)
+        self.what, self.facts, self.next = redacted(what), shown(_without_repeats(facts or {})), redacted(next)
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -35,6 +35,23 @@ class DistillcacheError(Exception):
         lines = [f"  {label.ljust(width)}  {redacted(str(value))}" for label, value in rows.items()]
         title = "stopped" if isinstance(self, Interrupted) else "error"
         return "\n".join([f"{title}: {self.what}", *lines])
+
+
+def _without_repeats(facts: Mapping[str, object]) -> dict[str, object]:
+    """The facts, with an `OSError` in its own words: no error number, and no path that another fact names."""
+    return {
+        label: _os_words(value, [other for key, other in facts.items() if key != label])
+        if isinstance(value, OSError)
+        else value
+        for label, value in facts.items()
+    }
+
+
+def _os_words(error: OSError, others: list[object]) -> object:
+    if error.strerror is None:
+        return error
+    named = error.filename is None or any(str(error.filename) in str(other) for other in others)
+    return error.strerror if named else f"{error.strerror}: {error.filename}"
 
 
 class Interrupted(DistillcacheError):

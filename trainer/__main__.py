@@ -8,6 +8,7 @@ import jax
 
 from distillcache.schemas import command_line
 from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DivergedError
 from distillcache.schemas.runtime.peers import has_peers
 from distillcache.schemas.runtime.supervise import is_supervised, supervise
@@ -43,7 +44,9 @@ def train_command(argv: Sequence[str], command: str = "distillcache train", as_j
 
 def _lines(result: TrainResult) -> list[str]:
     loss = "undefined (no token of the last batch is a target)" if result.loss is None else f"{result.loss:.4g}"
-    lines = [f"run {result.run}: {result.steps} steps, loss {loss}, {result.tokens_per_s:,.0f} tokens/s"]
+    # Of steps alone: what evaluations, checkpoints and compiling take depends on how often a run does them.
+    speed = f"{result.tokens_per_s:,.0f} tokens/s in the median step, evaluations and checkpoints aside"
+    lines = [f"run {result.run}: {counted(result.steps, 'step')}, loss {loss}, {speed}"]
     if result.before and result.after:
         lines += _changes(result.before, result.after)
     if result.diverged:

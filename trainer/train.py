@@ -23,6 +23,7 @@ from distillcache.models.layers.rope import context_length
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.train import MeshConfig, TrainSpec
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import (
     CheckpointError,
     ConfigError,
@@ -63,7 +64,7 @@ from distillcache.trainer.run.metrics_log import MetricsLog, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StageRun, records
 from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
-from distillcache.trainer.run.student import open_student, start_parameters
+from distillcache.trainer.run.student import idle_checkpoint_note, open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
 from distillcache.trainer.step.flops import peak_flops, step_flops
@@ -163,7 +164,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             decoder = _open_student(store, config, stages, sources, peers)
             if peers.first:
                 _warn_of_length(decoder.config, sources.rows.plan)
-                _warn_of_idleness(config, stages, sources.rows)
+                _warn_of_idleness(config, stages, sources.rows, decoder, began and peers.count == 1)
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
@@ -219,7 +220,7 @@ def _check_targets(stages: Sequence[Stage], sources: Sources, peers: Peers) -> N
             "no token of the rows to train on is a target, and cross-entropy and KL are means over targets",
             {
                 "rows": sources.rows.url,
-                "found": f"{len(sources.rows):,} rows, 0 targets",
+                "found": f"{counted(len(sources.rows), 'row')}, 0 targets",
                 "needed by": "; ".join(needing),
             },
             "use rows with targets (of chats: with answers of the assistant), or losses that need none: "
@@ -237,7 +238,7 @@ def _check_epoch(batch_rows: int, rows: Source, begins: bool) -> None:
     if not 0 < len(rows) < batch_rows:
         return
     if not begins:
-        said = f"batch_rows is {batch_rows:,}, and there are {len(rows):,} rows to train on"
+        said = f"batch_rows is {batch_rows:,}, and there are {counted(len(rows), 'row')} to train on"
         log.warning(f"a batch contains rows twice: {said}")
         return
     raise ConfigError(
@@ -258,12 +259,19 @@ def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
         log.warning(note)
 
 
-def _warn_of_idleness(config: TrainConfig, stages: Sequence[Stage], source: Source) -> None:
+def _warn_of_idleness(
+    config: TrainConfig, stages: Sequence[Stage], source: Source, student: Decoder, begins: bool
+) -> None:
     """Say that the run begins with nothing to learn. No refusal: who measures what rounding does wants just that."""
     teacher, init = source.plan.teacher, config.student.init
     whole = block_starts(config.student, teacher.num_blocks) in (None, list(range(teacher.num_blocks)))
-    cut = whole and init in ("teacher", teacher.path, _teacher_path(config))
-    if cut and records(source, "resid") and (note := idle_note(config, stages)):
+    if not whole or not records(source, "resid"):
+        return
+    if init in ("teacher", teacher.path, _teacher_path(config)):
+        note = idle_note(config, stages)
+    else:
+        note = idle_checkpoint_note(config, stages, student, source, _teacher_path(config)) if begins else None
+    if note:
         log.warning(note)
 
 
@@ -410,7 +418,7 @@ class _Run:
             metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
             wait = f", {times.wait_share:.0%} of it waiting for data" if times.wait_share >= WORTH_SAYING else ""
             loss = f"{metrics['distill/total_loss']:.4g}" if "distill/total_loss" in metrics else "undefined"
-            bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s{wait}")
+            bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s in this step{wait}")
             self._keep(run, number, metrics, run.routing(sums), {**feed.get_state(), "next_step": number})
 
     def _settle(self, run: StageRun, number: int, sums: Any, teacher: RouterSums | None) -> dict[str, float]:

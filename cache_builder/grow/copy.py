@@ -19,7 +19,14 @@ from distillcache.cache_builder.record.plan import refuse_foreign_folder, settle
 from distillcache.cache_builder.record.work_units import LeasedUnits, by_one_process, work_through
 from distillcache.cache_builder.repair.from_source import repair_copy
 from distillcache.models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
-from distillcache.schemas.cache.addressing import RowGroup, check_same_codec, row_groups, slots_of
+from distillcache.schemas.cache.addressing import (
+    RowGroup,
+    check_same_codec,
+    held_by_rows,
+    row_groups,
+    shared_blocks,
+    slots_of,
+)
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import named_by_plan, open_cache, read_manifest, segment_name
 from distillcache.schemas.config import CopyConfig, CopySpec, TapConfig
@@ -66,7 +73,7 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
     rows = SelectedRows(groups, config.rows)
     with watch_for_stop() as stop:
         plan = _make_plan(config, source, rows)
-        recoded = recoded_taps(groups, plan.taps, signs_of(plan))
+        recoded = recoded_taps(list(rows.used.values()), plan.taps, signs_of(plan))
         store.clear_stale_locks()
         plan = settle_plan(store, _with_recoded(plan, recoded), accept_platform=False)
         finished = read_manifest(store)
@@ -98,8 +105,8 @@ def _make_plan(config: CopyConfig, source: Store, rows: SelectedRows) -> Plan:
     base = rows.groups[0].base.plan
     digest = digest_bytes(source.read(layout.MANIFEST) or b"")
     kept = _describe_rows(rows, digest)
-    blocks = _chosen_blocks(config, rows.groups)
-    taps = _chosen_taps(config, rows.groups, blocks, base.teacher.hidden_size)
+    blocks = _chosen_blocks(config, rows)
+    taps = _chosen_taps(config, list(rows.used.values()), blocks, base.teacher.hidden_size)
     row_bytes = sum(part.bytes_per_token for tap in taps for part in tap.parts) * kept.row_tokens
     batch_rows = config.batch_rows or base.batch_rows
     shard_rows = layout.choose_shard_rows(row_bytes, kept.count, batch_rows, config.shard_mib, config.shard_rows)
@@ -164,7 +171,7 @@ def _describe_rows(rows: SelectedRows, source_digest: str) -> RowsPlan:
 
 def _wanted_taps(spec: CopySpec, groups: Sequence[RowGroup]) -> list[str]:
     """The taps to copy. One that is kept by default may be absent; one with a codec must be there."""
-    there = {tap.name for segment in groups[0].segments for tap in segment.plan.taps}
+    there = {tap.name for group in groups for segment in group.segments for tap in segment.plan.taps}
     wanted = [name for name in TAPS if getattr(spec.taps, name) is not None]
     found = [name for name in wanted if name in there or getattr(spec.taps, name) != "keep"]
     if not found:
@@ -172,14 +179,20 @@ def _wanted_taps(spec: CopySpec, groups: Sequence[RowGroup]) -> list[str]:
     return found
 
 
-def _chosen_blocks(spec: CopySpec, groups: Sequence[RowGroup]) -> tuple[int, ...]:
-    taps = _wanted_taps(spec, groups)
-    recorded = set.intersection(*(set(group.blocks(taps)) for group in groups))
+def _chosen_blocks(spec: CopySpec, rows: SelectedRows) -> tuple[int, ...]:
+    taps = _wanted_taps(spec, list(rows.used.values()))
+    recorded = set(shared_blocks(rows.groups, taps, rows.used))
     wanted = recorded if spec.blocks == "all" else set(spec.blocks)
     if not wanted or wanted - recorded:
+        facts = {
+            "cache": rows.groups[0].base.store.url,
+            "blocks": spec.blocks,
+            "recorded": sorted(recorded),
+            "taps": taps,
+        }
         raise InputError(
             "the cache lacks these blocks",
-            {"cache": groups[0].base.store.url, "blocks": spec.blocks, "recorded": sorted(recorded), "taps": taps},
+            facts | held_by_rows(rows.groups),
             "choose recorded blocks, or leave out taps that lack them",
         )
     return tuple(sorted(wanted))

@@ -13,6 +13,7 @@ from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.work_units import Batches, keep_batch
 from distillcache.schemas.cache.addressing import RowGroup, RowMap
 from distillcache.schemas.cache.segment import read_tokenizer
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Plan
@@ -29,6 +30,8 @@ class SelectedRows:
         self.groups, self.wanted = groups, wanted
         self._map = RowMap(groups, [()] * len(groups))
         self.numbers = self._choose(wanted)
+        # The groups that the chosen rows lie in, by their numbers.
+        self.used = {int(number): groups[number] for number in np.unique(self._map.groups(self.numbers))}
         self.eval_indices = tuple(np.flatnonzero(np.isin(self.numbers, self._map.held_out)).tolist())
 
     def _choose(self, wanted: str) -> np.ndarray:
@@ -44,7 +47,7 @@ class SelectedRows:
         if not len(chosen):
             raise InputError(
                 "the cache lacks these rows",
-                {"cache": self.groups[0].base.store.url, "rows": wanted, "found": f"{len(everything)} rows"},
+                {"cache": self.groups[0].base.store.url, "rows": wanted, "found": counted(len(everything), "row")},
                 "choose rows that it has",
             )
         return chosen
@@ -83,9 +86,10 @@ class Copying:
     def run(self, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
         """Every batch: read, decoded where its codec changes, encoded, and handed on."""
         signs = signs_of(self.plan)
-        copies = [
-            {tap.name: TapCopy(group, tap, signs) for tap in self.plan.taps} for group in self.rows.groups
-        ]  # by group
+        copies = {
+            number: {tap.name: TapCopy(group, tap, signs) for tap in self.plan.taps}
+            for number, group in self.rows.used.items()
+        }
         for first, rows in batches:
             places = self.rows.places(first, first + len(rows))
             begun = time.perf_counter()

@@ -25,6 +25,7 @@ from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.addressing import CODEC_FIELDS, RowGroup, row_groups
 from distillcache.schemas.cache.segment import Segment, begun_plan, open_cache, segment_name
 from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, Workers
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, FolderTakenError, InputError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan, RowsPlan, TapPlan
@@ -213,7 +214,7 @@ def _check_new_rows(store: Store, groups: Sequence[RowGroup], data: DataConfig, 
     if row_tokens != there:
         raise ConfigError(
             "all rows of a cache have one length",
-            {"cache": f"{store.url}  {there} tokens", "data.row_tokens": row_tokens},
+            {"cache": f"{store.url}  {counted(there, 'token')}", "data.row_tokens": row_tokens},
             f"set data.row_tokens to {there}, or build another cache",
         )
     for group in groups:

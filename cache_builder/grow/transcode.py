@@ -164,7 +164,7 @@ class _StoredStack:
 
 
 def transcode(
-    copies: Sequence[Mapping[str, TapCopy]], rows: Sequence[Row], places: Sequence[tuple[int, int]]
+    copies: Mapping[int, Mapping[str, TapCopy]], rows: Sequence[Row], places: Sequence[tuple[int, int]]
 ) -> Recording:
     """The copy's codes and statistics of these rows.
 
@@ -181,7 +181,7 @@ def transcode(
         runs[-1][2].append(place)
     codes: dict[str, dict[str, Any]] = {}
     sums: dict[str, SlotSums] = {}
-    for name in copies[0]:
+    for name in next(iter(copies.values())):
         read = [copies[group][name].read(numbers, real[spots]) for group, numbers, spots in runs]
         codes[name] = {part: np.concatenate([parts[part] for parts, _ in read]) for part in read[0][0]}
         sums[name] = SlotSums(*(np.concatenate(values) for values in zip(*(each for _, each in read), strict=True)))

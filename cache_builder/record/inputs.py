@@ -28,7 +28,7 @@ def checked_model(teacher: str, named_tokenizer: str | None, tokenizer: TextToke
             "the tokenizer does not belong to the teacher",
             {
                 "tokenizer": f"{named}  gives ids up to {tokenizer.vocab_size - 1}",
-                "teacher": f"{teacher}  knows {model.vocab_size} ids",
+                "teacher": f"{teacher}  knows {model.vocab_size:,} ids",
             },
             "leave out data.tokenizer to use the teacher's own",
         )

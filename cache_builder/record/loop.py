@@ -44,6 +44,7 @@ from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import check_place, committed_shards
 from distillcache.schemas.config import BuildOptions
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan
@@ -150,7 +151,7 @@ def _keep_skipped(store: Store, plan: Plan, rows: RowSource) -> None:
         return
     key = layout.skipped_key(plan.segment)
     store.put_once(key, rows.skipped())
-    log.info(f"{rows.index.skipped} records of the text were skipped, see {store.where(key)}")
+    log.info(f"skipped: {counted(rows.index.skipped, 'record')} of the text, see {store.where(key)}")
 
 
 def _warn_if_small(store: Store, plan: Plan) -> None:

@@ -20,6 +20,7 @@ from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import check_place, committed_shards, read_manifest
 from distillcache.schemas.cache.waiting import Waiting
 from distillcache.schemas.config import ShardWorkers
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import Interrupted, NonFiniteError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import TOPK_LOGITS, Manifest, NumericsPlan, Plan
@@ -298,7 +299,7 @@ def _raise_if_nonfinite(plan: Plan, tap: str, slots: tuple[int, ...], counts: np
             "row": first + row,
             **({} if tap == TOPK_LOGITS else {"block": slots[slot]}),
             "tap": tap,
-            "found": f"{counts[row, slot]} numbers that are NaN or infinite",
+            "found": f"{counted(counts[row, slot], 'number')} that are NaN or infinite",
         },
         "check the teacher's weights, or compute in another dtype: --dtype float32",
     )

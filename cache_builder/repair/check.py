@@ -24,6 +24,7 @@ from distillcache.cache_builder.repair.check_shard import Fault, StoredObject, c
 from distillcache.cache_builder.repair.finding import Finding, What, told_in_a_line
 from distillcache.cache_builder.repair.survey import SegmentView, Survey
 from distillcache.schemas.cache.segment import read_receipt, receipt_record
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, read_canonical
@@ -227,7 +228,7 @@ class _IndexReading:
         longer = self.length > entry.index_length
         detail = "every record is whole, but together they are not what the manifest names: no object can be checked"
         if longer:
-            detail = f"{self.length} bytes, {entry.index_length} were committed"
+            detail = f"{counted(self.length, 'byte')}, {entry.index_length:,} were committed"
         yield Finding(
             what="damaged" if longer else "stale",
             object=self.key,

@@ -12,6 +12,7 @@ from jaxtyping import Bool, UInt64
 
 from distillcache.cache_builder.repair.finding import Finding, What
 from distillcache.schemas.cache.segment import part_metadata
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.digest import digest_bytes
@@ -104,7 +105,7 @@ def _check_bytes(store: Store, plan: Plan, stored: StoredObject) -> Fault | None
         return None
     data = store.read(stored.key)
     if data is None:
-        return Fault(_finding(plan, stored, "missing", f"{stored.length} bytes were committed"))
+        return Fault(_finding(plan, stored, "missing", f"{stored.length:,} bytes were committed"))
     found = digest_bytes(data)
     if found == stored.digest:
         return None if stored.tap_object is not None else _check_rows(plan, stored, data)
@@ -115,7 +116,7 @@ def _check_bytes(store: Store, plan: Plan, stored: StoredObject) -> Fault | None
     right, readable = _compare_chunks(plan, stored.tap_object, data)
     if readable.all() and right.size > 1 and not right.any():
         return Fault(_finding(plan, stored, "stale", "all of its chunks are readable, and none was committed"), found)
-    detail = f"{np.count_nonzero(~right)} of {right.size} chunks are not what was committed"
+    detail = f"{np.count_nonzero(~right)} of {counted(right.size, 'chunk')} are not what was committed"
     return Fault(_finding(plan, stored, "damaged", detail, ~right), found)
 
 
@@ -138,7 +139,7 @@ def _check_rows(plan: Plan, stored: StoredObject, data: bytes) -> Fault | None:
     try:
         for record in unpack_rows(data, stored.rows[1] - stored.rows[0]):
             if (length := len(decode_row(record).tokens)) != plan.rows.row_tokens:
-                detail = f"its rows have {length} tokens, by the plan {plan.rows.row_tokens}"
+                detail = f"its rows have {counted(length, 'token')}, by the plan {plan.rows.row_tokens}"
                 return Fault(_finding(plan, stored, "damaged", detail))
     except DamageError as error:
         detail = f"its bytes are the committed ones, but they are no rows: {error.what}"
@@ -170,7 +171,7 @@ def _compare_chunks(
 
 def _check_quickly(store: Store, plan: Plan, stored: StoredObject) -> Fault | None:
     if store.read(stored.key, slice(0, 0)) is None:
-        return Fault(_finding(plan, stored, "missing", f"{stored.length} bytes were committed"))
+        return Fault(_finding(plan, stored, "missing", f"{stored.length:,} bytes were committed"))
     if not store.length_is(stored.key, stored.length):
         return Fault(_length_finding(plan, stored, len(store.read(stored.key) or b"")))
     if stored.tap_object is None:
@@ -206,7 +207,7 @@ def _shard_index_fault(store: Store, plan: Plan, stored: StoredObject, tap_objec
     rows, slots = tap_object.chunks.shape
     offsets, lengths = np.moveaxis(reading.result()[:rows, :slots], 2, 0)
     if (offsets == NOT_STORED).any():
-        return f"{np.count_nonzero(offsets == NOT_STORED)} chunks are not stored"
+        return f"not stored: {counted(int(np.count_nonzero(offsets == NOT_STORED)), 'chunk')}"
     if (offsets + lengths > stored.length - size).any():
         return "its shard index points outside of it"
     return None
@@ -223,7 +224,7 @@ def _memory_array(data: bytes, key: str, metadata: dict[str, Any]) -> ts.TensorS
 
 def _length_finding(plan: Plan, stored: StoredObject, length: int) -> Finding:
     what = "truncated" if length < stored.length else "damaged"
-    return _finding(plan, stored, what, f"{length} bytes, {stored.length} were committed")
+    return _finding(plan, stored, what, f"{counted(length, 'byte')}, {stored.length:,} were committed")
 
 
 def _finding(

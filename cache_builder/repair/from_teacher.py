@@ -41,6 +41,7 @@ from distillcache.schemas.command_line import merge, validate
 from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, TeacherMeshConfig, Workers
 from distillcache.schemas.config.differences import told
 from distillcache.schemas.config.storage import StorageConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, InputError, PlanMismatchError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import Manifest, Plan
@@ -172,7 +173,7 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
             listed = partial(check_listed, survey.store, view.entry, survey.manifest.tokenizer_digest)
             tidy(survey.store.guarded(listed), view.plan)
     keys, shards = sum(len(damage.keys) for damage in repaired), sum(len(damage.shards) for damage in repaired)
-    log.info(f"repaired: {keys} files, {shards} shards")
+    log.info(f"repaired: {counted(keys, 'file')}, {counted(shards, 'shard')}")
     for finding in findings:
         leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
         leftover = leftover or not survey.store.keys(finding.object)  # removed just now

@@ -14,6 +14,7 @@ from distillcache.cache_builder.text.files.plain import line_records, text_of_re
 from distillcache.cache_builder.text.skipped import Skipped, skipped_record
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import DataConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError, RecordError
 
 
@@ -44,7 +45,10 @@ def no_text(data: DataConfig, skipped: int = 0) -> InputError:
     Args:
         skipped: records that data.on_error left out.
     """
-    facts = {"data.path": data.path, **({"skipped": f"{skipped} records (data.on_error)"} if skipped else {})}
+    facts = {
+        "data.path": data.path,
+        **({"skipped": f"{counted(skipped, 'record')} (data.on_error)"} if skipped else {}),
+    }
     step = "set data.on_error to stop, which names what is wrong" if skipped else "name files that hold some text"
     return InputError("the text is empty", facts, step)
 

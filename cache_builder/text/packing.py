@@ -14,6 +14,7 @@ from typing import IO, Protocol
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.rows import Row
 
@@ -117,7 +118,11 @@ def draw_eval_rows(rows: int, eval_rows: int, seed: int) -> tuple[int, ...]:
         most = f"{rows - 1} or less" if rows > 1 else "0"
         raise InputError(
             "the text is too short to hold out so many rows",
-            {"data.eval_rows": eval_rows, "found": f"{rows} rows in all", "expected": f"{eval_rows + 1} or more"},
+            {
+                "data.eval_rows": eval_rows,
+                "found": f"{counted(rows, 'row')} in all",
+                "expected": f"{eval_rows + 1} or more",
+            },
             f"set data.eval_rows to {most}, or name more text, or make data.row_tokens smaller",
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).choice(rows, eval_rows, replace=False)

@@ -18,6 +18,7 @@ from distillcache.cache_builder.text.skipped import Skipped, write_skipped
 from distillcache.cache_builder.text.tokenise import Pace, token_arrays
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import DataConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -138,7 +139,10 @@ def stored_content_digest(store: Store, files: Sequence[RowsFile]) -> str:
         if data is None or len(data) != file.length or digest_bytes(data) != file.digest:
             raise DamageError(
                 "a file of rows is not what was written",
-                {"object": store.where(file.name), "found": "nothing" if data is None else f"{len(data)} bytes"},
+                {
+                    "object": store.where(file.name),
+                    "found": "nothing" if data is None else counted(len(data), "byte"),
+                },
                 "run the same command again in an empty folder",
             )
         for record in unpack_rows(data, file.rows, store.where(file.name)):

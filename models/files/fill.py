@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from distillcache.models.files.runs import TrainedParameters
 from distillcache.models.files.tensors import Box, TensorSlot, TensorSource, hull, whole, within
 from distillcache.models.mesh.sharding import box_of, device_copy, parameter_sharding
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import CheckpointError
 
 CHECKED_AT_ONCE = 2**18  # numbers; what is compared stays in the processor's cache
@@ -53,7 +54,11 @@ def _not_finite(where: object, name: str, stored: np.ndarray, found: int, dtype:
         )
     return CheckpointError(
         "a tensor of the checkpoint is not finite",
-        {"checkpoint": where, "tensor": name, "found": f"{found} of {stored.size} numbers are NaN or infinite"},
+        {
+            "checkpoint": where,
+            "tensor": name,
+            "found": f"{found} of {counted(stored.size, 'number')} are NaN or infinite",
+        },
         "copy the checkpoint again; if the original has them too, its training has diverged: take an earlier one",
     )
 

@@ -13,6 +13,7 @@ from distillcache.models.files.ranges import REQUESTS, SpanReader
 from distillcache.models.files.safetensors import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
 from distillcache.models.files.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
 from distillcache.schemas.base import is_name_inside
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location, ObjectPath
 
@@ -120,7 +121,7 @@ def weight_files(directory: Location) -> list[Location]:
     if missing:
         raise CheckpointError(
             "shards of the checkpoint are missing",
-            {"index": directory / INDEX_NAME, "missing": some(missing), "of": f"{len(files)} shards"},
+            {"index": directory / INDEX_NAME, "missing": some(missing), "of": counted(len(files), "shard")},
             "copy the missing files beside the index",
         )
     return [*(directory / file for file in files), *beside]

@@ -25,6 +25,7 @@ import numpy as np
 from distillcache.models.files.foreign import LFS_MAGIC, lfs_pointer
 from distillcache.models.files.ranges import RemoteFile, Span, truncated
 from distillcache.models.files.tensors import Box
+from distillcache.schemas.counted import counted
 from distillcache.schemas.store.path import Location, ObjectPath
 
 LENGTH_BYTES = 8
@@ -96,7 +97,7 @@ def open_remote(path: ObjectPath) -> RemoteSafetensors:
     if size > MAX_HEADER_BYTES:
         if LFS_MAGIC.startswith(first):
             raise lfs_pointer(path)
-        truncated(path, f"a header of {size} bytes")
+        truncated(path, f"a header of {counted(size, 'byte')}")
     start = LENGTH_BYTES + size
     entries, stop = _parse(path, file.read(LENGTH_BYTES, start), start)
     tensors = {
@@ -122,10 +123,10 @@ class MappedSafetensors:
             size = int.from_bytes(stream.read(LENGTH_BYTES), "little")
             start = LENGTH_BYTES + size
             if length < start or size > MAX_HEADER_BYTES:
-                truncated(path, f"a header of {size} bytes in a file of {length}")
+                truncated(path, f"a header of {counted(size, 'byte')} in a file of {length}")
             self.tensors, stop = _parse(path, stream.read(size), start)
             if stop != length:
-                truncated(path, f"{length} bytes, where its header says {stop}")
+                truncated(path, f"{counted(length, 'byte')}, where its header says {stop}")
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = np.frombuffer(mapped, np.uint8)
 

@@ -8,6 +8,7 @@ from typing import Any
 from distillcache.models.config import BlockKind, ModelConfig, MoeConfig, plan_layers
 from distillcache.models.families import config_from_hf, config_to_hf
 from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import CheckpointError, ConfigError
 
 # Families with experts that a dense decoder may become, tried in this order: the first one whose config means it.
@@ -154,7 +155,9 @@ def named_blocks(op: SurgeryOp, blocks: int) -> set[int]:
     """The blocks that an operation names, of a model with this number of blocks."""
     named = list(range(blocks)) if op.blocks in ("all", None) else list(op.blocks)
     if beyond := sorted(block for block in named if not 0 <= block < blocks):
-        raise refused(op, "blocks", beyond, f"0 to {blocks - 1}: the model has {blocks} blocks", "name others")
+        raise refused(
+            op, "blocks", beyond, f"0 to {blocks - 1}: the model has {counted(blocks, 'block')}", "name others"
+        )
     if not named or len(set(named)) < len(named):
         raise refused(op, "blocks", named, "at least one, and none twice", "name each block once, or leave this out")
     return set(named)

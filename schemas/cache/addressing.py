@@ -5,12 +5,13 @@ is the rows that one segment brought, with every segment that holds taps of them
 cache: its group's rows follow those of the groups before it, in the order of the manifest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 
+from distillcache.schemas.cache.describe import numbers_in_runs
 from distillcache.schemas.cache.segment import Segment
 from distillcache.schemas.errors import DamageError, InputError
 from distillcache.schemas.format.manifest import TOPK_LOGITS, TOPK_SLOTS, TapPlan
@@ -35,6 +36,10 @@ class RowGroup:
         slots = {name: {slot for _, tap in self.holding(name) for slot in tap.slots} for name in taps}
         recorded = sorted({block for segment in self.segments for block in segment.plan.blocks})
         return tuple(block for block in recorded if all(slots_of(name, [block]) <= slots[name] for name in taps))
+
+    def holds(self, name: str) -> bool:
+        """Return whether a segment has the tap."""
+        return any(tap.name == name for segment in self.segments for tap in segment.plan.taps)
 
     def holding(self, name: str) -> list[tuple[Segment, TapPlan]]:
         """The segments that hold a tap, each with its plan of it.
@@ -111,6 +116,54 @@ def row_groups(segments: Sequence[Segment]) -> tuple[RowGroup, ...]:
     return tuple(RowGroup(tuple(members)) for members in groups.values())
 
 
+def shared_blocks(
+    groups: Sequence[RowGroup], taps: Sequence[str], used: Collection[int] | None = None
+) -> tuple[int, ...]:
+    """The recorded blocks that every group of rows has, with all these taps.
+
+    Args:
+        used: the numbers of the groups that count; None: all.
+
+    Raises:
+        InputError: a tap is of no row, or of some rows only.
+    """
+    counted = [group for number, group in enumerate(groups) if used is None or number in used]
+    for name in taps:
+        if not all(group.holds(name) for group in counted) and any(group.holds(name) for group in groups):
+            raise _held_by_some(groups, name)
+    first, *others = [group.blocks(taps) for group in counted]
+    return tuple(block for block in first if all(block in blocks for blocks in others))
+
+
+def held_by_rows(groups: Sequence[RowGroup]) -> dict[str, str]:
+    """The taps and blocks that each group of rows holds, and in which segments: facts of an error.
+
+    Nothing where there is one group: what the cache holds is then what its rows hold.
+    """
+    facts, first = {}, 0
+    for group in groups:
+        count = group.base.plan.rows.count
+        taps = ", ".join(sorted({tap.name for segment in group.segments for tap in segment.plan.taps}))
+        blocks = numbers_in_runs(sorted({block for segment in group.segments for block in segment.plan.blocks}))
+        segments = ", ".join(segment.plan.segment for segment in group.segments)
+        facts[f"rows {first} to {first + count - 1}"] = f"{taps}; blocks {blocks}; in segments {segments}"
+        first += count
+    return facts if len(groups) > 1 else {}
+
+
+def _held_by_some(groups: Sequence[RowGroup], name: str) -> InputError:
+    """The error of a tap that only some rows have."""
+    ends = np.cumsum([0, *(group.base.plan.rows.count for group in groups)]).tolist()
+    at = next(number for number, group in enumerate(groups) if group.holds(name))
+    flag = f"--taps.{name.replace('_', '-')}"
+    return InputError(
+        "only some rows of the cache hold this tap",
+        {"cache": groups[0].base.store.url, "wanted": name, **held_by_rows(groups)},
+        f"add it to the other rows: distillcache build --extend {flag}.codec ..., with the config of their text; "
+        f"or copy without it (copy {flag} null), or rows that hold it (copy --rows {ends[at]}:{ends[at + 1]})",
+    )
+
+
 def slots_of(tap: str, blocks: Sequence[int]) -> set[int]:
     """The slots that these blocks need: of `resid`, the stream entering and leaving each; of `topk_logits`, its one."""
     if tap == TOPK_LOGITS:
@@ -160,6 +213,10 @@ class RowMap:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def groups(self, numbers: np.ndarray) -> np.ndarray:
+        """The numbers of the groups that rows of the cache lie in."""
+        return np.searchsorted(self._starts, numbers, side="right") - 1
 
     def locate(self, number: int) -> tuple[int, int]:
         """(group, row in it) of a row of the cache."""

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import MEND_NEXT, ConfigError, DamageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
@@ -158,7 +159,7 @@ def _of_plan(plan: Plan) -> Contradictions:
 def _of_tap(plan: Plan, tap: TapPlan, name: str) -> Contradictions:
     rows, teacher = plan.rows, plan.teacher
     if tap.name not in TAPS or not tap.slots:
-        yield name, f"{tap.name} of {len(tap.slots)} slots", f"one of {', '.join(TAPS)}, of some slots"
+        yield name, f"{tap.name} of {counted(len(tap.slots), 'slot')}", f"one of {', '.join(TAPS)}, of some slots"
     if (tap.k is not None) != (tap.name == TOPK_LOGITS) or (tap.k or 0) > teacher.vocab_size:
         yield f"{name}.k", tap.k, f"a number up to {teacher.vocab_size}, of {TOPK_LOGITS} alone"
     if (tap.vocab_size or 0) > teacher.vocab_size:
@@ -241,8 +242,12 @@ def _of_receipt(plan: Plan, shard: int, receipt: ShardReceipt) -> Contradictions
         found, objects = receipt.parts[name], len(part.object_ranges())
         chunks = part.slots * (rows[1] - rows[0])
         if (len(found.objects), len(found.chunks)) != (objects, 16 * chunks):
-            expected = f"{objects} objects, digests of {chunks} chunks"
-            yield f"parts.{name}", f"{len(found.objects)} objects, {len(found.chunks)} digits of chunks", expected
+            expected = f"{counted(objects, 'object')}, digests of {counted(chunks, 'chunk')}"
+            yield (
+                f"parts.{name}",
+                f"{counted(len(found.objects), 'object')}, {counted(len(found.chunks), 'digit')} of chunks",
+                expected,
+            )
     yield from _of_stats(plan, receipt.stats)
 
 

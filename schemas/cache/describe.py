@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import Plan, TapPlan
 from distillcache.schemas.store.redaction import redacted
 
@@ -45,11 +46,17 @@ def in_bytes(count: int) -> str:
     return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
+def layers_words(blocks: int, hidden_size: int) -> str:
+    """`32 blocks, hidden size 4,096`."""
+    return f"{counted(blocks, 'block')}, hidden size {hidden_size:,}"
+
+
 def teacher_words(plan: Plan) -> str:
     """The teacher's name and compute dtype."""
     teacher = plan.teacher
     return (
-        f"{redacted(teacher.path)}, {teacher.num_blocks} blocks of {teacher.hidden_size:,}, in {plan.numerics.dtype}, "
+        f"{redacted(teacher.path)}, {layers_words(teacher.num_blocks, teacher.hidden_size)}, "
+        f"in {plan.numerics.dtype}, "
         f"weights {teacher.weights_digest[:12]}"
     )
 
@@ -59,11 +66,11 @@ def segment_words(segments: Sequence[Segment]) -> Facts:
     found = []
     for segment in segments:
         plan = segment.plan
-        rows = f"{plan.rows.count:,} rows" if plan.rows_of is None else f"more of the rows of {plan.rows_of}"
+        rows = counted(plan.rows.count, "row") if plan.rows_of is None else f"more of the rows of {plan.rows_of}"
         taps = ", ".join(tap.name for tap in plan.taps)
         state = "finished"
         if segment.committed is not None:
-            state = f"{len(segment.committed):,} of {plan.num_shards:,} shards committed"
+            state = f"{len(segment.committed):,} of {counted(plan.num_shards, 'shard')} committed"
         size = in_bytes(plan.bytes_per_row * plan.rows.count)
         found.append((f"segment {plan.segment}", f"{rows}, {taps}, {size}, {state}"))
     return found

@@ -18,12 +18,13 @@ from distillcache.schemas.cache.agreement import (
     check_together,
     side_arrays,
 )
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import from_canonical, read_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.index import check_index, decode_record, encode_record, record_dtype
-from distillcache.schemas.format.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt, TapPlan
+from distillcache.schemas.format.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt
 from distillcache.schemas.format.rows import Row, decode_row, unpack_rows
 from distillcache.schemas.format.tap_codec import Signs
 from distillcache.schemas.store.single_flight import Remembered
@@ -70,18 +71,6 @@ class Segment:
         self._inside: set[str] = set()  # objects that no link leads to from elsewhere
         self._records: Remembered[int, Any] = Remembered(RECORDS_KEPT)
         self._rows: Remembered[int, list[bytes]] = Remembered(RECORDS_KEPT)
-
-    def tap(self, name: str) -> TapPlan:
-        """The plan of a tap, by name."""
-        for tap in self.plan.taps:
-            if tap.name == name:
-                return tap
-        found = ", ".join(tap.name for tap in self.plan.taps)
-        raise InputError(
-            "the cache lacks this tap",
-            {"cache": self.store.url, "wanted": name, "found": found},
-            f"build a cache with taps.{name}",
-        )
 
     def open_array(self, part: PartPlan, context: ts.Context | None = None) -> ts.TensorStore:
         """The zarr array `[N, slots, T, width]`, for reading; its metadata comes from the plan, not the disk."""
@@ -141,8 +130,8 @@ class Segment:
         where = self.store.where(layout.rows_key(self.plan.segment, shard))
         row = decode_row(self._rows.get(shard, lambda: self._read_rows(shard))[place], where)
         if len(row.tokens) != self.plan.rows.row_tokens:
-            facts = {"file": where, "row": index, "found": f"{len(row.tokens)} tokens"}
-            expected = f"{self.plan.rows.row_tokens} tokens, as the plan says"
+            facts = {"file": where, "row": index, "found": counted(len(row.tokens), "token")}
+            expected = f"{self.plan.rows.row_tokens:,} tokens, as the plan says"
             raise DamageError("a row has another length", {**facts, "expected": expected}, MEND_NEXT)
         return row
 
@@ -311,7 +300,7 @@ def read_small_file(store: Store, key: str, digest: str | None) -> bytes:
         if digest is not None and digest_bytes(data) != digest:
             raise DamageError(
                 "a file of the cache is not what was committed",
-                {"file": store.where(key), "found": f"{len(data)} bytes, digest {digest_bytes(data)}"}
+                {"file": store.where(key), "found": f"{counted(len(data), 'byte')}, digest {digest_bytes(data)}"}
                 | {"expected": f"digest {digest or 'absent: the manifest does not name this file'}"},
                 MEND_NEXT,
             )

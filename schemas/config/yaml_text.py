@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from distillcache.schemas.counted import counted
+
 MAX_CHARACTERS = 1 << 18  # a config is a page or two, and a second is enough to read this much
 MAX_DEPTH = 64  # ours are five deep; PyYAML takes time quadratic in the number of open brackets
 MAX_VALUES = 100_000  # with aliases spelled out: a few lines can stand for 10^9 values
@@ -131,7 +133,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     try:
         return int(text, base)
     except ValueError as error:  # thousands of digits
-        raise _refused(f"a number of {len(text):,} digits", node.start_mark) from error
+        raise _refused(f"a number of {counted(len(text), 'digit')}", node.start_mark) from error
 
 
 def _float(loader: _Loader, node: yaml.ScalarNode) -> float:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.store.store import Store
@@ -47,7 +48,7 @@ def from_canonical(model_type: type[ModelType], data: bytes, where: str, next: s
             "a JSON object is not what was committed",
             {
                 "file": where,
-                "found": f"{len(data)} bytes, digest {tail[:32].decode(errors='replace') if head else 'absent'}",
+                "found": f"{len(data):,} bytes, digest {tail[:32].decode(errors='replace') if head else 'absent'}",
                 "expected": f"digest {expected}" if head else "a JSON object that ends in its digest",
             },
             next,
@@ -107,7 +108,7 @@ def from_plain(kind: TypeAdapter[Value], data: bytes, where: str, step: str) -> 
         found: dict[str, object] = {"field": place, "found": first["msg"]}
         cause: Exception = error
     except (ValueError, RecursionError) as error:
-        found, cause = {"found": f"{len(data)} bytes that are not JSON", "cause": error}, error
+        found, cause = {"found": f"{counted(len(data), 'byte')} that are not JSON", "cause": error}, error
     raise DamageError("a JSON file does not have the expected content", {"object": where, **found}, step) from cause
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from distillcache.schemas.base import RelativeName
 from distillcache.schemas.config import Config, DataConfig, Positive
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError, StorageError
 from distillcache.schemas.format.canonical import from_canonical
 from distillcache.schemas.format.digest import digest_bytes
@@ -169,7 +170,7 @@ def unpack_rows(data: bytes, count: int | None = None, where: str = "a file of r
         except RuntimeError as error:
             raise DamageError(
                 "a file of rows is damaged",
-                {"object": where, "length": f"{len(data)} bytes", "cause": str(error).split(";")[0]},
+                {"object": where, "length": counted(len(data), "byte"), "cause": str(error).split(";")[0]},
                 "copy it again from its source, or write it again",
             ) from error
     if count is not None and len(records) != count:
@@ -310,8 +311,8 @@ class RowReader:
     def _load(self, file: int) -> list[bytes]:
         entry, where = self.index.files[file], self._where(file)
         data = self._store.read(self._prefix + entry.name)
-        found = "nothing" if data is None else f"{len(data)} bytes, digest {digest_bytes(data)}"
-        expected = f"{entry.length} bytes, digest {entry.digest}"
+        found = "nothing" if data is None else f"{counted(len(data), 'byte')}, digest {digest_bytes(data)}"
+        expected = f"{counted(entry.length, 'byte')}, digest {entry.digest}"
         if data is None or found != expected:
             raise DamageError(
                 "a file of rows is not what was committed",

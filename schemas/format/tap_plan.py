@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from distillcache.schemas.codecs import Codec, default_group, make_signs
 from distillcache.schemas.config import TapConfig, TapsConfig, TopKConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import TOPK_LOGITS, TOPK_SLOTS, PartPlan, TapPlan
@@ -79,10 +80,10 @@ def topk_plan(config: TopKConfig, hidden: int, vocab: int, token_ids: int | None
     """
     ids = vocab if token_ids is None else min(vocab, token_ids)
     if config.k > ids:
-        padding = f", {vocab - ids} rows of padding left out" if ids < vocab else ""
+        padding = f", {counted(vocab - ids, 'row')} of padding left out" if ids < vocab else ""
         raise ConfigError(
             "a token has fewer logits than should be recorded",
-            {"taps.topk_logits.k": config.k, "the teacher's vocabulary": f"{ids} ids{padding}"},
+            {"taps.topk_logits.k": config.k, "the teacher's vocabulary": f"{ids:,} ids{padding}"},
             f"lower taps.topk_logits.k to {ids} or less",
         )
     real = ids if ids < vocab else None

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import tensorstore as ts
 
 from distillcache.schemas.config.storage import StorageConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets
 from distillcache.schemas.store.stale_locks import held
@@ -395,7 +396,7 @@ class Store:
         if not self.is_bucket and not self.length_is(key, length):
             raise StorageError(
                 "the store has another length than was written",
-                {"object": self.where(key), "written": f"{length} bytes"},
+                {"object": self.where(key), "written": counted(length, "byte")},
                 "run the same command again",
             )
 

@@ -1,6 +1,7 @@
 """Files and folders of a user that are written whole or not at all: a kill or a full disk leaves what was there."""
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
@@ -9,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from distillcache.schemas.errors import StorageError
+from distillcache.schemas.errors import ConfigError, StorageError
 from distillcache.schemas.store.path import Location, ObjectPath, locate
 
+log = logging.getLogger(__name__)
+
+END_BYTES = 1 << 16  # of a file that is there, looked at to see who made it
 NEW_FILE_MODE = 0o666  # less the umask, as `open` makes files
 
 
@@ -27,6 +31,45 @@ def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
         return
     with writing(where) as stream:
         stream.write(data)
+
+
+def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *marks: bytes) -> None:
+    """Raise unless the file that a command is about to write is new, or one that it wrote before: say so then.
+
+    Args:
+        flag: the setting that names the path, for the message.
+        marks: each file of the command has one of these near its beginning or its end.
+
+    Raises:
+        ConfigError: another file is there, which would be lost.
+    """
+    where = locate(path)
+    found = _ends(where)
+    if not found:
+        return
+    if any(mark in end for mark in marks for end in found):
+        log.info(f"{where} is there from an earlier command, and is replaced")
+        return
+    raise ConfigError(
+        "the file to write is there already, and this command did not make it",
+        {flag: where},
+        "name another file, or remove this one",
+    )
+
+
+def _ends(where: Location) -> tuple[bytes, ...]:
+    """The first and the last bytes of a file; nothing where none is there, or an empty one, a device or a pipe."""
+    if isinstance(where, ObjectPath):
+        if not where.exists():
+            return ()
+        value = where.read_range(0, END_BYTES)[0] or where.read_bytes()
+        return (value[:END_BYTES], value[-END_BYTES:]) if value else ()
+    if not where.is_file() or not where.stat().st_size:
+        return ()
+    with refusals(where, "the file cannot be replaced"), where.open("rb") as stream:
+        first = stream.read(END_BYTES)
+        stream.seek(max(where.stat().st_size - END_BYTES, 0))
+        return first, stream.read(END_BYTES)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,10 @@ from distillcache.schemas.config.train import (
     StudentConfig,
 )
 from distillcache.schemas.store.path import local_path
-from distillcache.schemas.store.whole_file import writing
+from distillcache.schemas.store.whole_file import refuse_foreign_file, writing
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
+from distillcache.tools.pages.pictures import MADE_BY, METADATA
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
@@ -110,6 +111,7 @@ def measure(config: BenchConfig) -> Measured:
     """All figures of `bench routing`."""
     plot = None if config.plot is None else local_path(config.plot, "--plot")
     if plot is not None:
+        refuse_foreign_file(plot, "--plot", MADE_BY.encode())
         plot.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(config.dir) as folder:
         found = train_all(folder, RoutingSizes())
@@ -265,4 +267,4 @@ def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
     with rc_context({"svg.hashsalt": path.name}):  # the same numbers, the same file
         kind = path.suffix.removeprefix(".")
         with writing(path) as file:
-            figure.savefig(file, dpi=110, format=kind or None, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from distillcache.cache_builder.grow.copy import copy_cache
 from distillcache.schemas import command_line
 from distillcache.schemas.config import CopyConfig
+from distillcache.schemas.counted import counted
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -16,5 +17,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"src": config.src, "dst": config.dst, "rows": manifest.rows, "tokens": manifest.tokens}))
     else:
-        print(f"copy {config.dst}: {manifest.rows} rows, {manifest.tokens} tokens, finished", file=sys.stderr)
+        print(
+            f"copy {config.dst}: {counted(manifest.rows, 'row')}, {manifest.tokens:,} tokens, finished",
+            file=sys.stderr,
+        )
         print(f"look at it: distillcache inspect {config.dst}", file=sys.stderr)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.config.train import SurgeryOp
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.store import Store
 from distillcache.schemas.store.whole_file import writing
@@ -112,11 +113,14 @@ def _facts(report: dict[str, Any]) -> Table:
     stages = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items() if name != "total")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("time", f"{seconds['total']:.0f} s: {stages}")
-    table.add_row("speed", f"build {rates['build']:,.0f} tokens/s, train {rates['train']:,.0f} tokens/s")
+    table.add_row(
+        "speed", f"build {rates['build']:,.0f} tokens/s from its start to its end, compiling and writing included"
+    )
+    table.add_row("", f"train {rates['train']:,.0f} tokens/s in the median step, evaluations and checkpoints aside")
     table.add_row("memory", f"{report['peak_anon_gb']:.2f} GB at most")
     size = f"{report['cache_gb']:.3g} GB, {report['bytes_per_token']:,} bytes a token"
     table.add_row("cache", f"{report['cache']}  {size}")
-    table.add_row("run", f"{report['run']}  {report['steps']} steps, report.json, metrics.jsonl, {CHART}")
+    table.add_row("run", f"{report['run']}  {counted(report['steps'], 'step')}, report.json, metrics.jsonl, {CHART}")
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import TOPK_LOGITS, TapStats
 from distillcache.schemas.format.rows import Row
@@ -251,7 +252,7 @@ def _summary(found: dict[str, Any], rows_a: int, rows_b: int) -> list[str]:
     taps = {key: values for key, values in plans.items() if "taps." in key and "config." not in key}
     lines += [f"{key} {a} and {b}" for key, (a, b) in taps.items() if key.endswith(LAYOUT_FIELDS)]
     if rows_a != rows_b:
-        lines.append(f"{rows_a:,} and {rows_b:,} rows")
+        lines.append(f"{rows_a:,} and {counted(rows_b, 'row')}")
     if found["rows"]["other_tokens"]:
         of = len(found["rows"]["compared"])
         lines.append(f"{len(found['rows']['other_tokens'])} of {of} sampled rows hold other tokens or boundaries")

@@ -13,6 +13,7 @@ from rich.table import Table
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.segment import no_cache, segment_names
 from distillcache.schemas.config.look import DiffConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.store.store import Store, using
@@ -90,10 +91,11 @@ def _print(found: dict[str, Any]) -> None:
     statistics = [tuple(entry.values()) for entry in found["statistics"]]
     _table(console, ("tap", "slot", "rms of all rows, A", "B"), statistics)
     figures = [(t["tap"], t["slot"], t["cosine_distance"], t["error"], t["wrong_rows"]) for t in found["taps"]]
-    title = f"{len(found['rows']['compared'])} rows: tap"
+    title = f"{counted(len(found['rows']['compared']), 'row')}: tap"
     figures.sort(key=lambda each: each[4] == 0)  # of many slots the wrong ones first
     if figures and not any(error for _, _, _, error, _ in figures):
-        console.print(f"\n{len(found['rows']['compared'])} rows compared: the same numbers in all {len(figures)} slots")
+        rows, slots = counted(len(found["rows"]["compared"]), "row"), counted(len(figures), "slot")
+        console.print(f"\n{rows} compared: the same numbers in all of {slots}")
     else:
         _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures)
     if found["topk_logits"] is not None:

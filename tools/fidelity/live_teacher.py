@@ -17,6 +17,7 @@ from distillcache.models.checkpoint import load_pretrained, weights_digest
 from distillcache.models.recorder import make_recorder
 from distillcache.schemas.codecs import TopK
 from distillcache.schemas.config import TapConfig, TapsConfig, TopKConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import NonFiniteError
 from distillcache.schemas.format.manifest import TOPK_LOGITS, TapPlan
 from distillcache.schemas.format.rows import Row, teacher_batch
@@ -81,7 +82,11 @@ class LiveTeacher:
             if count := int(np.sum(sums.nonfinite)):
                 raise NonFiniteError(
                     "the teacher gives numbers that are not finite",
-                    {"teacher": self.path, "tap": name, "found": f"{count} of a row of {len(row.tokens)} tokens"},
+                    {
+                        "teacher": self.path,
+                        "tap": name,
+                        "found": f"{count} of a row of {counted(len(row.tokens), 'token')}",
+                    },
                     "check the teacher's weights: they cannot be cached",
                 )
         taps = {name: np.asarray(codes[name]["codes"][0]) for name in self.names}

@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from distillcache.schemas.counted import counted
 from distillcache.tools.fidelity.topk import words
 from distillcache.tools.pages.terminal import table_console
 
@@ -22,7 +23,9 @@ def print_fidelity(found: Mapping[str, Any], every_slot: bool) -> None:
         console.print(f"next: {escape(found['verdict']['next'])}")
     if not found["taps"] and found["topk_logits"] is None:
         return
-    console.print(f"\n{len(found['rows'])} rows of {found['cache']} against {found['teacher']}", markup=False)
+    console.print(
+        f"\n{counted(len(found['rows']), 'row')} of {found['cache']} against {found['teacher']}", markup=False
+    )
     shown = found["taps"] if every_slot else _worth_seeing(found["taps"])
     if shown:
         console.print(_table(shown))

@@ -8,6 +8,7 @@ import numpy as np
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.format.manifest import Plan, Stats
 from distillcache.schemas.format.rows import Row
@@ -76,7 +77,7 @@ def counted_padding(plan: Plan, stats: Stats) -> str:
         numbers = tap.numbers_per_token(plan.teacher.hidden_size)
         found = stats.taps[tap.name].count // numbers if tap.name in stats.taps else plan.rows.tokens
         if found != plan.rows.tokens:
-            return f"the statistics of {tap.name} count {found:,} tokens, the rows hold {plan.rows.tokens:,}"
+            return f"the statistics of {tap.name} count {counted(found, 'token')}, the rows hold {plan.rows.tokens:,}"
     return ""
 
 

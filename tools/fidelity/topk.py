@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from distillcache.schemas.codecs import TopK
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.tools.fidelity.compare import CODEC_MARGIN, SHIFTS, SLOPE_MARGIN, TINY
 from distillcache.tools.fidelity.verdict import Look
@@ -67,7 +68,7 @@ class TopKMeasure:
         if abs(self.above) > self.above_limit:
             found.append(f"logsumexp is off by {self.above:+.3g} nats")
         if self.impossible:
-            found.append(f"the probabilities of {self.impossible} tokens add up to more than 1")
+            found.append(f"probabilities that add up to more than 1, of {counted(self.impossible, 'token')}")
         return found
 
 
@@ -168,7 +169,8 @@ def judge_topk(rows: Sequence[TopKMeasure], name: str, known: Sequence[int]) -> 
     looks = []
     broken = [row for row in rows if row.nonfinite]
     if broken:
-        evidence = f"{sum(row.nonfinite for row in broken):,} in {TOPK_LOGITS}; in {len(broken)} of {len(rows)} rows"
+        count = sum(row.nonfinite for row in broken)
+        evidence = f"{count:,} in {TOPK_LOGITS}; in {len(broken)} of {counted(len(rows), 'row')}"
         looks.append(Look("non-finite", evidence, _where(broken)))
     wrong = [row for row in rows if row.wrong and not row.nonfinite and row.row not in known]
     if not wrong:
@@ -176,7 +178,9 @@ def judge_topk(rows: Sequence[TopKMeasure], name: str, known: Sequence[int]) -> 
     shifted = [row for row in wrong if row.shift]
     kind, hit = ("shifted-tokens", shifted) if shifted else ("other-logits", wrong)
     words = ", ".join(hit[0].reasons())
-    evidence = f"{TOPK_LOGITS} against {name}: {words}; in {len(hit)} of {len(rows)} rows, such as row {hit[0].row}"
+    evidence = (
+        f"{TOPK_LOGITS} against {name}: {words}; in {len(hit)} of {counted(len(rows), 'row')}, such as row {hit[0].row}"
+    )
     return [*looks, Look(kind, evidence, _where(hit))]
 
 

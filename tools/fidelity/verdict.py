@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.tools.fidelity.compare import RowMeasure, TapMeasure
 from distillcache.tools.fidelity.live_teacher import VARIANTS
 from distillcache.tools.look.segment_facts import damaged_files
@@ -137,7 +138,7 @@ def _nonfinite(rows: Sequence[RowMeasure]) -> list[Look]:
         return []
     rows_hit = [row.row for row in rows if any(tap.nonfinite.any() for tap in row.taps)]
     words = ", ".join(f"{count:,} in {tap} {slot}" for (tap, slot), count in counts.most_common(4))
-    evidence = f"{words}; in {len(rows_hit)} of {len(rows)} rows, such as row {rows_hit[0]}"
+    evidence = f"{words}; in {len(rows_hit)} of {counted(len(rows), 'row')}, such as row {rows_hit[0]}"
     return [Look("non-finite", evidence, {"rows": rows_hit, "slots": [[tap, slot] for tap, slot in sorted(counts)]})]
 
 
@@ -260,12 +261,12 @@ def _seen(wrong: list[RowMeasure]) -> str:
 
 def _far(wrong: list[RowMeasure], name: str) -> str:
     cosine = np.concatenate([tap.cosine[tap.wrong] for row in wrong for tap in row.taps if tap.wrong.any()])
-    return f"a median cosine distance of {np.median(cosine):.2g} from {name} in {len(wrong)} rows"
+    return f"a median cosine distance of {np.median(cosine):.2g} from {name} in {counted(len(wrong), 'row')}"
 
 
 def _share(hit: Sequence[RowMeasure], wrong: Sequence[RowMeasure]) -> str:
-    of = f" ({len(wrong)} rows are wrong)" if len(wrong) > len(hit) else ""
-    return f"{len(hit)} rows of {len({row.shard for row in hit})} shards{of}"
+    of = f" ({counted(len(wrong), 'row')} wrong)" if len(wrong) > len(hit) else ""
+    return f"{counted(len(hit), 'row')} of {counted(len({row.shard for row in hit}), 'shard')}{of}"
 
 
 def _where(hit: Sequence[RowMeasure]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import safetensors.numpy
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.addressing import slots_of
 from distillcache.schemas.config.look import ExportSamplesConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.store.store import using
-from distillcache.schemas.store.whole_file import write_file
+from distillcache.schemas.store.whole_file import refuse_foreign_file, write_file
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.trainer.feed.source import stack_rows
 
@@ -28,6 +29,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the file, and print a summary."""
     config = command_line.parse(ExportSamplesConfig, argv, command, positional=("cache", "out"))
     with using(config.storage):
+        refuse_foreign_file(config.out, "out", b"row.npy", b'"row":')
         rows = StoredRows(config.cache)
         numbers = config.rows if config.rows is not None else rows.sample(config.count, config.seed)
         arrays = samples(rows, numbers, config.taps, config.blocks, config.max_mib)
@@ -38,7 +40,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         return
     for name, shape in found.items():
         print(f"{name:20} {arrays[name].dtype} {shape}")
-    print(f"{len(numbers)} rows are in {config.out}", file=sys.stderr)
+    print(f"{config.out} holds {counted(len(numbers), 'row')}", file=sys.stderr)
 
 
 def samples(

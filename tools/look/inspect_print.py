@@ -8,7 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from distillcache.schemas.cache.describe import in_bytes
+from distillcache.schemas.cache.describe import in_bytes, layers_words
+from distillcache.schemas.counted import counted
 from distillcache.tools.pages.terminal import table_console
 
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -39,7 +40,8 @@ def _facts(found: Mapping[str, Any]) -> Table:
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_row("cache", f"{escape(found['cache'])}  ({state})")
     facts.add_row(
-        "teacher", f"{escape(teacher['path'])}  ({teacher['num_blocks']} blocks of {teacher['hidden_size']:,})"
+        "teacher",
+        f"{escape(teacher['path'])}  ({layers_words(teacher['num_blocks'], teacher['hidden_size'])})",
     )
     facts.add_row("weights", teacher["weights_digest"])
     facts.add_row(
@@ -47,8 +49,10 @@ def _facts(found: Mapping[str, Any]) -> Table:
     )
     facts.add_row("rows", f"{rows['train']:,} train + {rows['eval']:,} eval of {rows['row_tokens']:,} tokens")
     facts.add_row("tokens", f"{rows['tokens']:,} without padding")
-    done = f"{shards['done']:,} of {shards['of']:,} done, {shards['rows_per_shard']:,} rows each"
-    facts.add_row("shards", done if len(found["segments"]) == 1 else f"{done}; {len(found['segments'])} segments")
+    done = f"{shards['done']:,} of {shards['of']:,} done, {counted(shards['rows_per_shard'], 'row')} each"
+    facts.add_row(
+        "shards", done if len(found["segments"]) == 1 else f"{done}; {counted(len(found['segments']), 'segment')}"
+    )
     compressed = any(tap["compress"] != "none" for tap in found["taps"])
     stored = f"  (compressed to about {found['stored_bytes'] / 1e9:.2f} GB)" if compressed else ""
     facts.add_row("size", f"{in_bytes(found['bytes'])}, {found['bytes_per_token']:,} bytes a token{stored}")
@@ -95,7 +99,7 @@ def _taps(found: Mapping[str, Any]) -> Table:
         for number, (array, facts) in enumerate(tap["arrays"].items()):
             first = number == 0
             cells = [
-                array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({tap['segment']})",
+                array if tap["segment"] == found["segments"][0]["segment"] else f"{array} ({_number(tap['segment'])})",
                 tap["codec"] if first else "",
                 "x".join(map(str, facts["shape"])),
                 facts["bits_of"] or facts["dtype"],
@@ -106,6 +110,11 @@ def _taps(found: Mapping[str, Any]) -> Table:
             ]
             table.add_row(*cells, *([curve(rms) if rms and first else ""] if curves else []))
     return table
+
+
+def _number(segment: str) -> str:
+    """`0001` of `0001-1cf04207090f52da`: a finished cache has one segment of a number, and the table is wide enough."""
+    return segment.split("-")[0]
 
 
 def _size(tap: Mapping[str, Any]) -> str:

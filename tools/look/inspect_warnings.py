@@ -10,6 +10,7 @@ import numpy as np
 
 from distillcache.models.describe import teacher_context
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import Plan, ShardReceipt, Stats, TapPlan, TapStats
 from distillcache.schemas.format.rows import SPLITS, Row, Split, no_targets_note, num_targets, too_long_note
@@ -149,7 +150,7 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
         return
     broken = {slot: count for slot, count in zip(tap.slots, stats.nonfinite, strict=True) if count}
     if broken:
-        yield f"{tap.name}: {sum(broken.values()):,} numbers are not finite, in slots {list(broken)[:8]}"
+        yield f"{tap.name}: {counted(sum(broken.values()), 'number')} not finite, in slots {list(broken)[:8]}"
     rms = [math.sqrt(total / stats.count) for total in stats.square_sum]
     median = float(np.median(rms))
     dead = [slot for slot, value in zip(tap.slots, rms, strict=True) if value <= DEAD * median]

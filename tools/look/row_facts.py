@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.schemas.cache.describe import numbers_in_runs
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.format.rows import Row
@@ -96,7 +97,7 @@ def not_finite(taps: Sequence[TapFacts]) -> list[str]:
     """A sentence for each tap that has numbers which are NaN or infinite."""
     broken = [(tap, [tap.slots[at] for at in np.flatnonzero(tap.nonfinite)]) for tap in taps]
     return [
-        f"{tap.tap}: {int(tap.nonfinite.sum()):,} numbers are not finite, in slots {numbers_in_runs(slots)}"
+        f"{tap.tap}: {counted(int(tap.nonfinite.sum()), 'number')} not finite, in slots {numbers_in_runs(slots)}"
         for tap, slots in broken
         if slots
     ]

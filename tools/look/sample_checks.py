@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.store.store import Store
@@ -97,8 +98,9 @@ class SampleChecks:
             return []
         if 2 * len(bad) > len(tested):
             return [
-                f"the same token enters block 0 as different vectors, in {len(bad)} of {len(tested)} rows: the numbers "
-                "belong to other tokens (shifted, or of other rows); `distillcache fidelity` finds out"
+                f"the same token enters block 0 as different vectors, in {len(bad)} of "
+                f"{counted(len(tested), 'row')}: the numbers belong to other tokens (shifted, or of other rows); "
+                "`distillcache fidelity` finds out"
             ]
         shards = sorted({self._rows[row] for row in bad})
         named = ", ".join(f"{segment}/{shard}" for segment, shard in shards[:6])

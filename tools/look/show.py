@@ -11,12 +11,15 @@ from rich.table import Table
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.schemas import command_line
 from distillcache.schemas.config.look import ShowConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.store.store import using
+from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.look.row_facts import RowFacts, TapFacts, not_finite, read_row, shown, summary
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.show_image import draw
 from distillcache.tools.look.stored_rows import StoredRows
+from distillcache.tools.pages.pictures import MADE_BY
 from distillcache.tools.pages.terminal import table_console
 
 CHARACTERS_SHOWN = 20  # characters of a token
@@ -30,6 +33,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """
     config = command_line.parse(ShowConfig, argv, command, positional=("cache",))
     with using(config.storage):
+        if config.image is not None:
+            refuse_foreign_file(config.image, "--image", MADE_BY.encode())
         rows = StoredRows(config.cache)
         facts = read_row(rows, config.row, config.block)
         code = 2 if facts.damaged else 0
@@ -111,7 +116,8 @@ def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], odd: Sequenc
     real, targets = int(facts.real.sum()), int(row.loss_mask.sum())
     console.print(
         f"row {facts.number} of {len(rows):,} ({row.split}), shard {facts.shard[1]} of segment {facts.shard[0]}: "
-        f"{len(row.tokens)} tokens, {real} real, {targets} targets, {len(facts.documents)} documents"
+        f"{counted(len(row.tokens), 'token')}, {real} real, {counted(targets, 'target')}, "
+        f"{counted(len(facts.documents), 'document')}"
     )
     for (number, start, stop), text in zip(facts.documents, texts, strict=True):
         cut = f"{text[:TEXT_SHOWN]} ..." if len(text) > TEXT_SHOWN else text

@@ -7,6 +7,7 @@ import numpy as np
 
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.look.row_facts import RowFacts, shown
+from distillcache.tools.pages.pictures import METADATA
 
 LABELLED_TOKENS = 80  # more would overlap
 INCHES = (14, 2.2)  # width, and height of a panel
@@ -38,7 +39,7 @@ def draw(facts: RowFacts, path: str) -> None:
         _label_tokens(axes[-1], facts)
         data = io.BytesIO()
         kind = path.rpartition(".")[2]
-        figure.savefig(data, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(data, format=kind, dpi=110, metadata=METADATA[kind])
     write_file(path, data.getvalue())
 
 

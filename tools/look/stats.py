@@ -18,11 +18,12 @@ from rich.table import Table
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.describe import numbers_in_runs
 from distillcache.schemas.config.look import StatsConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import using
-from distillcache.schemas.store.whole_file import write_file
+from distillcache.schemas.store.whole_file import refuse_foreign_file, write_file
 from distillcache.tools.look.inspect_warnings import repeated_slots
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.stored_rows import StoredRows, lengths
@@ -121,6 +122,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Print the statistics as a table or as one JSON object; the exit code: 2 where a row could not be read."""
     config = command_line.parse(StatsConfig, argv, command, positional=("cache",))
     with using(config.storage):
+        if config.out is not None:
+            refuse_foreign_file(config.out, "--out", b".slots.npy")  # the name of its first array
         rows = StoredRows(config.cache)
         numbers = rows.sample(config.rows, config.seed)
         if not numbers:
@@ -211,7 +214,8 @@ def _broken(slots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for tap in dict.fromkeys(each["tap"] for each in slots):
         broken = {each["slot"]: each["nonfinite"] for each in slots if each["tap"] == tap and each["nonfinite"]}
         if broken:
-            yield f"{tap}: {sum(broken.values()):,} numbers are not finite, in slots {numbers_in_runs(list(broken))}"
+            count = counted(sum(broken.values()), "number")
+            yield f"{tap}: {count} not finite, in slots {numbers_in_runs(list(broken))}"
 
 
 def _repeated(slots: Mapping[tuple[str, int], SlotStats]) -> Iterator[str]:
@@ -264,7 +268,7 @@ def write_dimensions(path: str, slots: dict[tuple[str, int], SlotStats]) -> None
 
 def _print(found: dict[str, Any]) -> None:
     console = table_console()
-    console.print(f"{len(found['rows'])} rows, {found['tokens']:,} tokens of {found['cache']}", markup=False)
+    console.print(f"{counted(len(found['rows']), 'row')}, {found['tokens']:,} tokens of {found['cache']}", markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tap", "slot", "rms", "max", "kurtosis", "rank", "to next", "outlier dimensions"):
         table.add_column(column, justify="left" if column in ("tap", "outlier dimensions") else "right")

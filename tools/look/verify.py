@@ -18,6 +18,7 @@ from distillcache.cache_builder.repair.survey import Survey, survey_cache
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.describe import numbers_in_runs
 from distillcache.schemas.config import VerifyConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import Store, using
@@ -118,10 +119,14 @@ def _verdict(found: dict[str, Any]) -> str:
     kinds = Counter(finding["what"] for finding in found["findings"])
     words = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
     rows = found["rows"]
-    hit = f"{rows['affected']:,} of {rows['of']:,} rows cannot be trusted" if rows["affected"] else "no row is affected"
+    hit = (
+        f"{rows['affected']:,} of {counted(rows['of'], 'row')} cannot be trusted"
+        if rows["affected"]
+        else "no row is affected"
+    )
     lost = {finding["object"] for finding in found["findings"]}
     if MANIFEST in lost:
-        hit = f"none of the {rows['of']:,} rows can be read before that is repaired"
+        hit = f"none of the {counted(rows['of'], 'row')} can be read before that is repaired"
     elif not rows["affected"] and any(key.endswith("/plan.json") for key in lost):
         hit = "nothing of its segment can be read before the plan is repaired"
     return f"[red]Problems found: {words}; {hit}.[/]"

@@ -6,6 +6,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from distillcache.schemas.cache.describe import layers_words
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.rows import no_targets_note
 from distillcache.schemas.runtime.progress import format_seconds
 from distillcache.tools.pages.terminal import table_console
@@ -36,16 +38,17 @@ def _facts(report: Mapping[str, Any]) -> Table:
     facts = Table.grid(padding=(0, 2))
     about = "" if rows["exact"] else "about "
     most = "at most " if report["at_most"] else ""
-    blocks = f"{report['blocks']} of {teacher['num_blocks']} blocks of {teacher['hidden_size']:,}"
+    blocks = f"{report['blocks']} of {layers_words(teacher['num_blocks'], teacher['hidden_size'])}"
     facts.add_row("cache", escape(report["cache"]))
     facts.add_row("teacher", f"{escape(teacher['path'])}  ({blocks}{_computed(teacher)})")
     facts.add_row(
-        "rows", f"{about}{rows['count']:,} of {rows['row_tokens']:,} tokens, {about}{rows['tokens']:,} without padding"
+        "rows",
+        f"{about}{rows['count']:,} of {rows['row_tokens']:,} tokens, {about}{rows['tokens']:,} without padding",
     )
     size = f"{most}{about}{in_bytes(report['bytes'])}, {report['bytes_per_token']:,} bytes a token"
     facts.add_row("size", size + (" before compression" if most else ""))
     each = f"{shards['rows']:,} row{'s' if shards['rows'] > 1 else ''} and {most}{in_bytes(shards['bytes'])} each"
-    facts.add_row("shards", f"{about}{shards['count']:,} of {each}, in {report['objects']:,} objects")
+    facts.add_row("shards", f"{about}{shards['count']:,} of {each}, in {counted(report['objects'], 'object')}")
     facts.add_row("memory", f"at most {in_bytes(report['memory_in_flight'])} on the host between teacher and store")
     facts.add_row("time", _time(report))
     facts.add_row("free", _free(report))
@@ -113,7 +116,7 @@ def _next_steps(report: Mapping[str, Any]) -> Sequence[str]:
             if "impossible" not in choice and choice["bytes"] <= (report["free_bytes"] or 0)
         ]
         best = max(fits, key=lambda choice: choice["bytes"], default=None)
-        words = f"; {best['codec']} of {best['blocks']} blocks would fit" if best is not None else ""
+        words = f"; {best['codec']} of {counted(best['blocks'], 'block')} would fit" if best is not None else ""
         return [
             f"[bold red]There is too little room at {escape(report['cache'])}[/]: choose another path or codec{words}."
         ]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from distillcache.schemas import command_line
 from distillcache.schemas.config.simulate import SimulateConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.store.path import local_path
 from distillcache.tools.plan.scale import describe_scale
 from distillcache.tools.plan.students import ONLINE, add_hours, write_plot
@@ -59,9 +60,10 @@ def assumptions(assumed: Mapping[str, Any]) -> list[str]:
         f"{assumed['shard_mib']:,} MiB, {assumed['batch_rows']} rows in a teacher's batch",
         f"build: {speed}, {build['preemptions_per_h']:g} preemptions an hour and host, {build['restart_s']:,.0f} s "
         f"until it is back, {build['retry_share']:.1%} of writes sent twice",
-        f"train: {train['hosts']} hosts, {train['batch_rows']} rows a step of {train['step_s']:g} s",
+        f"train: {counted(train['hosts'], 'host')}, {counted(train['batch_rows'], 'row')} a step of "
+        f"{train['step_s']:g} s",
         f"students: {assumed['students']['size']:g} of the teacher's size, one after the other on "
-        f"{assumed['students']['hosts']} host(s), each sees the text once",
+        f"{counted(assumed['students']['hosts'], 'host')}, each sees the text once",
         f"bucket: {bucket['host_gb_s']:g} GB/s to a host, {bucket['egress_gb_s']:g} GB/s to all, "
         f"{bucket['puts_per_s']:,.0f} PUTs/s and {bucket['gets_per_s']:,.0f} GETs/s when new",
         f"prices: ${bucket['price_per_gib_month']:g} a GiB and month, "
@@ -88,7 +90,7 @@ def sizes_table(report: Mapping[str, Any]) -> Table:
 
 def builds_table(report: Mapping[str, Any]) -> Table:
     hosts = report["assumed"]["build"]["hosts"]
-    most = f"{hosts[-1]:,} hosts"
+    most = counted(hosts[-1], "host")
     names = ("tokens/s, a host", *(f"{count:,} hosts" for count in hosts), "GB/s, a host", "preempted")
     table = _table(*names, f"scarce with {most}")
     for cache in report["caches"]:

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from distillcache.schemas.cache.describe import layers_words
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.store.redaction import shown
 from distillcache.schemas.store.store import Store
@@ -61,7 +63,8 @@ def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, d
 
 def _subtitle(found: dict[str, Any]) -> str:
     rows, state = found["rows"], "" if found["finished"] else ", not finished"
-    return f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"
+    blocks = counted(len(found["blocks"]), "block")
+    return f"{counted(rows['count'], 'row')} of {rows['row_tokens']:,} tokens, {blocks}{state}"
 
 
 def plan_facts(found: dict[str, Any]) -> str:
@@ -75,8 +78,8 @@ def plan_facts(found: dict[str, Any]) -> str:
             "Made": f"{made.get('at', 'at an unknown time')} on {made.get('host', 'an unknown host')}, "
             f"distillcache {made.get('distillcache', '')}",
             "Format": found["format"],
-            "Teacher": f"{teacher['path']} ({teacher['family']}, {teacher['num_blocks']} blocks of "
-            f"{teacher['hidden_size']:,}, vocabulary {teacher['vocab_size']:,})",
+            "Teacher": f"{teacher['path']} ({teacher['family']}, "
+            f"{layers_words(teacher['num_blocks'], teacher['hidden_size'])}, vocabulary {teacher['vocab_size']:,})",
             "Weights": teacher["weights_digest"],
             "Computed": f"{numerics['dtype']} on {numerics['platform']}, attention {numerics['attention']}, mesh "
             f"{' x '.join(map(str, numerics['mesh']))}, "
@@ -142,7 +145,8 @@ def storage_table(found: dict[str, Any]) -> str:
     total = (number(found["bytes_per_token"]), Numeric(size(found["bytes"])), Numeric(size(found["stored_bytes"])))
     rows.append(("all", "", Numeric(""), *total, Numeric("")))
     header = ("tap", "codec", "slots", "bytes a token", "before compression", "stored", "times smaller than bf16")
-    shard = f"{found['shards']['of']:,} shards of {found['shards']['rows_per_shard']:,} rows, {tokens:,} places."
+    shards, rows_each = counted(found["shards"]["of"], "shard"), counted(found["shards"]["rows_per_shard"], "row")
+    shard = f"{shards} of {rows_each}, {tokens:,} places."
     return table("Bytes by tap", header, rows) + paragraph(shard)
 
 
@@ -181,7 +185,9 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
             for slot, rms, peak in zip(tap["slots"], tap["rms"], tap["abs_max"], strict=True)
         ]
         shown = table(f"Statistics of {label}", ("slot", "rms", "largest", "largest / rms"), rows)
-        fragments.append(folded(f"{label}: {width} slots, {tap['nonfinite']:,} numbers not finite", shown))
+        fragments.append(
+            folded(f"{label}: {counted(width, 'slot')}, {counted(tap['nonfinite'], 'number')} not finite", shown)
+        )
     return fragments
 
 
@@ -227,7 +233,7 @@ def _row_figure(row: RowLook) -> Figure | None:
     maps = [_norm_map(row, name) for name in row.norms]
     split, real = "held out" if row.held_out else "for training", int(row.real.sum())
     words = f": {row.text!r}" if row.text else "."
-    documents = f"{len(row.starts) + 1} documents" if row.starts else "1 document"
+    documents = counted(len(row.starts) + 1, "document")
     alt = f"Heat maps of token norms by slot in row {row.number}. " + " ".join(
         f"{name}: {_peak(row, name)}." for name in row.norms
     )

@@ -15,6 +15,7 @@ from distillcache.schemas.cache.segment import no_cache, read_manifest, segment_
 from distillcache.schemas.config.report import ReportConfig
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.store.store import Store, using
+from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.pages.html import size
 from distillcache.tools.report.cache import cache_page
 from distillcache.tools.report.run import run_page
@@ -43,6 +44,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         StorageError: it cannot be read, or the file cannot be written.
     """
     place, name = _place(config.out)
+    refuse_foreign_file(config.out, "out", b"distillcache")  # in the footer
     store = Store(config.target)
     kind = kind_of(store)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
 from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import figures, folded, number, paragraph, table
 from distillcache.tools.report.curves import BlockCurves, block_curves, step_map
@@ -23,12 +24,12 @@ def expert_warnings(loads: Sequence[Mapping[str, Any]]) -> list[str]:
     skewed = {block: float(load.max()) for block, load in values.items() if load.max() - 1 > SKEWED}
     if idle:
         count = sum(idle.values())
-        words = "1 expert had" if count == 1 else f"{count:,} experts had"
+        words = f"{counted(count, 'expert')} had"
         told.append(f"{words} no token at step {last['step']:,}: blocks {', '.join(map(str, idle))}.")
     if skewed:
         worst = max(skewed, key=lambda block: skewed[block])
         told.append(
-            f"In {len(skewed)} of {len(values)} blocks the max violation is above {SKEWED:g}; "
+            f"In {len(skewed)} of {counted(len(values), 'block')} the max violation is above {SKEWED:g}; "
             f"expert {int(values[worst].argmax())} of block {worst} had {skewed[worst]:.3g} times its own."
         )
     return told

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.models.text.tokenizer import TextTokenizer
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.format.rows import Row
@@ -95,7 +96,7 @@ def row_warnings(sample: Sample) -> list[str]:
             if slots:
                 silent.setdefault(slots, []).append(row.number)
         if odd:
-            told.append(f"{name}: {sum(odd.values()):,} vectors are not finite, in rows {_listed(odd)}.")
+            told.append(f"{name}: {counted(sum(odd.values()), 'vector')} not finite, in rows {_listed(odd)}.")
         for slots, rows in silent.items():
             told.append(f"{name}: only zeros in slots {_listed(slots)} of rows {_listed(rows)}.")
     return told

@@ -375,7 +375,7 @@ def _gone(before: float | None, after: float) -> Numeric:
 
 
 def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Throughput, waiting and MFU."""
+    """Throughput, waiting and MFU of steps alone."""
     kinds = {
         "perf/tokens_per_second": ("Throughput", "tokens a second"),
         "perf/data_wait_share": ("Waiting for data", "share of the time"),
@@ -396,7 +396,10 @@ def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(seconds):
         spread = (float(seconds.min()), float(np.median(seconds)), float(seconds.max()), float(seconds[-1]))
         rows.append(("seconds a step", *map(number, spread)))
-    words = "The figures leave out the first line, whose step includes compilation; the table includes it."
+    words = (
+        "These figures are of steps alone: evaluations and checkpoints between steps take time of their own. The "
+        "figures leave out the first line, whose step includes compilation; the table includes it."
+    )
     return [
         paragraph(words),
         figures(drawn),

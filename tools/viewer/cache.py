@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.tools.look.row_facts import documents_of, shown
 from distillcache.tools.look.stored_rows import StoredRows
@@ -30,7 +31,8 @@ def overview(watched: WatchedCache) -> View:
     """Show facts about the cache, warnings, and links."""
     found, stored = watched.described(), watched.rows()
     rows, state = found["rows"], "" if found["finished"] else ", not finished"
-    words = f"{rows['count']:,} rows of {rows['row_tokens']:,} tokens, {len(found['blocks'])} blocks{state}"
+    blocks = counted(len(found["blocks"]), "block")
+    words = f"{counted(rows['count'], 'row')} of {rows['row_tokens']:,} tokens, {blocks}{state}"
     view = View("What the cache holds", words, "/")
     told = [] if found["finished"] else ["The cache is not finished: run the same `distillcache build` again."]
     told += [] if watched.textless is None else [watched.textless]

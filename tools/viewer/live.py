@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.runtime.progress import format_seconds
 from distillcache.tools.pages.figures import Figure, Line, draw_lines
 from distillcache.tools.pages.html import Linked, Numeric, facts, figures, number, paragraph, progress, size, table
@@ -31,7 +32,7 @@ def build_page(watched: WatchedCache) -> View:
         return view
     segment = segments[0]
     done, of = len(segment.committed or ()), segment.plan.num_shards
-    view = View("The build", f"{done:,} of {of:,} shards of segment {segment.plan.segment}", "/build", EVERY_S)
+    view = View("The build", f"{done:,} of {counted(of, 'shard')} of segment {segment.plan.segment}", "/build", EVERY_S)
     view.put(progress("Shards", done, of))
     view.add("How fast", _speed(watched, segment), figures([_curve(watched.committed(segment), of)]))
     view.add("At work", workers(segment))

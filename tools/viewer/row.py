@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError, StorageError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.format.rows import Row
@@ -138,8 +139,8 @@ def _subtitle(stored: StoredRows, at: int, row: Row) -> str:
     real, targets, documents = int((row.segment_ids > 0).sum()), int(row.loss_mask.sum()), len(documents_of(row))
     split = "held out" if row.split == "eval" else "for training"
     return (
-        f"of {len(stored):,}, {split}, shard {shard} of segment {segment}: {len(row.tokens):,} tokens, "
-        f"{real:,} without padding, {targets:,} targets, {documents} {'document' if documents == 1 else 'documents'}"
+        f"of {len(stored):,}, {split}, shard {shard} of segment {segment}: {counted(len(row.tokens), 'token')}, "
+        f"{real:,} without padding, {counted(targets, 'target')}, {counted(documents, 'document')}"
     )
 
 
@@ -243,7 +244,7 @@ def _summary(found: RowLook, tap: TapFacts) -> str:
         rows.append((link, *cells, number(cosine), number(entry["nonfinite"]), dimensions))
     header = ("slot", "median norm", "largest", "cosine to next", "not finite", "largest dimensions (rms)")
     drawn = table(f"Slots of {tap.tap} in this row", header, rows)
-    return drawn if len(rows) <= 4 else folded(f"{tap.tap}: {len(rows)} slots in numbers", drawn)
+    return drawn if len(rows) <= 4 else folded(f"{tap.tap}: {counted(len(rows), 'slot')} in numbers", drawn)
 
 
 def _tokens(watched: WatchedCache, found: RowLook, start: int, kept: Mapping[str, str | None]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.look.row_facts import documents_of, shown
@@ -83,7 +84,9 @@ def scan(stored: StoredRows, start: int, look: Callable[[Row], Hit | None]) -> H
 
 
 def _listed(found: Hits, start: int) -> list[str]:
-    of = f"of {found.rows:,} rows from row {start:,} on" + (", all to the end" if found.next_row is None else "")
+    of = f"of {counted(found.rows, 'row')} from row {start:,} on" + (
+        ", all to the end" if found.next_row is None else ""
+    )
     count = len(found.hits)
     lines = [paragraph(f"{count} {'row holds' if count == 1 else 'rows hold'} it, {of}.")]
     for row, (token, times, around) in found.hits:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.tools.look.stats import RANK_TOKENS, SlotStats
 from distillcache.tools.look.stored_rows import StoredRows, finite, lengths
@@ -114,7 +115,7 @@ def _subtitle(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> 
     words = what.get(tap, f"block {slot}")
     if tap == "resid" and slot == watched.rows().plan.teacher.num_blocks:
         words = "the stream leaving the last block"
-    return f"{words}; over {found.stats.count:,} tokens of {len(found.rows)} rows"
+    return f"{words}; over {counted(found.stats.count, 'token')} of {counted(len(found.rows), 'row')}"
 
 
 def _facts(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> str:

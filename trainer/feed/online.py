@@ -28,6 +28,7 @@ import xxhash
 from distillcache.models.recorder import Recording, raise_if_too_large
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import NonFiniteError
 from distillcache.schemas.format.manifest import TapPlan
 from distillcache.schemas.format.rows import Row, teacher_batch
@@ -257,7 +258,7 @@ def _not_finite(url: str, tap: TapPlan, rows: Sequence[RowAddress], counts: np.n
             "row": rows[row][1],
             "slot": tap.slots[slot],
             "tap": tap.name,
-            "found": f"{counts[row, slot]} numbers that are NaN or infinite",
+            "found": f"{counted(counts[row, slot], 'number')} that are NaN or infinite",
         },
         "check the teacher's weights, or compute in another dtype: online.dtype: float32",
     )

@@ -99,7 +99,7 @@ def check_vocabulary(rows: RowReader, url: str, path: str, model: ModelConfig) -
             "the rows were made with a tokenizer that is not the teacher's",
             {
                 "rows": f"{url}  ids up to {rows.index.vocab_size - 1}",
-                "teacher": f"{path}  knows {model.vocab_size} ids",
+                "teacher": f"{path}  knows {model.vocab_size:,} ids",
             },
             "prepare the text again with the teacher's tokenizer",
         )

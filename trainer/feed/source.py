@@ -11,7 +11,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from distillcache.schemas.cache.addressing import RowGroup, RowMap, check_same_codec, slots_of
+from distillcache.schemas.cache.addressing import (
+    RowGroup,
+    RowMap,
+    check_same_codec,
+    held_by_rows,
+    shared_blocks,
+    slots_of,
+)
 from distillcache.schemas.cache.describe import (
     Facts,
     as_html,
@@ -82,7 +89,7 @@ class Source(ABC):
         self.split: SplitName | None = split
         self.plan: Plan = self._groups[0].base.plan
         self.digest, self.partial = "", False
-        self.blocks = _chosen_blocks(_recorded_blocks(self._groups, taps), blocks, url)
+        self.blocks = _chosen_blocks(self._groups, taps, blocks, url)
         self.slots = {name: _slots_of(name, self.blocks, leaving) for name in taps}
         self.taps: dict[str, TapPlan] = {}
         self.codecs: dict[str, Codec] = {}
@@ -258,20 +265,18 @@ def _used_segments(reads: Mapping[str, TapReads]) -> list[Segment]:
     return [source.segment for tap in reads.values() for source in tap.sources]
 
 
-def _recorded_blocks(groups: Sequence[RowGroup], taps: Sequence[str]) -> tuple[int, ...]:
-    """The blocks that every group of rows has."""
-    first, *others = [group.blocks(taps) for group in groups]
-    return tuple(block for block in first if all(block in blocks for blocks in others))
-
-
-def _chosen_blocks(recorded: tuple[int, ...], wanted: Sequence[int] | None, url: str) -> tuple[int, ...]:
+def _chosen_blocks(
+    groups: Sequence[RowGroup], taps: Sequence[str], wanted: Sequence[int] | None, url: str
+) -> tuple[int, ...]:
+    recorded = shared_blocks(groups, taps)
     if wanted is None:
         return recorded
     missing = sorted(set(wanted) - set(recorded))
     if missing or not wanted:
+        facts = {"cache": url, "missing": missing, "recorded": list(recorded)}
         raise InputError(
             "the cache lacks these blocks" if missing else "no block is requested",
-            {"cache": url, "missing": missing, "recorded": list(recorded)},
+            facts | held_by_rows(groups),
             "choose recorded blocks, or build a cache that has them",
         )
     return tuple(sorted(set(wanted)))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distillcache.schemas.config.train import LossConfig, Ramp
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DivergedError
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import best_of
@@ -134,7 +135,7 @@ def _judged_losses(stage: Stage, lines: Lines) -> _Verdict | None:
     before, after = float(np.mean(first)), float(np.mean(last))
     share = FEW_SHARE if count < FEW else SHARE
     margin = max((share - 1) * before, ERRORS * errors if count >= FEW else 0.0, COSINE * _relative(stage.loss))
-    of = f"training rows, mean of {count} lines"
+    of = f"training rows, mean of {counted(count, 'line')}"
     return _verdict(Measure("loss", before, of), Measure("loss", after, of), margin)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from distillcache.models.decoder import Decoder
 from distillcache.models.routing import BalanceState, RouterSums
 from distillcache.schemas.config.train import MeshConfig, TrainSpec
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.checkpoint import Held, SavedArrays
 from distillcache.trainer.feed.block_groups import GroupedSource, HeldRows, blocks_of_groups, place_batch
@@ -454,7 +455,10 @@ def _block_weights(stage: Stage, spans: Sequence[Span], source: Source) -> dict[
     if given is not None and (len(given) != len(blocks) or min(given) < 0):
         raise ConfigError(
             "loss.feature.block_weights does not fit",
-            {"found": given, "expected": f"{len(blocks)} numbers, none below 0, one for each of blocks {blocks}"},
+            {
+                "found": given,
+                "expected": f"{counted(len(blocks), 'number')}, none below 0, one for each of blocks {blocks}",
+            },
             "leave it out to weigh all blocks equally",
         )
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))

@@ -6,6 +6,7 @@ usual recipe.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from distillcache.schemas.config.train import LossConfig, MeshConfig, OptimizerConfig, TrainSpec
 from distillcache.schemas.errors import ConfigError
@@ -110,19 +111,36 @@ def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:
         spec: of a run whose student is the teacher cut, block for block, and whose blocks are given the teacher's
             recorded stream.
     """
-    stage, ops = stages[0], [op.op for op in spec.student.surgery]
-    if stage.mode != "blockwise" or stage.teaches_teacher or not ops:
+    ops, part = [op.op for op in spec.student.surgery], only_part(spec, stages)
+    if part is None or not ops or not all(op in (CUTS_MLP if part == "attention" else CUTS_ATTENTION) for op in ops):
         return None
+    return part_note(stages[0], part, f"surgery ({', '.join(ops)}) leaves")
+
+
+def only_part(spec: TrainSpec, stages: Sequence[Stage]) -> Literal["attention", "mlp"] | None:
+    """The sublayer whose outputs alone the first stage compares, each block by itself; None where there is more."""
+    stage = stages[0]
+    if stage.mode != "blockwise" or stage.teaches_teacher:
+        return None
+    if not stage.compares_mlp:
+        return "attention"
     # `mlp_input: student` gives the MLP what a cut attention says, so then its loss has to learn from both.
-    if not stage.compares_mlp and all(op in CUTS_MLP for op in ops):
-        left, compared, advice = "attention", "attention outputs", "give loss.mlp.weight a value"
-    elif not stage.compares_attention and spec.mlp_input == "teacher" and all(op in CUTS_ATTENTION for op in ops):
-        left, compared, advice = "the MLPs", "outputs of MLPs", "give loss.feature.weight a value"
-    else:
-        return None
+    return "mlp" if not stage.compares_attention and spec.mlp_input == "teacher" else None
+
+
+def part_note(stage: Stage, part: Literal["attention", "mlp"], lead: str) -> str:
+    """The line about a stage that compares a sublayer which is the teacher's.
+
+    Args:
+        lead: the words before that sublayer.
+    """
+    left, compared, advice = {
+        "attention": ("attention", "attention outputs", "give loss.mlp.weight a value"),
+        "mlp": ("the MLPs", "outputs of MLPs", "give loss.feature.weight a value"),
+    }[part]
     return (
-        f"{stage.name}, has nothing to learn: surgery ({', '.join(ops)}) leaves {left} as the teacher's, and the loss "
-        f"compares {compared} alone; {advice}, or use mode: feature"
+        f"{stage.name}, has nothing to learn: {lead} {left} as the teacher's, and the loss compares {compared} alone; "
+        f"{advice}, or use mode: feature"
     )
 
 

@@ -25,6 +25,7 @@ from distillcache.models.files.identity import locate_checkpoint
 from distillcache.models.surgery import add_router_bias, changed_config, operate
 from distillcache.schemas.cache.segment import read_tokenizer
 from distillcache.schemas.config.student import StudentConfig, SurgeryOp
+from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import CheckpointError, ConfigError, StorageError
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import MANIFEST, TOKENIZER
@@ -33,6 +34,7 @@ from distillcache.trainer.feed.source import Source
 from distillcache.trainer.feed.teacher import check_teacher
 from distillcache.trainer.run.checkpoints import STUDENT, has_student
 from distillcache.trainer.run.importance import OpenSource, teacher_importance
+from distillcache.trainer.run.stages import Stage, only_part, part_note
 from distillcache.trainer.step.parameters import Parameters, all_parameters, make_projectors
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import FROM_TEACHER, block_starts, check_ascending, real_vocab, student_spans
@@ -170,6 +172,24 @@ def _is_teacher(
         return not ops and weights_digest(path) == plan.weights_digest
 
 
+def idle_checkpoint_note(
+    spec: TrainSpec, stages: Sequence[Stage], student: Decoder, source: Source, teacher_path: str | None
+) -> str | None:
+    """`idle_note` of a student made of another checkpoint, such as an export of a cut teacher: by its weights.
+
+    None also where the cache's teacher is gone: such a run does not need it.
+    """
+    part, init = only_part(spec, stages), spec.student.init
+    if part is None or init == "random":
+        return None
+    teacher = teacher_path or source.plan.teacher.path
+    try:
+        same = is_same_model(teacher, student, part) and weights_digest(teacher) == source.plan.teacher.weights_digest
+    except (CheckpointError, StorageError):
+        return None
+    return part_note(stages[0], part, f"the student's checkpoint ({init}) has") if same else None
+
+
 def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]]) -> None:
     """Write what each operation kept: of every block, or of the blocks or the stream (models/surgery/operate.py)."""
     done = [{**op.model_dump(), "kept": each} for op, each in zip(ops, kept, strict=True)]
@@ -238,7 +258,10 @@ def _naming_vocabularies(error: ConfigError, found: ModelConfig, source: Source)
     real, rows = source.plan.rows.vocab_size, source.plan.teacher.vocab_size
     if found.vocab_size == rows:
         return error
-    facts = {**error.facts, "vocabulary": f"cache {rows:,} rows, {real:,} of them tokens; student {found.vocab_size:,}"}
+    facts = {
+        **error.facts,
+        "vocabulary": f"cache {rows:,} rows, {real:,} of them tokens; student {found.vocab_size:,}",
+    }
     if found.vocab_size >= real:
         return ConfigError(error.what, facts, f"{error.next}, if the student has the teacher's tokenizer")
     return ConfigError(f"{error.what}, and on the vocabulary", facts, WITH_ITS_TOKENIZER)

@@ -18,6 +18,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.surgery.sizes import kept_blocks
 from distillcache.schemas.codecs import Codec
 from distillcache.schemas.config.student import StudentConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.feed.source import Source
 
@@ -94,7 +95,7 @@ def student_spans(student: ModelConfig, teacher_blocks: int, layer_map: Sequence
     if len(starts) != depth:
         raise ConfigError(
             "student.layer_map does not fit",
-            {"found": starts, "expected": f"{depth} numbers, one for each of the student's blocks"},
+            {"found": starts, "expected": f"{counted(depth, 'number')}, one for each of the student's blocks"},
             "name the teacher's block at which each of the student's begins",
         )
     return tuple(Span(first, last) for first, last in zip(starts, [*starts[1:], teacher_blocks], strict=True))

@@ -185,6 +185,25 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path, cache: Path, lossless:
         copy(lossless, tmp_path / "c")
 
 
+def test_a_tap_that_only_some_rows_have(tmp_path: Path, bf16_teacher: Path, corpus: Path) -> None:
+    """Which rows have it is said, and each step that is advised works; it was dropped where the first rows lack it."""
+    source = tmp_path / "source"
+    build_cache(build_config(source, bf16_teacher, corpus, taps=TapsConfig(attn_out=None)))
+    few = DataConfig(path=str(corpus), row_tokens=16, eval_rows=3, max_rows=20)
+    build_cache(build_config(source, bf16_teacher, corpus, data=few, extend=True))
+    with pytest.raises(InputError, match="only some rows of the cache hold this tap") as caught:
+        copy(source, tmp_path / "c")
+    assert "copy --rows 38:58" in caught.value.next
+    assert "copy --taps.attn-out null" in caught.value.next
+    assert caught.value.facts["rows 0 to 37"] == "resid; blocks 0 to 2; in segments 0000"
+    copy(source, tmp_path / "some", rows="38:58")
+    wanted = codes(source, "resid", list(range(38, 58)))["codes"]
+    np.testing.assert_array_equal(codes(tmp_path / "some", "resid", list(range(20)))["codes"], wanted)
+    assert {tap.name for tap in read_plan(Store(str(tmp_path / "some")), "0000").taps} == {"attn_out", "resid"}
+    copy(source, tmp_path / "without", taps={"attn_out": None})
+    assert len(CacheSource(str(tmp_path / "without"), ("resid",))) == 58
+
+
 def test_a_damaged_source_is_not_copied(tmp_path: Path, lossless: Path) -> None:
     source = tmp_path / "source"
     copy(lossless, source)

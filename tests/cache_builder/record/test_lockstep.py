@@ -91,8 +91,7 @@ def test_a_build_on_a_mesh(tmp_path, teacher, corpus, cache):
     assert found.plan.numerics.mesh == (2, 2, 1, 1)
     assert manifest.rows == expected.plan.rows.count
     values = [
-        np.asarray(each.open_array(each.tap("attn_out").parts[0]).read().result()).view("uint16").astype(np.uint32)
-        << 16
+        np.asarray(each.open_array(each.plan.taps[0].parts[0]).read().result()).view("uint16").astype(np.uint32) << 16
         for each in (found, expected)
     ]
     np.testing.assert_allclose(values[0].view(np.float32), values[1].view(np.float32), rtol=0.01, atol=1e-4)

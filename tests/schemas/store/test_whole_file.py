@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillcache.schemas.errors import StorageError
+from distillcache.schemas.errors import ConfigError, StorageError
 from distillcache.schemas.store import whole_file
-from distillcache.schemas.store.whole_file import staged_folder, write_file, writing
+from distillcache.schemas.store.whole_file import refuse_foreign_file, staged_folder, write_file, writing
 from distillcache.tools.bench.routing import write_plot
 from distillcache.tools.demo.command import _write_json
 from distillcache.tools.demo.report import write_chart
@@ -158,3 +158,25 @@ def test_every_command_replaces_its_file_as_a_whole(tmp_path: Path, kind: str, m
         WRITERS[kind](path)
     assert path.read_bytes() == b"of the user"
     assert names(tmp_path) == [kind]
+
+
+FOREIGN = b"<html>my own notes</html>"
+
+
+def test_a_foreign_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a file that the command itself wrote, which is said; an empty one, or none, is no loss."""
+    target = tmp_path / "report.html"
+    refuse_foreign_file(target, "--out", b"made by us")
+    target.touch()
+    refuse_foreign_file(target, "--out", b"made by us")
+    assert not capsys.readouterr().err
+    for foreign in (FOREIGN, bytes(200_000)):
+        target.write_bytes(foreign)
+        with pytest.raises(ConfigError, match=r"did not make it[\s\S]*--out +.*report\.html[\s\S]*another file"):
+            refuse_foreign_file(target, "--out", b"made by us")
+        assert target.read_bytes() == foreign
+    for own in (b"made by us" + bytes(200_000), bytes(200_000) + b"made by us"):
+        target.write_bytes(own)
+        refuse_foreign_file(target, "--out", b"something else", b"made by us")
+        assert "replaced" in capsys.readouterr().err
+    refuse_foreign_file(Path("/dev/null"), "--out", b"made by us")

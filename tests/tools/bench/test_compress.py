@@ -29,7 +29,8 @@ def test_figures(tmp_path: Path) -> None:
     own = 2 * 3 * 64 * 64 * 2
     for compress in COMPRESSIONS:
         folder = tmp_path / f"bf16-{compress}"
-        assert open_cache(Store(str(folder)))[0].tap("resid").compress == compress
+        plan = open_cache(Store(str(folder)))[0].plan
+        assert {tap.name: tap.compress for tap in plan.taps}["resid"] == compress
         (file,) = (path for path in folder.glob("segments/0000/taps/resid/c/**/0") if path.is_file())
         assert figures[f"compress.bf16.resid.{compress}.size"] == pytest.approx(file.stat().st_size / own)
     assert figures["compress.bf16.resid.zstd.size"] < 0.9 < figures["compress.bf16.resid.none.size"]

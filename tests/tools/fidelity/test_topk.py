@@ -117,4 +117,4 @@ def test_rounded_values_beside_an_exact_sum_are_no_fault() -> None:
     of_bf16 = measure_topk(0, ("0000", 0), stored, stored, rounded, np.ones(1, bool), 1e-6, 2.0**-8)
     assert not of_bf16.wrong
     of_float32 = measure_topk(0, ("0000", 0), stored, stored, rounded, np.ones(1, bool), 1e-6, 2.0**-24)
-    assert of_float32.reasons() == ["the probabilities of 1 tokens add up to more than 1"]
+    assert of_float32.reasons() == ["probabilities that add up to more than 1, of 1 token"]

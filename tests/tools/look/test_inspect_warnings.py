@@ -44,7 +44,7 @@ def one_nan(values: np.ndarray) -> np.ndarray:
 
 CASES: dict[str, Change] = {
     "dead blocks, almost zero: [1]": in_every_row("attn_out", one_dead),
-    "5 numbers are not finite, in slots [2]": in_every_row("resid", lambda v: one_nan(v)[: len(v)]),
+    "5 numbers not finite, in slots [2]": in_every_row("resid", lambda v: one_nan(v)[: len(v)]),
     "shards [0, 3] hold identical codes": lambda shard, rows, values: (
         rows,
         {tap: np.full_like(each, 0.5) if shard in (0, 3) else each for tap, each in values.items()},
@@ -67,7 +67,7 @@ def test_a_block_that_is_all_nan_is_not_called_dead(cache: Path, tmp_path: Path)
         return values
 
     (found,) = warnings(plant(cache, tmp_path / "c", in_every_row("attn_out", all_nan)))
-    assert "numbers are not finite, in slots [1]" in found
+    assert "not finite, in slots [1]" in found
 
 
 def test_a_shard_unlike_the_others_while_the_cache_is_built(cache: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_what_is_not_finite_or_nothing_is_told(cache: Path) -> None:
     norms[1, 3], norms[2] = np.nan, 0
     sample = Sample((replace(row, norms={"resid": norms}),), {}, ())
     assert row_warnings(sample) == [
-        f"resid: 1 vectors are not finite, in rows {row.number}.",
+        f"resid: 1 vector not finite, in rows {row.number}.",
         f"resid: only zeros in slots 2 of rows {row.number}.",
     ]
 

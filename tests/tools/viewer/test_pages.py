@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_counted(tmp_path: Path, cache: Path) -> None:
         return values
 
     client = viewer(plant(cache, tmp_path / "nan", in_every_row("resid", change)))
-    assert "numbers are not finite" in read(client, "/").words
+    assert "not finite, in slots" in read(client, "/").words
     assert read(client, "/row/0").tables["Slots of resid in this row"].row("1")[3] == "3"
     assert read(client, "/row/0/token/2").tables["This token in resid"].row("1")[2] == "3"
     (said,) = read(client, "/slot/resid/1?rows=1").tables["Over the sample"].row("Not finite")

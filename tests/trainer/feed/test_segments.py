@@ -66,8 +66,13 @@ def test_a_tap_that_only_some_rows_have_is_refused(tmp_path: Path, teacher: Path
     first = DataConfig(path=str(corpus), row_tokens=16, eval_rows=3, max_rows=20)
     build_cache(build_config(folder, teacher, corpus, data=first, taps=TapsConfig(attn_out=None), extend=True))
     assert len(CacheSource(str(folder), ("resid",))) == 58
-    with pytest.raises(InputError, match="lacks this tap"):
+    with pytest.raises(InputError, match="only some rows of the cache hold this tap") as caught:
         CacheSource(str(folder))
+    facts = caught.value.facts
+    assert facts["rows 0 to 37"] == "attn_out, resid; blocks 0 to 2; in segments 0000"
+    assert str(facts["rows 38 to 57"]).startswith("resid; blocks 0 to 2; in segments 0001-")
+    with pytest.raises(InputError, match=r"does not hold this tap[\s\S]*found +attn_out, resid"):
+        CacheSource(str(folder), ("mlp_out",))
     described = describe_cache(Store(str(folder)))
     assert described["rows"]["count"] == 58
     assert [segment["segment"][:5] for segment in described["segments"]] == ["0000", "0001-"]

@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.decoder import Decoder
+from distillcache.models.surgery import operate
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.student import StudentConfig, SurgeryOp
 from distillcache.schemas.errors import CheckpointError, ConfigError, Interrupted
@@ -323,6 +326,44 @@ def test_nothing_to_learn_is_said_before_the_first_step(
     assert len(said) == warns
     if warns:
         assert said[0].startswith("warning: stage 0, mode blockwise, has nothing to learn: surgery (mlp_width)")
+
+
+@pytest.mark.parametrize(
+    ("ops", "changes", "warns"),
+    [
+        (MLPS, {}, "has attention as the teacher's"),
+        ([{"op": "upcycle", "experts": 2}], {}, "has attention as the teacher's"),
+        (HEADS, {"loss": MLP_ALONE}, "has the MLPs as the teacher's"),
+        (HEADS, {}, ""),
+        (MLPS, {"loss": MLP_ALONE}, ""),
+        ([*MLPS, *HEADS], {}, ""),
+        ("other attention", {}, ""),
+    ],
+    ids=str,
+)
+def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path, cache, capsys, monkeypatch):
+    """Its weights tell, not the run's surgery: an export of a cut teacher was not known as one."""
+    source = CacheSource(str(cache))
+    student = load_pretrained(source.plan.teacher.path, dtype="float32")
+    if ops == "other attention":  # as after a training
+
+        def changed(path: Any, value: Any) -> Any:
+            return value * 1.5 if "attention" in jax.tree_util.keystr(path) else value
+
+        nnx.update(student, jax.tree_util.tree_map_with_path(changed, nnx.state(student, nnx.Param)))
+    else:
+        student = operate(student, [SurgeryOp.model_validate(op) for op in ops]).decoder
+    save_pretrained(student, tmp_path / "exported", tokenizer_from=source.plan.teacher.path)
+
+    def ready(_: object) -> None:
+        raise Ready
+
+    monkeypatch.setattr(loop._Run, "go", ready)
+    with pytest.raises(Ready):
+        train(config(tmp_path / "run", cache, student={"init": str(tmp_path / "exported")}, **changes))
+    said = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn" in line]
+    assert len(said) == bool(warns)
+    assert not warns or warns in said[0]
 
 
 def test_the_idle_loss_is_rounding_alone(tmp_path, cache):
