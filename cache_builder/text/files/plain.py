@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from typing_extensions import Buffer
@@ -19,6 +20,7 @@ from distillcache.cache_builder.text.skipped import Skipped, skipped_record
 from distillcache.schemas.config import OnError
 from distillcache.schemas.errors import InputError, RecordError
 
+BLANK_LINES = 64  # one behind the other, from which on they are not read one by one
 _BOM = b"\xef\xbb\xbf"  # the UTF-8 byte order mark that some editors write first
 _OBJECT, _LIST = 200, 100  # bytes in memory of a small object and list, which are 3 bytes of JSON
 _TIMES = 9  # what a line takes in memory, in bytes of the longest line (docs/text.md)
@@ -65,8 +67,7 @@ def line_records(
         InputError: the file cannot be read or unpacked, or a line is longer.
         RecordError: a line is not UTF-8, or holds no JSON object.
     """
-    offset = 0
-    for number, line in enumerate(_chunks(file, reader, limit), 1):
+    for number, offset, line in _lines(file, reader, limit):
         where = f"{file}:{number}"
         if len(line) > limit or _OBJECT * line.count(b"{") + _LIST * line.count(b"[") > _TIMES * limit:
             raise too_long(where, limit)
@@ -74,7 +75,6 @@ def line_records(
             record = _record_in(line, file, number, offset, fields, deep)
         except RecordError as error:
             record = skipped_record(error, where, on_error)
-        offset += len(line)
         if record is not None:
             yield where, record
 
@@ -223,12 +223,43 @@ def _cause(error: Exception) -> str:
     return "a number of more than 4,300 digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
-def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file, unpacked: chunks of any size, or its lines, each with its end.
+def _chunks(file: InputFile, reader: InputReader) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, in chunks of any size."""
+    with _unpacked(file, reader) as stream:
+        yield from iter(lambda: stream.read(READ_BYTES), b"")
+
+
+def _lines(file: InputFile, reader: InputReader, limit: int) -> Iterator[tuple[int, int, bytes]]:
+    """The number of each line that is not blank, its first byte's place in the unpacked file, and its bytes.
 
     Args:
-        line_limit: lines are requested; of a longer one comes one byte more than this.
+        limit: of a longer line comes one byte more than this.
     """
+    number = offset = blank = 0
+    with _unpacked(file, reader) as stream:
+        for line in iter(lambda: stream.readline(limit + 1), b""):
+            number, start, offset = number + 1, offset, offset + len(line)
+            if not line.isspace() or len(line) > limit:
+                blank = 0
+                yield number, start, line
+                continue
+            blank += 1
+            if blank % BLANK_LINES == 0:  # a gigabyte of them may be a file of one megabyte
+                lines, size = _skip_blank_lines(stream)
+                number, offset = number + lines, offset + size
+
+
+def _skip_blank_lines(stream: io.BufferedReader) -> tuple[int, int]:
+    """Pass over blank lines as far as the stream's buffer reaches: how many, and their bytes."""
+    buffered = stream.peek(READ_BYTES)
+    end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
+    stream.read(end)
+    return buffered.count(b"\n", 0, end), end
+
+
+@contextmanager
+def _unpacked(file: InputFile, reader: InputReader) -> Iterator[io.BufferedReader]:
+    """A file's bytes, unpacked; what cannot be read or unpacked meanwhile is an `InputError`."""
     try:
         # gzip and lines need a buffer: a raw stream may give less than it is requested.
         stored = io.BufferedReader(_Borrowed(reader), READ_BYTES)
@@ -238,10 +269,7 @@ def _chunks(file: InputFile, reader: InputReader, line_limit: int | None = None)
         stream = stored if packed is None else io.BufferedReader(packed, READ_BYTES)
         if packed is not None:
             refuse_other_kind(file.kind.removesuffix(".gz"), stream.peek(MARK_BYTES)[:MARK_BYTES], file, packed=True)
-        if line_limit is None:
-            yield from iter(lambda: stream.read(READ_BYTES), b"")
-        else:
-            yield from iter(lambda: stream.readline(line_limit + 1), b"")
+        yield stream
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(file, error) from error
 
