@@ -49,7 +49,7 @@ def test_numbers_at_other_tokens() -> None:
     (words,) = found(shifted)
     assert words.startswith("the same token enters block 0 as different vectors, in 8 of 8 rows")
     (words,) = found({3: shifted[3]})  # one row is enough: `show` has no more
-    assert "in 1 of 1 rows" in words
+    assert "in 1 of 1 row: " in words
 
 
 def test_rows_of_another_teacher() -> None:
