@@ -163,13 +163,14 @@ def test_every_command_replaces_its_file_as_a_whole(tmp_path: Path, kind: str, m
 FOREIGN = b"<html>my own notes</html>"
 
 
-def test_a_foreign_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_file_is_not_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Only a file that the command itself wrote, which is said; an empty one, or none, is no loss."""
     target = tmp_path / "report.html"
+    caplog.set_level("INFO", "distillcache")
     refuse_foreign_file(target, "--out", b"made by us")
     target.touch()
     refuse_foreign_file(target, "--out", b"made by us")
-    assert not capsys.readouterr().err
+    assert not caplog.text
     for foreign in (FOREIGN, bytes(200_000)):
         target.write_bytes(foreign)
         with pytest.raises(ConfigError, match=r"did not make it[\s\S]*--out +.*report\.html[\s\S]*another file"):
@@ -178,5 +179,6 @@ def test_a_foreign_file_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFi
     for own in (b"made by us" + bytes(200_000), bytes(200_000) + b"made by us"):
         target.write_bytes(own)
         refuse_foreign_file(target, "--out", b"something else", b"made by us")
-        assert "replaced" in capsys.readouterr().err
+        assert "replaced" in caplog.text
+        caplog.clear()
     refuse_foreign_file(Path("/dev/null"), "--out", b"made by us")
