@@ -71,7 +71,7 @@ def test_a_tap_that_only_some_rows_have_is_refused(tmp_path: Path, teacher: Path
     facts = caught.value.facts
     assert facts["rows 0 to 37"] == "attn_out, resid; blocks 0 to 2; in segments 0000"
     assert str(facts["rows 38 to 57"]).startswith("resid; blocks 0 to 2; in segments 0001-")
-    with pytest.raises(InputError, match=r"does not hold this tap[\s\S]*found +attn_out, resid"):
+    with pytest.raises(InputError, match=r"lacks this tap[\s\S]*found +attn_out, resid"):
         CacheSource(str(folder), ("mlp_out",))
     described = describe_cache(Store(str(folder)))
     assert described["rows"]["count"] == 58
