@@ -2,7 +2,8 @@
 
 A *store* is a folder: a local path, `file://`, `gs://bucket/prefix` or `s3://bucket/prefix`. Every read and write
 of ours goes through it, so that one implementation serves all of them and every failure becomes one `StorageError`
-that names the key. `using` says how buckets are asked (config/storage.py); `buckets` knows what is peculiar to them.
+that names the key. `using` sets the object-store client settings (config/storage.py); `buckets` knows what is peculiar
+to them.
 """
 
 import contextlib
