@@ -67,3 +67,4 @@ def test_a_wheel(tmp_path: Path) -> None:
     assert Path(package).is_relative_to(tmp_path / "site")
     assert Path(errors).is_relative_to(tmp_path / "site" / "distillcache")
     assert (tmp_path / "site" / "distillcache" / "py.typed").exists()
+    assert (tmp_path / "site" / "distillcache" / "tools" / "pages" / "templates" / "style.css").exists()

@@ -47,6 +47,19 @@ def test_the_wheel_holds_every_package() -> None:
     assert sorted(declared) == sorted({"distillcache", *found})
 
 
+def test_the_wheel_holds_what_is_no_python() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    declared = {
+        path
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in (ROOT / package.removeprefix("distillcache.").replace(".", "/")).glob(pattern)
+    }
+    tops = [ROOT / "distillcache", *(ROOT / top for top in TOP if top != "tests")]
+    files = {path for top in tops for path in top.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert declared == files
+
+
 def test_docstrings_begin_with_what_they_define() -> None:
     """With a verb, or the noun: not with a question."""
     questions = {"What", "Whether", "How", "Of", "Those", "Who", "Where"}

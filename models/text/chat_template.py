@@ -21,7 +21,7 @@ import xxhash
 
 from distillcache.models.text import template_worker
 from distillcache.models.text.template_process import BEGIN, END
-from distillcache.schemas.errors import ConfigError, InputError, install_advice
+from distillcache.schemas.errors import ConfigError, InputError
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -168,8 +168,6 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
         return reply
     if kind == "failure":
         raise TemplateFailure(message)
-    if kind == "library":
-        raise InputError("a library for chat templates is missing", {"cause": message}, install_advice("chat"))
     if kind == "syntax":
         raise InputError(
             "the tokenizer's chat template cannot be read",

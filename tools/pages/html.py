@@ -1,44 +1,42 @@
-"""A report's page, assembled from escaped fragments: sections, tables, figures, notes.
+"""Pages and their fragments, made of the templates beside this module: sections, tables, figures, notes.
 
-A *fragment* is HTML that is complete and escaped; everything that comes from a cache, a run or a user passes `text`.
-The page loads nothing: its own policy forbids every request.
+A *fragment* is HTML that is complete and escaped. The templates escape everything that comes from a cache, a run or a
+user; what they make is `Markup`, which they leave as it is. A page loads nothing.
 """
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from string import Template
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from distillcache.tools.pages.figures import ID, Figure
-from distillcache.tools.pages.style import SCRIPT, STYLE
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<header>
-<h1>$title</h1>
-<p>$subtitle</p>
-</header>
-<nav aria-label="Sections"><ul>
-$contents
-</ul></nav>
-<main>
-$sections
-</main>
-<footer><p>$footer</p></footer>
-<script>$script</script>
-</body>
-</html>
-""")
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def source(name: str) -> Markup:
+    """The text of a style sheet or script, for a page that has it inside."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # ours, not a reader's
+
+
+def slug(title: str) -> str:
+    """A heading as an id."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
+
+
+TEMPLATE_SETTINGS = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATE_SETTINGS.filters["slug"] = slug
+FRAGMENTS: Any = TEMPLATE_SETTINGS.get_template("fragments.html.jinja").module
+STYLE, SCRIPT = source("style.css"), source("print.js")
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,8 @@ class Numeric:
     """A table's cell that is set to the right."""
 
     value: str
+    href: ClassVar[str] = ""
+    right: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,7 @@ class Page:
 
     def render(self) -> str:
         """The whole file."""
-        contents = "\n".join(f'<li><a href="#{slug(each.title)}">{text(each.title)}</a></li>' for each in self.sections)
-        return PAGE.substitute(
-            title=text(self.title),
-            subtitle=text(self.subtitle),
-            footer=text(self.footer),
-            style=STYLE,
-            script=SCRIPT,
-            contents=contents,
-            sections="\n".join(map(section_html, self.sections)),
-        )
-
-
-def text(value: object) -> str:
-    """Escaped, also for attributes in double quotes."""
-    return html.escape(str(value))
+        return TEMPLATE_SETTINGS.get_template("report.html.jinja").render(vars(self), style=STYLE, script=SCRIPT)
 
 
 def number(value: float | None, digits: int = 4) -> Numeric:
@@ -123,7 +109,8 @@ def size(count_bytes: float) -> str:
 
 
 def paragraph(words: str) -> str:
-    return f"<p>{text(words)}</p>"
+    """A paragraph of plain words."""
+    return FRAGMENTS.paragraph(words)
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -132,94 +119,49 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]])
     Args:
         rows: cells as text, or as `Numeric` or `Linked`.
     """
-    rows = [list(row) for row in rows]
-    if not rows:
-        return ""
-    numeric = [_is_right(cell) for cell in rows[0]]
-    head = "".join(
-        f'<th scope="col"{_right(right)}>{text(name)}</th>' for name, right in zip(header, numeric, strict=True)
-    )
-    body = "\n".join(
-        "<tr>" + _cell(row[0], "th") + "".join(_cell(cell, "td") for cell in row[1:]) + "</tr>" for row in rows
-    )
-    return _scrolling(caption, f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>")
+    cells = [[each if isinstance(each, Numeric | Linked) else Linked(str(each), "") for each in row] for row in rows]
+    return FRAGMENTS.table(caption, header, cells) if cells else ""
 
 
 def facts(caption: str, values: Mapping[str, object]) -> str:
     """A table of two columns, without a head: each row is a name and its value. What is None is left out."""
-    rows = "\n".join(
-        f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>'
-        for name, value in values.items()
-        if value is not None
-    )
-    return _scrolling(caption, f"<tbody>\n{rows}\n</tbody>", "facts")
+    return FRAGMENTS.facts(caption, values)
 
 
 def folded(summary: str, *fragments: str) -> str:
     """Return a section that a reader unfolds; on paper it is open."""
-    inside = "\n".join(fragment for fragment in fragments if fragment)
-    return f"<details><summary>{text(summary)}</summary>\n{inside}\n</details>" if inside else ""
+    shown = [fragment for fragment in fragments if fragment]
+    return FRAGMENTS.folded(summary, shown) if shown else ""
 
 
 def code(words: str, label: str) -> str:
-    return f'<pre tabindex="0" role="region" aria-label="{text(label)}">{text(words)}</pre>'
+    """Words that keep their lines, under a name for who cannot see them."""
+    return FRAGMENTS.code(words, label)
 
 
 def note(title: str, lines: Sequence[str]) -> str:
     """Return a note for the top of a section; nothing without lines."""
-    if not lines:
-        return ""
-    listed = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f'<div class="note"><strong>{text(title)}</strong><ul>{listed}</ul></div>'
+    return FRAGMENTS.note(title, lines) if lines else ""
 
 
 def progress(label: str, done: int, of: int) -> str:
     """A bar with its numbers beside it."""
     words = f"{label}: {done:,} of {of:,} ({done / of if of else 0:.1%})"
-    return f'<p><label>{text(words)}<br><progress max="{max(of, 1)}" value="{done}"></progress></label></p>'
+    return FRAGMENTS.progress(words, done, max(of, 1))
 
 
 def figures(drawn: Sequence[Figure | None]) -> str:
     """Figures side by side where there is room, each with its caption and, for who cannot see it, its words."""
     shown = [each for each in drawn if each is not None]
-    return '<div class="figures">\n' + "\n".join(map(_figure, shown)) + "\n</div>" if shown else ""
+    return FRAGMENTS.figures(map(_drawing, shown)) if shown else ""
 
 
-def _figure(figure: Figure) -> str:
-    named = f'<svg role="img" aria-label="{text(figure.alt)}" '
-    svg = figure.svg.replace("<svg ", named, 1).replace(ID, slug(figure.title))
-    return f"<figure><figcaption>{text(figure.title)}</figcaption>{svg}<p>{text(figure.caption)}</p></figure>"
+def _drawing(figure: Figure) -> dict[str, str]:
+    """A figure's title, caption and its SVG, which is our own, with a name and ids of the page's."""
+    named = figure.svg.replace("<svg ", FRAGMENTS.drawing(figure.alt), 1).replace(ID, slug(figure.title))
+    return {"title": figure.title, "caption": figure.caption, "inside": Markup(named)}
 
 
-def section_html(section: Section) -> str:
-    """Under its heading, which links can point at by `slug`."""
-    name, inside = slug(section.title), "\n".join(section.fragments)
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{text(section.title)}</h2>\n{inside}\n</section>'
-
-
-def slug(title: str) -> str:
-    """A heading as an id."""
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
-
-
-def _scrolling(caption: str, inside: str, kind: str = "") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">'
-        f"<table{named}><caption>{text(caption)}</caption>\n{inside}</table></div>"
-    )
-
-
-def _cell(cell: Any, tag: str) -> str:
-    scope = ' scope="row"' if tag == "th" else ""
-    words = text(cell.value if isinstance(cell, Numeric | Linked) else cell)
-    inside = f'<a href="{text(cell.href)}">{words}</a>' if isinstance(cell, Linked) else words
-    return f"<{tag}{scope}{_right(_is_right(cell))}>{inside}</{tag}>"
-
-
-def _is_right(cell: Any) -> bool:
-    return isinstance(cell, Numeric) or (isinstance(cell, Linked) and cell.right)
-
-
-def _right(right: bool) -> str:
-    return ' class="n"' if right else ""
+def section(title: str, fragments: Sequence[str]) -> str:
+    """Fragments under a heading, which links can point at by `slug`."""
+    return FRAGMENTS.section(title, fragments)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.tools.look.row_facts import documents_of, shown
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.html import Linked, Numeric, note, number, paragraph, table, text
+from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, note, number, paragraph, table
 from distillcache.tools.report.cache import (
     array_table,
     build_progress,
@@ -50,19 +51,18 @@ def go_to(stored: StoredRows, taps: Mapping[str, Sequence[int]]) -> str:
     most = max((slot for slots in taps.values() for slot in slots), default=0)
     row = form("/row", [number_field("number", "row", 0, len(stored) - 1)], "show the row", "Go to a row")
     if not taps:
-        return f'<div class="asks">{row}</div>'
+        return FRAGMENTS.forms([row])
     fields = [choice("tap", "tap", {name: name for name in taps}, next(iter(taps)))]
     slot = form("/slot", [*fields, number_field("slot", "slot", 0, most)], "show the slot", "Go to a slot")
-    return f'<div class="asks">{row}{slot}</div>'
+    return FRAGMENTS.forms([row, slot])
 
 
 def slot_links(taps: Mapping[str, Sequence[int]]) -> str:
     """Every slot of every tap."""
-    lines = []
-    for name, slots in taps.items():
-        listed = " ".join(f'<a href="/slot/{text(name)}/{slot}">{slot}</a>' for slot in slots)
-        lines.append(f'<nav class="steps" aria-label="Slots of {text(name)}">{text(name)}: {listed}</nav>')
-    return "\n".join(lines)
+    return Markup("\n").join(
+        steps(f"Slots of {name}", [(str(slot), f"/slot/{name}/{slot}") for slot in slots], f"{name}:")
+        for name, slots in taps.items()
+    )
 
 
 def row_list(watched: WatchedCache, query: Mapping[str, str]) -> View:

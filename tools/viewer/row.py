@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from markupsafe import Markup
 
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError, StorageError
@@ -18,7 +19,7 @@ from distillcache.tools.look.row_facts import TapFacts, documents_of, not_finite
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
-from distillcache.tools.pages.html import Linked, Numeric, figures, folded, note, number, paragraph, table, text
+from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, figures, folded, note, number, paragraph, table
 from distillcache.tools.report.cache import COLUMNS, NAMES, pooled
 from distillcache.tools.viewer.asked import choice_in, number_in
 from distillcache.tools.viewer.page import View, address, choice, form, number_field, steps
@@ -117,12 +118,9 @@ def running_text(watched: WatchedCache, row: Row, start: int, stop: int, marked:
     kinds = [("mark" if at == marked else "on" if row.loss_mask[at] else "off") for at in range(start, stop)]
     edges = [0, *(at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]), len(kinds)]
     for first, last in pairwise(edges):
-        words = text(decode(row.tokens[start + first : start + last].tolist()))
         kind = kinds[first] if first < len(kinds) else "on"
-        fragments.append(
-            {"on": words, "off": f'<span class="off">{words}</span>', "mark": f"<mark>{words}</mark>"}[kind]
-        )
-    return "".join(fragments)
+        fragments.append((kind, decode(row.tokens[start + first : start + last].tolist())))
+    return FRAGMENTS.runs(fragments)
 
 
 def _block(query: Mapping[str, str], stored: StoredRows, slots: Mapping[str, Sequence[int]]) -> int | None:
@@ -157,10 +155,10 @@ def _text(watched: WatchedCache, row: Row) -> Iterator[str]:
         yield paragraph("Dotted and slanted: tokens that are not targets.")
     documents = []
     for document, start, stop in documents_of(row):
-        tag = f'<span class="tag">document {document}, tokens {start} to {stop - 1}</span>'
-        documents.append(f"<p>{tag}{running_text(watched, row, start, stop)}</p>")
+        tag = f"document {document}, tokens {start} to {stop - 1}"
+        documents.append(FRAGMENTS.document(tag, running_text(watched, row, start, stop)))
     if documents:
-        yield f'<div class="running" role="region" tabindex="0" aria-label="Text of the row">{"".join(documents)}</div>'
+        yield FRAGMENTS.running("Text of the row", Markup("").join(documents))
     if real < len(row.tokens):
         yield paragraph(f"{len(row.tokens) - real:,} places are padding.")
 
@@ -177,7 +175,7 @@ def _chooser(
             {"all": "all blocks", **{str(each): str(each) for each in blocks}},
             "all" if block is None else str(block),
         ),
-        f'<input type="hidden" name="start" value="{start}">',
+        FRAGMENTS.hidden_field("start", start),
     ]
     return form(f"/row/{at}", fields, "show them", "Choose tap and block")
 
@@ -271,11 +269,7 @@ def _tokens(watched: WatchedCache, found: RowLook, start: int, kept: Mapping[str
 
 
 def _hidden(values: Mapping[str, str | None]) -> list[str]:
-    return [
-        f'<input type="hidden" name="{text(name)}" value="{text(value)}">'
-        for name, value in values.items()
-        if value is not None
-    ]
+    return [FRAGMENTS.hidden_field(name, value) for name, value in values.items() if value is not None]
 
 
 def _token_cells(watched: WatchedCache, found: RowLook, at: int) -> list[object]:

@@ -12,7 +12,7 @@ from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.look.row_facts import documents_of, shown
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.html import note, paragraph, text
+from distillcache.tools.pages.html import FRAGMENTS, note, paragraph
 from distillcache.tools.viewer.asked import NotUnderstood, number_in
 from distillcache.tools.viewer.page import View, address, form, number_field, steps, text_field
 from distillcache.tools.viewer.row import one_line
@@ -92,11 +92,7 @@ def _listed(found: Hits, start: int) -> list[str]:
     for row, (token, times, around) in found.hits:
         place = token // 64 * 64
         link = address(f"/row/{row}", start=place or None)
-        more = f", {times} times" if times > 1 else ""
-        lines.append(
-            f'<h3><a href="{text(link)}">Row {row}</a>, <a href="/row/{row}/token/{token}">token {token}</a>{more}</h3>'
-            f'<p class="around">{around}</p>'
-        )
+        lines.append(FRAGMENTS.hit(row, link, token, times, around))
     return lines
 
 
@@ -148,4 +144,4 @@ def _find_ids(watched: WatchedCache, row: Row, ids: list[int]) -> Hit | None:
 def _marked(body: str, begin: int, end: int) -> str:
     """Return the text around letters `begin` to `end`, which are highlighted."""
     before, inside, after = body[max(begin - AROUND, 0) : begin], body[begin:end], body[end : end + AROUND]
-    return f"{text(shown(before))}<mark>{text(shown(inside))}</mark>{text(shown(after))}"
+    return FRAGMENTS.runs([("on", shown(before)), ("mark", shown(inside)), ("on", shown(after))])

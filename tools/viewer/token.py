@@ -13,7 +13,7 @@ from distillcache.schemas.format.rows import Row
 from distillcache.tools.look.row_facts import shown
 from distillcache.tools.look.stored_rows import StoredRows, finite, lengths
 from distillcache.tools.pages.figures import Figure, Line, draw_lines
-from distillcache.tools.pages.html import Linked, Numeric, facts, figures, note, number, paragraph, table
+from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, facts, figures, note, number, paragraph, table
 from distillcache.tools.viewer.asked import NotThere
 from distillcache.tools.viewer.page import View, steps
 from distillcache.tools.viewer.row import committed_row, one_line, running_text
@@ -72,7 +72,7 @@ def _context(watched: WatchedCache, row: Row, token: int) -> str:
     same = np.flatnonzero(row.segment_ids == row.segment_ids[token])
     start, stop = max(int(same[0]), token - AROUND), min(int(same[-1]) + 1, token + AROUND + 1)
     inside = running_text(watched, row, start, stop, token)
-    return f'<div class="running" role="region" tabindex="0" aria-label="Text around the token">{inside}</div>'
+    return FRAGMENTS.running("Text around the token", inside)
 
 
 def _facts(row: Row, token: int) -> str:

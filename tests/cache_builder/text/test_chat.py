@@ -26,8 +26,6 @@ from distillcache.schemas.format.rows import RowReader
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.losses import counted_predictions
 
-pytest.importorskip("jinja2")
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "chat"
 FAMILIES = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("chatml", "headers", "inst")}
 CASES = [(family, chat) for family, golden in FAMILIES.items() for chat in golden["chats"]]

@@ -173,7 +173,6 @@ TURNS = (
 
 
 def test_chats_that_cannot_be_written_are_counted(tmp_path: Path, console: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jinja2")
     text, out = tmp_path / "a.jsonl", tmp_path / "rows"
     text.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     chat_tokenizer(tmp_path / "tokenizer", TURNS)
@@ -188,7 +187,6 @@ def test_chats_that_cannot_be_written_are_counted(tmp_path: Path, console: pytes
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ lipsum() }}"])
 def test_a_template_that_can_write_nothing_stops(template: str, tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
     (tmp_path / "a.jsonl").write_text(json.dumps(CHATS[0]) + "\n")
     chat_tokenizer(tmp_path / "tokenizer", template)
     with pytest.raises(InputError, match="chat template"):

@@ -13,8 +13,6 @@ from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.store.store import Store
 from tests.servers.fixtures import Bucket
 
-pytest.importorskip("jinja2")
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "chat"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "folders.json").read_text())}
 DATA = DataConfig(path="chats.jsonl", format="chat")

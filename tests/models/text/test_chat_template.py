@@ -13,8 +13,6 @@ from distillcache.models.text import template_worker
 from distillcache.models.text.chat_template import ChatTemplate, TemplateFailure, TemplateLimit
 from distillcache.schemas.errors import InputError
 
-pytest.importorskip("jinja2")
-
 USER = [{"role": "user", "content": "x"}]
 
 # Each took gigabytes or for ever.

@@ -1,0 +1,2 @@
+// On paper nothing can be unfolded.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(each => { each.open = true; }));
