@@ -192,7 +192,7 @@ def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> N
     page, said = of_run
     expected = (
         "step 40 of 50",
-        "waits for data 50%",
+        "spends 50% of the time waiting for data",
         "best at step 20",
         "rose in blocks 1",
         "1 expert had no token",
