@@ -14,7 +14,8 @@ DEMO_ARGS ?=
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 # Workers keep neighbouring tests together: fixtures and compiled programs of a file are made once. Slow tests wait, for
 # servers, for claims that expire and for the disk, as long as they compute: there are twice as many of them at once.
-PYTEST := $(BIN)/python -m pytest --dist worksteal
+# Python's own compiled files are kept, also where the environment says not to: half of the time to collect the tests.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist worksteal
 # The files that hold tests of a mark: to import all the others would take every worker three seconds.
 FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 

@@ -24,7 +24,7 @@ from distillcache.schemas.codecs.quantise import Int8Codec, Quantiser
 KEY_PARTS = {"codes": "key", "scale": "key_scale"}  # the int8 codec's names of parts, and a keyframe's
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class DeltaCodec:
     """Codes a tap's slots as differences. The carry is the decoded slot before, rotated: float32 `[*A, D]`.
 

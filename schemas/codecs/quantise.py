@@ -52,7 +52,7 @@ def default_group(hidden: int) -> int:
     return 32 if hidden % 32 == 0 else 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Quantiser(Memoryless):
     """The numbers are rotated, then coded in groups. Parts: codes, and scale uint8 `[*A, 1 + n]` (scales.to_shared).
 
@@ -183,7 +183,7 @@ def _spread(per_group: Float[Array, "*A n"], hidden: int) -> Float[Array, "*A D"
     return jnp.matmul(per_group, members, precision="highest")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Int8Codec(Quantiser):
     """codes int8 `[*A, D]`."""
 
@@ -208,7 +208,7 @@ class Int8Codec(Quantiser):
         return jnp.round(jnp.clip(wanted, -127, 127)).astype(jnp.int32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Int4Codec(Quantiser):
     """codes uint8 `[*A, D/2]`: number i in the lower half of a byte, number i + D/2 in the upper half.
 

@@ -41,9 +41,18 @@ def hadamard(size: int) -> Float[np.ndarray, "n n"]:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """signs: +1 and -1, `[D]`; None: no rotation at all."""
+    """signs: +1 and -1, `[D]`; None: no rotation at all. Two of equal signs are equal, and so are their codecs."""
 
     signs: np.ndarray | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rotation) and self._bytes() == other._bytes()
+
+    def __hash__(self) -> int:
+        return hash(self._bytes())
+
+    def _bytes(self) -> bytes | None:
+        return None if self.signs is None else np.asarray(self.signs, np.int8).tobytes()
 
     def forward(self, x: Float[Array, "*A D"]) -> Float[Array, "*A D"]:
         return x if self.signs is None else _transform(x * self._flips())

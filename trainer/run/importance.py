@@ -135,7 +135,7 @@ def _raise_if_not_finite(scores: Scores, url: str) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Measured:
     """The static side of a batch's program: what runs, and how it is read."""
 

@@ -54,9 +54,9 @@ class StepSums(NamedTuple):
     weights: dict[str, Array]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class BlockwiseStep:
-    """The static side of a step: how blocks are run and compared.
+    """The static side of a step: how blocks are run and compared. Equal ones share their compiled program.
 
     steps: of the stage, over which weights change. micro_batches: parts of a batch, one after the other. balancing: of
     a student with experts.
@@ -71,6 +71,9 @@ class BlockwiseStep:
     micro_batches: int = 1
     inside_scan: bool = True
     balancing: Balancing | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.stack, self.reading, self.rules, self.steps, self.micro_batches, self.inside_scan))
 
     def weights(self, step: Array) -> dict[str, Array]:
         """beta and gamma at a step, and lambda and zeta where they may count."""

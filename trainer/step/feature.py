@@ -13,7 +13,7 @@ Source: Hinton et al. 2015 (tau^2), MaxText distillation_utils (the sum and its 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from distillcache.trainer.losses import (
 )
 from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, biases, loads_by_unit
 from distillcache.trainer.step.blockwise import shares
-from distillcache.trainer.step.optimizer import clip_all, update_blocks, update_one
+from distillcache.trainer.step.optimizer import PROGRAMS, clip_all, update_blocks, update_one
 from distillcache.trainer.step.parameters import (
     PROJECTOR,
     Parameters,
@@ -79,7 +79,7 @@ class FeatureSums(NamedTuple):
     routing: BlockRouting | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class FeatureStep:
     """The static side of a step. See `TrainConfig` for remat and compute_dtype, `BlockwiseStep` for the others."""
 
@@ -95,6 +95,9 @@ class FeatureStep:
     compute_dtype: str = "float32"
     balancing: Balancing | None = None
     real_vocab: int | None = None  # see losses.without_padding
+
+    def __hash__(self) -> int:
+        return hash((self.stack, self.reading, self.steps, self.micro_batches, self.remat, self.compute_dtype))
 
     @property
     def compares_tokens(self) -> bool:
@@ -271,6 +274,7 @@ class _Counts(NamedTuple):
         return cls(jnp.maximum(totals.tokens, 1.0), jnp.maximum(nexts, 1.0), nexts, totals, mask.shape[0])
 
 
+@lru_cache(maxsize=PROGRAMS)
 def feature_update(step: FeatureStep) -> Update:
     """The feature step on a state: one norm of all gradients, then AdamW, per block as in blockwise mode."""
 

@@ -5,6 +5,7 @@ The transformation is written for one block, and every leaf of the state has the
 inside the scan over blocks or after it, with the same checkpoints.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from jaxtyping import Array, Bool
 from distillcache.schemas.config.train import OptimizerConfig
 from distillcache.trainer.losses import SHRINK
 
+# Steps whose programs a process keeps: a run with the step of one before (a sweep's next seed, a run that goes on) is
+# neither traced nor compiled anew. A step is looked up by its value, so all that it is made of can be compared.
+PROGRAMS = 16
 Blocks = Any  # a pytree whose leaves have the block axis in front
 
 
@@ -31,8 +35,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([rise, decay], [warmup])
 
 
+@lru_cache(maxsize=PROGRAMS)
 def make_optimizer(config: OptimizerConfig, steps: int, *, clips: bool = True) -> optax.GradientTransformation:
-    """The transformation of one block's parameters; `clips`: to `clip_norm`, each block's gradient for itself."""
+    """The transformation of one block's parameters; `clips`: to `clip_norm`, each block's gradient for itself.
+
+    The same object for the same values, so that steps can be compared.
+    """
     adam = optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.b1,

@@ -6,6 +6,7 @@ trained) and works on them alone: `shard_map` over `block` around the whole step
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,7 +20,7 @@ from distillcache.models.routing import BalanceState
 from distillcache.trainer.mesh.sharding import state_shardings
 from distillcache.trainer.step.balance import BlockRouting, biases
 from distillcache.trainer.step.blockwise import BlockwiseStep, StepSums
-from distillcache.trainer.step.optimizer import init_blocks
+from distillcache.trainer.step.optimizer import PROGRAMS, init_blocks
 from distillcache.trainer.step.parameters import Parameters, of_place, outer, place_prefix
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import Table
@@ -80,6 +81,7 @@ def _init_moments(
     return jax.jit(init, out_shardings=shardings)(trained)
 
 
+@lru_cache(maxsize=PROGRAMS)
 def blockwise_update(step: BlockwiseStep) -> Update:
     """The blockwise step on a state."""
 
@@ -125,6 +127,7 @@ def shardings_of(mesh: Mesh, state: TrainState) -> Any:
     return TrainState(parameters, moments, everywhere, jax.tree.map(lambda _: stacked, state.balance))
 
 
+@lru_cache(maxsize=PROGRAMS)
 def on_mesh(update: Update, mesh: Mesh) -> Update:
     """The same step with the mesh as the ambient one: experts are split by it (models/layers/experts.py)."""
 
@@ -135,6 +138,7 @@ def on_mesh(update: Update, mesh: Mesh) -> Update:
     return apply
 
 
+@lru_cache(maxsize=PROGRAMS)
 def over_blocks(update: Update, mesh: Mesh) -> Update:
     """The same step, each group of devices on its own blocks; taps come as `[groups, S, B, T, W]`."""
 

@@ -69,7 +69,7 @@ Visit = Callable[[Place, Any, Any, Given, Mapping[str, Array]], tuple[Any, Any]]
 
 
 class StudentStack:
-    """The static part of a student's blocks: their graphs and sizes."""
+    """The static part of a student's blocks: their graphs and sizes. Two of equal students are equal."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.config: ModelConfig = decoder.config
@@ -78,6 +78,12 @@ class StudentStack:
             for g, group in enumerate(decoder.groups)
             for p, block in enumerate(group.blocks)
         }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StudentStack) and (self.config, self.graphs) == (other.config, other.graphs)
+
+    def __hash__(self) -> int:
+        return hash(self.config)
 
     def places(self) -> dict[Place, int]:
         """Every place and its repeats."""

@@ -34,7 +34,7 @@ class Span:
     last: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class TapReading:
     """The static side of a table: how a batch's stacks are read.
 
@@ -45,6 +45,9 @@ class TapReading:
     codecs: Mapping[str, Codec]
     hidden: int
     in_step: bool
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.codecs), self.hidden, self.in_step))
 
     @property
     def records_mlp(self) -> bool:

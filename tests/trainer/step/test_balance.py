@@ -7,6 +7,7 @@ the loads are arguments.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -249,14 +250,19 @@ def block_step(decoder: Decoder, loss: LossConfig, balancing: Balancing | None, 
     return blockwise(decoder, loss, codec="f32", balancing=balancing, **options)
 
 
+@partial(jax.jit, static_argnums=0)
+def jitted_gradients(step: Any, *given: Any) -> Any:
+    """Compiled once for all steps of equal values."""
+    return step.gradients(*given)
+
+
 def block_gradients(
     decoder: Decoder, batch: dict, loss: LossConfig, balancing: Balancing | None, **options: Any
 ) -> Callable[..., Any]:
     """By step: gradients by name, and every block's `BlockSums`."""
     step, table = block_step(decoder, loss, balancing, **options)
     trained, frozen = parameters_of(decoder, "mlp")
-    found = jax.jit(lambda batch, at: step.gradients(trained, frozen, batch, table, at)[:2])
-    return lambda at=0: found(batch, jnp.int32(at))
+    return lambda at=0: jitted_gradients(step, trained, frozen, batch, table, jnp.int32(at))[:2]
 
 
 def whole_step(
@@ -279,8 +285,7 @@ def whole_gradients(
     """By step: gradients by name, and `FeatureSums`."""
     step, table = whole_step(decoder, loss, balancing, **options)
     trained, frozen = feature_parameters(decoder)
-    found = jax.jit(lambda batch, at: step.gradients(trained, frozen, batch, table, at))
-    return lambda at=0: found(without_stream(batch), jnp.int32(at))
+    return lambda at=0: jitted_gradients(step, trained, frozen, without_stream(batch), table, jnp.int32(at))
 
 
 def without_stream(batch: dict) -> dict:

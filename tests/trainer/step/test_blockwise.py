@@ -1,6 +1,7 @@
 """The blockwise step: its gradients against an unrolled oracle, and what says that blocks are apart."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,21 @@ from flax import nnx
 from distillcache.models.config import BlockKind, LayerGroup
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.norm import rms_norm
-from distillcache.schemas.codecs import get_codec
+from distillcache.schemas.codecs import get_codec, make_signs
 from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig, OptimizerConfig, Ramp
 from distillcache.trainer.losses import feature_loss
-from distillcache.trainer.step.parameters import all_parameters, install, make_projectors, of_place, sublayer
+from distillcache.trainer.step.optimizer import make_optimizer
+from distillcache.trainer.step.parameters import (
+    all_parameters,
+    install,
+    make_projectors,
+    of_place,
+    place_prefix,
+    sublayer,
+)
 from distillcache.trainer.step.program import block_sums, blockwise_update, init_state, jit_step
 from distillcache.trainer.step.stack import BlockRules, StudentStack
-from distillcache.trainer.step.targets import make_table, student_spans, with_column
+from distillcache.trainer.step.targets import TapReading, make_table, student_spans, with_column
 from tests.trainer.conftest import EVEN, MIXED, blockwise, parameters_of, random_batch
 
 FEATURE = FeatureLossConfig(weight=2.0, relative_l2=1.0, cosine=0.5, l2=0.25)
@@ -26,47 +35,62 @@ BOTH = LossConfig(feature=FEATURE, mlp=MlpLossConfig(weight=0.5, relative_l2=1.0
 ORDER = [((0, 0), 0), ((0, 1), 0), ((0, 0), 1), ((0, 1), 1), ((1, 0), 0)]  # (place, repeat) of blocks 0 to 4 of MIXED
 
 
+@partial(jax.jit, static_argnums=0)
+def jitted_gradients(step, trained, frozen, batch, table, at):
+    return step.gradients(trained, frozen, batch, table, at)
+
+
 def gradients_of(step, table, trained, frozen, batch, at=0):
     """Gradients by name, and `[L]` sums by loss."""
-    found = jax.jit(lambda trained, batch: step.gradients(trained, frozen, batch, table, jnp.int32(at)))
-    gradients, sums, _ = found(trained, batch)
+    gradients, sums, _ = jitted_gradients(step, trained, frozen, batch, table, jnp.int32(at))
     losses = {
         name: step.stack.in_block_order({p: getattr(s, name) for p, s in sums.items()}) for name in ("feature", "mlp")
     }
     return gradients, {name: np.asarray(value) for name, value in losses.items()}
 
 
-def unrolled(decoder, batch, blocks, rules, loss, norms=None):
-    """Sum over blocks of the weighted mean losses as a function of the parameters: no scan."""
-    stack = StudentStack(decoder)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def block_gradient(attention, mlp, rules, own, fixed, given, context, mask, norm):
+    """The gradient of one block's weighted mean losses, and their sums; attention and mlp: its graphs."""
+    resid, target, after = given
+
+    def total(own):
+        both = {**fixed, **own}
+        block = sublayer(attention, "attention", both)
+        if norm is None:
+            out = block(resid, context)
+        else:
+            out = block.attend(rms_norm(resid, norm, rules.teacher_norm_eps), context)
+        feature = feature_loss(out, target, mask, relative_l2=1.0, cosine=0.5, l2=0.25)
+        if not rules.runs_mlp:
+            return 2.0 * feature.mean, (feature.total, 0.0)
+        middle = resid + (out if rules.mlp_input == "student" else target)
+        wanted = after - resid - target
+        sums = feature_loss(sublayer(mlp, "mlp", both)(middle, context)[0], wanted, mask, relative_l2=1.0, l2=0.5)
+        return 2.0 * feature.mean + 0.5 * sums.mean, (feature.total, sums.total)
+
+    return jax.grad(total, has_aux=True)(own)
+
+
+def unrolled(decoder, trained, frozen, batch, blocks, rules, norms=None):
+    """Every block's gradient by itself, put into the stacks, and the losses' sums by block: no scan."""
+    stack, expected, found = StudentStack(decoder), {name: np.zeros(leaf.shape) for name, leaf in trained.items()}, {}
     decode = get_codec("bf16").decode
-    resid, target = (decode(batch[tap]).astype(jnp.float32) for tap in ("resid", "attn_out"))
+    resid, target = (np.asarray(decode(batch[tap]), np.float32) for tap in ("resid", "attn_out"))
     mask, context = batch["segment_ids"] > 0, stack.context(batch)
-
-    def total(parameters):
-        objective, found = 0.0, []
-        for block in blocks:
-            place, repeat = ORDER[block]
-            own = {name: value[repeat] for name, value in of_place(parameters, place).items()}
-            attention = sublayer(stack.graphs[place]["attention"], "attention", own)
-            if norms is None:
-                out = attention(resid[block], context)
-            else:
-                out = attention.attend(rms_norm(resid[block], norms[block], rules.teacher_norm_eps), context)
-            feature = feature_loss(out, target[block], mask, relative_l2=1.0, cosine=0.5, l2=0.25)
-            objective = objective + 2.0 * feature.mean
-            if rules.runs_mlp:
-                mlp = sublayer(stack.graphs[place]["mlp"], "mlp", own)
-                middle = resid[block] + (out if rules.mlp_input == "student" else target[block])
-                wanted = resid[block + 1] - resid[block] - target[block]
-                sums = feature_loss(mlp(middle, context)[0], wanted, mask, relative_l2=1.0, l2=0.5)
-                objective = objective + 0.5 * sums.mean
-                found.append((feature.total, sums.total))
-            else:
-                found.append((feature.total, 0.0))
-        return objective, found
-
-    return total
+    for block in blocks:
+        place, repeat = ORDER[block]
+        own, fixed = (
+            {name: leaf[repeat] for name, leaf in of_place(each, place).items()} for each in (trained, frozen)
+        )
+        given, norm = (resid[block], target[block], resid[block + 1]), None if norms is None else norms[block]
+        graphs = stack.graphs[place]
+        gradient, found[block] = block_gradient(
+            graphs["attention"], graphs["mlp"], rules, own, fixed, given, context, mask, norm
+        )
+        for name, value in gradient.items():
+            expected[place_prefix(place) + name][repeat] = value
+    return expected, found
 
 
 def assert_close(found, expected):
@@ -93,11 +117,10 @@ def test_gradients_equal_the_unrolled_ones(mixed, rules, blocks, inject):
         norms = np.random.default_rng(3).uniform(0.5, 2, (5, MIXED.hidden_size)).astype(np.float32)
         table = with_column(table, "norm", norms)
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
-    oracle = unrolled(mixed, batch, blocks, rules, loss, norms)
-    expected, found = jax.jit(jax.grad(lambda p: oracle({**frozen, **p}), has_aux=True))(trained)
+    expected, found = unrolled(mixed, trained, frozen, batch, blocks, rules, norms)
     assert_close(gradients, expected)
     for block in range(5):
-        wanted = found[blocks.index(block)] if block in blocks else (0, 0)
+        wanted = found.get(block, (0, 0))
         np.testing.assert_allclose((sums["feature"][block], sums["mlp"][block]), wanted, rtol=1e-5)
 
 
@@ -113,6 +136,33 @@ def test_the_blocks_are_those_of_the_decoder(mixed):
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
     assert max(np.abs(value).max() for value in sums.values()) < 1e-7
     assert max(float(jnp.abs(leaf).max()) for leaf in gradients.values()) < 1e-4
+
+
+CHANGES = {
+    "steps": 21,
+    "micro_batches": 3,
+    "inside_scan": False,
+    "rules": BlockRules(runs_mlp=True),
+    "loss": BOTH,
+    "optimizer": make_optimizer(OptimizerConfig(b1=0.5), 20),
+    "reading": TapReading({"resid": get_codec("f32"), "attn_out": get_codec("bf16")}, EVEN.hidden_size, in_step=False),
+    "stack": StudentStack(nnx.eval_shape(lambda: Decoder(replace(EVEN, norm_eps=0.5)))),
+}
+
+
+def test_steps_of_equal_values_share_their_program(student):
+    one, other = (blockwise(nnx.clone(student), LOSS)[0] for _ in range(2))
+    assert blockwise_update(one) is blockwise_update(other)
+    for name, value in CHANGES.items():
+        assert blockwise_update(replace(one, **{name: value})) is not blockwise_update(one), name
+
+
+def test_codecs_are_compared_by_their_signs():
+    signs = [make_signs(seed, 64) for seed in ("one", "one", "other")]
+    one, same, other = (get_codec("int8", signs=each, delta=True) for each in signs)
+    assert (one == same, hash(one) == hash(same), one == other) == (True, True, False)
+    assert one != get_codec("int8", delta=True)
+    assert get_codec("int8") != get_codec("int4")
 
 
 @pytest.mark.parametrize("tap", ["resid", "attn_out"])
@@ -296,13 +346,13 @@ def test_temporaries_do_not_grow_with_depth(codec, inside):
     rest = []
     for depth in (6, 24):
         config = replace(MIXED, hidden_size=64, layers=(LayerGroup((BlockKind(),), depth),))
-        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        decoder = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
         step, table = blockwise(decoder, LOSS, codec=codec, inside_scan=inside)
         trained, frozen = parameters_of(decoder, "attention")
-        state = init_state(step.stack, trained, step.optimizer)
-        batch = random_batch(config, rows=2, tokens=32, codec=codec)
+        state = jax.eval_shape(partial(init_state, step.stack, optimizer=step.optimizer), trained)
+        batch = jax.eval_shape(partial(random_batch, config, rows=2, tokens=32, codec=codec))
         compiled = jit_step(blockwise_update(step), state, None).lower(state, frozen, batch, table).compile()
-        stacked = 0 if inside else sum(leaf.nbytes for leaf in trained.values())
+        stacked = 0 if inside else sum(leaf.size * leaf.dtype.itemsize for leaf in trained.values())
         rest.append(compiled.memory_analysis().temp_size_in_bytes - stacked)
     assert rest[1] <= 1.25 * rest[0]
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -78,9 +79,14 @@ def step_of(decoder: Decoder, loss: LossConfig, **options: object) -> tuple[Feat
     return step, table
 
 
+@partial(jax.jit, static_argnums=0)
+def jitted_gradients(step: FeatureStep, parameters: dict, batch: dict, table: tuple) -> tuple[dict, object]:
+    return step.gradients(parameters, {}, batch, table, jnp.int32(0))
+
+
 def gradients(decoder: Decoder, batch: dict, loss: LossConfig = LOSS, **options: object) -> tuple[dict, object]:
     step, table = step_of(decoder, loss, **options)
-    return jax.jit(lambda p, b: step.gradients(p, {}, b, table, jnp.int32(0)))(all_parameters(decoder), batch)
+    return jitted_gradients(step, all_parameters(decoder), batch, table)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
