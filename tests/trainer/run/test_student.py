@@ -341,7 +341,7 @@ def test_nothing_to_learn_is_said_before_the_first_step(
     ],
     ids=str,
 )
-def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path, cache, capsys, monkeypatch):
+def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path, cache, console, monkeypatch):
     """Its weights tell, not the run's surgery: an export of a cut teacher was not known as one."""
     source = CacheSource(str(cache))
     student = load_pretrained(source.plan.teacher.path, dtype="float32")
@@ -361,7 +361,7 @@ def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path
     monkeypatch.setattr(loop._Run, "go", ready)
     with pytest.raises(Ready):
         train(config(tmp_path / "run", cache, student={"init": str(tmp_path / "exported")}, **changes))
-    said = [line for line in capsys.readouterr().err.splitlines() if "nothing to learn" in line]
+    said = [line for line in console.readouterr().err.splitlines() if "nothing to learn" in line]
     assert len(said) == bool(warns)
     assert not warns or warns in said[0]
 
