@@ -8,7 +8,7 @@ import pytest
 from distillcache.cache_builder.text import token_stream
 from distillcache.cache_builder.text.files.inputs import input_files
 from distillcache.cache_builder.text.rows_files import RowsJob
-from distillcache.cache_builder.text.token_stream import Unfinished, Watch, job_fingerprint, write_parts
+from distillcache.cache_builder.text.token_stream import Unfinished, Watch, job_fingerprint, write_chunks
 from distillcache.schemas.config import DataConfig, PrepareConfig
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.rows import RowsIndex
@@ -64,7 +64,7 @@ def test_a_pipeline_goes_on_from_what_is_receipted(tmp_path: Path, corpus: Path)
     config = config_for(tmp_path / "beam", corpus)
     job = RowsJob(config.data, make_tokenizer(), tuple(input_files(config.data)), 7)
     folder = Unfinished(Store(config.out), job_fingerprint(job))
-    write_parts(folder, job, 3, Watch(), digest_only=False)
+    write_chunks(folder, job, 3, Watch(), digest_only=False)
     text = (corpus / "3.jsonl").read_bytes()
     (corpus / "3.jsonl").write_bytes(b"{" * len(text))  # so that reading it again would show
     index = run(config)
