@@ -249,7 +249,7 @@ def _lines(file: InputFile, reader: InputReader, limit: int) -> Iterator[tuple[i
                 number, offset = number + lines, offset + size
 
 
-def _skip_blank_lines(stream: io.BufferedReader) -> tuple[int, int]:
+def _skip_blank_lines(stream: "io.BufferedReader[Any]") -> tuple[int, int]:
     """Pass over blank lines as far as the stream's buffer reaches: how many, and their bytes."""
     buffered = stream.peek(READ_BYTES)
     end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
@@ -258,7 +258,7 @@ def _skip_blank_lines(stream: io.BufferedReader) -> tuple[int, int]:
 
 
 @contextmanager
-def _unpacked(file: InputFile, reader: InputReader) -> Iterator[io.BufferedReader]:
+def _unpacked(file: InputFile, reader: InputReader) -> Iterator["io.BufferedReader[Any]"]:
     """A file's bytes, unpacked; what cannot be read or unpacked meanwhile is an `InputError`."""
     try:
         # gzip and lines need a buffer: a raw stream may give less than it is requested.
