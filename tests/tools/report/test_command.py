@@ -185,6 +185,7 @@ def test_a_runs_page_has_its_numbers(of_run: tuple[ReadPage, dict]) -> None:
     assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "95.0%"]
     assert page.tables["Load of the experts"].row("1") == ["1", "2.4", "0", "1"]
     assert page.tables["Speed in numbers"].row("tokens a second")[1] == "1,020.5"
+    assert "of steps alone: evaluations and checkpoints between steps take time of their own" in page.words
     assert {"Loss by term", "Learning rate", "Load over time, block 1", "Throughput"} <= page.figures.keys()
 
 
