@@ -34,6 +34,7 @@ from distillcache.models.families.reading.grouped import (
 from distillcache.models.families.reading.values import PARTIAL, Values
 from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 from distillcache.models.layers.rope import rotated_width
+from distillcache.schemas.counted import counted
 
 # The first version's own YaRN differs from transformers' in what it assumes, and it has no other scalings.
 FIRST_ROPES = ("default", "linear", "dynamic")
@@ -143,7 +144,7 @@ def _write_second(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe_config
     if moe.renormalise != (moe.top_k > 1):
         raise not_exportable(
-            f"weights of {moe.top_k} experts, {'' if moe.renormalise else 'not '}renormalised",
+            f"weights of {counted(moe.top_k, 'expert')}, {'' if moe.renormalise else 'not '}renormalised",
             "renormalised where a token has several experts",
             "change renormalise",
         )

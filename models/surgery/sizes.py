@@ -116,7 +116,7 @@ def _experts(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
     if moe.top_k > reach:
         least = -(-moe.top_k // moe.groups_kept) * moe.groups
         raise refused(
-            op, "to", to, f"at least {least}: a token takes {moe.top_k} experts", f"keep {least} experts or more"
+            op, "to", to, f"at least {least}: a token takes {counted(moe.top_k, 'expert')}", f"keep {least} or more"
         )
     return replace(config, moe=replace(moe, num_experts=to))
 

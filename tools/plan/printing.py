@@ -92,9 +92,8 @@ def _taps(report: Mapping[str, Any]) -> Table:
 def _choices(report: Mapping[str, Any]) -> Table:
     """A codec a line, a choice of blocks a column."""
     counts = list(dict.fromkeys(choice["blocks"] for choice in report["choices"]))
-    heads = [
-        f"{count} blocks, share" if count != counts[0] else f"all {count} blocks, share of bf16" for count in counts
-    ]
+    heads = [f"{counted(count, 'block')}, share" for count in counts]
+    heads[0] = f"{'all ' if counts[0] > 1 else ''}{counted(counts[0], 'block')}, share of bf16"
     table = _table(("the same rows in",), *heads)
     found = {(choice["codec"], choice["blocks"]): choice for choice in report["choices"]}
     for codec in dict.fromkeys(choice["codec"] for choice in report["choices"]):

@@ -57,7 +57,7 @@ def assumptions(assumed: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"rows of {assumed['row_tokens']:,} tokens, objects of {assumed['object_mib']} MiB, shards of "
-        f"{assumed['shard_mib']:,} MiB, {assumed['batch_rows']} rows in a teacher's batch",
+        f"{assumed['shard_mib']:,} MiB, {counted(assumed['batch_rows'], 'row')} in a teacher's batch",
         f"build: {speed}, {build['preemptions_per_h']:g} preemptions an hour and host, {build['restart_s']:,.0f} s "
         f"until it is back, {build['retry_share']:.1%} of writes sent twice",
         f"train: {counted(train['hosts'], 'host')}, {counted(train['batch_rows'], 'row')} a step of "
@@ -91,7 +91,7 @@ def sizes_table(report: Mapping[str, Any]) -> Table:
 def builds_table(report: Mapping[str, Any]) -> Table:
     hosts = report["assumed"]["build"]["hosts"]
     most = counted(hosts[-1], "host")
-    names = ("tokens/s, a host", *(f"{count:,} hosts" for count in hosts), "GB/s, a host", "preempted")
+    names = ("tokens/s, a host", *(counted(count, "host") for count in hosts), "GB/s, a host", "preempted")
     table = _table(*names, f"scarce with {most}")
     for cache in report["caches"]:
         last = cache["builds"][-1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
@@ -163,7 +164,7 @@ def run_facts(
             "Student": f"from {student.get('init')}" + (f", {surgery}" if surgery else ""),
             "Loss weights": loss or None,
             "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
-            "Batch": f"{config.get('batch_rows')} rows, computed in {config.get('compute_dtype')}",
+            "Batch": f"{_rows(config.get('batch_rows'))}, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
             **_perplexity_words(evaluations),
             **_best_words(best),
@@ -372,6 +373,11 @@ def block_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _gone(before: float | None, after: float) -> Numeric:
     return Numeric(f"{1 - after / before:.1%}") if before else number(None)
+
+
+def _rows(number: object) -> str:
+    """The rows of a batch, as a run's config gives them."""
+    return counted(number, "row") if isinstance(number, int) else f"{number} rows"
 
 
 def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
