@@ -32,11 +32,19 @@ def median_error(name: str) -> float:
     return float(np.mean(np.median(error[1:].reshape(len(error) - 1, -1), axis=1)))
 
 
-@pytest.mark.parametrize("name", PEER)
+# One family for each kind of block: latent attention, soft caps, sinks, blocks without positions, norms of queries and
+# keys, norms behind the sublayers, multipliers, long rotations. The others take as long again, twice.
+FAST = ("deepseek_v3", "gemma2", "gpt_oss", "llama4", "qwen3", "olmo2", "granite", "phi3")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in PEER]
+)
 def test_no_family_is_further_from_the_truth_than_transformers(name: str):
     assert median_error(name) < 1.1 * PEER[name]
 
 
+@pytest.mark.slow
 def test_families_together_are_nearer():
     ratios = [median_error(name) / peer for name, peer in PEER.items()]
     assert np.exp(np.mean(np.log(ratios))) < 0.95

@@ -55,10 +55,10 @@ def test_a_reader_who_leaves_a_table_is_no_mistake(cache: Path) -> None:
     assert (process.returncode, said) == (0, b"")
 
 
-@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_mistake(closed: str, cache: Path) -> None:
+@pytest.mark.parametrize(("command", "closed"), [("inspect", "<&- >&-"), ("inspect --help", "<&- >&- 2>&-")])
+def test_closed_streams_are_no_mistake(command: str, closed: str, cache: Path) -> None:
     program = "import sys; from distillcache.tools.cli import main; raise SystemExit(main(sys.argv[1:]))"
-    words = f"exec \"$@\" inspect '{cache}' {closed}"
+    words = f"exec \"$@\" {command} '{cache}' {closed}"
     done = subprocess.run(["sh", "-c", words, "sh", sys.executable, "-c", program], capture_output=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, b"")
 

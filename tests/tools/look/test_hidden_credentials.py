@@ -66,7 +66,7 @@ COMMANDS = [
     ["diff", "{old}", "{cache}"],
     ["diff", "{cache}", "{old}"],
     ["fidelity", "{old}"],
-    ["report", "{old}", "--out", "{out}"],
+    ["report", "{old}", "--rows", "1", "--out", "{out}"],
     ["build", "--repair", "--cache", "{old}"],
     ["build", "--cache", "{old}", "--teacher.path", "{cache}", "--data.path", "{cache}"],
     ["copy", "{old}", "{new}"],

@@ -1,7 +1,9 @@
 """Importance against the whole teacher's forward pass, and what it must not depend on."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,34 +48,41 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Decod
     return load_pretrained(teacher), folder / "cache"
 
 
+@partial(jax.jit, static_argnums=0)
+def mixed_heads(graph: Any, state: Any, normed: jax.Array, context: Any) -> jax.Array:
+    return nnx.merge(graph, state).mix(normed, context)
+
+
 def expected(decoder: Decoder, source: CacheSource, rows: int) -> Scores:
-    """The same in plain sums over the whole teacher's own tensors, each head's addition written out."""
+    """The same in NumPy's plain sums over the whole teacher's own tensors, each head's addition written out."""
     batch = source[list(range(rows))]
     real = batch["segment_ids"] > 0
     context = decoder.context(batch["positions"], batch["segment_ids"])
     given = {name: jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")}
     out = jax.jit(lambda given: decoder(**given, taps=("attn_out", "resid"), logits=False, router=True))(given)
+    taps = {name: np.asarray(value) for name, value in out.taps.items()}
     blocks, streams, moe = [], [], 0
     for at, group, repeat, place in decoder.config.places():
-        graph, state = nnx.split(decoder.groups[group].blocks[place])
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], state))
-        resid = out.taps["resid"][at]
-        normed = resid * jax.lax.rsqrt(jnp.mean(resid**2, -1, keepdims=True) + MIXED.norm_eps)
-        heads = block.attention.mix(normed * block.attention.norm[...], context)
-        added = jnp.einsum("bthk,hkd->bthd", heads, block.attention.o[...])
-        found = {"H": np.mean(np.linalg.norm(np.asarray(added), axis=-1)[real], axis=0)}
+        block, resid = decoder.groups[group].blocks[place], taps["resid"][at]
+        graph, state = nnx.split(block.attention)
+        own = jax.tree.map(lambda leaf, repeat=repeat: np.asarray(leaf)[repeat], state)
+        normed = resid / np.sqrt(np.mean(resid**2, -1, keepdims=True) + MIXED.norm_eps)
+        heads = mixed_heads(graph, own, normed * np.asarray(block.attention.norm[...])[repeat], context)
+        added = np.einsum("bthk,hkd->bthd", np.asarray(heads), np.asarray(block.attention.o[...])[repeat])
+        found = {"H": np.mean(np.linalg.norm(added, axis=-1)[real], axis=0)}
         if decoder.config.kinds[at].moe:
             ids, weights = np.asarray(out.router.ids[moe])[real], np.asarray(out.router.weights[moe])[real]
             found["E"] = np.array([np.sum(weights[ids == expert]) for expert in range(5)]) / real.sum()
             moe += 1
         else:
-            x = resid + out.taps["attn_out"][at]
-            x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + MIXED.norm_eps) * block.mlp.norm[...]
-            active = np.asarray(jax.nn.silu(x @ block.mlp.gate[...]) * (x @ block.mlp.up[...]))
-            norms = np.linalg.norm(np.asarray(block.mlp.down[...]), axis=1)
+            x, mlp = resid + taps["attn_out"][at], block.mlp
+            norm, gate, up, down = (np.asarray(leaf[...])[repeat] for leaf in (mlp.norm, mlp.gate, mlp.up, mlp.down))
+            x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + MIXED.norm_eps) * norm
+            active = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
+            norms = np.linalg.norm(down, axis=1)
             found["F"] = np.mean(np.abs(active[real]), axis=0) * norms
         blocks.append(found)
-        square = np.mean(np.asarray(resid)[real] ** 2, axis=0)
+        square = np.mean(resid[real] ** 2, axis=0)
         streams.append(square / square.mean())
     return Scores(tuple(blocks), np.sqrt(np.mean(streams, axis=0)))
 

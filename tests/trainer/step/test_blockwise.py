@@ -32,7 +32,11 @@ from tests.trainer.conftest import EVEN, MIXED, blockwise, parameters_of, random
 FEATURE = FeatureLossConfig(weight=2.0, relative_l2=1.0, cosine=0.5, l2=0.25)
 LOSS = LossConfig(feature=FEATURE)
 BOTH = LossConfig(feature=FEATURE, mlp=MlpLossConfig(weight=0.5, relative_l2=1.0, l2=0.5))
-ORDER = [((0, 0), 0), ((0, 1), 0), ((0, 0), 1), ((0, 1), 1), ((1, 0), 0)]  # (place, repeat) of blocks 0 to 4 of MIXED
+# (place, repeat) of every block, in order.
+ORDERS = {
+    "mixed": [((0, 0), 0), ((0, 1), 0), ((0, 0), 1), ((0, 1), 1), ((1, 0), 0)],
+    "student": [((0, 0), 0), ((0, 0), 1), ((0, 0), 2), ((0, 0), 3)],
+}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -72,14 +76,14 @@ def block_gradient(attention, mlp, rules, own, fixed, given, context, mask, norm
     return jax.grad(total, has_aux=True)(own)
 
 
-def unrolled(decoder, trained, frozen, batch, blocks, rules, norms=None):
+def unrolled(decoder, order, trained, frozen, batch, blocks, rules, norms=None):
     """Every block's gradient by itself, put into the stacks, and the losses' sums by block: no scan."""
     stack, expected, found = StudentStack(decoder), {name: np.zeros(leaf.shape) for name, leaf in trained.items()}, {}
     decode = get_codec("bf16").decode
     resid, target = (np.asarray(decode(batch[tap]), np.float32) for tap in ("resid", "attn_out"))
     mask, context = batch["segment_ids"] > 0, stack.context(batch)
     for block in blocks:
-        place, repeat = ORDER[block]
+        place, repeat = order[block]
         own, fixed = (
             {name: leaf[repeat] for name, leaf in of_place(each, place).items()} for each in (trained, frozen)
         )
@@ -99,27 +103,29 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("rules", "blocks", "inject"),
+    ("kind", "rules", "blocks", "inject"),
     [
-        (BlockRules(), (0, 1, 2, 3, 4), "resid"),
-        (BlockRules(teacher_norm_eps=0.1), (1, 4), "attn_in"),  # the student's is 1e-6
-        (BlockRules(runs_mlp=True), (1, 4), "resid"),
-        (BlockRules(runs_mlp=True, mlp_input="student"), (0, 1, 2, 3, 4), "resid"),
+        ("student", BlockRules(), (0, 1, 2, 3), "resid"),
+        ("mixed", BlockRules(teacher_norm_eps=0.1), (1, 4), "attn_in"),  # the student's is 1e-6
+        ("student", BlockRules(runs_mlp=True), (1, 3), "resid"),
+        ("mixed", BlockRules(runs_mlp=True, mlp_input="student"), (0, 1, 2, 3, 4), "resid"),
     ],
     ids=["attention", "attn_in", "mlp", "mlp of student"],
 )
-def test_gradients_equal_the_unrolled_ones(mixed, rules, blocks, inject):
-    batch, loss = random_batch(MIXED), BOTH if rules.runs_mlp else LOSS
-    trained, frozen = parameters_of(mixed, "attention", *(["mlp"] if rules.runs_mlp else []))
-    step, table = blockwise(mixed, loss, blocks=blocks, rules=rules)
+def test_gradients_equal_the_unrolled_ones(request, kind, rules, blocks, inject):
+    decoder = request.getfixturevalue(kind)
+    config = decoder.config
+    batch, loss = random_batch(config), BOTH if rules.runs_mlp else LOSS
+    trained, frozen = parameters_of(decoder, "attention", *(["mlp"] if rules.runs_mlp else []))
+    step, table = blockwise(decoder, loss, blocks=blocks, rules=rules)
     norms = None
     if inject == "attn_in":
-        norms = np.random.default_rng(3).uniform(0.5, 2, (5, MIXED.hidden_size)).astype(np.float32)
+        norms = np.random.default_rng(3).uniform(0.5, 2, (config.num_blocks, config.hidden_size)).astype(np.float32)
         table = with_column(table, "norm", norms)
     gradients, sums = gradients_of(step, table, trained, frozen, batch)
-    expected, found = unrolled(mixed, trained, frozen, batch, blocks, rules, norms)
+    expected, found = unrolled(decoder, ORDERS[kind], trained, frozen, batch, blocks, rules, norms)
     assert_close(gradients, expected)
-    for block in range(5):
+    for block in range(config.num_blocks):
         wanted = found.get(block, (0, 0))
         np.testing.assert_allclose((sums["feature"][block], sums["mlp"][block]), wanted, rtol=1e-5)
 
@@ -346,9 +352,11 @@ def test_temporaries_do_not_grow_with_depth(codec, inside):
     rest = []
     for depth in (6, 24):
         config = replace(MIXED, hidden_size=64, layers=(LayerGroup((BlockKind(),), depth),))
-        decoder = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
-        step, table = blockwise(decoder, LOSS, codec=codec, inside_scan=inside)
-        trained, frozen = parameters_of(decoder, "attention")
+        made = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
+        step, table = blockwise(made, LOSS, codec=codec, inside_scan=inside)
+        trained, frozen = jax.eval_shape(
+            lambda config=config: parameters_of(Decoder(config, rngs=nnx.Rngs(0)), "attention")
+        )
         state = jax.eval_shape(partial(init_state, step.stack, optimizer=step.optimizer), trained)
         batch = jax.eval_shape(partial(random_batch, config, rows=2, tokens=32, codec=codec))
         compiled = jit_step(blockwise_update(step), state, None).lower(state, frozen, batch, table).compile()
