@@ -316,7 +316,7 @@ def _is_hidden_section(row: tuple[str, str, str, str], explained: set[str]) -> b
 
 _COMMON_FLAGS = (
     "  --config FILE.yaml",
-    "        the same fields as a file, local or at gs:// or s3://; flags go first",
+    "        the same fields as a file, local or at gs:// or s3://; flags override it",
     "  --json",
     "        one JSON object on standard output, and nothing else there",
 )

@@ -22,7 +22,7 @@ class FidelityConfig(Config):
 
 
 class DiffConfig(Config):
-    """Compare two caches, or two runs. Exit code: 0 if nothing differs that numbers depend on, 2 otherwise."""
+    """Compare two caches, or two runs. Exit code: 0 if nothing differs that affects the numbers, 2 otherwise."""
 
     a: str = Field(description="a cache or a run")
     b: str = Field(description="another cache or run")
@@ -48,7 +48,7 @@ class ShowConfig(Config):
 
 
 class StatsConfig(Config):
-    """Statistics of a cache's numbers by tap, block and dimension, over some rows."""
+    """Compute statistics of a cache's numbers by tap, block and dimension, over some rows."""
 
     cache: str = Field(description="the cache, finished or not")
     rows: Positive = Field(default=32, description="rows to read, drawn from as many shards as possible")
@@ -62,7 +62,7 @@ class StatsConfig(Config):
 
 
 class ExportSamplesConfig(Config):
-    """Some rows of a cache with their decoded taps, for notebooks and other programs."""
+    """Write some rows of a cache with their decoded taps to a file, for notebooks and other programs."""
 
     cache: str = Field(description="the cache, finished or not")
     out: str = Field(pattern=r"\.(npz|safetensors)$", description="the file to write: a local path, gs:// or s3://")

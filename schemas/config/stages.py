@@ -44,8 +44,8 @@ class DataConfig(Config):
         default="stop",
         exclude_if=lambda value: value == "stop",
         description=(
-            "for a line, row or record that cannot be used: stop ends the command; skip leaves it out, counts"
-            " it and lists it in skipped.jsonl beside the rows"
+            "stop: an unusable line, row or record ends the command; skip: it is left out, counted and listed"
+            " in skipped.jsonl beside the rows"
         ),
     )  # stop: nobody finds out later that half of a text was left out
     tokenizer: str | None = Field(
@@ -104,7 +104,7 @@ class Workers(Config):
 
 
 class PrepareConfig(Workers):
-    """Text in, packed rows out; Apache Beam's options behind two bare hyphens make it a pipeline."""
+    """Turn text into packed rows. Options of Apache Beam after two bare hyphens make it a pipeline."""
 
     out: str = Field(description="folder for the rows (<out>/rows/ and <out>/rows.json)")
     data: DataConfig
@@ -195,7 +195,7 @@ class BuildPaths(Config):
 
 
 class BuildConfig(BuildOptions, BuildSpec, BuildPaths):
-    """A teacher and text in, a cache out."""
+    """Run a teacher over text and record its activations in a cache."""
 
     usual: ClassVar = (
         "cache",
@@ -276,7 +276,7 @@ class CopySpec(ShardSizes):
 
 
 class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
-    """A cache in, a cache of one segment out: in other codecs, of some rows, blocks or taps, or in another place.
+    """Copy a cache to one of a single segment: in other codecs, with some rows, blocks or taps, or at another path.
 
     A tap is kept, bit for bit, unless it is given a codec.
     """
@@ -289,7 +289,7 @@ class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
 class PlanConfig(BuildConfig):
     """Cost of a build before anything is written: sizes, objects, time, and the cost of other choices.
 
-    `--simulate` instead: what known teachers and up to 1T tokens would take, with fields of its own (add --help).
+    With `--simulate`: the cost for known teachers and up to 1T tokens, with fields of its own (add --help).
     """
 
     usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
@@ -307,7 +307,9 @@ class InspectConfig(Config):
 
 
 class VerifyConfig(Config):
-    """Compare every byte of a cache with what was committed. Exit code: 0 if all is well, 2 if anything is wrong."""
+    """Compare every byte of a cache with what was committed. Exit code: 0 if everything is intact, 2 if anything is
+    damaged.
+    """
 
     cache: str = Field(description="the cache, finished or not (then its committed shards are checked)")
     quick: bool = Field(
@@ -348,7 +350,7 @@ class BenchConfig(Config):
 
 
 class ExportConfig(Config):
-    """Write a run's student as an HF directory, or as MaxText takes it."""
+    """Write a run's student as an HF directory or in MaxText's format."""
 
     run: str = Field(description="the run to export")
     out: str = Field(description="the folder to write: a local path, gs:// or s3://; for MaxText a local path")

@@ -6,7 +6,9 @@ from distillcache.schemas.base import Config, Positive
 
 
 class StorageConfig(Config):
-    """For `gs://` and `s3://`; local disks need none of it. Credentials never are: each store has its rules."""
+    """Settings for `gs://` and `s3://`; local disks need none. Credentials never belong here: each store has its own
+    rules for them.
+    """
 
     request_concurrency: Positive = Field(
         default=32, description="concurrent requests to a bucket in this process"

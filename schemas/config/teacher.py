@@ -92,7 +92,7 @@ class TapsConfig(Config):
 class OnlineConfig(Config):
     """The teacher in the loop: where its rows come from, and how they are run.
 
-    What is not stated is as the cache was built, and then the numbers are those of a run from the cache.
+    Unset fields are as in the cache's build; the numbers are then those of a run from the cache.
     """
 
     rows: str | None = Field(

@@ -136,7 +136,7 @@ class MeshConfig(TeacherMeshConfig):
 
 
 class StageConfig(Config):
-    """One part of a run. What is not stated is as the run states it."""
+    """One stage of a run. Unset fields are the run's."""
 
     mode: Literal["blockwise", "feature"] = Field(description="default: the run's")
     steps: Positive = Field(description="optimizer steps of this stage")
@@ -285,7 +285,7 @@ class TrainOptions(Config):
 
 
 class TrainConfig(TrainOptions, TrainSpec, TrainPaths):
-    """A cache in, a trained student out."""
+    """Train a student from a cache."""
 
     other_names: ClassVar = {"blockwise_distill": bool, "load_balance_loss_weight": Weight}  # MaxText's
     usual: ClassVar = (
