@@ -20,7 +20,7 @@ from distillcache.cache_builder.text.digest import known_digest, remember_inputs
 from distillcache.cache_builder.text.files.inputs import InputReader, input_files, named_kind
 from distillcache.cache_builder.text.packing import SpooledStream, count_begins
 from distillcache.cache_builder.text.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
-from distillcache.cache_builder.text.rows_place import is_place_of, keeping_rows, remove_mark, take_place
+from distillcache.cache_builder.text.rows_mark import is_marked, keeping_rows, remove_mark, write_mark
 from distillcache.cache_builder.text.shared import KB, Share, prepare_shared, stop_if_asked
 from distillcache.cache_builder.text.skipped import Skipped
 from distillcache.cache_builder.text.token_stream import UNFINISHED, job_fingerprint
@@ -120,9 +120,9 @@ def _prepare(store: Store, job: RowsJob, config: PrepareConfig, shared_from_byte
 def _remove_own(store: Store, job: RowsJob) -> None:
     """Remove what this process left in a folder that is another's now, or gone, or finished."""
     fingerprint, finished = job_fingerprint(job), store.read(INDEX_KEY) is not None
-    if is_place_of(store, fingerprint) and finished:
+    if is_marked(store, fingerprint) and finished:
         remove_mark(store)
-    if finished or not is_place_of(store, fingerprint):
+    if finished or not is_marked(store, fingerprint):
         store.delete_folder(f"{UNFINISHED}/{fingerprint}")
 
 
@@ -139,7 +139,7 @@ def begin_rows(
     rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
     job = RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)
     # First, since it is small: a place that cannot be written shows before the long work.
-    take_place(store, job_fingerprint(job))
+    write_mark(store, job_fingerprint(job))
     return job
 
 

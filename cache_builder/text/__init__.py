@@ -8,7 +8,7 @@ skipped.py       records left out by data.on_error: skip
 tokenise.py      documents to tokens in parallel batches
 packing.py       token streams to rows
 rows_files.py    writes a row folder
-rows_place.py    the mark of the process that prepares a row folder
+rows_mark.py     the mark of the process that prepares a row folder
 shared.py        row preparation by many processes
 token_stream.py  token streams as objects in a store, for many processes
 beam.py          row preparation as an Apache Beam pipeline

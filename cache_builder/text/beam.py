@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ign
 
 from distillcache.cache_builder.prepare import begin_rows
 from distillcache.cache_builder.text.rows_files import RowsJob, RowsPlanned, plan_rows
-from distillcache.cache_builder.text.rows_place import keeping_rows, remove_mark
+from distillcache.cache_builder.text.rows_mark import keeping_rows, remove_mark
 from distillcache.cache_builder.text.shared import finish_rows, gather_streams, write_packed
 from distillcache.cache_builder.text.token_stream import (
     UNFINISHED,

@@ -184,7 +184,7 @@ def commit_index(store: Store, index: RowsIndex, skipped: Sequence[Skipped]) -> 
     Where another process was first, its `rows.json` stays.
 
     Args:
-        store: for writing these rows with (rows_place.py); it does so no more afterwards.
+        store: for writing these rows with (rows_mark.py); it does so no more afterwards.
     """
     write_skipped(store, skipped)
     store.create(INDEX_KEY, to_canonical(index))

@@ -24,7 +24,7 @@ from distillcache.cache_builder.text.rows_files import (
     stored_content_digest,
     write_rows_file,
 )
-from distillcache.cache_builder.text.rows_place import keeping_rows, remove_mark
+from distillcache.cache_builder.text.rows_mark import keeping_rows, remove_mark
 from distillcache.cache_builder.text.token_stream import (
     UNFINISHED,
     ChunksGone,

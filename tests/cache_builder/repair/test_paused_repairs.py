@@ -12,7 +12,7 @@ from distillcache.cache_builder import prepare as prepare_module
 from distillcache.cache_builder.prepare import prepare_rows
 from distillcache.cache_builder.repair import lost_manifest, restore
 from distillcache.cache_builder.repair.from_teacher import repair_cache
-from distillcache.cache_builder.text.rows_place import MARK, keeping_rows, take_place
+from distillcache.cache_builder.text.rows_mark import MARK, keeping_rows, write_mark
 from distillcache.schemas.cache.segment import read_manifest
 from distillcache.schemas.config import DataConfig, PrepareConfig
 from distillcache.schemas.errors import FolderTakenError, PlanMismatchError
@@ -133,7 +133,7 @@ def test_rows_are_not_written_over_other_rows(
     others = files(tmp_path / "other")
     if not finished:
         del others[INDEX_KEY]
-        take_place(Store(str(tmp_path / "mark")), "another's")
+        write_mark(Store(str(tmp_path / "mark")), "another's")
         others[MARK] = (tmp_path / "mark" / MARK).read_bytes()
     real, seen = Store.replace, [0]
 
@@ -171,7 +171,7 @@ def test_two_that_make_the_same_rows_share_the_place(tmp_path: Path, corpus: Pat
     before = files(tmp_path / "rows")
     assert prepare_rows(config) == index
     store = Store(str(tmp_path / "rows"))
-    take_place(store, "0" * 32)  # a waking process that had looked for rows.json before
+    write_mark(store, "0" * 32)  # a waking process that had looked for rows.json before
     with pytest.raises(FolderTakenError):
         keeping_rows(store, "0" * 32).write("rows/00000.array_record", b"x")
     assert prepare_rows(config) == index

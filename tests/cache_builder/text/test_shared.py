@@ -19,7 +19,7 @@ from distillcache.cache_builder.text import shared as shared_prepare
 from distillcache.cache_builder.text import token_stream
 from distillcache.cache_builder.text.files.inputs import input_files
 from distillcache.cache_builder.text.rows_files import RowsJob
-from distillcache.cache_builder.text.rows_place import take_place
+from distillcache.cache_builder.text.rows_mark import write_mark
 from distillcache.cache_builder.text.shared import Share, prepare_shared
 from distillcache.cache_builder.text.token_stream import ChunkStream, Unfinished, job_fingerprint
 from distillcache.schemas.config import DataConfig, PrepareConfig
@@ -76,7 +76,7 @@ def job_of(config: PrepareConfig) -> RowsJob:
 def begun(config: PrepareConfig) -> RowsJob:
     """The job, in a folder that is marked as its place."""
     job = job_of(config)
-    take_place(Store(config.out), job_fingerprint(job))
+    write_mark(Store(config.out), job_fingerprint(job))
     return job
 
 

@@ -21,8 +21,8 @@ class _Mark(Config):
     fingerprint: str = Field(description="fingerprint of everything that determines the rows")
 
 
-def take_place(store: Store, fingerprint: str) -> None:
-    """Mark the folder as the place of these rows."""
+def write_mark(store: Store, fingerprint: str) -> None:
+    """Mark the folder as that of the rows with this fingerprint."""
     store.put_once(MARK, to_canonical(_Mark(fingerprint=fingerprint)))
 
 
@@ -31,20 +31,20 @@ def keeping_rows(store: Store, fingerprint: str) -> Store:
     return store.guarded(lambda: _check(store, fingerprint))
 
 
-def is_place_of(store: Store, fingerprint: str) -> bool:
-    """Return whether the folder is marked as the place of these rows."""
+def is_marked(store: Store, fingerprint: str) -> bool:
+    """Return whether the folder is marked for the rows with this fingerprint."""
     return store.holds(MARK, to_canonical(_Mark(fingerprint=fingerprint)))
 
 
 def remove_mark(store: Store) -> None:
-    """Take the mark away: the rows are finished."""
+    """Remove the mark: the rows are finished."""
     if store.read(MARK) is not None:
         store.delete(MARK)
 
 
 def _check(store: Store, fingerprint: str) -> None:
     finished = store.read(INDEX_KEY, slice(0, 0)) is not None
-    if is_place_of(store, fingerprint) and not finished:
+    if is_marked(store, fingerprint) and not finished:
         return
     raise FolderTakenError(
         "the folder no longer belongs to these rows: it was finished, deleted or reused meanwhile",
