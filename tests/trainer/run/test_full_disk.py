@@ -1,8 +1,6 @@
 """`train` on a disk that becomes full: one error within seconds, and nothing is lost once there is room."""
 
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from distillcache.trainer import __main__
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.metrics_log import read_metrics
+from tests.processes.command import Command
 from tests.trainer.run.events import logged_scalars
 from tests.trainer.run.test_metrics_log import small_disk
 
@@ -32,14 +31,14 @@ def test_a_full_disk_ends_training_which_goes_on_when_there_is_room(small_disk: 
     words += ["--batch-rows", "4", "--log-every", "1", "--eval-every", "0", "--eval-batch-rows", "4"]
     words += ["--eval-teacher", "false", "--student.surgery", "[{op: query_heads, to: 2}]"]
     resize(small_disk, kib)
-    command = [sys.executable, "-m", "distillcache.trainer", *words]
-    ended = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    ended = Command(__main__.main, words)
+    _, told = ended.communicate(timeout=120)
     last_write = max(path.stat().st_mtime for path in run.rglob("*"))
     assert time.time() - last_write < 15, "a full disk is told within seconds"
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("error:") == 1
-    assert "No space left" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 2, told
+    assert told.count("error:") == 1
+    assert "No space left" in told
+    assert "Traceback" not in told
     assert load_student(str(run)).step == 50
     logged = [line["step"] for line in read_metrics(run)]
     assert logged == list(range(len(logged)))
