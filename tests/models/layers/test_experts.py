@@ -1,7 +1,7 @@
 """The ways of computing experts against loops over tokens in double precision, values and gradients; and on meshes."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -97,9 +97,15 @@ def split(values: Any) -> tuple[Arrays, jax.Array, jax.Array]:
     return arrays, jnp.asarray(values["ids"]), jnp.asarray(values["above"])
 
 
+@cache
+def compiled(way: str, weighs_input: bool) -> Callable[..., tuple[Arrays, jax.Array]]:
+    """One program for each shape."""
+    return jax.jit(partial(slopes_and_output, way=way, weighs_input=weighs_input))
+
+
 def run(values: Values, way: str, weighs_input: bool = False) -> tuple[jax.Array, Arrays]:
     """Output and gradients on one device."""
-    slopes, out = jax.jit(partial(slopes_and_output, way=way, weighs_input=weighs_input))(*split(values))
+    slopes, out = compiled(way, weighs_input)(*split(values))
     return out, slopes
 
 

@@ -1,5 +1,6 @@
 """The losses from recorded logits against softmaxes written out in float64, and at the edges."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,16 @@ from distillcache.trainer.losses import (
 )
 
 BATCH, TOKENS, VOCAB = 3, 9, 23
+# One program for each shape and option, where single operations would be compiled one by one.
+compiled_kl = jax.jit(topk_kl_loss, static_argnames=("rest_bucket", "real_vocab"))
 TAUS = (0.5, 1.0, 4.0)
+
+
+@partial(jax.jit, static_argnames="rest_bucket")
+@jax.value_and_grad
+def sloped_kl(student: jax.Array, *recorded: jax.Array, tau: float, rest_bucket: bool) -> jax.Array:
+    """The total of `topk_kl_loss` and its slope on the student's logits."""
+    return topk_kl_loss(student, *recorded, tau=tau, rest_bucket=rest_bucket).total  # type: ignore[arg-type]
 
 
 class Example(NamedTuple):
@@ -92,7 +102,7 @@ def f32(*arrays: np.ndarray) -> list[jax.Array]:
 
 def kl(example: Example, k: int, student: np.ndarray | None = None, **options: object):
     student = example.student if student is None else student
-    return topk_kl_loss(*f32(student, *example.recorded(k), *example.rows), **options)  # type: ignore[arg-type]
+    return compiled_kl(*f32(student, *example.recorded(k), *example.rows), **options)
 
 
 @pytest.mark.parametrize("rest_bucket", [False, True])
@@ -178,7 +188,7 @@ def test_the_gradient_is_that_of_the_softmaxes(example: Example, k: int, tau: fl
         if bucket:
             expected[b, t, outside] = slope[k] * softmax(example.student[b, t, outside])
     arrays = f32(example.student, *example.recorded(k), *example.rows)
-    gradient = jax.grad(lambda s: topk_kl_loss(s, *arrays[1:], tau=tau, rest_bucket=rest_bucket).total)(arrays[0])
+    gradient = sloped_kl(*arrays, tau=tau, rest_bucket=rest_bucket)[1]
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
 
 
@@ -188,9 +198,7 @@ def test_the_gradient_is_that_of_the_softmaxes(example: Example, k: int, tau: fl
 @pytest.mark.parametrize("k", [1, 4, VOCAB])
 def test_a_student_like_the_teacher_has_no_loss(example: Example, k: int, tau: float, rest_bucket: bool) -> None:
     arrays = f32(example.teacher, *example.recorded(k), *example.rows)
-    value, gradient = jax.value_and_grad(
-        lambda s: topk_kl_loss(s, *arrays[1:], tau=tau, rest_bucket=rest_bucket).total
-    )(arrays[0])
+    value, gradient = sloped_kl(*arrays, tau=tau, rest_bucket=rest_bucket)
     np.testing.assert_allclose(value, 0, atol=2e-6)  # 13 sums of some ten float32 terms
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
@@ -211,9 +219,7 @@ def test_a_rest_that_rounding_took_away_is_none(example: Example, tau: float, er
     values, ids, _ = example.recorded(5)
     inside = np.log(np.exp(values).sum(-1))
     arrays = f32(example.student, values, ids, inside - error, *example.rows)
-    value, gradient = jax.value_and_grad(lambda s: topk_kl_loss(s, *arrays[1:], tau=tau, rest_bucket=True).total)(
-        arrays[0]
-    )
+    value, gradient = sloped_kl(*arrays, tau=tau, rest_bucket=True)
     assert np.isfinite(value)
     assert value >= 0
     assert np.isfinite(gradient).all()
@@ -238,13 +244,11 @@ def test_values_of_eight_bits(example: Example, k: int, tau: float) -> None:
     values, ids, logsumexp = example.recorded(k)
     rounded = np.asarray(jnp.asarray(values, jnp.bfloat16).astype(jnp.float32), np.float64)
     arrays = f32(example.student, rounded, ids, logsumexp, *example.rows)
-    value, gradient = jax.value_and_grad(lambda s: topk_kl_loss(s, *arrays[1:], tau=tau, rest_bucket=True).total)(
-        arrays[0]
-    )
+    value, gradient = sloped_kl(*arrays, tau=tau, rest_bucket=True)
     assert value >= 0
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
-    alone = topk_kl_loss(*arrays, tau=tau, rest_bucket=False)
+    alone = compiled_kl(*arrays, tau=tau, rest_bucket=False)
     np.testing.assert_allclose(alone.total, numpy_kl(example, k, tau, False)[0], rtol=0.02)  # 2^-9 of values up to 9
 
 
@@ -254,7 +258,7 @@ def test_a_student_that_rules_everything_else_out(example: Example) -> None:
     student = np.full_like(example.student, -np.inf)
     np.put_along_axis(student, ids, np.take_along_axis(example.student, ids, -1), -1)
     arrays = f32(student, *example.recorded(4), *example.rows)
-    gradient = jax.grad(lambda s: topk_kl_loss(s, *arrays[1:], tau=1.0, rest_bucket=True).total)(arrays[0])
+    gradient = sloped_kl(*arrays, tau=1.0, rest_bucket=True)[1]
     assert np.isfinite(gradient).all()
     found = kl(example, 4, student, tau=2.0, rest_bucket=False)
     np.testing.assert_allclose(found.total, kl(example, 4, tau=2.0, rest_bucket=False).total, rtol=1e-6)
@@ -263,9 +267,7 @@ def test_a_student_that_rules_everything_else_out(example: Example) -> None:
 def test_padding_alone_is_zero(example: Example) -> None:
     arrays = f32(example.student, *example.recorded(4), example.tokens, 0 * example.segment_ids, example.loss_mask)
     for rest_bucket in (False, True):
-        value, gradient = jax.value_and_grad(
-            lambda s, rest=rest_bucket: topk_kl_loss(s, *arrays[1:], tau=2.0, rest_bucket=rest).total
-        )(arrays[0])
+        value, gradient = sloped_kl(*arrays, tau=2.0, rest_bucket=rest_bucket)
         assert value == 0
         assert not gradient.any()
     found = topk_cross_entropy(*arrays[1:])
