@@ -171,17 +171,19 @@ def test_probabilities_sum_to_one(scores: Scores):
     np.testing.assert_allclose(found, own / own.sum(-1, keepdims=True), rtol=2e-6)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+@jax.value_and_grad
+def weighed_choice(logits: jax.Array, scores: Scores) -> jax.Array:
+    weight = jnp.arange(E, dtype=jnp.float32)
+    _, weights = select_experts(logits, None, top_k=K, scores=scores)
+    return jnp.sum(weights * weight[:K]) + jnp.sum(router_probs(logits, scores) * weight)
+
+
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("logit", [-200.0, -50.0, 0.0, 200.0])
 def test_saturated_routers_have_finite_weights_and_gradients(scores: Scores, logit: float):
     """Sigmoids of all experts may be zero, or too small for their inverse square to be a float32."""
-    weight = jnp.arange(E, dtype=jnp.float32)
-
-    def outcome(logits: jax.Array) -> jax.Array:
-        _, weights = select_experts(logits, None, top_k=K, scores=scores)
-        return jnp.sum(weights * weight[:K]) + jnp.sum(router_probs(logits, scores) * weight)
-
-    value, gradient = jax.value_and_grad(outcome)(jnp.full((1, E), logit) + 0.01 * weight)
+    value, gradient = weighed_choice(np.full((1, E), logit, np.float32) + 0.01 * np.arange(E, dtype=np.float32), scores)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
