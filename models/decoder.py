@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
             return carry, kept | ({"router": out.router} if router and out.router is not None else {})
 
         context = self.context(positions, segment_ids)
-        last, _, stacks = self.scan_blocks(self.embed_tokens(tokens), context, emit, None)
+        last, _, stacks = self.scan_layers(self.embed_tokens(tokens), context, emit, None)
         if "resid" in taps:
             stacks["resid"] = jnp.concatenate([stacks["resid"], last[None]])
         found = stacks.pop("router", None)
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
         """Return the matrix that the last norm's output is multiplied with."""
         return self.embed[...].T if self.config.tie_embeddings else self.head[...]
 
-    def scan_blocks(
+    def scan_layers(
         self,
         x: Float[Array, "B T D"],
         context: BlockContext,

@@ -26,11 +26,11 @@ FORWARD_REVISION = "2"
 COMPRESSING_LIBRARY = "tensorstore"  # it brings its own zstd and blosc
 
 
-def describe_teacher(path: str, model: ModelConfig) -> TeacherPlan:
-    """Return the plan's facts about the teacher."""
+def describe_teacher(path: str, model: ModelConfig, digest: str | None = None) -> TeacherPlan:
+    """Return the plan's facts about the teacher. digest: of its weights; None: read them all to compute it."""
     return TeacherPlan(
         path=path,
-        weights_digest=weights_digest(path),
+        weights_digest=weights_digest(path) if digest is None else digest,
         num_blocks=model.num_blocks,
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,

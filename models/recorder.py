@@ -160,7 +160,7 @@ def _program(
             ran = real & (block < num_blocks - 1) if skips else real
             return recorded, {"router": jax.vmap(router_sums)(out.router, ran)}
 
-        last, states, kept = model.scan_blocks(
+        last, states, kept = model.scan_layers(
             model.embed_tokens(tokens) if places is None else places.stream(model.embed_tokens(tokens)),
             model.context(positions, segment_ids),
             emit,

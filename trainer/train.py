@@ -34,6 +34,7 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
+from distillcache.schemas.format.run import PARAMETERS
 from distillcache.schemas.runtime.peers import Peers, join_peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
@@ -45,7 +46,7 @@ from distillcache.trainer.feed.source import Source
 from distillcache.trainer.mesh.host_parameters import HostShards, Kept, gathered, kept
 from distillcache.trainer.mesh.placement import to_host
 from distillcache.trainer.mesh.sharding import check_processes, check_rows, make_mesh
-from distillcache.trainer.run.checkpoints import PARAMETERS, Checkpoints, balance_arrays, has_student
+from distillcache.trainer.run.checkpoints import Checkpoints, balance_arrays, has_student
 from distillcache.trainer.run.divergence import best_checkpoint, diverged_error, end_of_run
 from distillcache.trainer.run.evaluate import Evaluation, Evaluator
 from distillcache.trainer.run.folder import (

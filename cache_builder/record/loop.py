@@ -186,7 +186,7 @@ def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progre
             if waiting is not None:
                 keep_batch(job.plan, writer, bar, *waiting)
             waiting = (first, rows, recording, begun)
-            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.unit_rows == 0:
+            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.plan.unit_rows == 0:
                 keep_batch(job.plan, writer, bar, *waiting)
                 waiting = None
         writer.wait()

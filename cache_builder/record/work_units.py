@@ -53,17 +53,6 @@ class WorkUnits:
     rows: RowSource
     stop: StopRequest
 
-    @property
-    def unit_rows(self) -> int:
-        return max(self.plan.shard_rows, self.plan.batch_rows)
-
-    def shards_of(self, unit: int) -> list[int]:
-        first = unit * self.unit_rows // self.plan.shard_rows
-        return list(range(first, min(first + self.unit_rows // self.plan.shard_rows, self.plan.num_shards)))
-
-    def unit_of(self, shard: int) -> int:
-        return shard * self.plan.shard_rows // self.unit_rows
-
 
 @dataclass(kw_only=True)
 class LeasedUnits(WorkUnits):
@@ -82,16 +71,16 @@ def work_through(
         numerics: where they differ from the plan's.
     """
     progress = Progress(what, job.plan.rows.count * job.plan.rows.row_tokens, unit="tokens")
-    left = {unit: set(job.shards_of(unit)) for unit in range(-(-job.plan.rows.count // job.unit_rows))}
+    left = {unit: set(job.plan.shards_of(unit)) for unit in range(job.plan.num_units)}
 
     def on_commit(shard: int) -> None:
-        unit = left[job.unit_of(shard)]
+        unit = left[job.plan.unit_of(shard)]
         unit.discard(shard)
         if not unit:
-            job.leases.done(job.unit_of(shard))
+            job.leases.done(job.plan.unit_of(shard))
 
     def commit(store: Store, buffer: ShardBuffer, numerics: NumericsPlan | None) -> None:
-        if job.leases.holds(job.unit_of(buffer.shard)):
+        if job.leases.holds(job.plan.unit_of(buffer.shard)):
             commit_shard(store, buffer, numerics)
         else:
             log.info(f"shard {buffer.shard} is left to the process that has taken it over")
@@ -113,8 +102,7 @@ def work_through(
 
 def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Batches:
     """(first row, rows) of every teacher batch of the work units that this process leases, until none is left."""
-    count = -(-job.plan.rows.count // job.unit_rows)
-    order = _order(count, job.options.process_id, job.options.num_processes)
+    order = _order(job.plan.num_units, job.options.process_id, job.options.num_processes)
     committed = _Committed(job, bar)
     pauses = _pauses(job.store, job.options.claim_expiry_s)
     waiting = Waiting("for work units that another process has leased")
@@ -129,7 +117,7 @@ def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Bat
             _stop_if_asked(job.store, job.stop)
             if committed.has_now(unit) or not job.leases.take(unit):
                 continue
-            if all(_has_receipt(job, shard) for shard in job.shards_of(unit)):
+            if all(_has_receipt(job, shard) for shard in job.plan.shards_of(unit)):
                 job.leases.done(unit)
                 continue
             if _is_finished(job):  # by another process, which took the receipts away
@@ -165,7 +153,7 @@ class _Committed:
         self._counted |= self._shards
 
     def has(self, unit: int) -> bool:
-        return self._shards.issuperset(self._job.shards_of(unit))
+        return self._shards.issuperset(self._job.plan.shards_of(unit))
 
     def has_now(self, unit: int) -> bool:
         """`has`, refreshed if the last look is old: cheaper than a lease on work that others have done."""
@@ -175,7 +163,7 @@ class _Committed:
 
     def ours(self, unit: int) -> None:
         """Record that this process does the work unit and counts it itself."""
-        self._counted.update(self._job.shards_of(unit))
+        self._counted.update(self._job.plan.shards_of(unit))
 
 
 def _order(count: int, process: int, processes: int) -> list[int]:
@@ -223,8 +211,8 @@ def by_one_process(
 
 def unit_batches(job: WorkUnits, writer: ShardWriter, unit: int) -> Batches:
     """(first row, rows) of every teacher batch of a work unit."""
-    start = unit * job.unit_rows
-    stop = min(start + job.unit_rows, job.plan.rows.count)
+    start = unit * job.plan.unit_rows
+    stop = min(start + job.plan.unit_rows, job.plan.rows.count)
     for first in range(start, stop, job.plan.batch_rows):
         _stop_if_asked(job.store, job.stop)
         writer.check()

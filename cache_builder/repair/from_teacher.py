@@ -151,8 +151,7 @@ def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
         for shard in {shard for shard in mine if shard is not None}:
             store.delete(layout.receipt_key(plan.segment, shard))
             # Its builder may be alive and hold it as done; that would have to expire first.
-            unit = shard * plan.shard_rows // max(plan.shard_rows, plan.batch_rows)
-            store.delete(layout.lease_key(plan.segment, unit))
+            store.delete(layout.lease_key(plan.segment, plan.unit_of(shard)))
 
 
 def damages_of(survey: Survey, findings: Sequence[Finding]) -> list[Damage]:

@@ -219,10 +219,8 @@ def _make_again(damage: Damage, maker: Maker, shards: Set[int], stop: StopReques
 
 def units_of(plan: Plan, shards: Set[int]) -> tuple[list[int], set[int]]:
     """The work units that hold these shards, and all shards of those work units."""
-    unit_rows = max(plan.shard_rows, plan.batch_rows)
-    units = sorted({shard * plan.shard_rows // unit_rows for shard in shards})
-    touched = {shard for shard in range(plan.num_shards) if shard * plan.shard_rows // unit_rows in set(units)}
-    return units, touched
+    units = sorted(set(map(plan.unit_of, shards)))
+    return units, {shard for unit in units for shard in plan.shards_of(unit)}
 
 
 def _put_back(damage: Damage, buffer: ShardBuffer) -> None:

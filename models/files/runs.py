@@ -16,10 +16,10 @@ import numpy as np
 
 from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
+from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, PARAMETERS, STUDENT, checkpoint_key, whole_steps
 from distillcache.schemas.store.path import Location, open_folder
 
-STUDENT, CHECKPOINTS, PARAMETERS = "student", "checkpoints", "parameters"
-EVALUATIONS, BEST = "eval.json", "best"
+BEST = "best"
 CONFIG = "config.json"
 
 
@@ -37,7 +37,7 @@ class RunCheckpoint:
     @property
     def key(self) -> str:
         """The key of the checkpoint's folder, below the run."""
-        return f"{CHECKPOINTS}/{self.step:08d}"
+        return checkpoint_key(self.step)
 
     def record(self) -> bytes:
         """The record that commits the checkpoint, with the digests of all its parts."""
@@ -83,12 +83,12 @@ def find_run(where: Location) -> RunCheckpoint | None:
     if where.parent.name == CHECKPOINTS and (where.parent.parent / STUDENT / CONFIG).exists():
         run, asked = where.parent.parent, where.name
         if asked != BEST and not asked.isdigit():
-            raise _no_checkpoint(where, asked, steps_of(run))
+            raise _no_checkpoint(where, asked, whole_steps(open_folder(run)))
     elif not (where / CONFIG).exists() and (where / STUDENT / CONFIG).exists():
         run, asked = where, ""
     else:
         return None
-    steps = steps_of(run)
+    steps = whole_steps(open_folder(run))
     step = _best(run, steps) if asked == BEST else int(asked) if asked else max(steps, default=None)
     if step not in steps:
         raise _no_checkpoint(where, asked or "the newest", steps)
@@ -105,12 +105,6 @@ def hf_folder(where: Location) -> Location:
     """Return the folder of a checkpoint's HF files, tokenizer included; of a run, that of its student."""
     found = find_run(where)
     return where if found is None else found.student
-
-
-def steps_of(run: Location) -> list[int]:
-    """The steps of a run's whole checkpoints, ascending."""
-    keys = [key.split("/") for key in open_folder(run).keys(f"{CHECKPOINTS}/")]
-    return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
 
 
 def _best(run: Location, steps: Sequence[int]) -> int | None:

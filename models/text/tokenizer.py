@@ -88,12 +88,11 @@ class TextTokenizer:
         """The tokens of a text by the tokenizer's own rule: BOS, and EOS, only if its post-processor adds them."""
         return self.backend.encode(text).ids
 
-    def encode_document(self, text: str) -> list[int]:
-        """`encode`, then EOS, once: a tokenizer that adds EOS itself is not given a second one."""
-        return self._end(self.encode(text))
-
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_document` of each text, on all cores."""
+        """`encode` of each text, then EOS, once: a tokenizer that adds EOS itself is not given a second one.
+
+        On all cores.
+        """
         return [self._end(encoding.ids) for encoding in self.backend.encode_batch_fast(list(texts))]
 
     def encode_spans(
@@ -111,7 +110,7 @@ class TextTokenizer:
         ]
 
     def encode_long_document(self, text: str) -> Iterator[np.ndarray]:
-        """`encode_document` in chunks, int32 [n], in memory that does not grow with the text.
+        """A text's tokens, as of `encode_documents`, in chunks, int32 [n], in memory that does not grow with the text.
 
         Raises:
             NoCommonTokens: it cannot be done by windows (long_text.py).

@@ -26,13 +26,13 @@ from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.index import check_index, decode_record, encode_record, record_dtype
 from distillcache.schemas.format.manifest import Manifest, PartPlan, Plan, SegmentEntry, ShardReceipt
 from distillcache.schemas.format.rows import Row, decode_row, unpack_rows
+from distillcache.schemas.format.run import IDENTITY
 from distillcache.schemas.format.tap_codec import Signs
 from distillcache.schemas.store.single_flight import Remembered
 from distillcache.schemas.store.store import Store
 
 RECORDS_KEPT = 256  # shards' index records and rows held in memory: some 50 MB, and the rows of 256 GB of taps
 
-RUN_MARK = "run.json"  # a folder of `train` has it (trainer/run/folder.py)
 DAMAGE_NEXT = "run `distillcache verify` on the cache to see how much is damaged"
 INDEX_BYTES = 8 << 20  # an index up to this length is read whole, and compared with the manifest; of others, records
 
@@ -478,7 +478,7 @@ def no_cache(store: Store) -> InputError | DamageError:
 
 def look_again(store: Store) -> str:
     """Return advice for a missing cache: to a reader, a missing bucket looks like an empty one."""
-    if store.read(RUN_MARK) is not None:
+    if store.read(IDENTITY) is not None:
         return "this is a run of `distillcache train`, which `report`, `serve` and `diff` look at; name its cache here"
     place = "the path and the bucket's name" if store.is_bucket else "the path"
     return f"check {place}, or build it first"

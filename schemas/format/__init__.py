@@ -10,4 +10,5 @@ index.py       index.bin: fixed-width records of shard digests
 rows.py        rows and the row folder
 times.py       time that shards took
 checkpoint.py  training checkpoints: arrays in boxes, one writer for each
+run.py         a run's folder: names of what others read
 """

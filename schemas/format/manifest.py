@@ -167,6 +167,24 @@ class Plan(Config):
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows.count)
 
     @property
+    def unit_rows(self) -> int:
+        """Rows of a work unit: whole teacher batches and whole shards."""
+        return max(self.shard_rows, self.batch_rows)
+
+    @property
+    def num_units(self) -> int:
+        return -(-self.rows.count // self.unit_rows)
+
+    def unit_of(self, shard: int) -> int:
+        """The work unit that a shard belongs to."""
+        return shard * self.shard_rows // self.unit_rows
+
+    def shards_of(self, unit: int) -> range:
+        """The shards of a work unit; the last one may have fewer."""
+        each = self.unit_rows // self.shard_rows
+        return range(unit * each, min((unit + 1) * each, self.num_shards))
+
+    @property
     def bytes_per_row(self) -> int:
         """Bytes of all taps for a row, without the row's own tokens."""
         return self.bytes_per_token * self.rows.row_tokens

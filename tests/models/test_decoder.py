@@ -199,7 +199,7 @@ def test_skip_last_mlp_leaves_out_that_one_only(tiny_config: ModelConfig, layers
     def scanned(start: jax.Array, skip: bool) -> Any:
         x = decoder.embed_tokens(tokens)
         context = decoder.context(tokens, jnp.ones_like(tokens))
-        return decoder.scan_blocks(x, context, emit, start, skip_last_mlp=skip)
+        return decoder.scan_layers(x, context, emit, start, skip_last_mlp=skip)
 
     _, _, (_, whole) = jax.tree.map(np.asarray, scanned(np.int32(0), False))
     last, count, (index, short) = jax.tree.map(np.asarray, scanned(np.int32(0), True))

@@ -28,10 +28,9 @@ from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.plan import make_plan
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.decoder import Decoder
-from distillcache.models.describe import describe_rows
+from distillcache.models.describe import describe_rows, describe_teacher
 from distillcache.models.text.tokenizer import load_tokenizer
 from distillcache.schemas.config import BenchConfig, BuildConfig, PrepareConfig, TapsConfig, TeacherConfig
-from distillcache.schemas.format.manifest import TeacherPlan
 from distillcache.schemas.format.rows import Row, RowReader
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
@@ -154,15 +153,7 @@ def _build_rate(
         batch_rows=len(batches[0][1]),
     )
     model = decoder.config
-    described = TeacherPlan(
-        path=teacher,
-        weights_digest="0",
-        num_blocks=model.num_blocks,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        family=model.family,
-        norm_eps=model.norm_eps,
-    )
+    described = describe_teacher(teacher, model, digest="0")
     plan = make_plan(config, SEGMENT, model, described, describe_rows(rows), str(decoder.dtype))
     store, clock = Store(str(folder)), _Clock()
     writer = ShardWriter(store, plan, max_bytes=MAX_IN_FLIGHT, numerics=None, on_commit=lambda shard: None)

@@ -8,7 +8,7 @@ A *row* here is `[L, T, D]` uint16, the bits of bfloat16. Every reader gives `[L
 training step wants it, and does no more work than its format demands: no check, since none of them stores a digest.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -18,12 +18,14 @@ from jaxtyping import UInt16
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from distillcache.cache_builder.text.files.tf_example import decode_example
+
 Bits = UInt16[np.ndarray, "L T D"]
 Batch = UInt16[np.ndarray, "L B T D"]
 
 # Wire types of protocol buffers (protobuf.dev/programming-guides/encoding), and the fields of tf.train.Example:
 # Example.features = 1, Features.feature = 1 (a map: key = 1, value = 2), Feature.float_list = 2, FloatList.value = 1.
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+BYTES = 2
 FEATURE = "activations"
 
 
@@ -92,7 +94,7 @@ class TfExamples:
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
         out = _batch(self._shape, len(numbers))
         for place, record in enumerate(self._reader.read(list(numbers))):
-            values = decode_example(record, FEATURE).reshape(self._shape)
+            values = np.asarray(decode_example(record)[FEATURE]).reshape(self._shape)
             out[:, place] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
         return out
 
@@ -106,20 +108,6 @@ def encode_example(name: str, values: np.ndarray) -> bytes:
     floats = _field(1, np.ascontiguousarray(values, "<f4").tobytes())
     entry = _field(1, name.encode()) + _field(2, _field(2, floats))
     return _field(1, _field(1, entry))
-
-
-def decode_example(record: bytes, name: str) -> np.ndarray:
-    """The float feature of this name, without a copy.
-
-    Raises:
-        KeyError: the record has no such feature.
-    """
-    for features in _fields(memoryview(record), 1):
-        for entry in _fields(features, 1):
-            if bytes(next(_fields(entry, 1))) == name.encode():
-                floats = next(_fields(next(_fields(entry, 2)), 2))
-                return np.frombuffer(next(_fields(floats, 1)), "<f4")
-    raise KeyError(name)
 
 
 def _batch(shape: tuple[int, int, int], rows: int) -> Batch:
@@ -136,30 +124,3 @@ def _varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
-
-
-def _fields(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    """The length-delimited fields of this number, in order."""
-    place = 0
-    while place < len(message):
-        key, place = _read_varint(message, place)
-        kind = key & 7
-        if kind == VARINT:
-            _, place = _read_varint(message, place)
-            continue
-        if kind == BYTES:
-            size, place = _read_varint(message, place)
-        else:
-            size = {FIXED64: 8, FIXED32: 4}[kind]
-        if kind == BYTES and key >> 3 == wanted:
-            yield message[place : place + size]
-        place += size
-
-
-def _read_varint(message: memoryview, place: int) -> tuple[int, int]:
-    """(value, the place behind it)."""
-    value, shift = 0, 0
-    while message[place] > 127:
-        value |= (message[place] & 127) << shift
-        place, shift = place + 1, shift + 7
-    return value | message[place] << shift, place + 1

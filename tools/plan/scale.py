@@ -58,14 +58,6 @@ class Cache:
         return [part for tap in self.plan.taps for part in tap.parts]
 
     @property
-    def units(self) -> int:
-        return -(-self.plan.rows.count // self.unit_rows)
-
-    @property
-    def unit_rows(self) -> int:
-        return max(self.plan.shard_rows, self.plan.batch_rows)
-
-    @property
     def objects(self) -> int:
         return self.plan.num_shards * sum(len(part.object_ranges()) for part in self.parts)
 
@@ -82,7 +74,7 @@ class Cache:
     @property
     def puts(self) -> int:
         """Writes of a build: objects, a rows file and a receipt for every shard, a lease for every work unit."""
-        return self.objects + 2 * self.plan.num_shards + self.units
+        return self.objects + 2 * self.plan.num_shards + self.plan.num_units
 
     @property
     def row_gets(self) -> int:
@@ -103,8 +95,8 @@ class Cache:
 
     def work(self) -> Work:
         """Return the work of its build; a work unit's last rows count like all others, since their batch is padded."""
-        unit_tokens = self.unit_rows * self.plan.rows.row_tokens
-        return Work(units=self.units, unit_tokens=unit_tokens, bytes=self.bytes, puts=self.puts)
+        unit_tokens = self.plan.unit_rows * self.plan.rows.row_tokens
+        return Work(units=self.plan.num_units, unit_tokens=unit_tokens, bytes=self.bytes, puts=self.puts)
 
     def _all(self, part: PartPlan) -> list[tuple[int, int]]:
         return [(slot, slot) for slot in range(part.slots)]
@@ -265,7 +257,7 @@ def limits(config: SimulateConfig, cache: Cache) -> dict[str, float]:
     return {
         "build: host network": write_s / compute_s,
         "build: PUTs/s": hosts / max(compute_s, write_s) * work.puts / work.units / bucket.puts_per_s,
-        "build: memory": (RECEIPT_MEMORY * cache.index_bytes + UNIT_MEMORY * cache.units)
+        "build: memory": (RECEIPT_MEMORY * cache.index_bytes + UNIT_MEMORY * cache.plan.num_units)
         / (build.host_ram_gib * 2**30),
         "build: index PUT": cache.index_bytes / MAX_PUT_BYTES,
         "feed: host network": read / train.hosts / bucket.host_gb_s,

@@ -3,26 +3,17 @@
 from distillcache.cache_builder.build import SEGMENT
 from distillcache.cache_builder.record.plan import make_plan
 from distillcache.models.config import ModelConfig
-from distillcache.models.layers.rope import context_length
+from distillcache.models.describe import describe_teacher
 from distillcache.schemas.config import BuildSpec
 from distillcache.schemas.format.index import record_dtype
-from distillcache.schemas.format.manifest import Plan, RowsPlan, TeacherPlan
+from distillcache.schemas.format.manifest import Plan, RowsPlan
 
 ROW_BYTES_PER_TOKEN = 13  # tokens, positions, segments as int32, and the loss mask
 
 
 def plan_for(spec: BuildSpec, model: ModelConfig, rows: RowsPlan, teacher: str = "") -> Plan:
     """The plan that a build would make, with the teacher's weights unread."""
-    described = TeacherPlan(
-        path=teacher,
-        weights_digest="",
-        num_blocks=model.num_blocks,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        family=model.family,
-        norm_eps=model.norm_eps,
-        context=context_length(model),
-    )
+    described = describe_teacher(teacher, model, digest="")
     return make_plan(spec, SEGMENT, model, described, rows, spec.dtype or "")
 
 

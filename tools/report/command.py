@@ -14,12 +14,12 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.segment import no_cache, read_manifest, segment_names
 from distillcache.schemas.config.report import ReportConfig
 from distillcache.schemas.errors import ConfigError, InputError
+from distillcache.schemas.format.run import IDENTITY
 from distillcache.schemas.store.store import Store, using
 from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.pages.html import size
 from distillcache.tools.report.cache import cache_page
 from distillcache.tools.report.run import run_page
-from distillcache.trainer.run.folder import IDENTITY
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:

@@ -31,14 +31,7 @@ def _open_units(segment: Segment) -> list[int]:
     names = (key.rpartition("/")[2] for key in segment.store.keys(f"{segment_prefix(segment.plan.segment)}/claims/"))
     numbers = (name.removesuffix(".json") for name in names)
     units = sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
-    return [unit for unit in units if not set(_shards_of(segment, unit)) <= (segment.committed or frozenset())]
-
-
-def _shards_of(segment: Segment, unit: int) -> range:
-    """A work unit is whole teacher calls and whole shards (docs/design.md)."""
-    plan = segment.plan
-    each = max(plan.shard_rows, plan.batch_rows) // plan.shard_rows
-    return range(unit * each, min((unit + 1) * each, plan.num_shards))
+    return [unit for unit in units if not set(segment.plan.shards_of(unit)) <= (segment.committed or frozenset())]
 
 
 def _listed(units: list[int]) -> str:

@@ -36,14 +36,13 @@ from distillcache.schemas.format.checkpoint import (
     read_receipt,
     write_arrays,
 )
+from distillcache.schemas.format.run import CHECKPOINTS, PARAMETERS, STUDENT, checkpoint_key, whole_steps
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.store.path import locate
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.mesh.host_parameters import HostShards, Kept
 
-STUDENT = "student"
-CHECKPOINTS = "checkpoints"
-PARAMETERS, OPTIMIZER, ROUTER = "parameters", "optimizer", "router"  # the items of a checkpoint
+OPTIMIZER, ROUTER = "optimizer", "router"  # the items of a checkpoint beside its parameters
 POLL_S = 0.2
 
 
@@ -68,8 +67,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, ascending."""
-        keys = [key.split("/") for key in self._store.keys(f"{CHECKPOINTS}/")]
-        return sorted(int(key[1]) for key in keys if len(key) == 3 and key[2] == RECORD and key[1].isdigit())
+        return whole_steps(self._store)
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
@@ -77,7 +75,7 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Delete what killed processes left."""
-        there, whole_ones = self._store.keys(f"{CHECKPOINTS}/"), {_folder(step) for step in self.steps()}
+        there, whole_ones = self._store.keys(f"{CHECKPOINTS}/"), {checkpoint_key(step) for step in self.steps()}
         for folder in {"/".join(key.split("/")[:2]) for key in there} - whole_ones:
             self._store.delete_folder(folder)
 
@@ -113,7 +111,7 @@ class Checkpoints:
         self.wait()
 
     def _write(self, step: int, arrays: Mapping[str, Held], feed: dict[str, int]) -> None:
-        folder, peers = _folder(step), self._peers
+        folder, peers = checkpoint_key(step), self._peers
         try:
             write_arrays(self._store, folder, peers.number, peers.attempt, arrays)
             if peers.first:
@@ -149,8 +147,8 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = self.steps()
         for step in [step for step in steps if step not in steps[-self._keep :] and step != self._best]:
-            self._store.delete(f"{_folder(step)}/{RECORD}")  # first: half a checkpoint is none
-            self._store.delete_folder(_folder(step))
+            self._store.delete(f"{checkpoint_key(step)}/{RECORD}")  # first: half a checkpoint is none
+            self._store.delete_folder(checkpoint_key(step))
 
     def open(self, step: int) -> SavedArrays:
         """The arrays of a checkpoint.
@@ -165,7 +163,7 @@ class Checkpoints:
                 {"run": self._store.url, "wanted": step, "found": steps},
                 "choose one of these steps",
             )
-        return _readable(lambda: SavedArrays(self._store, _folder(step)))
+        return _readable(lambda: SavedArrays(self._store, checkpoint_key(step)))
 
     def restore_parameters(self, step: int, like: Mapping[str, Kept] | None = None) -> dict[str, Kept]:
         """All parameters that were trained, on the host.
@@ -227,7 +225,7 @@ def load_student(run: str, step: int | None = None, dtype: str | None = "float32
         raise CheckpointError("the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again")
     checkpoints.open(chosen)  # says which there are, if not this one
     own = source_dtype(locate(store.where(STUDENT))) if dtype is None else dtype
-    decoder = load_pretrained(store.where(_folder(chosen)), dtype=own)
+    decoder = load_pretrained(store.where(checkpoint_key(chosen)), dtype=own)
     return TrainedStudent(decoder, store.where(STUDENT), chosen)
 
 
@@ -261,10 +259,6 @@ def _run(run: str) -> Store:
             step = f"name the run and, as a flag, which of its checkpoints: {inside[1]} {flag}"
         raise CheckpointError("there is no trained student here", {"run": run}, step)
     return store
-
-
-def _folder(step: int) -> str:
-    return f"{CHECKPOINTS}/{step:08d}"
 
 
 def _readable(read: Callable[[], Any]) -> Any:

@@ -309,7 +309,7 @@ def _token_loss(
             return carry, {}
         return carry, {"load": expert_load(out.router.ids, segment_ids > 0, out.router.probs.shape[-1])}
 
-    stream, _, found = decoder.scan_blocks(decoder.embed_tokens(tokens), context, emit, None)
+    stream, _, found = decoder.scan_layers(decoder.embed_tokens(tokens), context, emit, None)
 
     def one(row: Any) -> MaskedSum:
         x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)

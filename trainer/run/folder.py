@@ -33,19 +33,18 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import TOKENIZER
+from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, IDENTITY, STUDENT
 from distillcache.schemas.store.locks import try_lock
 from distillcache.schemas.store.redaction import redacted, shown
 from distillcache.schemas.store.store import LOCK_SUFFIX, Store
 from distillcache.trainer.feed.source import Source
-from distillcache.trainer.run.checkpoints import CHECKPOINTS, STUDENT, has_student, kept_steps
+from distillcache.trainer.run.checkpoints import has_student, kept_steps
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.importance import IMPORTANCE
 from distillcache.trainer.run.student import SURGERY
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS = "eval.json"
-IDENTITY = "run.json"
 RESOLVED = "config.yaml"
 SUMMARY = "summary.json"
 LOCK = "lock"

@@ -17,12 +17,13 @@ from distillcache.schemas.config.train import MeshConfig, TrainSpec
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.checkpoint import Held, SavedArrays
+from distillcache.schemas.format.run import PARAMETERS
 from distillcache.trainer.feed.block_groups import GroupedSource, HeldRows, blocks_of_groups, place_batch
 from distillcache.trainer.feed.source import Batch, Rows, Source
 from distillcache.trainer.mesh.host_parameters import Kept, gathered, kept, kept_rows, moved, on_devices
 from distillcache.trainer.mesh.placement import groups_held, held, put, restored, rows_held, to_host
 from distillcache.trainer.mesh.sharding import make_mesh, parameter_sharding, replicated, table_sharding
-from distillcache.trainer.run.checkpoints import OPTIMIZER, PARAMETERS, named, path_name, restored_balance
+from distillcache.trainer.run.checkpoints import OPTIMIZER, named, path_name, restored_balance
 from distillcache.trainer.run.metrics import blockwise_metrics, feature_metrics, router_metrics
 from distillcache.trainer.run.stages import Stage
 from distillcache.trainer.step.balance import (

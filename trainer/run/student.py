@@ -29,10 +29,11 @@ from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import CheckpointError, ConfigError, StorageError
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import MANIFEST, TOKENIZER
+from distillcache.schemas.format.run import STUDENT
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.source import Source
 from distillcache.trainer.feed.teacher import check_teacher
-from distillcache.trainer.run.checkpoints import STUDENT, has_student
+from distillcache.trainer.run.checkpoints import has_student
 from distillcache.trainer.run.importance import OpenSource, teacher_importance
 from distillcache.trainer.run.stages import Stage, only_part, part_note
 from distillcache.trainer.step.parameters import Parameters, all_parameters, make_projectors

@@ -72,7 +72,7 @@ def _float_list(values: memoryview) -> np.ndarray:
         if wire not in (_BYTES, _FIXED32):
             raise ValueError("a FloatList with other values than floats")
         parts.append(np.frombuffer(_view(value), "<f4"))
-    return np.concatenate([*parts, np.empty(0, np.float32)]).astype(np.float32)
+    return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, "<f4")])  # of one, without a copy
 
 
 def _int64_list(values: memoryview) -> np.ndarray:

@@ -96,7 +96,7 @@ def test_a_long_document_is_encoded_as_a_short_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("distillcache.models.text.tokenizer.token_runs", lambda *found: token_runs(*found, 2048, 1024))
     chunks = list(tokenizer.encode_long_document(text))
     assert len(chunks) > 5
-    assert np.concatenate(chunks).tolist() == tokenizer.encode_document(text)
+    assert np.concatenate(chunks).tolist() == tokenizer.encode_documents([text])[0]
     spans = [(0, 10), (11, 11), (5000, 5003), (9000, 30000), (len(text) - 4, len(text))]
     ((ids, said),) = tokenizer.encode_spans([text], [spans])
     long = list(tokenizer.encode_long_spans(text, spans))

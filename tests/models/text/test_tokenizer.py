@@ -87,10 +87,10 @@ def test_a_document_has_one_eos_and_bos_by_the_tokenizers_rule(start: bool, end:
     hello = tokenizer.backend.token_to_id("hello")
     assert tokenizer.adds_eos is end
     assert tokenizer.encode("hello") == [1] * start + [hello] + [0] * end
-    assert tokenizer.encode_document("hello") == [1] * start + [hello, 0]
+    assert tokenizer.encode_documents(["hello"])[0] == [1] * start + [hello, 0]
     assert tokenizer.encode_documents(["hello", ""]) == [[1] * start + [hello, 0], [1] * start + [0]]
     # EOS spelled out in the text is the text's, and the document's end is still marked.
-    assert tokenizer.encode_document("hello<|end|>") == [1] * start + [hello, 0, 0]
+    assert tokenizer.encode_documents(["hello<|end|>"])[0] == [1] * start + [hello, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_gguf_special_tokens_and_flags(tmp_path: Path):
     assert (plain.eos_id, plain.bos_id, plain.vocab_size) == (0, 1, len(TOKENS))
     assert plain.encode("<|end|>12<think>") == [0, *plain.encode("1"), *plain.encode("2"), len(TOKENS) - 1]
     both = load_tokenizer(write_gguf(tmp_path / "b.gguf", add_bos_token=True, add_eos_token=True))
-    assert both.encode_document("t") == [1, *plain.encode("t"), 0]
+    assert both.encode_documents(["t"])[0] == [1, *plain.encode("t"), 0]
     assert load_tokenizer(tmp_path / "a.gguf", "<think>").eos_id == len(TOKENS) - 1
 
 

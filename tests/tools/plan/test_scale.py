@@ -31,7 +31,7 @@ def test_bytes_and_objects_are_those_of_a_real_build(tmp_path, teacher, corpus, 
     cache, folder = Cache(segment.plan, 1.0), tmp_path / "cache/segments/0000"
     objects = list(folder.glob("taps/*/c/*/*/*/*"))
     played = play(cache.work(), Fleet(hosts=3, tokens_per_s=1000.0, write_bytes_per_s=1e6, preemptions_per_s=0.01))
-    assert played.puts == len(objects) + 2 * segment.plan.num_shards + cache.units
+    assert played.puts == len(objects) + 2 * segment.plan.num_shards + cache.plan.num_units
     assert cache.objects == len(objects)
     assert cache.index_bytes == (folder / "index.bin").stat().st_size
     rows = segment.plan.rows.count * 16 * 13  # as `plan` counts them; their files have a frame around each row
