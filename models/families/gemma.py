@@ -31,15 +31,11 @@ from distillcache.models.families.reading.kinds import (
     typed_window_keys,
     typed_windows,
 )
-from distillcache.models.families.reading.multimodal import read_language_model, text_config
+from distillcache.models.families.reading.multimodal import multimodal_layout, read_language_model, text_config
 from distillcache.models.families.reading.values import EXPORTED_ACTIVATIONS, Values, bad_value, rope_to_hf
 from distillcache.models.files.tensors import BlockTensor, Layout
 
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
-# In old files and in new ones the language model's tensors begin with these.
-PREFIX, OLD_PREFIX = "model.language_model.", "language_model.model."
-HEAD, OLD_HEAD = "lm_head.", "language_model.lm_head."
-FOREIGN = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 def _windows(values: Values, slides: Callable[[int], bool]) -> list[int | None]:
@@ -134,17 +130,6 @@ def _layout(config: ModelConfig) -> Layout:
     return Layout(lambda kind: [*norms, *attention_tensors(config), *dense_tensors(config)])
 
 
-def _multimodal_layout(config: ModelConfig) -> Layout:
-    return replace(
-        _layout(config),
-        embed=f"{PREFIX}embed_tokens.weight",
-        block=f"{PREFIX}layers.{{block}}.",
-        final_norm=f"{PREFIX}norm.weight",
-        foreign=FOREIGN,
-        spellings=((OLD_PREFIX, PREFIX), (OLD_HEAD, HEAD)),
-    )
-
-
 DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -198,7 +183,7 @@ GEMMA3 = Family(
     defaults={"text_config": None, "tie_word_embeddings": True},
     read=_read_gemma3,
     write=_write_gemma3_text,
-    layout=_multimodal_layout,
+    layout=lambda config: multimodal_layout(_layout(config)),
     harmless=frozenset({"vision_config", "mm_tokens_per_image"}).union(
         f"{token}_token_{end}" for token in ("boi", "eoi", "image") for end in ("index", "id")
     ),

@@ -13,9 +13,8 @@ from typing import Any
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable, only_kind
 from distillcache.models.families.reading.kinds import check_dense, typed_window_keys, typed_windows
-from distillcache.models.families.reading.multimodal import read_language_model, text_config
+from distillcache.models.families.reading.multimodal import multimodal_layout, read_language_model, text_config
 from distillcache.models.families.reading.values import Values
-from distillcache.models.files.tensors import Layout
 
 DENSE_DEFAULTS: dict[str, Any] = {
     "head_dim": None,
@@ -54,17 +53,6 @@ def _read_mistral3(values: Values) -> ModelConfig:
     return replace(read_language_model(values, MISTRAL), family="mistral3", tie_embeddings=tied)
 
 
-def _multimodal_layout(config: ModelConfig) -> Layout:
-    return replace(
-        dense_layout(config),
-        embed=f"{PREFIX}embed_tokens.weight",
-        block=f"{PREFIX}layers.{{block}}.",
-        final_norm=f"{PREFIX}norm.weight",
-        foreign=FOREIGN,
-        spellings=((OLD_PREFIX, PREFIX), (OLD_HEAD, HEAD)),
-    )
-
-
 def exported_family(config: ModelConfig) -> str:
     """`llama` or `mistral`.
 
@@ -99,10 +87,6 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": only_kind(config).window}
 
 
-# In old files and in new ones the language model's tensors begin with these.
-PREFIX, OLD_PREFIX = "model.language_model.", "language_model.model."
-HEAD, OLD_HEAD = "lm_head.", "language_model.lm_head."
-FOREIGN = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
@@ -141,7 +125,7 @@ MISTRAL3 = Family(
     defaults={"text_config": None, "tie_word_embeddings": False},
     read=_read_mistral3,
     write=_write_mistral,
-    layout=_multimodal_layout,
+    layout=lambda config: multimodal_layout(dense_layout(config)),
     harmless=frozenset(
         """image_token_id image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size
         vision_config vision_feature_layer""".split()  # noqa: SIM905 - as in families/reading/keys.py

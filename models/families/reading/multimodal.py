@@ -1,11 +1,27 @@
 """Vision-language models: their config contains the text model's, which is the part that is read."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.reading.family import SIZES, Family
 from distillcache.models.families.reading.values import ROPE_KEYS, Values, unknown_key
+from distillcache.models.files.tensors import Layout
+
+PREFIX = "model.language_model."
+
+
+def multimodal_layout(inner: Layout) -> Layout:
+    """Layout of the text model's tensors in such a checkpoint, by transformers 5 or 4. Other tensors are foreign."""
+    return replace(
+        inner,
+        embed=f"{PREFIX}embed_tokens.weight",
+        block=f"{PREFIX}layers.{{block}}.",
+        final_norm=f"{PREFIX}norm.weight",
+        foreign=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        spellings=(("language_model.model.", PREFIX), ("language_model.lm_head.", "lm_head.")),
+    )
 
 
 def read_language_model(values: Values, text: Family) -> ModelConfig:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.schemas.errors import StorageError
+from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets, stale_locks
+from distillcache.schemas.store import store as store_module
 from distillcache.schemas.store.stale_locks import lock_as_tensorstore
 from distillcache.schemas.store.store import Store, is_url
 
@@ -298,3 +299,41 @@ def test_a_folder_that_cannot_be_made_is_named_in_letters() -> None:
     """TensorStore ends the names of folders with NUL, which it then escapes, and with it every hex digit behind."""
     text = 'Failed to create directory: "/proc/\\xc3\\xa4\\x00segments\\x00\\x30\\x30.prepared": No such file'
     assert buckets.cause(OSError(text)) == 'Failed to create directory: "/proc/ä/segments/00.prepared": No such file'
+
+
+@pytest.mark.parametrize(
+    ("answers", "bucket", "asked"),
+    [
+        ([b"whole"], True, 1),
+        ([b"cut", b"whole"], True, 2),
+        ([b"cut", b"cot", b"cat", b"whole"], True, 4),
+        ([b"cut", b"cat", b"cut"], True, 3),  # the same bytes twice are the object's own
+        ([b"1", b"2", b"3", b"4", b"5", b"6"], True, 6),
+        ([b"cut"], False, 1),  # a disk answers alike each time
+    ],
+)
+def test_what_is_refused_is_read_again(
+    answers: list[bytes], bucket: bool, asked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(store_module, "AGAIN_S", (0.0,) * len(store_module.AGAIN_S))
+    store, left = Store(str(tmp_path)), list(answers)
+    store.is_bucket = bucket
+
+    def check(data: bytes) -> bytes:
+        if data != b"whole":
+            raise DamageError("not whole")
+        return data
+
+    if answers[-1] == b"whole":
+        assert store.checked(lambda: left.pop(0), check) == b"whole"
+    else:
+        with pytest.raises(DamageError):
+            store.checked(lambda: left.pop(0), check)
+    assert len(answers) - len(left) == asked
+
+
+def test_one_place_knows_how_a_range_behind_the_end_answers() -> None:
+    root = Path(__file__).parents[3]
+    folders = ("schemas", "models", "cache_builder", "trainer", "tools")
+    found = [path for folder in folders for path in (root / folder).rglob("*.py") if "OUT_OF_RANGE" in path.read_text()]
+    assert [path.name for path in found] == ["store.py"]
