@@ -34,13 +34,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
-from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from distillcache.cache_builder.build import build_cache
-from distillcache.models.checkpoint import save_pretrained
+# What imports JAX is imported by the fixtures: the process that only hands tests to workers reads this file as well,
+# and they start when it has.
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
-from distillcache.models.decoder import Decoder
 from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
 from distillcache.schemas.runtime.console import shown_log
 from tests.servers.fixtures import gcs, gcs_server, s3, s3_server
@@ -101,6 +99,11 @@ def byte_tokenizer() -> Tokenizer:
 
 def save_teacher(folder: Path, config: ModelConfig = TINY, seed: int = 0, dtype: str = "float32") -> Path:
     """A random teacher of this config as an HF directory with a byte tokenizer."""
+    from flax import nnx
+
+    from distillcache.models.checkpoint import save_pretrained
+    from distillcache.models.decoder import Decoder
+
     save_pretrained(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)), folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
@@ -136,6 +139,8 @@ def build_config(cache: Path | str, teacher: Path, corpus: Path, **changes: obje
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
     """A finished cache of the tiny teacher. Read only: tests that damage a cache copy it."""
+    from distillcache.cache_builder.build import build_cache
+
     folder = tmp_path_factory.mktemp("cache") / "tiny"
     build_cache(build_config(folder, teacher, corpus))
     return folder

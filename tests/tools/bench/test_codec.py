@@ -39,6 +39,7 @@ def test_cosine_distance_sees_what_float32_one_minus_cos_cannot() -> None:
     np.testing.assert_allclose(got, wanted, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_attention_fed_with_the_recorded_stream_gives_the_recorded_output() -> None:
     decoder = Decoder(CONFIG)
     taps = collect_taps(decoder, TOKENS)
@@ -59,6 +60,7 @@ def test_bound_is_zero_for_the_best_code() -> None:
     assert bound_distance(2.0 ** (-2 * 4 - 1), 5) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_figures_and_goals() -> None:
     choices = (CodecChoice("f32", "f32"), CodecChoice("int8", "int8"), CodecChoice("int8_delta", "int8", 8))
     figures = measure_codecs(Decoder(CONFIG), TOKENS, choices)

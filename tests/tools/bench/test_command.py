@@ -52,6 +52,7 @@ def test_a_build_is_compared_with_the_forwards_around_it():
     assert ratios == {"a": 1.0, "b": 2.0}
 
 
+@pytest.mark.slow
 def test_the_feed_bench_has_all_figures_and_goals(tmp_path):
     report = make_report(measure_feed(tmp_path, SIZES, rounds=1))
     readers = ["memcpy", "memcpy_2_threads", "raw_mmap", "raw_mmap_2_threads", "safetensors", "tf_example"]
@@ -93,6 +94,7 @@ def test_some_blocks_cost_their_own_bytes(tmp_path):
     assert 1 + index - 1e-6 <= subset_bytes(tmp_path, sizes) <= 1 + 2 * index + 1e-6
 
 
+@pytest.mark.slow
 def test_the_build_bench_has_all_figures_and_goals(tmp_path, teacher):
     choices = {"bf16": ("bf16", False), "int8_delta": ("int8", True), "int4": ("int4", False)}
     sizes = BuildSizes(batch_rows=2, row_tokens=16, batches=3, choices=choices)

@@ -69,13 +69,13 @@ def test_a_large_text_is_sampled(tmp_path, teacher, monkeypatch):
     folder.mkdir()
     for number in range(40):
         line = json.dumps({"text": f"Document {number}. " + "Some words of it. " * 60}) + "\n"
-        (folder / f"{number:02d}.jsonl").write_text(line * 20)
+        (folder / f"{number:02d}.jsonl").write_text(line * 5)
     packed = folder / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress((folder / "00.jsonl").read_bytes() * 40))
     data = DataConfig(path=str(folder), row_tokens=64, eval_rows=4)
     tokenizer = command.load_tokenizer(str(teacher))
     exact = count_rows(data, tokenizer)
-    monkeypatch.setattr(command, "SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr(command, "SAMPLE_BYTES", 15_000)
     estimate = count_rows(data, tokenizer)
     assert (exact.exact, estimate.exact) == (True, False)
     assert exact.plan.count <= estimate.plan.count <= 1.05 * exact.plan.count

@@ -346,7 +346,8 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(left[name], right[name])
 
 
-@pytest.mark.parametrize(("codec", "inside"), [pytest.param("bf16", True, marks=pytest.mark.slow), ("f32", False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "inside"), [("bf16", True), ("f32", False)])
 def test_temporaries_do_not_grow_with_depth(codec, inside):
     """XLA's own memory analysis of the step, a stacked gradient subtracted where there is one: 24 blocks against 6."""
     rest = []

@@ -76,10 +76,10 @@ def test_a_flipped_byte_gives_the_rows_or_the_one_error(tmp_path: Path, compress
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_text_that_a_thousand_rows_share_is_in_memory_once(tmp_path: Path, chat: bool) -> None:
-    """A file of a kilobyte says a mebibyte 200 times: 200 MiB that no reader should hold."""
+    """A file of a kilobyte says a mebibyte 100 times: 100 MiB that no reader should hold."""
     text, path = "a" * (1 << 20), tmp_path / "a.parquet"
     messages = [{"role": "user", "content": text}]
-    column = [messages] * 200 if chat else pyarrow.array([text] * 200)
+    column = [messages] * 100 if chat else pyarrow.array([text] * 100)
     parquet.write_table(pyarrow.table({"messages" if chat else "text": column}), path, compression="zstd")
     assert path.stat().st_size < 5000
     data = DataConfig(path=str(path), format="chat" if chat else "auto")
@@ -91,7 +91,7 @@ def test_a_text_that_a_thousand_rows_share_is_in_memory_once(tmp_path: Path, cha
             assert not isinstance(record, Skipped)
             count += len(str(record["messages" if chat else "text"])) >= len(text)
             assert pool.bytes_allocated() - before < 20 << 20
-    assert count == 200
+    assert count == 100
 
 
 def test_row_groups_with_texts_of_their_own_are_read_alike(tmp_path: Path) -> None:
