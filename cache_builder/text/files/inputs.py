@@ -29,7 +29,7 @@ from distillcache.schemas.store.store import is_url
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet", ".array_record")
 READ_BYTES = 1 << 20
-SAMPLES, SAMPLE_BYTES = 48, 1 << 18  # of a long file's content, spread evenly from its first byte to its last
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a long file's content, spread evenly from its first byte to its last
 
 Found = TypeVar("Found")
 
@@ -292,7 +292,7 @@ def unreadable(file: InputFile, error: Exception) -> InputError:
 def content_mark(file: InputFile) -> str:
     """Tell a file's bytes from others of that length, wherever it lies: by the store's mark, or a digest of a sample.
 
-    Short files are read whole, of long ones some 12 MiB at fixed places: the digest of the whole is known only when all
+    Files of up to 1 MiB are read whole, of longer ones as much at fixed places: the digest of the whole is known only when all
     is read. One file is read again only after it was changed.
 
     Raises:

@@ -203,7 +203,7 @@ def test_another_text_or_config_is_other_work(tmp_path: Path, corpus: Path) -> N
     assert job_fingerprint(job_of(config_for(tmp_path, corpus, row_tokens=8))) != first
 
 
-@pytest.mark.parametrize("size", [300, 13 << 20], ids=["short", "long"])
+@pytest.mark.parametrize("size", [300, 3 << 20], ids=["short", "long"])
 def test_texts_of_one_size_have_marks_of_their_own(tmp_path: Path, size: int) -> None:
     """Both wrote into one folder while they ran; copies of one text are one work, wherever they lie."""
     prints = []
