@@ -292,8 +292,8 @@ def unreadable(file: InputFile, error: Exception) -> InputError:
 def content_mark(file: InputFile) -> str:
     """Tell a file's bytes from others of that length, wherever it lies: by the store's mark, or a digest of a sample.
 
-    Files of up to 1 MiB are read whole, of longer ones as much at fixed places: the digest of the whole is known only when all
-    is read. One file is read again only after it was changed.
+    Files of up to 1 MiB are read whole, of longer ones as much at fixed places: a digest of the whole would take all of
+    it. A file is read again only after it was changed.
 
     Raises:
         InputError: it cannot be read.
