@@ -427,18 +427,22 @@ def test_a_damaged_gz_is_an_error(tmp_path: Path, name: str, damage: str) -> Non
         ("other", "1 other files"),
         ("other/*.md", "1 other files"),
         ("other/a.md", "not a text file"),
-        ("nowhere://bucket/a.txt", "cannot be read from this kind of URL"),
     ],
 )
 def test_a_path_without_text_is_named(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.md").write_text("x")
     (tmp_path / "good.jsonl").write_text('{"text": "x"}')
-    named = path if "://" in path else str(tmp_path / path)
+    named = str(tmp_path / path)
     with pytest.raises(InputError) as caught:
         texts_of([str(tmp_path / "good.jsonl"), named])
     assert message in str(caught.value)
     assert named in str(caught.value)
+
+
+def test_a_url_of_another_kind_is_named() -> None:
+    with pytest.raises(StorageError, match=r"cannot be opened[\s\S]*nowhere://bucket"):
+        texts_of(["nowhere://bucket/a.txt"])
 
 
 def test_no_path_and_no_text_are_errors(tmp_path: Path) -> None:
