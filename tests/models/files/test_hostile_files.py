@@ -53,7 +53,7 @@ def test_weights_that_are_not_finite_are_named_and_counted(saved: Path, name: st
 
     rewrite(saved, spoil)
     size = load_file(saved / "model.safetensors")[name].size
-    refused(saved, "not finite", name, f"3 of {size} numbers are NaN or infinite")
+    refused(saved, "not finite", name, f"3 of {size:,} numbers are NaN or infinite")
 
 
 def test_numbers_beyond_a_narrower_dtype_are_no_damage(saved: Path):
