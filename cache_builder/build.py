@@ -5,7 +5,7 @@ from distillcache.cache_builder.grow.extend import extend_cache
 from distillcache.cache_builder.record.finish import tidy, unless_finished
 from distillcache.cache_builder.record.identity import finished_plan
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
-from distillcache.cache_builder.record.loop import build_segment
+from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
 from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder
 from distillcache.cache_builder.record.replica import is_job, open_replica
 from distillcache.cache_builder.repair.from_teacher import repair_cache
@@ -96,7 +96,17 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
             processes=replica.peers.count,
             config=config.model_dump(mode="json"),
         )
-        return build_segment(store, config, tokenizer, decoder, plan, rows, replica)
+        return build_segment(
+            SegmentBuild(
+                store=store,
+                options=config,
+                tokenizer=tokenizer,
+                decoder=decoder,
+                plan=plan,
+                rows=rows,
+                replica=replica,
+            )
+        )
 
 
 def _check_small_files(store: Store, manifest: Manifest) -> None:

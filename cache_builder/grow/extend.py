@@ -13,7 +13,7 @@ from distillcache.cache_builder.prepare import open_rows
 from distillcache.cache_builder.record.finish import tidy
 from distillcache.cache_builder.record.identity import row_settings
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
-from distillcache.cache_builder.record.loop import build_segment
+from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
 from distillcache.cache_builder.record.plan import chosen_taps, make_plan, plan_differences
 from distillcache.cache_builder.record.replica import open_replica
 from distillcache.cache_builder.record.work_units import RowSource
@@ -76,7 +76,17 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
         )
         _check_same_numerics(store, groups[0].base.plan, plan, config.accept_platform)
         with _naming_unfinished(store, number):
-            return build_segment(store, config, tokenizer, decoder, plan, addition.rows, replica)
+            return build_segment(
+                SegmentBuild(
+                    store=store,
+                    options=config,
+                    tokenizer=tokenizer,
+                    decoder=decoder,
+                    plan=plan,
+                    rows=addition.rows,
+                    replica=replica,
+                )
+            )
 
 
 def _asked_taps(

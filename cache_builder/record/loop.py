@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.sharding import Mesh
 
@@ -69,25 +69,33 @@ class _Job(LeasedUnits, Work):
     """A build."""
 
 
-def build_segment(
-    store: Store,
-    options: BuildOptions,
-    tokenizer: TextTokenizer,
-    decoder: Decoder,
-    plan: Plan,
-    rows: RowSource,
-    replica: Replica,
-) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class SegmentBuild:
+    """Everything that the build of one segment takes.
+
+    store: the cache. rows: all of the segment's. replica: the teacher's processes and devices.
+    """
+
+    store: Store
+    options: BuildOptions
+    tokenizer: TextTokenizer
+    decoder: Decoder
+    plan: Plan
+    rows: RowSource
+    replica: Replica
+
+
+def build_segment(build: SegmentBuild) -> Manifest:
     """Settle the plan, run the teacher over all rows that are not committed yet, and finish the segment."""
-    peers = replica.peers
-    with held_together(store, plan, options.claim_expiry_s, peers) as check_held:
-        plan = settle_together(store, plan, options.accept_platform, peers)
+    store, options, peers = build.store, build.options, build.replica.peers
+    with held_together(store, build.plan, options.claim_expiry_s, peers) as check_held:
+        plan = settle_together(store, build.plan, options.accept_platform, peers)
         finished = finished_together(store, plan, peers)
         if finished is not None:
             tidy(store, plan)
             return finished
         with keeping_place(store, plan, check_held) as placed:
-            return _build_settled(store, placed, options, tokenizer, decoder, plan, rows, replica)
+            return _build_settled(replace(build, plan=plan), placed)
 
 
 @contextmanager
@@ -113,33 +121,24 @@ def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lam
         raise
 
 
-def _build_settled(
-    store: Store,
-    placed: Store,
-    options: BuildOptions,
-    tokenizer: TextTokenizer,
-    decoder: Decoder,
-    plan: Plan,
-    rows: RowSource,
-    replica: Replica,
-) -> Manifest:
+def _build_settled(build: SegmentBuild, placed: Store) -> Manifest:
     """`build_segment`, after the plan is settled.
 
     Args:
-        store: for leases. placed: for everything else.
+        placed: the store for everything but leases.
     """
-    peers = replica.peers
-    if peers.first:
-        for key, value in fixed_files(plan, decoder, tokenizer).items():
+    store, options, plan, rows, replica = build.store, build.options, build.plan, build.rows, build.replica
+    if replica.peers.first:
+        for key, value in fixed_files(plan, build.decoder, build.tokenizer).items():
             placed.put_once(key, value)
         _keep_skipped(placed, plan, rows)
         _warn_if_small(store, plan)
-    work = {"store": placed, "plan": plan, "options": options, "rows": rows, "decoder": decoder, "mesh": replica.mesh}
-    if peers.count > 1:
-        return build_together(Together(**work, replica=replica))
+    work = {"plan": plan, "options": options, "rows": rows, "decoder": build.decoder, "mesh": replica.mesh}
+    if replica.peers.count > 1:
+        return build_together(Together(store=placed, **work, replica=replica))
     leases = Leases(store, plan.segment, options.claim_expiry_s)
     try:
-        _build_units(_Job(**work, stop=replica.stop, leases=leases))
+        _build_units(_Job(store=placed, **work, stop=replica.stop, leases=leases))
     finally:
         leases.close()
     return by_one_process(store, plan, options, replica.stop, lambda: finish_segment(placed, plan))

@@ -18,7 +18,7 @@ from distillcache.cache_builder import __main__
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record.finish import unless_finished
 from distillcache.cache_builder.record.lockstep import Dealing, _hold
-from distillcache.cache_builder.record.loop import build_segment
+from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
 from distillcache.cache_builder.record.plan import counted_processes
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.lease import Leases
@@ -132,7 +132,16 @@ def test_a_job_that_waited_for_another_finds_its_work_done(tmp_path, teacher, co
     rows: Any = SimpleNamespace(slice=no_rows)
     nothing: Any = None
     (segment,) = open_cache(store)
-    assert build_segment(store, config, nothing, nothing, segment.plan, rows, replica) == read_manifest(store)
+    build = SegmentBuild(
+        store=store,
+        options=config,
+        tokenizer=nothing,
+        decoder=nothing,
+        plan=segment.plan,
+        rows=rows,
+        replica=replica,
+    )
+    assert build_segment(build) == read_manifest(store)
     assert not list((tmp_path / "c").rglob("claims"))
 
 
