@@ -3,6 +3,7 @@
 train.py   the training loop
 losses.py  pure losses, each a sum and its weight
 feed/      batches: cached rows, or a teacher in the loop
+terms/     the terms of the loss
 step/      one training step
 run/       a run: student, checkpoints, metrics, evaluation
 mesh/      placement of state and batches on devices

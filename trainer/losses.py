@@ -6,6 +6,7 @@ the padding reaches neither the sum nor the gradient. Scale-free losses hold up 
 large that its squares might overflow is first multiplied by 2^-80. All else keeps its bits.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ RELATIVE_EPSILON = 1e-6  # the same floor for the teacher's squared norm
 LARGE, SHRINK = 2.0**50, 2.0**-80  # a million squares of numbers below LARGE, or of shrunk ones, fit into float32
 NO_MASS = -1e30  # the logit of an empty rest: no mass, and unlike -inf no NaN in any gradient
 FLOAT32_EPSILON = 2.0**-23
+MAX_EXPONENT = 700.0  # exp of more is no float
 
 
 class MaskedSum(NamedTuple):
@@ -103,6 +105,11 @@ def next_token_loss(
     wide = _real(logits[:, :-1], counts)
     chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
     return _masked_sum(jax.nn.logsumexp(wide, axis=-1) - chosen, counts)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean cross-entropy, in nats; of one that no float could hold the exp of, the largest that is written."""
+    return math.exp(min(loss, MAX_EXPONENT))
 
 
 def without_padding(logits: Float[Array, "B T V"], real_vocab: int | None) -> Float[Array, "B T V"]:

@@ -63,7 +63,7 @@ from distillcache.trainer.run.folder import (
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import MetricsLog, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
-from distillcache.trainer.run.stage import StageRun, records
+from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
 from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
 from distillcache.trainer.run.student import idle_checkpoint_note, open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
@@ -160,7 +160,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             store = store.guarded(held.enter_context(only_one(store)))
             began = not has_student(store)
             take_run(store, config, sources.rows)
-        checkpoints = Checkpoints(store, config.keep_checkpoints, peers)
+        checkpoints = held.enter_context(contextlib.closing(Checkpoints(store, config.keep_checkpoints, peers)))
         try:
             decoder = _open_student(store, config, stages, sources, peers)
             if peers.first:
@@ -169,8 +169,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
-            runs = [
-                StageRun(config, config.mesh, stage, decoder, parameters, sources.open, sources.norms)
+            plans = [
+                plan_stage(config, config.mesh, stage, decoder, parameters, sources.open, sources.norms)
                 for stage in stages
             ]
         except BaseException:
@@ -178,15 +178,13 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
                 remove_beginning(store)
             raise
         try:
-            run = _Run(config, runs, store, sources, decoder, parameters, checkpoints, stop, peers)
+            run = _Run(config, plans, store, sources, decoder, parameters, checkpoints, stop, peers)
             del decoder, parameters  # from here on they are on the host, and in the stages
             first = run.go()
         except DivergedError as error:
             if peers.first:
                 write_summary(store, {"run": config.run, "steps": stages[-1].last, **divergence_summary(error)})
             raise
-        finally:
-            checkpoints.close()
         peers.meet("end")
         result = _result(config.run, stages[-1], store, first)
         if peers.first and (first < result.steps or store.read(SUMMARY) is None):
@@ -266,7 +264,7 @@ def _warn_of_idleness(
     """Say that the run begins with nothing to learn. No refusal: who measures what rounding does wants just that."""
     teacher, init = source.plan.teacher, config.student.init
     whole = block_starts(config.student, teacher.num_blocks) in (None, list(range(teacher.num_blocks)))
-    if not whole or not records(source, "resid"):
+    if not whole or "resid" not in recorded_taps(source):
         return
     if init in ("teacher", teacher.path, _teacher_path(config)):
         note = idle_note(config, stages)
@@ -323,7 +321,7 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        runs: list[StageRun],
+        plans: Sequence[StagePlan],
         store: Store,
         sources: Sources,
         decoder: Decoder,
@@ -334,11 +332,11 @@ class _Run:
     ) -> None:
         self.config, self.store, self.sources = config, store, sources
         self.checkpoints, self.stop, self.peers = checkpoints, stop, peers
-        self.runs = runs  # of the stages still to come; taken out one by one, for a run that was made ready is large
+        self.plans = plans
         # All of the student's, as they were when last looked at.
         self.parameters: dict[str, Kept] = {name: kept(value) for name, value in parameters.items()}
         self.kept: set[str] = set()  # names of what was trained so far
-        self.steps = runs[-1].stage.last
+        self.steps = plans[-1].stage.last
         self.evaluator = Evaluator(config, config.eval_batch_rows, sources, decoder, peers)
         self.evaluations: list[Evaluation] = []
         self.teacher = TeacherFigure(None)  # on the held-out rows
@@ -369,27 +367,25 @@ class _Run:
             )
         try:
             if not first and self.sources.held_out:
-                self._log(0, self._evaluate(0, self.runs[0].stage))
+                self._log(0, self._evaluate(0, self.plans[0].stage))
             with Progress("train", self.steps, unit="steps", quiet=not self.peers.first) as bar:
                 bar.skip(first)
-                while self.runs:
-                    run = self.runs.pop(0)
-                    if first < run.stage.last:
-                        self._run_stage(run, max(first, run.stage.first), bar)
+                for plan in self.plans:
+                    if first < plan.stage.last:
+                        self._run_stage(plan, max(first, plan.stage.first), bar)
         finally:
             if self.log is not None:
                 self.log.close()
         return first
 
-    def _run_stage(self, run: StageRun, first: int, bar: Progress) -> None:
+    def _run_stage(self, plan: StagePlan, first: int, bar: Progress) -> None:
         """The steps of one stage that are not done yet."""
-        run.prepare(self.parameters)
-        if first > run.stage.first:
-            run.restore(self.checkpoints.open(first), first - run.stage.first)
+        done = first - plan.stage.first
+        run = StageRun(plan, self.parameters, self.checkpoints.open(first) if done else None, done)
         self.kept |= run.trained_names
         # The whole run is one walk over the rows, whatever its stages and restarts: batch s is a function of s.
         feed = make_feed(
-            run.source,
+            plan.source,
             global_batch_rows=self.config.batch_rows,
             seed=self.config.seed,
             start_step=first,
@@ -403,20 +399,22 @@ class _Run:
 
     def _steps(self, run: StageRun, first: int, feed: Feed, bar: Progress, flops: "FlopCount", trace: Trace) -> None:
         host = next(feed)
-        batch, teacher = run.place(host), host.get(ROUTER)
+        batch, teacher = run.plan.place(host), host.get(ROUTER)
         for number in range(first + 1, run.stage.last + 1):
             trace.before(number)
             start, waited, routed = time.perf_counter(), feed.wait_s, teacher
             coming = run.advance(batch)  # returns before it is computed
             if number < run.stage.last:
                 host = next(feed)
-                batch, teacher = run.place(host), host.get(ROUTER)
+                batch, teacher = run.plan.place(host), host.get(ROUTER)
             sums = to_host(coming)
             metrics = self._settle(run, number, sums, routed)
             seconds, counted = time.perf_counter() - start, int(sums.tokens)
             times = StepTimes(seconds, counted, (feed.wait_s - waited) / seconds, flops.of_step, flops.peak)
             metrics |= times.metrics()
-            metrics["learning/current_learning_rate"] = float(np.asarray(run.schedule(number - 1 - run.stage.first)))
+            metrics["learning/current_learning_rate"] = float(
+                np.asarray(run.plan.schedule(number - 1 - run.stage.first))
+            )
             wait = f", {times.wait_share:.0%} of it waiting for data" if times.wait_share >= WORTH_SAYING else ""
             loss = f"{metrics['distill/total_loss']:.4g}" if "distill/total_loss" in metrics else "undefined"
             bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s in this step{wait}")
@@ -476,7 +474,7 @@ class _Run:
         if evaluates or last or number % config.log_every == 0 or number == run.stage.first + 1:
             self._log(number, metrics)
         if routing is not None and self.log is not None and (saves or number == run.stage.first + 1):
-            self.log.log_load(number, run.stack.config.moe_blocks, np.asarray(routing.sums.load))
+            self.log.log_load(number, run.plan.setting.stack.config.moe_blocks, np.asarray(routing.sums.load))
         if saves:
             if self.log is not None:
                 self.log.flush()  # a checkpoint counts on the lines before it
@@ -543,7 +541,9 @@ class FlopCount:
     """FLOPs of a step of a stage, and the devices' peak in a second."""
 
     def __init__(self, run: StageRun, batch_rows: int, row_tokens: int) -> None:
-        self.of_step = step_flops(run.stack.config, run.used_parameters(), batch_rows * row_tokens, row_tokens)
+        self.of_step = step_flops(
+            run.plan.setting.stack.config, run.used_parameters(), batch_rows * row_tokens, row_tokens
+        )
         self.peak = peak_flops(1 if run.mesh is None else run.mesh.size)
 
 

@@ -59,7 +59,12 @@ class Moe(nnx.Module):
     [E], gate_bias and up_bias [E, F], down_bias [E, D];
     shared_gate and shared_up [D, S], shared_down [S, D], shared_router [D, 1]; router_bias [E], or in training several,
     [groups, E]: float32, without gradient.
+
+    routing: the parameters that a loss on the routing has a gradient for. by_rule: those that a rule moves instead.
     """
+
+    routing = ("norm", "router", "logit_bias")
+    by_rule = ("router_bias",)
 
     def __init__(self, config: ModelConfig, moe: MoeConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         depth, inner, shared = config.hidden_size, moe.expert_size, moe.shared_size

@@ -18,9 +18,9 @@ from distillcache.schemas.config import BuildConfig, DataConfig, TeacherConfig
 from distillcache.schemas.config.train import LossConfig, OptimizerConfig
 from distillcache.trainer.step.blockwise import BlockwiseStep
 from distillcache.trainer.step.optimizer import make_optimizer
-from distillcache.trainer.step.parameters import Parameters, all_parameters, choose_trained
+from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, all_parameters, choose_trained
 from distillcache.trainer.step.stack import BlockRules, StudentStack
-from distillcache.trainer.step.targets import Table, TapReading, make_table, student_spans
+from distillcache.trainer.step.targets import TapReading, Targets, block_targets, student_spans
 
 # Two groups, one with a pattern of two kinds: every order of blocks that a plan can have.
 MIXED = ModelConfig(
@@ -72,24 +72,26 @@ def blockwise(
     rules: BlockRules = PLAIN,
     optimizer: OptimizerConfig = ADAM,
     steps: int = 20,
+    norms: np.ndarray | None = None,
     **options: Any,
-) -> tuple[BlockwiseStep, Table]:
+) -> tuple[BlockwiseStep, Targets]:
     """The step on batches of `random_batch`, whose stacks hold every slot at its own number."""
     depth = decoder.config.num_blocks
     spans = student_spans(decoder.config, depth, None)
     places = {"resid": {at: at for at in range(depth + 1)}, "attn_out": {at: at for at in range(depth)}}
     weights = dict.fromkeys(range(depth) if blocks is None else blocks, 1.0)
-    table = make_table(decoder.config, spans, places, weights, needs_leaving=rules.runs_mlp)
+    targets = block_targets(decoder.config, spans, [places] * depth, weights, needs_leaving=rules.runs_mlp, norms=norms)
     codecs = {"resid": get_codec(codec), "attn_out": get_codec(codec)}
     reading = TapReading(codecs, decoder.config.hidden_size, in_step=False)
     made = make_optimizer(optimizer, steps)
-    return BlockwiseStep(StudentStack(decoder), reading, rules, loss, made, steps, **options), table
+    return BlockwiseStep(StudentStack(decoder), reading, rules, loss, made, steps, **options), targets
 
 
 def parameters_of(decoder: Decoder, *patterns: str) -> tuple[Parameters, Parameters]:
     """The blocks' parameters that match, to be trained, and the others."""
     everything = {name: value for name, value in all_parameters(decoder).items() if name.startswith("groups/")}
-    chosen = choose_trained(everything, None, patterns)
+    reached = [name for name in everything if not name.endswith(ROUTER_BIAS)]
+    chosen = choose_trained(list(everything), patterns, reached)
     return (
         {name: value for name, value in everything.items() if name in chosen},
         {name: value for name, value in everything.items() if name not in chosen},

@@ -45,15 +45,12 @@ from distillcache.trainer.feed.online import OnlineSource
 from distillcache.trainer.feed.source import Source
 from distillcache.trainer.feed.teacher import open_teacher
 from distillcache.trainer.mesh.placement import to_host
-from distillcache.trainer.run.stage import OpenSource, StageRun
+from distillcache.trainer.run.stage import OpenSource, StageRun, plan_stage
 from distillcache.trainer.run.stages import resolve_stages
-from distillcache.trainer.step.blockwise import BlockwiseStep
-from distillcache.trainer.step.feature import FeatureStep, feature_update
-from distillcache.trainer.step.optimizer import make_optimizer
-from distillcache.trainer.step.parameters import Parameters, all_parameters, choose_trained
-from distillcache.trainer.step.program import blockwise_update, init_state, jit_step
-from distillcache.trainer.step.stack import BlockRules, StudentStack
-from distillcache.trainer.step.targets import Table, TapReading, is_in_step, make_table, student_spans
+from distillcache.trainer.step.parameters import Parameters, all_parameters, reached_by
+from distillcache.trainer.step.program import Setting, init_state, jit_step
+from distillcache.trainer.step.stack import StudentStack
+from distillcache.trainer.step.targets import TapReading, Targets, block_targets, is_in_step, student_spans
 
 ROUNDS = 2  # a round takes more than a minute
 WAIT_SHARE_AT_MOST = 0.02
@@ -199,10 +196,9 @@ class _Paths:
         base = train_config(Path("none"), self._cache, [], 1000, self._sizes.batch_rows)
         config = base.model_copy(update=changes)
         parameters = all_parameters(self._student)
-        run = StageRun(
-            config, config.mesh, resolve_stages(config, config.mesh)[0], self._student, parameters, source, _no_norms
-        )
-        return run.prepare(parameters)
+        [stage] = resolve_stages(config, config.mesh)
+        plan = plan_stage(config, config.mesh, stage, self._student, parameters, source, _no_norms)
+        return StageRun(plan, parameters)
 
     def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
         return CacheSource(self._cache, taps, blocks, "train", leaving=leaving)
@@ -213,12 +209,12 @@ class _Paths:
     def _fed(self, run: StageRun, waits: list[tuple[float, float]]) -> float:
         """Seconds of a step that is fed as `train` feeds it: the next batch is taken while the step is computed."""
         seconds = []
-        with make_feed(run.source, global_batch_rows=self._sizes.batch_rows, seed=0) as feed:
-            batch = run.place(next(feed))
+        with make_feed(run.plan.source, global_batch_rows=self._sizes.batch_rows, seed=0) as feed:
+            batch = run.plan.place(next(feed))
             for number in range(WARM_STEPS + self._sizes.steps):
                 start, waited = time.perf_counter(), feed.wait_s
                 sums = run.advance(batch)
-                batch = run.place(next(feed))
+                batch = run.plan.place(next(feed))
                 run.losses(to_host(sums))  # waits until they are computed
                 if number >= WARM_STEPS:
                     seconds.append(time.perf_counter() - start)
@@ -227,7 +223,7 @@ class _Paths:
 
     def _alone_path(self, name: str, run: StageRun, steps: int) -> Callable[[], float]:
         """Steps on one batch that lies on the device; the first one, here, compiles."""
-        batch = run.place(run.source[range(self._sizes.batch_rows)])
+        batch = run.plan.place(run.plan.source[range(self._sizes.batch_rows)])
         self.first_s[name] = _timed(lambda: run.losses(to_host(run.advance(batch))), 1)
         return lambda: _timed(lambda: run.losses(to_host(run.advance(batch))), steps)
 
@@ -331,24 +327,23 @@ def temporaries(
     Where blockwise updates follow the scan, without the stacked gradients: those have the size of what is trained and
     must exist.
     """
-    stack = StudentStack(student.decoder)
-    taps = _taps(("resid", "attn_out") if mode == "blockwise" else ("attn_out",), stack.config, codec)
-    reading, table = _reading(taps, stack.config)
-    config = TrainConfig(run="none", cache="none", mode=mode)  # type: ignore[arg-type]
+    given = {"mode": mode, "compute_dtype": dtype, "optimizer": {"inside_scan": inside_scan}}
+    config = TrainConfig.model_validate({"run": "none", "cache": "none", **given})
     [stage] = resolve_stages(config, config.mesh)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, clips=mode == "blockwise")
-    if mode == "blockwise":
-        rules = BlockRules(compute_dtype=dtype)
-        step = BlockwiseStep(stack, reading, rules, stage.loss, optimizer, stage.steps, inside_scan=inside_scan)
-        update, reached = blockwise_update(step), ["attention"]
-    else:
-        graph, clip = nnx.graphdef(student.decoder), stage.optimizer.clip_norm
-        step = FeatureStep(graph, stack, reading, stage.loss, optimizer, clip, stage.steps, compute_dtype=dtype)
-        update, reached = feature_update(step), ["*"]
-    chosen = choose_trained(student.parameters, None, reached)
-    trained = {name: value for name, value in student.parameters.items() if name in chosen}
-    state = jax.eval_shape(lambda values: init_state(stack, values, optimizer), trained)
-    compiled = jit_step(update, state, None).lower(state, {}, _abstract_batch(taps, sizes), table).compile()
+    stack, graph = StudentStack(student.decoder), nnx.graphdef(student.decoder)
+    recorded = frozenset(("resid", "attn_out"))
+    setting = Setting(
+        config, stage.loss, stage.optimizer, stage.steps, stage.name, stack, graph, None, config.cache, recorded
+    )
+    program = stage.program(setting)
+    taps = _taps(program.taps, stack.config, codec)
+    reading, targets = _reading(taps, stack.config)
+    reached = reached_by(program.rules(), student.parameters)
+    trained = {name: student.parameters[name] for name in reached}
+    state = jax.eval_shape(lambda values: init_state(stack, values, program.optimizer), trained)
+    compiled = (
+        jit_step(program.update(reading), state, None).lower(state, {}, _abstract_batch(taps, sizes), targets).compile()
+    )
     stacked = 0 if inside_scan else sum(leaf.size * leaf.dtype.itemsize for leaf in trained.values())
     return compiled.memory_analysis().temp_size_in_bytes - stacked
 
@@ -367,14 +362,14 @@ def _taps(names: Sequence[str], config: ModelConfig, codec: tuple[str, bool]) ->
     }
 
 
-def _reading(taps: Mapping[str, TapPlan], config: ModelConfig) -> tuple[TapReading, Table]:
+def _reading(taps: Mapping[str, TapPlan], config: ModelConfig) -> tuple[TapReading, Targets]:
     """Describe the reading of these taps if block i's lie at position i and all blocks are trained."""
     blocks, hidden = range(config.num_blocks), config.hidden_size
     codecs = {name: tap_codec(tap, {f"signs.{name}": make_signs(name, hidden)}) for name, tap in taps.items()}
     places = {name: {block: block for block in blocks} for name in taps}
     spans = student_spans(config, config.num_blocks, None)
-    table = make_table(config, spans, places, dict.fromkeys(blocks, 1.0), needs_leaving=False)
-    return TapReading(codecs, hidden, in_step=is_in_step(spans, places, list(blocks))), table
+    targets = block_targets(config, spans, [places] * len(spans), dict.fromkeys(blocks, 1.0))
+    return TapReading(codecs, hidden, in_step=is_in_step(spans, places, list(blocks))), targets
 
 
 def _abstract_batch(taps: Mapping[str, TapPlan], sizes: StepSizes) -> dict[str, Any]:

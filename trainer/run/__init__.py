@@ -4,7 +4,7 @@ folder.py       the run's folder: owner, lock, description
 stages.py       stages of a run
 student.py      the initial student
 importance.py   importance of the teacher's parts on cached rows
-stage.py        one stage, ready to step
+stage.py        one stage: planned, and ready to step
 evaluate.py     held-out perplexity and distances by block
 divergence.py   runs that diverged or ended worse than they began
 yardstick.py    the teacher on the held-out rows, and the share of the gap closed

@@ -4,7 +4,6 @@ Host loops over batches of one shape (the last one is filled up with masked rows
 once; sums travel from batch to batch, in Python's own double precision.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,19 +26,26 @@ from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.feed.source import Batch, Source
-from distillcache.trainer.losses import MaskedSum, blockwise_cosine_loss, next_token_loss, topk_kl_loss, without_padding
+from distillcache.trainer.losses import (
+    MaskedSum,
+    blockwise_cosine_loss,
+    next_token_loss,
+    perplexity_of,
+    topk_kl_loss,
+    without_padding,
+)
+from distillcache.trainer.step.modes import MODES
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
 from distillcache.trainer.step.stack import BlockRules, Given, StudentStack, scan_blocks
 from distillcache.trainer.step.targets import (
-    Table,
+    BlockTargets,
     TapReading,
+    Targets,
     block_starts,
-    evaluation_table,
+    evaluation_targets,
     real_vocab,
     student_spans,
 )
-
-MAX_EXPONENT = 700.0  # exp of more is no float
 
 
 class Evaluation(Config):
@@ -94,12 +100,12 @@ class Evaluator:
         teacher_blocks = self._source.plan.teacher.num_blocks
         spans = student_spans(decoder.config, teacher_blocks, block_starts(spec.student, teacher_blocks))
         self._blocks: tuple[int, ...] = ()
-        # In feature mode the maps of the teacher's stream are not trained, so blocks cannot be looked at alone.
+        # Where the student runs as a whole the maps of the teacher's stream are not trained: no block is judged alone.
         modes = (spec.mode, *(stage.mode for stage in spec.stages or []))
-        apart = spec.student.projector == "none" or "feature" not in modes
+        apart = spec.student.projector == "none" or all(MODES[mode].blocks_apart for mode in modes)
         if "attn_out" in self._source.codecs and apart:
             norms = sources.norms() if spec.inject == "attn_in" else None
-            self._table, self._reading, self._blocks = evaluation_table(decoder.config, spans, self._source, norms)
+            self._targets, self._reading, self._blocks = evaluation_targets(decoder.config, spans, self._source, norms)
         eps = self._source.plan.teacher.norm_eps
         self._rules = BlockRules(compute_dtype=spec.compute_dtype, teacher_norm_eps=eps)
 
@@ -122,7 +128,7 @@ class Evaluator:
         cosine = None
         if self._blocks:
             cosine = blockwise_cosine(
-                self._stack, parameters, source, self._table, self._reading, self._rules, rows, peers
+                self._stack, parameters, source, self._targets, self._reading, self._rules, rows, peers
             )
         return _evaluation(
             step=step,
@@ -176,11 +182,6 @@ def gap_closed(teacher: float | None, start: float | None, now: float | None) ->
     return (start - now) / (start - teacher)
 
 
-def perplexity_of(loss: float) -> float:
-    """exp of a mean cross-entropy, in nats; of one that no float could hold the exp of, the largest that is written."""
-    return math.exp(min(loss, MAX_EXPONENT))
-
-
 class HeldOut(NamedTuple):
     """A decoder on held-out rows.
 
@@ -229,18 +230,18 @@ def blockwise_cosine(
     stack: StudentStack,
     parameters: Parameters,
     source: Source,
-    table: Table,
+    targets: Targets,
     reading: TapReading,
     rules: BlockRules,
     batch_rows: int,
     peers: Peers = ALONE,
 ) -> np.ndarray | None:
     """The mean cosine distance of each block's attention output on the teacher's stream, float64 `[L]`; 0 where the
-    table trains none. None where the rows are all padding."""
+    targets train none. None where the rows are all padding."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
     with Progress("cosine", len(source), unit="rows", quiet=not peers.first) as bar:
         for batch, rows in _batches(source, batch_rows, peers):
-            sums = _block_cosines(stack, reading, rules, parameters, batch, table)
+            sums = _block_cosines(stack, reading, rules, parameters, batch, targets)
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
             bar.advance(rows)
     *totals, weight = peers.sum(np.append(total, weight))
@@ -326,17 +327,17 @@ def _token_loss(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _block_cosines(
-    stack: StudentStack, reading: TapReading, rules: BlockRules, parameters: Parameters, batch: Batch, table: Table
+    stack: StudentStack, reading: TapReading, rules: BlockRules, parameters: Parameters, batch: Batch, targets: Targets
 ) -> MaskedSum:
     mask, context, places = batch["segment_ids"] > 0, stack.context(batch), stack.places()
 
-    def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Array]:
-        out = stack.run(place, kept, given, context, rules, row.get("norm"))
+    def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Array]:
+        out = stack.run(place, kept, given, context, rules, row.norm)
         return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total
 
     taps = {name: batch[name] for name in reading.codecs}
     nothing, fixed = dict.fromkeys(places, ()), {place: of_place(parameters, place) for place in places}
-    _, totals = scan_blocks(stack, table, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
+    _, totals = scan_blocks(stack, targets, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
     return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
 
 

@@ -15,7 +15,7 @@ Rows are the first of the training split, in batches of one fixed size, summed i
 depend neither on the run's batch size nor on the number of its processes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.source import Batch, Source
 from distillcache.trainer.step.parameters import Parameters, Place, all_parameters, of_place, sublayer
 from distillcache.trainer.step.stack import Given, StudentStack, scan_blocks
-from distillcache.trainer.step.targets import Table, TapReading, evaluation_table, student_spans
+from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, evaluation_targets, student_spans
 
 IMPORTANCE = "importance.safetensors"  # in the run's folder
 MEASURED_ROWS = 4  # at a time; fixed, since XLA's bits depend on a batch's shape
@@ -87,7 +87,7 @@ def measure_importance(teacher: Decoder, source: Source, rows: int) -> Scores:
     """The importance of the parts of the decoder that the source's taps were recorded from, on its first rows."""
     config = teacher.config
     spans = student_spans(config, config.num_blocks, None)
-    table, reading, _ = evaluation_table(config, spans, source, None)
+    targets, reading, _ = evaluation_targets(config, spans, source, None)
     measured = _Measured(StudentStack(teacher), reading)
     parameters, tokens = all_parameters(teacher), 0.0
     totals: dict[Place, dict[str, np.ndarray]] = {place: {} for place in measured.stack.places()}
@@ -97,7 +97,7 @@ def measure_importance(teacher: Decoder, source: Source, rows: int) -> Scores:
             batch = source[numbers + [start] * (MEASURED_ROWS - len(numbers))]
             batch["segment_ids"][len(numbers) :] = 0
             tokens += float(np.sum(batch["segment_ids"] > 0))
-            for place, sums in _sums(measured, parameters, batch, table).items():
+            for place, sums in _sums(measured, parameters, batch, targets).items():
                 for letter, value in sums.items():
                     totals[place][letter] = totals[place].get(letter, 0.0) + np.asarray(value, np.float64)
             bar.advance(len(numbers))
@@ -144,12 +144,12 @@ class _Measured:
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _sums(measured: _Measured, parameters: Parameters, batch: Batch, table: Table) -> dict[Place, dict[str, Array]]:
+def _sums(measured: _Measured, parameters: Parameters, batch: Batch, targets: Targets) -> dict[Place, dict[str, Array]]:
     """Sums over a batch's real tokens, `[repeats, size]` of every place and axis letter."""
     stack, mask = measured.stack, batch["segment_ids"] > 0
     context = stack.context(batch)
 
-    def visit(place: Place, mine: Any, own: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Any]:
+    def visit(place: Place, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
         attention, mlp = (sublayer(stack.graphs[place][name], name, own) for name in ("attention", "mlp"))
         heads = attention.mix(pre_norm(attention, given.resid), context)
         sums = {"H": _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
@@ -164,7 +164,7 @@ def _sums(measured: _Measured, parameters: Parameters, batch: Batch, table: Tabl
     taps = {name: batch[name] for name in measured.reading.codecs}
     nothing = dict.fromkeys(stack.places(), ())
     fixed = {place: of_place(parameters, place) for place in stack.places()}
-    return scan_blocks(stack, table, measured.reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)[1]
+    return scan_blocks(stack, targets, measured.reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)[1]
 
 
 def _added_norms(heads: Array, output: Array) -> Array:

@@ -5,13 +5,14 @@ Names are MaxText's where MaxText has one, so that its dashboards fit; `feature/
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from distillcache.models.routing import RouterSums, max_violation
-from distillcache.trainer.run.evaluate import Evaluation, perplexity_of
+from distillcache.trainer.run.evaluate import Evaluation
+from distillcache.trainer.terms import Terms
+from distillcache.trainer.terms.parts import Means
 
 
 @dataclass(frozen=True)
@@ -36,78 +37,15 @@ class StepTimes:
         return found
 
 
-def blockwise_metrics(
-    losses: Mapping[str, np.ndarray], block_weights: Mapping[int, float], weights: Mapping[str, float]
-) -> dict[str, float]:
-    """The losses of a blockwise step; none of a batch without tokens.
-
-    Args:
-        losses: `feature` and `mlp`, float `[L]`: each block's mean over tokens, before beta and gamma.
-        block_weights: of the trained blocks.
-        weights: beta (`feature`) and gamma (`mlp`) at this step.
-    """
-    if not losses:
+def term_metrics(terms: Terms, means: Means) -> dict[str, float]:
+    """The losses of a step; what is undefined is left out, and the total where it would be made of that alone."""
+    if not means.of:
         return {}
-    blocks = list(block_weights)
-    own = np.asarray([block_weights[block] for block in blocks])
-    feature = float(np.mean(losses["feature"][blocks] * own)) * weights["feature"]
-    mlp = float(np.mean(losses["mlp"][blocks])) * weights["mlp"]
-    found = {
-        "distill/total_loss": feature + mlp,
-        "distill/out_proj_feature_loss": feature,
-        "distill/beta_feature": weights["feature"],
-        "feature/mean": float(np.mean(losses["feature"][blocks])),
-        **{f"feature/block_{block:02d}": float(losses["feature"][block]) for block in blocks},
-    }
-    if weights["mlp"] or losses["mlp"].any():
-        found |= {"distill/mlp_loss": mlp, "distill/gamma_mlp": weights["mlp"]}
-        found |= {f"mlp/block_{block:02d}": float(losses["mlp"][block]) for block in blocks}
-    return found
-
-
-def feature_metrics(
-    losses: Mapping[str, Any], block_weights: Mapping[int, float], weights: Mapping[str, float]
-) -> dict[str, float]:
-    """The losses of a step in feature mode. What is undefined is left out: of a batch without targets the means over
-    next tokens, and the total where it would be made of them alone.
-
-    Args:
-        losses: `feature`, float `[L]`; the others means over next tokens, in nats: `ce`, if logits are
-            computed, and with recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (where a target lies outside the
-            top k: the least that it can be) and `covered` (share of targets inside). Empty without tokens.
-        weights: of the token losses (`tokens`), alpha, tau and beta (`feature`) at this step.
-    """
-    if not losses:
-        return {}
-    alpha, tau, beta = weights["alpha"], weights["tau"], weights["feature"]
-    blocks = list(block_weights)
-    own = np.asarray([block_weights[block] for block in blocks])
-    feature = beta * float(np.mean(losses["feature"][blocks] * own)) if blocks else 0.0
-    soft = tau * tau * losses.get("kl", 0.0)
-    found = {"distill/total_loss": feature} if blocks else {}
-    if "ce" in losses:
-        hard = losses["ce"]
-        found = {
-            "distill/total_loss": weights["tokens"] * (alpha * soft + (1 - alpha) * hard) + feature,
-            "distill/hard_loss": hard,
-            "distill/student_perplexity": perplexity_of(hard),
-            "distill/alpha": alpha,
-            "distill/token_weight": weights["tokens"],
-        }
-    if "kl" in losses:
-        found |= {
-            "distill/soft_loss": soft,
-            "distill/kl_div_at_T": losses["kl"],
-            "distill/kl_div_T1": losses["kl_1"],
-            "distill/temperature": tau,
-            "distill/teacher_loss": losses["teacher"],
-            "distill/teacher_perplexity": perplexity_of(losses["teacher"]),
-            "logits/targets_covered": losses["covered"],
-        }
-    if blocks:
-        found |= {"distill/out_proj_feature_loss": feature, "distill/beta_feature": beta}
-        found |= {"feature/mean": float(np.mean(losses["feature"][blocks]))}
-        found |= {f"feature/block_{block:02d}": float(losses["feature"][block]) for block in blocks}
+    order = (*terms.logits, *terms.blocks)
+    totals = [total for total in (term.total(means) for term in order) if total is not None]
+    found = {"distill/total_loss": sum(totals[1:], totals[0])} if totals else {}
+    for term in order:
+        found |= term.metrics(means)
     return found
 
 

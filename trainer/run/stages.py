@@ -10,14 +10,11 @@ from typing import Literal
 
 from distillcache.schemas.config.train import LossConfig, MeshConfig, OptimizerConfig, TrainSpec
 from distillcache.schemas.errors import ConfigError
-from distillcache.trainer.step.schedules import all_positive, always_one, may_count
-
-NEEDED = {  # by options that not every run has a use for
-    "loss.mlp.weight": "a blockwise stage",
-    "mlp_input": "a blockwise stage with loss.mlp.weight above zero",
-    "inject": "a blockwise stage",
-}
-
+from distillcache.trainer.step.modes import MODES
+from distillcache.trainer.step.program import StepProgram
+from distillcache.trainer.step.schedules import may_count
+from distillcache.trainer.terms import Terms
+from distillcache.trainer.terms.parts import counts
 
 # What an operation of surgery changes. The others change both, or the blocks.
 CUTS_MLP = ("mlp_width", "experts", "expert_width", "upcycle")
@@ -47,28 +44,32 @@ class Stage:
         return f"stage {self.number}, mode {self.mode}"
 
     @property
+    def program(self) -> type[StepProgram]:
+        return MODES[self.mode]
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the loss that count."""
+        return Terms.of_mode(self.mode).counting(self.loss)
+
+    @property
     def compares_attention(self) -> bool:
-        return may_count(self.loss.feature.weight)
+        return self.terms.read("attn_out")
 
     @property
     def compares_mlp(self) -> bool:
-        return self.mode == "blockwise" and may_count(self.loss.mlp.weight)
+        return self.terms.read("mlp_out")
 
     @property
     def compares_tokens(self) -> bool:
-        return self.mode == "feature" and may_count(self.loss.token_weight)
+        return bool(self.terms.logits)
 
     @property
     def teaches_teacher(self) -> bool:
         """Return whether a loss has something to teach even to a student that is the teacher."""
         loss = self.loss
-        from_data = self.compares_tokens and not always_one(loss.alpha)
+        from_data = any(term.teaches_teacher(loss) for term in self.terms.logits)
         return from_data or may_count(loss.load_balance.weight) or may_count(loss.router_z)
-
-    @property
-    def uses_logits(self) -> bool:
-        """The teacher's, as recorded."""
-        return self.compares_tokens and may_count(self.loss.alpha)
 
 
 def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
@@ -120,7 +121,7 @@ def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:
 def only_part(spec: TrainSpec, stages: Sequence[Stage]) -> Literal["attention", "mlp"] | None:
     """The sublayer whose outputs alone the first stage compares, each block by itself; None where there is more."""
     stage = stages[0]
-    if stage.mode != "blockwise" or stage.teaches_teacher:
+    if not stage.program.blocks_apart or stage.teaches_teacher:
         return None
     if not stage.compares_mlp:
         return "attention"
@@ -150,32 +151,21 @@ def _without_balance_loss(loss: LossConfig) -> LossConfig:
 
 
 def _check_stage(stage: Stage, mesh: MeshConfig) -> None:
-    loss, where = stage.loss, stage.name
-    if stage.mode == "feature" and not all_positive(loss.tau):
-        raise ConfigError(
-            "a temperature must be above zero", {"stage": where, "loss.tau": loss.tau}, "set loss.tau to 1 or more"
-        )
-    for name, term in (("feature", loss.feature), ("mlp", loss.mlp)):
-        if may_count(term.weight) and not (term.relative_l2 or term.cosine or term.l2):
-            raise ConfigError(
-                "a loss has a weight but compares nothing",
-                {"stage": where, f"loss.{name}": term.model_dump()},
-                "give one of relative_l2, cosine and l2 a value above zero",
-            )
+    loss, where, terms = stage.loss, stage.name, Terms.of_mode(stage.mode)
+    for term in (*terms.logits, *Terms.registered().blocks):
+        term.check(loss, where)
     blocks = loss.feature.blocks
     if blocks != "all" and len(set(blocks)) != len(blocks):
         raise ConfigError(
             "a block is named twice", {"stage": where, "loss.feature.blocks": blocks}, "name every block once"
         )
-    if not (stage.compares_attention or stage.compares_mlp or stage.compares_tokens):
-        blockwise, feature = {"loss.mlp.weight": loss.mlp.weight}, {"loss.token_weight": loss.token_weight}
-        weights = {"loss.feature.weight": loss.feature.weight} | (blockwise if stage.mode == "blockwise" else feature)
+    if not stage.terms.all:
         raise ConfigError(
             "no loss has a weight, so nothing would be trained",
-            {"stage": where, **weights},
+            {"stage": where, **{term.setting: term.weights(loss)[term.name] for term in terms.all}},
             "give one of them a value above zero",
         )
-    if stage.mode == "feature" and mesh.block > 1:
+    if not stage.program.blocks_apart and mesh.block > 1:
         raise ConfigError(
             "in feature mode blocks depend on each other, so devices cannot hold different ones",
             {"stage": where, "mesh.block": mesh.block},
@@ -187,13 +177,17 @@ def _check_use(stages: Sequence[Stage], spec: TrainSpec) -> None:
     """Refuse what is requested and no stage of the run would do."""
     trains_mlp = any(stage.compares_mlp for stage in stages)
     asked_in_vain = {
-        "loss.mlp.weight": not trains_mlp and any(may_count(stage.loss.mlp.weight) for stage in stages),
-        "mlp_input": not trains_mlp and spec.mlp_input != "teacher",
-        "inject": spec.inject != "resid" and all(stage.mode == "feature" for stage in stages),
+        term.setting: " or ".join(f"a {mode} stage" for mode in term.modes)
+        for term in Terms.registered().blocks
+        if any(counts(term, stage.loss) for stage in stages) and not any(term in stage.terms.blocks for stage in stages)
     }
-    for name in (name for name, in_vain in asked_in_vain.items() if in_vain):
+    if not trains_mlp and spec.mlp_input != "teacher":
+        asked_in_vain["mlp_input"] = "a blockwise stage with loss.mlp.weight above zero"
+    if spec.inject != "resid" and not any(stage.program.blocks_apart for stage in stages):
+        asked_in_vain["inject"] = "a blockwise stage"
+    for name, needed in asked_in_vain.items():
         raise ConfigError(
             f"{name} would do nothing in this run",
-            {"stages": ", ".join(stage.mode for stage in stages), "needed": NEEDED[name]},
+            {"stages": ", ".join(stage.mode for stage in stages), "needed": needed},
             f"leave {name} out, or add what it needs",
         )

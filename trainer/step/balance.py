@@ -26,7 +26,7 @@ from distillcache.models.routing import (
     router_sums,
     update_router_bias,
 )
-from distillcache.schemas.config.train import LossConfig, MeshConfig, TrainSpec
+from distillcache.schemas.config.train import LossConfig, MeshConfig, TrainSpec, Weight
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, place_prefix
 from distillcache.trainer.step.schedules import may_count
@@ -148,9 +148,12 @@ class Balancing:
 
 
 def make_balancing(
-    spec: TrainSpec, mesh: MeshConfig, loss: LossConfig, mode: str, model: ModelConfig, stage: str
+    spec: TrainSpec, mesh: MeshConfig, loss: LossConfig, model: ModelConfig, stage: str, *, blocks_apart: bool
 ) -> Balancing | None:
     """Choose the balancing that a stage applies to this student's routers; None if it has no experts.
+
+    Args:
+        blocks_apart: blocks are trained apart from each other (`StepProgram`).
 
     Raises:
         ConfigError: something is requested that the student, the mode or the mesh does not allow.
@@ -165,7 +168,7 @@ def make_balancing(
             {"stage": stage, "loss.load_balance.weight": loss.load_balance.weight},
             "give it one, 0.01 for example",
         )
-    if balances and loss.load_balance.scope == "model" and mode == "blockwise":
+    if balances and loss.load_balance.scope == "model" and blocks_apart:
         raise ConfigError(
             "blocks are trained independently, so their load cannot be balanced together",
             {"stage": stage, "loss.load_balance.scope": "model"},
@@ -188,6 +191,13 @@ def make_balancing(
         _bias_groups(mesh, spec.expert_parallel_size, spec.moe_bias_sync_group),
         spec.seed,
     )
+
+
+def router_weights(balancing: Balancing | None, loss: LossConfig) -> dict[str, Weight]:
+    """lambda and zeta, where they may count."""
+    if balancing is None or not balancing.with_loss:
+        return {}
+    return {"load_balance": loss.load_balance.weight, "router_z": loss.router_z}
 
 
 def _refuse_without_experts(balance_type: str | None, mesh: MeshConfig, loss: LossConfig, stage: str) -> None:

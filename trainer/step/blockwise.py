@@ -4,15 +4,15 @@ Every student block gets the teacher's stream as its input, so no block's loss d
 at a time is one block's activations, whatever L is. The block's update can follow at once (`optimizer.inside_scan`);
 then one block's gradient is alive too, and no more.
 
-What is minimised is the sum over blocks of `beta * w_l * feature + gamma * mlp`, each a mean over the batch's real
-tokens, so a block's gradient depends neither on L nor on how the batch is cut into micro-batches; and of
+What is minimised is the sum over blocks of the terms (trainer/terms), each a mean over the batch's real tokens times
+its weight, so a block's gradient depends neither on L nor on how the batch is cut into micro-batches; and of
 `lambda * load_balance + zeta * router_z` of a block with experts.
 
 Source: NVIDIA Puzzle (arXiv 2411.19146), blockwise local distillation; MaxText's parallel blockwise distillation.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,24 +23,24 @@ from jaxtyping import Array
 
 from distillcache.models.layers.context import BlockContext, context_of_block
 from distillcache.models.routing import RouterOutput
-from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig
-from distillcache.trainer.losses import feature_loss
-from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals
+from distillcache.schemas.config.train import LossConfig
+from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
 from distillcache.trainer.step.optimizer import update_blocks, update_one
 from distillcache.trainer.step.parameters import Parameters, Place, of_place, of_places
-from distillcache.trainer.step.schedules import may_count, weight_at
+from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import BlockRules, Cross, Given, StudentStack, scan_blocks
-from distillcache.trainer.step.targets import Table, TapReading
+from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets
+from distillcache.trainer.terms import Terms
+from distillcache.trainer.terms.parts import distance
 
-SHARES = ("relative_l2", "cosine", "l2")
+MODE = "blockwise"
 
 
 class BlockSums(NamedTuple):
-    """Losses of every block, sums over real tokens, `[L]` each (inside the scan `[]`); routing where it is collected,
-    of blocks without experts zeros."""
+    """Terms of every block by name, sums over real tokens, `[L]` each (inside the scan `[]`); routing where it is
+    collected, of blocks without experts zeros."""
 
-    feature: Array
-    mlp: Array
+    terms: dict[str, Array]
     routing: BlockRouting | None = None
 
 
@@ -59,7 +59,7 @@ class BlockwiseStep:
     """The static side of a step: how blocks are run and compared. Equal ones share their compiled program.
 
     steps: of the stage, over which weights change. micro_batches: parts of a batch, one after the other. balancing: of
-    a student with experts.
+    a student with experts. terms: all of blockwise mode: what is at hand is measured, also without a weight.
     """
 
     stack: StudentStack
@@ -71,24 +71,23 @@ class BlockwiseStep:
     micro_batches: int = 1
     inside_scan: bool = True
     balancing: Balancing | None = None
+    terms: Terms = field(default_factory=partial(Terms.of_mode, MODE))
 
     def __hash__(self) -> int:
         return hash((self.stack, self.reading, self.rules, self.steps, self.micro_batches, self.inside_scan))
 
     def weights(self, step: Array) -> dict[str, Array]:
-        """beta and gamma at a step, and lambda and zeta where they may count."""
-        terms = {"feature": self.loss.feature.weight, "mlp": self.loss.mlp.weight}
-        if self.balancing is not None and self.balancing.with_loss:
-            terms |= {"load_balance": self.loss.load_balance.weight, "router_z": self.loss.router_z}
-        return {name: weight_at(weight, step, self.steps) for name, weight in terms.items()}
+        """The terms' weights at a step, and lambda and zeta where they may count."""
+        weights = self.terms.weights(self.loss) | router_weights(self.balancing, self.loss)
+        return {name: weight_at(weight, step, self.steps) for name, weight in weights.items()}
 
     def gradients(
-        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], table: Table, step: Array
+        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], targets: Targets, step: Array
     ) -> tuple[Parameters, dict[Place, BlockSums], Array]:
         """The gradient of every block's loss, stacked, the losses' sums, and the real tokens."""
         turn = _Turn(self, batch, step)
 
-        def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Any]:
+        def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
             gradient, sums = turn.gradient(place, kept[0], kept[1], given, row)
             return mine, (gradient, sums)
 
@@ -98,7 +97,7 @@ class BlockwiseStep:
         places = self.stack.places()
         fixed = {place: (of_place(trained, place), of_place(frozen, place)) for place in places}
         nothing = dict.fromkeys(places, ())
-        _, found = self._scan(batch, table, visit, nothing, fixed, turn.own_stream(batch, frozen, cross))
+        _, found = self._scan(batch, targets, visit, nothing, fixed, turn.own_stream(batch, frozen, cross))
         gradients = of_places({place: y[0] for place, y in found.items()})
         return gradients, {place: y[1] for place, y in found.items()}, turn.tokens
 
@@ -108,22 +107,21 @@ class BlockwiseStep:
         moments: dict[Place, Any],
         frozen: Parameters,
         batch: Mapping[str, Any],
-        table: Table,
+        targets: Targets,
         step: Array,
     ) -> tuple[Parameters, dict[Place, Any], dict[Place, BlockSums], Array]:
         """New parameters and optimizer state, the losses' sums before the update, and the real tokens."""
         if not self.inside_scan:
-            gradients, sums, tokens = self.gradients(trained, frozen, batch, table, step)
+            gradients, sums, tokens = self.gradients(trained, frozen, batch, targets, step)
             new: dict[Place, Any] = {}
             for place in self.stack.places():
-                group = table[place[0]]
-                marks = (jnp.asarray(group[name])[:, place[1]] for name in ("trained", "runs") if name in group)
                 mine = of_place(gradients, place), moments[place], of_place(trained, place)
-                new[place] = update_blocks(self.optimizer, *mine, *marks)
+                column = targets[place[0]].at(slice(None), place[1])
+                new[place] = update_blocks(self.optimizer, *mine, column.trained, column.runs)
             return of_places({p: n[0] for p, n in new.items()}), {p: n[1] for p, n in new.items()}, sums, tokens
         turn = _Turn(self, batch, step)
 
-        def visit(place: Place, mine: Any, kept: Any, given: Given, row: Mapping[str, Array]) -> tuple[Any, Any]:
+        def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
             parameters, state = mine
             gradient, sums = turn.gradient(place, parameters, kept, given, row)
             return update_one(self.optimizer, gradient, state, parameters), sums
@@ -134,21 +132,21 @@ class BlockwiseStep:
         places = self.stack.places()
         carried = {place: (of_place(trained, place), moments[place]) for place in places}
         fixed = {place: of_place(frozen, place) for place in places}
-        carried, sums = self._scan(batch, table, visit, carried, fixed, turn.own_stream(batch, frozen, cross))
+        carried, sums = self._scan(batch, targets, visit, carried, fixed, turn.own_stream(batch, frozen, cross))
         parameters = of_places({place: mine[0] for place, mine in carried.items()})
         return parameters, {place: mine[1] for place, mine in carried.items()}, sums, turn.tokens
 
-    def _scan(self, batch: Mapping[str, Any], table: Table, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
+    def _scan(self, batch: Mapping[str, Any], targets: Targets, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
         return scan_blocks(
             self.stack,
-            table,
+            targets,
             self.reading,
             {name: batch[name] for name in self.reading.codecs},
             batch["segment_ids"].shape,
             visit,
             carried,
             fixed,
-            needs_mlp=may_count(self.loss.mlp.weight),
+            needs_mlp=self.terms.counting(self.loss).read("mlp_out"),
             own=own,
         )
 
@@ -179,12 +177,12 @@ class _Turn:
         trained: Mapping[str, Array],
         frozen: Mapping[str, Array],
         given: Given,
-        row: Mapping[str, Array],
+        row: BlockTargets,
     ) -> tuple[dict[str, Array], BlockSums]:
         """The gradient of one block's loss by its trained parameters, and the loss's sums."""
         loss = jax.grad(partial(self._loss, place, frozen, row), has_aux=True)
         count = self._step.micro_batches
-        everything = (given, context_of_block(self._context, row["block"]), self._mask, self._rows)
+        everything = (given, context_of_block(self._context, row.block), self._mask, self._rows)
         if count == 1:
             return loss(dict(trained), None, *everything)
 
@@ -202,7 +200,7 @@ class _Turn:
         self,
         place: Place,
         frozen: Mapping[str, Array],
-        row: Mapping[str, Array],
+        row: BlockTargets,
         trained: Mapping[str, Array],
         load_before: Array | None,
         given: Given,
@@ -210,19 +208,19 @@ class _Turn:
         mask: Array,
         rows: Array,
     ) -> tuple[Array, BlockSums]:
-        step, loss = self._step, self._step.loss
-        out = step.stack.run(place, {**frozen, **trained}, given, context, step.rules, row.get("norm"))
-        feature = feature_loss(out.attn_out, given.attn_out, mask, **shares(loss.feature)).total
-        total, mlp = self._weights["feature"] * row["weight"] * feature, jnp.zeros(())
-        if out.mlp_out is not None and given.mlp_out is not None:
-            mlp = feature_loss(out.mlp_out, given.mlp_out, mask, **shares(loss.mlp)).total
-            total = total + self._weights["mlp"] * mlp
+        step = self._step
+        out = step.stack.run(place, {**frozen, **trained}, given, context, step.rules, row.norm)
+        total, sums = jnp.zeros(()), dict[str, Array]()
+        for term in step.terms.blocks:
+            sums[term.name] = distance(term, step.loss, out, given.added, mask)
+            weight = self._weights[term.name]
+            total = total + (weight * row.weight if term.weighs_blocks else weight) * sums[term.name]
         routing = self._routing(out.router, mask, rows, load_before)
         if routing is not None and "load_balance" in self._weights:
             total = total + self._weights["load_balance"] * routing.balance
             total = total + self._weights["router_z"] * routing.sums.z
         # Divided here: a division of stacked gradients afterwards would be a second stack.
-        return total / jnp.maximum(self.tokens, 1.0), BlockSums(feature, mlp, routing)
+        return total / jnp.maximum(self.tokens, 1.0), BlockSums(sums, routing)
 
     def _routing(
         self, router: RouterOutput | None, mask: Array, rows: Array, load_before: Array | None
@@ -234,8 +232,3 @@ class _Turn:
             return balancing.nothing()
         sums = balancing.of_rows(router, mask)
         return balancing.of_block(sums, rows, self._mask.shape[0], self._totals, load_before)
-
-
-def shares(loss: FeatureLossConfig | MlpLossConfig) -> dict[str, float]:
-    """The arguments of `feature_loss`."""
-    return {name: getattr(loss, name) for name in SHARES}

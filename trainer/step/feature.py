@@ -1,19 +1,14 @@
 """One step in feature mode: the student runs as a whole, from tokens.
 
-    total = token_weight * (alpha * tau^2 * KL + (1 - alpha) * CE) + beta * feature
-          + lambda * load_balance + zeta * router_z
-
-KL and CE are means over next tokens that count (losses.next_token_loss), feature is the mean over the blocks that count
-of a mean over real tokens, the routers' losses are means over the blocks with experts, all of the whole batch, however
-it is cut into micro-batches. Logits exist for one row at a time, forward and backward; with a token_weight of 0 there
-are none.
-
-Source: Hinton et al. 2015 (tau^2), MaxText distillation_utils (the sum and its names).
+What is minimised is the sum of the terms (trainer/terms): those of logits are means over next tokens that count
+(losses.next_token_loss), those of blocks the mean over the blocks that count of a mean over real tokens; and of
+`lambda * load_balance + zeta * router_z`, means over the blocks with experts; all of the whole batch, however it is cut
+into micro-batches. Logits exist for one row at a time, forward and backward; without a term on them there are none.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,32 +21,14 @@ from distillcache.models.decoder import BlockOutput, BodyWrap, Decoder
 from distillcache.models.layers.context import BlockContext
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.config.train import LossConfig
-from distillcache.trainer.losses import (
-    counted_predictions,
-    feature_loss,
-    next_token_loss,
-    support_kl,
-    support_logits,
-    topk_cross_entropy,
-    without_padding,
-)
-from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, biases, loads_by_unit
-from distillcache.trainer.step.blockwise import shares
-from distillcache.trainer.step.optimizer import PROGRAMS, clip_all, update_blocks, update_one
-from distillcache.trainer.step.parameters import (
-    PROJECTOR,
-    Parameters,
-    Place,
-    cast,
-    of_place,
-    of_places,
-    outer,
-    place_prefix,
-)
-from distillcache.trainer.step.program import OUTER, TrainState, Update
-from distillcache.trainer.step.schedules import may_count, weight_at
+from distillcache.trainer.losses import counted_predictions
+from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
+from distillcache.trainer.step.parameters import PROJECTOR, Parameters, cast, place_prefix, sublayer_of
+from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import StudentStack, TapDecoder
-from distillcache.trainer.step.targets import Table, TapReading
+from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, in_block_order
+from distillcache.trainer.terms import Terms
+from distillcache.trainer.terms.parts import LogitRow, Outputs, distance
 
 REMAT: dict[str, BodyWrap | None] = {
     "none": None,
@@ -59,21 +36,19 @@ REMAT: dict[str, BodyWrap | None] = {
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 ROW_FIELDS = ("tokens", "segment_ids", "loss_mask")
-TO_ROUTER = ("mlp/norm", "mlp/router", "mlp/logit_bias")  # what a router's loss reaches of its own MLP
+MODE = "feature"
 
 
 class FeatureSums(NamedTuple):
     """Results of a step: sums, their counts, and the terms' weights at this step.
 
-    feature: `[L]`, over real tokens. token_losses: over next tokens that count: `ce`, if logits are computed; with
-    recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (its own cross-entropy, or less) and `covered` (targets
-    among its top k). tokens, targets: how many those are, also where there is none. routing: of the blocks with
-    experts, where it is collected.
+    blocks: by term, `[L]`, over real tokens. logits: of the terms on logits, over next tokens that count. tokens,
+    targets: how many those are, also where there is none. routing: of the blocks with experts, where it is collected.
     """
 
-    feature: Array
+    blocks: dict[str, Array]
     tokens: Array
-    token_losses: dict[str, Array]
+    logits: dict[str, Array]
     targets: Array
     weights: dict[str, Array]
     routing: BlockRouting | None = None
@@ -81,7 +56,10 @@ class FeatureSums(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureStep:
-    """The static side of a step. See `TrainConfig` for remat and compute_dtype, `BlockwiseStep` for the others."""
+    """The static side of a step. See `TrainConfig` for remat and compute_dtype, `BlockwiseStep` for the others.
+
+    terms: all of feature mode.
+    """
 
     graph: nnx.GraphDef[Decoder]
     stack: StudentStack
@@ -95,32 +73,30 @@ class FeatureStep:
     compute_dtype: str = "float32"
     balancing: Balancing | None = None
     real_vocab: int | None = None  # see losses.without_padding
+    terms: Terms = field(default_factory=partial(Terms.of_mode, MODE))
 
     def __hash__(self) -> int:
         return hash((self.stack, self.reading, self.steps, self.micro_batches, self.remat, self.compute_dtype))
 
-    @property
-    def compares_tokens(self) -> bool:
-        """Return whether any loss needs logits."""
-        return may_count(self.loss.token_weight)
+    @cached_property
+    def counting(self) -> Terms:
+        """The terms that are computed."""
+        return self.terms.counting(self.loss)
 
     def weights(self, step: Array) -> dict[str, Array]:
-        """That of the token losses, alpha, tau and beta at a step, and lambda and zeta where they may count."""
-        loss = self.loss
-        terms = {"tokens": loss.token_weight, "alpha": loss.alpha, "tau": loss.tau, "feature": loss.feature.weight}
-        if self.balancing is not None and self.balancing.with_loss:
-            terms |= {"load_balance": loss.load_balance.weight, "router_z": loss.router_z}
-        return {name: weight_at(weight, step, self.steps) for name, weight in terms.items()}
+        """The terms' weights at a step, and lambda and zeta where they may count."""
+        weights = self.terms.weights(self.loss) | router_weights(self.balancing, self.loss)
+        return {name: weight_at(weight, step, self.steps) for name, weight in weights.items()}
 
     def gradients(
-        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], table: Table, step: Array
+        self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], targets: Targets, step: Array
     ) -> tuple[Parameters, FeatureSums]:
         """The gradient of the whole batch's loss, and its sums."""
         weights, counts = self.weights(step), _Counts.of(batch)
         rows = {name: value for name, value in batch.items() if not isinstance(value, Mapping)}
         rows["row"] = jnp.arange(counts.rows)
         taps = {name: value for name, value in batch.items() if isinstance(value, Mapping)}
-        gradient = jax.grad(partial(self._loss, frozen, flat_table(table), weights, counts, step), has_aux=True)
+        gradient = jax.grad(partial(self._loss, frozen, in_block_order(targets), weights, counts, step), has_aux=True)
         if self.micro_batches == 1:
             return gradient(trained, None, rows, taps)
 
@@ -138,7 +114,7 @@ class FeatureStep:
     def _loss(
         self,
         frozen: Parameters,
-        rows_of_table: Mapping[str, Array],
+        targets: BlockTargets,
         weights: Mapping[str, Array],
         counts: "_Counts",
         step: Array,
@@ -152,38 +128,37 @@ class FeatureStep:
         context = decoder.context(rows["positions"], rows["segment_ids"])
         if self.balancing is not None:
             context = self.balancing.context(context, rows["row"], counts.rows, step)
-        stream, feature, router = self._run(decoder, context, parameters, rows_of_table, rows, taps)
-        counted = jnp.sum(rows_of_table["trained"])
-        per_block = feature * rows_of_table["weight"]
-        total = weights["feature"] * jnp.sum(per_block) / jnp.maximum(counted, 1) / counts.tokens
-        losses: dict[str, Array] = {}
-        if self.compares_tokens:
-            losses = self._token_losses(decoder, stream, weights["tau"], rows, taps)
-            soft = jnp.square(weights["tau"]) * losses.get("kl", 0.0) / counts.targets
-            hard = losses["ce"] / counts.targets
-            total = weights["tokens"] * (weights["alpha"] * soft + (1.0 - weights["alpha"]) * hard) + total
+        stream, of_blocks, router = self._run(decoder, context, parameters, targets, rows, taps)
+        of_logits = self._logit_sums(decoder, stream, weights, rows, taps) if self.counting.logits else {}
+        total = jnp.zeros(())
+        for term in self.counting.logits:
+            total = total + term.value(of_logits, weights, counts.targets)
+        for term in self.counting.blocks:
+            per_block = of_blocks[term.name] * targets.weight if term.weighs_blocks else of_blocks[term.name]
+            mean = weights[term.name] * jnp.sum(per_block) / jnp.maximum(jnp.sum(targets.trained), 1)
+            total = total + mean / counts.tokens
         routing = None
         if router is not None and self.balancing is not None:
             routing = self.balancing.of_blocks(router, rows["row"], counts.rows, counts.totals, load_before)
             if "load_balance" in weights:
                 total = total + weights["load_balance"] * jnp.mean(routing.balance) / counts.tokens
                 total = total + weights["router_z"] * jnp.mean(routing.sums.z) / counts.tokens
-        return total, FeatureSums(feature, counts.totals.tokens, losses, counts.found, dict(weights), routing)
+        return total, FeatureSums(of_blocks, counts.totals.tokens, of_logits, counts.found, dict(weights), routing)
 
     def _run(
         self,
         decoder: Decoder,
         context: BlockContext,
         parameters: Mapping[str, Array],
-        table: Mapping[str, Array],
+        targets: BlockTargets,
         rows: Mapping[str, Array],
         taps: Mapping[str, Any],
-    ) -> tuple[Array, Array, RouterSums | None]:
-        """The stream that leaves the last block; every block's feature loss, `[L]` sums; and the routing of each row in
-        the blocks with experts, `[Lm, B, ...]`, where it is collected."""
+    ) -> tuple[Array, dict[str, Array], RouterSums | None]:
+        """The stream that leaves the last block; by term the blocks' sums, `[L]`; and the routing of each row in the
+        blocks with experts, `[Lm, B, ...]`, where it is collected."""
         mask, depth = rows["segment_ids"] > 0, self.stack.config.num_blocks
         balancing = self.balancing if self.balancing is not None and self.balancing.collects else None
-        compares = may_count(self.loss.feature.weight)
+        terms = self.counting.blocks
         reader = TapDecoder(self.reading, taps, needs_mlp=False)
         outward = self._projectors(parameters)
 
@@ -191,52 +166,41 @@ class FeatureStep:
             kept = {}
             if balancing is not None and out.router is not None:
                 kept["router"] = balancing.of_rows(out.router, mask)
-            if not compares:
-                return carry, {"feature": jnp.zeros(()), **kept}
-            row = {name: values[block] for name, values in table.items()}
-            own = out.attn_out if outward is None else out.attn_out @ outward[block]
-            found = feature_loss(own, reader.target(row), mask, **shares(self.loss.feature)).total
-            return carry, {"feature": jnp.where(row["trained"], found, 0.0), **kept}
+            if not terms:
+                return carry, {"blocks": {}, **kept}
+            row = targets.at(block)
+            own = Outputs(out.attn_out if outward is None else out.attn_out @ outward[block])
+            teacher = Outputs(reader.target(row))
+            found = {term.name: distance(term, self.loss, own, teacher, mask) for term in terms}
+            return carry, {"blocks": {name: jnp.where(row.trained, sums, 0.0) for name, sums in found.items()}, **kept}
 
         x = decoder.embed_tokens(rows["tokens"])
-        stream, _, found = decoder.scan_blocks(x, context, emit, None, wrap=REMAT[self.remat])
-        return stream, found["feature"].reshape(depth), found.get("router")
+        stream, _, found = decoder.scan_layers(x, context, emit, None, wrap=REMAT[self.remat])
+        nothing = {term.name: jnp.zeros(depth) for term in self.terms.blocks}
+        return stream, nothing | {n: v.reshape(depth) for n, v in found["blocks"].items()}, found.get("router")
 
-    def _token_losses(
-        self, decoder: Decoder, stream: Array, tau: Array, rows: Mapping[str, Array], taps: Mapping[str, Any]
+    def _logit_sums(
+        self,
+        decoder: Decoder,
+        stream: Array,
+        weights: Mapping[str, Array],
+        rows: Mapping[str, Array],
+        taps: Mapping[str, Any],
     ) -> dict[str, Array]:
-        """Sums of the losses that need logits; these exist for one row at a time."""
+        """Sums of the terms on logits; these exist for one row at a time."""
         codec: Any = self.reading.codecs.get("topk_logits")
 
         @jax.checkpoint
-        def row_losses(row: tuple[Array, Mapping[str, Array], Any]) -> dict[str, Array]:
+        def row_sums(row: tuple[Array, Mapping[str, Array], Any]) -> dict[str, Array]:
             x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
-            logits = decoder.logits(x)
-            losses = {"ce": next_token_loss(without_padding(logits, self.real_vocab), **fields).total}
-            if codec is None:
-                return losses
-            recorded = codec.decode(parts)
-            counts = counted_predictions(fields["segment_ids"], fields["loss_mask"])
-            support = support_logits(
-                logits,
-                recorded.values,
-                recorded.ids,
-                recorded.logsumexp,
-                counts,
-                rest_bucket=self.loss.rest_bucket,
-                real_vocab=self.real_vocab,
-            )
-            teacher = topk_cross_entropy(*recorded, **fields)
-            return losses | {
-                "kl": support_kl(support, counts, tau).total,
-                "kl_1": support_kl(jax.lax.stop_gradient(support), counts, 1.0).total,
-                "teacher": teacher.at_least.total,
-                "covered": teacher.share.total,
-            }
+            recorded = None if codec is None else codec.decode(parts)
+            one = LogitRow(decoder.logits(x), fields, recorded, self.real_vocab)
+            found = (term.sums(self.loss, one, weights) for term in self.counting.logits)
+            return {name: value for sums in found for name, value in sums.items()}
 
         fields = {name: rows[name] for name in ROW_FIELDS}
         parts = None if codec is None else {name: value[0] for name, value in taps["topk_logits"].items()}
-        found = jax.lax.map(row_losses, (stream, fields, parts))
+        found = jax.lax.map(row_sums, (stream, fields, parts))
         return {name: jnp.sum(value) for name, value in found.items()}
 
     def _projectors(self, parameters: Mapping[str, Array]) -> Array | None:
@@ -274,78 +238,14 @@ class _Counts(NamedTuple):
         return cls(jnp.maximum(totals.tokens, 1.0), jnp.maximum(nexts, 1.0), nexts, totals, mask.shape[0])
 
 
-@lru_cache(maxsize=PROGRAMS)
-def feature_update(step: FeatureStep) -> Update:
-    """The feature step on a state: one norm of all gradients, then AdamW, per block as in blockwise mode."""
-
-    def update(
-        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
-    ) -> tuple[TrainState, FeatureSums]:
-        fixed = {**frozen, **biases(state.balance)}
-        gradients, sums = step.gradients(state.parameters, fixed, batch, table, state.step)
-        gradients = clip_all(gradients, step.clip_norm)
-        new, moments = {}, {}
-        for place, repeats in step.stack.places().items():
-            unit = place_prefix(place)
-            mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
-            every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
-            new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
-            if not step.compares_tokens:
-                new[place] = _where_reached(new[place], mine[2], table, place, _last_router(step))
-        parameters = of_places(new)
-        if OUTER in state.moments:
-            rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
-            moved, moments[OUTER] = update_one(step.optimizer, *rest)
-            parameters |= moved
-        balance = state.balance
-        if step.balancing is not None and sums.routing is not None:
-            loads = loads_by_unit(sums.routing.loads, step.stack.config)
-            balance = step.balancing.after_step(balance, loads, state.step)
-        return TrainState(parameters, moments, state.step + 1, balance), sums
-
-    return update
-
-
-def _last_router(step: FeatureStep) -> int:
-    """The last block whose routing a loss reaches; -1 without such a loss."""
-    balances = step.balancing is not None and step.balancing.with_loss
-    return max(step.stack.config.moe_blocks, default=-1) if balances else -1
-
-
-def _where_reached(
-    new: Mapping[str, Array], old: Mapping[str, Array], table: Table, place: Place, last_router: int
-) -> dict[str, Array]:
-    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared and the last
-    router with a loss: it stays as it is, and weight decay does not shrink it either."""
-    last = jnp.max(jnp.stack([jnp.max(jnp.where(group["trained"], group["block"], -1)) for group in table]))
-    last = jnp.maximum(last, last_router)
-    block = jnp.asarray(table[place[0]]["block"])[:, place[1]]
-
-    def one(name: str, value: Array) -> Array:
-        reached = block < last if name.startswith("mlp/") else block <= last
-        if name in TO_ROUTER:
-            reached |= block == last_router
-        return jnp.where(reached.reshape(-1, *[1] * (value.ndim - 1)), value, old[name])
-
-    return {name: one(name, value) for name, value in new.items()}
-
-
 def merge_decoder(graph: nnx.GraphDef[Decoder], parameters: Mapping[str, Array]) -> Decoder:
     """The decoder with these parameters; projectors are left aside."""
     flat = [
         (tuple(int(part) if part.isdigit() else part for part in name.split("/")), value)
         for name, value in parameters.items()
-        if f"/{PROJECTOR}/" not in name
+        if sublayer_of(name) != PROJECTOR
     ]
     return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(value)) for path, value in flat]))
-
-
-def flat_table(table: Table) -> dict[str, Array]:
-    """A table's rows in the order of the blocks, `[L, ...]`."""
-    return {
-        name: jnp.concatenate([jnp.asarray(group[name]).reshape(-1, *group[name].shape[2:]) for group in table])
-        for name in table[0]
-    }
 
 
 def _part(tree: Any, axis: int, count: int, number: Array) -> Any:

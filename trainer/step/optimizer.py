@@ -78,7 +78,7 @@ def update_blocks(
     One block after the other, in place: over whole stacks XLA would copy both moments first.
 
     Args:
-        runs: blocks whose update is computed, where others than `trained` have to (step.padded_table).
+        runs: blocks whose update is computed, where others than `trained` have to (targets.padded_targets).
     """
 
     def body(stacks: tuple[Blocks, Blocks], block: Array) -> tuple[tuple[Blocks, Blocks], None]:

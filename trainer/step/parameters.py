@@ -18,12 +18,19 @@ from flax import nnx
 from jaxtyping import Array
 
 from distillcache.models.decoder import Decoder
+from distillcache.models.layers.mlp import Moe
 from distillcache.schemas.errors import ConfigError
 
 Parameters = dict[str, Array]
 Place = tuple[int, int]
 PROJECTOR = "projector"
-ROUTER_BIAS = "mlp/router_bias"
+[_BY_RULE] = Moe.by_rule
+ROUTER_BIAS = f"mlp/{_BY_RULE}"
+ROUTING = tuple(f"mlp/{name}" for name in Moe.routing)
+BEHIND_BLOCKS = ("final_norm", "head")  # parameters that compute logits, and nothing else
+IN_BLOCK = "groups/*/blocks/*/"
+# What becomes of parameters: (pattern of a whole name, whether it is trained); the first pattern that matches decides.
+PathRules = Sequence[tuple[str, bool]]
 
 
 def place_prefix(place: Place) -> str:
@@ -57,6 +64,11 @@ def of_places(by_place: Mapping[Place, Mapping[str, Any]]) -> dict[str, Any]:
     return {place_prefix(place) + name: value for place, inner in by_place.items() for name, value in inner.items()}
 
 
+def sublayer_of(name: str) -> str | None:
+    """`attention` of `groups/0/blocks/0/attention/q`; None for what belongs to no block."""
+    return name.split("/")[4] if name.startswith("groups/") else None
+
+
 def outer(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Select the parameters that belong to no block."""
     return {name: value for name, value in parameters.items() if not name.startswith("groups/")}
@@ -67,22 +79,35 @@ def sublayer(graph: nnx.GraphDef[Any], name: str, parameters: Mapping[str, Array
     return nnx.merge(graph, {path.split("/", 1)[1]: v for path, v in parameters.items() if path.split("/")[0] == name})
 
 
-def choose_trained(names: Iterable[str], patterns: Sequence[str] | None, reached: Sequence[str]) -> frozenset[str]:
+def reached_by(rules: PathRules, names: Iterable[str]) -> list[str]:
+    """The names that the rules declare trained.
+
+    Raises:
+        ValueError: a name that no rule declares, as of a new kind of sublayer.
+    """
+    found = []
+    for name in names:
+        trained = next((trained for pattern, trained in rules if fnmatchcase(name, pattern)), None)
+        if trained is None:
+            raise ValueError(f"{name} is declared neither trained nor frozen")
+        if trained:
+            found.append(name)
+    return found
+
+
+def choose_trained(names: Sequence[str], patterns: Sequence[str] | None, reached: Sequence[str]) -> frozenset[str]:
     """The parameters to train: those that match one of `patterns`, of those that a loss reaches.
 
     Args:
         patterns: parts of paths, whole names joined by `/`, with `*` inside a name: `attention`, `mlp/down`,
             `groups/0`, `*_bias`. None: everything that is reached.
-        reached: patterns of what a loss has a gradient for.
+        reached: the names that a loss has a gradient for.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing that a loss reaches.
     """
-    names = list(names)
-    reachable = [name for name in names if not name.endswith(ROUTER_BIAS)]  # of these no loss has a gradient
-    candidates = [name for name in reachable if any(_matches(name, pattern) for pattern in reached)]
     if patterns is None:
-        return frozenset(candidates)
+        return frozenset(reached)
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise ConfigError(
@@ -90,11 +115,11 @@ def choose_trained(names: Iterable[str], patterns: Sequence[str] | None, reached
                 {"train_only": pattern, "parameters": ", ".join(sorted({_short(name) for name in names}))},
                 "name parts of these paths",
             )
-    chosen = frozenset(name for name in candidates if any(_matches(name, pattern) for pattern in patterns))
+    chosen = frozenset(name for name in reached if any(_matches(name, pattern) for pattern in patterns))
     if not chosen:
         raise ConfigError(
             "no loss reaches what train_only names",
-            {"train_only": ", ".join(patterns), "losses reach": ", ".join(sorted({_short(n) for n in candidates}))},
+            {"train_only": ", ".join(patterns), "losses reach": ", ".join(sorted({_short(n) for n in reached}))},
             "name other parameters, or give a loss that reaches them a weight",
         )
     return chosen

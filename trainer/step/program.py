@@ -1,32 +1,36 @@
-"""The training step: what it changes, and the jitted function that changes it, on one device or on a mesh.
+"""The training step: what a mode gives it, what it changes, and the jitted function, on one device or on a mesh.
 
-A step is `(state, frozen, batch, table) -> (state, sums)`; the state's memory is given away. With a mesh axis `block`
+A step is `(state, frozen, batch, targets) -> (state, sums)`; the state's memory is given away. With a mesh axis `block`
 each group of devices holds a run of every layer group's repeats (padded to equal lengths with blocks that are not
 trained) and works on them alone: `shard_map` over `block` around the whole step, and no collective along it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from distillcache.models.decoder import Decoder
 from distillcache.models.routing import BalanceState
+from distillcache.schemas.config.train import LossConfig, OptimizerConfig, TrainSpec
 from distillcache.trainer.mesh.sharding import state_shardings
-from distillcache.trainer.step.balance import BlockRouting, biases
-from distillcache.trainer.step.blockwise import BlockwiseStep, StepSums
+from distillcache.trainer.step.balance import Balancing, BlockRouting
 from distillcache.trainer.step.optimizer import PROGRAMS, init_blocks
-from distillcache.trainer.step.parameters import Parameters, of_place, outer, place_prefix
+from distillcache.trainer.step.parameters import Parameters, PathRules, of_place, outer, place_prefix
 from distillcache.trainer.step.stack import StudentStack
-from distillcache.trainer.step.targets import Table
+from distillcache.trainer.step.targets import TapReading, Targets
+from distillcache.trainer.terms import Terms
 
 OUTER = "outer"  # the optimizer's unit of what belongs to no block
-StepFunction = Callable[["TrainState", Parameters, Mapping[str, Any], Table], tuple["TrainState", Any]]
+SumsSpecs = Callable[[Any, Any], Any]
+StepFunction = Callable[["TrainState", Parameters, Mapping[str, Any], Targets], tuple["TrainState", Any]]
 
 
 class TrainState(NamedTuple):
@@ -47,8 +51,87 @@ class Update(Protocol):
     """A step on one device, or on one group of them."""
 
     def __call__(
-        self, state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
+        self, state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets
     ) -> tuple[TrainState, Any]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """The facts that the program of a stage is made of.
+
+    loss, optimizer, steps: of the stage, which messages call `where`. cache: its address; recorded: the taps of which
+    it has anything. groups: of devices that hold different blocks. teacher_norm_eps: of the teacher's norms.
+    real_vocab: see losses.without_padding.
+    """
+
+    spec: TrainSpec
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    steps: int
+    where: str
+    stack: StudentStack
+    graph: nnx.GraphDef[Decoder]
+    balancing: Balancing | None
+    cache: str
+    recorded: frozenset[str]
+    groups: int = 1
+    teacher_norm_eps: float = 1e-6
+    real_vocab: int | None = None
+
+    @property
+    def balances(self) -> bool:
+        """Return whether a loss of routers may count."""
+        return self.balancing is not None and self.balancing.with_loss
+
+
+class StepProgram(Protocol):
+    """Answers of a mode to a stage; made of a `Setting` alone, which it checks.
+
+    blocks_apart: each block is trained on the teacher's stream, and no block's loss depends on another block. terms:
+    those that the mode knows, whether they count or not. taps: that a step reads, but for `mlp_out`. row_fields: that
+    it reads besides positions and segment_ids. compares_blocks: blocks have targets of their own. injects_norms: the
+    teacher's attention norms take the place of the student's. optimizer: of one block's parameters.
+    """
+
+    blocks_apart: ClassVar[bool]
+    terms: Terms
+    taps: tuple[str, ...]
+    row_fields: tuple[str, ...]
+    compares_blocks: bool
+    injects_norms: bool
+    optimizer: optax.GradientTransformation
+
+    def __init__(self, setting: Setting) -> None:
+        """Raises `ConfigError` where the mode cannot do what the setting asks for."""
+
+    def rules(self) -> PathRules:
+        """Declare of every parameter whether a loss has a gradient for it."""
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Return whether a step needs this parameter, if it is not trained."""
+        ...
+
+    def computes(self, name: str) -> bool:
+        """Return whether a step computes with this parameter."""
+        ...
+
+    def update(self, reading: TapReading) -> "Update":
+        """The step."""
+        ...
+
+    @staticmethod
+    def sums_specs(split: Any, same: Any) -> Any:
+        """The sums' placement over groups of devices."""
+        ...
+
+    def means(self, sums: Any) -> dict[str, Any]:
+        """The terms' means by name, `[L]` by block or a number, of a step's sums on the host; the step has tokens."""
+        ...
+
+    def routing(self, sums: Any) -> BlockRouting | None:
+        """The routing of a step on the host, stacked over the blocks with experts; None if nobody asks."""
+        ...
 
 
 def init_state(
@@ -81,42 +164,16 @@ def _init_moments(
     return jax.jit(init, out_shardings=shardings)(trained)
 
 
-@lru_cache(maxsize=PROGRAMS)
-def blockwise_update(step: BlockwiseStep) -> Update:
-    """The blockwise step on a state."""
-
-    def update(
-        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table
-    ) -> tuple[TrainState, StepSums]:
-        moments = {place: state.moments[place_prefix(place)] for place in step.stack.places()}
-        fixed = {**frozen, **biases(state.balance)}
-        parameters, moments, sums, tokens = step.update(state.parameters, moments, fixed, batch, table, state.step)
-        groups = [range(len(layers.pattern)) for layers in step.stack.config.layers]
-        arranged = tuple(
-            jax.tree.map(lambda *of_places: jnp.stack(of_places, 1), *(sums[g, p] for p in places))
-            for g, places in enumerate(groups)
-        )
-        named = {place_prefix(place): value for place, value in moments.items()}
-        balance = state.balance
-        if step.balancing is not None:
-            loads = {place_prefix(place): found.routing.loads for place, found in sums.items() if found.routing}
-            balance = step.balancing.after_step(balance, loads, state.step)
-        new = TrainState(parameters, named, state.step + 1, balance)
-        return new, StepSums(arranged, tokens, step.weights(state.step))
-
-    return update
-
-
-def jit_step(update: Update, state: TrainState, mesh: Mesh | None, blocks: int = 1) -> StepFunction:
+def jit_step(update: Update, state: TrainState, mesh: Mesh | None, sums: SumsSpecs | None = None) -> StepFunction:
     """The compiled step.
 
     Args:
         state: of the shapes that it will be called with.
-        blocks: size of the mesh axis `block`.
+        sums: with a mesh axis `block`, the placement of what the step returns besides the state.
     """
     if mesh is None:
         return jax.jit(update, donate_argnums=0)
-    whole = over_blocks(update, mesh) if blocks > 1 else on_mesh(update, mesh)
+    whole = on_mesh(update, mesh) if sums is None else over_blocks(update, mesh, sums)
     return jax.jit(whole, donate_argnums=0, out_shardings=(shardings_of(mesh, state), None))
 
 
@@ -131,23 +188,23 @@ def shardings_of(mesh: Mesh, state: TrainState) -> Any:
 def on_mesh(update: Update, mesh: Mesh) -> Update:
     """The same step with the mesh as the ambient one: experts are split by it (models/layers/experts.py)."""
 
-    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return update(state, frozen, batch, table)
+            return update(state, frozen, batch, targets)
 
     return apply
 
 
 @lru_cache(maxsize=PROGRAMS)
-def over_blocks(update: Update, mesh: Mesh) -> Update:
+def over_blocks(update: Update, mesh: Mesh, sums: SumsSpecs) -> Update:
     """The same step, each group of devices on its own blocks; taps come as `[groups, S, B, T, W]`."""
 
-    def local(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+    def local(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets) -> Any:
         own = {name: {part: x[0] for part, x in value.items()} if isinstance(value, Mapping) else value
                for name, value in batch.items()}  # fmt: skip
-        return update(state, frozen, own, table)
+        return update(state, frozen, own, targets)
 
-    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], table: Table) -> Any:
+    def apply(state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets) -> Any:
         split, same = PartitionSpec("block"), PartitionSpec()
         states = TrainState(split, split, same, split)
         rows = {name: split if isinstance(value, Mapping) else same for name, value in batch.items()}
@@ -155,10 +212,10 @@ def over_blocks(update: Update, mesh: Mesh) -> Update:
             local,
             mesh=mesh,
             in_specs=(states, split, rows, split),
-            out_specs=(states, StepSums(split, same, same)),  # type: ignore[arg-type]
+            out_specs=(states, sums(split, same)),
             axis_names={"block"},
             check_vma=False,  # nothing is exchanged, so there is nothing whose sameness could be checked
-        )(state, frozen, batch, table)
+        )(state, frozen, batch, targets)
 
     return apply
 
@@ -172,56 +229,6 @@ def padded(tree: Any, stack: StudentStack, groups: int) -> Any:
 def unpadded(tree: Any, stack: StudentStack) -> Any:
     """The reverse."""
     return _by_place(tree, stack, lambda leaf, repeats: leaf[:repeats])
-
-
-def padded_table(table: Table, groups: int) -> Table:
-    """A table padded with rows that are not trained.
-
-    With several groups there is a column `runs`: whether any of them trains the block of its own that it comes to at
-    the same time. Then all of them run theirs, those that do not train it for nothing: a collective inside a branch
-    that some devices do not take would wait for them for ever.
-    """
-
-    def fill(name: str, rows: np.ndarray) -> np.ndarray:
-        missing = -rows.shape[0] % groups
-        filled = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
-        if name == "trained" and missing:
-            filled[-missing:] = False
-        return filled
-
-    def with_runs(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if groups == 1:
-            return group
-        trained = group["trained"]
-        anywhere = trained.reshape(groups, -1, *trained.shape[1:]).any(axis=0)
-        return {**group, "runs": np.tile(anywhere, (groups, *[1] * (trained.ndim - 1)))}
-
-    return tuple(with_runs({name: fill(name, rows) for name, rows in group.items()}) for group in table)
-
-
-def block_sums(sums: StepSums, stack: StudentStack) -> dict[str, np.ndarray]:
-    """A step's sums by name, float64 `[L]`, on the host."""
-    return {name: _rows([getattr(group, name) for group in sums.blocks], stack) for name in ("feature", "mlp")}
-
-
-def block_routing(sums: StepSums, stack: StudentStack) -> BlockRouting | None:
-    """Fetch the routing of a step to the host in float64, stacked over the blocks with experts."""
-    groups = [group.routing for group in sums.blocks]
-    if groups[0] is None:
-        return None
-    blocks = list(stack.config.moe_blocks)
-    return jax.tree.map(lambda *leaves: _rows(leaves, stack)[blocks], *groups)
-
-
-def _rows(of_groups: Sequence[Any], stack: StudentStack) -> np.ndarray:
-    """Values `[repeats, places, ...]` of every layer group, padding left out, as one `[L, ...]`."""
-    found = [np.asarray(value, np.float64) for value in of_groups]
-    return np.concatenate(
-        [
-            value[: layer.repeats].reshape(-1, *value.shape[2:])
-            for value, layer in zip(found, stack.config.layers, strict=True)
-        ]
-    )
 
 
 def _filled(leaf: Array, repeats: int) -> Array:

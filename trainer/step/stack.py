@@ -17,11 +17,11 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.norm import rms_norm
-from distillcache.models.routing import RouterOutput
 from distillcache.schemas.codecs import take_slot
 from distillcache.trainer.step.optimizer import put_block, take_block
 from distillcache.trainer.step.parameters import PROJECTOR, Place, cast, sublayer
-from distillcache.trainer.step.targets import Table, TapReading
+from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets
+from distillcache.trainer.terms.parts import Outputs
 
 Taps = Mapping[str, Mapping[str, Array]]  # tap -> part -> [S, B, T, W]
 
@@ -36,15 +36,10 @@ class Given(NamedTuple):
     attn_out: Array
     mlp_out: Array | None
 
-
-class Outputs(NamedTuple):
-    """Contributions of a student block to the stream, `[B, T, Dt]`; mlp_out is None if it was not asked for, router
-    also if the block has no experts.
-    """
-
-    attn_out: Array
-    mlp_out: Array | None
-    router: RouterOutput | None = None
+    @property
+    def added(self) -> Outputs:
+        """The additions of the span to the stream."""
+        return Outputs(self.attn_out, self.mlp_out)
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class BlockRules:
 # `cross(place, of_block, fixed, stream)`: the student's own stream behind a block.
 Cross = Callable[[Place, Any, Any, Array], Array]
 # `visit(of_block, fixed, given, row) -> (of_block, y)`: what one block's turn does with what the scan carries for it.
-Visit = Callable[[Place, Any, Any, Given, Mapping[str, Array]], tuple[Any, Any]]
+Visit = Callable[[Place, Any, Any, Given, BlockTargets], tuple[Any, Any]]
 
 
 class StudentStack:
@@ -106,7 +101,7 @@ class StudentStack:
 
         Args:
             norm: the weight of the teacher's attention norm, where that takes the place of the block's own (`inject:
-                attn_in`: then the table has a column `norm`).
+                attn_in`: `BlockTargets.norm`).
         """
         parameters = cast(parameters, rules.compute_dtype)
         into, out = (parameters.get(f"{PROJECTOR}/{side}") for side in ("in", "out"))
@@ -152,7 +147,7 @@ class StudentStack:
 
 def scan_blocks(
     stack: StudentStack,
-    table: Table,
+    targets: Targets,
     reading: TapReading,
     taps: Taps,
     rows: tuple[int, int],
@@ -179,25 +174,25 @@ def scan_blocks(
     stream, carried, results = own[0] if own else decoder.start(rows), dict(carried), {}
     for number, layers in enumerate(stack.config.layers):
         members = [(number, p) for p in range(len(layers.pattern))]
-        repeats = table[number]["trained"].shape[0]
+        repeats = targets[number].trained.shape[0]
 
         def body(state: Any, repeat: Array, members: Sequence[Place] = members, number: int = number) -> Any:
             stream, stacks = state
             ys = []
             for p, place in enumerate(members):
-                row = {name: jnp.asarray(values)[repeat, p] for name, values in table[number].items()}
+                row = targets[number].at(repeat, p)
                 mine, given_fixed = take_block(stacks[place], repeat), take_block(fixed[place], repeat)
 
                 def run(stream: Any, mine: Any, place: Place = place, row: Any = row, kept: Any = given_fixed) -> Any:
                     behind, given = decoder.decode(stream, row)
                     new, y = visit(place, mine, kept, given, row)
-                    if "runs" not in row:
+                    if row.runs is None:
                         return behind, new, y
-                    return keep_if(row["trained"], (behind, new, y), (stream, mine, zeros_like(y)))
+                    return keep_if(row.trained, (behind, new, y), (stream, mine, zeros_like(y)))
 
                 # A branch for every block, trained or not: see optimizer.update_blocks.
                 behind = own[1](place, mine, given_fixed, stream) if own else None
-                stream, mine, y = jax.lax.cond(row.get("runs", row["trained"]), run, _skipped(run), stream, mine)
+                stream, mine, y = jax.lax.cond(row.computed, run, _skipped(run), stream, mine)
                 stream = stream if behind is None else behind
                 stacks = {**stacks, place: put_block(stacks[place], mine, repeat)}
                 ys.append(y)
@@ -259,25 +254,25 @@ class TapDecoder:
             state = self._next(state)
         return state
 
-    def decode(self, state: Any, row: Mapping[str, Array]) -> tuple[Any, Given]:
+    def decode(self, state: Any, row: BlockTargets) -> tuple[Any, Given]:
         """A block's tensors, and where decoding stands after them."""
         if self._codec is None:  # the student's own stream, as it is
             return state, Given(state, self.target(row), self._sum("mlp_out", row) if self._needs_mlp else None)
-        state, resid = self._slot(state, row["resid"], ahead=False)
+        state, resid = self._slot(state, row.resid, ahead=False)
         attn_out = self.target(row)
         mlp_out = None
         if self._derives:
-            state, leaving = self._slot(state, row["leaving"], ahead=True)
+            state, leaving = self._slot(state, row.leaving, ahead=True)
             mlp_out = leaving - resid - attn_out
         elif self._needs_mlp:
             mlp_out = self._sum("mlp_out", row)
         return state, Given(resid, attn_out, mlp_out)
 
-    def target(self, row: Mapping[str, Array]) -> Array:
+    def target(self, row: BlockTargets) -> Array:
         """Return the contribution of the attentions of a block's span."""
         return self._sum("attn_out", row)
 
-    def _slot(self, state: StreamState | None, place: Array, *, ahead: bool) -> tuple[StreamState | None, Array]:
+    def _slot(self, state: StreamState | None, place: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
         if state is None:
             return None, self._take("resid", place)
         if self._reading.in_step:
@@ -301,13 +296,13 @@ class TapDecoder:
         carry, value = self._codec.decode_slot(carry, parts, place)
         return carry, value.astype(jnp.float32)
 
-    def _sum(self, tap: str, row: Mapping[str, Array]) -> Array:
+    def _sum(self, tap: str, row: BlockTargets) -> Array:
         """Return the contribution of the span's blocks."""
-        places = row[tap]
+        places = getattr(row, tap)
         total = self._take(tap, places[0])
         for number in range(1, places.shape[0]):  # spans of a few blocks
             more = self._take(tap, places[number])
-            total = total + jnp.where(number < row["count"], more, 0.0)
+            total = total + jnp.where(number < row.count, more, 0.0)
         return total
 
     def _take(self, tap: str, place: Array) -> Array:

@@ -1,18 +1,20 @@
-"""Which stored tensors each student block is trained against: rows of a table, one a block.
+"""Which stored tensors each student block is trained against.
 
 Student block i stands for a *span* of the teacher's blocks [a, b), usually one. It is given the stream that enters a;
 its attention is compared with the sum of what the span's attentions added, its MLP with the sum of their MLPs:
 `resid[b] - resid[a] - sum of attn_out`, or the recorded `mlp_out`.
 
-The table is data, not part of the program: with a mesh axis `block`, each group of devices runs the same program on
-its own rows. Rows are arranged as the parameters are: by layer group, then `[repeats, places of the pattern]`.
+Targets are data, not part of the program: with a mesh axis `block`, each group of devices runs the same program on
+its own blocks' targets. They are arranged as parameters are: by layer group, then `[repeats, places of the pattern]`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.surgery.sizes import kept_blocks
@@ -23,7 +25,7 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.feed.source import Source
 
 FROM_TEACHER = ("teacher", "random")  # student.init: of the teacher's config, so its blocks are known
-Table = tuple[dict[str, np.ndarray], ...]  # for every layer group: name -> [repeats, places, ...]
+Places = Mapping[str, Mapping[int, int]]  # tap -> slot -> place on the slot axis of a batch's stack
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,47 @@ class Span:
     last: int
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockTargets:
+    """The places, on the slot axes of a batch's stacks, of the tensors that blocks are trained against.
+
+    Leaves have one shape in front, `*at`: `[repeats, places]` of a layer group, `[L]` of a whole student, `[]` of one
+    block. None: the tap is not read, or nobody asks. Places of a block that is not trained are 0 and mean nothing.
+
+    block: the block's number. weight: in the feature loss. count: of teacher blocks in its span, the longest of which
+    has `S`. resid: the stream that enters it; leaving: the one that leaves it. norm: the weight of the teacher's
+    attention norm, where it takes the place of the block's own (`inject: attn_in`). runs: on several groups of devices,
+    whether any of them trains the block that it comes to at the same time (`padded_targets`).
+    """
+
+    block: Int[Array, "*at"]
+    trained: Bool[Array, "*at"]
+    weight: Float[Array, "*at"]
+    count: Int[Array, "*at"]
+    attn_out: Int[Array, "*at S"] | None = None
+    mlp_out: Int[Array, "*at S"] | None = None
+    resid: Int[Array, "*at"] | None = None
+    leaving: Int[Array, "*at"] | None = None
+    norm: Float[Array, "*at D"] | None = None
+    runs: Bool[Array, "*at"] | None = None
+
+    @property
+    def computed(self) -> Bool[Array, "*at"]:
+        """The blocks that are computed: more than are trained where `runs` is given."""
+        return self.trained if self.runs is None else self.runs
+
+    def at(self, *index: int | slice | Int[Array, ""]) -> "BlockTargets":
+        """The targets at this place of the leaves' common axes."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self)
+
+
+Targets = Sequence[BlockTargets]  # of every layer group, `[repeats, places]`
+
+
 @dataclass(frozen=True)
 class TapReading:
-    """The static side of a table: how a batch's stacks are read.
+    """The static side of targets: how a batch's stacks are read.
 
     codecs: by tap. hidden: the teacher's width. in_step: block i's stream lies at index i and, if needed, the one
     leaving it at i + 1, so that a delta codec decodes one place a block.
@@ -121,62 +161,95 @@ def check_ascending(layer_map: Sequence[int], teacher_blocks: int) -> None:
         )
 
 
-def make_table(
+def block_targets(
     student: ModelConfig,
     spans: Sequence[Span],
-    places: Mapping[str, Mapping[int, int]],
+    places: Sequence[Places],
     weights: Mapping[int, float],
     *,
-    needs_leaving: bool,
-) -> Table:
-    """The table of a batch whose stacks hold the teacher's slots at `places`.
+    needs_leaving: bool = False,
+    norms: np.ndarray | None = None,
+) -> tuple[BlockTargets, ...]:
+    """The targets of every layer group, in batches whose stacks hold the teacher's slots at `places`.
 
     Args:
-        places: tap -> slot -> place on the stack's slot axis.
+        places: for each block, in the stacks that its devices are given.
         weights: of the feature loss, by student block; a block that is not here is not trained.
         needs_leaving: a trained block needs the stream that leaves it, to derive its MLP's output.
+        norms: the teacher's, `[L, D]`, for `BlockTargets.norm`.
     """
     width = max(span.last - span.first for span in spans)
-    rows = [
-        _row(span, places, weights.get(block), width, needs_leaving) | {"block": block}
-        for block, span in enumerate(spans)
-    ]
-    table, start = [], 0
-    for group in student.layers:
-        size = len(group.pattern)
-        mine = rows[start : start + size * group.repeats]
-        table.append(
-            {
-                name: np.stack([np.asarray(row[name]) for row in mine]).reshape(
-                    group.repeats, size, *np.shape(mine[0][name])
-                )
-                for name in mine[0]
-            }
-        )
-        start += len(mine)
-    return tuple(table)
 
+    def place(tap: str, block: int, slot: int) -> int:
+        return places[block][tap][slot] if block in weights else 0
 
-def _row(
-    span: Span, places: Mapping[str, Mapping[int, int]], weight: float | None, width: int, needs_leaving: bool
-) -> dict[str, Any]:
-    """A block's row; places of an untrained block are 0 and mean nothing."""
-    inside = range(span.first, span.last)
-    trained = weight is not None
+    def of_spans(tap: str) -> np.ndarray | None:
+        if tap not in places[0]:
+            return None
+        found = np.zeros((len(spans), width), np.int32)
+        for block, span in enumerate(spans):
+            found[block, : span.last - span.first] = [place(tap, block, slot) for slot in range(span.first, span.last)]
+        return found
 
-    def spread(tap: str) -> np.ndarray:
-        found = [places[tap][slot] for slot in inside] if trained and tap in places else []
-        return np.asarray(found + [0] * (width - len(found)), np.int32)
+    def of_stream(slots: Sequence[int]) -> np.ndarray:
+        return np.asarray([place("resid", block, slot) for block, slot in enumerate(slots)], np.int32)
 
-    return {
-        "trained": trained,
-        "weight": np.float32(weight or 0.0),
-        "resid": np.int32(places["resid"][span.first] if trained and "resid" in places else 0),
-        "leaving": np.int32(places["resid"][span.last] if trained and needs_leaving else 0),
-        "count": np.int32(len(inside)),
-        "attn_out": spread("attn_out"),
-        "mlp_out": spread("mlp_out"),
+    blocks = range(len(spans))
+    whole: dict[str, np.ndarray | None] = {
+        "block": np.asarray(blocks, np.int32),
+        "trained": np.asarray([block in weights for block in blocks]),
+        "weight": np.asarray([weights.get(block, 0.0) for block in blocks], np.float32),
+        "count": np.asarray([span.last - span.first for span in spans], np.int32),
+        "attn_out": of_spans("attn_out"),
+        "mlp_out": of_spans("mlp_out"),
+        "resid": of_stream([span.first for span in spans]) if "resid" in places[0] else None,
+        "leaving": of_stream([span.last for span in spans]) if needs_leaving else None,
+        "norm": None if norms is None else norms[[span.first for span in spans]],
     }
+    return _by_group(student, BlockTargets(**whole))  # type: ignore[arg-type]
+
+
+def _by_group(student: ModelConfig, whole: BlockTargets) -> tuple[BlockTargets, ...]:
+    """Cut `[L]` into layer groups."""
+    found, start = [], 0
+    for layers in student.layers:
+        shape = (layers.repeats, len(layers.pattern))
+        mine = slice(start, start + shape[0] * shape[1])
+        found.append(
+            jax.tree.map(lambda leaf, mine=mine, shape=shape: leaf[mine].reshape(*shape, *leaf.shape[1:]), whole)
+        )
+        start = mine.stop
+    return tuple(found)
+
+
+def in_block_order(targets: Targets) -> BlockTargets:
+    """The targets of all blocks, `[L]`."""
+    return jax.tree.map(
+        lambda *groups: jnp.concatenate([jnp.asarray(group).reshape(-1, *group.shape[2:]) for group in groups]),
+        *targets,
+    )
+
+
+def padded_targets(targets: Targets, groups: int) -> tuple[BlockTargets, ...]:
+    """Targets with repeats filled up to a multiple of `groups`, as parameters are: by blocks that are not trained.
+
+    With several groups `runs` says whether any of them trains the block of its own that it comes to at the same time.
+    Then all of them run theirs, those that do not train it for nothing: a collective inside a branch that some devices
+    do not take would wait for them for ever.
+    """
+    if groups == 1:
+        return tuple(targets)
+
+    def fill(rows: np.ndarray) -> np.ndarray:
+        return np.pad(rows, [(0, -rows.shape[0] % groups)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+
+    def one(group: BlockTargets) -> BlockTargets:
+        filled = jax.tree.map(fill, group)
+        trained = np.asarray(filled.trained) & (np.arange(len(filled.trained)) < len(group.trained))[:, None]
+        anywhere = trained.reshape(groups, -1, trained.shape[1]).any(axis=0)
+        return replace(filled, trained=trained, runs=np.tile(anywhere, (groups, 1)))
+
+    return tuple(one(group) for group in targets)
 
 
 def is_in_step(spans: Sequence[Span], places: Mapping[str, Mapping[int, int]], trained: Sequence[int]) -> bool:
@@ -187,30 +260,13 @@ def is_in_step(spans: Sequence[Span], places: Mapping[str, Mapping[int, int]], t
     )
 
 
-def evaluation_table(
+def evaluation_targets(
     student: ModelConfig, spans: Sequence[Span], source: Source, norms: np.ndarray | None
-) -> tuple[Table, TapReading, tuple[int, ...]]:
-    """The table of all blocks that a source can be compared with, how it is read, and these blocks."""
+) -> tuple[tuple[BlockTargets, ...], TapReading, tuple[int, ...]]:
+    """The targets of all blocks that a source can be compared with, how they are read, and these blocks."""
     blocks = tuple(at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= set(source.blocks))
     places = {name: source.reads[name].at for name in ("resid", "attn_out")}
-    table = make_table(student, spans, places, dict.fromkeys(blocks, 1.0), needs_leaving=False)
-    if norms is not None:
-        table = with_column(table, "norm", norms[[span.first for span in spans]])
+    targets = block_targets(student, spans, [places] * len(spans), dict.fromkeys(blocks, 1.0), norms=norms)
     codecs = {name: source.codecs[name] for name in places}
-    whole = len(blocks) == len(spans)
-    return (
-        table,
-        TapReading(codecs, source.plan.teacher.hidden_size, whole and is_in_step(spans, places, blocks)),
-        blocks,
-    )
-
-
-def with_column(table: Table, name: str, rows: np.ndarray) -> Table:
-    """A table with one more column, `rows` `[L, ...]`."""
-    found, start = [], 0
-    for group in table:
-        shape = group["block"].shape
-        count = shape[0] * shape[1]
-        found.append({**group, name: rows[start : start + count].reshape(*shape, *rows.shape[1:])})
-        start += count
-    return tuple(found)
+    in_step = is_in_step(spans, places, blocks)
+    return targets, TapReading(codecs, source.plan.teacher.hidden_size, in_step), blocks

@@ -22,7 +22,7 @@ from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_pla
 from distillcache.tools.demo import command
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 from distillcache.trainer.feed.open import Sources
-from distillcache.trainer.run.stage import StageRun
+from distillcache.trainer.run.stage import StageRun, plan_stage
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.parameters import all_parameters
 
@@ -180,9 +180,9 @@ def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, t
         config = TrainConfig.model_validate({"run": str(tmp_path), "cache": str(cache), "batch_rows": 4, "mode": mode})
         [stage] = resolve_stages(config, config.mesh)
         parameters = all_parameters(decoder)
-        run = StageRun(config, config.mesh, stage, decoder, parameters, Sources(config).open, source.attention_norms)
-        run.prepare(parameters)
-        compiled = run.compiled(run.place(run.source[range(4)]))
+        given = (config, config.mesh, stage, decoder, parameters, Sources(config).open, source.attention_norms)
+        run = StageRun(plan_stage(*given), parameters)
+        compiled = run.compiled(run.plan.place(run.plan.source[range(4)]))
         temporaries = found.figures[f"temporaries_float32_{name}_mb"]
         assert temporaries == compiled.memory_analysis().temp_size_in_bytes / 1e6
     growth = [found.figures[f"temporaries_{depth}_over_2_float32_bf16_{place}"] for place in ("inside", "after")]

@@ -18,7 +18,7 @@ from distillcache.schemas.config import TapConfig, TapsConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.step.stack import StudentStack, scan_blocks
-from distillcache.trainer.step.targets import Table, TapReading, evaluation_table, student_spans
+from distillcache.trainer.step.targets import TapReading, Targets, evaluation_targets, student_spans
 from tests.conftest import TINY, build_config, save_teacher
 from tests.rounding import assert_rounded
 
@@ -64,17 +64,17 @@ def resid_of(graph: Any, state: Any, *rows: jax.Array) -> jax.Array:
 def given_streams(decoder: Decoder, source: CacheSource, batch: dict) -> np.ndarray:
     """The stream that each block's visit is given, `[L, B, T, D]`."""
     spans = student_spans(decoder.config, decoder.config.num_blocks, None)
-    table, reading, _ = evaluation_table(decoder.config, spans, source, None)
-    return np.asarray(visited_streams(StudentStack(decoder), reading, table, batch))
+    targets, reading, _ = evaluation_targets(decoder.config, spans, source, None)
+    return np.asarray(visited_streams(StudentStack(decoder), reading, targets, batch))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def visited_streams(stack: StudentStack, reading: TapReading, table: Table, batch: dict) -> jax.Array:
+def visited_streams(stack: StudentStack, reading: TapReading, targets: Targets, batch: dict) -> jax.Array:
     def visit(place, mine, kept, given, row):
         return mine, given.resid
 
     nothing, shape = dict.fromkeys(stack.places(), ()), batch["segment_ids"].shape
-    return scan_blocks(stack, table, reading, batch, shape, visit, nothing, nothing, needs_mlp=False)[1][0, 0]
+    return scan_blocks(stack, targets, reading, batch, shape, visit, nothing, nothing, needs_mlp=False)[1][0, 0]
 
 
 @pytest.mark.parametrize("blocks", [None, [3, 10]])

@@ -19,7 +19,7 @@ from distillcache.trainer.mesh.sharding import make_mesh, parameter_sharding
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
-from distillcache.trainer.run.stage import StageRun
+from distillcache.trainer.run.stage import StageRun, plan_stage
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.parameters import all_parameters
 from distillcache.trainer.train import train
@@ -100,15 +100,14 @@ def step_of(cache, tmp_path, **mesh):
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
     (stage,) = resolve_stages(settings, settings.mesh)
     parameters = all_parameters(decoder)
-    return StageRun(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms).prepare(
-        parameters
-    )
+    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms)
+    return StageRun(plan, parameters)
 
 
 def test_nothing_but_scalars_crosses_block_groups(deep, tmp_path):
     """From the compiled program: every collective's replica groups lie within one group of devices."""
     run = step_of(deep, tmp_path, block=2, data=2, tensor=2)
-    batch = run.place(run.source[[0, 1, 2, 3]])
+    batch = run.plan.place(run.plan.source[[0, 1, 2, 3]])
     compiled = run.compiled(batch).as_text()
     found = [
         (re.findall(r"\[([\d,]*)\]", line.split(name)[0]), re.search(r"(?:replica_groups|pairs)=(\S+)", line)[1])
@@ -142,7 +141,7 @@ def test_each_group_reads_its_own_slots(deep, tmp_path):
     assert blocks_of_groups(DEEP, 4) == [[0, 1], [2, 3], [4], []]
     wanted = [source.slots["resid"] for source in run.source.sources[:3]]
     assert [list(slots) for slots in wanted] == [[0, 1, 2], [2, 3, 4], [4, 5]]
-    batch = run.place(run.source[[0, 1]])
+    batch = run.plan.place(run.plan.source[[0, 1]])
     codes = batch["resid"]["codes"]
     assert codes.shape[0] == 4
     assert {shard.data.shape[0] for shard in codes.addressable_shards} == {1}

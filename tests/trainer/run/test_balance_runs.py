@@ -27,7 +27,7 @@ from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.mesh.placement import to_host
 from distillcache.trainer.run.checkpoints import Checkpoints, load_student, restored_balance
 from distillcache.trainer.run.metrics_log import PIXELS, read_loads, read_metrics
-from distillcache.trainer.run.stage import StageRun
+from distillcache.trainer.run.stage import StageRun, plan_stage
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.parameters import ROUTER_BIAS, all_parameters, install
 from distillcache.trainer.train import train
@@ -185,13 +185,13 @@ def test_it_goes_on_with_another_number_of_biases(tmp_path, moe_rows, monkeypatc
     assert bias.shape == smoothed.shape == (2, 2, E)
     assert np.abs(bias[:, 0] - bias[:, 1]).max() > 0.01
     np.testing.assert_allclose(before[UNIT + ROUTER_BIAS], bias.mean(1), rtol=1e-6)
-    restored, restore = [], StageRun.restore
+    restored, begin = [], StageRun.__init__
 
-    def noted(run: StageRun, *rest: Any) -> None:
-        restore(run, *rest)
+    def noted(run: StageRun, *given: Any) -> None:
+        begin(run, *given)
         restored.append(jax.tree.map(np.array, run.state.balance[UNIT]))
 
-    monkeypatch.setattr(StageRun, "restore", noted)
+    monkeypatch.setattr(StageRun, "__init__", noted)
     assert train(settings.model_copy(update={"mesh": MeshConfig()})).resumed_from == 2
     np.testing.assert_allclose(restored[0].bias, bias.mean(1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(restored[0].smoothed, smoothed.mean(1, keepdims=True), rtol=1e-6)
@@ -271,16 +271,15 @@ def stage_run(folder: Path, cache: Path, **changes: Any) -> StageRun:
         name: value + rng.normal(scale=0.05, size=value.shape).astype(np.float32)
         for name, value in all_parameters(decoder).items()
     }
-    return StageRun(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms).prepare(
-        parameters
-    )
+    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms)
+    return StageRun(plan, parameters)
 
 
 def steps_of(run: StageRun, count: int = 3) -> list[dict[str, float]]:
     """The metrics of some steps."""
     found = []
     for number in range(count):
-        sums = to_host(run.advance(run.place(run.source[list(range(4 * number, 4 * number + 4))])))
+        sums = to_host(run.advance(run.plan.place(run.plan.source[list(range(4 * number, 4 * number + 4))])))
         found.append(run.metrics(run.losses(sums), sums))
     return found
 
@@ -327,7 +326,7 @@ def eightfold(tmp_path_factory: pytest.TempPathFactory, moe_rows: Path) -> Stage
 @pytest.mark.slow
 def test_no_collective_crosses_block_groups(eightfold):
     """From the compiled program: every collective's devices, and every permute's pairs, hold the same blocks."""
-    batch = eightfold.place(eightfold.source[[0, 1, 2, 3]])
+    batch = eightfold.plan.place(eightfold.plan.source[[0, 1, 2, 3]])
     names = r" (all-reduce|all-gather|all-to-all|collective-[\w-]+|reduce-scatter|ragged-all-to-all)(?:-start)?\("
     lines = [line for line in eightfold.compiled(batch).as_text().splitlines() if re.search(names, line)]
     assert len(lines) > 5

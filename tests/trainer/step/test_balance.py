@@ -35,15 +35,27 @@ from distillcache.trainer.step.balance import (
     regrouped,
     start_balance,
 )
-from distillcache.trainer.step.feature import FeatureStep, feature_update, merge_decoder
+from distillcache.trainer.step.blockwise_program import block_routing, blockwise_update
+from distillcache.trainer.step.feature import FeatureStep, merge_decoder
+from distillcache.trainer.step.feature_program import feature_update
 from distillcache.trainer.step.flops import step_flops
+from distillcache.trainer.step.modes import MODES
 from distillcache.trainer.step.optimizer import make_optimizer
-from distillcache.trainer.step.parameters import Parameters, all_parameters, choose_trained, of_place, sublayer
-from distillcache.trainer.step.program import block_routing, blockwise_update, init_state, jit_step
+from distillcache.trainer.step.parameters import (
+    ROUTER_BIAS,
+    Parameters,
+    all_parameters,
+    choose_trained,
+    of_place,
+    reached_by,
+    sublayer,
+)
+from distillcache.trainer.step.program import init_state, jit_step
 from distillcache.trainer.step.stack import BlockRules, StudentStack
-from distillcache.trainer.step.targets import TapReading, make_table, student_spans
+from distillcache.trainer.step.targets import TapReading, block_targets, student_spans
 from tests.rounding import assert_rounded
 from tests.trainer.conftest import blockwise, parameters_of, random_batch
+from tests.trainer.step.test_modes import program_of
 
 E, K = 4, 2
 DENSE, SPARSE = BlockKind(), BlockKind(moe=True)
@@ -66,8 +78,8 @@ SCOPES: tuple[Scope, ...] = ("layer", "model", "sequence", "global_batch")
 
 
 def made(config: TrainConfig, *given: Any) -> Balancing | None:
-    """`make_balancing` with a config's spec and mesh."""
-    return make_balancing(config, config.mesh, *given)
+    """`make_balancing` with a config's spec, mesh and mode."""
+    return make_balancing(config, config.mesh, *given, blocks_apart=MODES[config.mode].blocks_apart)
 
 
 def loss_config(scope: Any = "layer", **more: Any) -> LossConfig:
@@ -89,7 +101,7 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def balancing_of(loss: LossConfig, mode: str = "blockwise", moe: ModelConfig = SMALL, **changes: Any) -> Balancing:
-    found = made(train_config(**changes), loss, mode, moe, "stage 0")
+    found = made(train_config(mode=mode, **changes), loss, moe, "stage 0")
     assert found is not None
     return found
 
@@ -235,7 +247,8 @@ def whole_oracle(student: Decoder, batch: dict) -> Oracle:
 def feature_parameters(decoder: Decoder) -> tuple[Parameters, Parameters]:
     """MLPs and routers, to be trained, and the others; a block's gradient comes through the blocks behind it."""
     everything = all_parameters(decoder)
-    chosen = choose_trained(everything, None, ["mlp"])
+    reached = [name for name in everything if not name.endswith(ROUTER_BIAS)]
+    chosen = choose_trained(list(everything), ["mlp"], reached)
     return (
         {name: value for name, value in everything.items() if name in chosen},
         {name: value for name, value in everything.items() if name not in chosen},
@@ -260,9 +273,9 @@ def block_gradients(
     decoder: Decoder, batch: dict, loss: LossConfig, balancing: Balancing | None, **options: Any
 ) -> Callable[..., Any]:
     """By step: gradients by name, and every block's `BlockSums`."""
-    step, table = block_step(decoder, loss, balancing, **options)
+    step, targets = block_step(decoder, loss, balancing, **options)
     trained, frozen = parameters_of(decoder, "mlp")
-    return lambda at=0: jitted_gradients(step, trained, frozen, batch, table, jnp.int32(at))[:2]
+    return lambda at=0: jitted_gradients(step, trained, frozen, batch, targets, jnp.int32(at))[:2]
 
 
 def whole_step(
@@ -270,22 +283,22 @@ def whole_step(
 ) -> Any:
     spans = student_spans(decoder.config, 3, None)
     places = {"attn_out": {at: at for at in range(3)}}
-    table = make_table(decoder.config, spans, places, dict.fromkeys(blocks, 1.0), needs_leaving=False)
+    targets = block_targets(decoder.config, spans, [places] * 3, dict.fromkeys(blocks, 1.0))
     reading = TapReading({"attn_out": get_codec("f32")}, SMALL.hidden_size, in_step=False)
     adam = options.pop("adam", OptimizerConfig(warmup_steps=0))
     graph, stack = nnx.graphdef(decoder), StudentStack(decoder)
     optimizer = make_optimizer(adam, 10, clips=False)
     step = FeatureStep(graph, stack, reading, loss, optimizer, 1.0, 10, balancing=balancing, **options)
-    return step, table
+    return step, targets
 
 
 def whole_gradients(
     decoder: Decoder, batch: dict, loss: LossConfig, balancing: Balancing | None, **options: Any
 ) -> Callable[..., Any]:
     """By step: gradients by name, and `FeatureSums`."""
-    step, table = whole_step(decoder, loss, balancing, **options)
+    step, targets = whole_step(decoder, loss, balancing, **options)
     trained, frozen = feature_parameters(decoder)
-    return lambda at=0: jitted_gradients(step, trained, frozen, without_stream(batch), table, jnp.int32(at))
+    return lambda at=0: jitted_gradients(step, trained, frozen, without_stream(batch), targets, jnp.int32(at))
 
 
 def without_stream(batch: dict) -> dict:
@@ -374,8 +387,8 @@ def test_fed_with_the_students_own_attention_the_losses_reach_it(student, batch)
     loss, rules = loss_config("sequence"), BlockRules(runs_mlp=True, mlp_input="student")
     trained, frozen = parameters_of(student, "attention", "mlp")
     oracle = Oracle(blockwise_objective(student, batch, "student"), trained, frozen, batch)
-    step, table = block_step(student, loss, balancing_of(loss), rules=rules)
-    gradients, _, _ = jax.jit(lambda p: step.gradients(p, frozen, batch, table, jnp.int32(0)))(trained)
+    step, targets = block_step(student, loss, balancing_of(loss), rules=rules)
+    gradients, _, _ = jax.jit(lambda p: step.gradients(p, frozen, batch, targets, jnp.int32(0)))(trained)
     assert_close(gradients, oracle.whole("sequence")[0])
 
 
@@ -409,10 +422,10 @@ def test_nothing_is_collected_where_nobody_asks(student, batch):
     trained, frozen = parameters_of(student, "mlp")
     programs = []
     for given in (balancing, None):
-        step, table = block_step(student, loss, given)
+        step, targets = block_step(student, loss, given)
 
-        def run(trained: Parameters, step: Any = step, table: Any = table) -> Any:
-            return step.gradients(trained, frozen, batch, table, jnp.int32(0))
+        def run(trained: Parameters, step: Any = step, targets: Any = targets) -> Any:
+            return step.gradients(trained, frozen, batch, targets, jnp.int32(0))
 
         traced = jax.jit(run).trace(trained)
         assert traced.out_info[1][1, 0].routing is None
@@ -422,9 +435,9 @@ def test_nothing_is_collected_where_nobody_asks(student, batch):
 
 def test_nothing_is_collected_in_feature_mode_either(student, batch):
     loss = loss_config(mlp={"weight": 0.0}, **NO_BALANCE)
-    step, table = whole_step(student, loss, balancing_of(loss, "feature"))
+    step, targets = whole_step(student, loss, balancing_of(loss, "feature"))
     trained, frozen = feature_parameters(student)
-    _, sums = jax.eval_shape(step.gradients, trained, frozen, batch, table, jnp.int32(0))
+    _, sums = jax.eval_shape(step.gradients, trained, frozen, batch, targets, jnp.int32(0))
     assert sums.routing is None
     assert set(sums.weights) == {"tokens", "alpha", "tau", "feature"}
 
@@ -434,10 +447,10 @@ def test_weight_decay_leaves_alone_what_router_losses_do_not_reach(student, batc
     """Features of block 0 alone: the routers' losses reach up to the last router, but not the experts behind it."""
     loss = loss_config(mlp={"weight": 0.0})
     adam = OptimizerConfig(warmup_steps=0, weight_decay=0.1)
-    step, table = whole_step(student, loss, balancing_of(loss, "feature"), blocks=(0,), adam=adam)
+    step, targets = whole_step(student, loss, balancing_of(loss, "feature"), blocks=(0,), adam=adam)
     trained, frozen = feature_parameters(student)
     before, state = jax.tree.map(np.array, trained), init_state(step.stack, trained, step.optimizer)
-    state, _ = jit_step(feature_update(step), state, None)(state, frozen, without_stream(batch), table)
+    state, _ = jit_step(feature_update(step), state, None)(state, frozen, without_stream(batch), targets)
     for name, value in state.parameters.items():
         moved = [not np.array_equal(*pair) for pair in zip(value, before[name], strict=True)]
         routes = name.endswith(("mlp/norm", "mlp/router"))
@@ -471,7 +484,7 @@ class Moved:
         decoder, loss = add_router_bias(student), loss_config(**NO_BALANCE)
         balancing = Balancing(decoder.config.moe_config, update=UPDATE, warmup=WARMUP, bias_groups=2)
         adam = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
-        step, table = block_step(decoder, loss, balancing, blocks=(0, 2), optimizer=adam)
+        step, targets = block_step(decoder, loss, balancing, blocks=(0, 2), optimizer=adam)
         trained, frozen = parameters_of(decoder, "mlp")
         balance = start_balance({**trained, **frozen}, step.stack.places(), 2)
         self.state = init_state(step.stack, trained, step.optimizer, balance)
@@ -481,7 +494,7 @@ class Moved:
         self.parameters, self.balance, self.sums = [], [], []
         for batch in self.batches:
             self._note()
-            self.state, sums = run(self.state, frozen, batch, table)
+            self.state, sums = run(self.state, frozen, batch, targets)
             self.sums.append(block_routing(sums, step.stack))
         self._note()
 
@@ -566,7 +579,7 @@ def test_biases_of_zero_change_nothing(student, batch):
     noaux = balancing_of(loss, moe=decoder.config, moe_balance_type="noaux_tc")
     for each, balancing in ((student, None), (decoder, noaux)):
         gradients, sums = block_gradients(each, batch, loss, balancing)()
-        found.append({**gradients, **{str(place): value.mlp for place, value in sums.items()}})
+        found.append({**gradients, **{str(place): value.terms["mlp"] for place, value in sums.items()}})
     assert found[1].keys() == found[0].keys()
     for name, value in found[0].items():
         assert_rounded(found[1][name], value)
@@ -580,7 +593,7 @@ def test_biases_move_in_feature_mode(student, batch):
         balancing_of(loss, "feature", decoder.config, moe_balance_type="noaux_tc", moe_update_rule="sign"),
         bias_groups=2,
     )
-    step, table = whole_step(decoder, loss, balancing, micro_batches=2)
+    step, targets = whole_step(decoder, loss, balancing, micro_batches=2)
     trained, frozen = feature_parameters(decoder)
     state = init_state(step.stack, trained, step.optimizer, start_balance(frozen, step.stack.places(), 2))
     run, rows = jit_step(feature_update(step), state, None), without_stream(batch)
@@ -591,7 +604,7 @@ def test_biases_move_in_feature_mode(student, batch):
         before = np.array(state.balance[UNIT].bias)
         # Block 2 comes behind experts that were chosen with biases, so only block 1 has the same logits without them.
         logits = np.asarray(forward({**frozen, **state.parameters}).logits)
-        state, sums = run(state, frozen, rows, table)
+        state, sums = run(state, frozen, rows, targets)
         for group, part in enumerate((slice(0, 2), slice(2, 4))):
             expected = load_by_hand(logits[0][part], before[0, group], mask[part])
             np.testing.assert_array_equal(sums.routing.loads[0, group], expected)
@@ -696,10 +709,10 @@ def test_noise_and_biases_do_not_depend_on_how_a_batch_is_cut(student, batch, mo
     frozen[UNIT + "mlp/router_bias"] = jnp.repeat(jnp.asarray(bias), 2, axis=0)
     runs = []
     for count in (1, 2):
-        step, table = make(noisy, loss, balancing, micro_batches=count)
+        step, targets = make(noisy, loss, balancing, micro_batches=count)
 
-        def run(trained: Parameters, batch: dict, at: Any, step: Any = step, table: Any = table) -> tuple[Any, Any]:
-            gradients, sums, *_ = step.gradients(trained, frozen, batch, table, at)
+        def run(trained: Parameters, batch: dict, at: Any, step: Any = step, targets: Any = targets) -> tuple[Any, Any]:
+            gradients, sums, *_ = step.gradients(trained, frozen, batch, targets, at)
             return gradients, sums[1, 0].routing if mode == "blockwise" else sums.routing
 
         runs.append(jax.jit(run))
@@ -769,13 +782,13 @@ EP = {"moe_balance_type": "noaux_tc", "moe_bias_sync_group": "ep"}
 )
 def test_what_cannot_be_is_refused(model, loss, change, message, facts):
     with pytest.raises(ConfigError, match=message) as caught:
-        made(train_config(**change), loss, "blockwise", model, "stage 0")
+        made(train_config(**change), loss, model, "stage 0")
     assert facts.items() <= caught.value.facts.items()
     assert caught.value.next
 
 
 def test_a_dense_student_asks_for_nothing():
-    assert made(train_config(), NOTHING, "blockwise", DENSE_ONLY, "stage 0") is None
+    assert made(train_config(), NOTHING, DENSE_ONLY, "stage 0") is None
 
 
 @pytest.mark.parametrize(
@@ -822,10 +835,11 @@ def test_biases_turn_the_auxiliary_loss_off_in_every_stage():
 
 def test_biases_are_never_chosen_to_be_trained(student):
     names = [UNIT + "mlp/router", UNIT + "mlp/router_bias", UNIT + "mlp/gate"]
-    assert choose_trained(names, None, ["mlp"]) == {names[0], names[2]}
-    assert choose_trained(names, ["mlp/router*"], ["mlp"]) == {names[0]}
+    reached = reached_by(program_of(student, "blockwise", loss=loss_config()).rules(), names)
+    assert choose_trained(names, None, reached) == {names[0], names[2]}
+    assert choose_trained(names, ["mlp/router*"], reached) == {names[0]}
     with pytest.raises(ConfigError, match="no loss reaches") as caught:
-        choose_trained(names, ["mlp/router_bias"], names)
+        choose_trained(names, ["mlp/router_bias"], reached)
     assert caught.value.facts["losses reach"] == "mlp/gate, mlp/router"
 
 

@@ -15,6 +15,7 @@ from distillcache.models.layers.norm import rms_norm
 from distillcache.schemas.codecs import get_codec, make_signs
 from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig, OptimizerConfig, Ramp
 from distillcache.trainer.losses import feature_loss
+from distillcache.trainer.step.blockwise_program import block_sums, blockwise_update
 from distillcache.trainer.step.optimizer import make_optimizer
 from distillcache.trainer.step.parameters import (
     all_parameters,
@@ -24,9 +25,9 @@ from distillcache.trainer.step.parameters import (
     place_prefix,
     sublayer,
 )
-from distillcache.trainer.step.program import block_sums, blockwise_update, init_state, jit_step
+from distillcache.trainer.step.program import init_state, jit_step
 from distillcache.trainer.step.stack import BlockRules, StudentStack
-from distillcache.trainer.step.targets import TapReading, make_table, student_spans, with_column
+from distillcache.trainer.step.targets import TapReading, block_targets, student_spans
 from tests.trainer.conftest import EVEN, MIXED, blockwise, parameters_of, random_batch
 
 FEATURE = FeatureLossConfig(weight=2.0, relative_l2=1.0, cosine=0.5, l2=0.25)
@@ -40,15 +41,15 @@ ORDERS = {
 
 
 @partial(jax.jit, static_argnums=0)
-def jitted_gradients(step, trained, frozen, batch, table, at):
-    return step.gradients(trained, frozen, batch, table, at)
+def jitted_gradients(step, trained, frozen, batch, targets, at):
+    return step.gradients(trained, frozen, batch, targets, at)
 
 
-def gradients_of(step, table, trained, frozen, batch, at=0):
+def gradients_of(step, targets, trained, frozen, batch, at=0):
     """Gradients by name, and `[L]` sums by loss."""
-    gradients, sums, _ = jitted_gradients(step, trained, frozen, batch, table, jnp.int32(at))
+    gradients, sums, _ = jitted_gradients(step, trained, frozen, batch, targets, jnp.int32(at))
     losses = {
-        name: step.stack.in_block_order({p: getattr(s, name) for p, s in sums.items()}) for name in ("feature", "mlp")
+        name: step.stack.in_block_order({p: s.terms[name] for p, s in sums.items()}) for name in ("feature", "mlp")
     }
     return gradients, {name: np.asarray(value) for name, value in losses.items()}
 
@@ -117,12 +118,11 @@ def test_gradients_equal_the_unrolled_ones(request, kind, rules, blocks, inject)
     config = decoder.config
     batch, loss = random_batch(config), BOTH if rules.runs_mlp else LOSS
     trained, frozen = parameters_of(decoder, "attention", *(["mlp"] if rules.runs_mlp else []))
-    step, table = blockwise(decoder, loss, blocks=blocks, rules=rules)
     norms = None
     if inject == "attn_in":
         norms = np.random.default_rng(3).uniform(0.5, 2, (config.num_blocks, config.hidden_size)).astype(np.float32)
-        table = with_column(table, "norm", norms)
-    gradients, sums = gradients_of(step, table, trained, frozen, batch)
+    step, targets = blockwise(decoder, loss, blocks=blocks, rules=rules, norms=norms)
+    gradients, sums = gradients_of(step, targets, trained, frozen, batch)
     expected, found = unrolled(decoder, ORDERS[kind], trained, frozen, batch, blocks, rules, norms)
     assert_close(gradients, expected)
     for block in range(config.num_blocks):
@@ -138,8 +138,8 @@ def test_the_blocks_are_those_of_the_decoder(mixed):
     batch |= {"resid": {"codes": out.taps["resid"]}, "attn_out": {"codes": out.taps["attn_out"]}}
     loss = LossConfig(feature=FeatureLossConfig(l2=1.0), mlp=MlpLossConfig(weight=1.0, l2=1.0))
     trained, frozen = parameters_of(mixed, "attention", "mlp")
-    step, table = blockwise(mixed, loss, codec="f32", rules=BlockRules(runs_mlp=True))
-    gradients, sums = gradients_of(step, table, trained, frozen, batch)
+    step, targets = blockwise(mixed, loss, codec="f32", rules=BlockRules(runs_mlp=True))
+    gradients, sums = gradients_of(step, targets, trained, frozen, batch)
     assert max(np.abs(value).max() for value in sums.values()) < 1e-7
     assert max(float(jnp.abs(leaf).max()) for leaf in gradients.values()) < 1e-4
 
@@ -175,9 +175,9 @@ def test_codecs_are_compared_by_their_signs():
 def test_changing_one_block_s_tensors_changes_that_block_alone(student, tap):
     batch = random_batch(EVEN)
     trained, frozen = parameters_of(student, "attention")
-    step, table = blockwise(student, LOSS)
+    step, targets = blockwise(student, LOSS)
     changed = {**batch, tap: {"codes": batch[tap]["codes"].at[2].set(get_codec("bf16").encode(jnp.ones(1))["codes"])}}
-    (before, sums), (after, other) = (gradients_of(step, table, trained, frozen, each) for each in (batch, changed))
+    (before, sums), (after, other) = (gradients_of(step, targets, trained, frozen, each) for each in (batch, changed))
     assert [bool(equal) for equal in sums["feature"] == other["feature"]] == [True, True, False, True]
     for name in before:
         assert [bool((left == right).all()) for left, right in zip(before[name], after[name], strict=True)] == [
@@ -200,8 +200,8 @@ def test_padding_alone_gives_zero(student):
     batch = random_batch(EVEN)
     batch["segment_ids"][:] = 0
     trained, frozen = parameters_of(student, "attention", "mlp")
-    step, table = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True))
-    gradients, sums = gradients_of(step, table, trained, frozen, batch)
+    step, targets = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True))
+    gradients, sums = gradients_of(step, targets, trained, frozen, batch)
     assert not any(value.any() for value in sums.values())
     assert not any(np.asarray(leaf).any() for leaf in gradients.values())
 
@@ -211,8 +211,8 @@ def test_what_is_in_padding_changes_nothing(student):
     padding = (batch["segment_ids"] == 0)[None, ..., None]
     other = {**batch, **{tap: {"codes": jnp.where(padding, 7, batch[tap]["codes"])} for tap in ("resid", "attn_out")}}
     trained, frozen = parameters_of(student, "attention")
-    step, table = blockwise(student, LOSS)
-    found = [gradients_of(step, table, trained, frozen, each) for each in (batch, other)]
+    step, targets = blockwise(student, LOSS)
+    found = [gradients_of(step, targets, trained, frozen, each) for each in (batch, other)]
     np.testing.assert_allclose(found[0][1]["feature"], found[1][1]["feature"], rtol=1e-6)
     assert_close(found[0][0], found[1][0])
 
@@ -250,10 +250,10 @@ def test_weights_follow_the_step(student):
     batch = random_batch(EVEN)
     ramp = LossConfig(feature=FeatureLossConfig(weight=Ramp(start=0.0, end=3.0)))
     trained, frozen = parameters_of(student, "attention")
-    step, table = blockwise(student, ramp, steps=11)
+    step, targets = blockwise(student, ramp, steps=11)
     base, _ = gradients_of(*blockwise(student, LossConfig()), trained, frozen, batch)
     for at, factor in ((0, 0.0), (5, 1.5), (10, 3.0)):
-        found, _ = gradients_of(step, table, trained, frozen, batch, at)
+        found, _ = gradients_of(step, targets, trained, frozen, batch, at)
         for name in found:
             np.testing.assert_allclose(found[name], factor * base[name], rtol=1e-4, atol=1e-7)
 
@@ -266,7 +266,7 @@ def test_spans_and_projectors_against_numpy(student):
     batch = random_batch(replace(MIXED, hidden_size=width), codec="f32")
     spans = student_spans(config, 5, [0, 3])
     places = {"resid": {at: at for at in range(6)}, "attn_out": {at: at for at in range(5)}}
-    table = make_table(config, spans, places, {0: 1.0, 1: 2.0}, needs_leaving=True)
+    targets = block_targets(config, spans, [places] * 2, {0: 1.0, 1: 2.0}, needs_leaving=True)
     loss = LossConfig(
         feature=FeatureLossConfig(relative_l2=0, l2=1.0), mlp=MlpLossConfig(weight=1, relative_l2=0, l2=1)
     )
@@ -274,7 +274,7 @@ def test_spans_and_projectors_against_numpy(student):
     step = replace(step, reading=replace(step.reading, hidden=width))
     trained, frozen = parameters_of(small, "attention", "mlp")
     trained |= make_projectors({(0, 0): 2}, 32, width, seed=0)
-    gradients, sums = gradients_of(step, table, trained, frozen, batch)
+    gradients, sums = gradients_of(step, targets, trained, frozen, batch)
     resid, attn = np.asarray(batch["resid"]["codes"]), np.asarray(batch["attn_out"]["codes"])
     mask, stack = batch["segment_ids"] > 0, StudentStack(small)
     for block, (first, last) in enumerate(((0, 3), (3, 5))):
@@ -295,13 +295,13 @@ def test_spans_and_projectors_against_numpy(student):
 def test_steps_lower_the_loss_of_trained_blocks_only(student, inside):
     batch, blocks = random_batch(EVEN), [0, 2, 3]
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1)
-    step, table = blockwise(student, LOSS, blocks=blocks, optimizer=optimizer, inside_scan=inside)
+    step, targets = blockwise(student, LOSS, blocks=blocks, optimizer=optimizer, inside_scan=inside)
     trained, frozen = parameters_of(student, "attention")
     before = jax.tree.map(np.asarray, trained)
     state = init_state(step.stack, trained, step.optimizer)
     run, losses = jit_step(blockwise_update(step), state, None), []
     for _ in range(20):
-        state, sums = run(state, frozen, batch, table)
+        state, sums = run(state, frozen, batch, targets)
         losses.append(block_sums(sums, step.stack)["feature"])
     assert (losses[-1][blocks] < 0.8 * losses[0][blocks]).all()
     assert all(loss[1] == 0 for loss in losses)
@@ -315,12 +315,12 @@ def test_steps_lower_the_loss_of_trained_blocks_only(student, inside):
 def test_both_places_of_the_update_agree(student):
     batch, found = random_batch(EVEN), []
     for inside in (True, False):
-        step, table = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True), inside_scan=inside)
+        step, targets = blockwise(student, BOTH, rules=BlockRules(runs_mlp=True), inside_scan=inside)
         trained, frozen = parameters_of(student, "attention", "mlp")
         state = init_state(step.stack, trained, step.optimizer)
         run = jit_step(blockwise_update(step), state, None)
         for _ in range(3):
-            state, _ = run(state, frozen, batch, table)
+            state, _ = run(state, frozen, batch, targets)
         found.append(state)
     assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
     for left, right in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
@@ -329,14 +329,14 @@ def test_both_places_of_the_update_agree(student):
 
 def test_training_leaves_the_decoder_alone_until_installed(student):
     student = nnx.clone(student)
-    batch, (step, table) = random_batch(EVEN), blockwise(student, LOSS)
+    batch, (step, targets) = random_batch(EVEN), blockwise(student, LOSS)
     trained, frozen = parameters_of(student, "attention")
     state = init_state(step.stack, trained, step.optimizer)
     run, before = jit_step(blockwise_update(step), state, None), jax.tree.map(np.asarray, all_parameters(student))
-    state, _ = run(state, frozen, batch, table)
+    state, _ = run(state, frozen, batch, targets)
     assert_equal(before, all_parameters(student))
     install(student, state.parameters)
-    state, _ = run(state, frozen, batch, table)  # gives its memory away; the decoder has its own
+    state, _ = run(state, frozen, batch, targets)  # gives its memory away; the decoder has its own
     moved = {name for name, value in all_parameters(student).items() if not np.array_equal(value, before[name])}
     assert moved == set(state.parameters)
 
@@ -354,13 +354,13 @@ def test_temporaries_do_not_grow_with_depth(codec, inside):
     for depth in (6, 24):
         config = replace(MIXED, hidden_size=64, layers=(LayerGroup((BlockKind(),), depth),))
         made = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
-        step, table = blockwise(made, LOSS, codec=codec, inside_scan=inside)
+        step, targets = blockwise(made, LOSS, codec=codec, inside_scan=inside)
         trained, frozen = jax.eval_shape(
             lambda config=config: parameters_of(Decoder(config, rngs=nnx.Rngs(0)), "attention")
         )
         state = jax.eval_shape(partial(init_state, step.stack, optimizer=step.optimizer), trained)
         batch = jax.eval_shape(partial(random_batch, config, rows=2, tokens=32, codec=codec))
-        compiled = jit_step(blockwise_update(step), state, None).lower(state, frozen, batch, table).compile()
+        compiled = jit_step(blockwise_update(step), state, None).lower(state, frozen, batch, targets).compile()
         stacked = 0 if inside else sum(leaf.size * leaf.dtype.itemsize for leaf in trained.values())
         rest.append(compiled.memory_analysis().temp_size_in_bytes - stacked)
     assert rest[1] <= 1.25 * rest[0]
@@ -370,11 +370,11 @@ def test_without_a_recorded_stream_blocks_get_the_students_own(student):
     """The stream crosses blocks without gradient: each one's gradient is that of its own loss, all else constant."""
     batch = random_batch(EVEN, codec="f32")
     rules = BlockRules(own_stream=True)
-    step, table = blockwise(student, LOSS, blocks=[1, 3], codec="f32", rules=rules)
+    step, targets = blockwise(student, LOSS, blocks=[1, 3], codec="f32", rules=rules)
     reading = replace(step.reading, codecs={"attn_out": step.reading.codecs["attn_out"]})
     trained, frozen = parameters_of(student, "attention")
     frozen["embed"] = student.embed[...]
-    gradients, sums = gradients_of(replace(step, reading=reading), table, trained, frozen, batch)
+    gradients, sums = gradients_of(replace(step, reading=reading), targets, trained, frozen, batch)
     rows = (batch[name] for name in ("tokens", "positions", "segment_ids"))
     resid = student(*rows, taps=("resid",), logits=False).taps["resid"]
     given, full = {**batch, "resid": {"codes": resid}}, blockwise(student, LOSS, blocks=[1, 3], codec="f32")

@@ -18,14 +18,17 @@ from distillcache.schemas.codecs import get_codec, get_topk_codec
 from distillcache.schemas.config.teacher import TapsConfig, TopKConfig
 from distillcache.schemas.config.train import LossConfig, OptimizerConfig
 from distillcache.trainer.run.checkpoints import load_student
-from distillcache.trainer.run.metrics import feature_metrics
+from distillcache.trainer.run.metrics import term_metrics
 from distillcache.trainer.run.metrics_log import read_metrics
-from distillcache.trainer.step.feature import FeatureStep, FeatureSums, feature_update
+from distillcache.trainer.step.feature import FeatureStep, FeatureSums
+from distillcache.trainer.step.feature_program import feature_update
 from distillcache.trainer.step.optimizer import make_optimizer
 from distillcache.trainer.step.parameters import all_parameters, install
 from distillcache.trainer.step.program import TrainState, init_state, jit_step
 from distillcache.trainer.step.stack import StudentStack
-from distillcache.trainer.step.targets import TapReading, make_table, student_spans
+from distillcache.trainer.step.targets import TapReading, block_targets, student_spans
+from distillcache.trainer.terms import Terms
+from distillcache.trainer.terms.parts import Means
 from distillcache.trainer.train import train
 from tests.conftest import build_config
 from tests.trainer.conftest import random_batch
@@ -71,22 +74,22 @@ def step_of(decoder: Decoder, loss: LossConfig, **options: object) -> tuple[Feat
     spans = student_spans(SMALL, 3, None)
     places = {"attn_out": {at: at for at in range(3)}, "topk_logits": {0: 0}}
     weights = {0: 1.0, 2: 2.0}
-    table = make_table(SMALL, spans, places, weights, needs_leaving=False)
+    targets = block_targets(SMALL, spans, [places] * 3, weights)
     codecs = {"attn_out": get_codec("f32"), "topk_logits": get_topk_codec(K, "f32")}
     reading = TapReading(codecs, SMALL.hidden_size, in_step=False)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10, clips=False)
     step = FeatureStep(nnx.graphdef(decoder), StudentStack(decoder), reading, loss, optimizer, 1.0, 10, **options)
-    return step, table
+    return step, targets
 
 
 @partial(jax.jit, static_argnums=0)
-def jitted_gradients(step: FeatureStep, parameters: dict, batch: dict, table: tuple) -> tuple[dict, object]:
-    return step.gradients(parameters, {}, batch, table, jnp.int32(0))
+def jitted_gradients(step: FeatureStep, parameters: dict, batch: dict, targets: tuple) -> tuple[dict, object]:
+    return step.gradients(parameters, {}, batch, targets, jnp.int32(0))
 
 
 def gradients(decoder: Decoder, batch: dict, loss: LossConfig = LOSS, **options: object) -> tuple[dict, object]:
-    step, table = step_of(decoder, loss, **options)
-    return jitted_gradients(step, all_parameters(decoder), batch, table)
+    step, targets = step_of(decoder, loss, **options)
+    return jitted_gradients(step, all_parameters(decoder), batch, targets)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -118,8 +121,8 @@ def test_every_term_against_numpy(small, batch):
     _, sums = gradients(small, batch)
     expected = by_hand(small, batch)
     for name in ("ce", "kl", "kl_1"):
-        assert float(sums.token_losses[name] / sums.targets) == pytest.approx(expected[name], rel=1e-5)
-    means = np.asarray(sums.feature) / float(sums.tokens)
+        assert float(sums.logits[name] / sums.targets) == pytest.approx(expected[name], rel=1e-5)
+    means = np.asarray(sums.blocks["feature"]) / float(sums.tokens)
     assert means[1] == 0
     assert (means[0] + 2.0 * means[2]) / 2 == pytest.approx(expected["feature"], rel=1e-5)
 
@@ -144,27 +147,27 @@ def test_how_it_is_computed_changes_nothing(small, batch, options):
     (found, sums), (expected, others) = gradients(small, batch, **options), gradients(small, batch)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6)
-    np.testing.assert_allclose(sums.token_losses["kl"], others.token_losses["kl"], rtol=1e-5)
-    np.testing.assert_allclose(sums.feature, others.feature, rtol=1e-5)
+    np.testing.assert_allclose(sums.logits["kl"], others.logits["kl"], rtol=1e-5)
+    np.testing.assert_allclose(sums.blocks["feature"], others.blocks["feature"], rtol=1e-5)
     assert (sums.tokens, sums.targets) == (others.tokens, others.targets)
 
 
 def test_padding_alone_gives_zero(small, batch):
     empty = {**batch, "segment_ids": np.zeros_like(batch["segment_ids"])}
     found, sums = gradients(small, empty)
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((found, sums.feature, sums.token_losses)))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((found, sums.blocks, sums.logits)))
 
 
 @pytest.fixture(scope="module")
 def alone(small, batch) -> tuple[dict, TrainState, FeatureSums]:
     """The parameters before, and state and sums after, a step on features alone: clipped, with weight decay."""
-    step, table = step_of(small, LOSS.model_copy(update={"token_weight": 0.0}))
+    step, targets = step_of(small, LOSS.model_copy(update={"token_weight": 0.0}))
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.1), 10, clips=False)
     step, everything = replace(step, clip_norm=1e-3, optimizer=optimizer), all_parameters(small)
     frozen = {name: everything.pop(name) for name in ("final_norm", "head")}
     before, state = jax.tree.map(np.asarray, everything), init_state(step.stack, everything, optimizer)
     rows = {name: value for name, value in batch.items() if name != "topk_logits"}
-    return before, *jit_step(feature_update(step), state, None)(state, frozen, rows, table)
+    return before, *jit_step(feature_update(step), state, None)(state, frozen, rows, targets)
 
 
 def test_the_whole_gradient_is_clipped_to_one_norm(alone):
@@ -186,9 +189,10 @@ def test_features_alone_reach_up_to_the_last_compared_attention(alone):
 
 def test_features_alone_need_no_logits(small, batch, alone):
     _, _, sums = alone
-    assert sums.token_losses == {}
-    losses = {"feature": np.asarray(sums.feature) / float(sums.tokens)}
-    metrics = feature_metrics(losses, {0: 1.0, 2: 2.0}, {name: float(value) for name, value in sums.weights.items()})
+    assert sums.logits == {}
+    losses = {"feature": np.asarray(sums.blocks["feature"]) / float(sums.tokens)}
+    weights = {name: float(value) for name, value in sums.weights.items()}
+    metrics = term_metrics(Terms.of_mode("feature"), Means(losses, {0: 1.0, 2: 2.0}, weights))
     assert metrics["distill/total_loss"] == pytest.approx(1.5 * by_hand(small, batch)["feature"], rel=1e-5)
     assert not {"distill/hard_loss", "distill/student_perplexity"} & metrics.keys()
 

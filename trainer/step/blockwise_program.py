@@ -1,0 +1,182 @@
+"""Blockwise mode as a stage sees it."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from distillcache.schemas.errors import ConfigError
+from distillcache.trainer.step.balance import BlockRouting, biases
+from distillcache.trainer.step.blockwise import MODE, BlockwiseStep, StepSums
+from distillcache.trainer.step.optimizer import PROGRAMS, make_optimizer
+from distillcache.trainer.step.parameters import (
+    BEHIND_BLOCKS,
+    IN_BLOCK,
+    PROJECTOR,
+    ROUTER_BIAS,
+    ROUTING,
+    Parameters,
+    PathRules,
+    place_prefix,
+    sublayer_of,
+)
+from distillcache.trainer.step.program import Setting, TrainState, Update
+from distillcache.trainer.step.stack import BlockRules, StudentStack
+from distillcache.trainer.step.targets import TapReading, Targets
+from distillcache.trainer.terms import Terms
+
+
+class BlockwiseProgram:
+    """Blocks apart from each other, each on the teacher's stream, or, where none is recorded, on the student's own."""
+
+    blocks_apart: ClassVar[bool] = True
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.terms = Terms.of_mode(MODE)
+        self.optimizer = make_optimizer(setting.optimizer, setting.steps)  # type: ignore[arg-type]
+        counting = self.terms.counting(setting.loss)
+        self._compares_attention, self._compares_mlp = counting.read("attn_out"), counting.read("mlp_out")
+        balancing = setting.balancing
+        self._runs_mlp = self._compares_mlp or (balancing is not None and balancing.collects)
+        self._own_stream = "resid" not in setting.recorded
+        self.compares_blocks = True
+        self.taps: tuple[str, ...] = ("attn_out",) if self._own_stream else ("resid", "attn_out")
+        self.row_fields: tuple[str, ...] = ("tokens", "loss_mask") if self._own_stream else ()
+        self.injects_norms = setting.spec.inject == "attn_in"
+        self._check_experts_run()
+        self._check_own_stream()
+
+    def rules(self) -> PathRules:
+        on_student, balances = self._setting.spec.mlp_input == "student", self._setting.balances
+        attention = self._compares_attention or (on_student and (self._compares_mlp or balances))
+        return (
+            (IN_BLOCK + ROUTER_BIAS, False),
+            *((IN_BLOCK + name, self._compares_mlp or balances) for name in ROUTING),
+            (IN_BLOCK + "mlp/*", self._compares_mlp),
+            (IN_BLOCK + "attention/norm", attention and not self.injects_norms),
+            (IN_BLOCK + "attention/*", attention),
+            (f"{IN_BLOCK}{PROJECTOR}/*", True),
+            *((name, False) for name in ("embed", *BEHIND_BLOCKS)),
+        )
+
+    def holds(self, name: str) -> bool:
+        sublayer = sublayer_of(name)
+        if sublayer is None:
+            return self._own_stream and name == "embed"
+        return self._own_stream or self._runs_mlp or sublayer != "mlp"
+
+    def computes(self, name: str) -> bool:
+        return name not in BEHIND_BLOCKS
+
+    def update(self, reading: TapReading) -> Update:
+        setting, spec = self._setting, self._setting.spec
+        rules = BlockRules(
+            spec.mlp_input,
+            self._runs_mlp,
+            spec.compute_dtype,
+            self._own_stream,
+            teacher_norm_eps=setting.teacher_norm_eps,
+        )
+        step = BlockwiseStep(
+            setting.stack,
+            reading,
+            rules,
+            setting.loss,
+            self.optimizer,
+            setting.steps,
+            spec.micro_batches,
+            setting.optimizer.inside_scan,
+            setting.balancing,
+        )
+        return blockwise_update(step)
+
+    @staticmethod
+    def sums_specs(split: Any, same: Any) -> Any:
+        return StepSums(split, same, same)
+
+    def means(self, sums: StepSums) -> dict[str, Any]:
+        return {name: total / float(sums.tokens) for name, total in block_sums(sums, self._setting.stack).items()}
+
+    def routing(self, sums: StepSums) -> BlockRouting | None:
+        return block_routing(sums, self._setting.stack)
+
+    def _check_experts_run(self) -> None:
+        setting = self._setting
+        if setting.balancing is not None and setting.balancing.update and not self._compares_mlp:
+            raise ConfigError(
+                "moe_balance_type: noaux_tc balances experts that are trained, and no loss of this stage trains them",
+                {"stage": setting.where, "loss.mlp.weight": setting.loss.mlp.weight},
+                "give loss.mlp a weight, or leave moe_balance_type out",
+            )
+
+    def _check_own_stream(self) -> None:
+        """Check settings that need a recorded stream: without one, each block receives the student's own."""
+        if not self._own_stream:
+            return
+        setting = self._setting
+        needed = {
+            "mesh.block": setting.groups > 1,  # the stream would cross groups of devices
+            "inject": self.injects_norms,
+            "loss.mlp.weight": self._compares_mlp and "mlp_out" not in setting.recorded,
+        }
+        if asking := [name for name, asks in needed.items() if asks]:
+            raise ConfigError(
+                "the cache has no residual stream, which this needs",
+                {"cache": setting.cache, "needed for": ", ".join(asking)},
+                "add it: distillcache build --extend with taps.resid, or leave these options at their defaults",
+            )
+
+
+@lru_cache(maxsize=PROGRAMS)
+def blockwise_update(step: BlockwiseStep) -> Update:
+    """The blockwise step on a state."""
+
+    def update(
+        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets
+    ) -> tuple[TrainState, StepSums]:
+        moments = {place: state.moments[place_prefix(place)] for place in step.stack.places()}
+        fixed = {**frozen, **biases(state.balance)}
+        parameters, moments, sums, tokens = step.update(state.parameters, moments, fixed, batch, targets, state.step)
+        groups = [range(len(layers.pattern)) for layers in step.stack.config.layers]
+        arranged = tuple(
+            jax.tree.map(lambda *of_places: jnp.stack(of_places, 1), *(sums[g, p] for p in places))
+            for g, places in enumerate(groups)
+        )
+        named = {place_prefix(place): value for place, value in moments.items()}
+        balance = state.balance
+        if step.balancing is not None:
+            loads = {place_prefix(place): found.routing.loads for place, found in sums.items() if found.routing}
+            balance = step.balancing.after_step(balance, loads, state.step)
+        new = TrainState(parameters, named, state.step + 1, balance)
+        return new, StepSums(arranged, tokens, step.weights(state.step))
+
+    return update
+
+
+def block_sums(sums: StepSums, stack: StudentStack) -> dict[str, np.ndarray]:
+    """A step's sums by name, float64 `[L]`, on the host."""
+    return {name: _rows([group.terms[name] for group in sums.blocks], stack) for name in sums.blocks[0].terms}
+
+
+def block_routing(sums: StepSums, stack: StudentStack) -> BlockRouting | None:
+    """Fetch the routing of a step to the host in float64, stacked over the blocks with experts."""
+    groups = [group.routing for group in sums.blocks]
+    if groups[0] is None:
+        return None
+    blocks = list(stack.config.moe_blocks)
+    return jax.tree.map(lambda *leaves: _rows(leaves, stack)[blocks], *groups)
+
+
+def _rows(of_groups: Sequence[Any], stack: StudentStack) -> np.ndarray:
+    """Values `[repeats, places, ...]` of every layer group, padding left out, as one `[L, ...]`."""
+    found = [np.asarray(value, np.float64) for value in of_groups]
+    return np.concatenate(
+        [
+            value[: layer.repeats].reshape(-1, *value.shape[2:])
+            for value, layer in zip(found, stack.config.layers, strict=True)
+        ]
+    )

@@ -1,0 +1,149 @@
+"""Feature mode as a stage sees it."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from distillcache.trainer.step.balance import BlockRouting, biases, loads_by_unit
+from distillcache.trainer.step.feature import MODE, FeatureStep, FeatureSums
+from distillcache.trainer.step.optimizer import PROGRAMS, clip_all, make_optimizer, update_blocks, update_one
+from distillcache.trainer.step.parameters import (
+    BEHIND_BLOCKS,
+    IN_BLOCK,
+    PROJECTOR,
+    ROUTER_BIAS,
+    ROUTING,
+    Parameters,
+    PathRules,
+    Place,
+    of_place,
+    of_places,
+    outer,
+    place_prefix,
+)
+from distillcache.trainer.step.program import OUTER, Setting, TrainState, Update
+from distillcache.trainer.step.targets import TapReading, Targets
+from distillcache.trainer.terms import Terms
+
+
+class FeatureProgram:
+    """The student as a whole, from tokens."""
+
+    blocks_apart: ClassVar[bool] = False
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.terms = Terms.of_mode(MODE)
+        self.optimizer = make_optimizer(setting.optimizer, setting.steps, clips=False)  # type: ignore[arg-type]
+        self._counting = self.terms.counting(setting.loss)
+        self.compares_blocks, self.injects_norms = bool(self._counting.blocks), False
+        self.row_fields: tuple[str, ...] = ("tokens", "loss_mask")
+        of_logits = (tap for term in self._counting.logits for tap in term.taps(setting.loss))
+        self.taps: tuple[str, ...] = (*(("attn_out",) if self.compares_blocks else ()), *of_logits)
+
+    def rules(self) -> PathRules:
+        return (
+            (IN_BLOCK + ROUTER_BIAS, False),
+            (f"{IN_BLOCK}{PROJECTOR}/in", False),
+            (IN_BLOCK + "*", True),
+            ("embed", True),
+            *((name, bool(self._counting.logits)) for name in BEHIND_BLOCKS),
+        )
+
+    def holds(self, name: str) -> bool:
+        return True
+
+    def computes(self, name: str) -> bool:
+        return bool(self._counting.logits) or name not in BEHIND_BLOCKS
+
+    def update(self, reading: TapReading) -> Update:
+        setting, spec = self._setting, self._setting.spec
+        step = FeatureStep(
+            setting.graph,
+            setting.stack,
+            reading,
+            setting.loss,
+            self.optimizer,
+            setting.optimizer.clip_norm,
+            setting.steps,
+            spec.micro_batches,
+            spec.remat,
+            spec.compute_dtype,
+            setting.balancing,
+            setting.real_vocab,
+        )
+        return feature_update(step)
+
+    @staticmethod
+    def sums_specs(split: Any, same: Any) -> Any:
+        return same
+
+    def means(self, sums: FeatureSums) -> dict[str, Any]:
+        tokens, targets = float(sums.tokens), float(sums.targets)
+        found: dict[str, Any] = {name: np.asarray(total, np.float64) / tokens for name, total in sums.blocks.items()}
+        if targets:  # a mean of nothing is left out
+            found |= {name: float(total) / targets for name, total in sums.logits.items()}
+        return found
+
+    def routing(self, sums: FeatureSums) -> BlockRouting | None:
+        return sums.routing
+
+
+@lru_cache(maxsize=PROGRAMS)
+def feature_update(step: FeatureStep) -> Update:
+    """The feature step on a state: one norm of all gradients, then AdamW, per block as in blockwise mode."""
+
+    def update(
+        state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets
+    ) -> tuple[TrainState, FeatureSums]:
+        fixed = {**frozen, **biases(state.balance)}
+        gradients, sums = step.gradients(state.parameters, fixed, batch, targets, state.step)
+        gradients = clip_all(gradients, step.clip_norm)
+        new, moments = {}, {}
+        for place, repeats in step.stack.places().items():
+            unit = place_prefix(place)
+            mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
+            every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
+            new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
+            if not step.counting.logits:
+                new[place] = _where_reached(new[place], mine[2], targets, place, _last_router(step))
+        parameters = of_places(new)
+        if OUTER in state.moments:
+            rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
+            moved, moments[OUTER] = update_one(step.optimizer, *rest)
+            parameters |= moved
+        balance = state.balance
+        if step.balancing is not None and sums.routing is not None:
+            loads = loads_by_unit(sums.routing.loads, step.stack.config)
+            balance = step.balancing.after_step(balance, loads, state.step)
+        return TrainState(parameters, moments, state.step + 1, balance), sums
+
+    return update
+
+
+def _last_router(step: FeatureStep) -> int:
+    """The last block whose routing a loss reaches; -1 without such a loss."""
+    balances = step.balancing is not None and step.balancing.with_loss
+    return max(step.stack.config.moe_blocks, default=-1) if balances else -1
+
+
+def _where_reached(
+    new: Mapping[str, Array], old: Mapping[str, Array], targets: Targets, place: Place, last_router: int
+) -> dict[str, Array]:
+    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared and the last
+    router with a loss: it stays as it is, and weight decay does not shrink it either."""
+    last = jnp.max(jnp.stack([jnp.max(jnp.where(group.trained, group.block, -1)) for group in targets]))
+    last = jnp.maximum(last, last_router)
+    block = targets[place[0]].at(slice(None), place[1]).block
+
+    def one(name: str, value: Array) -> Array:
+        reached = block < last if name.startswith("mlp/") else block <= last
+        if name in ROUTING:
+            reached |= block == last_router
+        return jnp.where(reached.reshape(-1, *[1] * (value.ndim - 1)), value, old[name])
+
+    return {name: one(name, value) for name, value in new.items()}

@@ -1,0 +1,161 @@
+"""A term of the loss: the interface of the modules beside this one.
+
+A term says which key of the config weighs it, which modes compute it, what it reads, how it is computed and under which
+names it is logged. Steps, stages and metrics ask for nothing else, so a new term is a module and its line in
+`__init__.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from distillcache.models.routing import RouterOutput
+from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig, Weight
+from distillcache.schemas.errors import ConfigError
+from distillcache.trainer.step.schedules import may_count
+
+SHARES = ("relative_l2", "cosine", "l2")
+
+
+class Outputs(NamedTuple):
+    """The additions of a block, or of a span of the teacher's, to the stream, in the teacher's width.
+
+    mlp_out: None where no term reads it. router: also None where the block has no experts.
+    """
+
+    attn_out: Float[Array, "B T D"]
+    mlp_out: Float[Array, "B T D"] | None = None
+    router: RouterOutput | None = None
+
+
+class LogitRow(NamedTuple):
+    """Logits of one row, and what they are compared with; all with a batch axis of 1.
+
+    fields: tokens, segment_ids and loss_mask. recorded: the teacher's top k, where a term reads it. real_vocab: see
+    losses.without_padding.
+    """
+
+    logits: Float[Array, "1 T V"]
+    fields: Mapping[str, Array]
+    recorded: Any = None
+    real_vocab: int | None = None
+
+
+class Means(NamedTuple):
+    """A step's means on the host, as metrics are made of them.
+
+    of: each term's; a mean over nothing is not there. blocks: the trained ones with their weights. weights: of the
+    terms, at this step.
+    """
+
+    of: Mapping[str, Any]
+    blocks: Mapping[int, float]
+    weights: Mapping[str, float]
+
+    def of_blocks(self, name: str) -> dict[str, float]:
+        """`feature/block_00` and so on."""
+        return {f"{name}/block_{block:02d}": float(self.of[name][block]) for block in self.blocks}
+
+
+class Term(Protocol):
+    """A term of the loss.
+
+    name: of its weight and of its sums. setting: the key of its weight in a config. modes: those that compute it.
+    """
+
+    name: str
+    setting: str
+    modes: tuple[str, ...]
+
+    def weights(self, loss: LossConfig) -> dict[str, Weight]:
+        """The term's weight, under its name and first, and whatever else of it changes with the step."""
+        ...
+
+    def check(self, loss: LossConfig, where: str) -> None:
+        """Raise `ConfigError` where its settings make no sense; `where` names the stage."""
+        ...
+
+    def total(self, means: Means) -> float | None:
+        """Its part of the loss as a step reports it; None where it is undefined."""
+        ...
+
+    def metrics(self, means: Means) -> dict[str, float]:
+        """All that a step reports about it."""
+        ...
+
+
+class BlockTerm(Term, Protocol):
+    """A distance between what a block adds to the stream and what the teacher's span did: one number a block.
+
+    reads: the taps, also the fields of `Outputs`, that are compared; a gradient reaches their sublayers.
+    weighs_blocks: `loss.feature.block_weights` count.
+    """
+
+    reads: tuple[str, ...]
+    weighs_blocks: bool
+
+    def distance(self, loss: LossConfig, own: Outputs, teacher: Outputs, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+        """The sum over the mask's tokens; everything that it reads is there."""
+        ...
+
+
+class LogitTerm(Term, Protocol):
+    """A loss on the student's logits, which exist for one row at a time; all sums are over next tokens that count."""
+
+    def taps(self, loss: LossConfig) -> tuple[str, ...]:
+        """The taps that it reads."""
+        ...
+
+    def teaches_teacher(self, loss: LossConfig) -> bool:
+        """Return whether it has something to teach even to a student that is the teacher."""
+        ...
+
+    def sums(self, loss: LossConfig, row: LogitRow, weights: Mapping[str, Array]) -> dict[str, Array]:
+        """The sums of one row, by name."""
+        ...
+
+    def value(self, sums: Mapping[str, Array], weights: Mapping[str, Array], targets: Array) -> Array:
+        """The number that is minimised.
+
+        Args:
+            sums: of a batch's part. targets: those of the whole batch.
+        """
+        ...
+
+
+def counts(term: Term, loss: LossConfig) -> bool:
+    """Return whether a term's weight is ever above zero."""
+    return may_count(term.weights(loss)[term.name])
+
+
+def distance(
+    term: BlockTerm, loss: LossConfig, own: Outputs, teacher: Outputs, mask: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """A term's distance; zero where something that it reads is not there."""
+    if any(getattr(side, tap) is None for side in (own, teacher) for tap in term.reads):
+        return jnp.zeros(())
+    return term.distance(loss, own, teacher, mask)
+
+
+def shares(loss: FeatureLossConfig | MlpLossConfig) -> dict[str, float]:
+    """The arguments of `feature_loss`."""
+    return {name: getattr(loss, name) for name in SHARES}
+
+
+def check_shares(loss: FeatureLossConfig | MlpLossConfig, name: str, where: str) -> None:
+    """Raise `ConfigError` where a mix of distances has a weight and compares nothing."""
+    if may_count(loss.weight) and not any(shares(loss).values()):
+        raise ConfigError(
+            "a loss has a weight but compares nothing",
+            {"stage": where, name: loss.model_dump()},
+            "give one of relative_l2, cosine and l2 a value above zero",
+        )
+
+
+def mean_over_blocks(means: Means, name: str, *, weighted: bool = False) -> float:
+    """The mean over the trained blocks, each times its weight if asked."""
+    found = means.of[name][list(means.blocks)]
+    return float(np.mean(found * np.asarray(list(means.blocks.values())) if weighted else found))
