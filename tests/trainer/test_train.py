@@ -25,7 +25,7 @@ from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import held_out_perplexity
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
-from distillcache.trainer.step.parameters import all_parameters, of_place
+from distillcache.trainer.step.parameters import all_parameters, at_address
 from distillcache.trainer.train import train
 from tests.processes.command import Command
 from tests.trainer.run.events import logged_scalars
@@ -260,8 +260,8 @@ def test_some_blocks_without_evaluation(tmp_path, sparse_cache):
     student, start = load_student(str(tmp_path / "run")).decoder, load_pretrained(tmp_path / "run" / "student")
     moved = jax.tree.map(
         lambda x, y: (x != y).reshape(len(x), -1).any(1).tolist(),
-        of_place(all_parameters(student), (0, 0)),
-        of_place(all_parameters(start), (0, 0)),
+        at_address(all_parameters(student), (0, 0)),
+        at_address(all_parameters(start), (0, 0)),
     )
     for name, blocks in moved.items():
         assert blocks == [False, False, name.startswith("attention/")]

@@ -35,7 +35,7 @@ from distillcache.trainer.losses import (
     without_padding,
 )
 from distillcache.trainer.step.modes import MODES
-from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, install, of_place
+from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, StackAddress, at_address, install
 from distillcache.trainer.step.stack import BlockRules, Given, StudentStack, scan_blocks
 from distillcache.trainer.step.targets import (
     BlockTargets,
@@ -331,12 +331,12 @@ def _block_cosines(
 ) -> MaskedSum:
     mask, context, places = batch["segment_ids"] > 0, stack.context(batch), stack.places()
 
-    def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Array]:
-        out = stack.run(place, kept, given, context, rules, row.norm)
+    def visit(address: StackAddress, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Array]:
+        out = stack.run(address, kept, given, context, rules, row.norm)
         return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total
 
     taps = {name: batch[name] for name in reading.codecs}
-    nothing, fixed = dict.fromkeys(places, ()), {place: of_place(parameters, place) for place in places}
+    nothing, fixed = dict.fromkeys(places, ()), {address: at_address(parameters, address) for address in places}
     _, totals = scan_blocks(stack, targets, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
     return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
 

@@ -36,7 +36,7 @@ from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.source import Batch, Source
-from distillcache.trainer.step.parameters import Parameters, Place, all_parameters, of_place, sublayer
+from distillcache.trainer.step.parameters import Parameters, StackAddress, all_parameters, at_address, sublayer
 from distillcache.trainer.step.stack import Given, StudentStack, scan_blocks
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, evaluation_targets, student_spans
 
@@ -90,20 +90,20 @@ def measure_importance(teacher: Decoder, source: Source, rows: int) -> Scores:
     targets, reading, _ = evaluation_targets(config, spans, source, None)
     measured = _Measured(StudentStack(teacher), reading)
     parameters, tokens = all_parameters(teacher), 0.0
-    totals: dict[Place, dict[str, np.ndarray]] = {place: {} for place in measured.stack.places()}
+    totals: dict[StackAddress, dict[str, np.ndarray]] = {address: {} for address in measured.stack.places()}
     with Progress("importance", rows, unit="rows") as bar:
         for start in range(0, rows, MEASURED_ROWS):
             numbers = list(range(start, min(start + MEASURED_ROWS, rows)))
             batch = source[numbers + [start] * (MEASURED_ROWS - len(numbers))]
             batch["segment_ids"][len(numbers) :] = 0
             tokens += float(np.sum(batch["segment_ids"] > 0))
-            for place, sums in _sums(measured, parameters, batch, targets).items():
+            for address, sums in _sums(measured, parameters, batch, targets).items():
                 for letter, value in sums.items():
-                    totals[place][letter] = totals[place].get(letter, 0.0) + np.asarray(value, np.float64)
+                    totals[address][letter] = totals[address].get(letter, 0.0) + np.asarray(value, np.float64)
             bar.advance(len(numbers))
     blocks = [
-        {letter: value[repeat] / max(tokens, 1.0) for letter, value in totals[group, place].items()}
-        for _, group, repeat, place in config.places()
+        {letter: value[repeat] / max(tokens, 1.0) for letter, value in totals[group, address].items()}
+        for _, group, repeat, address in config.places()
     ]
     squares = np.stack([block.pop("D") for block in blocks])
     squares = squares / np.maximum(np.mean(squares, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -144,13 +144,15 @@ class _Measured:
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _sums(measured: _Measured, parameters: Parameters, batch: Batch, targets: Targets) -> dict[Place, dict[str, Array]]:
+def _sums(
+    measured: _Measured, parameters: Parameters, batch: Batch, targets: Targets
+) -> dict[StackAddress, dict[str, Array]]:
     """Sums over a batch's real tokens, `[repeats, size]` of every place and axis letter."""
     stack, mask = measured.stack, batch["segment_ids"] > 0
     context = stack.context(batch)
 
-    def visit(place: Place, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
-        attention, mlp = (sublayer(stack.graphs[place][name], name, own) for name in ("attention", "mlp"))
+    def visit(address: StackAddress, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
+        attention, mlp = (sublayer(stack.graphs[address][name], name, own) for name in ("attention", "mlp"))
         heads = attention.mix(pre_norm(attention, given.resid), context)
         sums = {"H": _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
         middle = given.resid + given.attn_out
@@ -163,7 +165,7 @@ def _sums(measured: _Measured, parameters: Parameters, batch: Batch, targets: Ta
 
     taps = {name: batch[name] for name in measured.reading.codecs}
     nothing = dict.fromkeys(stack.places(), ())
-    fixed = {place: of_place(parameters, place) for place in stack.places()}
+    fixed = {address: at_address(parameters, address) for address in stack.places()}
     return scan_blocks(stack, targets, measured.reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)[1]
 
 

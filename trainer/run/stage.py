@@ -40,7 +40,7 @@ from distillcache.trainer.step.balance import (
     start_balance,
 )
 from distillcache.trainer.step.optimizer import learning_rate_schedule
-from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, choose_trained, place_prefix, reached_by
+from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, address_prefix, choose_trained, reached_by
 from distillcache.trainer.step.program import Setting, StepProgram, TrainState, init_state, jit_step, padded, unpadded
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import (
@@ -317,8 +317,8 @@ class StageRun:
         found, kinds = mean_biases(self.balance()), self._stack.config.kinds
         return np.stack(
             [
-                np.asarray(found[place_prefix((group, place)) + ROUTER_BIAS][repeat])
-                for block, group, repeat, place in self._stack.config.places()
+                np.asarray(found[address_prefix((group, address)) + ROUTER_BIAS][repeat])
+                for block, group, repeat, address in self._stack.config.places()
                 if kinds[block].moe
             ]
         )
@@ -361,7 +361,7 @@ class StageRun:
         stack.
         """
         return next(
-            (rows for place, rows in self._stack.places().items() if name.startswith(place_prefix(place))), None
+            (rows for address, rows in self._stack.places().items() if name.startswith(address_prefix(address))), None
         )
 
 

@@ -28,7 +28,7 @@ from distillcache.models.routing import (
 )
 from distillcache.schemas.config.train import LossConfig, MeshConfig, TrainSpec, Weight
 from distillcache.schemas.errors import ConfigError
-from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, Place, place_prefix
+from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, StackAddress, address_prefix
 from distillcache.trainer.step.schedules import may_count
 
 
@@ -243,9 +243,9 @@ def biases(state: Mapping[str, BalanceState]) -> Parameters:
 def loads_by_unit(loads: Float[Array, "Lm G E"], model: ModelConfig) -> dict[str, Array]:
     """Loads of the blocks with experts, in order, by unit, `[repeats, G, E]`."""
     numbers: dict[str, list[int]] = {}
-    for block, group, _, place in model.places():
+    for block, group, _, address in model.places():
         if block in model.moe_blocks:
-            numbers.setdefault(place_prefix((group, place)), []).append(model.moe_blocks.index(block))
+            numbers.setdefault(address_prefix((group, address)), []).append(model.moe_blocks.index(block))
     return {unit: loads[np.asarray(of_unit)] for unit, of_unit in numbers.items()}
 
 
@@ -259,10 +259,10 @@ def mean_balance(sums: RouterSums, moe: MoeConfig, scope: Scope) -> float | None
     return float(np.mean(np.asarray(found.balance)[ran]) / np.asarray(totals.tokens)) if ran.any() else None
 
 
-def start_balance(parameters: Parameters, places: Mapping[Place, int], groups: int) -> dict[str, BalanceState]:
+def start_balance(parameters: Parameters, places: Mapping[StackAddress, int], groups: int) -> dict[str, BalanceState]:
     """The biases before the first step of a stage, as the parameters have them, by unit: `[repeats, G, E]`."""
     found = {}
-    for unit in map(place_prefix, places):
+    for unit in map(address_prefix, places):
         if unit + ROUTER_BIAS in parameters:
             found[unit] = _fresh(parameters[unit + ROUTER_BIAS], groups)
     return found

@@ -26,7 +26,7 @@ from distillcache.models.routing import RouterOutput
 from distillcache.schemas.config.train import LossConfig
 from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
 from distillcache.trainer.step.optimizer import update_blocks, update_one
-from distillcache.trainer.step.parameters import Parameters, Place, of_place, of_places
+from distillcache.trainer.step.parameters import Parameters, StackAddress, at_address, from_addresses
 from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import BlockRules, Cross, Given, StudentStack, scan_blocks
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets
@@ -83,58 +83,58 @@ class BlockwiseStep:
 
     def gradients(
         self, trained: Parameters, frozen: Parameters, batch: Mapping[str, Any], targets: Targets, step: Array
-    ) -> tuple[Parameters, dict[Place, BlockSums], Array]:
+    ) -> tuple[Parameters, dict[StackAddress, BlockSums], Array]:
         """The gradient of every block's loss, stacked, the losses' sums, and the real tokens."""
         turn = _Turn(self, batch, step)
 
-        def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
-            gradient, sums = turn.gradient(place, kept[0], kept[1], given, row)
+        def visit(address: StackAddress, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
+            gradient, sums = turn.gradient(address, kept[0], kept[1], given, row)
             return mine, (gradient, sums)
 
-        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
-            return turn.cross(place, kept[0], kept[1], stream)
+        def cross(address: StackAddress, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(address, kept[0], kept[1], stream)
 
         places = self.stack.places()
-        fixed = {place: (of_place(trained, place), of_place(frozen, place)) for place in places}
+        fixed = {address: (at_address(trained, address), at_address(frozen, address)) for address in places}
         nothing = dict.fromkeys(places, ())
         _, found = self._scan(batch, targets, visit, nothing, fixed, turn.own_stream(batch, frozen, cross))
-        gradients = of_places({place: y[0] for place, y in found.items()})
-        return gradients, {place: y[1] for place, y in found.items()}, turn.tokens
+        gradients = from_addresses({address: y[0] for address, y in found.items()})
+        return gradients, {address: y[1] for address, y in found.items()}, turn.tokens
 
     def update(
         self,
         trained: Parameters,
-        moments: dict[Place, Any],
+        moments: dict[StackAddress, Any],
         frozen: Parameters,
         batch: Mapping[str, Any],
         targets: Targets,
         step: Array,
-    ) -> tuple[Parameters, dict[Place, Any], dict[Place, BlockSums], Array]:
+    ) -> tuple[Parameters, dict[StackAddress, Any], dict[StackAddress, BlockSums], Array]:
         """New parameters and optimizer state, the losses' sums before the update, and the real tokens."""
         if not self.inside_scan:
             gradients, sums, tokens = self.gradients(trained, frozen, batch, targets, step)
-            new: dict[Place, Any] = {}
-            for place in self.stack.places():
-                mine = of_place(gradients, place), moments[place], of_place(trained, place)
-                column = targets[place[0]].at(slice(None), place[1])
-                new[place] = update_blocks(self.optimizer, *mine, column.trained, column.runs)
-            return of_places({p: n[0] for p, n in new.items()}), {p: n[1] for p, n in new.items()}, sums, tokens
+            new: dict[StackAddress, Any] = {}
+            for address in self.stack.places():
+                mine = at_address(gradients, address), moments[address], at_address(trained, address)
+                column = targets[address[0]].at(slice(None), address[1])
+                new[address] = update_blocks(self.optimizer, *mine, column.trained, column.runs)
+            return from_addresses({p: n[0] for p, n in new.items()}), {p: n[1] for p, n in new.items()}, sums, tokens
         turn = _Turn(self, batch, step)
 
-        def visit(place: Place, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
+        def visit(address: StackAddress, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
             parameters, state = mine
-            gradient, sums = turn.gradient(place, parameters, kept, given, row)
+            gradient, sums = turn.gradient(address, parameters, kept, given, row)
             return update_one(self.optimizer, gradient, state, parameters), sums
 
-        def cross(place: Place, mine: Any, kept: Any, stream: Array) -> Array:
-            return turn.cross(place, mine[0], kept, stream)
+        def cross(address: StackAddress, mine: Any, kept: Any, stream: Array) -> Array:
+            return turn.cross(address, mine[0], kept, stream)
 
         places = self.stack.places()
-        carried = {place: (of_place(trained, place), moments[place]) for place in places}
-        fixed = {place: of_place(frozen, place) for place in places}
+        carried = {address: (at_address(trained, address), moments[address]) for address in places}
+        fixed = {address: at_address(frozen, address) for address in places}
         carried, sums = self._scan(batch, targets, visit, carried, fixed, turn.own_stream(batch, frozen, cross))
-        parameters = of_places({place: mine[0] for place, mine in carried.items()})
-        return parameters, {place: mine[1] for place, mine in carried.items()}, sums, turn.tokens
+        parameters = from_addresses({address: mine[0] for address, mine in carried.items()})
+        return parameters, {address: mine[1] for address, mine in carried.items()}, sums, turn.tokens
 
     def _scan(self, batch: Mapping[str, Any], targets: Targets, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
         return scan_blocks(
@@ -167,20 +167,22 @@ class _Turn:
         """The student's own stream before block 0, where no stream is recorded."""
         return (frozen["embed"][batch["tokens"]], cross) if self._step.rules.own_stream else None
 
-    def cross(self, place: Place, trained: Mapping[str, Array], frozen: Mapping[str, Array], stream: Array) -> Array:
+    def cross(
+        self, address: StackAddress, trained: Mapping[str, Array], frozen: Mapping[str, Array], stream: Array
+    ) -> Array:
         """The stream behind a block, as its parameters were before this step."""
-        return self._step.stack.cross(place, {**frozen, **trained}, stream, self._context, self._step.rules)
+        return self._step.stack.cross(address, {**frozen, **trained}, stream, self._context, self._step.rules)
 
     def gradient(
         self,
-        place: Place,
+        address: StackAddress,
         trained: Mapping[str, Array],
         frozen: Mapping[str, Array],
         given: Given,
         row: BlockTargets,
     ) -> tuple[dict[str, Array], BlockSums]:
         """The gradient of one block's loss by its trained parameters, and the loss's sums."""
-        loss = jax.grad(partial(self._loss, place, frozen, row), has_aux=True)
+        loss = jax.grad(partial(self._loss, address, frozen, row), has_aux=True)
         count = self._step.micro_batches
         everything = (given, context_of_block(self._context, row.block), self._mask, self._rows)
         if count == 1:
@@ -198,7 +200,7 @@ class _Turn:
 
     def _loss(
         self,
-        place: Place,
+        address: StackAddress,
         frozen: Mapping[str, Array],
         row: BlockTargets,
         trained: Mapping[str, Array],
@@ -209,7 +211,7 @@ class _Turn:
         rows: Array,
     ) -> tuple[Array, BlockSums]:
         step = self._step
-        out = step.stack.run(place, {**frozen, **trained}, given, context, step.rules, row.norm)
+        out = step.stack.run(address, {**frozen, **trained}, given, context, step.rules, row.norm)
         total, sums = jnp.zeros(()), dict[str, Array]()
         for term in step.terms.blocks:
             sums[term.name] = distance(term, step.loss, out, given.added, mask)

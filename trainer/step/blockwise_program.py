@@ -20,7 +20,7 @@ from distillcache.trainer.step.parameters import (
     ROUTING,
     Parameters,
     PathRules,
-    place_prefix,
+    address_prefix,
     sublayer_of,
 )
 from distillcache.trainer.step.program import Setting, TrainState, Update
@@ -138,18 +138,18 @@ def blockwise_update(step: BlockwiseStep) -> Update:
     def update(
         state: TrainState, frozen: Parameters, batch: Mapping[str, Any], targets: Targets
     ) -> tuple[TrainState, StepSums]:
-        moments = {place: state.moments[place_prefix(place)] for place in step.stack.places()}
+        moments = {address: state.moments[address_prefix(address)] for address in step.stack.places()}
         fixed = {**frozen, **biases(state.balance)}
         parameters, moments, sums, tokens = step.update(state.parameters, moments, fixed, batch, targets, state.step)
         groups = [range(len(layers.pattern)) for layers in step.stack.config.layers]
         arranged = tuple(
-            jax.tree.map(lambda *of_places: jnp.stack(of_places, 1), *(sums[g, p] for p in places))
+            jax.tree.map(lambda *columns: jnp.stack(columns, 1), *(sums[g, p] for p in places))
             for g, places in enumerate(groups)
         )
-        named = {place_prefix(place): value for place, value in moments.items()}
+        named = {address_prefix(address): value for address, value in moments.items()}
         balance = state.balance
         if step.balancing is not None:
-            loads = {place_prefix(place): found.routing.loads for place, found in sums.items() if found.routing}
+            loads = {address_prefix(address): found.routing.loads for address, found in sums.items() if found.routing}
             balance = step.balancing.after_step(balance, loads, state.step)
         new = TrainState(parameters, named, state.step + 1, balance)
         return new, StepSums(arranged, tokens, step.weights(state.step))

@@ -23,7 +23,7 @@ from distillcache.models.routing import RouterSums
 from distillcache.schemas.config.train import LossConfig
 from distillcache.trainer.losses import counted_predictions
 from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
-from distillcache.trainer.step.parameters import PROJECTOR, Parameters, cast, place_prefix, sublayer_of
+from distillcache.trainer.step.parameters import PROJECTOR, Parameters, address_prefix, cast, sublayer_of
 from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import StudentStack, TapDecoder
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, in_block_order
@@ -206,9 +206,9 @@ class FeatureStep:
     def _projectors(self, parameters: Mapping[str, Array]) -> Array | None:
         """`out` of every block, `[L, Ds, Dt]`."""
         found = {
-            place: parameters[f"{place_prefix(place)}{PROJECTOR}/out"]
-            for place in self.stack.places()
-            if f"{place_prefix(place)}{PROJECTOR}/out" in parameters
+            address: parameters[f"{address_prefix(address)}{PROJECTOR}/out"]
+            for address in self.stack.places()
+            if f"{address_prefix(address)}{PROJECTOR}/out" in parameters
         }
         if not found:
             return None

@@ -19,11 +19,11 @@ from distillcache.trainer.step.parameters import (
     ROUTING,
     Parameters,
     PathRules,
-    Place,
-    of_place,
-    of_places,
+    StackAddress,
+    address_prefix,
+    at_address,
+    from_addresses,
     outer,
-    place_prefix,
 )
 from distillcache.trainer.step.program import OUTER, Setting, TrainState, Update
 from distillcache.trainer.step.targets import TapReading, Targets
@@ -104,14 +104,14 @@ def feature_update(step: FeatureStep) -> Update:
         gradients, sums = step.gradients(state.parameters, fixed, batch, targets, state.step)
         gradients = clip_all(gradients, step.clip_norm)
         new, moments = {}, {}
-        for place, repeats in step.stack.places().items():
-            unit = place_prefix(place)
-            mine = of_place(gradients, place), state.moments[unit], of_place(state.parameters, place)
+        for address, repeats in step.stack.places().items():
+            unit = address_prefix(address)
+            mine = at_address(gradients, address), state.moments[unit], at_address(state.parameters, address)
             every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
-            new[place], moments[unit] = update_blocks(step.optimizer, *mine, every)
+            new[address], moments[unit] = update_blocks(step.optimizer, *mine, every)
             if not step.counting.logits:
-                new[place] = _where_reached(new[place], mine[2], targets, place, _last_router(step))
-        parameters = of_places(new)
+                new[address] = _where_reached(new[address], mine[2], targets, address, _last_router(step))
+        parameters = from_addresses(new)
         if OUTER in state.moments:
             rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
             moved, moments[OUTER] = update_one(step.optimizer, *rest)
@@ -132,13 +132,13 @@ def _last_router(step: FeatureStep) -> int:
 
 
 def _where_reached(
-    new: Mapping[str, Array], old: Mapping[str, Array], targets: Targets, place: Place, last_router: int
+    new: Mapping[str, Array], old: Mapping[str, Array], targets: Targets, address: StackAddress, last_router: int
 ) -> dict[str, Array]:
     """Without losses on tokens no gradient reaches what lies behind the last attention that is compared and the last
     router with a loss: it stays as it is, and weight decay does not shrink it either."""
     last = jnp.max(jnp.stack([jnp.max(jnp.where(group.trained, group.block, -1)) for group in targets]))
     last = jnp.maximum(last, last_router)
-    block = targets[place[0]].at(slice(None), place[1]).block
+    block = targets[address[0]].at(slice(None), address[1]).block
 
     def one(name: str, value: Array) -> Array:
         reached = block < last if name.startswith("mlp/") else block <= last

@@ -22,7 +22,7 @@ from distillcache.models.layers.mlp import Moe
 from distillcache.schemas.errors import ConfigError
 
 Parameters = dict[str, Array]
-Place = tuple[int, int]
+StackAddress = tuple[int, int]  # (layer group, position in its pattern): one stack of equal blocks
 PROJECTOR = "projector"
 [_BY_RULE] = Moe.by_rule
 ROUTER_BIAS = f"mlp/{_BY_RULE}"
@@ -33,8 +33,8 @@ IN_BLOCK = "groups/*/blocks/*/"
 PathRules = Sequence[tuple[str, bool]]
 
 
-def place_prefix(place: Place) -> str:
-    return f"groups/{place[0]}/blocks/{place[1]}/"
+def address_prefix(address: StackAddress) -> str:
+    return f"groups/{address[0]}/blocks/{address[1]}/"
 
 
 def all_parameters(decoder: Decoder) -> Parameters:
@@ -53,15 +53,17 @@ def install(decoder: Decoder, parameters: Mapping[str, Array | np.ndarray]) -> N
     nnx.update(decoder, nnx.from_flat_state(chosen))
 
 
-def of_place(parameters: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """A place's own, by path within the block."""
-    prefix = place_prefix(place)
+def at_address(parameters: Mapping[str, Any], address: StackAddress) -> dict[str, Any]:
+    """The parameters at an address, by path within the block."""
+    prefix = address_prefix(address)
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
-def of_places(by_place: Mapping[Place, Mapping[str, Any]]) -> dict[str, Any]:
-    """The reverse of `of_place`, for several places."""
-    return {place_prefix(place) + name: value for place, inner in by_place.items() for name, value in inner.items()}
+def from_addresses(by_address: Mapping[StackAddress, Mapping[str, Any]]) -> dict[str, Any]:
+    """The reverse of `at_address`, for several addresses."""
+    return {
+        address_prefix(address) + name: value for address, inner in by_address.items() for name, value in inner.items()
+    }
 
 
 def sublayer_of(name: str) -> str | None:
@@ -126,7 +128,7 @@ def choose_trained(names: Sequence[str], patterns: Sequence[str] | None, reached
 
 
 def make_projectors(
-    places: Mapping[Place, int],
+    places: Mapping[StackAddress, int],
     student_width: int,
     teacher_width: int,
     seed: int,
@@ -143,14 +145,14 @@ def make_projectors(
     """
     rng = np.random.default_rng(seed)
     found = {}
-    for place, repeats in places.items():
+    for address, repeats in places.items():
         if kept is None:
             into = rng.normal(0.0, teacher_width**-0.5, (repeats, teacher_width, student_width)).astype(np.float32)
         else:
             picks = np.arange(teacher_width)[:, None] == np.asarray(kept)
             into = np.broadcast_to(picks.astype(np.float32), (repeats, teacher_width, student_width))
-        found[f"{place_prefix(place)}{PROJECTOR}/in"] = jnp.asarray(into)
-        found[f"{place_prefix(place)}{PROJECTOR}/out"] = jnp.asarray(into.swapaxes(1, 2).copy())
+        found[f"{address_prefix(address)}{PROJECTOR}/in"] = jnp.asarray(into)
+        found[f"{address_prefix(address)}{PROJECTOR}/out"] = jnp.asarray(into.swapaxes(1, 2).copy())
     return found
 
 

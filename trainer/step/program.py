@@ -23,7 +23,7 @@ from distillcache.schemas.config.train import LossConfig, OptimizerConfig, Train
 from distillcache.trainer.mesh.sharding import state_shardings
 from distillcache.trainer.step.balance import Balancing, BlockRouting
 from distillcache.trainer.step.optimizer import PROGRAMS, init_blocks
-from distillcache.trainer.step.parameters import Parameters, PathRules, of_place, outer, place_prefix
+from distillcache.trainer.step.parameters import Parameters, PathRules, address_prefix, at_address, outer
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import TapReading, Targets
 from distillcache.trainer.terms import Terms
@@ -153,7 +153,10 @@ def _init_moments(
     """The optimizer's state, lying as the parameters do."""
 
     def init(parameters: Parameters) -> dict[str, Any]:
-        moments = {place_prefix(place): init_blocks(optimizer, of_place(parameters, place)) for place in stack.places()}
+        moments = {
+            address_prefix(address): init_blocks(optimizer, at_address(parameters, address))
+            for address in stack.places()
+        }
         if rest := outer(parameters):
             moments[OUTER] = optimizer.init(rest)
         return moments
@@ -223,12 +226,12 @@ def over_blocks(update: Update, mesh: Mesh, sums: SumsSpecs) -> Update:
 def padded(tree: Any, stack: StudentStack, groups: int) -> Any:
     """`tree` of stacked leaves, keyed by names that begin with a place's prefix, with repeats filled up to a multiple
     of `groups`: the last block again, which is never trained there."""
-    return _by_place(tree, stack, lambda leaf, repeats: _filled(leaf, -(-repeats // groups) * groups))
+    return _by_address(tree, stack, lambda leaf, repeats: _filled(leaf, -(-repeats // groups) * groups))
 
 
 def unpadded(tree: Any, stack: StudentStack) -> Any:
     """The reverse."""
-    return _by_place(tree, stack, lambda leaf, repeats: leaf[:repeats])
+    return _by_address(tree, stack, lambda leaf, repeats: leaf[:repeats])
 
 
 def _filled(leaf: Array, repeats: int) -> Array:
@@ -236,8 +239,8 @@ def _filled(leaf: Array, repeats: int) -> Array:
     return jnp.concatenate([leaf, *[leaf[-1:]] * missing]) if missing else leaf
 
 
-def _by_place(tree: Any, stack: StudentStack, change: Callable[[Array, int], Array]) -> Any:
-    sizes = {place_prefix(place): repeats for place, repeats in stack.places().items()}
+def _by_address(tree: Any, stack: StudentStack, change: Callable[[Array, int], Array]) -> Any:
+    sizes = {address_prefix(address): repeats for address, repeats in stack.places().items()}
 
     def one(name: str, value: Any) -> Any:
         repeats = next((size for prefix, size in sizes.items() if name.startswith(prefix)), None)

@@ -19,7 +19,7 @@ from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.norm import rms_norm
 from distillcache.schemas.codecs import take_slot
 from distillcache.trainer.step.optimizer import put_block, take_block
-from distillcache.trainer.step.parameters import PROJECTOR, Place, cast, sublayer
+from distillcache.trainer.step.parameters import PROJECTOR, StackAddress, cast, sublayer
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets
 from distillcache.trainer.terms.parts import Outputs
 
@@ -57,10 +57,10 @@ class BlockRules:
     teacher_norm_eps: float = 1e-6
 
 
-# `cross(place, of_block, fixed, stream)`: the student's own stream behind a block.
-Cross = Callable[[Place, Any, Any, Array], Array]
+# `cross(address, of_block, fixed, stream)`: the student's own stream behind a block.
+Cross = Callable[[StackAddress, Any, Any, Array], Array]
 # `visit(of_block, fixed, given, row) -> (of_block, y)`: what one block's turn does with what the scan carries for it.
-Visit = Callable[[Place, Any, Any, Given, BlockTargets], tuple[Any, Any]]
+Visit = Callable[[StackAddress, Any, Any, Given, BlockTargets], tuple[Any, Any]]
 
 
 class StudentStack:
@@ -68,7 +68,7 @@ class StudentStack:
 
     def __init__(self, decoder: Decoder) -> None:
         self.config: ModelConfig = decoder.config
-        self.graphs: dict[Place, dict[str, nnx.GraphDef[Any]]] = {
+        self.graphs: dict[StackAddress, dict[str, nnx.GraphDef[Any]]] = {
             (g, p): {"attention": nnx.graphdef(block.attention), "mlp": nnx.graphdef(block.mlp)}
             for g, group in enumerate(decoder.groups)
             for p, block in enumerate(group.blocks)
@@ -80,9 +80,9 @@ class StudentStack:
     def __hash__(self) -> int:
         return hash(self.config)
 
-    def places(self) -> dict[Place, int]:
+    def places(self) -> dict[StackAddress, int]:
         """Every place and its repeats."""
-        return {place: self.config.layers[place[0]].repeats for place in self.graphs}
+        return {address: self.config.layers[address[0]].repeats for address in self.graphs}
 
     def context(self, batch: Mapping[str, Any]) -> BlockContext:
         """Compute the inputs that the blocks need about the rows; once, outside the scan."""
@@ -90,7 +90,7 @@ class StudentStack:
 
     def run(
         self,
-        place: Place,
+        address: StackAddress,
         parameters: Mapping[str, Array],
         given: Given,
         context: BlockContext,
@@ -113,7 +113,7 @@ class StudentStack:
         def outward(x: Array) -> Array:
             return x if out is None else x @ out
 
-        attention = sublayer(self.graphs[place]["attention"], "attention", parameters)
+        attention = sublayer(self.graphs[address]["attention"], "attention", parameters)
         if norm is None:
             own = attention(inward(given.resid), context)
         else:
@@ -122,24 +122,29 @@ class StudentStack:
             return Outputs(outward(own), None)
         own_input = rules.mlp_input == "student" or rules.own_stream
         middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)
-        mlp = sublayer(self.graphs[place]["mlp"], "mlp", parameters)
+        mlp = sublayer(self.graphs[address]["mlp"], "mlp", parameters)
         mlp_out, router = mlp(middle, context)
         return Outputs(outward(own), outward(mlp_out), router)
 
     def cross(
-        self, place: Place, parameters: Mapping[str, Array], stream: Array, context: BlockContext, rules: BlockRules
+        self,
+        address: StackAddress,
+        parameters: Mapping[str, Array],
+        stream: Array,
+        context: BlockContext,
+        rules: BlockRules,
     ) -> Array:
         """The student's own stream behind a block, without gradient."""
         parameters = cast(parameters, rules.compute_dtype)
         x = stream.astype(rules.compute_dtype)
-        x = x + sublayer(self.graphs[place]["attention"], "attention", parameters)(x, context)
-        x = x + sublayer(self.graphs[place]["mlp"], "mlp", parameters)(x, context)[0]
+        x = x + sublayer(self.graphs[address]["attention"], "attention", parameters)(x, context)
+        x = x + sublayer(self.graphs[address]["mlp"], "mlp", parameters)(x, context)[0]
         return jax.lax.stop_gradient(x).astype(stream.dtype)
 
-    def in_block_order(self, of_places: Mapping[Place, Array]) -> Float[Array, " L"]:
+    def in_block_order(self, by_address: Mapping[StackAddress, Array]) -> Float[Array, " L"]:
         """Values `[repeats]` of every place as one `[L]`."""
         groups = [
-            jnp.stack([of_places[g, p] for p in range(len(layers.pattern))], axis=1).reshape(-1)
+            jnp.stack([by_address[g, p] for p in range(len(layers.pattern))], axis=1).reshape(-1)
             for g, layers in enumerate(self.config.layers)
         ]
         return jnp.concatenate(groups)
@@ -152,12 +157,12 @@ def scan_blocks(
     taps: Taps,
     rows: tuple[int, int],
     visit: Visit,
-    carried: Mapping[Place, Any],
-    fixed: Mapping[Place, Any],
+    carried: Mapping[StackAddress, Any],
+    fixed: Mapping[StackAddress, Any],
     *,
     needs_mlp: bool,
     own: tuple[Array, Cross] | None = None,
-) -> tuple[dict[Place, Any], dict[Place, Any]]:
+) -> tuple[dict[StackAddress, Any], dict[StackAddress, Any]]:
     """Give every trained block its turn, in order.
 
     Args:
@@ -176,29 +181,31 @@ def scan_blocks(
         members = [(number, p) for p in range(len(layers.pattern))]
         repeats = targets[number].trained.shape[0]
 
-        def body(state: Any, repeat: Array, members: Sequence[Place] = members, number: int = number) -> Any:
+        def body(state: Any, repeat: Array, members: Sequence[StackAddress] = members, number: int = number) -> Any:
             stream, stacks = state
             ys = []
-            for p, place in enumerate(members):
+            for p, address in enumerate(members):
                 row = targets[number].at(repeat, p)
-                mine, given_fixed = take_block(stacks[place], repeat), take_block(fixed[place], repeat)
+                mine, given_fixed = take_block(stacks[address], repeat), take_block(fixed[address], repeat)
 
-                def run(stream: Any, mine: Any, place: Place = place, row: Any = row, kept: Any = given_fixed) -> Any:
+                def run(
+                    stream: Any, mine: Any, address: StackAddress = address, row: Any = row, kept: Any = given_fixed
+                ) -> Any:
                     behind, given = decoder.decode(stream, row)
-                    new, y = visit(place, mine, kept, given, row)
+                    new, y = visit(address, mine, kept, given, row)
                     if row.runs is None:
                         return behind, new, y
                     return keep_if(row.trained, (behind, new, y), (stream, mine, zeros_like(y)))
 
                 # A branch for every block, trained or not: see optimizer.update_blocks.
-                behind = own[1](place, mine, given_fixed, stream) if own else None
+                behind = own[1](address, mine, given_fixed, stream) if own else None
                 stream, mine, y = jax.lax.cond(row.computed, run, _skipped(run), stream, mine)
                 stream = stream if behind is None else behind
-                stacks = {**stacks, place: put_block(stacks[place], mine, repeat)}
+                stacks = {**stacks, address: put_block(stacks[address], mine, repeat)}
                 ys.append(y)
             return (stream, stacks), tuple(ys)
 
-        mine = {place: carried[place] for place in members}
+        mine = {address: carried[address] for address in members}
         (stream, mine), ys = jax.lax.scan(body, (stream, mine), jnp.arange(repeats))
         carried |= mine
         results |= dict(zip(members, ys, strict=True))
@@ -272,9 +279,9 @@ class TapDecoder:
         """Return the contribution of the attentions of a block's span."""
         return self._sum("attn_out", row)
 
-    def _slot(self, state: StreamState | None, place: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
+    def _slot(self, state: StreamState | None, index: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
         if state is None:
-            return None, self._take("resid", place)
+            return None, self._take("resid", index)
         if self._reading.in_step:
             if ahead or not self._derives:
                 state = self._next(state)
@@ -283,17 +290,17 @@ class TapDecoder:
         def one(at: Array, found: tuple[Any, Array]) -> tuple[Any, Array]:
             return self._decode_at(at, found[0])
 
-        begin = jnp.maximum(state.ready, self._codec.first_slot(place))
-        carry, value = jax.lax.fori_loop(begin, place + 1, one, (state.carry, state.value))
-        return StreamState(place + 1, carry, value), value
+        begin = jnp.maximum(state.ready, self._codec.first_slot(index))
+        carry, value = jax.lax.fori_loop(begin, index + 1, one, (state.carry, state.value))
+        return StreamState(index + 1, carry, value), value
 
     def _next(self, state: StreamState) -> StreamState:
         carry, value = self._decode_at(state.ready, state.carry)
         return StreamState(state.ready + 1, carry, value)
 
-    def _decode_at(self, place: Array, carry: Any) -> tuple[Any, Array]:
-        parts = take_slot(self._taps["resid"], self._codec.parts(self._reading.hidden), place)
-        carry, value = self._codec.decode_slot(carry, parts, place)
+    def _decode_at(self, index: Array, carry: Any) -> tuple[Any, Array]:
+        parts = take_slot(self._taps["resid"], self._codec.parts(self._reading.hidden), index)
+        carry, value = self._codec.decode_slot(carry, parts, index)
         return carry, value.astype(jnp.float32)
 
     def _sum(self, tap: str, row: BlockTargets) -> Array:
@@ -305,7 +312,7 @@ class TapDecoder:
             total = total + jnp.where(number < row.count, more, 0.0)
         return total
 
-    def _take(self, tap: str, place: Array) -> Array:
+    def _take(self, tap: str, index: Array) -> Array:
         codec = self._reading.codecs[tap]
-        parts = take_slot(self._taps[tap], codec.parts(self._reading.hidden), place)
+        parts = take_slot(self._taps[tap], codec.parts(self._reading.hidden), index)
         return codec.decode(parts).astype(jnp.float32)

@@ -25,7 +25,7 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.feed.source import Source
 
 FROM_TEACHER = ("teacher", "random")  # student.init: of the teacher's config, so its blocks are known
-Places = Mapping[str, Mapping[int, int]]  # tap -> slot -> place on the slot axis of a batch's stack
+StackIndices = Mapping[str, Mapping[int, int]]  # tap -> slot -> index on the slot axis of a batch's stack
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def check_ascending(layer_map: Sequence[int], teacher_blocks: int) -> None:
 def block_targets(
     student: ModelConfig,
     spans: Sequence[Span],
-    places: Sequence[Places],
+    places: Sequence[StackIndices],
     weights: Mapping[int, float],
     *,
     needs_leaving: bool = False,

@@ -45,8 +45,8 @@ from distillcache.trainer.step.parameters import (
     ROUTER_BIAS,
     Parameters,
     all_parameters,
+    at_address,
     choose_trained,
-    of_place,
     reached_by,
     sublayer,
 )
@@ -160,11 +160,11 @@ def blockwise_objective(decoder: Decoder, batch: Mapping[str, Any], mlp_input: s
 
     def total(parameters: Parameters, weights: Mapping[str, Any], mask: Any, loads: Any) -> tuple[Any, Any]:
         objective, routers = 0.0, []
-        for block, (place, repeat) in PLACES.items():
-            own = {name: value[repeat] for name, value in of_place(parameters, place).items()}
-            out = sublayer(stack.graphs[place]["attention"], "attention", own)(resid[block], context)
+        for block, (address, repeat) in PLACES.items():
+            own = {name: value[repeat] for name, value in at_address(parameters, address).items()}
+            out = sublayer(stack.graphs[address]["attention"], "attention", own)(resid[block], context)
             middle = resid[block] + (out if mlp_input == "student" else target[block])
-            mlp_out, router = sublayer(stack.graphs[place]["mlp"], "mlp", own)(middle, context)
+            mlp_out, router = sublayer(stack.graphs[address]["mlp"], "mlp", own)(middle, context)
             wanted = resid[block + 1] - resid[block] - target[block]
             objective += feature_loss(out, target[block], mask, relative_l2=1.0).total / whole
             objective += feature_loss(mlp_out, wanted, mask, relative_l2=1.0).total / whole
@@ -562,7 +562,7 @@ def test_biases_have_no_gradient_and_no_optimizer_state(moved, student, batch):
     assert any("mlp/router" in path for path in paths)
     assert not any("router_bias" in path for path in paths)
     decoder = add_router_bias(student)
-    own = {name: value[0] for name, value in of_place(all_parameters(decoder), (1, 0)).items()}
+    own = {name: value[0] for name, value in at_address(all_parameters(decoder), (1, 0)).items()}
     context, graph = StudentStack(decoder).context(batch), StudentStack(decoder).graphs[1, 0]["mlp"]
 
     def total(bias: jax.Array) -> jax.Array:
@@ -579,7 +579,7 @@ def test_biases_of_zero_change_nothing(student, batch):
     noaux = balancing_of(loss, moe=decoder.config, moe_balance_type="noaux_tc")
     for each, balancing in ((student, None), (decoder, noaux)):
         gradients, sums = block_gradients(each, batch, loss, balancing)()
-        found.append({**gradients, **{str(place): value.terms["mlp"] for place, value in sums.items()}})
+        found.append({**gradients, **{str(address): value.terms["mlp"] for address, value in sums.items()}})
     assert found[1].keys() == found[0].keys()
     for name, value in found[0].items():
         assert_rounded(found[1][name], value)
@@ -685,7 +685,7 @@ def test_evaluation_has_no_noise(student, batch):
     assert StudentStack(noisy).context(batch).noise is None
 
     def experts(decoder: Decoder) -> Any:
-        parameters = {name: value[0] for name, value in of_place(all_parameters(student), (1, 0)).items()}
+        parameters = {name: value[0] for name, value in at_address(all_parameters(student), (1, 0)).items()}
         mlp = sublayer(StudentStack(decoder).graphs[1, 0]["mlp"], "mlp", parameters)
         return jax.make_jaxpr(lambda x: mlp(x, decoder.context(*rows)))(jnp.asarray(batch["resid"]["codes"][0]))
 

@@ -18,11 +18,11 @@ from distillcache.trainer.losses import feature_loss
 from distillcache.trainer.step.blockwise_program import block_sums, blockwise_update
 from distillcache.trainer.step.optimizer import make_optimizer
 from distillcache.trainer.step.parameters import (
+    address_prefix,
     all_parameters,
+    at_address,
     install,
     make_projectors,
-    of_place,
-    place_prefix,
     sublayer,
 )
 from distillcache.trainer.step.program import init_state, jit_step
@@ -84,17 +84,17 @@ def unrolled(decoder, order, trained, frozen, batch, blocks, rules, norms=None):
     resid, target = (np.asarray(decode(batch[tap]), np.float32) for tap in ("resid", "attn_out"))
     mask, context = batch["segment_ids"] > 0, stack.context(batch)
     for block in blocks:
-        place, repeat = order[block]
+        address, repeat = order[block]
         own, fixed = (
-            {name: leaf[repeat] for name, leaf in of_place(each, place).items()} for each in (trained, frozen)
+            {name: leaf[repeat] for name, leaf in at_address(each, address).items()} for each in (trained, frozen)
         )
         given, norm = (resid[block], target[block], resid[block + 1]), None if norms is None else norms[block]
-        graphs = stack.graphs[place]
+        graphs = stack.graphs[address]
         gradient, found[block] = block_gradient(
             graphs["attention"], graphs["mlp"], rules, own, fixed, given, context, mask, norm
         )
         for name, value in gradient.items():
-            expected[place_prefix(place) + name][repeat] = value
+            expected[address_prefix(address) + name][repeat] = value
     return expected, found
 
 
@@ -278,7 +278,7 @@ def test_spans_and_projectors_against_numpy(student):
     resid, attn = np.asarray(batch["resid"]["codes"]), np.asarray(batch["attn_out"]["codes"])
     mask, stack = batch["segment_ids"] > 0, StudentStack(small)
     for block, (first, last) in enumerate(((0, 3), (3, 5))):
-        own = {name: value[block] for name, value in of_place(trained, (0, 0)).items()}
+        own = {name: value[block] for name, value in at_address(trained, (0, 0)).items()}
         into, out = (np.asarray(own[f"projector/{side}"]) for side in ("in", "out"))
         attention = sublayer(stack.graphs[0, 0]["attention"], "attention", own)
         added = np.asarray(attention(jnp.asarray(resid[first] @ into), stack.context(batch))) @ out

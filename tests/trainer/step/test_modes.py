@@ -20,7 +20,7 @@ from distillcache.schemas.config.train import LossConfig
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.balance import make_balancing
 from distillcache.trainer.step.modes import MODES
-from distillcache.trainer.step.parameters import all_parameters, make_projectors, of_place, reached_by
+from distillcache.trainer.step.parameters import all_parameters, at_address, make_projectors, reached_by
 from distillcache.trainer.step.program import Setting, StepProgram
 from distillcache.trainer.step.stack import BlockRules, StudentStack
 from tests.models.conftest import GOLDEN
@@ -102,7 +102,7 @@ def test_what_is_declared_trained_has_a_gradient_and_nothing_else(changes, subla
     found = jax.jit(lambda trained: step.gradients(trained, {}, batch, targets, jnp.int32(0))[0])(blocks)
     moved = {name for name, value in found.items() if np.asarray(value).any()}
     assert set(declared) == moved
-    assert {path.split("/")[0] for name in declared for path in of_place({name: 0}, place_of(name))} == set(sublayers)
+    assert {path.split("/")[0] for name in declared for path in at_address({name: 0}, place_of(name))} == set(sublayers)
 
 
 def step_of(decoder: Decoder, loss: dict[str, Any] | None = None, mlp_input: str = "teacher") -> Any:

@@ -12,7 +12,7 @@ from distillcache.schemas.config.train import FeatureLossConfig, LossConfig
 from distillcache.trainer import terms
 from distillcache.trainer.losses import blockwise_l2_loss
 from distillcache.trainer.run.metrics_log import read_metrics
-from distillcache.trainer.step.parameters import of_place
+from distillcache.trainer.step.parameters import at_address
 from distillcache.trainer.step.stack import BlockRules, StudentStack
 from distillcache.trainer.terms.parts import LogitRow, Means, Outputs, mean_over_blocks
 from distillcache.trainer.train import train
@@ -93,7 +93,7 @@ def test_a_new_term_of_blocks_has_the_gradient_of_its_formula(student, monkeypat
     def by_hand(parameters: dict) -> jax.Array:
         total = jnp.zeros(())
         for block in range(4):
-            own = {name: value[block] for name, value in of_place(parameters, (0, 0)).items()}
+            own = {name: value[block] for name, value in at_address(parameters, (0, 0)).items()}
             given = type("Given", (), {"resid": resid[block], "attn_out": attn_out[block]})
             out = stack.run((0, 0), own, given, context, BlockRules(runs_mlp=True))  # type: ignore[arg-type]
             off = out.attn_out + out.mlp_out - (resid[block + 1] - resid[block])
