@@ -272,9 +272,9 @@ def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
 
     def poisoned(sums):
         (group,) = sums.blocks
-        feature = group.feature.copy()
+        feature = group.terms["feature"].copy()
         feature[1] = np.nan
-        return sums._replace(blocks=(group._replace(feature=feature),))
+        return sums._replace(blocks=(group._replace(terms={**group.terms, "feature": feature}),))
 
     def broken(run, stage, number, sums, *rest):
         return settle(run, stage, number, poisoned(sums) if number == 2 else sums, *rest)
