@@ -23,6 +23,9 @@ class StopRequest:
 def watch_for_stop(*, together: bool = False) -> Iterator[StopRequest]:
     """SIGTERM and SIGINT set `.requested` while the context lasts. Outside the main thread nothing is watched.
 
+    A context inside another one yields the outer one's request: what arrives after the inner work's last look at it
+    still stops the outer work.
+
     Args:
         together: several processes are to stop at the same step. SIGTERM is then left to JAX's preemption service,
             which tells all of them, and SIGINT is passed on to it.
@@ -37,6 +40,10 @@ def watch_for_stop(*, together: bool = False) -> Iterator[StopRequest]:
             yield request
         finally:
             signal.signal(signal.SIGINT, interrupt)
+        return
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(outer, StopRequest):
+        yield outer
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request._on_signal) for number in numbers}
