@@ -14,7 +14,7 @@ import xxhash
 from distillcache.cache_builder.grow.copying import Copying, SelectedRows, copied_files
 from distillcache.cache_builder.grow.transcode import recoded_taps
 from distillcache.cache_builder.record.finish import finish_segment, tidy, unless_finished
-from distillcache.cache_builder.record.loop import keeping_place
+from distillcache.cache_builder.record.loop import guarded_by_plan
 from distillcache.cache_builder.record.plan import refuse_foreign_folder, settle_plan, with_objects
 from distillcache.cache_builder.record.work_units import LeasedUnits, by_one_process, work_through
 from distillcache.cache_builder.repair.from_source import repair_copy
@@ -82,7 +82,7 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
             return finished
         for tap, what in recoded.items():
             log.info(f"{tap}: {what}")
-        with keeping_place(store, plan) as placed:
+        with guarded_by_plan(store, plan) as placed:
             for key, value in copied_files(source, groups[0], plan).items():
                 placed.put_once(key, value)
             leases = Leases(store, plan.segment, config.claim_expiry_s)

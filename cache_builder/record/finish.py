@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from distillcache.cache_builder.record.writer import add_stats
-from distillcache.schemas.cache.segment import check_place, manifest_in, read_manifest, read_receipt, segment_number
+from distillcache.schemas.cache.segment import (
+    check_plan_is_ours,
+    manifest_in,
+    read_manifest,
+    read_receipt,
+    segment_number,
+)
 from distillcache.schemas.errors import DamageError, DistillcacheError, InputError, PlanMismatchError, StorageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.canonical import to_canonical
@@ -28,7 +34,7 @@ BUILD_FOLDERS = ("receipts", "claims", "prepared")  # what only an unfinished se
 def finish_segment(store: Store, plan: Plan) -> Manifest:
     """Write index.bin, stats.json and the manifest of a segment whose shards are all committed, then tidy up."""
     prefix = layout.segment_prefix(plan.segment)
-    check_place(store, plan)
+    check_plan_is_ours(store, plan)
     receipts = _read_receipts(store, plan)
     if receipts is None:  # another process finished and tidied up meanwhile
         manifest = read_manifest(store)

@@ -42,7 +42,7 @@ from distillcache.models.mesh.sharding import put, rows_sharding
 from distillcache.models.recorder import Recording, make_recorder
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.cache.lease import Leases
-from distillcache.schemas.cache.segment import check_place, committed_shards
+from distillcache.schemas.cache.segment import check_plan_is_ours, committed_shards
 from distillcache.schemas.config import BuildOptions
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DistillcacheError
@@ -94,12 +94,12 @@ def build_segment(build: SegmentBuild) -> Manifest:
         if finished is not None:
             tidy(store, plan)
             return finished
-        with keeping_place(store, plan, check_held) as placed:
+        with guarded_by_plan(store, plan, check_held) as placed:
             return _build_settled(replace(build, plan=plan), placed)
 
 
 @contextmanager
-def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lambda: None) -> Iterator[Store]:
+def guarded_by_plan(store: Store, plan: Plan, check_held: Callable[[], None] = lambda: None) -> Iterator[Store]:
     """The store for writing a segment with, as long as the segment's plan exists.
 
     What was written in the moment in which the plan went is deleted again.
@@ -110,14 +110,14 @@ def keeping_place(store: Store, plan: Plan, check_held: Callable[[], None] = lam
 
     def check() -> None:
         check_held()
-        check_place(store, plan)
+        check_plan_is_ours(store, plan)
 
     try:
         yield store.guarded(check)
     except DistillcacheError:
         if store.read(layout.plan_key(plan.segment)) is None:
             store.delete_folder(layout.segment_prefix(plan.segment))
-        check_place(store, plan)  # a folder that is deleted meanwhile fails in many ways: this is why
+        check_plan_is_ours(store, plan)  # a folder that is deleted meanwhile fails in many ways: this is why
         raise
 
 

@@ -17,7 +17,7 @@ from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.writer import ShardBuffer, commit_shard
 from distillcache.models.recorder import Recording, raise_if_too_large
 from distillcache.schemas.cache.lease import Leases
-from distillcache.schemas.cache.segment import check_place, committed_shards, read_manifest
+from distillcache.schemas.cache.segment import check_plan_is_ours, committed_shards, read_manifest
 from distillcache.schemas.cache.waiting import Waiting
 from distillcache.schemas.config import ShardWorkers
 from distillcache.schemas.counted import counted
@@ -107,7 +107,7 @@ def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Bat
     pauses = _pauses(job.store, job.options.claim_expiry_s)
     waiting = Waiting("for work units that another process has leased")
     while True:
-        check_place(job.store, job.plan)
+        check_plan_is_ours(job.store, job.plan)
         committed.look()
         order = [unit for unit in order if not committed.has(unit)]
         if not order or _is_finished(job):

@@ -36,7 +36,7 @@ from distillcache.models.describe import describe_rows
 from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.models.mesh.sharding import make_mesh
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
-from distillcache.schemas.cache.segment import check_place, no_cache, read_plan, segment_names
+from distillcache.schemas.cache.segment import check_plan_is_ours, no_cache, read_plan, segment_names
 from distillcache.schemas.command_line import merge, validate
 from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, TeacherMeshConfig, Workers
 from distillcache.schemas.config.differences import told
@@ -146,7 +146,7 @@ def check_whole(store: Store) -> tuple[Survey, list[Finding]]:
 def drop_receipts(survey: Survey, findings: Sequence[Finding]) -> None:
     """Make damaged shards of an unfinished segment uncommitted, so that the build takes them up again."""
     for view in survey.segments:
-        plan, store = view.plan, survey.store.guarded(partial(check_place, survey.store, view.plan))
+        plan, store = view.plan, survey.store.guarded(partial(check_plan_is_ours, survey.store, view.plan))
         mine = [each.shard for each in findings if each.segment == plan.segment and view.shards is not None]
         for shard in {shard for shard in mine if shard is not None}:
             store.delete(layout.receipt_key(plan.segment, shard))

@@ -406,7 +406,7 @@ def begun_plan(store: Store, number: int) -> Plan | None:
     return read_plan(store, names[0]) if names else None
 
 
-def check_place(store: Store, plan: Plan) -> None:
+def check_plan_is_ours(store: Store, plan: Plan) -> None:
     """Raise `FolderTakenError` unless the plan still lies in the store, as it was settled."""
     key = layout.plan_key(plan.segment)
     if store.holds(key, to_canonical(plan)):

@@ -1,4 +1,4 @@
-"""One stage of a run: what it reads and trains (`plan_stage`), and its state and compiled step (`StageRun`).
+"""One stage of a run: its sources and trained parameters (`plan_stage`), and its state and compiled step (`StageRun`).
 
 A stage begins with a fresh optimizer, from the parameters that the one before it left. Its mode's part is a
 `StepProgram` (step/program.py); nothing here asks which mode that is.
@@ -63,7 +63,7 @@ OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
 
 @dataclass(frozen=True, eq=False)
 class StagePlan:
-    """A stage that is possible: its program, its open sources and what its blocks are trained against.
+    """A checked stage: its program, its open sources and the targets of its blocks.
 
     mesh: None for one device. weights: of the trained blocks. sources: of each group of devices; source: of this
     process, all together. trained: names of the parameters that a gradient changes.
@@ -91,7 +91,7 @@ class StagePlan:
         return rows_held(self.mesh, self.setting.spec.batch_rows)
 
     def place(self, batch: Batch) -> Batch:
-        """A host batch of `source`, on its way to the devices."""
+        """Put a host batch of `source` on the devices."""
         fields = ("positions", "segment_ids", *self.program.row_fields, *self.sources[0].reads)
         chosen = {name: batch[name] for name in fields}
         return place_batch(chosen, self.mesh, self.setting.groups, self.rows, self.setting.spec.batch_rows)
@@ -114,7 +114,7 @@ def plan_stage(
     open_source: OpenSource,
     norms: Callable[[], np.ndarray],
 ) -> StagePlan:
-    """Open a stage's sources and see that it is possible.
+    """Open a stage's sources and check that it is possible.
 
     Args:
         decoder: the student; its structure alone counts.
@@ -187,7 +187,7 @@ def _own_share(sources: Sequence[Source], mesh: Mesh | None, batch_rows: int) ->
 
 
 def _teacher_blocks(share: Sequence[int], spans: Sequence[Span], weights: Mapping[int, float]) -> list[int]:
-    """The teacher's blocks behind the trained ones of these student blocks; of a share without any, one."""
+    """The teacher's blocks of the trained student blocks among these; one if none is trained."""
     found = [block for at in share if at in weights for block in range(spans[at].first, spans[at].last)]
     if not found:
         anyone = spans[min(weights)] if weights else Span(0, 1)
@@ -196,7 +196,7 @@ def _teacher_blocks(share: Sequence[int], spans: Sequence[Span], weights: Mappin
 
 
 class StageRun:
-    """A stage that steps. state: what a step changes; the only thing here that does change."""
+    """A stage that steps. state: the only mutable part, changed by each step."""
 
     def __init__(
         self, plan: StagePlan, parameters: Mapping[str, Any], saved: SavedArrays | None = None, done: int = 0
@@ -268,12 +268,14 @@ class StageRun:
         return sums
 
     def compiled(self, batch: Batch) -> Any:
-        """The step compiled for such batches, to look at."""
+        """The step compiled for such batches, for inspection."""
         return self._step.lower(self.state, self._frozen, batch, self._targets).compile()
 
     def losses(self, sums: Any) -> dict[str, Any]:
-        """A step's means, `[L]` by block, or a number, of its sums on the host. A mean of nothing is left out: there is
-        none over tokens of a batch that is all padding, and none over targets where no token is one."""
+        """A step's means, `[L]` by block or a number, from its sums on the host.
+
+        A mean over nothing is left out: over tokens if a batch is all padding, over targets if no token is one.
+        """
         tokens = float(sums.tokens)
         if not tokens:
             return {}
@@ -290,7 +292,7 @@ class StageRun:
         return self._program.routing(sums)
 
     def metrics(self, losses: dict[str, Any], sums: Any, teacher: RouterSums | None = None) -> dict[str, float]:
-        """The same under the names of metrics.py.
+        """The means under the names of metrics.py.
 
         Args:
             teacher: the routing of the teacher that ran for this step, if it has experts, `[Lm, B, ...]`.
@@ -331,7 +333,7 @@ class StageRun:
         return self.plan.trained.union(biases(self.state.balance))
 
     def used_parameters(self) -> Parameters:
-        """All that a step computes with."""
+        """All parameters that a step computes with."""
         found = {**self._frozen, **self.state.parameters}
         return {name: value for name, value in found.items() if self._program.computes(name)}
 
@@ -344,7 +346,7 @@ class StageRun:
         return found | to_host(mean_biases(self.balance()))
 
     def balance(self) -> dict[str, BalanceState]:
-        """The state of the routers' biases, likewise."""
+        """The state of the routers' biases on the host."""
         return unpadded(to_host(self.state.balance), self._stack)
 
     def held(self) -> dict[str, Held]:
@@ -366,7 +368,7 @@ class StageRun:
 
 
 def _block_weights(loss: FeatureLossConfig, spans: Sequence[Span], source: Source) -> dict[int, float]:
-    """The student blocks that are trained, with their weights in the feature loss.
+    """The trained student blocks, with their weights in the feature loss.
 
     Raises:
         ConfigError: blocks that the student has not, or that the cache lacks; weights that do not fit.
@@ -406,5 +408,5 @@ def _block_weights(loss: FeatureLossConfig, spans: Sequence[Span], source: Sourc
 
 
 def recorded_taps(source: Source) -> frozenset[str]:
-    """The taps of which anything is recorded, in whichever segment."""
+    """The taps that are recorded in any segment."""
     return frozenset(tap.name for segment in source.segments() for tap in segment.plan.taps)

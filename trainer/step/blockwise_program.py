@@ -1,4 +1,4 @@
-"""Blockwise mode as a stage sees it."""
+"""The `StepProgram` of blockwise mode."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -30,7 +30,7 @@ from distillcache.trainer.terms import Terms
 
 
 class BlockwiseProgram:
-    """Blocks apart from each other, each on the teacher's stream, or, where none is recorded, on the student's own."""
+    """Independent blocks, each on the teacher's stream or, if none is recorded, on the student's own."""
 
     blocks_apart: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Feature mode as a stage sees it."""
+"""The `StepProgram` of feature mode."""
 
 from collections.abc import Mapping
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The program of each mode: the one place where a mode's name decides anything."""
+"""The program of each mode; no other module depends on a mode's name."""
 
 from distillcache.trainer.step import blockwise, feature
 from distillcache.trainer.step.blockwise_program import BlockwiseProgram

@@ -1,6 +1,6 @@
-"""The training step: what a mode gives it, what it changes, and the jitted function, on one device or on a mesh.
+"""The training step: the interface of a mode, the state, and the jitted function, on one device or on a mesh.
 
-A step is `(state, frozen, batch, targets) -> (state, sums)`; the state's memory is given away. With a mesh axis `block`
+A step is `(state, frozen, batch, targets) -> (state, sums)`; steps donate their input state. With a mesh axis `block`
 each group of devices holds a run of every layer group's repeats (padded to equal lengths with blocks that are not
 trained) and works on them alone: `shard_map` over `block` around the whole step, and no collective along it.
 """
@@ -57,7 +57,7 @@ class Update(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """The facts that the program of a stage is made of.
+    """The facts from which the program of a stage is made.
 
     loss, optimizer, steps: of the stage, which messages call `where`. cache: its address; recorded: the taps of which
     it has anything. groups: of devices that hold different blocks. teacher_norm_eps: of the teacher's norms.
@@ -85,7 +85,7 @@ class Setting:
 
 
 class StepProgram(Protocol):
-    """Answers of a mode to a stage; made of a `Setting` alone, which it checks.
+    """Interface of a mode to a stage; made from a `Setting` alone, which it checks.
 
     blocks_apart: each block is trained on the teacher's stream, and no block's loss depends on another block. terms:
     those that the mode knows, whether they count or not. taps: that a step reads, but for `mlp_out`. row_fields: that
@@ -102,10 +102,10 @@ class StepProgram(Protocol):
     optimizer: optax.GradientTransformation
 
     def __init__(self, setting: Setting) -> None:
-        """Raises `ConfigError` where the mode cannot do what the setting asks for."""
+        """Raises `ConfigError` if the mode does not support the setting."""
 
     def rules(self) -> PathRules:
-        """Declare of every parameter whether a loss has a gradient for it."""
+        """Declare for every parameter whether a loss has a gradient for it."""
         ...
 
     def holds(self, name: str) -> bool:
@@ -150,7 +150,7 @@ def init_state(
 def _init_moments(
     stack: StudentStack, trained: Parameters, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, Any]:
-    """The optimizer's state, lying as the parameters do."""
+    """The optimizer's state, with the placement of the parameters."""
 
     def init(parameters: Parameters) -> dict[str, Any]:
         moments = {
@@ -224,8 +224,9 @@ def over_blocks(update: Update, mesh: Mesh, sums: SumsSpecs) -> Update:
 
 
 def padded(tree: Any, stack: StudentStack, groups: int) -> Any:
-    """`tree` of stacked leaves, keyed by names that begin with a place's prefix, with repeats filled up to a multiple
-    of `groups`: the last block again, which is never trained there."""
+    """`tree` of stacked leaves, keyed by names that begin with an address's prefix, with repeats padded to a multiple of
+    `groups`: the last block again, which is never trained there.
+    """
     return _by_address(tree, stack, lambda leaf, repeats: _filled(leaf, -(-repeats // groups) * groups))
 
 

@@ -1,4 +1,4 @@
-"""Which stored tensors each student block is trained against.
+"""Targets: the stored tensors that each student block is trained against.
 
 Student block i stands for a *span* of the teacher's blocks [a, b), usually one. It is given the stream that enters a;
 its attention is compared with the sum of what the span's attentions added, its MLP with the sum of their MLPs:
@@ -39,7 +39,7 @@ class Span:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockTargets:
-    """The places, on the slot axes of a batch's stacks, of the tensors that blocks are trained against.
+    """The indices, on the slot axes of a batch's stacks, of the tensors that blocks are trained against.
 
     Leaves have one shape in front, `*at`: `[repeats, places]` of a layer group, `[L]` of a whole student, `[]` of one
     block. None: the tap is not read, or nobody asks. Places of a block that is not trained are 0 and mean nothing.
@@ -63,11 +63,11 @@ class BlockTargets:
 
     @property
     def computed(self) -> Bool[Array, "*at"]:
-        """The blocks that are computed: more than are trained where `runs` is given."""
+        """The blocks that are computed: more than the trained ones if `runs` is given."""
         return self.trained if self.runs is None else self.runs
 
     def at(self, *index: int | slice | Int[Array, ""]) -> "BlockTargets":
-        """The targets at this place of the leaves' common axes."""
+        """The targets at this index of the leaves' common axes."""
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self)
 
 
@@ -263,7 +263,7 @@ def is_in_step(spans: Sequence[Span], places: Mapping[str, Mapping[int, int]], t
 def evaluation_targets(
     student: ModelConfig, spans: Sequence[Span], source: Source, norms: np.ndarray | None
 ) -> tuple[tuple[BlockTargets, ...], TapReading, tuple[int, ...]]:
-    """The targets of all blocks that a source can be compared with, how they are read, and these blocks."""
+    """The targets of all comparable blocks, how they are read, and these blocks."""
     blocks = tuple(at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= set(source.blocks))
     places = {name: source.reads[name].at for name in ("resid", "attn_out")}
     targets = block_targets(student, spans, [places] * len(spans), dict.fromkeys(blocks, 1.0), norms=norms)

@@ -1,4 +1,4 @@
-"""The terms of the loss, a module each. A new one is registered here, and its settings lie in `LossConfig`.
+"""The terms of the loss, one module each. A new one is registered here, and its settings lie in `LossConfig`.
 
 parts.py      interface of a term
 attention.py  outputs of attention
@@ -48,7 +48,7 @@ class Terms:
         return (*self.blocks, *self.logits)
 
     def weights(self, loss: LossConfig) -> dict[str, Weight]:
-        """All that changes with the step, by name."""
+        """Everything that changes with the step, by name."""
         return {name: weight for term in self.all for name, weight in term.weights(loss).items()}
 
     def read(self, tap: str) -> bool:

@@ -1,4 +1,4 @@
-"""beta: what attention adds to the stream, against the teacher's."""
+"""The attention term (beta): compares what attention adds to the stream with the teacher's."""
 
 from jaxtyping import Array, Bool
 

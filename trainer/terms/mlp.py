@@ -1,4 +1,4 @@
-"""gamma: what the MLP adds to the stream, against the teacher's."""
+"""The MLP term (gamma): compares what the MLP adds to the stream with the teacher's."""
 
 from jaxtyping import Array, Bool
 

@@ -32,7 +32,7 @@ class Outputs(NamedTuple):
 
 
 class LogitRow(NamedTuple):
-    """Logits of one row, and what they are compared with; all with a batch axis of 1.
+    """Logits of one row and their targets; all with a batch axis of 1.
 
     fields: tokens, segment_ids and loss_mask. recorded: the teacher's top k, where a term reads it. real_vocab: see
     losses.without_padding.
@@ -45,7 +45,7 @@ class LogitRow(NamedTuple):
 
 
 class Means(NamedTuple):
-    """A step's means on the host, as metrics are made of them.
+    """A step's means on the host, from which metrics are made.
 
     of: each term's; a mean over nothing is not there. blocks: the trained ones with their weights. weights: of the
     terms, at this step.
@@ -71,24 +71,24 @@ class Term(Protocol):
     modes: tuple[str, ...]
 
     def weights(self, loss: LossConfig) -> dict[str, Weight]:
-        """The term's weight, under its name and first, and whatever else of it changes with the step."""
+        """The term's weight, first and under its name, and its other values that change with the step."""
         ...
 
     def check(self, loss: LossConfig, where: str) -> None:
-        """Raise `ConfigError` where its settings make no sense; `where` names the stage."""
+        """Raise `ConfigError` if its settings make no sense; `where` names the stage."""
         ...
 
     def total(self, means: Means) -> float | None:
-        """Its part of the loss as a step reports it; None where it is undefined."""
+        """Its contribution to the loss as a step reports it; None if undefined."""
         ...
 
     def metrics(self, means: Means) -> dict[str, float]:
-        """All that a step reports about it."""
+        """Everything that a step reports about it."""
         ...
 
 
 class BlockTerm(Term, Protocol):
-    """A distance between what a block adds to the stream and what the teacher's span did: one number a block.
+    """A distance between the additions of a block to the stream and those of the teacher's span: one number a block.
 
     reads: the taps, also the fields of `Outputs`, that are compared; a gradient reaches their sublayers.
     weighs_blocks: `loss.feature.block_weights` count.
@@ -98,7 +98,7 @@ class BlockTerm(Term, Protocol):
     weighs_blocks: bool
 
     def distance(self, loss: LossConfig, own: Outputs, teacher: Outputs, mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-        """The sum over the mask's tokens; everything that it reads is there."""
+        """The sum over the mask's tokens; everything that it reads must be present."""
         ...
 
 
@@ -110,7 +110,7 @@ class LogitTerm(Term, Protocol):
         ...
 
     def teaches_teacher(self, loss: LossConfig) -> bool:
-        """Return whether it has something to teach even to a student that is the teacher."""
+        """Return whether it can improve even a student that equals the teacher."""
         ...
 
     def sums(self, loss: LossConfig, row: LogitRow, weights: Mapping[str, Array]) -> dict[str, Array]:
@@ -118,7 +118,7 @@ class LogitTerm(Term, Protocol):
         ...
 
     def value(self, sums: Mapping[str, Array], weights: Mapping[str, Array], targets: Array) -> Array:
-        """The number that is minimised.
+        """The objective.
 
         Args:
             sums: of a batch's part. targets: those of the whole batch.
@@ -134,7 +134,7 @@ def counts(term: Term, loss: LossConfig) -> bool:
 def distance(
     term: BlockTerm, loss: LossConfig, own: Outputs, teacher: Outputs, mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """A term's distance; zero where something that it reads is not there."""
+    """A term's distance; zero if something that it reads is missing."""
     if any(getattr(side, tap) is None for side in (own, teacher) for tap in term.reads):
         return jnp.zeros(())
     return term.distance(loss, own, teacher, mask)
@@ -146,7 +146,7 @@ def shares(loss: FeatureLossConfig | MlpLossConfig) -> dict[str, float]:
 
 
 def check_shares(loss: FeatureLossConfig | MlpLossConfig, name: str, where: str) -> None:
-    """Raise `ConfigError` where a mix of distances has a weight and compares nothing."""
+    """Raise `ConfigError` if a mixture of distances has a weight but compares nothing."""
     if may_count(loss.weight) and not any(shares(loss).values()):
         raise ConfigError(
             "a loss has a weight but compares nothing",
@@ -156,6 +156,6 @@ def check_shares(loss: FeatureLossConfig | MlpLossConfig, name: str, where: str)
 
 
 def mean_over_blocks(means: Means, name: str, *, weighted: bool = False) -> float:
-    """The mean over the trained blocks, each times its weight if asked."""
+    """The mean over the trained blocks, optionally weighted."""
     found = means.of[name][list(means.blocks)]
     return float(np.mean(found * np.asarray(list(means.blocks.values())) if weighted else found))

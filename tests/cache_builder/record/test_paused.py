@@ -12,12 +12,12 @@ import pytest
 from distillcache.cache_builder.build import build_cache
 from distillcache.cache_builder.record import finish as finish_module
 from distillcache.cache_builder.record.finish import tidy
-from distillcache.cache_builder.record.loop import keeping_place
+from distillcache.cache_builder.record.loop import guarded_by_plan
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.lease_file import Lease, live_lease, this_process_lease
 from distillcache.schemas.cache.segment import (
     begun_plan,
-    check_place,
+    check_plan_is_ours,
     named_by_plan,
     open_cache,
     read_plan,
@@ -58,7 +58,7 @@ def test_a_write_fails_where_the_place_went_after_the_look_at_it(cache: Path, tm
     key = layout.rows_key(plan.segment, 0)
 
     def replaced() -> None:  # while this process is paused right after its check
-        check_place(store, plan)
+        check_plan_is_ours(store, plan)
         if store.read(key) != b"another's":
             store.write(key, b"another's")
             store.write(layout.plan_key(plan.segment), to_canonical(plan.model_copy(update={"created": {}})))
@@ -74,7 +74,7 @@ def test_nothing_is_written_without_the_plan(cache: Path, tmp_path: Path, moment
     store, plan = Store(str(folder)), open_cache(Store(str(folder)))[0].plan
     store.delete(layout.plan_key(plan.segment))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    placed = store.guarded(lambda: check_place(store, plan))
+    placed = store.guarded(lambda: check_plan_is_ours(store, plan))
     key = "new" if moment == "create" else layout.MANIFEST
     works = {
         "write": lambda: placed.write(key, b"x"),
@@ -95,7 +95,7 @@ def test_what_was_written_as_the_plan_went_is_deleted(cache: Path, tmp_path: Pat
     store.write(layout.plan_key(plan.segment), to_canonical(plan))
 
     def work() -> None:
-        with keeping_place(store, plan) as placed:
+        with guarded_by_plan(store, plan) as placed:
             placed.write(layout.rows_key(plan.segment, 0), b"x")
             store.delete(layout.plan_key(plan.segment))
             placed.write(layout.rows_key(plan.segment, 1), b"x")
