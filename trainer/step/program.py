@@ -224,8 +224,8 @@ def over_blocks(update: Update, mesh: Mesh, sums: SumsSpecs) -> Update:
 
 
 def padded(tree: Any, stack: StudentStack, groups: int) -> Any:
-    """`tree` of stacked leaves, keyed by names that begin with an address's prefix, with repeats padded to a multiple of
-    `groups`: the last block again, which is never trained there.
+    """`tree` of stacked leaves, keyed by names that begin with an address's prefix, with repeats padded to a multiple
+    of `groups`: the last block again, which is never trained there.
     """
     return _by_address(tree, stack, lambda leaf, repeats: _filled(leaf, -(-repeats // groups) * groups))
 
