@@ -1,4 +1,4 @@
-"""`build_cache`: dispatch of `distillcache build` to build, extend, repair or abandon; resumes what was started."""
+"""`build_cache`: dispatch of `distillcache build` to build, extend, repair or abandon."""
 
 from distillcache.cache_builder.grow.abandon import abandon_extension
 from distillcache.cache_builder.grow.extend import extend_cache

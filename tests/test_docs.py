@@ -319,3 +319,17 @@ def test_no_page_has_a_heading_twice() -> None:
         text = re.sub("(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
         headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         assert len(headings) == len(set(headings)), page.name
+
+
+def test_where_names_what_exists() -> None:
+    """Every file of docs/where.md is there, and defines the function or class that is named beside it."""
+    lines = [line for line in (ROOT / "docs/where.md").read_text(encoding="utf-8").splitlines() if line.endswith("` |")]
+    lines += [line for line in (ROOT / "docs/where.md").read_text(encoding="utf-8").splitlines() if "stage |" in line]
+    assert len(lines) > 30
+    for line in lines:
+        path, *names = re.findall("`([^`]+)`", line.split("|")[2])
+        assert (ROOT / path).exists(), line
+        for name in names:
+            defined = ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+            kinds = ast.FunctionDef | ast.ClassDef
+            assert name in {node.name for node in defined if isinstance(node, kinds)}, line

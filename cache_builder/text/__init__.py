@@ -5,7 +5,7 @@ document.py      Document: text or tokens, and where it was found
 documents.py     documents from input files
 chat.py          chats to text, with the assistant's spans
 skipped.py       records left out by data.on_error: skip
-tokenise.py      documents to tokens in parallel batches
+tokenise.py      documents to tokens and their loss mask, in parallel batches
 packing.py       token streams to rows
 rows_files.py    writes a row folder
 rows_mark.py     the mark of the process that prepares a row folder

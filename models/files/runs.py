@@ -16,7 +16,15 @@ import numpy as np
 
 from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
-from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, PARAMETERS, STUDENT, checkpoint_key, whole_steps
+from distillcache.schemas.format.run import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    PARAMETERS,
+    STUDENT,
+    best_index,
+    checkpoint_key,
+    whole_steps,
+)
 from distillcache.schemas.store.path import Location, open_folder
 
 BEST = "best"
@@ -110,20 +118,8 @@ def hf_folder(where: Location) -> Location:
 def _best(run: Location, steps: Sequence[int]) -> int | None:
     data = open_folder(run).read(EVALUATIONS)
     found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
-    place = best_place([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
-    return None if place is None else found[place]["step"]
-
-
-def best_place(evaluations: Sequence[tuple[float | None, float | None]]) -> int | None:
-    """The place of the best of some evaluations, each a perplexity and a mean cosine distance.
-
-    It is the one of lowest perplexity; where none is defined, of smallest distance; None where no distance is, either.
-    """
-    for figure in (0, 1):
-        known = [(value, place) for place, entry in enumerate(evaluations) if (value := entry[figure]) is not None]
-        if known:
-            return min(known)[1]
-    return None
+    best = best_index([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
+    return None if best is None else found[best]["step"]
 
 
 def _mean(values: Sequence[float]) -> float | None:

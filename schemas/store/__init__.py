@@ -1,7 +1,7 @@
 """Bytes on disks and in buckets, through TensorStore.
 
-store.py          Store: read, write, list, conditional writes, retries
-buckets.py        TensorStore specs of gs:// and s3://, and their errors in words
+store.py          Store: read, write, list, conditional writes, garbled responses
+buckets.py        TensorStore specs of gs:// and s3://: retries of requests, errors in words
 path.py           the part of pathlib.Path's interface that readers of small files use, for buckets
 locks.py          advisory file locks that end with their process
 stale_locks.py    lock files of TensorStore's file driver, and which of them are in use

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
-from distillcache.models.files.runs import best_place
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.config import TrainConfig
@@ -33,7 +32,7 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import TOKENIZER
-from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, IDENTITY, STUDENT
+from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, IDENTITY, STUDENT, best_index
 from distillcache.schemas.store.locks import try_lock
 from distillcache.schemas.store.redaction import redacted, shown
 from distillcache.schemas.store.store import LOCK_SUFFIX, Store
@@ -259,8 +258,8 @@ def best_evaluation(run: str) -> Evaluation:
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The one with the lowest perplexity; without perplexities, with the smallest cosine distance; else None."""
-    place = best_place([(entry.perplexity, entry.mean_cosine) for entry in evaluations])
-    return None if place is None else evaluations[place]
+    best = best_index([(entry.perplexity, entry.mean_cosine) for entry in evaluations])
+    return None if best is None else evaluations[best]
 
 
 def _is_leftover(key: str) -> bool:
