@@ -109,7 +109,7 @@ def message(path: Path | str) -> str:
         (["params.json", "consolidated.00.pth"], "in the format of the model's makers"),
         (["config.json", "consolidated.safetensors"], "in the format of the model's makers"),
         (["config.json", "model-00001-of-00002.safetensors"], "model.safetensors.index.json"),
-        (["config.json", "model-00001-of-00002.safetensors"], "and 1 of the 2 shards, such as model-00002-of-00002"),
+        (["config.json", "model-00001-of-00002.safetensors"], "and 1 of 2 shards, such as model-00002-of-00002"),
         (["config.json", "model-1-of-1.safetensors"], "which lists the shards, from the model's folder\n"),
         (["snapshots/0123/config.json", "snapshots/0123/x"], "snapshots/0123"),
         (["config.json", "model.fp16.safetensors"], "rename model.fp16.safetensors to model.safetensors"),
