@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+LONGEST_NAME = 255  # bytes of a file's name, on all file systems in use
 Positive = Annotated[int, Field(gt=0)]
 # Numbers in files of ours: whoever reads them may multiply two of them, and none is ever so large.
 LARGEST = 1 << 48
@@ -68,4 +69,5 @@ def is_name_inside(name: str) -> bool:
     not choose.
     """
     parts = name.split("/")
-    return not ({"", ".", ".."} & set(parts) or "\\" in name or "\0" in name)
+    possible = max(len(part.encode(errors="surrogatepass")) for part in parts) <= LONGEST_NAME
+    return possible and not ({"", ".", ".."} & set(parts) or "\\" in name or "\0" in name)

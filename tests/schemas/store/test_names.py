@@ -1,0 +1,57 @@
+"""Paths that no file system can have end in one message, wherever they come in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distillcache.models.files.hf import weight_files
+from distillcache.schemas.base import is_name_inside
+from distillcache.schemas.errors import CheckpointError, ConfigError
+from distillcache.schemas.store.names import is_possible_path
+from distillcache.schemas.store.path import locate
+from distillcache.schemas.store.store import Store
+from distillcache.tools.cli import main
+
+LONG = "x" * 256
+
+
+@pytest.mark.parametrize(
+    ("path", "possible"),
+    [
+        ("x" * 255, True),
+        (LONG, False),
+        (f"a/{LONG}/b", False),
+        ("ä" * 127, True),
+        ("ä" * 128, False),
+        ("/".join(["a" * 200] * 20), True),
+        ("/".join(["a" * 200] * 21), False),
+        ("a\0b", False),
+        ("a\ud800b", False),
+        ("", True),
+    ],
+    ids=range(10),
+)
+def test_what_a_file_system_can_have(path: str, possible: bool, tmp_path: Path) -> None:
+    assert is_possible_path(path) == possible
+    if possible:
+        Path(path).exists()  # raises for no such path
+    else:
+        with pytest.raises((OSError, ValueError)):
+            (tmp_path / path).open()
+        for opened in (locate, Store):
+            with pytest.raises(ConfigError, match="no file system has such a path"):
+                opened(path)
+
+
+def test_an_index_that_names_a_file_which_cannot_be(tmp_path: Path) -> None:
+    assert is_name_inside("x" * 255)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": LONG}}))
+    with pytest.raises(CheckpointError, match="names files outside its folder"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("command", [["inspect", LONG], ["report", LONG], ["export", LONG, "out"], ["verify", LONG]])
+def test_commands_end_with_one_message(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("error: no file system has such a path\n")
