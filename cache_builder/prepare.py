@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 
 import xxhash
 
@@ -38,7 +37,7 @@ from distillcache.schemas.format.canonical import from_canonical
 from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY, RowReader, RowsIndex
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
-from distillcache.schemas.store.names import is_possible_path
+from distillcache.schemas.store.names import refuse_locked_path
 from distillcache.schemas.store.store import Store, is_url, using
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
@@ -174,7 +173,8 @@ def _may_be_rows(path: str) -> bool:
     """
     if not is_url(path):
         local = os.path.expanduser(path.removeprefix("file://"))
-        return is_possible_path(local) and Path(local).is_dir()
+        refuse_locked_path(local)
+        return os.path.isdir(local)
     scheme, place = path.split("://", 1)
     name = place.rstrip("/").rsplit("/", 1)[-1]
     return scheme in ("gs", "s3") and not any(letter in place for letter in "*?[") and not named_kind(name)

@@ -1,9 +1,9 @@
-"""Names that no file system takes: refused where a path comes in, since asking the system for one raises."""
+"""Local paths that cannot be asked for: refused where they come in, since every later question would raise."""
 
 import os
 
 from distillcache.schemas.base import LONGEST_NAME
-from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.errors import ConfigError, StorageError
 
 LONGEST_PATH = 4095  # bytes, Linux' PATH_MAX
 
@@ -17,8 +17,13 @@ def is_possible_path(path: str) -> bool:
     return b"\0" not in data and len(data) <= LONGEST_PATH and max(map(len, data.split(b"/"))) <= LONGEST_NAME
 
 
-def refuse_impossible_path(path: str) -> None:
-    """Raise `ConfigError` for a local path that no file system can have."""
+def refuse_unusable_path(path: str) -> None:
+    """Raise unless a local path could exist and its folders may be entered; it need not exist.
+
+    Raises:
+        ConfigError: no file system can have it.
+        StorageError: a folder on the way may not be entered.
+    """
     if not is_possible_path(path):
         shown = path if len(path) <= 80 else f"{path[:60]} ... {path[-16:]}"
         raise ConfigError(
@@ -26,3 +31,18 @@ def refuse_impossible_path(path: str) -> None:
             {"path": repr(shown), "expected": f"names of {LONGEST_NAME} bytes at most, no NUL"},
             "check the path",
         )
+    refuse_locked_path(path)
+
+
+def refuse_locked_path(path: str) -> None:
+    """Raise `StorageError` where a folder on the way to a local path may not be entered."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise StorageError(
+            "a folder on the way to this path may not be entered",
+            {"path": path, "cause": error},
+            "run as a user who may, ask its owner, or name another place",
+        ) from error
+    except (OSError, ValueError):  # whoever uses the path finds out what is there
+        return

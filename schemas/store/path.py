@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError
-from distillcache.schemas.store.names import refuse_impossible_path
+from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.store import Store, current, is_url
 from distillcache.schemas.store.url_secrets import refuse_secret
 
@@ -107,8 +107,9 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
     text = os.fspath(path)
     refuse_secret(text, "path")
     if not is_url(text):
-        refuse_impossible_path(text)
-        return Path(os.path.expanduser(text.removeprefix("file://")))  # Path's own fails for `~nobody`
+        local = os.path.expanduser(text.removeprefix("file://"))  # Path's own fails for `~nobody`
+        refuse_unusable_path(local)
+        return Path(local)
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     return ObjectPath(f"{scheme}://{bucket}", key.strip("/"))

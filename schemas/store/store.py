@@ -24,7 +24,7 @@ from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets
-from distillcache.schemas.store.names import refuse_impossible_path
+from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
 
@@ -84,7 +84,7 @@ class Store:
         self.url = url.rstrip("/") or "/"
         self.local = _local_path(self.url)
         if self.local is not None:
-            refuse_impossible_path(str(self.local))
+            refuse_unusable_path(str(self.local))
         if self.local is not None and self.local.exists() and not self.local.is_dir():
             raise StorageError(
                 "a directory is needed, but there is a file", {"path": self.local}, "name another directory"
