@@ -114,7 +114,7 @@ def _step_for_shards(found: Sequence[re.Match[str]]) -> str:
     if not lost:
         return step
     named = f"{found[0][1]}-{lost[0]:0{len(found[0][2])}d}-of-{found[0][3]}.safetensors"
-    return f"{step}, and {len(lost)} of the {counted(count, 'shard')}, such as {named}"
+    return f"{step}, and {len(lost)} of {counted(count, 'shard')}, such as {named}"
 
 
 def step_for_names(missing: Sequence[str], unknown: Sequence[str]) -> str | None:
