@@ -139,7 +139,7 @@ def test_replica_groups_are_understood():
 def test_each_group_reads_its_own_slots(deep, tmp_path):
     run = step_of(deep, tmp_path, block=4)
     assert blocks_of_groups(DEEP, 4) == [[0, 1], [2, 3], [4], []]
-    wanted = [source.slots["resid"] for source in run.source.sources[:3]]
+    wanted = [source.slots["resid"] for source in run.plan.source.sources[:3]]
     assert [list(slots) for slots in wanted] == [[0, 1, 2], [2, 3, 4], [4, 5]]
     batch = run.plan.place(run.plan.source[[0, 1]])
     codes = batch["resid"]["codes"]
