@@ -49,7 +49,7 @@ class TapConfig(Config):
     )  # six times closer, but one block is read with up to keyframe_every - 1 others
     keyframe_every: int = Field(
         default=8, ge=0, description="with delta: slots from one keyframe to the next; 0: no keyframes"
-    )  # adds 7% of bf16's size; half a dozen reads at most for one block
+    )  # adds 7% of bf16's size; eight reads at most for one block
     compress: Literal["none", "zstd", "blosc"] = Field(
         default="none",
         exclude_if=lambda value: value == "none",  # so that plans without it compare with those of before there was any

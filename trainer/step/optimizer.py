@@ -1,4 +1,4 @@
-"""AdamW whose state, count and clipping are per block.
+"""AdamW whose state and count are per block, and in blockwise mode clipping too.
 
 The transformation is written for one block, and every leaf of the state has the block axis, the counts too
 (`count[L]`). So one bad block is clipped alone, a block that is not trained stands still, and the update may happen
