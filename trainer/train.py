@@ -27,6 +27,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import (
     CheckpointError,
     ConfigError,
+    DamageError,
     DivergedError,
     InputError,
     Interrupted,
@@ -61,7 +62,7 @@ from distillcache.trainer.run.folder import (
     write_summary,
 )
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
-from distillcache.trainer.run.metrics_log import MetricsLog, read_metrics
+from distillcache.trainer.run.metrics_log import LINES, MetricsLog, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
 from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
@@ -555,6 +556,12 @@ def _teacher_path(spec: TrainSpec) -> str | None:
 def _result(run: str, stage: Stage, store: Store, first: int) -> TrainResult:
     """Read the result of a finished run from its files. stage: its last."""
     lines = [line for line in read_metrics(store.url) if "perf/tokens_per_second" in line]
+    if not lines:  # every run has at least one: it was lost after the run
+        raise DamageError(
+            "the run is finished, but its metrics have no line of a step",
+            {"file": store.where(f"{LINES}.jsonl"), "steps": stage.last},
+            "copy the file back; the student can be exported without it",
+        )
     evaluations, steps = read_evaluations(store), stage.last
     found = {entry.step: entry for entry in evaluations}
     return TrainResult(

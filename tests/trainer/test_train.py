@@ -15,7 +15,14 @@ from flax import nnx
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, OptimizerConfig, StudentConfig, SurgeryOp
-from distillcache.schemas.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError, PlanMismatchError
+from distillcache.schemas.errors import (
+    CheckpointError,
+    ConfigError,
+    DamageError,
+    Interrupted,
+    NonFiniteError,
+    PlanMismatchError,
+)
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.tools import cli
 from distillcache.trainer import __main__
@@ -70,6 +77,17 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert read_evaluations(found) == read_evaluations(expected)
     for left, right in zip(parameters(found), parameters(expected), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("data", [None, b"", b'{"step": 0}\n'])
+def test_a_finished_run_without_its_metrics(whole, cache, tmp_path, data):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "metrics.jsonl").unlink()
+    if data is not None:
+        (run / "metrics.jsonl").write_bytes(data)
+    with pytest.raises(DamageError, match="no line of a step"):
+        train(config(run, cache))
 
 
 def test_a_run_from_start_to_end(whole, cache, console):
