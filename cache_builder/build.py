@@ -67,12 +67,11 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         store.check_writable(f"{layout.prepared_prefix(number)}/")
     if config.abandon:
         abandon_extension(store, manifest, config.claim_expiry_s)
-    if config.extend:
-        if manifest is not None:
-            _check_small_files(store, manifest)
-        return extend_cache(store, config, tokenizer, manifest)
     if manifest is not None:
         _check_small_files(store, manifest)
+    if config.extend:
+        return extend_cache(store, config, tokenizer, manifest)
+    if manifest is not None:
         return _check_finished(store, config, config.teacher.path, tokenizer, manifest)
     model = checked_model(config.teacher.path, config.data.tokenizer, tokenizer)
     check_choices(config, model, tokenizer.vocab_size)

@@ -24,26 +24,14 @@ COMMANDS = {
     "plan": ("tools.plan.command", "run", "estimates rows, bytes and time of a build before it writes anything"),
     "copy": ("tools.commands.copy", "run", "copies a cache to another path, codec, or choice of rows, blocks or taps"),
     "inspect": ("tools.look.inspect", "run", "describes a cache and warns about anomalies"),
-    "serve": (
-        "tools.viewer.command",
-        "run",
-        "shows a cache or a run live in the browser",
-    ),
+    "serve": ("tools.viewer.command", "run", "shows a cache or a run live in the browser"),
     "report": ("tools.report.command", "run", "writes an HTML file about a cache or a run: tables, curves, heat maps"),
-    "show": (
-        "tools.look.show",
-        "run",
-        "shows one row: text, masks, per-token activation statistics by block",
-    ),
+    "show": ("tools.look.show", "run", "shows one row: text, masks, per-token activation statistics by block"),
     "stats": ("tools.look.stats", "run", "computes rms, kurtosis, outlier dimensions and rank of a sample, by block"),
     "fidelity": ("tools.fidelity.command", "run", "compares the cache with its teacher and diagnoses mismatches"),
     "diff": ("tools.diff.command", "run", "lists the differences of two caches or two runs"),
     "export-samples": ("tools.look.export_samples", "run", "writes some rows with decoded taps as safetensors or npz"),
-    "bench": (
-        "tools.bench.command",
-        "run",
-        "measures speed against this machine's limits, and codec accuracy",
-    ),
+    "bench": ("tools.bench.command", "run", "measures speed against this machine's limits, and codec accuracy"),
     "verify": ("tools.look.verify", "run", "checks every byte of a cache against its committed digests"),
 }
 
