@@ -27,6 +27,7 @@ _RANGE_CUT = re.compile(r"Requested byte range \[(\d+), (\d*)\).* and total size
 _ESCAPED = re.compile(r"(?:\\x[0-9a-f]{2})+")  # in TensorStore's messages: bytes of a path
 _STATUS, _PAYLOAD = re.compile(r"http_response_code='(\d+)'"), re.compile(r" \[[a-z_]+=")
 _LISTING_CUT = ("Failed to parse response metadata", "Malformed List response")
+_OBJECT_CUT = re.compile(r"(Failed to parse object metadata).*", re.DOTALL)  # then the response, which names no fault
 
 
 def check_scheme(url: str) -> None:
@@ -160,7 +161,7 @@ def without_library_log() -> Iterator[None]:
 
 def is_garbled(text: str) -> bool:
     """Return whether an error means a response corrupted in transit, which TensorStore does not retry."""
-    if any(sign in text for sign in _LISTING_CUT):
+    if any(sign in text for sign in _LISTING_CUT) or _OBJECT_CUT.search(text):
         return True
     cut = _RANGE_CUT.search(text)
     return cut is not None and bool(cut[2]) and int(cut[2]) <= int(cut[3])
@@ -168,7 +169,7 @@ def is_garbled(text: str) -> bool:
 
 def cause(error: BaseException) -> str:
     """An error of TensorStore's in one line: without the pages that servers send, but with their status."""
-    text = str(error)
+    text = _OBJECT_CUT.sub(r"\1: the response was cut short", str(error))
     status = _STATUS.search(text)
     line = _ESCAPED.sub(_unescaped, _PAYLOAD.split(text)[0].removesuffix(": Unknown").partition("\n")[0])
     return f"{line} (HTTP {status[1]})" if status else line
@@ -191,11 +192,11 @@ def advice(url: str, error: BaseException) -> str | None:
             else f"check that these credentials may list, read and write in {bucket}: AWS_PROFILE, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    if "NOT_FOUND" in text or is_garbled(text):
+    if "NOT_FOUND" in text or any(sign in text for sign in _LISTING_CUT):
         return f"check the bucket's name, {bucket}: it must be there already"
     if isinstance(error, TimeoutError) or "CURL error" in text:
         where = "TENSORSTORE_GCS_HTTP_URL, if it is set" if google else "--storage.s3-endpoint or AWS_ENDPOINT_URL"
         return f"check the network, and the address of the store: {where}"
-    if "retry attempts failed" in text:
+    if "retry attempts failed" in text or _OBJECT_CUT.search(text):
         return "the store kept failing: run the same command again later; what is committed stays"
     return None

@@ -76,6 +76,23 @@ def test_an_answer_that_came_short_is_no_damage(bucket: Bucket) -> None:
     assert bucket.server.requests()["faults"]["short"] > 3
 
 
+def test_metadata_that_came_short_is_asked_for_again(gcs: Bucket) -> None:
+    """A read of no bytes asks Google for the object's metadata: what a guarded write does first."""
+    store = Store(gcs.url)
+    guarded = store.guarded(lambda: None)
+    guarded.write("key", b"first")
+    with gcs.server.faults(0.5, seed=1, kinds=["short"]):
+        for number in range(6):
+            guarded.write("key", b"value %d" % number)
+            assert store.read("key", slice(0, 0)) == b""
+    assert store.read("key") == b"value 5"
+    assert gcs.server.requests()["faults"]["short"] > 3
+    with gcs.server.faults(1, kinds=["short"]), pytest.raises(StorageError) as caught:
+        guarded.write("key", b"late")
+    assert "metadata: the response was cut short" in str(caught.value)
+    assert "the store kept failing" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("status", "operation"),
     [(403, "read"), (403, "write"), (403, "keys"), (401, "read"), (404, "write"), (404, "check_writable")],
