@@ -13,7 +13,7 @@ from distillcache.schemas.counted import counted
 from distillcache.tools.pages.terminal import table_console
 
 LEVELS = "▁▂▃▄▅▆▇█"
-DRAWN = 24  # slots of a tap that are drawn; of more, the largest of neighbours
+DRAWN = 64  # characters of a curve: a slot each, as long as they fit a line of 80 columns beside the tap's name
 DECADES = 0.5  # a curve is as high as its range, but at least this: noise is not drawn as hills
 
 
@@ -23,14 +23,16 @@ def print_cache(found: Mapping[str, Any]) -> None:
     console.print(_facts(found))
     console.print()
     console.print(_taps(found))
+    for line in _curves(found["taps"]):
+        console.print(escape(line))
     warnings = found["warnings"]
     console.print()
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     if not warnings:
         console.print(
-            "No anomaly in plans, statistics, some rows and part of the index. `stats` reads some rows, "
-            "`verify` every byte; `fidelity` compares with the teacher."
+            "Nothing unusual in the plans, the statistics, a few rows and part of the index. For more: `stats` reads "
+            "a sample of rows, `verify` checks every byte, `fidelity` compares with the teacher."
         )
 
 
@@ -81,7 +83,6 @@ def said_of_times(segments: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _taps(found: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    curves = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     for column, right in (
         ("tap", False),
         ("codec", False),
@@ -91,7 +92,6 @@ def _taps(found: Mapping[str, Any]) -> Table:
         ("size", True),
         ("rms", True),
         ("max", True),
-        *([("rms by slot", False)] if curves else []),
     ):
         table.add_column(column, justify="right" if right else "left")
     for tap in found["taps"]:
@@ -108,8 +108,25 @@ def _taps(found: Mapping[str, Any]) -> Table:
                 _range(rms) if rms and first else "",
                 f"{max(tap['abs_max']):.3g}" if rms and first else "",
             ]
-            table.add_row(*cells, *([curve(rms) if rms and first else ""] if curves else []))
+            table.add_row(*cells)
     return table
+
+
+def _curves(taps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rms of every slot, a line for each tap; nothing on a terminal that cannot draw it."""
+    drawn = {_name(taps, tap): tap["rms"] for tap in taps if len(tap.get("rms") or ()) > 1}
+    if not drawn or (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
+        return []
+    width, most = max(map(len, drawn)), max(map(len, drawn.values()))
+    each = -(-most // DRAWN)
+    bins = "slot" if each == 1 else f"up to {each} neighbouring slots, of which the largest counts"
+    words = f"rms by slot, on a logarithmic scale of each tap; a character for each {bins}:"
+    return ["", words, *(f"{name:{width}}  {curve(rms, each)}" for name, rms in drawn.items())]
+
+
+def _name(taps: Sequence[Mapping[str, Any]], tap: Mapping[str, Any]) -> str:
+    """The tap's name, with the segment's number where it is not the first one's."""
+    return tap["name"] if tap["segment"] == taps[0]["segment"] else f"{tap['name']} ({_number(tap['segment'])})"
 
 
 def _number(segment: str) -> str:
@@ -128,12 +145,13 @@ def _range(rms: Sequence[float]) -> str:
     return f"{rms[0]:.2g}" if len(rms) == 1 else f"{min(rms):.2g} to {max(rms):.2g}"
 
 
-def curve(values: Sequence[float]) -> str:
-    """Numbers of many sizes as a line of blocks, by their logarithm; zeros as spaces."""
-    if len(values) < 2:
-        return ""
-    width = -(-len(values) // DRAWN)
-    tops = [max(values[at : at + width]) for at in range(0, len(values), width)]
+def curve(values: Sequence[float], each: int = 1) -> str:
+    """Numbers of many sizes as a line of blocks, by their logarithm; zeros as spaces.
+
+    Args:
+        each: how many neighbours share a block, which is as high as their largest.
+    """
+    tops = [max(values[at : at + each]) for at in range(0, len(values), each)]
     logs = [math.log10(value) if value > 0 else None for value in tops]
     known = [value for value in logs if value is not None]
     if not known:

@@ -163,7 +163,7 @@ def _of_tap(tap: TapPlan, stats: TapStats) -> Iterator[str]:
     if worst is not None and peaks[worst] > OUTLIER and tap.codec.startswith("int") and not tap.rotate:
         yield (
             f"{tap.name}: outlier dimensions (up to {peaks[worst]:.0f} times the rms, in slot {worst}) in {tap.codec} "
-            "without rotation: `distillcache fidelity` shows what that costs"
+            "without rotation: `distillcache fidelity CACHE` shows what that costs"
         )
 
 

@@ -100,13 +100,13 @@ class SampleChecks:
             return [
                 f"the same token enters block 0 as different vectors, in {len(bad)} of "
                 f"{counted(len(tested), 'row')}: the numbers belong to other tokens (shifted, or of other rows); "
-                "`distillcache fidelity` finds out"
+                "`distillcache fidelity CACHE` finds out"
             ]
         shards = sorted({self._rows[row] for row in bad})
         named = ", ".join(f"{segment}/{shard}" for segment, shard in shards[:6])
         return [
             f"{_rows(bad)} (shards {named}): their tokens enter block 0 as other vectors than in the other rows: "
-            "stale, or from another teacher; `distillcache fidelity` finds out"
+            "stale, or from another teacher; `distillcache fidelity CACHE` finds out"
         ]
 
     def _out_of_order(self) -> list[str]:

@@ -46,7 +46,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
         return code
     _print(rows, facts, texts, odd, range(config.start, min(config.start + config.tokens, len(facts.token_texts))))
     if config.image is not None:
-        print(f"the picture is in {config.image}")
+        print(f"the picture of all tokens and slots is written to {config.image}")
     return code
 
 
@@ -128,7 +128,10 @@ def _print(rows: StoredRows, facts: RowFacts, texts: Sequence[str], odd: Sequenc
         console.print()
     console.print(_token_table(facts, tokens))
     if any(len(tap.slots) > 1 for tap in facts.taps):
-        console.print("norm and largest: maximum over all slots; cosine: minimum to the next slot; @ the slot")
+        console.print(
+            "norm and largest are maxima over the slots listed above, cosine (with the next slot) is the minimum; "
+            "@ names the slot"
+        )
     for words in odd:
         console.print(f"[yellow]warning:[/] {escape(words)}")
     if len(tokens) < len(row.tokens):

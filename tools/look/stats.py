@@ -141,6 +141,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
         print(json.dumps(found))
     else:
         _print(found)
+        if config.out is not None:
+            print(f"the figures of every dimension are written to {config.out}")
     return 2 if damaged else 0
 
 
@@ -284,8 +286,8 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(each["tap"], str(each["slot"]), *figures, rank, alike, "; ".join(filter(None, notes)))
     console.print(table)
     tokens = found["slots"][0]["rank_tokens"]
-    console.print("outlier dimensions: their rms as a multiple of the median dimension's")
-    console.print(f"rank: the effective rank of {tokens} sampled tokens, which is also its maximum")
-    console.print("to next: the mean cosine with the next slot; for resid, near 1 if a block hardly turns the stream")
+    console.print("outlier dimensions: number (rms as a multiple of the median dimension's)")
+    console.print(f"rank: the effective rank of {tokens} sampled tokens; it cannot exceed that number")
+    console.print("to next: the mean cosine with the next slot; near 1 for resid if a block changes the stream little")
     for warning in found["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(warning)}")

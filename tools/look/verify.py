@@ -4,6 +4,7 @@ Exit code 0: all is well. 2: something is wrong; the report says what, and which
 """
 
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import Store, using
 from distillcache.tools.pages.terminal import table_console
 
+ALL_RIGHT = "Every byte is as committed"
 SHOWN = 20  # findings on a terminal; --json tells all
 
 
@@ -115,7 +117,9 @@ def _print(found: dict[str, Any]) -> None:
 
 def _verdict(found: dict[str, Any]) -> str:
     if found["ok"]:
-        return "[green]Every byte is as committed.[/] To compare it with the teacher: distillcache fidelity"
+        right = "All objects are there, with the committed lengths and indexes" if found["quick"] else ALL_RIGHT
+        again = f"compare values with the teacher: distillcache fidelity {shlex.quote(found['cache'])}"
+        return f"[green]{right}.[/] To {escape(again)}"
     kinds = Counter(finding["what"] for finding in found["findings"])
     words = ", ".join(f"{count:,} {what}" for what, count in kinds.most_common())
     rows = found["rows"]
@@ -135,11 +139,11 @@ def _verdict(found: dict[str, Any]) -> str:
 def _next_steps(found: dict[str, Any]) -> Iterator[str]:
     kinds = {finding["what"] for finding in found["findings"]}
     if "unreadable" in kinds:
-        yield "run it again: the store failed to return some data; if that persists, the disk or bucket is at fault"
+        yield "run it again: the store failed to return some data; if it fails again, the disk or bucket is at fault"
     if kinds - {"foreign", "unreadable"}:
         yield (
-            f"recompute what is damaged: distillcache build --repair --cache {found['cache']} "
+            f"recompute what is damaged: distillcache build --repair --cache {shlex.quote(found['cache'])} "
             "(a copy: distillcache copy SRC DST --repair)"
         )
     if "foreign" in kinds:
-        yield "delete foreign files: nothing reads them; leftovers of a build are removed by that command"
+        yield "delete foreign files: nothing reads them; `build --repair` removes the leftovers of a build"

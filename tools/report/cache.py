@@ -73,7 +73,7 @@ def plan_facts(found: dict[str, Any]) -> str:
     rows, teacher, numerics, made = found["rows"], found["teacher"], found["numerics"], found["created"]
     times = said_of_times(found["segments"])
     return facts(
-        "The plan",
+        "The cache",
         {
             "Cache": found["cache"],
             "Made": f"{made.get('at', 'at an unknown time')} on {made.get('host', 'an unknown host')}, "
@@ -87,7 +87,7 @@ def plan_facts(found: dict[str, Any]) -> str:
             + ", ".join(f"{name} {version}" for name, version in numerics["versions"].items()),
             "Rows": f"{rows['train']:,} for training, {rows['eval']:,} held out, {rows['row_tokens']:,} tokens each",
             "Tokens": f"{rows['tokens']:,} without padding "
-            f"({rows['tokens'] / max(rows['count'] * rows['row_tokens'], 1):.1%} of all places)",
+            f"({rows['tokens'] / max(rows['count'] * rows['row_tokens'], 1):.1%} of all positions)",
             "Blocks": _some(found["blocks"], most=200),
             **({"Time": "; ".join(times)} if times else {}),
         },
@@ -139,7 +139,7 @@ def storage_table(found: dict[str, Any]) -> str:
     rows.append(("all", "", Numeric(""), *total, Numeric("")))
     header = ("tap", "codec", "slots", "bytes a token", "before compression", "stored", "times smaller than bf16")
     shards, rows_each = counted(found["shards"]["of"], "shard"), counted(found["shards"]["rows_per_shard"], "row")
-    shard = f"{shards} of {rows_each}, {tokens:,} places."
+    shard = f"{shards} of {rows_each} each; {tokens:,} token positions, padding included."
     return table("Bytes by tap", header, rows) + paragraph(shard)
 
 
@@ -165,11 +165,12 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
     taps = [tap for tap in found["taps"] if "rms" in tap]
     if not taps:
         return [paragraph("No shard is committed yet.")]
-    words = "From the receipts; no activations were read."
+    words = "Statistics over all rows, written by the build; the report read no activations for them."
     if not found["finished"]:
         words += " Of a segment that is being built, its first committed shard stands for all."
     fragments = [paragraph(words)]
-    drawn = [_stats_figure(found, taps, "rms", "Root mean square"), _stats_figure(found, taps, "abs_max", "Largest")]
+    titles = {"rms": "Root mean square", "abs_max": "Largest magnitude"}
+    drawn = [_stats_figure(found, taps, key, title) for key, title in titles.items()]
     fragments.append(figures(drawn))
     for tap in taps:
         label, width = _label(found, tap), len(tap["slots"])
@@ -178,10 +179,12 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
             for slot, rms, peak in zip(tap["slots"], tap["rms"], tap["abs_max"], strict=True)
         ]
         shown = table(f"Statistics of {label}", ("slot", "rms", "largest", "largest / rms"), rows)
-        fragments.append(
-            folded(f"{label}: {counted(width, 'slot')}, {counted(tap['nonfinite'], 'number')} not finite", shown)
-        )
+        fragments.append(folded(f"{label}: {counted(width, 'slot')}, {_finite(tap['nonfinite'])}", shown))
     return fragments
+
+
+def _finite(broken: int) -> str:
+    return f"{counted(broken, 'number')} not finite" if broken else "all numbers finite"
 
 
 def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:
@@ -192,21 +195,27 @@ def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: st
     ]
     if not lines:
         return None
-    spans = "; ".join(_span(line) for line in lines)
-    unit = {"rms": "root mean square", "abs_max": "largest magnitude"}[key]
+    spans = "; ".join(low_and_high(line) for line in lines)
     return Figure(
-        title=f"{title} by block",
-        caption=f"{spans}. Slot l of resid is the stream entering block l.",
-        alt=f"Line chart of the {unit} of each tap by slot: {spans}.",
-        svg=draw_lines(lines, "slot", unit, points=True, whole=True),
+        title=f"{title} by slot",
+        caption=f"{spans}. {_slots_meaning([tap['name'] for tap in taps])}",
+        alt=f"Line chart of the {title.lower()} of each tap by slot: {spans}.",
+        svg=draw_lines(lines, "slot", title.lower(), points=True, whole=True),
     )
 
 
-def _span(line: Line) -> str:
-    """`resid from 0.9 (slot 0) to 2.6e+04 (slot 27)`: a line's smallest and largest value, and where."""
+def _slots_meaning(names: Sequence[str]) -> str:
+    """Say what a slot is: the number of a block, except behind the last block."""
+    words = "Slot l belongs to block l"
+    return f"{words}; of resid it is the stream that enters the block." if "resid" in names else f"{words}."
+
+
+def low_and_high(line: Line) -> str:
+    """`resid: lowest 0.9 (slot 0), highest 2.6e+04 (slot 27)`."""
     low, high = int(np.argmin(line.y)), int(np.argmax(line.y))
     return (
-        f"{line.name} from {line.y[low]:.3g} (slot {line.x[low]:.0f}) to {line.y[high]:.3g} (slot {line.x[high]:.0f})"
+        f"{line.name}: lowest {line.y[low]:.3g} (slot {line.x[low]:.0f}), "
+        f"highest {line.y[high]:.3g} (slot {line.x[high]:.0f})"
     )
 
 
@@ -214,9 +223,12 @@ def _rows(sample: Sample) -> list[str]:
     if not sample.rows:
         return []
     tokens = sample.rows[0].real.size
-    words = "The norm of every token's vector in every slot. Dashed lines: a document begins; blank: padding."
+    words = (
+        "The Euclidean norm of every token's vector in every slot. A dashed line marks where a document begins; "
+        "padding is blank."
+    )
     if tokens > COLUMNS:
-        words += f" Of {-(-tokens // COLUMNS)} neighbouring tokens the largest norm is drawn."
+        words += f" Each column shows the largest norm of {-(-tokens // COLUMNS)} neighbouring tokens."
     return [paragraph(words), figures([_row_figure(row) for row in sample.rows]), _row_table(sample)]
 
 
@@ -224,15 +236,16 @@ def _row_figure(row: RowLook) -> Figure | None:
     if not row.norms:
         return None
     maps = [_norm_map(row, name) for name in row.norms]
-    split, real = "held out" if row.held_out else "for training", int(row.real.sum())
-    words = f": {row.text!r}" if row.text else "."
+    split, real = "Held-out row" if row.held_out else "Training row", int(row.real.sum())
+    text = " ".join(row.text.split())
+    words = f", beginning with: {text}" if text else "."
     documents = counted(len(row.starts) + 1, "document")
     alt = f"Heat maps of token norms by slot in row {row.number}. " + " ".join(
         f"{name}: {_peak(row, name)}." for name in row.norms
     )
     return Figure(
         title=f"Row {row.number}",
-        caption=f"{split}, {real:,} tokens, {documents}{words}",
+        caption=f"{split} of {counted(real, 'token')} and {documents}{words}",
         alt=alt,
         svg=draw_maps(maps, height_in=1.9),
     )
@@ -285,12 +298,12 @@ def _similarity(sample: Sample) -> list[str]:
     for name, alike in sample.likeness.items():
         slots, matrix = alike.slots, alike.cosine
         near = [float(matrix[at, at + 1]) for at in range(len(slots) - 1)]
-        words = f"neighbours are alike by {min(near):.3f} to {max(near):.3f}" if near else "there is one slot only"
+        words = f"{min(near):.3f} to {max(near):.3f} between neighbouring slots" if near else "there is one slot only"
         drawn.append(
             Figure(
                 title=f"Similarity of {name}",
-                caption=f"Mean cosine of a token's vectors in two slots, over {alike.tokens:,} tokens; {words}.",
-                alt=f"Heat map of the mean cosine between slots of {name}; {words}.",
+                caption=f"Cosine of a token's vectors in two slots, mean over {alike.tokens:,} tokens: {words}.",
+                alt=f"Heat map of the mean cosine between slots of {name}: {words}.",
                 svg=draw_maps(
                     [HeatMap(matrix, NAMES.get(name, name), "slot", "slot", "cosine", row_labels=slots)], 3.4
                 ),

@@ -27,7 +27,7 @@ from distillcache.tools.pages.html import (
     progress,
     table,
 )
-from distillcache.tools.report.curves import BlockCurves, block_curves, curve, series, step_map
+from distillcache.tools.report.curves import POINTS, BlockCurves, Curve, block_curves, curve, series, step_map
 from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
@@ -43,9 +43,13 @@ TERMS = {
     "distill/moe_lb_loss": "load balance",
     "distill/router_z_loss": "router z",
 }
+WAIT = "perf/data_wait_share"
 WAITING = 0.2  # of the time: then the feed is what limits the run
+WAITING_DRAWN = 0.01  # of a step: shorter waits are noise, and their median in the table says enough
+GAP_CLOSED = "share of the gap closed"
 WORSE = 1.05  # times the best perplexity: more than the noise of a usual set of held-out rows
 EVALUATIONS_SHOWN = 12
+POOLED_STEPS = " Points are means of neighbouring steps; the band spans their minimum and maximum."
 ROWS_OPEN = 16  # of a table about blocks; a longer one is folded
 
 
@@ -96,7 +100,7 @@ def divergence_warnings(ending: Ending | None) -> list[str]:
 def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], done: int, of: int) -> list[str]:
     """Return warnings about the curves."""
     told = [] if done >= of else [f"The run is at step {done:,} of {of:,}."]
-    _, waits = series(lines, "perf/data_wait_share")
+    _, waits = series(lines, WAIT)
     if len(waits) > 2 and (share := float(np.median(waits[len(waits) // 2 :]))) > WAITING:
         told.append(f"It spends {share:.0%} of the time waiting for data (median of the later half).")
     trained = [entry for entry in evaluations if entry.step]
@@ -151,7 +155,7 @@ def run_facts(
     """Return facts and progress of the run as a table."""
     _, losses = series(lines, "distill/total_loss")
     student = config.get("student", {})
-    surgery = "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in student.get("surgery") or [])
+    surgery = ", ".join(_operation(each) for each in student.get("surgery") or [])
     loss = ", ".join(f"{name} {value}" for name, value in _weights(config.get("loss", {})))
     best = best_of(evaluations)
     return facts(
@@ -161,8 +165,8 @@ def run_facts(
             "Begun": _begun(store),
             "Cache": config.get("cache"),
             "Source": config.get("source"),
-            "Student": f"from {student.get('init')}" + (f", {surgery}" if surgery else ""),
-            "Loss weights": loss or None,
+            "Student": f"{_start_of(student)}{f', after {surgery}' if surgery else ''}",
+            "Loss settings": loss or None,
             "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
             "Batch": f"{_rows(config.get('batch_rows'))}, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
@@ -171,6 +175,16 @@ def run_facts(
             "Checkpoints": ", ".join(f"{step:,}" for step in Checkpoints(store).steps()) or "none",
         },
     )
+
+
+def _start_of(student: Mapping[str, Any]) -> str:
+    return "the teacher" if student.get("init", "teacher") == "teacher" else f"weights of {student['init']}"
+
+
+def _operation(op: Mapping[str, Any]) -> str:
+    """`query_heads (to 2, by index)`."""
+    settings = ", ".join(f"{name} {value}" for name, value in op.items() if name != "op")
+    return f"{op.get('op')} ({settings})" if settings else str(op.get("op"))
 
 
 def _perplexity_words(evaluations: Sequence[Evaluation]) -> dict[str, str]:
@@ -227,7 +241,7 @@ def loss_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
                 (str(block), *map(number, _ends(values)))
                 for block, values in zip(found.blocks, found.values, strict=True)
             ]
-            tables.append(table(f"Loss of the {words} by block", ("block", "first", "least", "last"), rows))
+            tables.append(table(f"Loss of the {words} by block", ("block", "first", "lowest", "last"), rows))
     return [figures(drawn), _terms_table(lines), folded("Loss by block, numbers", *tables)]
 
 
@@ -249,7 +263,7 @@ def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in terms)
     return Figure(
         title="Loss by term",
-        caption="Each term with its weight; the band spans the minimum to the maximum of neighbouring steps.",
+        caption="Each term times its weight." + (POOLED_STEPS if len(lines) > POINTS else ""),
         alt=f"Line chart of the loss by step, from the first to the last: {ends}.",
         svg=draw_lines(terms[:6], "step", "loss"),
     )
@@ -261,23 +275,29 @@ def _terms_table(lines: Sequence[Mapping[str, Any]]) -> str:
         _, values = series(lines, name)
         if len(values):
             rows.append((words, *map(number, (float(values[0]), float(values.min()), float(values[-1])))))
-    return table("Terms of the loss", ("term", "first", "least", "last"), rows)
+    return table("Terms of the loss", ("term", "first", "lowest", "last"), rows)
 
 
 def _rate_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     rate = curve(lines, "learning/current_learning_rate")
     if rate is None:
         return None
-    most, least = rate.high.max(), rate.low.min()
-    words = (
-        f"{most:.3g} throughout" if most == least else f"from {rate.mean[0]:.3g} over {most:.3g} to {rate.mean[-1]:.3g}"
-    )
+    words = _schedule(rate)
     return Figure(
         title="Learning rate",
-        caption=f"As scheduled, {words}.",
-        alt=f"Line chart of the learning rate by step, {words}.",
+        caption=f"{words[:1].upper()}{words[1:]}.",
+        alt=f"Line chart of the learning rate by step: {words}.",
         svg=draw_lines([Line("learning rate", rate.step, rate.mean)], "step", "learning rate", linear=True),
     )
+
+
+def _schedule(rate: Curve) -> str:
+    """`starts at 0.0003, peaks at 0.003 in step 11, ends at 3e-06`; a rate that never changes is one number."""
+    first, peak, last = float(rate.mean[0]), float(rate.high.max()), float(rate.mean[-1])
+    if peak == rate.low.min():
+        return f"{peak:.3g} in every step"
+    inside = f"peaks at {peak:.3g} in step {rate.step[rate.high.argmax()]:,.0f}, " if peak > max(first, last) else ""
+    return f"starts at {first:.3g}, {inside}ends at {last:.3g}"
 
 
 def _block_figure(found: BlockCurves, words: str) -> Figure:
@@ -285,8 +305,8 @@ def _block_figure(found: BlockCurves, words: str) -> Figure:
     worst = found.blocks[int(np.argmax([each[-1] if len(each) else -np.inf for each in finite]))]
     return Figure(
         title=f"Loss of the {words} by block",
-        caption=f"Before its weight; at the end block {worst} has the highest.",
-        alt=f"Heat map of the loss of the {words} by block and step; at the end block {worst} has the highest.",
+        caption=f"Without the term's weight. At the last step it is highest in block {worst}.",
+        alt=f"Heat map of the loss of the {words} by block and step; at the last step it is highest in block {worst}.",
         svg=draw_maps([step_map(found, "loss", log=True)], 2.6),
     )
 
@@ -302,7 +322,7 @@ def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
         return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
     columns = {
         "perplexity": [entry.perplexity for entry in evaluations],
-        "share of the gap closed": [entry.gap_closed for entry in evaluations],
+        GAP_CLOSED: [entry.gap_closed for entry in evaluations],
         "mean cosine distance": [entry.mean_cosine for entry in evaluations],
         "KL to the teacher": [entry.kl for entry in evaluations],
         "max violation": [entry.max_violation for entry in evaluations],
@@ -317,7 +337,7 @@ def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
     rows = [
         (
             f"{evaluations[at].step:,}{' (best)' if at == best else ''}",
-            *(number(values[at]) for values in columns.values()),
+            *(_cell(name, values[at]) for name, values in columns.items()),
         )
         for at in shown
     ]
@@ -328,51 +348,84 @@ def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
     return [figures(drawn), listed, paragraph(words) if words else ""]
 
 
-def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Sequence[float | None]) -> Figure:
+def _cell(name: str, value: float | None) -> Numeric:
+    return Numeric(f"{value:.1%}") if name == GAP_CLOSED and value is not None else number(value)
+
+
+def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Sequence[float | None]) -> Figure | None:
+    """Draw a figure of the evaluations by step; none of a single value, which the table has."""
     pairs = [(entry.step, value) for entry, value in zip(evaluations, values, strict=True) if value is not None]
+    if len(pairs) < 2:
+        return None
     steps, numbers = np.asarray([step for step, _ in pairs], float), np.asarray([value for _, value in pairs], float)
-    words = f"{numbers[0]:.4g} at step {int(steps[0]):,}, {numbers[-1]:.4g} at step {int(steps[-1]):,}"
+    words, unit = _change(name, steps, numbers), name
+    if name == GAP_CLOSED:
+        numbers, unit = 100 * numbers, f"{name} (%)"
     lines, teacher = [Line(name, steps, numbers)], evaluations[-1].teacher_perplexity
     if name == "perplexity" and teacher is not None:
         words += f"; the teacher's is {teacher:.4g}"
         lines = [Line("student", steps, numbers), Line("teacher", steps, np.full_like(numbers, teacher))]
     return Figure(
-        title=f"Held-out {name}",
-        caption=f"{words}; least {numbers.min():.4g} at step {int(steps[numbers.argmin()]):,}.",
+        title="Share of the gap closed" if name == GAP_CLOSED else f"Held-out {name}",
+        caption=f"{words[:1].upper()}{words[1:]}.",
         alt=f"Line chart of the {name} on held-out rows by step: {words}.",
-        svg=draw_lines(lines, "step", name, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
+        svg=draw_lines(lines, "step", unit, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
     )
+
+
+def _change(name: str, steps: np.ndarray, numbers: np.ndarray) -> str:
+    """`236.8 before training, 40.75 at step 60`, and the best value between them where the last one is not it."""
+
+    def said(at: int) -> str:
+        where = f"at step {int(steps[at]):,}" if steps[at] else "before training"
+        return f"{numbers[at]:.1%} {where}" if name == GAP_CLOSED else f"{numbers[at]:.4g} {where}"
+
+    best, last = int(numbers.argmax() if name == GAP_CLOSED else numbers.argmin()), len(numbers) - 1
+    between = f"; {'highest' if name == GAP_CLOSED else 'lowest'} {said(best)}" if 0 < best < last else ""
+    return f"{said(0)}, {said(last)}{between}"
 
 
 def block_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
     """Cosine distance of every block, at the first and at the last evaluation."""
     if not evaluations or not evaluations[-1].blocks:
         return []
-    first, last = evaluations[0], evaluations[-1]
-    names = ("before training" if first.step == 0 else f"step {first.step:,}", f"step {last.step:,}")
+    shown = evaluations[:1] if len(evaluations) == 1 else [evaluations[0], evaluations[-1]]
+    names = [f"step {entry.step:,}" if entry.step else "before training" for entry in shown]
     lines = [
         Line(name, np.asarray(entry.blocks, float), np.asarray(entry.cosine, float))
-        for name, entry in zip(names, (first, last), strict=True)
+        for name, entry in zip(names, shown, strict=True)
     ]
-    means = [f"{entry.mean_cosine:.4g}" if entry.mean_cosine is not None else "none" for entry in (first, last)]
-    mean = f"mean {means[0]} and {means[1]}"
+    means = [
+        f"{entry.mean_cosine:.4g} {name if name == 'before training' else f'at {name}'}"
+        for name, entry in zip(names, shown, strict=True)
+        if entry.mean_cosine is not None
+    ]
+    mean = f"mean over the blocks: {', '.join(means) or 'none'}"
     drawn = Figure(
         title="Cosine distance by block",
-        caption=f"Of attention outputs to the teacher's, on held-out rows; {mean}.",
-        alt=f"Line chart of the cosine distance by block, {names[0]} and at {names[1]}; {mean}.",
+        caption=f"Distance of the student's attention outputs from the teacher's, on held-out rows; {mean}.",
+        alt=f"Line chart of the cosine distance by block; {mean}.",
         svg=draw_lines(lines, "block", "cosine distance", points=True, whole=True),
     )
-    before, after = (dict(zip(entry.blocks, entry.cosine, strict=True)) for entry in (first, last))
-    rows = [
-        (str(block), number(before.get(block)), number(value), _gone(before.get(block), value))
+    listed = table("Cosine distance in numbers", *_distances(shown, names))
+    few = len(shown[-1].blocks) <= ROWS_OPEN
+    return [figures([drawn]), listed if few else folded("Every block in numbers", listed)]
+
+
+def _distances(shown: Sequence[Evaluation], names: Sequence[str]) -> tuple[Sequence[str], list[tuple[object, ...]]]:
+    """The header and rows of a table: the distance of each block, and how it changed."""
+    before, after = (dict(zip(entry.blocks, entry.cosine, strict=True)) for entry in (shown[0], shown[-1]))
+    if len(shown) == 1:
+        return ("block", *names), [(str(block), number(value)) for block, value in after.items()]
+    rows: list[tuple[object, ...]] = [
+        (str(block), number(before.get(block)), number(value), _changed(before.get(block), value))
         for block, value in after.items()
     ]
-    listed = table("Cosine distance in numbers", ("block", names[0], names[1], "gone"), rows)
-    return [figures([drawn]), listed if len(rows) <= ROWS_OPEN else folded("Every block in numbers", listed)]
+    return ("block", *names, "change"), rows
 
 
-def _gone(before: float | None, after: float) -> Numeric:
-    return Numeric(f"{1 - after / before:.1%}") if before else number(None)
+def _changed(before: float | None, after: float) -> Numeric:
+    return Numeric(f"{after / before - 1:+.1%}") if before else number(None)
 
 
 def _rows(number: object) -> str:
@@ -381,35 +434,39 @@ def _rows(number: object) -> str:
 
 
 def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Throughput, waiting and MFU of steps alone."""
+    """Throughput, waiting and MFU of steps alone; a run that hardly waits has no figure of it."""
     kinds = {
         "perf/tokens_per_second": ("Throughput", "tokens a second"),
-        "perf/data_wait_share": ("Waiting for data", "share of the time"),
-        "perf/mfu": ("Share of the peak FLOP/s", "MFU"),
+        WAIT: ("Waiting for data", "% of a step"),
+        "perf/mfu": ("Share of the peak FLOP/s (MFU)", "% of the peak"),
     }
     drawn, rows = [], []
     for name, (title, unit) in kinds.items():
         each, (_, values) = curve(_warm(lines), name), series(lines, name)
         if each is None:
             continue
-        middle = float(np.median(values))
-        words = f"median {middle:,.4g} {unit}"
-        line = Line(unit, each.step, each.mean, each.low, each.high)
-        svg = draw_lines([line], "step", unit, linear=True)
-        drawn.append(Figure(title, f"{words}.", f"Line chart of {unit} by step, {words}.", svg))
-        rows.append((unit, *map(number, (float(values.min()), middle, float(values.max()), float(values[-1])))))
+        percent = unit.startswith("%")
+        middle, scale = float(np.median(values)), 100 if percent else 1
+        words = f"median {middle:.2%}{unit[1:]}" if percent else f"median {middle:,.4g} {unit}"
+        if name != WAIT or each.high.max() >= WAITING_DRAWN:
+            line = Line(unit, each.step, scale * each.mean, scale * each.low, scale * each.high)
+            svg = draw_lines([line], "step", unit, linear=True)
+            drawn.append(Figure(title, f"M{words[1:]}.", f"Line chart of {unit} by step, {words}.", svg))
+        spread = (float(values.min()), middle, float(values.max()), float(values[-1]))
+        cells = [Numeric(f"{value:.2%}") for value in spread] if percent else map(number, spread)
+        rows.append((title if percent else unit, *cells))
     _, seconds = series(lines, "perf/step_time_seconds")
     if len(seconds):
         spread = (float(seconds.min()), float(np.median(seconds)), float(seconds.max()), float(seconds[-1]))
         rows.append(("seconds a step", *map(number, spread)))
     words = (
-        "These figures are of steps alone: evaluations and checkpoints between steps take time of their own. The "
-        "figures leave out the first line, whose step includes compilation; the table includes it."
+        "Time of steps only: evaluations and checkpoints between the steps are not counted. The charts leave out the "
+        "first logged step, which includes compilation; the table includes it."
     )
     return [
         paragraph(words),
         figures(drawn),
-        table("Speed in numbers", ("what", "least", "median", "most", "last"), rows),
+        table("Speed in numbers", ("figure", "lowest", "median", "highest", "last"), rows),
     ]
 
 

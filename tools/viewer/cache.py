@@ -9,7 +9,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.tools.look.row_facts import documents_of, shown
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, note, number, paragraph, table
+from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, note, number, page_title, paragraph, table
 from distillcache.tools.report.cache import (
     array_table,
     build_progress,
@@ -34,7 +34,7 @@ def overview(watched: WatchedCache) -> View:
     rows, state = found["rows"], "" if found["finished"] else ", not finished"
     blocks = counted(len(found["blocks"]), "block")
     words = f"{counted(rows['count'], 'row')} of {rows['row_tokens']:,} tokens, {blocks}{state}"
-    view = View("What the cache holds", words, "/")
+    view = View(page_title("Cache", stored.store.url), words, "/")
     told = [] if found["finished"] else ["The cache is not finished: run the same `distillcache build` again."]
     told += [] if watched.textless is None else [watched.textless]
     view.put(note("Look at this first", [*told, *found["warnings"]]))

@@ -152,7 +152,7 @@ def _moves(stored: StoredRows, at: int, query: Mapping[str, str]) -> str:
 def _text(watched: WatchedCache, row: Row) -> Iterator[str]:
     real = int((row.segment_ids > 0).sum())
     if real > int((row.loss_mask & (row.segment_ids > 0)).sum()):
-        yield paragraph("Dotted and slanted: tokens that are not targets.")
+        yield paragraph("Tokens that are not targets are dotted and slanted.")
     documents = []
     for document, start, stop in documents_of(row):
         tag = f"document {document}, tokens {start} to {stop - 1}"
@@ -160,7 +160,7 @@ def _text(watched: WatchedCache, row: Row) -> Iterator[str]:
     if documents:
         yield FRAGMENTS.running("Text of the row", Markup("").join(documents))
     if real < len(row.tokens):
-        yield paragraph(f"{len(row.tokens) - real:,} places are padding.")
+        yield paragraph(f"The other {counted(len(row.tokens) - real, 'token')} of the row are padding.")
 
 
 def _chooser(
@@ -182,12 +182,12 @@ def _chooser(
 
 def _blocks(found: RowLook, block: int | None) -> Iterator[str]:
     if not found.taps or not found.real.any():
-        yield paragraph("There are no numbers of real tokens to show.")
+        yield paragraph("There are no activations of real tokens to show.")
         return
     yield figures([*(_map(found, tap) for tap in found.taps if len(tap.slots) > 2), _curves(found)])
     yield from (_summary(found, tap) for tap in found.taps)
     if block is not None:
-        yield paragraph("Of resid, a block has the slot that enters it and the one that leaves it.")
+        yield paragraph("A block has two slots of resid: the stream that enters it and the stream that leaves it.")
 
 
 def _map(found: RowLook, tap: TapFacts) -> Figure:
@@ -207,7 +207,7 @@ def _map(found: RowLook, tap: TapFacts) -> Figure:
     words = f"from {norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
     return Figure(
         title=f"{NAMES.get(tap.tap, tap.tap).capitalize()} by slot and token",
-        caption=f"The norm of every token's vector, {words}. Dashed: a document begins; blank: padding.",
+        caption=f"The norm of every token's vector, {words}. A dashed line starts a document; padding is blank.",
         alt=f"Heat map of the norms of {tap.tap} by slot and token, {words}.",
         svg=draw_maps(maps, 2.2),
     )
@@ -250,7 +250,10 @@ def _tokens(watched: WatchedCache, found: RowLook, start: int, kept: Mapping[str
     count = len(found.row.tokens)
     stop = min(start + TOKENS_SHOWN, count)
     if any(len(tap.slots) > 1 for tap in found.taps):
-        yield paragraph("norm and largest: maximum over the slots; cosine: minimum to the next slot; @ the slot.")
+        yield paragraph(
+            "norm and largest are maxima over the slots shown, cosine (with the next slot) is the minimum; @ names the "
+            "slot."
+        )
     before = address(f"/row/{found.number}", **kept, start=max(start - TOKENS_SHOWN, 0)) if start else None
     after = address(f"/row/{found.number}", **kept, start=stop) if stop < count else None
     yield steps("Pages of tokens", [("← earlier tokens", before), ("later tokens →", after)])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distillcache.schemas.store.store import Store
-from distillcache.tools.pages.html import Numeric, code, figures, note, number, paragraph, progress, table
+from distillcache.tools.pages.html import Numeric, code, figures, note, number, page_title, paragraph, progress, table
 from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.tools.report.run import (
     block_fragments,
@@ -121,7 +121,7 @@ def run_view(watched: WatchedRun, here: str) -> View:
         "/config": lambda: [code(found.text, "The resolved config")] if found.text else [],
     }
     view = View(
-        "The run" if here == "/" else title,
+        page_title("Run", watched.store.url) if here == "/" else title,
         f"{run_subtitle(found.config, found.done, found.of)}{_last_news(watched, found)}",
         here,
         EVERY_S if _goes_on(watched, found) else 0,

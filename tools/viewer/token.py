@@ -14,6 +14,7 @@ from distillcache.tools.look.row_facts import shown
 from distillcache.tools.look.stored_rows import StoredRows, finite, lengths
 from distillcache.tools.pages.figures import Figure, Line, draw_lines
 from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, facts, figures, note, number, paragraph, table
+from distillcache.tools.report.cache import low_and_high
 from distillcache.tools.viewer.asked import NotThere
 from distillcache.tools.viewer.page import View, steps
 from distillcache.tools.viewer.row import committed_row, one_line, running_text
@@ -149,7 +150,7 @@ def _norms(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure:
         Line(name, np.asarray([each.slot for each in found], float), np.asarray([each.norm for each in found]))
         for name, found in vectors.items()
     ]
-    words = "; ".join(f"{line.name} from {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in lines)
+    words = "; ".join(map(low_and_high, lines))
     svg = draw_lines(lines, "slot", "norm", points=True, whole=True)
     return Figure("Norm by slot", f"{words}.", f"Line chart of the token's norm by slot: {words}.", svg)
 
@@ -160,9 +161,10 @@ def _alike(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
     if len(found) < 2:
         return None
     slots, cosines = np.asarray([slot for slot, _ in found], float), np.asarray([value for _, value in found], float)
-    words = f"least {cosines.min():.4g} at slot {int(slots[cosines.argmin()])}"
+    words = f"lowest {cosines.min():.4g} (slot {int(slots[cosines.argmin()])})"
     svg = draw_lines([Line("cosine", slots, cosines)], "slot", "cosine", points=True, whole=True, linear=True)
-    return Figure("Cosine to the next slot", f"Of resid; {words}.", f"Line chart of the cosine by slot: {words}.", svg)
+    title = "Cosine of resid with the next slot"
+    return Figure(title, f"L{words[1:]}.", f"Line chart of the {title.lower()}: {words}.", svg)
 
 
 def _expected(watched: WatchedCache, stored: StoredRows, at: int, row: Row, token: int) -> Iterator[str]:

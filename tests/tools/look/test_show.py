@@ -49,6 +49,16 @@ def test_one_block(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_allclose(found["taps"]["attn_out"]["norm"][0], np.linalg.norm(attn_out[1], axis=-1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("flags", [[], ["--block", "1"]])
+def test_the_figures_of_a_token_are_said_to_be_of_the_listed_slots(
+    flags: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not main(["show", str(cache), *flags])
+    printed = capsys.readouterr().out
+    assert "over the slots listed above" in printed
+    assert "all slots" not in printed
+
+
 def test_a_picture(cache: Path, tmp_path: Path) -> None:
     pictures = [tmp_path / name for name in ("a.svg", "b.svg", "a.png")]
     for picture in pictures:

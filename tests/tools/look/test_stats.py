@@ -76,8 +76,10 @@ def test_outliers_dead_dimensions_and_nans(cache: Path, tmp_path: Path, capsys: 
     assert [at for at, _ in one["outlier_dimensions"]] == [7]
     assert one["dead_dimensions"] == 1
     assert two["nonfinite"] == 4
-    assert not main(["stats", str(planted), "--rows", "2"])
-    assert "2 not finite" in capsys.readouterr().out
+    assert not main(["stats", str(planted), "--rows", "2", "--out", str(tmp_path / "s.npz")])
+    printed = capsys.readouterr().out
+    assert "2 not finite" in printed
+    assert f"written to {tmp_path / 's.npz'}" in printed
 
 
 @pytest.mark.parametrize("size", [1e18, 1e24, 1e30])

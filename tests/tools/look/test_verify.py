@@ -64,6 +64,10 @@ def test_a_whole_cache_has_no_findings(cache: Path, capsys: pytest.CaptureFixtur
         assert found["finished"]
         assert found["findings"] == []
         assert found["checked"] == {"files": 8, "shards": 5, "objects": 10, "rows_files": 5}
+        assert main(["verify", str(cache), *flags]) == 0
+        printed = capsys.readouterr().out
+        assert ("Every byte is as committed" in printed) == (not flags)
+        assert f"distillcache fidelity {cache}" in printed
 
 
 @pytest.mark.parametrize("codec", ["f32", "int8"])

@@ -17,13 +17,20 @@ from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages import figures
 from distillcache.tools.pages.figures import HeatMap, Line, draw_maps
 from distillcache.tools.pages.html import page_title
-from distillcache.tools.report.cache import _span, pooled
+from distillcache.tools.report.cache import low_and_high, pooled
 from distillcache.tools.report.command import write_report
 from distillcache.tools.report.curves import POINTS, block_curves, curve
 from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
-from distillcache.tools.report.run import divergence_warnings
+from distillcache.tools.report.run import (
+    _schedule,
+    block_fragments,
+    divergence_warnings,
+    evaluation_fragments,
+    speed_fragments,
+)
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.divergence import BestCheckpoint, Measure, diverged_error
+from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_ending
 from distillcache.trainer.train import divergence_summary
 from tests.conftest import build_config
@@ -56,7 +63,10 @@ def write_run(folder: Path, steps: int = 40, name: str = "runs/a") -> Path:
         line = {"step": step, "distill/total_loss": 1 / step, "distill/out_proj_feature_loss": 0.75 / step}
         line |= {"distill/mlp_loss": 0.25 / step, "feature/block_00": 1 / step, "feature/block_01": 0.1 / step}
         line |= {"perf/tokens_per_second": 1000.0 + step, "perf/data_wait_share": 0.5, "perf/step_time_seconds": 0.25}
-        line |= {"learning/current_learning_rate": 1e-3, "router/max_violation_block_01": 0.5}
+        line |= {
+            "learning/current_learning_rate": 2e-3 * min(step, 20 - step / 2),
+            "router/max_violation_block_01": 0.5,
+        }
         lines.append(line)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 99')  # a killed run's last line
@@ -72,6 +82,7 @@ def write_run(folder: Path, steps: int = 40, name: str = "runs/a") -> Path:
     )
     (folder / "config.yaml").write_text(
         f"run: {name}\ncache: {json.dumps(NASTY)}\nmode: blockwise\nsteps: 50\nbatch_rows: 4\n"
+        "student: {init: teacher, surgery: [{op: query_heads, to: 2, by: index}, {op: drop_blocks, blocks: [1]}]}\n"
         "loss: {alpha: 0.0, feature: {weight: 1.0}, mlp: {weight: 0.5}}\n"
     )
     (folder / "run.json").write_text("{}")
@@ -83,7 +94,7 @@ def write_run(folder: Path, steps: int = 40, name: str = "runs/a") -> Path:
 def test_a_caches_page_says_what_the_cache_is(cache: Path, of_cache: tuple[ReadPage, dict]) -> None:
     page, said = of_cache
     plan = open_cache(Store(str(cache)))[0].plan
-    facts = page.tables["The plan"]
+    facts = page.tables["The cache"]
     assert facts.row("Weights") == [plan.teacher.weights_digest]
     assert facts.row("Made")[0].startswith(f"{plan.created['at']} on {plan.created['host']}")
     assert facts.row("Rows")[0].startswith(f"{plan.rows.count - 4} for training, 4 held out, 16 tokens")
@@ -179,14 +190,20 @@ def test_a_runs_page_has_its_numbers(of_run: tuple[ReadPage, dict]) -> None:
     facts = page.tables["The run"]
     assert facts.row("Begun") == ["2026-11-22 10:54:01 UTC on host"]
     assert facts.row("Best held-out perplexity") == ["30 at step 20"]
-    assert facts.row("Loss weights") == ["feature 1.0, mlp 0.5"]
+    assert facts.row("Loss settings") == ["feature 1.0, mlp 0.5"]
+    assert facts.row("Student") == ["the teacher, after query_heads (to 2, by index), drop_blocks (blocks [1])"]
     assert page.tables["Terms of the loss"].row("attention output") == ["0.75", "0.01875", "0.01875"]
     assert page.tables["Loss of the attention output by block"].row("1") == ["0.1", "0.0025", "0.0025"]
     assert page.tables["Evaluations on held-out rows"].row("20 (best)") == ["30", "0.035", "0.5"]
-    assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "95.0%"]
+    assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "-95.0%"]
     assert page.tables["Load of the experts"].row("1") == ["1", "2.4", "0", "1"]
     assert page.tables["Speed in numbers"].row("tokens a second")[1] == "1,020.5"
-    assert "of steps alone: evaluations and checkpoints between steps take time of their own" in page.words
+    assert page.tables["Speed in numbers"].row("Waiting for data") == ["50.00%"] * 4
+    assert "evaluations and checkpoints between the steps are not counted" in page.words
+    assert "Starts at 0.002, peaks at 0.026 in step 13, ends at 0." in page.words
+    assert "90 before training, 36 at step 40; lowest 30 at step 20." in page.words
+    assert "0.45 before training, 0.2625 at step 40; lowest 0.035 at step 20." in page.words
+    assert "Median 50.00% of a step." in page.words
     assert {"Loss by term", "Learning rate", "Load over time, block 1", "Throughput"} <= page.figures.keys()
 
 
@@ -203,6 +220,51 @@ def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> N
     for words, warning in zip(expected, said["warnings"], strict=True):
         assert words in warning
         assert warning in page.words
+
+
+def evaluation(step: int, perplexity: float, closed: float | None = None) -> Evaluation:
+    return Evaluation(
+        step=step, perplexity=perplexity, blocks=(0,), cosine=(0.1,), teacher_perplexity=10.0, gap_closed=closed
+    )
+
+
+def test_a_single_evaluation_is_a_line_of_the_table_and_no_figure() -> None:
+    (drawn, listed) = (ReadPage(each) for each in (evaluation_fragments([evaluation(0, 90.0)])[:2]))
+    assert drawn.figures == {}
+    assert listed.tables["Evaluations on held-out rows"].row("0 (best)") == ["90", "0.1"]
+    blocks = ReadPage("".join(block_fragments([evaluation(0, 90.0)])))
+    assert blocks.tables["Cosine distance in numbers"].rows == [["block", "before training"], ["0", "0.1"]]
+
+
+def test_a_share_is_a_percentage() -> None:
+    found = [evaluation(0, 90.0), evaluation(20, 30.0, 0.75), evaluation(40, 14.0, 0.95), evaluation(60, 18.0, 0.9)]
+    page = ReadPage("".join(evaluation_fragments(found)))
+    assert page.tables["Evaluations on held-out rows"].row("20")[1] == "75.0%"
+    assert "75.0% at step 20, 90.0% at step 60; highest 95.0% at step 40." in page.words
+    assert "90 before training, 18 at step 60; lowest 14 at step 40; the teacher's is 10." in page.words
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ([0.3, 0.3, 0.3], "0.3 in every step"),
+        ([0.1, 0.3, 0.2], "starts at 0.1, peaks at 0.3 in step 2, ends at 0.2"),
+        ([0.3, 0.2, 0.1], "starts at 0.3, ends at 0.1"),
+        ([0.1, 0.2, 0.3], "starts at 0.1, ends at 0.3"),
+    ],
+)
+def test_a_schedule_in_words(rates: list[float], words: str) -> None:
+    found = curve([{"step": step, "rate": rate} for step, rate in enumerate(rates, 1)], "rate")
+    assert found is not None
+    assert _schedule(found) == words
+
+
+def test_a_run_that_hardly_waits_has_no_figure_of_it() -> None:
+    figures = {"perf/data_wait_share": 1e-4, "perf/tokens_per_second": 9.0, "perf/step_time_seconds": 1.0}
+    lines = [{"step": step, **figures} for step in range(1, 9)]
+    page = ReadPage("".join(speed_fragments(lines)))
+    assert page.figures.keys() == {"Throughput"}
+    assert page.tables["Speed in numbers"].row("Waiting for data") == ["0.01%"] * 4
 
 
 def summarise(run: Path, error: DivergedError | None) -> None:
@@ -361,4 +423,4 @@ def test_titles_name_the_thing_and_not_only_its_kind() -> None:
 
 def test_a_caption_gives_the_smallest_and_the_largest_value() -> None:
     line = Line("resid", np.array([0.0, 1.0, 2.0, 3.0]), np.array([2.0, 1.0, 9.0, 4.0]))
-    assert _span(line) == "resid from 1 (slot 1) to 9 (slot 2)"
+    assert low_and_high(line) == "resid: lowest 1 (slot 1), highest 9 (slot 2)"

@@ -115,7 +115,7 @@ def test_a_runs_pages_have_its_numbers(of_run: TestClient) -> None:
     assert read(of_run, "/losses").tables["Terms of the loss"].row("attention output") == ["0.75", "0.01875", "0.01875"]
     page = read(of_run, "/evaluations")
     assert page.tables["Evaluations on held-out rows"].row("20 (best)") == ["30", "0.035", "0.5"]
-    assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "95.0%"]
+    assert page.tables["Cosine distance in numbers"].row("0") == ["0.5", "0.025", "-95.0%"]
     assert "There is no checkpoint yet" in page.words
     assert read(of_run, "/experts").tables["Load of the experts"].row("1") == ["1", "2.4", "0", "1"]
     assert read(of_run, "/speed").tables["Speed in numbers"].row("tokens a second")[1] == "1,020.5"

@@ -66,7 +66,7 @@ def test_one_tap_and_one_block_of_a_row(client: TestClient, cache: Path) -> None
 
 def test_padding_and_documents_are_told(client: TestClient) -> None:
     page = read(client, "/row/37")
-    assert "places are padding" in page.words
+    assert "of the row are padding" in page.words
     assert any("padding" in cells for cells in page.tables["Tokens 0 to 15 of 16"].rows)
 
 
