@@ -295,7 +295,8 @@ class PlanConfig(BuildConfig):
     usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
 
     measure: bool = Field(
-        default=True, description="measure the teacher on a few batches of random tokens to estimate the time"
+        default=True,
+        description="run the teacher on random tokens for about half a minute, to estimate the time",
     )  # without it there is nothing to expect a time from
 
 

@@ -7,6 +7,7 @@ tokenised instead, and the report says that its numbers are estimates.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,9 +16,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,13 +38,14 @@ from distillcache.models.recorder import make_recorder
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BuildConfig, BuildSpec, DataConfig, PlanConfig, PrepareConfig, TapsConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.layout import ITEM_BYTES
 from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan
 from distillcache.schemas.format.rows import RowReader, Split, too_long_for_teacher
 from distillcache.schemas.format.tap_codec import signs_of
 from distillcache.schemas.store.store import Store, is_url, using
-from distillcache.tools.plan.printing import print_plan
+from distillcache.tools.plan.printing import print_next, print_sizes
 from distillcache.tools.plan.sizes import plan_for, total_bytes
 
 SAMPLE_BYTES = 16 << 20  # of text: a few seconds of tokenising; below it everything is counted
@@ -58,6 +61,12 @@ TOKEN_RECORD_BYTES = 4  # of a record for each token that it holds: somewhat les
 
 
 MEASURED_BATCHES = 2
+
+
+MEASURE_S = 12.0  # for the timed calls; reading the teacher, compiling and a first look at its speed come on top
+
+
+FIRST_LOOK = 64  # tokens of the call that tells how large a batch can be measured within that time
 
 
 # label -> (codec, delta coding of `resid`): what the table compares
@@ -84,8 +93,23 @@ class CountedRows:
     without_targets: tuple[Split, ...]
 
 
+log = logging.getLogger(__name__)
+
+
+class Speed(NamedTuple):
+    """A teacher's speed with its recorder, and the calls that it was measured in, of rows x row_tokens tokens each."""
+
+    tokens_per_s: float
+    calls: int
+    rows: int
+    row_tokens: int
+
+
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
-    """Print the cost of the build that the command line describes; with `--simulate`, of large texts."""
+    """Print the cost of the build that the command line describes; with `--simulate`, of large texts.
+
+    Sizes are printed first, since the teacher's speed takes about half a minute to measure.
+    """
     if "--simulate" in argv:
         from distillcache.tools.plan import scale_report  # here, since it is made of this module's parts
 
@@ -94,15 +118,39 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         return
     config = command_line.parse(PlanConfig, argv, command)
     with using(config.storage):
-        report = describe_build(config)
+        plan, report = describe_sizes(config)
+        if not as_json:
+            print_sizes(report)
+        report |= describe_time(config, plan)
     if as_json:
         print(json.dumps(report))
     else:
-        print_plan(report)
+        print_next(report)
 
 
 def describe_build(config: PlanConfig) -> dict[str, Any]:
-    """Everything that can be known of a build beforehand, as plain values; sizes in bytes, times in seconds.
+    """Everything that can be known of a build beforehand: `describe_sizes` and `describe_time`."""
+    plan, report = describe_sizes(config)
+    return report | describe_time(config, plan)
+
+
+def describe_time(config: PlanConfig, plan: Plan) -> dict[str, Any]:
+    """The build's time in seconds as plain values, extrapolated from the measured speed; None if it is not wanted."""
+    if not config.measure:
+        return {"tokens_per_s": None, "measured": None, "seconds": None, "processes": config.num_processes}
+    log.info("measuring the teacher's speed; `--measure false` leaves this out")
+    speed = measure_speed(config.teacher.path, config.dtype, plan)
+    tokens = plan.rows.count * plan.rows.row_tokens
+    return {
+        "tokens_per_s": speed.tokens_per_s,
+        "measured": {"calls": speed.calls, "rows": speed.rows, "row_tokens": speed.row_tokens},
+        "seconds": tokens / speed.tokens_per_s / config.num_processes,
+        "processes": config.num_processes,
+    }
+
+
+def describe_sizes(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a build, and its sizes in bytes and numbers of objects as plain values.
 
     at_most: taps are compressed, by how much nobody can know beforehand; sizes are those before compression.
     enough_room: None where that is unknown.
@@ -115,10 +163,9 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
     rows = count_rows(config.data, tokenizer)
     build = BuildConfig.model_validate(config.model_dump(exclude={"measure"}))
     plan = plan_for(build, model, rows.plan, config.teacher.path)
-    rate = measure_rate(config.teacher.path, config.dtype, plan) if config.measure else None
     free, total = free_bytes(config.cache), total_bytes(plan)
     unsure = free is None or (plan.is_compressed and total > free)
-    return {
+    report = {
         "cache": config.cache,
         "teacher": plan.teacher.model_dump(exclude={"weights_digest"}) | {"dtype": plan.numerics.dtype},
         "rows": {
@@ -141,13 +188,12 @@ def describe_build(config: PlanConfig) -> dict[str, Any]:
         },
         "objects": sum(_objects(plan, part) for tap in plan.taps for part in tap.parts),
         "memory_in_flight": memory_in_flight(config.max_in_flight_mib, plan),
-        "tokens_per_s": rate,
-        "seconds": None if rate is None else plan.rows.count * plan.rows.row_tokens / rate / config.num_processes,
-        "processes": config.num_processes,
         "free_bytes": free,
         "enough_room": None if unsure or free is None else total <= free,
         "choices": compare_choices(build, model, rows.plan),
+        "batch_rows": plan.batch_rows,
     }
+    return plan, report
 
 
 def count_rows(data: DataConfig, tokenizer: TextTokenizer) -> CountedRows:
@@ -190,18 +236,47 @@ def unpacked_bytes(file: InputFile, text_field: str = "text") -> int:
     return round(len(unpacked) * file.size / max(len(packed), 1))
 
 
-def measure_rate(teacher: str, dtype: str | None, plan: Plan) -> float:
-    """Tokens a second of the teacher with its recorder, on random tokens; compiling is left out."""
-    decoder = load_pretrained(teacher, dtype=dtype)
-    record, parameters = make_recorder(decoder, plan.taps, signs_of(plan))
-    shape = (plan.batch_rows, plan.rows.row_tokens)
-    tokens = np.random.default_rng(0).integers(0, plan.teacher.vocab_size, shape, np.int32)
+def measure_speed(teacher: str, dtype: str | None, plan: Plan) -> Speed:
+    """Measure the teacher with its recorder on random tokens, without compiling, for about `MEASURE_S` at most.
+
+    A call of a few tokens tells how much of a batch fits into that time; that much is measured.
+    """
+    log.info("reading the teacher")
+    record, parameters = make_recorder(load_pretrained(teacher, dtype=dtype), plan.taps, signs_of(plan))
+    timed = partial(_time_calls, jax.jit(record), parameters, plan.teacher.vocab_size)
+    shape = (1, min(FIRST_LOOK, plan.rows.row_tokens))
+    log.info(f"compiling, and recording {_said(shape)}")
+    first = timed(shape, 1)
+    shape = measured_shape(1 / first.tokens_per_s, plan.batch_rows, plan.rows.row_tokens)
+    if shape == (first.rows, first.row_tokens):
+        return first
+    log.info(f"compiling, and recording {_said(shape)}, at most about {MEASURE_S:.0f} s")
+    return timed(shape, MEASURED_BATCHES)
+
+
+def _said(shape: tuple[int, int]) -> str:
+    return f"{counted(shape[0], 'row')} of {counted(shape[1], 'token')}"
+
+
+def measured_shape(seconds_a_token: float, batch_rows: int, row_tokens: int) -> tuple[int, int]:
+    """(rows, tokens of each) to measure within `MEASURE_S`: a batch if it fits, else fewer rows, else part of a row."""
+    tokens = int(MEASURE_S / seconds_a_token)
+    if tokens >= row_tokens:
+        return min(tokens // row_tokens, batch_rows), row_tokens
+    return 1, min(max(tokens, FIRST_LOOK), row_tokens)
+
+
+def _time_calls(record: Any, parameters: Any, vocab_size: int, shape: tuple[int, int], most: int) -> Speed:
+    """Compile the jitted recorder for random tokens `[rows, tokens]`, and time up to `most` calls."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
     inputs = (tokens, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape), np.ones(shape, np.int32))
-    jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
-    start = time.perf_counter()
-    for _ in range(MEASURED_BATCHES):
-        jax.block_until_ready(record(parameters, *map(jax.numpy.asarray, inputs)))
-    return MEASURED_BATCHES * tokens.size / (time.perf_counter() - start)
+    arrays = [jax.numpy.asarray(each) for each in inputs]
+    compiled = record.lower(parameters, *arrays).compile()
+    start, took, calls = time.perf_counter(), 0.0, 0
+    while calls < most and took + took / max(calls, 1) <= MEASURE_S:  # another call only if it fits
+        jax.block_until_ready(compiled(parameters, *arrays))
+        calls, took = calls + 1, time.perf_counter() - start
+    return Speed(calls * tokens.size / took, calls, *shape)
 
 
 def free_bytes(cache: str) -> int | None:
@@ -255,6 +330,7 @@ def _count_sample(data: DataConfig, tokenizer: TextTokenizer) -> tuple[int, int,
     files = input_files(data)
     sampled = files[:: -(-len(files) // SAMPLE_FILES)]
     text, tokens, targets = 0, 0, False
+    log.info(f"tokenising a sample of the text, from {len(sampled):,} of {counted(len(files), 'file')}")
     for file in sampled:
         for document in _beginning(file, data, tokenizer, SAMPLE_BYTES // len(sampled)):
             arrays = [

@@ -1,4 +1,4 @@
-"""Output of `distillcache plan`: the cost of the build by array, and of the same rows in other codecs."""
+"""Output of `distillcache plan`: the cost of the build by array and of the same rows in other codecs; then its time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from distillcache.schemas.runtime.progress import format_seconds
 from distillcache.tools.pages.terminal import table_console
 
 
-def print_plan(report: Mapping[str, Any]) -> None:
-    """The report of `plan.describe_build` on standard output."""
+def print_sizes(report: Mapping[str, Any]) -> None:
+    """The report of `plan.describe_sizes` on standard output."""
     console = table_console()
     console.print(_facts(report))
     if not report["rows"]["exact"]:
@@ -28,7 +28,13 @@ def print_plan(report: Mapping[str, Any]) -> None:
     console.print(_taps(report))
     console.print()
     console.print(_choices(report))
+
+
+def print_next(report: Mapping[str, Any]) -> None:
+    """The time that a build takes, of `plan.describe_build`, and the next command."""
+    console = table_console()
     console.print()
+    console.print(f"time  {_time(report)}")
     for line in _next_steps(report):
         console.print(line)
 
@@ -50,7 +56,6 @@ def _facts(report: Mapping[str, Any]) -> Table:
     each = f"{shards['rows']:,} row{'s' if shards['rows'] > 1 else ''} and {most}{in_bytes(shards['bytes'])} each"
     facts.add_row("shards", f"{about}{shards['count']:,} of {each}, in {counted(report['objects'], 'object')}")
     facts.add_row("memory", f"at most {in_bytes(report['memory_in_flight'])} on the host between teacher and store")
-    facts.add_row("time", _time(report))
     facts.add_row("free", _free(report))
     return facts
 
@@ -61,10 +66,21 @@ def _computed(teacher: Mapping[str, Any]) -> str:
 
 def _time(report: Mapping[str, Any]) -> str:
     if report["seconds"] is None:
-        return "not measured (--measure true runs the teacher)"
+        return "not measured; without `--measure false`, `plan` runs the teacher for about half a minute"
     count = report["processes"]
     share = "one process like this one" if count == 1 else f"each of {count} processes like this one"
-    return f"about {format_seconds(report['seconds'])}, at {report['tokens_per_s']:,.0f} tokens/s of {share}"
+    rate = f"{report['tokens_per_s']:,.0f} tokens/s of {share}"
+    return f"about {format_seconds(report['seconds'])}, extrapolated from {_measured(report)}: {rate}"
+
+
+def _measured(report: Mapping[str, Any]) -> str:
+    """`2 batches`, or the smaller part of a batch that was recorded."""
+    calls, rows, tokens = (report["measured"][key] for key in ("calls", "rows", "row_tokens"))
+    if tokens < report["rows"]["row_tokens"]:
+        return f"{tokens:,} of a row's {report['rows']['row_tokens']:,} tokens"
+    if rows < report["batch_rows"]:
+        return f"{counted(rows, 'row')} of a batch's {report['batch_rows']:,}"
+    return f"{calls} whole batch{'es' if calls > 1 else ''}"
 
 
 def _free(report: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 
+import jax
 import pytest
 
 from distillcache.cache_builder.build import build_cache
@@ -14,7 +15,8 @@ from distillcache.schemas.config import BuildConfig, DataConfig, PlanConfig
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
 from distillcache.tools.plan import command
-from distillcache.tools.plan.command import count_rows, describe_build, unpacked_bytes
+from distillcache.tools.plan.command import MEASURE_S, count_rows, describe_build, measured_shape, unpacked_bytes
+from distillcache.tools.plan.printing import _measured
 from tests.conftest import build_config
 
 TAPS = {"attn_out": {"codec": "int8"}, "resid": {"codec": "int8", "delta": True, "keyframe_every": 2}}
@@ -61,7 +63,64 @@ def test_a_measured_forward_gives_a_time(tmp_path, teacher, corpus):
     one = describe_build(plan_config(config, measure=True))
     assert one["tokens_per_s"] > 0
     assert one["seconds"] == pytest.approx(one["rows"]["count"] * 16 / one["tokens_per_s"])
+    assert one["measured"] == {"calls": 2, "rows": 4, "row_tokens": 16}
     assert describe_build(plan_config(config))["seconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_token", "shape"),
+    [
+        (1e-5, (16, 1024)),  # a batch takes a moment
+        (MEASURE_S / (16 * 1024), (16, 1024)),
+        (MEASURE_S / (5.5 * 1024), (5, 1024)),
+        (MEASURE_S / 1024, (1, 1024)),
+        (MEASURE_S / 700, (1, 700)),  # a row does not fit
+        (10.0, (1, 64)),  # hardly anything does
+    ],
+)
+def test_a_measurement_is_as_large_as_fits_into_its_time(seconds_a_token: float, shape: tuple[int, int]) -> None:
+    assert measured_shape(seconds_a_token, batch_rows=16, row_tokens=1024) == shape
+
+
+def test_calls_stop_in_time(monkeypatch):
+    clock = iter(range(0, 1000, 5))  # a call takes five seconds, by this clock
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    found = command._time_calls(jax.jit(lambda parameters, *arrays: arrays[0]), None, 10, (2, 4), 5)
+    assert (found.calls, found.rows, found.row_tokens, found.tokens_per_s) == (2, 2, 4, 1.6)
+
+
+def test_sizes_are_printed_before_the_teacher_is_measured(tmp_path, teacher, corpus, monkeypatch, capsys):
+    printed = []
+
+    def measure(*_: object) -> command.Speed:
+        printed.append(capsys.readouterr())
+        return command.Speed(8.0, 1, 3, 16)
+
+    monkeypatch.setattr(command, "measure_speed", measure)
+    words = ["plan", "--cache", str(tmp_path / "cache"), "--teacher.path", str(teacher), "--data.path", str(corpus)]
+    words += ["--data.row-tokens", "16", "--data.eval-rows", "4", "--batch-rows", "4"]
+    assert cli.main(words) == 0
+    (before,), after = printed, capsys.readouterr()
+    assert "bytes a token" in before.out
+    assert "int8, resid as differences" in before.out
+    assert "`--measure false` leaves this out" in before.err
+    assert "bytes a token" not in after.out
+    assert "extrapolated from 3 rows of a batch's 4: 8 tokens/s" in after.out
+    assert cli.main([*words, "--measure", "false"]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({"calls": 2, "rows": 4, "row_tokens": 16}, "2 whole batches"),
+        ({"calls": 1, "rows": 4, "row_tokens": 16}, "1 whole batch"),
+        ({"calls": 1, "rows": 1, "row_tokens": 16}, "1 row of a batch's 4"),
+        ({"calls": 1, "rows": 1, "row_tokens": 9}, "9 of a row's 16 tokens"),
+    ],
+)
+def test_what_a_time_is_extrapolated_from(measured: dict[str, int], words: str) -> None:
+    assert _measured({"measured": measured, "batch_rows": 4, "rows": {"row_tokens": 16}}) == words
 
 
 def test_a_large_text_is_sampled(tmp_path, teacher, monkeypatch):
