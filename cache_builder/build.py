@@ -100,6 +100,7 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
                 store=store,
                 options=config,
                 tokenizer=tokenizer,
+                teacher=config.teacher.path,
                 decoder=decoder,
                 plan=plan,
                 rows=rows,

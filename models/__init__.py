@@ -2,6 +2,7 @@
 
 config.py      ModelConfig: sizes, positions, layer plan
 decoder.py     Decoder: stacked parameters, scanned blocks, taps as return values
+head.py        last norm and LM head: from the last stream to logits
 layers/        sublayers of a block
 routing.py     expert selection and load balancing
 recorder.py    compiled teacher forward that returns encoded taps

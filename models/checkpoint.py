@@ -9,7 +9,7 @@ list of those that do not fit.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from distillcache.models.files.maxtext.names import maxtext_layout
 from distillcache.models.files.packed import unpacked, without_padding
 from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
 from distillcache.models.files.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
+from distillcache.models.head import OutputHead, head_of
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location, ObjectPath
 
@@ -66,6 +67,24 @@ def load_pretrained(
     try:
         own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config, layout)
         return fill_decoder(config, source, own, mesh, layout, None if run is None else run.open())
+    finally:
+        source.close()
+
+
+def load_head(path: str | os.PathLike[str] | ObjectPath, dtype: jnp.dtype | str) -> OutputHead:
+    """The last norm and LM head of a checkpoint, on the host; no other weights are read.
+
+    Args:
+        path, dtype: as of `load_pretrained`.
+    """
+    where = locate_checkpoint(path)
+    run = _run_of(where)
+    config, source, layout = _open(where if run is None else run.student)
+    try:
+        trained = None if run is None else run.open()
+        names = ("final_norm", "embed" if config.tie_embeddings else "head")
+        _, source, fills = _planned_fills(config, source, jnp.dtype(dtype), None, layout, trained, names)
+        return head_of(config, {path[0]: np.asarray(fill.load(source)) for path, _, fill in fills})
     finally:
         source.close()
 
@@ -228,9 +247,14 @@ def _planned_fills(
     mesh: Mesh | None,
     layout: Layout | None,
     trained: TrainedParameters | None,
+    wanted: Collection[str] | None = None,
 ) -> tuple[nnx.GraphDef[Decoder], TensorSource, list[tuple[Any, Any, ParameterFill]]]:
     """The structure of a decoder, the source without rows of padding, and of every parameter its path, an abstract
-    value and how it is filled."""
+    value and how it is filled.
+
+    Args:
+        wanted: of these parameters alone, by the first name of their paths; None: of all.
+    """
     layout = _tied_layout(config, source, layout or layout_of(config))
     source = without_padding(source, layout, config)
     graph, abstract = abstract_decoder(config, dtype)
@@ -240,7 +264,11 @@ def _planned_fills(
         slots[slot.path].append(slot)
     shapes = {path: value.shape for path, value in parameters.items()}
     _check_tensors(config, layout, source, shapes, slots)
-    fills = [(path, value, plan_fill(path, value, slots[path], mesh, trained)) for path, value in parameters.items()]
+    fills = [
+        (path, value, plan_fill(path, value, slots[path], mesh, trained))
+        for path, value in parameters.items()
+        if wanted is None or path[0] in wanted
+    ]
     source.announce([(read.slot.name, read.box) for _, _, fill in fills for read in fill.reads])
     return graph, source, fills
 

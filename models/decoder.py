@@ -231,13 +231,13 @@ def logits_of(
 ) -> Float[Array, "B T V"]:
     """Next-token logits of a stream by the last norm's weights and the head."""
     x = rms_norm(resid, norm, config.norm_eps, product=config.norm_product)
-    found = x @ (_normed_head(head) if config.norm_head else head)
+    found = x @ (normed_head(head) if config.norm_head else head)
     if config.logits_divisor != 1:
         found = found / config.logits_divisor
     return found if config.logits_softcap is None else softcap(found, config.logits_softcap)
 
 
-def _normed_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
+def normed_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
     """Each hidden number's weights over their norm, in float32. Source: Ling's code, after Baichuan 2."""
     wide = head.astype(jnp.float32)
     norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=1, keepdims=True))

@@ -1,7 +1,7 @@
 """Exact losses over the whole vocabulary from streams and heads: logits exist for a few tokens at a time.
 
 Teacher and student each give the normed stream that leaves their last block, `[B, T, D]`, and their head, `[D, V]`. A
-scan goes over pieces of the sequence; a piece's logits are made, compared, differentiated in closed form and dropped.
+scan goes over tiles of the sequence; a tile's logits are made, compared, differentiated in closed form and dropped.
 The gradients of stream and head are made in the same pass, so a training step computes each side's logits once, as
 the plain way does, and `[B, T, V]` never exists, forward or backward.
 
@@ -22,14 +22,17 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from distillcache.models.head import LogitShape
 from distillcache.models.layers.norm import softcap
 from distillcache.models.mesh.ambient import ROW_AXES, TENSOR_AXIS, splitting_axes
 from distillcache.trainer.losses import NO_MASS, counted_predictions
 
-PIECE_LOGITS = 2**24  # logits of one side that exist at a time: 64 MiB in float32
+TILE_LOGITS = 2**24  # logits of one side that exist at a time: 64 MiB in float32
 NEAR = 20.0  # differences of logits up to which their powers are summed
 SERIES_TERMS = 8  # 0.5^9 / 9! is beyond float32
 SERIES_WITHIN = 0.5  # below it e^x - 1 - x is summed as a series; beyond it the difference has lost at most 3 bits
+
+SIMPLE = LogitShape()  # a head of its own and nothing else
 
 Direction = Literal["forward", "reverse", "jsd", "skew"]
 
@@ -45,23 +48,6 @@ class Divergence:
 
     direction: Direction = "forward"
     share: float = 0.5
-
-
-@dataclass(frozen=True)
-class LogitShape:
-    """The computation from stream and head to logits: `softcap(stream @ head / divisor)`.
-
-    tied: the head is a table of embeddings, `[V, D]`: used as it lies, since a transposed copy would cost its memory.
-    """
-
-    divisor: float = 1.0
-    softcap: float | None = None
-    tied: bool = False
-
-    @property
-    def vocabulary_axis(self) -> int:
-        """The head's axis of V."""
-        return 0 if self.tied else 1
 
 
 class Side(NamedTuple):
@@ -99,14 +85,14 @@ class HeadLosses:
     """The static side of the losses.
 
     student, teacher: how each one's logits are made. real_vocab: ids from here on are padding, of no mass on either
-    side; the heads may then differ in their number of columns. piece_logits: see `PIECE_LOGITS`.
+    side; the heads may then differ in their number of columns. tile_logits: see `TILE_LOGITS`.
     """
 
     divergence: Divergence = Divergence()
-    student: LogitShape = LogitShape()
-    teacher: LogitShape = LogitShape()
+    student: LogitShape = SIMPLE
+    teacher: LogitShape = SIMPLE
     real_vocab: int | None = None
-    piece_logits: int = PIECE_LOGITS
+    tile_logits: int = TILE_LOGITS
 
     def __call__(
         self,
@@ -151,7 +137,7 @@ class HeadLosses:
 
 
 class _Given(NamedTuple):
-    """Inputs that are cut into pieces, `[B, T, ...]`, or of a piece `[n, ...]`. targets: the next token's id."""
+    """Inputs that are cut into tiles, `[B, T, ...]`, or of a tile `[n, ...]`. targets: the next token's id."""
 
     student: Float[Array, "*N D"]
     teacher: Float[Array, "*N D"]
@@ -167,7 +153,7 @@ class _Wanted(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of the loss by the student's stream and head; None: not wanted."""
+    """Gradients of the loss by the student's stream and head; None: not wanted."""
 
     stream: Float[Array, "B T D"] | None
     head: Float[Array, "D V"] | Float[Array, "V D"] | None
@@ -213,10 +199,10 @@ def _on_devices(
     columns = student.shape[losses.student.vocabulary_axis]
     across = TENSOR_AXIS if TENSOR_AXIS in sizes and columns % sizes[TENSOR_AXIS] == 0 else None
     if not rows and across is None:
-        return _scan_pieces(losses, given, student, teacher, weights, across=None, wanted=wanted)
+        return _scan_tiles(losses, given, student, teacher, weights, across=None, wanted=wanted)
 
     def on_device(given: _Given, *others: Any) -> tuple[HeadSums, _Gradients]:
-        sums, (stream, head) = _scan_pieces(losses, given, *others, across=across, wanted=wanted)
+        sums, (stream, head) = _scan_tiles(losses, given, *others, across=across, wanted=wanted)
         if across is not None and stream is not None:
             stream = _summed(stream, across)
         if rows and head is not None:
@@ -243,7 +229,7 @@ def _summed(gradient: Array, axes: str | tuple[str, ...]) -> Array:
     return jax.lax.psum(wide, axes).astype(gradient.dtype)
 
 
-def _scan_pieces(
+def _scan_tiles(
     losses: HeadLosses,
     given: _Given,
     student: Array,
@@ -253,33 +239,33 @@ def _scan_pieces(
     across: str | None,
     wanted: _Wanted,
 ) -> tuple[HeadSums, _Gradients]:
-    """All tokens of a device, as many at a time as `piece_logits` allows. across: the axis that splits the columns."""
+    """All tokens of a device, as many at a time as `tile_logits` allows. across: the axis that splits the columns."""
     width = student.shape[losses.student.vocabulary_axis]
     columns = _Columns.here(width, across)
     tokens = given.counts.size
-    pieces = min(tokens, -(-tokens * width // losses.piece_logits))
-    size = -(-tokens // pieces)
+    tiles = min(tokens, -(-tokens * width // losses.tile_logits))
+    size = -(-tokens // tiles)
 
     def cut(x: Array) -> Array:
         flat = x.reshape(tokens, *x.shape[2:])
-        flat = jnp.pad(flat, ((0, pieces * size - tokens), *[(0, 0)] * (flat.ndim - 1)))
-        return flat.reshape(pieces, size, *flat.shape[1:])
+        flat = jnp.pad(flat, ((0, tiles * size - tokens), *[(0, 0)] * (flat.ndim - 1)))
+        return flat.reshape(tiles, size, *flat.shape[1:])
 
-    def one(carry: tuple[HeadSums, Array | None], piece: _Given) -> tuple[tuple[HeadSums, Array | None], Any]:
+    def one(carry: tuple[HeadSums, Array | None], tile: _Given) -> tuple[tuple[HeadSums, Array | None], Any]:
         sums, of_head = carry
         # What does not count is taken out first: a NaN there must reach no sum and no gradient.
         own, its = (
-            jnp.where(piece.counts[:, None], stream, 0).astype(head.dtype)
-            for stream, head in ((piece.student, student), (piece.teacher, teacher))
+            jnp.where(tile.counts[:, None], stream, 0).astype(head.dtype)
+            for stream, head in ((tile.student, student), (tile.teacher, teacher))
         )
         vocabulary, hidden = losses.student.vocabulary_axis, 1 - losses.student.vocabulary_axis
         logits, pull = jax.vjp(partial(_logits, losses.student), _product(own, 1, student, hidden))
         theirs = _logits(losses.teacher, _product(its, 1, teacher, 1 - losses.teacher.vocabulary_axis))
-        found, slope = _compare(losses, _Pair(theirs, logits), piece, weights, columns)
+        found, slope = _compare(losses, _Pair(theirs, logits), tile, weights, columns)
         sums = jax.tree.map(jnp.add, sums, found)
         by_product = pull(slope)[0].astype(student.dtype)  # where no gradient is wanted XLA drops it
         if of_head is not None:
-            of_head = _add_product(of_head, own, by_product, hidden, losses.piece_logits)
+            of_head = _add_product(of_head, own, by_product, hidden, losses.tile_logits)
         of_stream = _product(by_product, 1, student, vocabulary) if wanted.stream else None
         return (sums, of_head), of_stream
 
@@ -287,7 +273,7 @@ def _scan_pieces(
     start = HeadSums(*[jnp.zeros(())] * len(HeadSums._fields)), zero
     (sums, of_head), of_stream = jax.lax.scan(one, start, jax.tree.map(cut, given))
     if of_stream is not None:
-        of_stream = of_stream.reshape(pieces * size, -1)[:tokens].reshape(given.student.shape)
+        of_stream = of_stream.reshape(tiles * size, -1)[:tokens].reshape(given.student.shape)
         of_stream = of_stream.astype(given.student.dtype)
     return sums, _Gradients(of_stream, None if of_head is None else of_head.astype(student.dtype))
 
@@ -339,7 +325,7 @@ def _product(a: Array, of_a: int, b: Array, of_b: int) -> Array:
 def _add_product(
     total: Float[Array, "D v"], own: Float[Array, "n D"], by_product: Float[Array, "n v"], hidden: int, most: int
 ) -> Float[Array, "D v"]:
-    """Add a piece's gradient of the head, some hidden numbers at a time: the product as a whole would be as large as
+    """Add a tile's gradient of the head, some hidden numbers at a time: the product as a whole would be as large as
     the head. hidden: the head's axis of D; most: numbers of the product that exist at a time."""
     depth = own.shape[1]
     slices = next(n for n in range(1, depth + 1) if depth % n == 0 and (total.size // n <= most or n == depth))
@@ -364,13 +350,13 @@ def _logits(shape: LogitShape, product: Float[Array, "n v"]) -> Float[Array, "n 
 
 
 def _compare(
-    losses: HeadLosses, logits: _Pair, piece: _Given, weights: HeadWeights, columns: _Columns
+    losses: HeadLosses, logits: _Pair, tile: _Given, weights: HeadWeights, columns: _Columns
 ) -> tuple[HeadSums, Float[Array, "n v"]]:
-    """The sums of a piece, and the loss's derivative by the student's logits."""
+    """The sums of a tile, and the loss's derivative by the student's logits."""
     if losses.real_vocab is not None:
         real = columns.ids < losses.real_vocab
         logits = _Pair(*(jnp.where(real, side, NO_MASS) for side in logits))
-    is_target = columns.ids == piece.targets[:, None]
+    is_target = columns.ids == tile.targets[:, None]
     (teacher_sum, _), (student_sum, probabilities) = (_softmax(side, columns) for side in logits)
     chosen = [columns.total(jnp.where(is_target, side, 0.0)) for side in logits]
     warm = _ratio(_Pair(*(side / weights.tau for side in logits)), columns)
@@ -385,7 +371,7 @@ def _compare(
         agreement=choices[0] == choices[1],
         targets=jnp.ones_like(terms),
     )
-    counts = piece.counts[:, None]
+    counts = tile.counts[:, None]
     sums = jax.tree.map(lambda value: jnp.sum(jnp.where(counts, value, 0.0)), found)
     by_logits = weights.divergence / weights.tau * slope + weights.cross_entropy * (probabilities - is_target)
     return sums, jnp.where(counts, by_logits, 0.0)
@@ -414,7 +400,8 @@ def _ratio(logits: _Pair, columns: _Columns) -> _Ratio:
 def _divergence(
     divergence: Divergence, ratio: _Ratio, columns: _Columns
 ) -> tuple[Float[Array, "n 1"], Float[Array, "n v"]]:
-    """Of each token, and its derivative by the student's logits: `s (g - sum(s g))`, g by the student's probability."""
+    """The divergence of each token, and its derivative by the student's logits: `s (g - sum(s g))`, g by the student's
+    probability."""
     x, t, s = ratio
     if divergence.direction == "forward":
         slope = jnp.where(jnp.abs(x) < SERIES_WITHIN, t * jnp.expm1(x), s - t)

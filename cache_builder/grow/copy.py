@@ -83,7 +83,7 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
         for tap, what in recoded.items():
             log.info(f"{tap}: {what}")
         with guarded_by_plan(store, plan) as placed:
-            for key, value in copied_files(source, groups[0], plan).items():
+            for key, value in copied_files(source, groups, plan).items():
                 placed.put_once(key, value)
             leases = Leases(store, plan.segment, config.claim_expiry_s)
             try:
@@ -137,7 +137,8 @@ def _as_configured(tap: TapPlan) -> dict[str, Any]:
     if tap.k is not None:
         return {"k": tap.k, "dtype": tap.codec} | compression
     options = ("codec", "group", "rotate", "delta", "keyframe_every")
-    return {name: getattr(tap, name) for name in options} | compression
+    kept = {"head": True} if tap.head else {}
+    return {name: getattr(tap, name) for name in options} | compression | kept
 
 
 def _describe_numerics(source: NumericsPlan, taps: Sequence[TapPlan]) -> NumericsPlan:
@@ -180,7 +181,10 @@ def _wanted_taps(spec: CopySpec, groups: Sequence[RowGroup]) -> list[str]:
 
 
 def _chosen_blocks(spec: CopySpec, rows: SelectedRows) -> tuple[int, ...]:
-    taps = _wanted_taps(spec, list(rows.used.values()))
+    used = list(rows.used.values())
+    taps = _wanted_taps(spec, used)
+    if _stream_slots(used) is not None:  # they belong to no block
+        taps = [name for name in taps if name != "resid"]
     recorded = set(shared_blocks(rows.groups, taps, rows.used))
     wanted = recorded if spec.blocks == "all" else set(spec.blocks)
     if not wanted or wanted - recorded:
@@ -202,7 +206,7 @@ def _chosen_taps(spec: CopySpec, groups: Sequence[RowGroup], blocks: tuple[int, 
     """The taps of the copy; their objects are not divided yet."""
     chosen = []
     for name in _wanted_taps(spec, groups):
-        slots, codec = sorted(slots_of(name, blocks)), getattr(spec.taps, name)
+        slots, codec = _wanted_slots(spec, groups, name, blocks), getattr(spec.taps, name)
         if codec != "keep":
             _check_codec_named(name, codec)
             tap, says_how = tap_plan(name, codec, slots, hidden), "compress" in codec.model_fields_set
@@ -210,8 +214,41 @@ def _chosen_taps(spec: CopySpec, groups: Sequence[RowGroup], blocks: tuple[int, 
             pairs = [(segment, tap) for group in groups for segment, tap, _ in group.locate(name, slots, as_one=False)]
             check_same_codec(name, pairs)
             tap, says_how = with_slots(pairs[0][1], slots, hidden), False
+        tap = tap.model_copy(update={"head": name == "resid" and _keeps_head(groups, slots)})
         chosen.append(tap if says_how or spec.compress == "keep" else with_compression(tap, spec.compress))
     return chosen
+
+
+def _wanted_slots(spec: CopySpec, groups: Sequence[RowGroup], name: str, blocks: tuple[int, ...]) -> list[int]:
+    """The slots of a tap to copy: those of the blocks; of a stream of which a build chose the slots, these."""
+    chosen = _stream_slots(groups) if name == "resid" else None
+    if chosen is None:
+        return sorted(slots_of(name, blocks))
+    last = groups[0].base.plan.teacher.num_blocks
+    kept = chosen if spec.blocks == "all" else chosen & (slots_of(name, blocks) | {last})
+    if not kept:
+        raise InputError(
+            "the cache lacks the stream of these blocks",
+            {"cache": groups[0].base.store.url, "blocks": spec.blocks, "recorded": f"slots {sorted(chosen)}"},
+            "choose other blocks, or leave the stream out: --taps.resid null",
+        )
+    return sorted(kept)
+
+
+def _stream_slots(groups: Sequence[RowGroup]) -> set[int] | None:
+    """The slots of the stream that all rows hold, where they are not those on both sides of some blocks."""
+    if not all(group.holds("resid") for group in groups):
+        return None
+    held = [{slot for _, tap in group.holding("resid") for slot in tap.slots} for group in groups]
+    shared = set.intersection(*held)
+    blocks = [block for block in sorted(shared) if block + 1 in shared]
+    return None if shared == slots_of("resid", blocks) else shared
+
+
+def _keeps_head(groups: Sequence[RowGroup], slots: Sequence[int]) -> bool:
+    """Return whether a copy of these slots of the stream keeps the teacher's head."""
+    there = any(segment.plan.keeps_head for group in groups for segment in group.segments)
+    return there and groups[0].base.plan.teacher.num_blocks in slots
 
 
 def _check_codec_named(name: str, codec: TapConfig) -> None:

@@ -66,12 +66,17 @@ class SelectedRows:
         return [self._map.locate(int(number)) for number in self.numbers[start:stop]]
 
 
-def copied_files(source: Store, group: RowGroup, plan: Plan) -> dict[str, bytes]:
+def copied_files(source: Store, groups: Sequence[RowGroup], plan: Plan) -> dict[str, bytes]:
     """Return the files that do not depend on the rows, by key."""
-    side = {name: value for name, value in group.base.side().items() if not name.startswith("signs.")}
+    side = {name: value for name, value in groups[0].base.side().items() if not name.startswith("signs.")}
+    head = {}
+    if plan.keeps_head:
+        (keeping, *_) = (each for group in groups for each in group.segments if each.plan.keeps_head)
+        head = {layout.head_key(plan.segment): keeping.small_file(layout.HEAD_FILE)}
     return {
         layout.TOKENIZER: read_tokenizer(source),
         f"{layout.segment_prefix(plan.segment)}/side.safetensors": safetensors.numpy.save({**side, **signs_of(plan)}),
+        **head,
         **array_files(plan),
     }
 

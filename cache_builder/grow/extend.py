@@ -81,6 +81,7 @@ def extend_cache(store: Store, config: BuildConfig, tokenizer: TextTokenizer, ma
                     store=store,
                     options=config,
                     tokenizer=tokenizer,
+                    teacher=config.teacher.path,
                     decoder=decoder,
                     plan=plan,
                     rows=addition.rows,
@@ -94,7 +95,10 @@ def _asked_taps(
 ) -> list[TapPlan]:
     """Return the taps that the config asks for, with logits over the ids that the cache's logits cover."""
     recorded = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
-    return counting_as_recorded(chosen_taps(spec, model, tokenizer.vocab_size), recorded)
+    asked = counting_as_recorded(chosen_taps(spec, model, tokenizer.vocab_size), recorded)
+    if any(tap.head for tap in recorded):  # a cache keeps it once
+        return [tap.model_copy(update={"head": False}) for tap in asked]
+    return asked
 
 
 @contextmanager
@@ -198,6 +202,12 @@ def _missing_taps(group: RowGroup, taps: Sequence[TapPlan], hidden: int) -> list
             slots = [slot for slot in tap.slots if first - 1 <= slot]
         if slots:
             missing.append(with_slots(tap, slots, hidden))
+        elif tap.head:
+            raise ConfigError(
+                "the head is kept with slots of the stream, and these rows hold all of them already",
+                {"cache": group.base.store.url, "taps.resid.head": True},
+                "leave it out: train reads the head from the teacher's checkpoint; or build another cache with it",
+            )
     return missing
 
 

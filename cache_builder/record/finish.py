@@ -135,7 +135,14 @@ def total_stats(receipts: list[ShardReceipt]) -> dict[str, TapStats]:
 def _small_files(store: Store, plan: Plan) -> Iterator[tuple[str, str]]:
     prefix = layout.segment_prefix(plan.segment)
     arrays = [part.array for tap in plan.taps for part in tap.parts]
-    for name in ("plan.json", "stats.json", "side.safetensors", *(f"taps/{array}/zarr.json" for array in arrays)):
+    head = [layout.HEAD_FILE] if plan.keeps_head else []
+    for name in (
+        "plan.json",
+        "stats.json",
+        "side.safetensors",
+        *head,
+        *(f"taps/{array}/zarr.json" for array in arrays),
+    ):
         yield name, digest_bytes(store.read(f"{prefix}/{name}") or b"")
 
 

@@ -73,12 +73,14 @@ class _Job(LeasedUnits, Work):
 class SegmentBuild:
     """Everything that the build of one segment takes.
 
-    store: the cache. rows: all of the segment's. replica: the teacher's processes and devices.
+    store: the cache. teacher: the path of the checkpoint. rows: all of the segment's. replica: the teacher's processes
+    and devices.
     """
 
     store: Store
     options: BuildOptions
     tokenizer: TextTokenizer
+    teacher: str
     decoder: Decoder
     plan: Plan
     rows: RowSource
@@ -129,7 +131,7 @@ def _build_settled(build: SegmentBuild, placed: Store) -> Manifest:
     """
     store, options, plan, rows, replica = build.store, build.options, build.plan, build.rows, build.replica
     if replica.peers.first:
-        for key, value in fixed_files(plan, build.decoder, build.tokenizer).items():
+        for key, value in fixed_files(plan, build.decoder, build.tokenizer, build.teacher).items():
             placed.put_once(key, value)
         _keep_skipped(placed, plan, rows)
         _warn_if_small(store, plan)

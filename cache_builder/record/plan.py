@@ -95,7 +95,7 @@ def chosen_taps(spec: BuildSpec, model: ModelConfig, token_ids: int | None = Non
         ConfigError: the config asks for blocks, codecs or taps that cannot be.
     """
     blocks = chosen_blocks(spec.blocks, model.num_blocks)
-    return choose_taps(spec.taps, blocks, model.hidden_size, model.vocab_size, token_ids)
+    return choose_taps(spec.taps, blocks, model.num_blocks, model.hidden_size, model.vocab_size, token_ids)
 
 
 def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:

@@ -106,7 +106,7 @@ class _FromSource:
 
     def fixed_files(self) -> dict[str, bytes]:
         """The source's tokenizer and side file, the arrays' metadata."""
-        return copied_files(self.source, row_groups(self._segments)[0], self.plan)
+        return copied_files(self.source, row_groups(self._segments), self.plan)
 
     def fixed_files_of(self, view: SegmentView) -> Mapping[str, bytes]:
         """Return the fixed files of a segment, which may be one that a teacher added: that part cannot be known

@@ -286,8 +286,8 @@ class _FromTeacher:
         return found
 
     def fixed_files(self) -> dict[str, bytes]:
-        """The tokenizer, the arrays' metadata, the teacher's norms."""
-        return fixed_files(self._plan, self._decoder, self._tokenizer)
+        """The tokenizer, the arrays' metadata, the teacher's norms and, where it is kept, its head."""
+        return fixed_files(self._plan, self._decoder, self._tokenizer, self.teacher.config.teacher.path)
 
     def rows(self, shards: Set[int]) -> RowSource:
         """The cache's rows if those of all these shards are whole; otherwise the text's, prepared again."""

@@ -206,6 +206,7 @@ def _belongs(name: str, view: SegmentView) -> bool:
     plan, building = view.plan, view.shards is not None
     arrays = {part.array: len(part.object_ranges()) for tap in plan.taps for part in tap.parts}
     small = {"plan.json", "index.bin", "stats.json", "times.json", "side.safetensors", "skipped.jsonl"}
+    small |= {layout.HEAD_FILE} if plan.keeps_head else set()
     small |= set(view.entry.files if view.entry is not None else ())
     if name in small | {f"taps/{array}/zarr.json" for array in arrays}:
         return True

@@ -162,6 +162,8 @@ def _of_tap(plan: Plan, tap: TapPlan, name: str) -> Contradictions:
         yield name, f"{tap.name} of {counted(len(tap.slots), 'slot')}", f"one of {', '.join(TAPS)}, of some slots"
     if (tap.k is not None) != (tap.name == TOPK_LOGITS) or (tap.k or 0) > teacher.vocab_size:
         yield f"{name}.k", tap.k, f"a number up to {teacher.vocab_size}, of {TOPK_LOGITS} alone"
+    if tap.head and (tap.name != "resid" or teacher.num_blocks not in tap.slots):
+        yield f"{name}.head", True, f"true of resid alone, with its last slot, {teacher.num_blocks}"
     if (tap.vocab_size or 0) > teacher.vocab_size:
         yield f"{name}.vocab_size", tap.vocab_size, f"at most {teacher.vocab_size}"
     if tap.name == TOPK_LOGITS and tap.slots != TOPK_SLOTS:
@@ -219,7 +221,8 @@ def _of_entry(plan: Plan, entry: SegmentEntry, record_bytes: int) -> Contradicti
         "rows_of": (entry.rows_of, plan.rows_of),
         "index_length": (entry.index_length, plan.num_shards * record_bytes),
     }
-    strange = sorted({*entry.files} - {"plan.json", "stats.json", "side.safetensors", *arrays})
+    head = [layout.HEAD_FILE] if plan.keeps_head else []
+    strange = sorted({*entry.files} - {"plan.json", "stats.json", "side.safetensors", *head, *arrays})
     if strange or "plan.json" not in entry.files:
         yield f"{name}, files", ", ".join(strange) or "no plan.json", "the files of its plan"
     for field, (found, expected) in pairs.items():

@@ -39,6 +39,7 @@ from distillcache.schemas.config.stages import (
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.config.teacher import (
     OnlineConfig,
+    ResidConfig,
     TapConfig,
     TapsConfig,
     TeacherConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "PlanConfig",
     "Positive",
     "PrepareConfig",
+    "ResidConfig",
     "ShardWorkers",
     "StorageConfig",
     "TapConfig",

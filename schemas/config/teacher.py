@@ -1,8 +1,8 @@
 """Settings of the teacher: the checkpoint, the recorded taps, and how it runs inside a training."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distillcache.schemas.base import Config, Positive
 
@@ -57,6 +57,21 @@ class TapConfig(Config):
     )  # measured: bf16 shrinks by a fifth, int8 and int4 hardly, and a local disk is read several times faster without
 
 
+class ResidConfig(TapConfig):
+    slots: list[Annotated[int, Field(ge=0)] | Literal["last"]] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,  # so that plans without it compare with those of before there was any
+        description="the slots to record: l is the stream entering block l, last the one leaving the last block; "
+        "default: those on both sides of every recorded block",
+    )  # [last] is enough for the teacher's logits, at the cost of one slot
+    head: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="keep the teacher's last norm and LM head in the cache, once: with the last slot they give its "
+        "logits without its checkpoint",
+    )  # off: as long as the checkpoint stays where it is, training reads them from there
+
+
 class TopKConfig(Config):
     k: Positive = Field(
         default=64, description="number of logits, the largest; at most the vocabulary size"
@@ -75,8 +90,8 @@ class TapsConfig(Config):
     attn_out: TapConfig | None = Field(
         default=TapConfig(), description=("what the attention sublayer adds to the residual stream; null: not recorded")
     )  # the target of the feature loss
-    resid: TapConfig | None = Field(
-        default=TapConfig(),
+    resid: ResidConfig | None = Field(
+        default=ResidConfig(),
         description=("the residual stream entering each block, and leaving the last; null: not recorded"),
     )  # the input of a block in blockwise mode
     mlp_out: TapConfig | None = Field(
@@ -87,6 +102,14 @@ class TapsConfig(Config):
         exclude_if=lambda value: value is None,  # so that plans without it compare with those of before there was any
         description="every token's k largest logits: values, vocabulary ids, and the logsumexp of all",
     )  # off: only a KL loss needs it, and it costs a pass through the LM head
+
+    @field_validator("resid", mode="before")
+    @classmethod
+    def _codec_alone(cls, value: object) -> object:
+        """A `TapConfig`, as the other taps have it, is enough."""
+        if isinstance(value, TapConfig) and not isinstance(value, ResidConfig):
+            return ResidConfig(**value.model_dump(exclude_unset=True))
+        return value
 
 
 class OnlineConfig(Config):

@@ -12,6 +12,7 @@ Compression = Literal["none", "zstd", "blosc"]
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+HEAD_FILE = "head.safetensors"
 ITEM_BYTES = {"uint8": 1, "int8": 1, "uint16": 2, "int32": 4, "float32": 4}  # what tap arrays are stored as
 MAX_PUT_BYTES = 5 * 10**9  # one PUT on S3 ends at 5 GB
 # What a plan's word for a compression stands for. An entry never changes, since a resumed build must give the same
@@ -52,6 +53,11 @@ def receipt_key(segment: str, shard: int) -> str:
 def times_key(segment: str) -> str:
     """The key of the time that the shards of a finished segment took. Nothing depends on it, and it may be missing."""
     return f"{segment_prefix(segment)}/times.json"
+
+
+def head_key(segment: str) -> str:
+    """The key of the teacher's last norm and head, where a segment keeps them (`TapPlan.head`)."""
+    return f"{segment_prefix(segment)}/{HEAD_FILE}"
 
 
 def skipped_key(segment: str) -> str:

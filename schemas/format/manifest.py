@@ -52,6 +52,7 @@ class TapPlan(Config):
     """One tap: its codec with its options, and the slots that are stored.
 
     k: of `topk_logits`, how many logits a token has; a plan of any other tap does not name it.
+    head: of `resid`, the segment keeps the teacher's last norm and head (`layout.head_key`).
     vocab_size: of `topk_logits`, where the teacher has rows for more ids than the tokenizer gives: how many ids count.
     Neither the largest logits nor their logsumexp know of the others. A plan without it counts every row, as all did
     before there was this field.
@@ -66,6 +67,7 @@ class TapPlan(Config):
     delta: bool = False
     keyframe_every: Count = 0
     k: Size | None = Field(default=None, exclude_if=lambda value: value is None)
+    head: bool = Field(default=False, exclude_if=lambda value: not value)
     vocab_size: Size | None = Field(default=None, exclude_if=lambda value: value is None)
     slots: tuple[Count, ...]
     parts: tuple[PartPlan, ...]
@@ -157,6 +159,11 @@ class Plan(Config):
     numerics: NumericsPlan
     config: dict[str, Any]
     created: dict[str, str]
+
+    @property
+    def keeps_head(self) -> bool:
+        """Return whether the segment holds the teacher's last norm and head."""
+        return any(tap.head for tap in self.taps)
 
     @property
     def num_shards(self) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from distillcache.schemas.codecs import Codec, default_group, make_signs
-from distillcache.schemas.config import TapConfig, TapsConfig, TopKConfig
+from distillcache.schemas.config import ResidConfig, TapConfig, TapsConfig, TopKConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format import layout
@@ -24,7 +24,12 @@ def chosen_blocks(blocks: str | list[int], num_blocks: int) -> tuple[int, ...]:
 
 
 def choose_taps(
-    taps: TapsConfig, blocks: tuple[int, ...], hidden: int, vocab: int, token_ids: int | None = None
+    taps: TapsConfig,
+    blocks: tuple[int, ...],
+    num_blocks: int,
+    hidden: int,
+    vocab: int,
+    token_ids: int | None = None,
 ) -> list[TapPlan]:
     """The taps with their slots and arrays; the objects are not divided yet.
 
@@ -39,14 +44,39 @@ def choose_taps(
         config = getattr(taps, name)
         if config is None:
             continue
-        # A block's mlp_out follows from the stream on both of its sides.
-        slots = sorted({*blocks, *(block + 1 for block in blocks)}) if name == "resid" else blocks
-        chosen.append(tap_plan(name, config, slots, hidden))
+        chosen.append(tap_plan(name, config, _slots_of(config, blocks, num_blocks), hidden))
     if taps.topk_logits is not None:
         chosen.append(topk_plan(taps.topk_logits, hidden, vocab, token_ids))
     if not chosen:
         raise ConfigError("there is nothing to record", {"taps": "all are null"}, "set taps.attn_out or taps.resid")
     return chosen
+
+
+def _slots_of(config: TapConfig, blocks: Sequence[int], num_blocks: int) -> list[int]:
+    """The slots to record: those that the config names, or of the stream those on both sides of every block, from
+    which each block's mlp_out follows.
+
+    Raises:
+        ConfigError: the stream has no such slots.
+    """
+    if not isinstance(config, ResidConfig):
+        return list(blocks)
+    slots = {*blocks, *(block + 1 for block in blocks)}
+    if config.slots is not None:
+        slots = {num_blocks if slot == "last" else slot for slot in config.slots}
+    if not slots or max(slots) > num_blocks:
+        raise ConfigError(
+            "the slots to record are not the stream's",
+            {"taps.resid.slots": config.slots, "expected": f"some of 0 to {num_blocks}; last is {num_blocks}"},
+            "leave it out to record the stream on both sides of every block",
+        )
+    if config.head and num_blocks not in slots:
+        raise ConfigError(
+            "the head gives the logits of the last slot, and that is not recorded",
+            {"taps.resid.head": True, "recorded": f"slots {sorted(slots)} of 0 to {num_blocks}"},
+            "add last to taps.resid.slots, or leave out taps.resid.head",
+        )
+    return sorted(slots)
 
 
 def tap_plan(name: str, config: TapConfig, slots: Sequence[int], hidden: int) -> TapPlan:
@@ -67,6 +97,7 @@ def tap_plan(name: str, config: TapConfig, slots: Sequence[int], hidden: int) ->
         "rotate": config.rotate and integer,
         "delta": config.delta,
         "keyframe_every": config.keyframe_every if config.delta else 0,
+        "head": isinstance(config, ResidConfig) and config.head,
     }
     tap = TapPlan(name=name, codec=config.codec, slots=(), parts=(), **options)
     return with_compression(with_slots(tap, slots, hidden), config.compress)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from distillcache.models.head import LogitShape
 from distillcache.trainer.head_losses import (
     Divergence,
     HeadLosses,
     HeadSums,
     HeadWeights,
-    LogitShape,
     Side,
 )
 
@@ -160,7 +160,7 @@ def near(found: Any, expected: Any, relative: float = 1e-6) -> None:
     ids=["plain", "capped", "tied"],
 )
 def test_values_and_gradients(divergence: Divergence, shapes: tuple[LogitShape, LogitShape]) -> None:
-    losses = HeadLosses(divergence, *shapes, piece_logits=7 * IDS)  # the last of the pieces is not full
+    losses = HeadLosses(divergence, *shapes, tile_logits=7 * IDS)  # the last of the tiles is not full
     student, teacher = sides(losses)
     total, sums, of_stream, of_head = run(losses, student, teacher, WEIGHTS, fields())
     expected = oracle(losses, student, teacher, WEIGHTS, fields())
@@ -256,7 +256,7 @@ def test_logits_that_are_far_apart(divergence: Divergence) -> None:
 
 
 def test_masked_tokens_reach_nothing() -> None:
-    losses = HeadLosses(piece_logits=5 * IDS)
+    losses = HeadLosses(tile_logits=5 * IDS)
     student, teacher = sides(losses)
     rows = fields()
     counts = oracle_counts(rows)
@@ -272,18 +272,18 @@ def test_masked_tokens_reach_nothing() -> None:
     assert not any(np.any(gradient) for gradient in gradients)
 
 
-def test_pieces_do_not_matter() -> None:
+def test_tiles_do_not_matter() -> None:
     losses = HeadLosses(Divergence("skew", 0.2))
     student, teacher = sides(losses)
     whole = run(losses, student, teacher, WEIGHTS, fields())
     for tokens in (1, 38):
-        found = run(replace(losses, piece_logits=int(tokens * IDS)), student, teacher, WEIGHTS, fields())
+        found = run(replace(losses, tile_logits=int(tokens * IDS)), student, teacher, WEIGHTS, fields())
         jax.tree.map(lambda a, b: near(a, b, 1e-6), found, whole)
 
 
 def test_a_large_vocabulary() -> None:
     ids = 151_936
-    losses = HeadLosses(piece_logits=4 * ids)
+    losses = HeadLosses(tile_logits=4 * ids)
     student, teacher = (Side(side.stream[:1, :7], side.head / 2) for side in sides(losses, (ids, ids), widths=(4, 4)))
     rows = {name: value[:1, :7] for name, value in fields(ids).items()}
     total, sums, of_stream, of_head = run(losses, student, teacher, WEIGHTS, rows)
@@ -315,7 +315,7 @@ def test_meshes(axes: tuple[int, int, int], ids: int, tied: bool) -> None:
     rows = fields(ids)
     rows = {name: np.concatenate([value, value[::-1]]) for name, value in rows.items()}
     losses = HeadLosses(
-        Divergence("jsd", 0.3), LogitShape(softcap=20.0, tied=tied), real_vocab=ids - 3, piece_logits=4 * ids
+        Divergence("jsd", 0.3), LogitShape(softcap=20.0, tied=tied), real_vocab=ids - 3, tile_logits=4 * ids
     )
     rows["tokens"] %= ids - 3
     student, teacher = sides(losses, (ids, ids))

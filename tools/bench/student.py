@@ -23,7 +23,7 @@ from distillcache.models.checkpoint import read_config
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import abstract_decoder
 from distillcache.schemas.cache.segment import open_cache
-from distillcache.schemas.config import BenchConfig, BuildConfig, DemoConfig, TapConfig, TapsConfig
+from distillcache.schemas.config import BenchConfig, BuildConfig, DemoConfig, TapsConfig
 from distillcache.schemas.errors import StorageError
 from distillcache.schemas.store.store import Store
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
@@ -110,8 +110,7 @@ def make_builds(folder: Path, teacher: str, sizes: StudentSizes) -> dict[str, Bu
 
 
 def _both_taps(codec: str, delta: bool) -> TapsConfig:
-    attn_out, resid = (TapConfig.model_validate({"codec": codec, "delta": each}) for each in (False, delta))
-    return TapsConfig(attn_out=attn_out, resid=resid)
+    return TapsConfig.model_validate({"attn_out": {"codec": codec}, "resid": {"codec": codec, "delta": delta}})
 
 
 def check_room(folder: Path, model: ModelConfig, builds: Mapping[str, BuildConfig], sizes: StudentSizes) -> None:

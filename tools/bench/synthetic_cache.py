@@ -50,7 +50,7 @@ def synthetic_plan(
         cache="synthetic",
         teacher=TeacherConfig(path="none"),
         data=DataConfig(path="none", row_tokens=row_tokens),
-        taps=TapsConfig(attn_out=chosen.get("attn_out"), resid=chosen.get("resid"), mlp_out=chosen.get("mlp_out")),
+        taps=TapsConfig.model_validate({name: chosen.get(name) for name in ("attn_out", "resid", "mlp_out")}),
         batch_rows=shard_rows,
         shard_rows=shard_rows,
         object_mib=object_mib,

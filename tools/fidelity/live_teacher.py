@@ -60,6 +60,7 @@ class LiveTeacher:
         plans = choose_taps(
             TapsConfig(**wanted),
             tuple(range(self.num_blocks)),
+            self.num_blocks,
             self.hidden,
             self.vocab,
             None if logits is None else logits.vocab_size,

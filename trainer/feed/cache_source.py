@@ -10,7 +10,7 @@ Taps stay encoded, as the codec's parts: they are decoded on the device, inside 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
@@ -58,6 +58,7 @@ class CacheSource(Source):
         direct: bool = True,
         partial: bool = False,
         kept: LocalCache | None = None,
+        slots: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """
         Args:
@@ -71,6 +72,7 @@ class CacheSource(Source):
             False: through them.
             partial: read a cache that is still being built: the rows of its shards that are committed by now.
             kept: where what is read from a bucket is kept; a cache on a local disk needs none.
+            slots: of these taps, the slots to read, ascending; default: those that the blocks need.
 
         Raises:
             InputError: no finished cache, or it does not hold these taps or blocks.
@@ -81,7 +83,7 @@ class CacheSource(Source):
         if kept is not None and RemoteArray.serves(self._store):
             for segment in segments:
                 segment.kept = kept.files(segment.identity)
-        super().__init__(url, row_groups(segments), taps, blocks, split, leaving)
+        super().__init__(url, row_groups(segments), taps, blocks, split, leaving, slots)
         open_array = self._opener(direct)
         self._arrays = {
             (source.segment.plan.segment, part.array): open_array(source.segment, part)

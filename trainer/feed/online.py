@@ -15,7 +15,7 @@ rows are read, and the student steps, meanwhile.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,13 +58,14 @@ class OnlineSource(Source):
         split: SplitName | None = None,
         *,
         leaving: bool = True,
+        slots: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """As `CacheSource`. Without taps the teacher is never run.
 
         Raises:
             InputError: the plans do not have these taps or blocks.
         """
-        super().__init__(teacher.url, teacher.groups, taps, blocks, split, leaving)
+        super().__init__(teacher.url, teacher.groups, taps, blocks, split, leaving, slots)
         self._teacher, self.digest = teacher, teacher.digest
         self._works: list[_Work] = []
         for group, reads in enumerate(self._reads):

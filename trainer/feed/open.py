@@ -1,6 +1,6 @@
 """Source of a run's batches: the cache, or the teacher in the loop on the cache's rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -72,17 +72,34 @@ class Sources:
             return init
         return path
 
-    def open(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
-        """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded)."""
-        return self._open(taps, blocks, "train", leaving)
+    def open(
+        self,
+        taps: Sequence[str],
+        blocks: Sequence[int] | None,
+        leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
+    ) -> Source:
+        """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded).
+
+        Args:
+            slots: of these taps, the slots to read, whatever the blocks need.
+        """
+        return self._open(taps, blocks, "train", leaving, slots)
 
     def norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`."""
         return self.rows.attention_norms()
 
-    def _open(self, taps: Sequence[str], blocks: Sequence[int] | None, split: SplitName, leaving: bool) -> Source:
+    def _open(
+        self,
+        taps: Sequence[str],
+        blocks: Sequence[int] | None,
+        split: SplitName,
+        leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
+    ) -> Source:
         if self._config.source == "online":
-            return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving)
+            return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving, slots=slots)
         return CacheSource(
             self._config.cache,
             taps,
@@ -91,4 +108,5 @@ class Sources:
             leaving=leaving,
             partial=self._config.partial,
             kept=self._kept,
+            slots=slots,
         )

@@ -13,7 +13,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.describe import attention_norms, describe_numerics, describe_rows
 from distillcache.schemas.cache.addressing import RowGroup
 from distillcache.schemas.cache.segment import Segment, segment_name
-from distillcache.schemas.config import TapConfig, TapsConfig
+from distillcache.schemas.config import ResidConfig, TapConfig, TapsConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.manifest import Plan, TapPlan, TeacherPlan
 from distillcache.schemas.format.rows import Row, RowReader
@@ -89,7 +89,7 @@ def prepared_group(
 def lossless_taps(dtype: str) -> TapsConfig:
     """Attention output and stream as a teacher of this dtype has them, bit for bit."""
     tap = TapConfig(codec="bf16" if dtype == "bfloat16" else "f32")
-    return TapsConfig(attn_out=tap, resid=tap)
+    return TapsConfig(attn_out=tap, resid=ResidConfig(codec=tap.codec))
 
 
 def check_vocabulary(rows: RowReader, url: str, path: str, model: ModelConfig) -> None:
@@ -122,4 +122,4 @@ def _planned(
 
 def _all_blocks(taps: TapsConfig, teacher: TeacherPlan, token_ids: int) -> tuple[TapPlan, ...]:
     blocks = tuple(range(teacher.num_blocks))
-    return tuple(choose_taps(taps, blocks, teacher.hidden_size, teacher.vocab_size, token_ids))
+    return tuple(choose_taps(taps, blocks, len(blocks), teacher.hidden_size, teacher.vocab_size, token_ids))

@@ -79,6 +79,7 @@ class Source(ABC):
         blocks: Sequence[int] | None,
         split: SplitName | None,
         leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """See `CacheSource`. One decoder serves all rows, so all segments must store a tap alike.
 
@@ -89,8 +90,11 @@ class Source(ABC):
         self.split: SplitName | None = split
         self.plan: Plan = self._groups[0].base.plan
         self.digest, self.partial = "", False
-        self.blocks = _chosen_blocks(self._groups, taps, blocks, url)
-        self.slots = {name: _slots_of(name, self.blocks, leaving) for name in taps}
+        chosen = slots or {}
+        self.blocks = _chosen_blocks(self._groups, [name for name in taps if name not in chosen], blocks, url)
+        self.slots = {
+            name: tuple(chosen[name]) if name in chosen else _slots_of(name, self.blocks, leaving) for name in taps
+        }
         self.taps: dict[str, TapPlan] = {}
         self.codecs: dict[str, Codec] = {}
         for name in taps:

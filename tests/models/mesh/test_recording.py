@@ -54,7 +54,7 @@ class _Signs:
 
 def recorder(teacher, taps=TAPS, **sizes) -> tuple[Any, Any, Any]:
     mesh = make_mesh(TeacherMeshConfig(**sizes))
-    plans = choose_taps(taps, tuple(range(EVEN.num_blocks)), EVEN.hidden_size, EVEN.vocab_size)
+    plans = choose_taps(taps, tuple(range(EVEN.num_blocks)), EVEN.num_blocks, EVEN.hidden_size, EVEN.vocab_size)
     decoder, asked = load_pretrained(teacher, mesh=mesh), cast("Plan", _Signs(plans, EVEN.hidden_size))
     return (*make_recorder(decoder, plans, signs_of(asked), mesh), mesh)
 
