@@ -354,6 +354,9 @@ class _Run:
         if first == self.steps:
             log.info(f"{self.config.run} is finished: nothing to do")
             return first
+        if self.peers.first:
+            steps = counted(self.steps - first, "step")
+            log.info(f"training for {steps}{f' after step {first:,}' if first else ''}; programs are compiled first")
         self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first]
         self.peers.meet("read")
         if self.peers.first:  # the steps past the checkpoint are done again
@@ -416,9 +419,9 @@ class _Run:
             metrics["learning/current_learning_rate"] = float(
                 np.asarray(run.plan.schedule(number - 1 - run.stage.first))
             )
-            wait = f", {times.wait_share:.0%} of it waiting for data" if times.wait_share >= WORTH_SAYING else ""
+            wait = f", {times.wait_share:.0%} waiting for data" if times.wait_share >= WORTH_SAYING else ""
             loss = f"{metrics['distill/total_loss']:.4g}" if "distill/total_loss" in metrics else "undefined"
-            bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s in this step{wait}")
+            bar.advance(1, note=f"loss {loss}, {counted / seconds:,.0f} tokens/s{wait}")
             self._keep(run, number, metrics, run.routing(sums), {**feed.get_state(), "next_step": number})
 
     def _settle(self, run: StageRun, number: int, sums: Any, teacher: RouterSums | None) -> dict[str, float]:

@@ -135,6 +135,8 @@ def _build_settled(build: SegmentBuild, placed: Store) -> Manifest:
             placed.put_once(key, value)
         _keep_skipped(placed, plan, rows)
         _warn_if_small(store, plan)
+        size = f"{counted(plan.rows.count, 'row')} of {counted(plan.rows.row_tokens, 'token')}"
+        log.info(f"recording {size}; the teacher is compiled first")
     work = {"plan": plan, "options": options, "rows": rows, "decoder": build.decoder, "mesh": replica.mesh}
     if replica.peers.count > 1:
         return build_together(Together(store=placed, **work, replica=replica))

@@ -1,5 +1,6 @@
 """Placement of one replica of the teacher: on a device, on the devices of this process, or on those of a whole job."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.manifest import TeacherPlan
 from distillcache.schemas.runtime.peers import ALONE, Peers, has_peers, join_peers
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
+from distillcache.schemas.store.redaction import redacted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Replica:
 
     def load(self, path: str, spec: BuildSpec) -> Decoder:
         """The teacher, on its devices."""
+        if self.peers.first:
+            log.info(f"reading the teacher: {redacted(path)}")
         decoder = load_pretrained(path, dtype=spec.dtype, mesh=self.mesh)
         return with_attention(decoder, chosen_kernel(spec.attention, decoder.config, str(decoder.dtype)))
 

@@ -7,6 +7,7 @@ An interrupted demo goes on when it is run again; a finished one starts afresh.
 """
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -21,8 +22,10 @@ from distillcache.models.config import ModelConfig
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig, SurgeryOp
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, DivergedError, PlanMismatchError
 from distillcache.schemas.store.path import local_path
+from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.bench.memory import PeakMemory
 from distillcache.tools.demo.report import CHART, make_report, print_report, write_chart
@@ -36,6 +39,8 @@ DEMO_ROWS = 480  # 61,000 tokens, of which 53,000 are trained on: enough for the
 EVAL_ROWS = 64
 LEARNING_RATE = 3e-3  # closed 93% of the gap where 1e-3 closed 83% and 2e-3 88%
 SHARD_MIB = 256  # some ten shards: little is lost when it is interrupted
+
+log = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> int:
@@ -72,13 +77,18 @@ def _start(out: Path) -> None:
 
 def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, Any]:
     teacher = config.teacher.path if config.teacher else str(fetch_teacher())
+    log.info(f"teacher: {redacted(teacher)}")
     seconds: dict[str, float] = json.loads((out / MARKER).read_text())
     model = read_config(teacher)
     surgery = config.surgery or [default_surgery(model)]
     data = with_demo_sizes(config.data) if config.data else default_data(out)
     build = build_config(out / "cache", teacher, data, config.batch_rows)
+    most = "" if data.max_rows is None else f"at most {counted(data.max_rows, 'row')} of "
+    log.info(f"text: {redacted(str(data.path))}, {most}{data.row_tokens:,} tokens")
+    log.info(f"1 of 2, build: the teacher runs once over the text and fills {build.cache}")
     with _timed(seconds, "build", out), _other_flags_explained(out):
         build_cache(build)
+    log.info(f"2 of 2, train: a student cut by {', '.join(map(_said, surgery))} learns from the cache")
     with _timed(seconds, "train", out), _other_flags_explained(out):
         result = train(train_config(out / "run", build.cache, surgery, config.steps, config.batch_rows))
     report = make_report(out, teacher, surgery, result, seconds, peak.gigabytes)
@@ -86,6 +96,11 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     # Written last: its presence says that the demo is finished.
     _write_json(out / "run" / "report.json", report)
     return report
+
+
+def _said(op: SurgeryOp) -> str:
+    settings = op.model_dump(exclude={"op"}, exclude_defaults=True)
+    return " ".join([op.op, *(f"{name} {value}" for name, value in settings.items())])
 
 
 def build_config(

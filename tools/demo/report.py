@@ -1,10 +1,11 @@
 """The demo's report: figures as plain values, as tables for people, and as a chart."""
 
+import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from distillcache.schemas.cache.segment import open_cache
@@ -13,6 +14,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.store import Store
 from distillcache.schemas.store.whole_file import writing
+from distillcache.tools.pages.terminal import table_console
 from distillcache.trainer.run.evaluate import told_perplexity
 from distillcache.trainer.train import TrainResult
 
@@ -63,7 +65,7 @@ def make_report(
 
 def print_report(report: dict[str, Any]) -> None:
     """Tables on standard output."""
-    console = Console()
+    console = table_console()
     console.print()
     console.print(_perplexity_table(report))
     console.print()
@@ -112,15 +114,14 @@ def _facts(report: dict[str, Any]) -> Table:
     seconds, rates = report["seconds"], report["tokens_per_s"]
     stages = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items() if name != "total")
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("teacher", report["teacher"])
     table.add_row("time", f"{seconds['total']:.0f} s: {stages}")
-    table.add_row(
-        "speed", f"build {rates['build']:,.0f} tokens/s from its start to its end, compiling and writing included"
-    )
-    table.add_row("", f"train {rates['train']:,.0f} tokens/s in the median step, evaluations and checkpoints aside")
+    table.add_row("build", f"{rates['build']:,.0f} tokens/s, compiling included")
+    table.add_row("train", f"{rates['train']:,.0f} tokens/s in the median step")
     table.add_row("memory", f"{report['peak_anon_gb']:.2f} GB at most")
     size = f"{report['cache_gb']:.3g} GB, {report['bytes_per_token']:,} bytes a token"
-    table.add_row("cache", f"{report['cache']}  {size}")
-    table.add_row("run", f"{report['run']}  {counted(report['steps'], 'step')}, report.json, metrics.jsonl, {CHART}")
+    table.add_row("cache", f"{report['cache']}, {size}")
+    table.add_row("run", f"{report['run']}, {counted(report['steps'], 'step')}; in it report.json and {CHART}")
     return table
 
 
@@ -128,10 +129,19 @@ def _next_steps(report: dict[str, Any]) -> list[str]:
     cache, run = report["cache"], report["run"]
     again = run.rstrip("/") + "2"
     return [
+        *([] if shutil.which("distillcache") else [f". {_activate()}   # puts distillcache on the PATH"]),
+        f"distillcache report {run}   # writes an HTML page; also of the cache",
+        f"distillcache serve {cache}   # shows it in the browser; pip install -e '.[serve]' first",
         f"distillcache inspect {cache}",
         f"distillcache export {run} student   # an HF directory",
         f"distillcache train --cache {cache} --run {again} --steps 200 --student.surgery '[{{op: kv_heads, to: 2}}]'",
     ]
+
+
+def _activate() -> str:
+    """The script that puts this environment's commands on the PATH, as short as it can be named from here."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def write_chart(report: dict[str, Any], path: Path) -> None:

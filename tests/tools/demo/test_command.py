@@ -8,7 +8,7 @@ import pytest
 from distillcache.schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
 from distillcache.tools import cli
 from distillcache.tools.bench.memory import PeakMemory
-from distillcache.tools.demo import command, teacher
+from distillcache.tools.demo import command, report, teacher
 
 STAGES = {"build", "train", "total"}
 
@@ -30,9 +30,25 @@ def test_from_text_to_report(
 ) -> None:
     out = tmp_path / "demo"
     assert cli.main(words(out, teacher, long_corpus)) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert "gap closed" in printed
-    assert "distillcache inspect" in printed
+    for command_line in (f"inspect {out}/cache", f"report {out}/run", f"serve {out}/cache", f"export {out}/run"):
+        assert f"distillcache {command_line}" in printed
+    assert f"teacher  {teacher}" in printed
+    (speed,) = (line for line in printed.splitlines() if line.startswith("train "))
+    assert len(speed.rstrip()) <= 60
+    # What it does before it takes long, in order.
+    lines = (
+        f"teacher: {teacher}",
+        "text: ",
+        "1 of 2, build",
+        "reading the teacher",
+        "recording 40 rows",
+        "2 of 2, train",
+    )
+    places = [told.index(line) for line in lines]
+    assert places == sorted(places)
+    assert "a student cut by query_heads to 2 learns" in told
     report = json.loads((out / "run" / "report.json").read_text())
     assert set(report["perplexity"]) == {"teacher", "cut", "recovered"}
     assert set(report["seconds"]) == STAGES
@@ -50,6 +66,20 @@ def test_from_text_to_report(
     again = json.loads(captured.out)
     assert again["perplexity"] == report["perplexity"]
     assert again["seconds"]["build"] > 0.0
+
+
+@pytest.mark.parametrize("found", [None, "/usr/bin/distillcache"])
+def test_the_next_steps_run_as_printed(found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.shutil, "which", lambda name: found)
+    monkeypatch.setattr(report.sys, "prefix", str(tmp_path / "here" / ".venv"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first, *_ = report._next_steps({"cache": "demo/cache", "run": "demo/run"})
+    assert first.startswith("distillcache report" if found else ". .venv/bin/activate ")
+    monkeypatch.chdir(tmp_path)
+    if not found:
+        monkeypatch.setattr(report.sys, "prefix", "/opt/env")
+        assert report._next_steps({"cache": "c", "run": "r"})[0].startswith(". /opt/env/bin/activate ")
 
 
 def test_an_interrupted_demo_goes_on(
