@@ -34,7 +34,7 @@ from distillcache.models.files.identity import weights_digest as weights_digest
 from distillcache.models.files.maxtext.checkpoint import MaxtextSource, find_maxtext
 from distillcache.models.files.maxtext.names import maxtext_layout
 from distillcache.models.files.packed import unpacked, without_padding
-from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, find_run, hf_folder
+from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, check_student, find_run, hf_folder
 from distillcache.models.files.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
 from distillcache.models.head import OutputHead, head_of
 from distillcache.schemas.errors import CheckpointError
@@ -63,7 +63,10 @@ def load_pretrained(
     """
     where = locate_checkpoint(path)
     run = _run_of(where)
-    config, source, layout = _open(where if run is None else run.student)
+    folder = where if run is None else run.student
+    if mesh is None or not mesh.is_multi_process or jax.process_index() == 0:  # one of them reads every byte
+        check_student(folder)
+    config, source, layout = _open(folder)
     try:
         own = jnp.dtype(dtype) if dtype is not None else _own_dtype(source, config, layout)
         return fill_decoder(config, source, own, mesh, layout, None if run is None else run.open())
@@ -141,6 +144,7 @@ def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
 
 def source_dtype(folder: Location) -> str:
     """Read which dtype a run's student folder notes; float32 where a version before this wrote it."""
+    check_student(folder, [CONFIG])
     found = read_json(folder / CONFIG).get(SOURCE_DTYPE)
     return str(found) if found in FLOAT_DTYPES.values() else "float32"
 
@@ -209,7 +213,9 @@ def is_same_model(
     """
     where = locate_checkpoint(path)
     run = _run_of(where)
-    config, source, layout = _open(where if run is None else run.student)
+    folder = where if run is None else run.student
+    check_student(folder)
+    config, source, layout = _open(folder)
     try:
         here = decoder.config
         stored = {name: getattr(here, name) for name in (*NO_PART, *OF_OTHERS[part])}

@@ -35,7 +35,7 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
-from distillcache.schemas.format.run import PARAMETERS
+from distillcache.schemas.format.run import EVALUATIONS, PARAMETERS, digest_evaluations, lost_evaluations
 from distillcache.schemas.runtime.peers import Peers, join_peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
@@ -54,15 +54,17 @@ from distillcache.trainer.run.folder import (
     SUMMARY,
     best_of,
     only_one,
+    read_ending,
     read_evaluations,
     refuse_foreign_folder,
     remove_beginning,
+    seal_student,
     take_run,
     write_evaluations,
     write_summary,
 )
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
-from distillcache.trainer.run.metrics_log import LINES, MetricsLog, read_metrics
+from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_lines, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
 from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
@@ -76,6 +78,7 @@ from distillcache.trainer.step.targets import block_starts
 
 log = logging.getLogger(__name__)
 
+MISSING_SHOWN = 12  # steps in a message
 WORTH_SAYING = 0.05  # share of a step that waits for data; less is noise
 
 
@@ -300,6 +303,7 @@ def _open_student(
         must_differ=not (biased or any(stage.teaches_teacher for stage in stages)),
     )
     if peers.first:
+        seal_student(store)
         Checkpoints(store).remove_unfinished()
         peers.meet("student")
     return with_attention(decoder, chosen_kernel(config.attention, decoder.config, config.compute_dtype))
@@ -351,13 +355,16 @@ class _Run:
             restored = self.checkpoints.restore_parameters(first, self.parameters)
             self.parameters |= restored
             self.kept = set(restored)
+        if self.peers.first:
+            self._say_what_is_lost(first)
         if first == self.steps:
             log.info(f"{self.config.run} is finished: nothing to do")
             return first
         if self.peers.first:
             steps = counted(self.steps - first, "step")
             log.info(f"training for {steps}{f' after step {first:,}' if first else ''}; programs are compiled first")
-        self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first]
+        # Before the first checkpoint nothing says that evaluations are this run's, and they are soon made again.
+        self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first] if first else []
         self.peers.meet("read")
         if self.peers.first:  # the steps past the checkpoint are done again
             self.store.delete(SUMMARY)
@@ -381,6 +388,32 @@ class _Run:
             if self.log is not None:
                 self.log.close()
         return first
+
+    def _say_what_is_lost(self, first: int) -> None:
+        """Say which records of the steps before a resumed run are gone: the run itself does not need them."""
+        store, ending = self.store, read_ending(self.store)
+        if ending is not None and not ending.diverged and ending.steps is not None and ending.steps > first:
+            ended = f"the run had ended at step {ending.steps:,}"
+            log.warning(f"{ended}; its checkpoint is gone, so it goes on from {first:,}")
+        if count := lost_evaluations(store):
+            lost = f"{counted(count, 'evaluation')} up to step {first:,}"
+            log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} lost")
+        for lines in find_lost_lines(store):
+            log.warning(f"{lines}{self._missing_steps(first) if lines.name == LINES else ''}")
+
+    def _missing_steps(self, first: int) -> str:
+        """Name the steps up to `first` that `log_every` and `eval_every` ask for and that have no line."""
+        config, there = self.config, {line["step"] for line in read_metrics(self.store.url)}
+        due = {number for plan in self.plans for number in (plan.stage.first + 1, plan.stage.last)}
+        due |= set(range(config.log_every, first + 1, config.log_every))
+        if self.sources.held_out:
+            due |= {0, *(range(config.eval_every, first + 1, config.eval_every) if config.eval_every else ())}
+        missing = sorted(number for number in due - there if number <= first)
+        if not missing:
+            return ""
+        shown = ", ".join(f"{number:,}" for number in missing[:MISSING_SHOWN])
+        rest = f" and {len(missing) - MISSING_SHOWN:,} more" if len(missing) > MISSING_SHOWN else ""
+        return f"; steps without a line: {shown}{rest}"
 
     def _run_stage(self, plan: StagePlan, first: int, bar: Progress) -> None:
         """The steps of one stage that are not done yet."""
@@ -502,7 +535,11 @@ class _Run:
         rest = {f"{PARAMETERS}/{name}": value for name, value in (before | biases).items()}
         held |= {name: value.held() for name, value in rest.items() if isinstance(value, HostShards)}
         whole = {name: value for name, value in rest.items() if name not in held}
-        self.checkpoints.save(number, held, whole | balance_arrays(balance), feed)
+        figures = None
+        if self.log is not None:
+            evaluations = digest_evaluations([entry.model_dump(mode="json") for entry in self.evaluations])
+            figures = {EVALUATIONS: evaluations, **self.log.digests()}
+        self.checkpoints.save(number, held, whole | balance_arrays(balance), feed, figures)
 
     def _log(self, number: int, metrics: dict[str, float]) -> None:
         if self.log is not None:

@@ -18,6 +18,7 @@ from distillcache.schemas.format import layout
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.manifest import PartPlan, Plan, TapPlan
 from distillcache.schemas.format.rows import decode_row, unpack_rows
+from distillcache.schemas.store.disk_errors import is_in_the_way
 from distillcache.schemas.store.store import Store
 
 LOCAL_READ_BYTES = 1 << 20  # measured: ten times as fast as whole objects, which go into fresh memory
@@ -97,7 +98,9 @@ def check_object(store: Store, plan: Plan, stored: StoredObject, quick: bool) ->
     try:
         return _check_quickly(store, plan, stored) if quick else _check_bytes(store, plan, stored)
     except StorageError as error:
-        return Fault(_finding(plan, stored, "unreadable", str(error.facts.get("cause", error.what))))
+        cause = str(error.facts.get("cause", error.what))
+        what = "damaged" if is_in_the_way(cause) else "unreadable"  # which a repair replaces, or another try reads
+        return Fault(_finding(plan, stored, what, cause))
 
 
 def _check_bytes(store: Store, plan: Plan, stored: StoredObject) -> Fault | None:

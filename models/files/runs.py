@@ -8,9 +8,9 @@ What was trained comes from the checkpoint's boxes (schemas/format/checkpoint.py
 HF directory that the run began with.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,13 +18,14 @@ from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
 from distillcache.schemas.format.run import (
     CHECKPOINTS,
-    EVALUATIONS,
     PARAMETERS,
     STUDENT,
     best_index,
     checkpoint_key,
+    read_entries,
     whole_steps,
 )
+from distillcache.schemas.format.run_identity import check_files
 from distillcache.schemas.store.path import Location, open_folder
 
 BEST = "best"
@@ -86,8 +87,11 @@ def find_run(where: Location) -> RunCheckpoint | None:
     """The checkpoint that a place names; None where it is neither a run nor in one.
 
     Raises:
-        CheckpointError: the run has no such checkpoint.
+        CheckpointError: the run has no such checkpoint, or has lost its student.
     """
+    run = where.parent.parent if where.parent.name == CHECKPOINTS else where
+    if not (run / STUDENT / CONFIG).exists() and not (where / CONFIG).exists():
+        _refuse_without_student(run)
     if where.parent.name == CHECKPOINTS and (where.parent.parent / STUDENT / CONFIG).exists():
         run, asked = where.parent.parent, where.name
         if asked != BEST and not asked.isdigit():
@@ -103,6 +107,34 @@ def find_run(where: Location) -> RunCheckpoint | None:
     return RunCheckpoint(run, step)
 
 
+def _refuse_without_student(run: Location) -> None:
+    """Raise `CheckpointError` where a folder has checkpoints of a run: then it is one, and its student is lost."""
+    if (isinstance(run, Path) and not run.is_dir()) or not whole_steps(open_folder(run)):
+        return
+    lost = run / STUDENT / CONFIG
+    raise CheckpointError(
+        "a file of the run is missing", {"object": lost}, "copy it back; without it no checkpoint can be used"
+    )
+
+
+def check_student(folder: Location, names: Sequence[str] | None = None) -> None:
+    """Compare the files of a run's student with their digests in the run's record; other folders have none.
+
+    Args:
+        names: of files in the folder; None: all of them, every byte.
+
+    Raises:
+        CheckpointError: they are not what the run began with.
+    """
+    if folder.name != STUDENT:
+        return
+    try:
+        keys = None if names is None else [f"{STUDENT}/{name}" for name in names]
+        check_files(open_folder(folder.parent), keys)
+    except DamageError as error:
+        raise CheckpointError(f"a run's student cannot be used: {error.what}", error.facts, error.next) from error
+
+
 def numbered(where: Location) -> Location:
     """The place itself, or the folder of the checkpoint that it names without its zeros, or as the best."""
     found = find_run(where) if where.parent.name == CHECKPOINTS else None
@@ -116,8 +148,10 @@ def hf_folder(where: Location) -> Location:
 
 
 def _best(run: Location, steps: Sequence[int]) -> int | None:
-    data = open_folder(run).read(EVALUATIONS)
-    found = [entry for entry in json.loads(data or b"[]") if entry["step"] in steps]
+    try:
+        found = [entry for entry in read_entries(open_folder(run)) if entry["step"] in steps]
+    except DamageError as error:
+        raise CheckpointError(f"the best checkpoint is not known: {error.what}", error.facts, error.next) from error
     best = best_index([(entry["perplexity"], _mean(entry.get("cosine", []))) for entry in found])
     return None if best is None else found[best]["step"]
 

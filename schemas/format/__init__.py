@@ -10,5 +10,6 @@ index.py       index.bin: fixed-width records of shard digests
 rows.py        rows and the row folder
 times.py       time that shards took
 checkpoint.py  training checkpoints: arrays in boxes, one writer for each
-run.py         a run's folder: names of what others read
+run.py         a run's folder: names of what others read, digests of evaluations
+run_identity.py a run's run.json: its settings, digests of the files it began with
 """

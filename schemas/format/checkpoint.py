@@ -13,24 +13,28 @@ Orbax would do for local disks and Google Cloud Storage. It does not write to S3
 library with credentials and retries of its own, and keeps no digests of what it stores.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors.numpy import save
 
-from distillcache.schemas.base import Config, Count, Name
-from distillcache.schemas.errors import DamageError
+from distillcache.schemas.base import Config, Count, Hex, Name
+from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.format.canonical import from_canonical, to_canonical
 from distillcache.schemas.format.digest import digest_bytes
+from distillcache.schemas.format.run_identity import IDENTITY, read_identity
+from distillcache.schemas.store.disk_errors import is_in_the_way
 from distillcache.schemas.store.store import Store
 
 RECORD = "checkpoint.json"
+INCOMPLETE = "boxes that do not make up the whole array"
 FILE_BYTES = 512 << 20  # of a data file, about: one write holds it in memory
 Box = tuple[slice, ...]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -65,14 +69,29 @@ class ProcessReceipt(Config):
     pieces: tuple[SavedBox, ...]  # the boxes; the name on disk
 
 
+class FiguresDigest(Config):
+    """Entries of a file of figures that were written up to a checkpoint: how many, and the xxh3-128 of them."""
+
+    count: Count
+    digest: Hex
+
+
 class CheckpointRecord(Config):
     """The record that commits a checkpoint. parts: the digest of every process's receipt, by process number; feed: the
-    feed's position.
+    feed's position; run: the digest of the run's run.json; figures: by file, the evaluations and the lines of metrics
+    up to here. Versions before this wrote neither of the last two.
     """
 
     step: Count
     feed: dict[str, int]
     parts: tuple[str, ...]
+    run: Hex | None = None
+    figures: dict[str, FiguresDigest] | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_versions_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not known: the one spelling of a record of an earlier version is its own."""
+        return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +137,38 @@ def write_arrays(store: Store, folder: str, process: int, attempt: str, arrays: 
 
 def read_receipt(store: Store, folder: str, process: int) -> tuple[ProcessReceipt, str] | None:
     """A process's receipt and its digest; None where it is not there yet."""
-    key = receipt_key(folder, process)
-    return store.read_checked(
-        key, lambda data: (from_canonical(ProcessReceipt, data, store.where(key)), digest_bytes(data))
-    )
+    key, step = receipt_key(folder, process), _without(store.where(folder))
+    with _as_damage(store.where(key), store.where(folder)):
+        return store.read_checked(
+            key, lambda data: (from_canonical(ProcessReceipt, data, store.where(key), step), digest_bytes(data))
+        )
+
+
+def read_record(store: Store, folder: str) -> CheckpointRecord | None:
+    """The record of a checkpoint of this run; None where there is none.
+
+    Raises:
+        DamageError: it is not what was committed, or is of another run.
+    """
+    where = store.where(f"{folder}/{RECORD}")
+    with _as_damage(where, store.where(folder)):
+        found = store.read_checked(
+            f"{folder}/{RECORD}",
+            lambda data: from_canonical(CheckpointRecord, data, where, _without(store.where(folder))),
+        )
+    identity = None if found is None else read_identity(store)
+    if found is not None and identity is not None and found.run != identity.digest:
+        raise DamageError(
+            "a checkpoint and the run's record are of two runs",
+            {
+                "object": where,
+                "of run": found.run or "of an earlier version",
+                "expected": identity.digest or "the same",
+            },
+            f"put back the {IDENTITY} that belongs to the checkpoints; if the checkpoint is the foreign one, "
+            f"{_without(store.where(folder))}",
+        )
+    return found
 
 
 def commit(store: Store, folder: str, record: CheckpointRecord) -> None:
@@ -138,17 +185,16 @@ class SavedArrays:
             DamageError: a record or a receipt is missing, or not what was committed.
         """
         self._store, self._folder = store, folder
-        where = store.where(f"{folder}/{RECORD}")
-        found = store.read_checked(f"{folder}/{RECORD}", lambda data: from_canonical(CheckpointRecord, data, where))
+        found = read_record(store, folder)
         if found is None:
-            raise _damage(where, "nothing")
+            raise self._damage(store.where(f"{folder}/{RECORD}"), "nothing")
         self.record: CheckpointRecord = found
         self._infos: dict[str, ArrayInfo] = {}
         self._boxes: dict[str, list[SavedBox]] = {}
         for process, digest in enumerate(self.record.parts):
             receipt = read_receipt(store, folder, process)
             if receipt is None or receipt[1] != digest:
-                raise _damage(
+                raise self._damage(
                     store.where(receipt_key(folder, process)), "nothing" if receipt is None else "another receipt"
                 )
             self._infos |= receipt[0].arrays
@@ -157,7 +203,7 @@ class SavedArrays:
         for array, boxes in self._boxes.items():
             shape = self._infos[array].shape if array in self._infos else ()
             if not all(_is_inside(saved, shape) for saved in boxes):
-                raise _damage(store.where(folder), f"boxes of {array} that are not inside it")
+                raise self._damage(store.where(folder), f"boxes of {array} that are not inside it")
 
     def names(self, item: str) -> list[str]:
         """The names of the item's arrays, without the item."""
@@ -166,7 +212,7 @@ class SavedArrays:
     def info(self, item: str, name: str) -> ArrayInfo:
         array = f"{item}/{name}"
         if array not in self._infos:
-            raise _damage(self._store.where(self._folder), f"no {array}")
+            raise self._damage(self._store.where(self._folder), f"no {array}")
         return self._infos[array]
 
     def whole(self, item: str, name: str) -> np.ndarray:
@@ -183,7 +229,7 @@ class SavedArrays:
         array = f"{item}/{name}"
         dtype, volume = np.dtype(self._infos[array].dtype), math.prod(self._infos[array].shape)
         if sum(math.prod(saved.shape) for saved in self._boxes.get(array, [])) < volume:  # before memory is taken
-            raise _damage(f"{self._store.where(self._folder)} {array}", "boxes that do not make up the whole array")
+            raise self._damage(f"{self._store.where(self._folder)} {array}", INCOMPLETE)
         found = [np.empty([axis.stop - axis.start for axis in box], dtype) for box in wanted]
         filled = [0] * len(found)
         for saved in self._boxes.get(array, []):
@@ -195,7 +241,7 @@ class SavedArrays:
                 found[at][target] = values[inside]
                 filled[at] += math.prod(axis.stop - axis.start for axis in target)
         if any(count != box.size for count, box in zip(filled, found, strict=True)):
-            raise _damage(f"{self._store.where(self._folder)} {array}", "boxes that do not make up the whole array")
+            raise self._damage(f"{self._store.where(self._folder)} {array}", INCOMPLETE)
         return found
 
     def _read(self, saved: SavedBox, dtype: np.dtype) -> np.ndarray:
@@ -204,11 +250,17 @@ class SavedArrays:
 
         def check(data: bytes | None) -> np.ndarray:
             if data is None or xxhash.xxh3_64_hexdigest(data) != saved.digest:
-                raise _damage(self._store.where(key), "nothing" if data is None else f"another digest of {saved.array}")
+                found = "nothing, or less than was written" if data is None else f"another digest of {saved.array}"
+                raise self._damage(self._store.where(key), found)
             return np.frombuffer(data, dtype).reshape(saved.shape)
 
-        byte_range = slice(saved.offset, saved.offset + length)
-        return self._store.checked(lambda: self._store.read(key, byte_range) if length else b"", check)
+        with _as_damage(self._store.where(key), self._store.where(self._folder)):
+            return self._store.checked(
+                lambda: self._store.read_range(key, saved.offset, saved.offset + length)[0], check
+            )
+
+    def _damage(self, where: str, found: str) -> DamageError:
+        return _damage(where, self._store.where(self._folder), found)
 
 
 def _is_inside(saved: SavedBox, shape: tuple[int, ...]) -> bool:
@@ -268,9 +320,25 @@ def _overlap(saved: SavedBox, box: Box) -> tuple[Box, Box] | None:
     return tuple(inside), tuple(target)
 
 
-def _damage(where: str, found: str) -> DamageError:
-    return DamageError(
-        "a checkpoint is damaged",
-        {"object": where, "found": found},
-        "delete the checkpoint's folder: the run resumes from the one before it",
+@contextlib.contextmanager
+def _as_damage(where: str, folder: str) -> Iterator[None]:
+    """Take something else in the place of a checkpoint's file for what it is: damage, which can be deleted."""
+    try:
+        yield
+    except StorageError as error:
+        cause = str(error.facts.get("cause", ""))
+        if not is_in_the_way(cause):
+            raise
+        raise _damage(where, folder, cause) from error
+
+
+def _damage(where: str, folder: str, found: str) -> DamageError:
+    return DamageError("a checkpoint is damaged", {"object": where, "found": found}, _without(folder))
+
+
+def _without(folder: str) -> str:
+    """Say what to do about a damaged checkpoint."""
+    return (
+        f"delete {folder}: the run resumes from the checkpoint before it, or from its beginning; "
+        "another checkpoint can be exported with --step"
     )

@@ -1,13 +1,9 @@
 """The lock files of TensorStore's file driver: which of them a live writer holds."""
 
-import errno
 import fcntl
 import os
 import struct
 from pathlib import Path
-
-# A disk that cannot be written, or a file system without locks.
-UNTOLD = (errno.EROFS, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class held:
@@ -25,12 +21,8 @@ class held:
             # A writer may have renamed it to its key between the two calls: then this is a committed file.
             if not os.path.samestat(os.fstat(self._descriptor), os.lstat(self._path)):
                 return None
-        except (FileNotFoundError, BlockingIOError, PermissionError):
+        except OSError:  # gone, in use, not to be written, a link, a failing disk, no locks on this file system
             return None
-        except OSError as error:
-            if error.errno in UNTOLD or error.errno == errno.ELOOP:  # a link, which no writer of ours leaves
-                return None
-            raise
         return self._descriptor
 
     def __exit__(self, *_: object) -> None:

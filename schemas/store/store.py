@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from errno import EISDIR
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets
+from distillcache.schemas.store.disk_errors import step_for, unreadable
 from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
@@ -204,6 +206,8 @@ class Store:
     def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
         self.check_inside(key)
         result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
+        if result.state != "value" and self.local is not None and (self.local / key).is_dir():  # it counts as absent
+            raise unreadable(self.where(key), IsADirectoryError(EISDIR, os.strerror(EISDIR)))
         return (result.value if result.state == "value" else None), result.stamp.generation
 
     def _ends_at(self, key: str, length: int) -> bool:
@@ -318,6 +322,8 @@ class Store:
                 return (self.local / key).stat().st_size == length
             except (FileNotFoundError, NotADirectoryError):
                 return False
+            except OSError as error:
+                raise unreadable(self.where(key), error) from error
         if length == 0:
             return self.read(key) == b""
         return not self._ends_at(key, length - 1) and self._ends_at(key, length)
@@ -428,10 +434,7 @@ class Store:
     def _failure(self, what: str, facts: dict[str, object], error: BaseException) -> StorageError:
         text = buckets.cause(error) or f"no answer within {self.settings.contact_timeout_s:g} s"
         advice = buckets.advice(self.url, error) if self.local is None else None
-        if advice is None and "No space left" in text:
-            advice = "free some space, then run the same command again: what is committed stays"
-        elif advice is None and ("Permission denied" in text or "PERMISSION_DENIED" in text or "Read-only" in text):
-            advice = "make it writable, or name another path"
+        advice = advice or step_for(text, reads=what.endswith(("read", "listed", "whole")))
         return StorageError(what, {**facts, "cause": text}, advice or "check the path, then run the same command again")
 
 

@@ -23,19 +23,23 @@ from distillcache.schemas.errors import (
     NonFiniteError,
     PlanMismatchError,
 )
+from distillcache.schemas.format.checkpoint import commit, read_record
+from distillcache.schemas.format.run import checkpoint_key, digest_evaluations
 from distillcache.schemas.runtime.signals import StopRequest
+from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
 from distillcache.trainer import __main__
 from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
-from distillcache.trainer.run.evaluate import held_out_perplexity
+from distillcache.trainer.run.evaluate import Evaluation, held_out_perplexity
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.step.parameters import all_parameters, at_address
 from distillcache.trainer.train import train
 from tests.processes.command import Command
 from tests.trainer.run.events import logged_scalars
+from tests.trainer.run.test_damage import as_version_before
 
 TIMED = ("perf/step_time_seconds", "perf/tokens_per_second", "perf/data_wait_share", "perf/tflops_per_second")
 
@@ -345,6 +349,7 @@ def test_a_student_of_another_width_is_refused(tmp_path, cache, teacher):
 
 def check_dtypes(run: Path, out: Path) -> None:
     """An export is stored as the checkpoint was that the student was made of, unless another dtype is asked for."""
+    as_version_before(run)  # whose student's files have no digests: these are edited here
     file = run / "student" / "config.json"
     noted = json.loads(file.read_text())
     assert noted["distillcache_source_dtype"] == "float32"
@@ -365,13 +370,24 @@ def check_dtypes(run: Path, out: Path) -> None:
     assert cli.main(["export", str(run), str(out), "--dtype", "float64"]) == 2
 
 
+def as_evaluated(run: Path, found: list[Evaluation]) -> None:
+    """Make a run of these evaluations: its newest checkpoint knows them."""
+    store, key = Store(str(run)), checkpoint_key(8)
+    entries = [entry.model_dump(mode="json") for entry in found]
+    (run / "eval.json").write_text(json.dumps(entries))
+    record = read_record(store, key)
+    assert record is not None
+    figures = (record.figures or {}) | {"eval.json": digest_evaluations(entries)}
+    commit(store, key, record.model_copy(update={"figures": figures}))
+
+
 def test_the_best_checkpoint_is_exported(tmp_path, whole, console):
     run, out = shutil.copytree(whole, tmp_path / "run"), tmp_path / "out"
     first, last = read_evaluations(whole)
     better = last.model_copy(update={"step": 6, "perplexity": last.perplexity / 2})
     lost = better.model_copy(update={"step": 3, "perplexity": 1.0})  # its checkpoint is gone
     for found, step in (([first, lost, better, last], 6), ([first, last], 8)):
-        (run / "eval.json").write_text(json.dumps([entry.model_dump() for entry in found]))
+        as_evaluated(run, found)
         assert cli.main(["export", str(run), str(out), "--best"]) == 0
         assert f"step {step} of {run}" in console.readouterr().err
     exported, trained = load_pretrained(out), load_student(str(run)).decoder

@@ -13,7 +13,7 @@ from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.store.store import using
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import told_perplexity
-from distillcache.trainer.run.folder import best_evaluation
+from distillcache.trainer.run.folder import best_evaluation, missing_checkpoints
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
@@ -29,6 +29,8 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
             if best.perplexity is None:
                 note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
         student = load_student(config.run, step, config.dtype)
+        for each in missing_checkpoints(config.run, best=config.best, step=config.step):
+            print(f"warning: {each}", file=sys.stderr)
         save = save_maxtext if config.format == "maxtext" else save_pretrained
         save(student.decoder, config.out, tokenizer_from=student.tokenizer)
     moe = student.decoder.config.moe

@@ -14,7 +14,7 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.segment import no_cache, read_manifest, segment_names
 from distillcache.schemas.config.report import ReportConfig
 from distillcache.schemas.errors import ConfigError, InputError
-from distillcache.schemas.format.run import IDENTITY
+from distillcache.schemas.format.run import IDENTITY, whole_steps
 from distillcache.schemas.store.store import Store, using
 from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.pages.html import size
@@ -78,7 +78,7 @@ def kind_of(store: Store) -> str:
     Raises:
         InputError: there is neither.
     """
-    if store.read(IDENTITY) is not None:
+    if store.read(IDENTITY) is not None or whole_steps(store):  # also one that has lost its identity
         return "run"
     if read_manifest(store) is not None or segment_names(store, 0):
         return "cache"

@@ -10,6 +10,9 @@ import numpy as np
 
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
+from distillcache.schemas.format.checkpoint import SavedArrays
+from distillcache.schemas.format.run import EVALUATIONS, checkpoint_key, lost_evaluations, whole_steps
+from distillcache.schemas.format.run_identity import IDENTITY, without_identity
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
 from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
@@ -32,7 +35,7 @@ from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, Ending, best_of, read_ending, read_evaluations, shown_config
-from distillcache.trainer.run.metrics_log import TENSORBOARD, read_loads, read_metrics
+from distillcache.trainer.run.metrics_log import TENSORBOARD, find_lost_lines, read_loads, read_metrics
 
 TERMS = {
     "distill/total_loss": "total",
@@ -64,6 +67,7 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
     done, of = (lines[-1]["step"] if lines else 0), planned_steps(config)
     ending = read_ending(store)
     told = [*divergence_warnings(ending), *warnings(lines, evaluations, done, of), *expert_warnings(loads)]
+    told += lost_warnings(store)
     page = Page(page_title("Run", store.url), run_subtitle(config, done, of), footer)
     page.add(
         "What it is",
@@ -95,6 +99,25 @@ def divergence_warnings(ending: Ending | None) -> list[str]:
     figures = "; ".join(f"{label} {value}".rstrip() for label, value in found.items())
     reason = what.removeprefix("error: ") + (f" ({figures})" if figures else "")
     return [f"The run diverged: {reason}.", f"Best checkpoint: {best}."]
+
+
+def lost_warnings(store: Store) -> list[str]:
+    """Return warnings about files of the run that are missing, damaged or changed."""
+    told, steps = [f"{each}." for each in find_lost_lines(store)], whole_steps(store)
+    if store.read(IDENTITY) is None:
+        told.append(f"{IDENTITY} is missing: {without_identity(store)}.")
+    if count := lost_evaluations(store):
+        told.append(f"{EVALUATIONS} is missing; it had {counted(count, 'evaluation')}.")
+    for step in steps:
+        try:
+            SavedArrays(store, checkpoint_key(step))
+        except DamageError as error:
+            told.append(f"The checkpoint of step {step:,} is damaged: {error.next}.")
+    ending = read_ending(store)
+    ended = None if ending is None or ending.diverged else ending.steps
+    if ended is not None and ended not in steps:
+        told.append(f"The run ended at step {ended:,}, whose checkpoint is gone.")
+    return told
 
 
 def warnings(lines: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation], done: int, of: int) -> list[str]:

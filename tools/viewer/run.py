@@ -16,6 +16,7 @@ from distillcache.tools.report.run import (
     divergence_warnings,
     evaluation_fragments,
     loss_fragments,
+    lost_warnings,
     planned_steps,
     run_facts,
     run_subtitle,
@@ -147,7 +148,7 @@ def _last_news(watched: WatchedRun, found: RunLook) -> str:
 
 def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
     told = warnings(found.lines, found.evaluations, found.done, found.of) + expert_warnings(found.loads)
-    told = divergence_warnings(found.ending) + told
+    told = divergence_warnings(found.ending) + told + lost_warnings(watched.store)
     return [
         note("Look at this first", told),
         progress("Steps", found.done, found.of) if found.done < found.of else "",

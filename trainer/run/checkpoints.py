@@ -28,6 +28,7 @@ from distillcache.schemas.errors import CheckpointError, DamageError, StorageErr
 from distillcache.schemas.format.checkpoint import (
     RECORD,
     CheckpointRecord,
+    FiguresDigest,
     Held,
     SavedArrays,
     commit,
@@ -37,6 +38,7 @@ from distillcache.schemas.format.checkpoint import (
     write_arrays,
 )
 from distillcache.schemas.format.run import CHECKPOINTS, PARAMETERS, STUDENT, checkpoint_key, whole_steps
+from distillcache.schemas.format.run_identity import read_identity
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.store.path import locate
 from distillcache.schemas.store.store import Store
@@ -79,12 +81,20 @@ class Checkpoints:
         for folder in {"/".join(key.split("/")[:2]) for key in there} - whole_ones:
             self._store.delete_folder(folder)
 
-    def save(self, step: int, held: Mapping[str, Held], whole: Mapping[str, Any], feed: dict[str, int]) -> None:
+    def save(
+        self,
+        step: int,
+        held: Mapping[str, Held],
+        whole: Mapping[str, Any],
+        feed: dict[str, int],
+        figures: dict[str, FiguresDigest] | None = None,
+    ) -> None:
         """Start saving the state after `step` steps; all processes call this.
 
         Args:
             held: what this process is to write, by item and name.
             whole: what every process has all of, on the host; the first one writes it.
+            figures: of the first process: digests of the evaluations and of the metrics up to here.
 
         Raises:
             StorageError: the save before this one failed; earlier checkpoints stay.
@@ -92,7 +102,7 @@ class Checkpoints:
         self.wait()
         rest = {name: held_whole(np.array(value)) for name, value in whole.items()}
         mine = rest if self._peers.first else {name: nothing_of(value) for name, value in rest.items()}
-        self._pending = self._pool.submit(self._write, step, {**held, **mine}, feed)
+        self._pending = self._pool.submit(self._write, step, {**held, **mine}, feed, figures)
 
     def wait(self) -> None:
         """Return when the save is durable; raises `StorageError` where it failed."""
@@ -110,12 +120,19 @@ class Checkpoints:
         self._pool.shutdown()
         self.wait()
 
-    def _write(self, step: int, arrays: Mapping[str, Held], feed: dict[str, int]) -> None:
+    def _write(
+        self, step: int, arrays: Mapping[str, Held], feed: dict[str, int], figures: dict[str, FiguresDigest] | None
+    ) -> None:
         folder, peers = checkpoint_key(step), self._peers
         try:
             write_arrays(self._store, folder, peers.number, peers.attempt, arrays)
             if peers.first:
-                commit(self._store, folder, CheckpointRecord(step=step, feed=feed, parts=self._parts(folder)))
+                identity = read_identity(self._store)
+                run = None if identity is None else identity.digest
+                parts = self._parts(folder)
+                commit(
+                    self._store, folder, CheckpointRecord(step=step, feed=feed, parts=parts, run=run, figures=figures)
+                )
                 self._prune()
         except StorageError as error:
             raise StorageError(
@@ -257,6 +274,12 @@ def _run(run: str) -> Store:
         if inside is not None:
             flag = "--best" if inside[2] == "best" else f"--step {int(inside[2])}"
             step = f"name the run and, as a flag, which of its checkpoints: {inside[1]} {flag}"
+        if whole_steps(store):
+            raise CheckpointError(
+                "a file of the run is missing",
+                {"object": store.where(f"{STUDENT}/config.json")},
+                "copy it back; without it no checkpoint can be used",
+            )
         raise CheckpointError("there is no trained student here", {"run": run}, step)
     return store
 

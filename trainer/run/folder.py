@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.differences import differing, told
 from distillcache.schemas.config.train import TrainSpec
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import (
     CheckpointError,
+    ConfigError,
+    DamageError,
     DistillcacheError,
     FolderTakenError,
     InputError,
@@ -32,7 +35,23 @@ from distillcache.schemas.errors import (
 )
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import TOKENIZER
-from distillcache.schemas.format.run import CHECKPOINTS, EVALUATIONS, IDENTITY, STUDENT, best_index
+from distillcache.schemas.format.run import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    IDENTITY,
+    STUDENT,
+    best_index,
+    lost_evaluations,
+    read_entries,
+)
+from distillcache.schemas.format.run_identity import (
+    file_digest,
+    from_sealed,
+    read_identity,
+    spell_identity,
+    to_sealed,
+    without_identity,
+)
 from distillcache.schemas.store.locks import try_lock
 from distillcache.schemas.store.redaction import redacted, shown
 from distillcache.schemas.store.store import LOCK_SUFFIX, Store
@@ -45,7 +64,7 @@ from distillcache.trainer.run.student import SURGERY
 log = logging.getLogger(__name__)
 
 RESOLVED = "config.yaml"
-SUMMARY = "summary.json"
+SUMMARY, OF = "summary.json", "of_run"  # the second: its key for the digest of run.json
 LOCK = "lock"
 LEASE = "claim.json"  # in a bucket, instead of the lock
 LEASE_EXPIRY_S = 120.0  # a lease is rewritten four times in this: rarely enough for one object of a bucket
@@ -63,15 +82,13 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
         InputError: the folder holds something else.
         PlanMismatchError: it holds the run of another config or cache.
     """
-    identity = {"cache": source.digest, **config.model_dump(mode="json", include=set(TrainSpec.model_fields))}
-    known = store.read(IDENTITY)
+    spec = {"cache": source.digest, **config.model_dump(mode="json", include=set(TrainSpec.model_fields))}
+    known = read_identity(store)
     if known is None or not has_student(store):
         refuse_foreign_folder(store)
-        known = _spelled_json(identity)
-        store.write(IDENTITY, known)
-    step = f"the run cannot resume without {IDENTITY}: copy it again, or name another --run"
-    then = from_plain(TypeAdapter(dict[str, Any]), known, store.where(IDENTITY), step)
-    differences = told(differing(then, identity))
+        store.delete_folder(STUDENT)  # where there is one, nobody knows of which config it is
+        store.write(IDENTITY, spell_identity(spec, None))
+    differences = {} if known is None else told(differing(known.spec, spec))
     if differences:
         raise PlanMismatchError(
             "the run's folder contains the run of another config or cache",
@@ -81,13 +98,39 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
     store.write(RESOLVED, command_line.dump_yaml(config).encode())
 
 
+def seal_student(store: Store) -> None:
+    """Note the digests of the files that the run begins with, once the student is made; nothing where they are known.
+
+    A run of an earlier version has none, and gets none: what may have changed since would pass for what was written.
+    """
+    identity = read_identity(store)
+    if identity is None or identity.digest is None or identity.files is not None:
+        return
+    keys = [*store.keys(f"{STUDENT}/"), SURGERY, IMPORTANCE]
+    found = {key: digest for key in keys if (digest := file_digest(store, key)) is not None}
+    store.write(IDENTITY, spell_identity(identity.spec, found))
+
+
 def refuse_foreign_folder(store: Store) -> None:
-    """Raise `InputError` where the folder holds something else than a run, before anything is written there."""
-    begun = store.read(IDENTITY) is not None and has_student(store)
-    if not begun and any(not _is_leftover(key) for key in store.keys("")):
+    """Raise before anything is written where the folder holds something else than a run.
+
+    Raises:
+        InputError: there are files of others.
+        DamageError: there is a run that has lost a file which it cannot resume without.
+    """
+    has_identity, begun = store.read(IDENTITY) is not None, has_student(store)
+    if (has_identity and begun) or not any(not _is_leftover(key) for key in store.keys("")):
+        return
+    if not (has_identity or begun) or not store.keys(f"{CHECKPOINTS}/"):
         raise InputError(
             "the run's folder contains something else", {"run": store.url}, "name a new or empty folder with --run"
         )
+    lost, step = (
+        (f"{STUDENT}/config.json", "without it, begin a new run with another --run")
+        if has_identity
+        else (IDENTITY, without_identity(store))
+    )
+    raise DamageError("a file of the run is missing", {"object": store.where(lost)}, f"copy it back; {step}")
 
 
 @contextlib.contextmanager
@@ -182,15 +225,30 @@ def remove_beginning(store: Store) -> None:
 
 
 def shown_config(store: Store) -> tuple[str, dict[str, Any]]:
-    """The run's config as text and as a mapping, both empty where it has none; credentials in URLs are hidden.
+    """The run's config as text and as a mapping; credentials in URLs are hidden.
+
+    Without a file there is no text, and the mapping has what `run.json` knows of it, if anything.
 
     Raises:
-        ConfigError: the file is no YAML, or empty.
+        DamageError: the file is no YAML, or empty, or not the config of this run; or `run.json` is damaged.
     """
-    data = store.read(RESOLVED)
+    data, identity = store.read(RESOLVED), read_identity(store)
+    known = {} if identity is None or identity.digest is None else identity.spec
     if data is None:
-        return "", {}
-    return redacted(data.decode(errors="replace")), shown(command_line.stored_settings(data, store.where(RESOLVED)))
+        return "", shown({name: value for name, value in known.items() if name != "cache"})
+    step = f"copy it again, or delete it: {IDENTITY} has what the numbers depend on"
+    try:
+        config = command_line.stored_settings(data, store.where(RESOLVED))
+    except ConfigError as error:
+        raise DamageError(error.what, error.facts, step) from error
+    names = known.keys() - {"cache"}  # one is a digest, the other a path
+    if other := differing({name: known[name] for name in names}, {name: config.get(name) for name in names}):
+        raise DamageError(
+            f"the config of a run is not the one that {IDENTITY} names",
+            {"file": store.where(RESOLVED), **told(other)},
+            step,
+        )
+    return redacted(data.decode(errors="replace")), shown(config)
 
 
 def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
@@ -200,27 +258,38 @@ def read_evaluations(run: Store | str | Path) -> list[Evaluation]:
         DamageError: the file holds something else.
     """
     store = run if isinstance(run, Store) else Store(str(run))
-    data = store.read(EVALUATIONS)
-    if data is None:
-        return []
-    step = f"copy {EVALUATIONS} again, or delete it: the resumed run evaluates what it still needs"
-    return from_plain(TypeAdapter(list[Evaluation]), data, store.where(EVALUATIONS), step)
+    entries = read_entries(store)
+    try:
+        return TypeAdapter(list[Evaluation]).validate_python(entries)
+    except ValidationError as error:
+        first = error.errors()[0]
+        facts = {"object": store.where(EVALUATIONS), "field": ".".join(map(str, first["loc"])), "found": first["msg"]}
+        raise DamageError(
+            "a JSON file does not have the expected content", facts, f"copy {EVALUATIONS} again, or delete it"
+        ) from error
 
 
 def write_evaluations(store: Store, evaluations: Sequence[Evaluation]) -> None:
     """All evaluations of a run."""
-    store.write(EVALUATIONS, _spelled_json([entry.model_dump() for entry in evaluations]))
+    store.write(EVALUATIONS, _spelled_json([entry.model_dump(mode="json") for entry in evaluations]))
 
 
 def write_summary(store: Store, summary: dict[str, Any]) -> None:
-    """Write the summary of a run."""
-    store.write(SUMMARY, _spelled_json(summary))
+    """Write the summary of a run, with the digest of its `run.json`."""
+    identity = read_identity(store)
+    of = {} if identity is None or identity.digest is None else {OF: identity.digest}
+    store.write(SUMMARY, to_sealed({**summary, **of}))
 
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of a run by its summary. error: the message of one that diverged; best_checkpoint: a step, if known."""
+    """The end of a run by its summary.
 
+    error: the message of one that diverged; best_checkpoint: a step, if known. steps: of a run that came to its end,
+    how many it has; None of an earlier version's.
+    """
+
+    steps: int | None = None
     diverged: bool = False
     best_checkpoint: int | None = None
     error: str = ""
@@ -235,8 +304,13 @@ def read_ending(store: Store) -> Ending | None:
     data = store.read(SUMMARY)
     if data is None:
         return None
-    step = f"copy {SUMMARY} again, or delete it: the command of the run writes it again"
-    return from_plain(TypeAdapter(Ending), data, store.where(SUMMARY), step)
+    step, where = f"copy {SUMMARY} again, or delete it: the command of the run writes it again", store.where(SUMMARY)
+    value, digest = from_sealed(data, where, step)
+    identity = read_identity(store)
+    if identity is not None and identity.digest is not None and (digest is None or value.get(OF) != identity.digest):
+        found = "the summary of another run, or of an earlier version's"
+        raise DamageError("the summary is not this run's", {"object": where, "found": found}, step)
+    return from_plain(TypeAdapter(Ending), json.dumps(value).encode(), where, step)
 
 
 def best_evaluation(run: str) -> Evaluation:
@@ -246,6 +320,12 @@ def best_evaluation(run: str) -> Evaluation:
         CheckpointError: there is no run, or no such evaluation.
     """
     kept, found = kept_steps(run), read_evaluations(run)
+    if count := lost_evaluations(Store(run)):
+        raise CheckpointError(
+            "the best checkpoint is not known: the run's evaluations are missing",
+            {"missing": Store(run).where(EVALUATIONS), "had": counted(count, "evaluation"), "checkpoints": kept},
+            "copy it back, export the newest without --best, or name one with --step",
+        )
     best = best_of([entry for entry in found if entry.step in kept])
     if best is None:
         raise CheckpointError(
@@ -254,6 +334,34 @@ def best_evaluation(run: str) -> Evaluation:
             "export the newest without --best, or name one with --step",
         )
     return best
+
+
+def missing_checkpoints(run: str, *, best: bool, step: int | None) -> list[str]:
+    """Say which checkpoints that a user may expect to be exported are gone, or that nobody can know.
+
+    Args:
+        best: the best one was asked for. step: the one that was; None: the newest.
+    """
+    store, kept, told = Store(run), kept_steps(run), []
+    if store.read(IDENTITY) is None:
+        told.append(f"{store.where(IDENTITY)} is missing: the run's files cannot be checked")
+    known = [entry for entry in read_evaluations(store) if 0 < entry.step <= kept[-1]] if best else []
+    found = best_of(known)
+    if found is not None and found.step not in kept:
+        told.append(f"the best evaluation is that of step {found.step:,}, whose checkpoint is gone")
+    if best or step is not None:
+        return told
+    try:
+        ending = read_ending(store)
+    except DamageError as error:
+        return [*told, f"{store.where(SUMMARY)} does not say at which step the run ended: {error.what}"]
+    if ending is not None and not ending.diverged and (ending.steps or 0) > kept[-1]:
+        told.append(
+            f"the run ended at step {ending.steps:,}, whose checkpoint is gone; the newest is that of {kept[-1]:,}"
+        )
+    if ending is not None and ending.best_checkpoint is not None and ending.best_checkpoint not in kept:
+        told.append(f"the best checkpoint was that of step {ending.best_checkpoint:,}, and it is gone")
+    return told
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:

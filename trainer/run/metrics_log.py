@@ -16,11 +16,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tensorboardX import summary
@@ -28,6 +30,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 
 from distillcache.schemas.errors import DamageError, DistillcacheError, StorageError
+from distillcache.schemas.format.checkpoint import FiguresDigest
+from distillcache.schemas.format.run import digest_entries, newest_record
 from distillcache.schemas.store.store import Store
 from distillcache.schemas.store.whole_file import sync_folder
 
@@ -100,6 +104,10 @@ class MetricsLog:
             self._loads.add({"step": step, "blocks": list(blocks), "share": rows})
             self._tensorboard.add(summary.image("router/load", image), step)
 
+    def digests(self) -> dict[str, FiguresDigest]:
+        """The digests of all lines by the names of their files, for the checkpoint that counts on them."""
+        return {_file(each.name): each.digest() for each in (self._lines, self._loads)}
+
     def flush(self) -> None:
         """Make all logged lines durable and readable by others."""
         with self._told():
@@ -141,13 +149,19 @@ class _Lines:
     """A file of JSON lines, each with a step, that grows."""
 
     def __init__(self, store: Store, name: str, last_step: int) -> None:
-        self._store, self._name = store, name
+        self._store, self.name = store, name
         self._new: list[dict[str, Any]] = []
         self._file: FileIO | None = None
+        self._count, self._digest = 0, xxhash.xxh3_128()
         self._cut(last_step)
+
+    def digest(self) -> FiguresDigest:
+        """The digest of all lines, those that were kept from before among them (`digest_entries`)."""
+        return FiguresDigest(count=self._count, digest=self._digest.hexdigest())
 
     def add(self, line: dict[str, Any]) -> None:
         self._new.append(line)
+        self._note([line])
         if self._store.local is not None:
             self._write_new()
 
@@ -165,11 +179,11 @@ class _Lines:
             self._file = self._file or self._opened(self._store.local)
             self._append(text.encode())
         else:
-            self._store.write(_part(self._name, self._new[0]["step"]), text.encode())
+            self._store.write(_part(self.name, self._new[0]["step"]), text.encode())
         self._new = []
 
     def _opened(self, folder: Path) -> FileIO:
-        path = folder / f"{self._name}.jsonl"
+        path = folder / f"{self.name}.jsonl"
         is_new = not path.exists()
         self._store.check_inside(path.name)
         with contextlib.ExitStack() as stack:
@@ -202,22 +216,29 @@ class _Lines:
         """Forget the lines past `last_step`, and one that a killed process left unfinished."""
         if self._store.local is not None:
             # Replaced as a whole: whatever ends this process, the steps that a checkpoint counts on stay readable.
-            key = f"{self._name}.jsonl"
+            key = f"{self.name}.jsonl"
             before = self._store.read(key)
             kept = [line for line in self._read(key, before or b"") if line["step"] <= last_step]
+            self._note(kept)
             if before is not None and before != (after := "".join(map(_spell, kept)).encode()):
                 self._store.write(key, after)
             return
-        for key in self._store.keys(f"{self._name}/"):
+        for key in self._store.keys(f"{self.name}/"):
             lines = self._read(key, self._store.read(key) or b"")
             kept = [line for line in lines if line["step"] <= last_step]
+            self._note(kept)
             if not kept:
                 self._store.delete(key)
             elif len(kept) < len(lines):
                 self._store.write(key, "".join(map(_spell, kept)).encode())
 
+    def _note(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._count += len(lines)
+        for line in lines:
+            self._digest.update(_spell(line).encode())
+
     def _read(self, key: str, data: bytes) -> list[dict[str, Any]]:
-        return _lines(data, self._store.where(key), self._name)
+        return _lines(data, self._store.where(key), self.name)
 
 
 class _Tensorboard:
@@ -274,9 +295,62 @@ def read_loads(run: str | Path) -> list[dict[str, Any]]:
     return _read(Store(str(run)), LOADS)
 
 
+@dataclass(frozen=True)
+class LostLines:
+    """A file whose lines up to the newest checkpoint are not those that were written.
+
+    name: `LINES` or `LOADS`. found, expected: how many.
+    """
+
+    name: str
+    where: str
+    up_to: int
+    found: int
+    expected: int
+
+    def __str__(self) -> str:
+        if self.found == self.expected:
+            what = "lines are not as they were written"
+        elif self.found < self.expected:
+            what = f"{self.expected - self.found:,} of {self.expected:,} lines are missing"
+        else:
+            what = f"there are {self.found:,} lines instead of {self.expected:,}"
+        return f"{self.where}: up to step {self.up_to:,}, {what}"
+
+
+def find_lost_lines(store: Store) -> list[LostLines]:
+    """The files of a run's metrics that differ from what its newest checkpoint says of them.
+
+    Nothing is known where there is no checkpoint, or only those of earlier versions.
+
+    Raises:
+        DamageError: a line is not what a run writes.
+    """
+    record = newest_record(store)
+    lost = []
+    for name in (LINES, LOADS) if record is not None and record.figures is not None else ():
+        expected = (record.figures or {}).get(_file(name)) if record is not None else None
+        if record is None or expected is None:
+            continue
+        raw = [line for key in _keys(store, name) for line in (store.read(key) or b"").split(b"\n")[:-1]]
+        if digest_entries(raw[: expected.count]) == expected:
+            continue
+        found = [line for line in _read(store, name) if line["step"] <= record.step]
+        where = store.where(_file(name) if store.local is not None else f"{name}/")
+        lost.append(LostLines(name, where, record.step, len(found), expected.count))
+    return lost
+
+
+def _file(name: str) -> str:
+    return f"{name}.jsonl"
+
+
+def _keys(store: Store, name: str) -> list[str]:
+    return [_file(name)] if store.local is not None else store.keys(f"{name}/")
+
+
 def _read(store: Store, name: str) -> list[dict[str, Any]]:
-    keys = [f"{name}.jsonl"] if store.local is not None else store.keys(f"{name}/")
-    return [line for key in keys for line in _lines(store.read(key) or b"", store.where(key), name)]
+    return [line for key in _keys(store, name) for line in _lines(store.read(key) or b"", store.where(key), name)]
 
 
 def _part(name: str, step: int) -> str:
