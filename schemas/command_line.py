@@ -30,6 +30,7 @@ ConfigType = TypeVar("ConfigType", bound=BaseModel)
 _REQUIRED = "  (required)"
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "~")
 
+STORAGE = "storage"  # the section of a config about buckets
 MAX_BRIEF = 84  # characters of a description on a line of --help that only names a flag
 MAX_FIELDS = 200  # characters in which help names all fields of a mapping
 
@@ -280,10 +281,10 @@ def help_text(model: type[BaseModel], command: str, positional: Sequence[str] = 
 def short_help_text(model: type[BaseModel], command: str, positional: Sequence[str] = ()) -> str:
     """Explains the usual fields and names the others, a line each. `--help` prints it.
 
-    A model that declares no usual fields gets the text of `help_text`.
+    A model that declares no usual fields explains all but its `storage`, which is the same for every command.
     """
-    usual: Sequence[str] = getattr(model, "usual", ())
-    if not usual:
+    usual: Sequence[str] = getattr(model, "usual", ()) or [name for name in model.model_fields if name != STORAGE]
+    if len(usual) == len(model.model_fields):
         return help_text(model, command, positional)
     rows = _fields(model, "")
     shown = [row for prefix in usual for row in rows if row[0] == prefix or row[0].startswith(f"{prefix}.")]

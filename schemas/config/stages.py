@@ -106,6 +106,19 @@ class Workers(Config):
 class PrepareConfig(Workers):
     """Turn text into packed rows. Options of Apache Beam after two bare hyphens make it a pipeline."""
 
+    usual: ClassVar = (
+        "data.path",
+        "data.format",
+        "data.tokenizer",
+        "out",
+        "data.row_tokens",
+        "data.eval_rows",
+        "data.max_rows",
+        "workers",
+        "num_processes",
+        "process_id",
+    )
+
     out: str = Field(description="folder for the rows (<out>/rows/ and <out>/rows.json)")
     data: DataConfig
     workers: int = Field(
@@ -280,6 +293,16 @@ class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
 
     A tap is kept, bit for bit, unless it is given a codec.
     """
+
+    usual: ClassVar = (
+        "src",
+        "dst",
+        "taps",
+        "compress",
+        "rows",
+        "blocks",
+        "repair",
+    )
 
     repair: bool = Field(
         default=False, description="check the copy, and restore exactly what is damaged from the same source"

@@ -18,8 +18,16 @@ from distillcache.schemas.command_line import (
     short_help_text,
     validate,
 )
-from distillcache.schemas.config import BuildConfig, Config, CopyConfig, DemoConfig, PrepareConfig, TrainConfig
-from distillcache.schemas.config.look import StatsConfig
+from distillcache.schemas.config import (
+    BuildConfig,
+    Config,
+    CopyConfig,
+    DemoConfig,
+    ExportConfig,
+    PrepareConfig,
+    TrainConfig,
+)
+from distillcache.schemas.config.look import FidelityConfig, StatsConfig
 from distillcache.schemas.errors import ConfigError
 
 
@@ -326,7 +334,7 @@ def test_help_states_types_and_defaults() -> None:
         assert line in text
 
 
-@pytest.mark.parametrize("model", [BuildConfig, TrainConfig])
+@pytest.mark.parametrize("model", [BuildConfig, TrainConfig, PrepareConfig, CopyConfig, FidelityConfig])
 def test_short_help_explains_the_usual_and_names_every_other_flag_or_its_section(model: type[BaseModel]) -> None:
     explained, _, rest = short_help_text(model, "distillcache x").partition("\nLess usual; distillcache x --help-all ")
     shown = re.findall("^  --([a-z0-9.-]+)", explained, re.MULTILINE)
@@ -340,6 +348,17 @@ def test_short_help_explains_the_usual_and_names_every_other_flag_or_its_section
         parts = [each for each in (*shown, *named) if each.startswith(f"{flag}.")]
         assert sections & {*shown, *named} or parts, f"{flag} cannot be found in the help"
     assert max(map(len, rest.split("\n"))) <= 120
+
+
+@pytest.mark.parametrize(
+    ("model", "first"),
+    [(PrepareConfig, "data.path"), (CopyConfig, "src"), (FidelityConfig, "cache"), (ExportConfig, "run")],
+)
+def test_short_help_begins_with_what_is_needed_and_only_names_storage(model: type[BaseModel], first: str) -> None:
+    text = short_help_text(model, "distillcache x")
+    shown = re.findall("^  --([a-z0-9.-]+)", text, re.MULTILINE)
+    assert shown[0] == first
+    assert [flag for flag in shown if flag.startswith("storage")] == ["storage"]
 
 
 def test_the_learning_rate_comes_before_what_few_need() -> None:
