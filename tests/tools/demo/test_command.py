@@ -1,10 +1,14 @@
 """The demo on a tiny teacher: the whole path through both stages, its report, and starting over."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from distillcache.cache_builder.text.files.inputs import input_files
+from distillcache.schemas.config import DataConfig, DemoConfig
+from distillcache.schemas.config.yaml_text import parse_yaml
 from distillcache.schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
 from distillcache.tools import cli
 from distillcache.tools.bench.memory import PeakMemory
@@ -142,3 +146,19 @@ def test_peak_memory_sees_what_is_held() -> None:
         held = bytearray(b"x") * (200 << 20)
         assert peak.gigabytes >= before + 0.15
         del held
+
+
+def test_the_readmes_configs_run_on_what_the_demo_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    build, train = (parse_yaml(block) for block in re.findall("```yaml\n(.*?)```", text, re.DOTALL))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert Path(build["teacher"]["path"]).expanduser() == teacher.teacher_path()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / DemoConfig().out / "corpus").mkdir(parents=True)
+    made = command.default_data(Path(DemoConfig().out))
+    named, left = (
+        [Path(str(file.place)).name for file in input_files(data)] for data in (DataConfig(**build["data"]), made)
+    )
+    assert named == left != []
+    assert train["cache"] == build["cache"]
+    assert f"distillcache export {train['run']} " in text
