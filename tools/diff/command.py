@@ -18,6 +18,7 @@ from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.store.store import Store, using
 from distillcache.tools.diff.caches import compare_caches
+from distillcache.tools.diff.flat import as_yaml
 from distillcache.tools.diff.runs import compare_runs
 from distillcache.tools.fidelity.topk import words
 from distillcache.tools.look.stored_rows import StoredRows
@@ -81,7 +82,9 @@ def _print(found: dict[str, Any]) -> None:
         console.print(f"  {line}")
     settled = found["plans"] if found["kind"] == "caches" else found["config"]
     _table(
-        console, ("plan" if found["kind"] == "caches" else "config", "A", "B"), [(k, *v) for k, v in settled.items()]
+        console,
+        ("plan" if found["kind"] == "caches" else "config", "A", "B"),
+        [(k, *map(as_yaml, v)) for k, v in settled.items()],
     )
     if found["kind"] == "runs":
         heads = ("curve", "step", "A", "B", "widest at step", "A", "B")

@@ -5,7 +5,7 @@ from typing import Any
 
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.store import Store
-from distillcache.tools.diff.flat import differences, flattened
+from distillcache.tools.diff.flat import as_yaml, differences, flattened
 from distillcache.trainer.run.evaluate import told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import read_metrics
@@ -76,7 +76,7 @@ def _evaluations(a: str, b: str) -> list[dict[str, Any]]:
 
 
 def _summary(found: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {a} and {b}" for name, (a, b) in list(found["config"].items())[:6]]
+    lines = [f"{name}: {as_yaml(a)} and {as_yaml(b)}" for name, (a, b) in list(found["config"].items())[:6]]
     other = [name for name, curve in found["curves"].items() if not curve["same"] and "/" in name]
     if found["curves"] and not other:
         lines.append("all curves are the same")

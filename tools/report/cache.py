@@ -11,7 +11,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.store.redaction import shown
 from distillcache.schemas.store.store import Store
-from distillcache.tools.diff.flat import flattened
+from distillcache.tools.diff.flat import as_yaml, flattened
 from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.inspect_print import said_of_times
 from distillcache.tools.look.stored_rows import StoredRows
@@ -96,7 +96,7 @@ def plan_facts(found: dict[str, Any]) -> str:
 
 def config_table(segments: Sequence[Segment]) -> str:
     """The build's config, to unfold."""
-    rows = [(name, str(value)) for name, value in flattened(shown(segments[0].plan.config)).items()]
+    rows = [(name, as_yaml(value)) for name, value in flattened(shown(segments[0].plan.config)).items()]
     return folded("The config of the build", table("Config of the build", ("field", "value"), rows))
 
 

@@ -15,6 +15,7 @@ from distillcache.schemas.format.run import EVALUATIONS, checkpoint_key, lost_ev
 from distillcache.schemas.format.run_identity import IDENTITY, without_identity
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
+from distillcache.tools.diff.flat import as_yaml
 from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import (
     Numeric,
@@ -179,7 +180,7 @@ def run_facts(
     _, losses = series(lines, "distill/total_loss")
     student = config.get("student", {})
     surgery = ", ".join(_operation(each) for each in student.get("surgery") or [])
-    loss = ", ".join(f"{name} {value}" for name, value in _weights(config.get("loss", {})))
+    loss = ", ".join(f"{name} {as_yaml(value)}" for name, value in _weights(config.get("loss", {})))
     best = best_of(evaluations)
     return facts(
         "The run",
@@ -190,7 +191,7 @@ def run_facts(
             "Source": config.get("source"),
             "Student": f"{_start_of(student)}{f', after {surgery}' if surgery else ''}",
             "Loss settings": loss or None,
-            "Optimizer": ", ".join(f"{name} {value}" for name, value in config.get("optimizer", {}).items()) or None,
+            "Optimizer": ", ".join(f"{k} {as_yaml(v)}" for k, v in config.get("optimizer", {}).items()) or None,
             "Batch": f"{_rows(config.get('batch_rows'))}, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
             **_perplexity_words(evaluations),
@@ -206,7 +207,7 @@ def _start_of(student: Mapping[str, Any]) -> str:
 
 def _operation(op: Mapping[str, Any]) -> str:
     """`query_heads (to 2, by index)`."""
-    settings = ", ".join(f"{name} {value}" for name, value in op.items() if name != "op")
+    settings = ", ".join(f"{name} {as_yaml(value)}" for name, value in op.items() if name != "op")
     return f"{op.get('op')} ({settings})" if settings else str(op.get("op"))
 
 

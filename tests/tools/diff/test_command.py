@@ -12,6 +12,7 @@ from distillcache.schemas.config import CopyConfig
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.cli import main
 from distillcache.tools.diff.command import compare
+from distillcache.tools.diff.flat import as_yaml
 from tests.tools.look.planting import Values, changed, in_every_row, plant, with_rows
 
 
@@ -87,8 +88,28 @@ def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["config"] == {"optimizer.learning_rate": [0.5, 0.25]}
     assert found["curves"]["distill/total_loss"]["widest"] == {"step": 1, "a": 3.0, "b": 1.0}
     assert found["evaluations"] == [{"step": 2, "perplexity": [0.5, 0.25], "cosine": [0.5, 0.25]}]
+    assert main(["diff", str(a), str(b)]) == 2
+    assert "optimizer.learning_rate: 0.5 and 0.25" in capsys.readouterr().out
     assert main(["diff", str(a), str(a)]) == 0
     assert "all curves are the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ([{"op": "kv_heads", "to": 2, "by": "index"}], "[{op: kv_heads, to: 2, by: index}]"),
+        ({"a": None, "b": [True, 1.5]}, "{a: null, b: [true, 1.5]}"),
+        (None, "null"),
+        (False, "false"),
+        (3, "3"),
+        (0.003, "0.003"),
+        ("all", "all"),
+        ("null", "null"),
+        (list(range(200)), f"[{', '.join(map(str, range(200)))}]"),
+    ],
+)
+def test_values_of_a_config_are_spelled_as_in_its_file(value: Any, text: str) -> None:
+    assert as_yaml(value) == text
 
 
 def test_a_run_is_no_cache(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
