@@ -36,6 +36,11 @@ Weight = Annotated[float, Field(ge=0)] | Ramp
 Share = Annotated[float, Field(ge=0, le=1)] | ShareRamp
 
 
+def may_count(weight: Weight) -> bool:
+    """Return whether a weight is ever above zero."""
+    return weight.start > 0 or weight.end > 0 if isinstance(weight, Ramp) else weight > 0
+
+
 class FeatureLossConfig(Config):
     weight: Weight = Field(default=1.0, description="beta, the weight of the whole term")
     relative_l2: float = Field(
@@ -56,6 +61,25 @@ class MlpLossConfig(Config):
     l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
 
 
+class BlockLossConfig(Config):
+    weight: Weight = Field(default=0.0, description="delta, the weight of the whole term")
+    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
+
+
+class StreamLossConfig(Config):
+    weight: Weight = Field(default=0.0, description="epsilon, the weight of the whole term")
+    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
+    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
+    slots: list[Annotated[int, Field(ge=0)] | Literal["last"]] | Literal["all"] = Field(
+        default="all",
+        description="the teacher's slots to compare with: l is the stream that leaves its block l - 1, last the one "
+        "that leaves its last block; all: every one at which a block of the student ends and that is recorded",
+    )
+
+
 class LoadBalanceConfig(Config):
     weight: Weight = Field(
         default=0.0,
@@ -73,7 +97,8 @@ class LoadBalanceConfig(Config):
 class LossConfig(Config):
     """The sum of all terms:
 
-    token_weight (alpha tau^2 KL + (1 - alpha) CE) + beta feature + gamma mlp + lambda load_balance + zeta router_z.
+    token_weight (alpha tau^2 KL + (1 - alpha) CE) + beta feature + gamma mlp + delta block + epsilon stream
+    + lambda load_balance + zeta router_z.
     """
 
     token_weight: Weight = Field(
@@ -92,6 +117,16 @@ class LossConfig(Config):
     )
     mlp: MlpLossConfig = Field(
         default=MlpLossConfig(), description=("blockwise mode: compares MLP outputs with the teacher's")
+    )
+    block: BlockLossConfig = Field(
+        default=BlockLossConfig(),
+        exclude_if=lambda value: value == BlockLossConfig(),  # so that runs from before it resume
+        description="blockwise mode: compares what leaves each block with the stream that leaves the teacher's",
+    )
+    stream: StreamLossConfig = Field(
+        default=StreamLossConfig(),
+        exclude_if=lambda value: value == StreamLossConfig(),
+        description="feature mode: compares the student's own stream with the teacher's",
     )
     load_balance: LoadBalanceConfig = Field(
         default=LoadBalanceConfig(), description="auxiliary loss that balances the load of experts"
@@ -166,7 +201,10 @@ class TrainSpec(Config):
     )  # so the student's own norm is trained too
     mlp_input: Literal["teacher", "student"] = Field(
         default="teacher",
-        description=("the MLP's input: the teacher's stream, or that stream with the student's attention output"),
+        description=(
+            "the MLP's input: the teacher's stream, or that stream with the student's attention output; with "
+            "loss.block the default is student"
+        ),
     )  # then attention and MLP do not depend on each other
     loss: LossConfig = Field(default=LossConfig(), description="the losses and their weights")
     train_only: list[str] | None = Field(
@@ -228,6 +266,16 @@ class TrainSpec(Config):
         ),
     )  # the least memory
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the shuffle and of the projectors")
+
+    @model_validator(mode="after")
+    def _give_the_mlp_the_students_attention(self) -> Self:
+        """A whole block's MLP reads what its own attention added: where `loss.block` counts, that is the default."""
+        stages = [(stage.mode, stage.loss or self.loss) for stage in self.stages or []] or [(self.mode, self.loss)]
+        compares_block = any(mode == "blockwise" and may_count(loss.block.weight) for mode, loss in stages)
+        if compares_block and "mlp_input" not in self.model_fields_set:
+            object.__setattr__(self, "mlp_input", "student")  # the model is frozen for everybody else
+            self.model_fields_set.add("mlp_input")
+        return self
 
 
 class TrainPaths(Config):
@@ -303,6 +351,8 @@ class TrainConfig(TrainOptions, TrainSpec, TrainPaths):
         "loss.alpha",
         "loss.feature.weight",
         "loss.mlp.weight",
+        "loss.block.weight",
+        "loss.stream.weight",
         "eval_every",
         "checkpoint_every",
         "compute_dtype",

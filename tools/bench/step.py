@@ -200,11 +200,23 @@ class _Paths:
         plan = plan_stage(config, config.mesh, stage, self._student, parameters, source, _no_norms)
         return StageRun(plan, parameters)
 
-    def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
-        return CacheSource(self._cache, taps, blocks, "train", leaving=leaving)
+    def _cached(
+        self,
+        taps: Sequence[str],
+        blocks: Sequence[int] | None,
+        leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
+    ) -> Source:
+        return CacheSource(self._cache, taps, blocks, "train", leaving=leaving, slots=slots)
 
-    def _computed(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool) -> Source:
-        return OnlineSource(self._teacher, taps, blocks, "train", leaving=leaving)
+    def _computed(
+        self,
+        taps: Sequence[str],
+        blocks: Sequence[int] | None,
+        leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
+    ) -> Source:
+        return OnlineSource(self._teacher, taps, blocks, "train", leaving=leaving, slots=slots)
 
     def _fed(self, run: StageRun, waits: list[tuple[float, float]]) -> float:
         """Seconds of a step that is fed as `train` feeds it: the next batch is taken while the step is computed."""

@@ -42,6 +42,8 @@ TERMS = {
     "distill/total_loss": "total",
     "distill/out_proj_feature_loss": "attention output",
     "distill/mlp_loss": "MLP output",
+    "distill/block_loss": "whole block",
+    "distill/stream_loss": "stream",
     "distill/hard_loss": "cross-entropy",
     "distill/soft_loss": "KL to the teacher",
     "distill/moe_lb_loss": "load balance",
@@ -257,7 +259,8 @@ def loss_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Losses by term and by block."""
     drawn = [terms_figure(lines), _rate_figure(lines)]
     tables = []
-    for prefix, words in (("feature/", "attention output"), ("mlp/", "MLP output")):
+    of_blocks = {"feature/": "attention output", "mlp/": "MLP output", "block/": "whole block", "stream/": "stream"}
+    for prefix, words in of_blocks.items():
         found = block_curves(lines, prefix)
         if found is not None:
             drawn.append(_block_figure(found, words))

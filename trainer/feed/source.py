@@ -213,6 +213,16 @@ class Source(ABC):
         """All segments of the cache."""
         return [segment for group in self._groups for segment in group.segments]
 
+    def stored(self, tap: str) -> tuple[int, ...]:
+        """The slots of a tap that are stored of all rows, whether this source reads them or not.
+
+        Raises:
+            InputError: the tap is of no row, or of some rows only.
+        """
+        shared_blocks(self._groups, (tap,))
+        found = [{slot for _, plan in group.holding(tap) for slot in plan.slots} for group in self._groups]
+        return tuple(sorted(set.intersection(*found)))
+
     def attention_norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`, as the cache keeps them.
 

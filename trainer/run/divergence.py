@@ -29,6 +29,8 @@ COSINE, SHARE = 0.01, 1.25  # an untouched block wanders by less than 0.01 while
 WINDOW, ERRORS = 10, 3.0  # standard errors of the two means
 FEW, FEW_SHARE = 4, 2.0  # with fewer lines than this in a window only twice the loss counts
 
+# Losses of blocks by the names of their metrics, and those of their weights.
+OF_BLOCKS = {"mlp": "distill/gamma_mlp", "block": "distill/delta_block", "stream": "distill/epsilon_stream"}
 PERPLEXITY, COSINE_DISTANCE = "perplexity", "cosine distance"
 EXPONENT = 700.0  # exp of more is no float
 Lines = Sequence[Mapping[str, float]]
@@ -90,7 +92,8 @@ class _Verdict:
 def _trains_more(stage: Stage) -> bool:
     """True where an evaluation does not measure all that the stage trains."""
     loss = stage.loss
-    return stage.compares_mlp or may_count(loss.load_balance.weight) or may_count(loss.router_z)
+    apart = stage.compares_stream and not stage.compares_tokens
+    return stage.compares_mlp or apart or may_count(loss.load_balance.weight) or may_count(loss.router_z)
 
 
 def _held_out(stage: Stage, found: Evaluation | None) -> Measure | None:
@@ -153,17 +156,22 @@ def _whole_lines(lines: Lines) -> list[Mapping[str, float]]:
 
 
 def _with_last_weights(line: Mapping[str, float], last: Mapping[str, float]) -> float:
-    beta, gamma = last.get("distill/beta_feature", 0.0), last.get("distill/gamma_mlp", 0.0)
     alpha, tokens = last.get("distill/alpha", 0.0), last.get("distill/token_weight", 0.0)
-    mlp = [value for name, value in line.items() if name.startswith("mlp/block_")]
-    total = beta * line.get("feature/mean", 0.0) + (gamma * float(np.mean(mlp)) if mlp else 0.0)
+    total = last.get("distill/beta_feature", 0.0) * line.get("feature/mean", 0.0)
+    for of_blocks, weight in OF_BLOCKS.items():
+        found = [value for name, value in line.items() if name.startswith(f"{of_blocks}/block_")]
+        total += last.get(weight, 0.0) * float(np.mean(found)) if found else 0.0
     total += tokens * ((1 - alpha) * line.get("distill/hard_loss", 0.0) + alpha * line.get("distill/kl_div_T1", 0.0))
     return total + line.get("distill/moe_lb_loss", 0.0) + line.get("distill/router_z_loss", 0.0)
 
 
 def _relative(loss: LossConfig) -> float:
     """The weight of terms that have a scale of their own, 0 to about 1."""
-    return sum(term.relative_l2 + term.cosine for term in (loss.feature, loss.mlp) if may_count(term.weight))
+    return sum(
+        term.relative_l2 + term.cosine
+        for term in (loss.feature, loss.mlp, loss.block, loss.stream)
+        if may_count(term.weight)
+    )
 
 
 def _last(weight: Any) -> float:

@@ -333,7 +333,7 @@ def _block_cosines(
 
     def visit(address: StackAddress, mine: Any, kept: Any, given: Given, row: BlockTargets) -> tuple[Any, Array]:
         out = stack.run(address, kept, given, context, rules, row.norm)
-        return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total
+        return mine, blockwise_cosine_loss(out.attn_out, given.attn_out, mask).total  # type: ignore[arg-type]
 
     taps = {name: batch[name] for name in reading.codecs}
     nothing, fixed = dict.fromkeys(places, ()), {address: at_address(parameters, address) for address in places}

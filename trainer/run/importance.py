@@ -155,7 +155,7 @@ def _sums(
         attention, mlp = (sublayer(stack.graphs[address][name], name, own) for name in ("attention", "mlp"))
         heads = attention.mix(pre_norm(attention, given.resid), context)
         sums = {"H": _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
-        middle = given.resid + given.attn_out
+        middle = given.resid + given.attn_out  # type: ignore[operator] - the source reads both
         if isinstance(mlp, Mlp):
             weight = jnp.linalg.norm(mlp.down[...], axis=1)
             return mine, sums | {"F": _over(jnp.abs(mlp.hidden(middle)), mask) * weight}

@@ -7,7 +7,7 @@ A stage begins with a fresh optimizer, from the parameters that the one before i
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from distillcache.models.decoder import Decoder
 from distillcache.models.routing import BalanceState, RouterSums
-from distillcache.schemas.config.train import FeatureLossConfig, MeshConfig, TrainSpec
+from distillcache.schemas.config.train import FeatureLossConfig, MeshConfig, StreamLossConfig, TrainSpec
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format.checkpoint import Held, SavedArrays
@@ -56,17 +56,33 @@ from distillcache.trainer.step.targets import (
 )
 from distillcache.trainer.terms.parts import Means
 
-# `open_source(taps, blocks, leaving)`: the rows to train on, with these taps of these of the teacher's blocks (None:
-# all that are recorded).
-OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
+
+class OpenSource(Protocol):
+    """Opens the rows to train on."""
+
+    def __call__(
+        self,
+        taps: Sequence[str],
+        blocks: Sequence[int] | None,
+        leaving: bool,
+        slots: Mapping[str, Sequence[int]] | None = None,
+        /,
+    ) -> Source:
+        """The rows with these taps of these of the teacher's blocks (None: all that are recorded).
+
+        Args:
+            slots: of these taps, the slots to read, whatever the blocks need.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class StagePlan:
     """A checked stage: its program, its open sources and the targets of its blocks.
 
-    mesh: None for one device. weights: of the trained blocks. sources: of each group of devices; source: of this
-    process, all together. trained: names of the parameters that a gradient changes.
+    mesh: None for one device. weights: of the trained blocks. streams: the blocks whose own streams are compared, with
+    the teacher's slots. sources: of each group of devices; source: of this process, all together. trained: names of the
+    parameters that a gradient changes.
     """
 
     stage: Stage
@@ -75,6 +91,7 @@ class StagePlan:
     mesh: Mesh | None
     spans: tuple[Span, ...]
     weights: Mapping[int, float]
+    streams: Mapping[int, int]
     sources: tuple[Source, ...]
     source: Rows
     targets: tuple[BlockTargets, ...]
@@ -126,15 +143,20 @@ def plan_stage(
     """
     setting = _setting(spec, mesh, stage, decoder, open_source((), None, False))
     program, model = stage.program(setting), setting.stack.config
-    found = open_source(program.taps, None, False)
+    found = open_source(tuple(tap for tap in program.taps if tap != "resid"), None, False)
     teacher_blocks = found.plan.teacher.num_blocks
     spans = student_spans(model, teacher_blocks, block_starts(spec.student, teacher_blocks))
-    weights = _block_weights(stage.loss.feature, spans, found) if program.compares_blocks else {}
+    weights = _block_weights(program, stage.loss.feature, spans, found) if program.compares_blocks else {}
+    streams = _compared_streams(stage.loss.stream, spans, found) if program.compares_streams else {}
     reads_mlp = stage.compares_mlp and "mlp_out" in setting.recorded
-    derives = stage.compares_mlp and not reads_mlp
-    taps = (*program.taps, "mlp_out") if reads_mlp else program.taps
+    taps = (*program.taps, *(["mlp_out"] if reads_mlp else []), *(["resid"] if streams else []))
     shares = blocks_of_groups(model, setting.groups)
-    sources = tuple(open_source(taps, _teacher_blocks(share, spans, weights), derives) for share in shares)
+    sources = tuple(
+        open_source(
+            taps, _teacher_blocks(share, spans, weights), False, _slots(program, share, spans, weights, streams)
+        )
+        for share in shares
+    )
     stacks = [{name: reads.at for name, reads in source.reads.items()} for source in sources]
     places = {block: stacks[group] for group, share in enumerate(shares) for block in share}
     targets = block_targets(
@@ -142,8 +164,10 @@ def plan_stage(
         spans,
         [places[block] for block in range(len(spans))],
         weights,
-        needs_leaving=derives,
+        needs_entering="resid" in program.taps,
+        needs_leaving=program.needs_leaving,
         norms=norms() if program.injects_norms else None,
+        compared=streams,
     )
     devices = make_mesh(mesh)
     return StagePlan(
@@ -153,6 +177,7 @@ def plan_stage(
         devices,
         spans,
         weights,
+        streams,
         sources,
         _own_share(sources, devices, spec.batch_rows),
         padded_targets(targets, setting.groups),
@@ -186,13 +211,46 @@ def _own_share(sources: Sequence[Source], mesh: Mesh | None, batch_rows: int) ->
     return HeldRows(source, places) if len(places) < batch_rows else source
 
 
-def _teacher_blocks(share: Sequence[int], spans: Sequence[Span], weights: Mapping[int, float]) -> list[int]:
-    """The teacher's blocks of the trained student blocks among these; one if none is trained."""
-    found = [block for at in share if at in weights for block in range(spans[at].first, spans[at].last)]
-    if not found:
-        anyone = spans[min(weights)] if weights else Span(0, 1)
-        return list(range(anyone.first, anyone.last))
-    return found
+def _trained_of(share: Sequence[int], weights: Mapping[int, float]) -> list[int]:
+    """The trained student blocks among these; one of all if none of them is: a group reads something all the same."""
+    return [at for at in share if at in weights] or [min(weights)]
+
+
+def _teacher_blocks(share: Sequence[int], spans: Sequence[Span], weights: Mapping[int, float]) -> list[int] | None:
+    """The teacher's blocks of the trained student blocks among these; None if no block is compared by itself."""
+    if not weights:
+        return None
+    return [block for at in _trained_of(share, weights) for block in range(spans[at].first, spans[at].last)]
+
+
+def _slots(
+    program: StepProgram,
+    share: Sequence[int],
+    spans: Sequence[Span],
+    weights: Mapping[int, float],
+    streams: Mapping[int, int],
+) -> dict[str, list[int]]:
+    """The slots of the stream that a step reads: those at the ends of spans, nothing within them."""
+    found = set(streams.values())
+    if "resid" in program.taps:
+        for at in _trained_of(share, weights):
+            found |= {spans[at].first, *([spans[at].last] if program.needs_leaving else [])}
+    return {"resid": sorted(found)} if found else {}
+
+
+def _whole_blocks(program: StepProgram, spans: Sequence[Span], source: Source) -> list[int]:
+    """The student blocks for which everything is recorded that a step compares them with.
+
+    Args:
+        source: with the taps of every block; the stream's slots are looked for in its cache.
+    """
+    blocks, streams = set(source.blocks), set(source.stored("resid") if "resid" in program.taps else ())
+    whole = []
+    for at, span in enumerate(spans):
+        ends = {span.first, *([span.last] if program.needs_leaving else [])} if "resid" in program.taps else set[int]()
+        if set(range(span.first, span.last)) <= blocks and ends <= streams:
+            whole.append(at)
+    return whole
 
 
 class StageRun:
@@ -298,7 +356,7 @@ class StageRun:
             teacher: the routing of the teacher that ran for this step, if it has experts, `[Lm, B, ...]`.
         """
         weights = {name: float(value) for name, value in sums.weights.items()}
-        found = term_metrics(self._program.terms, Means(losses, self.plan.weights, weights))
+        found = term_metrics(self._program.terms, Means(losses, self.plan.weights, weights, tuple(self.plan.streams)))
         routing = self.routing(sums)
         if routing is None:
             return found
@@ -367,14 +425,15 @@ class StageRun:
         )
 
 
-def _block_weights(loss: FeatureLossConfig, spans: Sequence[Span], source: Source) -> dict[int, float]:
+def _block_weights(
+    program: StepProgram, loss: FeatureLossConfig, spans: Sequence[Span], source: Source
+) -> dict[int, float]:
     """The trained student blocks, with their weights in the feature loss.
 
     Raises:
         ConfigError: blocks that the student has not, or that the cache lacks; weights that do not fit.
     """
-    there = set(source.blocks)
-    whole = [at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= there]
+    whole = _whole_blocks(program, spans, source)
     blocks = whole if loss.blocks == "all" else list(loss.blocks)
     if beyond := sorted(set(blocks) - set(range(len(spans)))):
         raise ConfigError(
@@ -391,7 +450,7 @@ def _block_weights(loss: FeatureLossConfig, spans: Sequence[Span], source: Sourc
     if not blocks:
         raise ConfigError(
             "no block of the student can be compared with the cache",
-            {"cache": source.url, "the cache's blocks": sorted(there)},
+            {"cache": source.url, "the cache's blocks": list(source.blocks)},
             "choose another student.layer_map, or add blocks: distillcache build --extend",
         )
     given = loss.block_weights
@@ -405,6 +464,40 @@ def _block_weights(loss: FeatureLossConfig, spans: Sequence[Span], source: Sourc
             "leave it out to weigh all blocks equally",
         )
     return dict(zip(blocks, given or [1.0] * len(blocks), strict=True))
+
+
+def _compared_streams(loss: StreamLossConfig, spans: Sequence[Span], source: Source) -> dict[int, int]:
+    """The student blocks whose own streams are compared, with the teacher's slots.
+
+    Raises:
+        ConfigError: a slot that the teacher has not, at which no block of the student ends, or that the cache lacks.
+        InputError: no stream is recorded.
+    """
+    stored, ends = source.stored("resid"), {span.last: at for at, span in enumerate(spans)}
+    facts = {"cache": source.url, "loss.stream.slots": loss.slots}
+    if loss.slots == "all":
+        chosen = [slot for slot in ends if slot in stored]
+    else:
+        chosen = sorted({spans[-1].last if slot == "last" else slot for slot in loss.slots})
+    if apart := [slot for slot in chosen if slot not in ends]:
+        raise ConfigError(
+            "no block of the student ends at these slots",
+            {**facts, "found": apart, "expected": f"some of {list(ends)}"},
+            "name slots at which one ends: slot l is the stream that leaves the teacher's block l - 1",
+        )
+    if missing := [slot for slot in chosen if slot not in stored]:
+        raise ConfigError(
+            "the cache lacks slots of the stream",
+            {**facts, "missing": missing, "recorded": list(stored)},
+            "name others, or add them: distillcache build --extend",
+        )
+    if not chosen:
+        raise ConfigError(
+            "the cache lacks every slot at which a block of the student ends",
+            {**facts, "needed": list(ends), "recorded": list(stored)},
+            "choose another student.layer_map, or add slots: distillcache build --extend",
+        )
+    return {ends[slot]: slot for slot in chosen}
 
 
 def recorded_taps(source: Source) -> frozenset[str]:

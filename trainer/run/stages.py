@@ -61,6 +61,16 @@ class Stage:
         return self.terms.read("mlp_out")
 
     @property
+    def compares_stream(self) -> bool:
+        """Return whether streams that leave blocks are compared: each block's by itself, or the student's own."""
+        return self.terms.read("stream")
+
+    @property
+    def trains_blocks_mlps(self) -> bool:
+        """Return whether each block's MLP is trained by itself."""
+        return self.program.blocks_apart and (self.compares_mlp or self.compares_stream)
+
+    @property
     def compares_tokens(self) -> bool:
         return bool(self.terms.logits)
 
@@ -121,7 +131,7 @@ def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:
 def only_part(spec: TrainSpec, stages: Sequence[Stage]) -> Literal["attention", "mlp"] | None:
     """The sublayer whose outputs alone the first stage compares, each block by itself; None where there is more."""
     stage = stages[0]
-    if not stage.program.blocks_apart or stage.teaches_teacher:
+    if not stage.program.blocks_apart or stage.teaches_teacher or stage.compares_stream:
         return None
     if not stage.compares_mlp:
         return "attention"
@@ -174,15 +184,22 @@ def _check_stage(stage: Stage, mesh: MeshConfig) -> None:
 
 
 def _check_use(stages: Sequence[Stage], spec: TrainSpec) -> None:
-    """Refuse what is requested and no stage of the run would do."""
-    trains_mlp = any(stage.compares_mlp for stage in stages)
+    """Refuse what is requested and no stage of the run would do, or could do."""
+    for stage in stages:
+        if stage.program.blocks_apart and stage.compares_stream and spec.mlp_input != "student":
+            raise ConfigError(
+                "loss.block compares a whole block, whose MLP reads what the block's own attention added",
+                {"stage": stage.name, "mlp_input": spec.mlp_input, "expected": "student"},
+                "leave mlp_input out, or use loss.feature and loss.mlp instead of loss.block",
+            )
+    trains_mlp = any(stage.trains_blocks_mlps for stage in stages)
     asked_in_vain = {
         term.setting: " or ".join(f"a {mode} stage" for mode in term.modes)
         for term in Terms.registered().blocks
         if any(counts(term, stage.loss) for stage in stages) and not any(term in stage.terms.blocks for stage in stages)
     }
     if not trains_mlp and spec.mlp_input != "teacher":
-        asked_in_vain["mlp_input"] = "a blockwise stage with loss.mlp.weight above zero"
+        asked_in_vain["mlp_input"] = "a blockwise stage with loss.mlp.weight or loss.block.weight above zero"
     if spec.inject != "resid" and not any(stage.program.blocks_apart for stage in stages):
         asked_in_vain["inject"] = "a blockwise stage"
     for name, needed in asked_in_vain.items():

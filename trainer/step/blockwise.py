@@ -137,6 +137,7 @@ class BlockwiseStep:
         return parameters, {address: mine[1] for address, mine in carried.items()}, sums, turn.tokens
 
     def _scan(self, batch: Mapping[str, Any], targets: Targets, visit: Any, carried: Any, fixed: Any, own: Any) -> Any:
+        counting = self.terms.counting(self.loss)
         return scan_blocks(
             self.stack,
             targets,
@@ -146,7 +147,8 @@ class BlockwiseStep:
             visit,
             carried,
             fixed,
-            needs_mlp=self.terms.counting(self.loss).read("mlp_out"),
+            needs_mlp=counting.read("mlp_out"),
+            needs_leaving=counting.read("stream"),
             own=own,
         )
 
@@ -214,7 +216,7 @@ class _Turn:
         out = step.stack.run(address, {**frozen, **trained}, given, context, step.rules, row.norm)
         total, sums = jnp.zeros(()), dict[str, Array]()
         for term in step.terms.blocks:
-            sums[term.name] = distance(term, step.loss, out, given.added, mask)
+            sums[term.name] = distance(term, step.loss, out, given.outputs, mask)
             weight = self._weights[term.name]
             total = total + (weight * row.weight if term.weighs_blocks else weight) * sums[term.name]
         routing = self._routing(out.router, mask, rows, load_before)

@@ -40,11 +40,18 @@ class BlockwiseProgram:
         self.optimizer = make_optimizer(setting.optimizer, setting.steps)  # type: ignore[arg-type]
         counting = self.terms.counting(setting.loss)
         self._compares_attention, self._compares_mlp = counting.read("attn_out"), counting.read("mlp_out")
+        self._compares_block = counting.read("stream")
+        self._trains_mlp = self._compares_mlp or self._compares_block
         balancing = setting.balancing
-        self._runs_mlp = self._compares_mlp or (balancing is not None and balancing.collects)
+        self._runs_mlp = self._trains_mlp or (balancing is not None and balancing.collects)
         self._own_stream = "resid" not in setting.recorded
-        self.compares_blocks = True
-        self.taps: tuple[str, ...] = ("attn_out",) if self._own_stream else ("resid", "attn_out")
+        self.compares_blocks, self.compares_streams = True, False
+        derives = self._compares_mlp and "mlp_out" not in setting.recorded
+        self.needs_leaving = derives or self._compares_block
+        self.taps: tuple[str, ...] = () if self._own_stream else ("resid",)
+        on_teacher = self._runs_mlp and setting.spec.mlp_input == "teacher" and not self._own_stream
+        if self._compares_attention or derives or on_teacher:
+            self.taps = (*self.taps, "attn_out")
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask") if self._own_stream else ()
         self.injects_norms = setting.spec.inject == "attn_in"
         self._check_experts_run()
@@ -52,11 +59,12 @@ class BlockwiseProgram:
 
     def rules(self) -> PathRules:
         on_student, balances = self._setting.spec.mlp_input == "student", self._setting.balances
-        attention = self._compares_attention or (on_student and (self._compares_mlp or balances))
+        attention = self._compares_attention or self._compares_block
+        attention |= on_student and (self._compares_mlp or balances)
         return (
             (IN_BLOCK + ROUTER_BIAS, False),
-            *((IN_BLOCK + name, self._compares_mlp or balances) for name in ROUTING),
-            (IN_BLOCK + "mlp/*", self._compares_mlp),
+            *((IN_BLOCK + name, self._trains_mlp or balances) for name in ROUTING),
+            (IN_BLOCK + "mlp/*", self._trains_mlp),
             (IN_BLOCK + "attention/norm", attention and not self.injects_norms),
             (IN_BLOCK + "attention/*", attention),
             (f"{IN_BLOCK}{PROJECTOR}/*", True),
@@ -106,11 +114,11 @@ class BlockwiseProgram:
 
     def _check_experts_run(self) -> None:
         setting = self._setting
-        if setting.balancing is not None and setting.balancing.update and not self._compares_mlp:
+        if setting.balancing is not None and setting.balancing.update and not self._trains_mlp:
             raise ConfigError(
                 "moe_balance_type: noaux_tc balances experts that are trained, and no loss of this stage trains them",
                 {"stage": setting.where, "loss.mlp.weight": setting.loss.mlp.weight},
-                "give loss.mlp a weight, or leave moe_balance_type out",
+                "give loss.mlp or loss.block a weight, or leave moe_balance_type out",
             )
 
     def _check_own_stream(self) -> None:
@@ -122,6 +130,7 @@ class BlockwiseProgram:
             "mesh.block": setting.groups > 1,  # the stream would cross groups of devices
             "inject": self.injects_norms,
             "loss.mlp.weight": self._compares_mlp and "mlp_out" not in setting.recorded,
+            "loss.block.weight": self._compares_block,
         }
         if asking := [name for name, asks in needed.items() if asks]:
             raise ConfigError(

@@ -6,7 +6,7 @@ What is minimised is the sum of the terms (trainer/terms): those of logits are m
 into micro-batches. Logits exist for one row at a time, forward and backward; without a term on them there are none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import StudentStack, TapDecoder
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, in_block_order
 from distillcache.trainer.terms import Terms
-from distillcache.trainer.terms.parts import LogitRow, Outputs, distance
+from distillcache.trainer.terms.parts import BlockTerm, LogitRow, Outputs, distance
 
 REMAT: dict[str, BodyWrap | None] = {
     "none": None,
@@ -135,7 +135,7 @@ class FeatureStep:
             total = total + term.value(of_logits, weights, counts.targets)
         for term in self.counting.blocks:
             per_block = of_blocks[term.name] * targets.weight if term.weighs_blocks else of_blocks[term.name]
-            mean = weights[term.name] * jnp.sum(per_block) / jnp.maximum(jnp.sum(targets.trained), 1)
+            mean = weights[term.name] * jnp.sum(per_block) / jnp.maximum(jnp.sum(_compared_by(term, targets)), 1)
             total = total + mean / counts.tokens
         routing = None
         if router is not None and self.balancing is not None:
@@ -158,9 +158,9 @@ class FeatureStep:
         blocks with experts, `[Lm, B, ...]`, where it is collected."""
         mask, depth = rows["segment_ids"] > 0, self.stack.config.num_blocks
         balancing = self.balancing if self.balancing is not None and self.balancing.collects else None
-        terms = self.counting.blocks
+        terms, needs = self.counting.blocks, self.counting.reads
         reader = TapDecoder(self.reading, taps, needs_mlp=False)
-        outward = self._projectors(parameters)
+        projectors = self._projectors(parameters)
 
         def emit(carry: None, out: BlockOutput, block: Array) -> tuple[None, dict[str, Any]]:
             kept = {}
@@ -168,11 +168,14 @@ class FeatureStep:
                 kept["router"] = balancing.of_rows(out.router, mask)
             if not terms:
                 return carry, {"blocks": {}, **kept}
-            row = targets.at(block)
-            own = Outputs(out.attn_out if outward is None else out.attn_out @ outward[block])
-            teacher = Outputs(reader.target(row))
-            found = {term.name: distance(term, self.loss, own, teacher, mask) for term in terms}
-            return carry, {"blocks": {name: jnp.where(row.trained, sums, 0.0) for name, sums in found.items()}, **kept}
+            row, outward = targets.at(block), None if projectors is None else projectors[block]
+            own = _own_outputs(out, outward, needs)
+            teacher = Outputs(reader.target(row), stream=_stream_target(reader, row, own.stream))
+            found = {
+                term.name: jnp.where(_compared_by(term, row), distance(term, self.loss, own, teacher, mask), 0.0)
+                for term in terms
+            }
+            return carry, {"blocks": found, **kept}
 
         x = decoder.embed_tokens(rows["tokens"])
         stream, _, found = decoder.scan_layers(x, context, emit, None, wrap=REMAT[self.remat])
@@ -217,6 +220,31 @@ class FeatureStep:
             for g, layers in enumerate(self.stack.config.layers)
         ]
         return jnp.concatenate([group.reshape(-1, *group.shape[2:]) for group in groups])
+
+
+def _own_outputs(out: BlockOutput, outward: Array | None, needs: Collection[str]) -> Outputs:
+    """The student's outputs in the teacher's width; outward: the block's projector, `[Ds, Dt]`."""
+
+    def wide(x: Array) -> Array:
+        return x if outward is None else x @ outward
+
+    stream = wide(out.resid + out.attn_out + out.mlp_out) if "stream" in needs else None
+    return Outputs(wide(out.attn_out) if "attn_out" in needs else None, stream=stream)
+
+
+def _stream_target(reader: TapDecoder, row: BlockTargets, own: Array | None) -> Array | None:
+    """The teacher's stream that leaves a block's span; where none is compared the student's own, at no distance."""
+    if own is None:
+        return None
+    still = jax.lax.stop_gradient(own).astype(jnp.float32)
+    return jax.lax.cond(row.compared, lambda: reader.leaving(row, still.shape), lambda: still)
+
+
+def _compared_by(term: BlockTerm, targets: BlockTargets) -> Array:
+    """Return whether a term compares the blocks of these targets."""
+    if "stream" not in term.reads:
+        return targets.trained
+    return jnp.zeros_like(targets.trained) if targets.compared is None else targets.compared
 
 
 class _Counts(NamedTuple):

@@ -1,6 +1,7 @@
 """The `StepProgram` of feature mode."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -40,7 +41,8 @@ class FeatureProgram:
         self.terms = Terms.of_mode(MODE)
         self.optimizer = make_optimizer(setting.optimizer, setting.steps, clips=False)  # type: ignore[arg-type]
         self._counting = self.terms.counting(setting.loss)
-        self.compares_blocks, self.injects_norms = bool(self._counting.blocks), False
+        self.compares_blocks, self.injects_norms = self._counting.read("attn_out"), False
+        self.compares_streams, self.needs_leaving = self._counting.read("stream"), False
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask")
         of_logits = (tap for term in self._counting.logits for tap in term.taps(setting.loss))
         self.taps: tuple[str, ...] = (*(("attn_out",) if self.compares_blocks else ()), *of_logits)
@@ -65,7 +67,7 @@ class FeatureProgram:
         step = FeatureStep(
             setting.graph,
             setting.stack,
-            reading,
+            replace(reading, in_step=False),  # each stream that is compared is decoded by itself
             setting.loss,
             self.optimizer,
             setting.optimizer.clip_norm,
@@ -109,8 +111,7 @@ def feature_update(step: FeatureStep) -> Update:
             mine = at_address(gradients, address), state.moments[unit], at_address(state.parameters, address)
             every = jnp.broadcast_to(state.step >= 0, (repeats,))  # no constant, see update_blocks
             new[address], moments[unit] = update_blocks(step.optimizer, *mine, every)
-            if not step.counting.logits:
-                new[address] = _where_reached(new[address], mine[2], targets, address, _last_router(step))
+            new[address] = _where_reached(new[address], mine[2], targets, address, step)
         parameters = from_addresses(new)
         if OUTER in state.moments:
             rest = outer(gradients), state.moments[OUTER], outer(state.parameters)
@@ -132,18 +133,37 @@ def _last_router(step: FeatureStep) -> int:
 
 
 def _where_reached(
-    new: Mapping[str, Array], old: Mapping[str, Array], targets: Targets, address: StackAddress, last_router: int
+    new: Mapping[str, Array], old: Mapping[str, Array], targets: Targets, address: StackAddress, step: FeatureStep
 ) -> dict[str, Array]:
-    """Without losses on tokens no gradient reaches what lies behind the last attention that is compared and the last
-    router with a loss: it stays as it is, and weight decay does not shrink it either."""
-    last = jnp.max(jnp.stack([jnp.max(jnp.where(group.trained, group.block, -1)) for group in targets]))
-    last = jnp.maximum(last, last_router)
-    block = targets[address[0]].at(slice(None), address[1]).block
+    """Keep what no gradient reaches as it is: weight decay does not shrink it either.
+
+    Without losses on tokens that is everything behind the last attention or stream that is compared and the last router
+    with a loss: an attention that is compared is followed by its block's MLP, a stream is not. And with any loss the
+    projectors of blocks that are not compared.
+    """
+    group = targets[address[0]].at(slice(None), address[1])
+    streams = jnp.zeros_like(group.trained) if group.compared is None else group.compared
+    last_router, last_stream = _last_router(step), _last_of(targets, "compared")
+    last = jnp.maximum(_last_of(targets, "trained"), last_router)
 
     def one(name: str, value: Array) -> Array:
-        reached = block < last if name.startswith("mlp/") else block <= last
+        if name.startswith(f"{PROJECTOR}/"):
+            reached = group.trained | streams
+        elif step.counting.logits:
+            return value
+        elif name.startswith("mlp/"):
+            reached = (group.block < last) | (group.block <= last_stream)
+        else:
+            reached = group.block <= jnp.maximum(last, last_stream)
         if name in ROUTING:
-            reached |= block == last_router
+            reached |= group.block == last_router
         return jnp.where(reached.reshape(-1, *[1] * (value.ndim - 1)), value, old[name])
 
     return {name: one(name, value) for name, value in new.items()}
+
+
+def _last_of(targets: Targets, column: str) -> Array:
+    """The last block that a column of the targets names; -1 without one."""
+    named = [(group.block, getattr(group, column)) for group in targets]
+    chosen = [jnp.max(jnp.where(column, block, -1)) for block, column in named if column is not None]
+    return jnp.max(jnp.stack(chosen)) if chosen else jnp.asarray(-1)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from distillcache.schemas.config.train import Ramp, Share, Weight
+from distillcache.schemas.config.train import may_count as may_count
 
 
 def weight_at(weight: Weight, step: Array | int, steps: int) -> Array:
@@ -21,11 +22,6 @@ def weight_at(weight: Weight, step: Array | int, steps: int) -> Array:
     if weight.schedule == "cosine":
         part = (1.0 - jnp.cos(jnp.pi * part)) / 2.0
     return jnp.float32(weight.start) + part * jnp.float32(weight.end - weight.start)
-
-
-def may_count(weight: Weight) -> bool:
-    """Return whether a weight is ever above zero."""
-    return weight.start > 0 or weight.end > 0 if isinstance(weight, Ramp) else weight > 0
 
 
 def all_positive(weight: Weight) -> bool:

@@ -29,17 +29,19 @@ Taps = Mapping[str, Mapping[str, Array]]  # tap -> part -> [S, B, T, W]
 class Given(NamedTuple):
     """The teacher's tensors that a block trains with, float32 `[B, T, Dt]`.
 
-    resid enters the span; attn_out is what its attentions added; mlp_out what its MLPs did, None where no loss asks.
+    resid enters the span; attn_out is what its attentions added; mlp_out what its MLPs did; leaving: the stream that
+    leaves it. None where nobody asks.
     """
 
     resid: Array
-    attn_out: Array
-    mlp_out: Array | None
+    attn_out: Array | None
+    mlp_out: Array | None = None
+    leaving: Array | None = None
 
     @property
-    def added(self) -> Outputs:
-        """The additions of the span to the stream."""
-        return Outputs(self.attn_out, self.mlp_out)
+    def outputs(self) -> Outputs:
+        """What the span gave, to compare with."""
+        return Outputs(self.attn_out, self.mlp_out, stream=self.leaving)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class StudentStack:
         rules: BlockRules,
         norm: Array | None = None,
     ) -> Outputs:
-        """A block's outputs, in the teacher's width.
+        """A block's outputs, in the teacher's width; the stream that leaves it where its MLP runs on a recorded one.
 
         Args:
             norm: the weight of the teacher's attention norm, where that takes the place of the block's own (`inject:
@@ -121,10 +123,11 @@ class StudentStack:
         if not rules.runs_mlp:
             return Outputs(outward(own), None)
         own_input = rules.mlp_input == "student" or rules.own_stream
-        middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)
+        middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)  # type: ignore[operator]
         mlp = sublayer(self.graphs[address]["mlp"], "mlp", parameters)
         mlp_out, router = mlp(middle, context)
-        return Outputs(outward(own), outward(mlp_out), router)
+        own, mlp_out = outward(own), outward(mlp_out)
+        return Outputs(own, mlp_out, router, None if rules.own_stream else given.resid + own + mlp_out)
 
     def cross(
         self,
@@ -161,6 +164,7 @@ def scan_blocks(
     fixed: Mapping[StackAddress, Any],
     *,
     needs_mlp: bool,
+    needs_leaving: bool = False,
     own: tuple[Array, Cross] | None = None,
 ) -> tuple[dict[StackAddress, Any], dict[StackAddress, Any]]:
     """Give every trained block its turn, in order.
@@ -169,13 +173,13 @@ def scan_blocks(
         rows: (B, T).
         carried: what `visit` gets and gives back for its block, stacked `[repeats, ...]`, updated in place.
         fixed: what it only gets, likewise stacked.
-        needs_mlp: `Given.mlp_out` is wanted.
+        needs_mlp, needs_leaving: `Given.mlp_out`, `Given.leaving` are wanted.
         own: where no stream is recorded: the one that enters block 0, `[B, T, Ds]`, and how it crosses a block.
 
     Returns:
         carried as it ended, and what `visit` returned, stacked likewise; zeros where a block is not trained.
     """
-    decoder = TapDecoder(reading, taps, needs_mlp)
+    decoder = TapDecoder(reading, taps, needs_mlp, needs_leaving)
     stream, carried, results = own[0] if own else decoder.start(rows), dict(carried), {}
     for number, layers in enumerate(stack.config.layers):
         members = [(number, p) for p in range(len(layers.pattern))]
@@ -244,11 +248,12 @@ class TapDecoder:
     also lift their decoding out of it.
     """
 
-    def __init__(self, reading: TapReading, taps: Taps, needs_mlp: bool) -> None:
+    def __init__(self, reading: TapReading, taps: Taps, needs_mlp: bool, needs_leaving: bool = False) -> None:
         self._reading, self._taps = reading, taps
         self._codec: Any = reading.codecs.get("resid")  # None: no stream is recorded, or none is requested
         self._derives = needs_mlp and not reading.records_mlp
-        self._needs_mlp = needs_mlp
+        self._needs_mlp, self._needs_leaving = needs_mlp, needs_leaving
+        self._follows = self._derives or needs_leaving
 
     def start(self, rows: tuple[int, int]) -> StreamState | None:
         """None for a codec without memory: every slot is decoded for itself."""
@@ -257,7 +262,7 @@ class TapDecoder:
         if carry is None:
             return None
         state = StreamState(jnp.zeros((), jnp.int32), carry, jnp.zeros(shape, jnp.float32))
-        if self._reading.in_step and self._derives:  # the slot entering block 0; each block then decodes the next
+        if self._reading.in_step and self._follows:  # the slot entering block 0; each block then decodes the next
             state = self._next(state)
         return state
 
@@ -267,23 +272,32 @@ class TapDecoder:
             return state, Given(state, self.target(row), self._sum("mlp_out", row) if self._needs_mlp else None)
         state, resid = self._slot(state, row.resid, ahead=False)
         attn_out = self.target(row)
-        mlp_out = None
-        if self._derives:
+        mlp_out = leaving = None
+        if self._follows:
             state, leaving = self._slot(state, row.leaving, ahead=True)
-            mlp_out = leaving - resid - attn_out
+        if self._derives:
+            mlp_out = leaving - resid - attn_out  # type: ignore[operator]
         elif self._needs_mlp:
             mlp_out = self._sum("mlp_out", row)
-        return state, Given(resid, attn_out, mlp_out)
+        return state, Given(resid, attn_out, mlp_out, leaving if self._needs_leaving else None)
 
-    def target(self, row: BlockTargets) -> Array:
-        """Return the contribution of the attentions of a block's span."""
-        return self._sum("attn_out", row)
+    def target(self, row: BlockTargets) -> Array | None:
+        """Return the contribution of the attentions of a block's span; None where it is not read."""
+        return None if row.attn_out is None else self._sum("attn_out", row)
+
+    def leaving(self, row: BlockTargets, shape: Sequence[int]) -> Array:
+        """The stream that leaves a block's span, by itself: of a delta codec from its last keyframe on.
+
+        Args:
+            shape: `[B, T, Dt]`.
+        """
+        return self._slot(self.start((shape[0], shape[1])), row.leaving, ahead=False)[1]
 
     def _slot(self, state: StreamState | None, index: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
         if state is None:
             return None, self._take("resid", index)
         if self._reading.in_step:
-            if ahead or not self._derives:
+            if ahead or not self._follows:
                 state = self._next(state)
             return state, state.value
 

@@ -2,13 +2,13 @@
 
 Student block i stands for a *span* of the teacher's blocks [a, b), usually one. It is given the stream that enters a;
 its attention is compared with the sum of what the span's attentions added, its MLP with the sum of their MLPs:
-`resid[b] - resid[a] - sum of attn_out`, or the recorded `mlp_out`.
+`resid[b] - resid[a] - sum of attn_out`, or the recorded `mlp_out`; and the stream that leaves it with `resid[b]`.
 
 Targets are data, not part of the program: with a mesh axis `block`, each group of devices runs the same program on
 its own blocks' targets. They are arranged as parameters are: by layer group, then `[repeats, places of the pattern]`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -45,9 +45,10 @@ class BlockTargets:
     block. None: the tap is not read, or nobody asks. Places of a block that is not trained are 0 and mean nothing.
 
     block: the block's number. weight: in the feature loss. count: of teacher blocks in its span, the longest of which
-    has `S`. resid: the stream that enters it; leaving: the one that leaves it. norm: the weight of the teacher's
-    attention norm, where it takes the place of the block's own (`inject: attn_in`). runs: on several groups of devices,
-    whether any of them trains the block that it comes to at the same time (`padded_targets`).
+    has `S`. resid: the stream that enters it; leaving: the one that leaves it. compared: in feature mode, whether the
+    student's own stream is compared with the latter. norm: the weight of the teacher's attention norm, where it takes
+    the place of the block's own (`inject: attn_in`). runs: on several groups of devices, whether any of them trains the
+    block that it comes to at the same time (`padded_targets`).
     """
 
     block: Int[Array, "*at"]
@@ -58,6 +59,7 @@ class BlockTargets:
     mlp_out: Int[Array, "*at S"] | None = None
     resid: Int[Array, "*at"] | None = None
     leaving: Int[Array, "*at"] | None = None
+    compared: Bool[Array, "*at"] | None = None
     norm: Float[Array, "*at D"] | None = None
     runs: Bool[Array, "*at"] | None = None
 
@@ -167,21 +169,25 @@ def block_targets(
     places: Sequence[StackIndices],
     weights: Mapping[int, float],
     *,
+    needs_entering: bool = True,
     needs_leaving: bool = False,
     norms: np.ndarray | None = None,
+    compared: Collection[int] = (),
 ) -> tuple[BlockTargets, ...]:
     """The targets of every layer group, in batches whose stacks hold the teacher's slots at `places`.
 
     Args:
         places: for each block, in the stacks that its devices are given.
         weights: of the feature loss, by student block; a block that is not here is not trained.
-        needs_leaving: a trained block needs the stream that leaves it, to derive its MLP's output.
+        needs_entering, needs_leaving: a trained block needs the stream that enters it, where one is recorded, or the
+            one that leaves it.
         norms: the teacher's, `[L, D]`, for `BlockTargets.norm`.
+        compared: the blocks whose own streams are compared, in feature mode.
     """
     width = max(span.last - span.first for span in spans)
 
-    def place(tap: str, block: int, slot: int) -> int:
-        return places[block][tap][slot] if block in weights else 0
+    def place(tap: str, block: int, slot: int, read_by: Collection[int] = weights) -> int:
+        return places[block][tap][slot] if block in read_by else 0
 
     def of_spans(tap: str) -> np.ndarray | None:
         if tap not in places[0]:
@@ -191,8 +197,8 @@ def block_targets(
             found[block, : span.last - span.first] = [place(tap, block, slot) for slot in range(span.first, span.last)]
         return found
 
-    def of_stream(slots: Sequence[int]) -> np.ndarray:
-        return np.asarray([place("resid", block, slot) for block, slot in enumerate(slots)], np.int32)
+    def of_stream(slots: Sequence[int], read_by: Collection[int] = weights) -> np.ndarray:
+        return np.asarray([place("resid", block, slot, read_by) for block, slot in enumerate(slots)], np.int32)
 
     blocks = range(len(spans))
     whole: dict[str, np.ndarray | None] = {
@@ -202,8 +208,9 @@ def block_targets(
         "count": np.asarray([span.last - span.first for span in spans], np.int32),
         "attn_out": of_spans("attn_out"),
         "mlp_out": of_spans("mlp_out"),
-        "resid": of_stream([span.first for span in spans]) if "resid" in places[0] else None,
-        "leaving": of_stream([span.last for span in spans]) if needs_leaving else None,
+        "resid": of_stream([span.first for span in spans]) if needs_entering and "resid" in places[0] else None,
+        "leaving": of_stream([span.last for span in spans], compared or weights) if needs_leaving or compared else None,
+        "compared": np.asarray([block in compared for block in blocks]) if compared else None,
         "norm": None if norms is None else norms[[span.first for span in spans]],
     }
     return _by_group(student, BlockTargets(**whole))  # type: ignore[arg-type]

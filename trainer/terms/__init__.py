@@ -3,6 +3,8 @@
 parts.py      interface of a term
 attention.py  outputs of attention
 mlp.py        outputs of MLPs
+block.py      streams that leave blocks, each by itself
+stream.py     the student's own stream
 tokens.py     cross-entropy and KL on next tokens
 """
 
@@ -11,11 +13,13 @@ from dataclasses import dataclass
 
 from distillcache.schemas.config.train import LossConfig, Weight
 from distillcache.trainer.terms.attention import AttentionTerm
+from distillcache.trainer.terms.block import WholeBlockTerm
 from distillcache.trainer.terms.mlp import MlpTerm
 from distillcache.trainer.terms.parts import BlockTerm, LogitTerm, Term, counts
+from distillcache.trainer.terms.stream import StreamTerm
 from distillcache.trainer.terms.tokens import TokensTerm
 
-BLOCK_TERMS: tuple[BlockTerm, ...] = (AttentionTerm(), MlpTerm())
+BLOCK_TERMS: tuple[BlockTerm, ...] = (AttentionTerm(), MlpTerm(), WholeBlockTerm(), StreamTerm())
 LOGIT_TERMS: tuple[LogitTerm, ...] = (TokensTerm(),)
 
 
@@ -51,6 +55,11 @@ class Terms:
         """Everything that changes with the step, by name."""
         return {name: weight for term in self.all for name, weight in term.weights(loss).items()}
 
-    def read(self, tap: str) -> bool:
-        """Return whether a term compares blocks' outputs with this tap."""
-        return any(tap in term.reads for term in self.blocks)
+    @property
+    def reads(self) -> frozenset[str]:
+        """The outputs of blocks (fields of `Outputs`) that are compared."""
+        return frozenset(output for term in self.blocks for output in term.reads)
+
+    def read(self, output: str) -> bool:
+        """Return whether a term compares this output of blocks (a field of `Outputs`)."""
+        return output in self.reads

@@ -23,7 +23,7 @@ class AttentionTerm:
         check_shares(loss.feature, "loss.feature", where)
 
     def distance(self, loss: LossConfig, own: Outputs, teacher: Outputs, mask: Bool[Array, "B T"]) -> Array:
-        return feature_loss(own.attn_out, teacher.attn_out, mask, **shares(loss.feature)).total
+        return feature_loss(own.attn_out, teacher.attn_out, mask, **shares(loss.feature)).total  # type: ignore[arg-type]
 
     def total(self, means: Means) -> float | None:
         if not means.blocks:
@@ -32,7 +32,7 @@ class AttentionTerm:
 
     def metrics(self, means: Means) -> dict[str, float]:
         total = self.total(means)
-        if total is None:
+        if total is None or not (means.weights["feature"] or means.of["feature"].any()):
             return {}
         return {
             "distill/out_proj_feature_loss": total,

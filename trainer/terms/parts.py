@@ -5,7 +5,7 @@ names it is logged. Steps, stages and metrics ask for nothing else, so a new ter
 `__init__.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -13,22 +13,31 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from distillcache.models.routing import RouterOutput
-from distillcache.schemas.config.train import FeatureLossConfig, LossConfig, MlpLossConfig, Weight
+from distillcache.schemas.config.train import (
+    BlockLossConfig,
+    FeatureLossConfig,
+    LossConfig,
+    MlpLossConfig,
+    StreamLossConfig,
+    Weight,
+)
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.schedules import may_count
 
 SHARES = ("relative_l2", "cosine", "l2")
+Mixture = FeatureLossConfig | MlpLossConfig | BlockLossConfig | StreamLossConfig  # of the distances of SHARES
 
 
 class Outputs(NamedTuple):
     """The additions of a block, or of a span of the teacher's, to the stream, in the teacher's width.
 
-    mlp_out: None where no term reads it. router: also None where the block has no experts.
+    stream: the one that leaves it. None: no term reads it. router: also None where the block has no experts.
     """
 
-    attn_out: Float[Array, "B T D"]
+    attn_out: Float[Array, "B T D"] | None
     mlp_out: Float[Array, "B T D"] | None = None
     router: RouterOutput | None = None
+    stream: Float[Array, "B T D"] | None = None
 
 
 class LogitRow(NamedTuple):
@@ -48,16 +57,18 @@ class Means(NamedTuple):
     """A step's means on the host, from which metrics are made.
 
     of: each term's; a mean over nothing is not there. blocks: the trained ones with their weights. weights: of the
-    terms, at this step.
+    terms, at this step. streams: the blocks whose leaving streams are compared (`loss.stream`).
     """
 
     of: Mapping[str, Any]
     blocks: Mapping[int, float]
     weights: Mapping[str, float]
+    streams: Sequence[int] = ()
 
-    def of_blocks(self, name: str) -> dict[str, float]:
-        """`feature/block_00` and so on."""
-        return {f"{name}/block_{block:02d}": float(self.of[name][block]) for block in self.blocks}
+    def of_blocks(self, name: str, blocks: Iterable[int] | None = None) -> dict[str, float]:
+        """`feature/block_00` and so on; blocks: default: the trained ones."""
+        chosen = self.blocks if blocks is None else blocks
+        return {f"{name}/block_{block:02d}": float(self.of[name][block]) for block in chosen}
 
 
 class Term(Protocol):
@@ -88,9 +99,10 @@ class Term(Protocol):
 
 
 class BlockTerm(Term, Protocol):
-    """A distance between the additions of a block to the stream and those of the teacher's span: one number a block.
+    """A distance between what a block gives and what the teacher's span gave: one number a block.
 
-    reads: the taps, also the fields of `Outputs`, that are compared; a gradient reaches their sublayers.
+    reads: the fields of `Outputs` that are compared, most of them taps; a gradient reaches the sublayers that made
+    them. `stream`: in feature mode the blocks that `loss.stream` chose are compared, elsewhere the trained ones.
     weighs_blocks: `loss.feature.block_weights` count.
     """
 
@@ -140,12 +152,12 @@ def distance(
     return term.distance(loss, own, teacher, mask)
 
 
-def shares(loss: FeatureLossConfig | MlpLossConfig) -> dict[str, float]:
+def shares(loss: Mixture) -> dict[str, float]:
     """The arguments of `feature_loss`."""
     return {name: getattr(loss, name) for name in SHARES}
 
 
-def check_shares(loss: FeatureLossConfig | MlpLossConfig, name: str, where: str) -> None:
+def check_shares(loss: Mixture, name: str, where: str) -> None:
     """Raise `ConfigError` if a mixture of distances has a weight but compares nothing."""
     if may_count(loss.weight) and not any(shares(loss).values()):
         raise ConfigError(

@@ -103,7 +103,7 @@ def test_a_new_term_of_blocks_has_the_gradient_of_its_formula(student, monkeypat
     expected = jax.jit(jax.grad(by_hand))(trained)
     for name in trained:
         np.testing.assert_allclose(gradients[name], expected[name], rtol=2e-4, atol=2e-6, err_msg=name)
-    assert set(sums[0, 0].terms) == {"feature", "mlp", "whole"}
+    assert set(sums[0, 0].terms) == {"feature", "mlp", "block", "whole"}
 
 
 def test_a_run_trains_with_a_new_term_and_logs_it(tmp_path, cache, monkeypatch):
