@@ -62,14 +62,18 @@ class MlpLossConfig(Config):
 
 
 class BlockLossConfig(Config):
-    weight: Weight = Field(default=0.0, description="delta, the weight of the whole term")
+    weight: Weight = Field(
+        default=0.0, description="delta, the weight of comparing what leaves a block (blockwise mode)"
+    )
     relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
     cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
     l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
 
 
 class StreamLossConfig(Config):
-    weight: Weight = Field(default=0.0, description="epsilon, the weight of the whole term")
+    weight: Weight = Field(
+        default=0.0, description="epsilon, the weight of comparing the student's own stream (feature mode)"
+    )
     relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
     cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
     l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")

@@ -40,7 +40,7 @@ class Given(NamedTuple):
 
     @property
     def outputs(self) -> Outputs:
-        """What the span gave, to compare with."""
+        """The outputs of the span, to compare with."""
         return Outputs(self.attn_out, self.mlp_out, stream=self.leaving)
 
 

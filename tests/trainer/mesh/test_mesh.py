@@ -34,6 +34,9 @@ TAPS = TapsConfig(attn_out=TapConfig(codec="int8"), resid=TapConfig(codec="int8"
 CUT = {"surgery": [{"op": "query_heads", "to": 1}]}
 BLOCKWISE = {"loss": {"mlp": {"weight": 0.5}}, "student": CUT, "steps": 3, "optimizer": OptimizerConfig(warmup_steps=0)}
 FEATURE = {**BLOCKWISE, "mode": "feature", "loss": {}}
+# Whole blocks, and the student's own stream at two slots: nothing but the stream is read.
+WHOLE = {**BLOCKWISE, "loss": {"feature": {"weight": 0.0}, "block": {"weight": 1.0}}}
+STREAM = {**FEATURE, "loss": {"feature": {"weight": 0.0}, "stream": {"weight": 1.0, "slots": [2, 5]}}}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,8 @@ def numbers(run) -> list[list[float]]:
 def alone(deep, tmp_path_factory):
     """The numbers of one device, by mode."""
     found = {}
-    for name, settings in (("blockwise", BLOCKWISE), ("feature", FEATURE)):
+    modes = {"blockwise": BLOCKWISE, "feature": FEATURE, "whole": WHOLE, "stream": STREAM}
+    for name, settings in modes.items():
         run = tmp_path_factory.mktemp("alone") / name
         train(config(run, deep, **settings))
         found[name] = numbers(run)
@@ -81,6 +85,16 @@ def test_blockwise_on_a_mesh(tmp_path, deep, alone, mesh):
 def test_feature_mode_on_a_mesh(tmp_path, deep, alone):
     train(config(tmp_path / "run", deep, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **FEATURE))
     assert_close(numbers(tmp_path / "run"), alone["feature"])
+
+
+def test_whole_blocks_on_a_mesh(tmp_path, deep, alone):
+    train(config(tmp_path / "run", deep, mesh={"block": 4, "data": 2}, micro_batches=2, **WHOLE))
+    assert_close(numbers(tmp_path / "run"), alone["whole"])
+
+
+def test_streams_on_a_mesh(tmp_path, deep, alone):
+    train(config(tmp_path / "run", deep, mesh={"data": 2, "tensor": 2}, micro_batches=2, **STREAM))
+    assert_close(numbers(tmp_path / "run"), alone["stream"])
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, deep, alone):

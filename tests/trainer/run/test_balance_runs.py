@@ -117,6 +117,17 @@ def test_the_names_of_a_run_with_biases(noaux):
 
 
 @pytest.mark.slow
+def test_a_loss_of_whole_blocks_trains_experts_and_moves_their_biases(tmp_path, moe_rows):
+    loss = {"feature": {"weight": 0.0}, "block": {"weight": 1.0}}
+    train(moe_config(tmp_path / "run", moe_rows, **{**NOAUX, "loss": loss, "student": CUT, "steps": 2}))
+    start = all_parameters(load_pretrained(tmp_path / "run" / "student"))
+    end = all_parameters(load_student(str(tmp_path / "run")).decoder)
+    moved = {name.split("/", 4)[-1] for name in start if not np.array_equal(start[name], end[name])}
+    assert moved >= {"attention/q", "mlp/router", "mlp/up", "mlp/down", "mlp/norm", ROUTER_BIAS}
+    assert {"distill/block_loss", "router/bias_norm"} <= set(read_metrics(tmp_path / "run")[-1])
+
+
+@pytest.mark.slow
 def test_shares_of_every_expert_are_logged(noaux):
     """At the first step, at checkpoints and at the end; as lines and as images, a block a row of pixels."""
     lines = read_loads(noaux)

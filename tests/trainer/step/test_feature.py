@@ -234,3 +234,9 @@ def test_blockwise_then_feature_in_one_run(tmp_path, logits_cache):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert {"embed", "final_norm", "groups/0/blocks/0/mlp/up"} <= changed
     assert json.loads((tmp_path / "whole" / "eval.json").read_text())[1]["step"] == 3
+
+
+def test_without_compared_blocks_it_does_not_matter_which_are_recorded(tmp_path, teacher, corpus):
+    build_cache(build_config(tmp_path / "c", teacher, corpus, blocks=[2]))
+    train(config(tmp_path / "run", tmp_path / "c", mode="feature", loss={"feature": {"weight": 0.0}}, steps=1))
+    assert read_metrics(tmp_path / "run")[-1]["distill/hard_loss"] > 0
