@@ -356,7 +356,6 @@ class TrainConfig(TrainOptions, TrainSpec, TrainPaths):
         "loss.feature.weight",
         "loss.mlp.weight",
         "loss.block.weight",
-        "loss.stream.weight",
         "eval_every",
         "checkpoint_every",
         "compute_dtype",

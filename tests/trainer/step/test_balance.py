@@ -439,7 +439,7 @@ def test_nothing_is_collected_in_feature_mode_either(student, batch):
     trained, frozen = feature_parameters(student)
     _, sums = jax.eval_shape(step.gradients, trained, frozen, batch, targets, jnp.int32(0))
     assert sums.routing is None
-    assert set(sums.weights) == {"tokens", "alpha", "tau", "feature"}
+    assert set(sums.weights) == {"tokens", "alpha", "tau", "feature", "stream"}
 
 
 @pytest.mark.slow
