@@ -12,6 +12,7 @@ from distillcache.cache_builder.record.finish import segment_entry
 from distillcache.cache_builder.repair.finding import Finding
 from distillcache.cache_builder.repair.survey import SegmentView, Survey
 from distillcache.schemas.cache.agreement import check_stats
+from distillcache.schemas.cache.lost_plan import step_for_file
 from distillcache.schemas.cache.segment import read_manifest, segment_number
 from distillcache.schemas.errors import DamageError, FolderTakenError
 from distillcache.schemas.format import layout
@@ -117,10 +118,15 @@ def _rows_digest(store: Store, view: SegmentView) -> str:
 
 
 def _cannot_be_made_again(store: Store, findings: Sequence[Finding]) -> DamageError:
-    names = " and ".join(finding.object for finding in findings if finding in lost_files(findings))
+    facts = {"cache": store.url, **{finding.object: f"{finding.what}: {finding.detail}" for finding in findings}}
+    what = "the record of how the cache was built is lost and cannot be reconstructed"
+    plans = [finding for finding in lost_files(findings) if finding.object != layout.MANIFEST]
+    if plans:
+        first = min(plans, key=lambda finding: finding.object)
+        return DamageError(what, facts, step_for_file(store, first.object, ""))
     return DamageError(
-        "the record of how the cache was built is lost and cannot be reconstructed",
-        {"cache": store.url, **{finding.object: f"{finding.what}: {finding.detail}" for finding in findings}},
-        f"copy {names} back, or delete the cache's manifest.json, delete {names}, and build without --repair: "
-        "then every shard is computed again, of each segment with the config that added it",
+        what,
+        facts,
+        f"copy {layout.MANIFEST} back, or delete it and build without --repair: then every shard is computed again, of "
+        "each segment with the config that added it",
     )

@@ -1,6 +1,7 @@
 """A cache as an object.
 
 segment.py     one segment: plan, arrays, index, rows, and checked reads of its small files
+lost_plan.py   what to do about a lost plan
 agreement.py   checks that a cache's small files agree with each other
 addressing.py  row and slot numbers across segments
 describe.py    the text that repr() of a cache gives

@@ -18,6 +18,7 @@ from distillcache.schemas.cache.agreement import (
     check_together,
     side_arrays,
 )
+from distillcache.schemas.cache.lost_plan import step_for_file, step_without_plan
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError
 from distillcache.schemas.format import layout
@@ -302,13 +303,14 @@ def read_small_file(store: Store, key: str, digest: str | None) -> bytes:
                 "a file of the cache is not what was committed",
                 {"file": store.where(key), "found": f"{counted(len(data), 'byte')}, digest {digest_bytes(data)}"}
                 | {"expected": f"digest {digest or 'absent: the manifest does not name this file'}"},
-                MEND_NEXT,
+                step_for_file(store, key, MEND_NEXT),
             )
         return data
 
     data = store.read_checked(key, check)
     if data is None:
-        raise DamageError("a file of the cache is missing", {"file": store.where(key)}, MEND_NEXT)
+        step = step_for_file(store, key, MEND_NEXT)
+        raise DamageError("a file of the cache is missing", {"file": store.where(key)}, step)
     return data
 
 
@@ -364,12 +366,15 @@ def read_plan(store: Store, segment: str) -> Plan | None:
         DamageError: it is damaged, or another segment's.
     """
     key = layout.plan_key(segment)
-    plan = read_canonical(store, key, Plan, MEND_NEXT)
+    try:
+        plan = read_canonical(store, key, Plan)
+    except DamageError as error:
+        raise DamageError(error.what, error.facts, step_without_plan(store, segment)) from error
     if plan is not None and plan.segment != segment:
         raise DamageError(
             "a plan is in another segment's folder",
             {"object": store.where(key), "found": plan.segment, "expected": segment},
-            DAMAGE_NEXT,
+            step_without_plan(store, segment),
         )
     return None if plan is None else check_plan(plan, store.where(key))
 
@@ -471,7 +476,7 @@ def no_cache(store: Store) -> InputError | DamageError:
         return DamageError(
             "the plan of a cache is missing",
             {"file": store.where(layout.plan_key(segment_name(0)))},
-            "copy it back, or run the same `distillcache build` again: without a plan it starts from the beginning",
+            step_without_plan(store, segment_name(0)),
         )
     return InputError("there is no cache here", {"cache": store.url}, look_again(store))
 
@@ -526,7 +531,7 @@ def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
             raise DamageError(
                 "the plan of a segment is missing or is not the one that the manifest names",
                 {"file": store.where(layout.plan_key(entry.segment))},
-                MEND_NEXT,
+                step_without_plan(store, entry.segment),
             )
         check_entry(plan, entry, record_dtype(plan).itemsize, store.where(layout.MANIFEST))
         segments.append(Segment(store, plan, entry))

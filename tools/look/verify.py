@@ -18,6 +18,7 @@ from distillcache.cache_builder.repair.check import check_cache
 from distillcache.cache_builder.repair.survey import Survey, survey_cache
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.describe import numbers_in_runs
+from distillcache.schemas.cache.lost_plan import step_for_file
 from distillcache.schemas.config import VerifyConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.format.layout import MANIFEST
@@ -132,15 +133,23 @@ def _verdict(found: dict[str, Any]) -> str:
     if MANIFEST in lost:
         hit = f"none of the {counted(rows['of'], 'row')} can be read before that is repaired"
     elif not rows["affected"] and any(key.endswith("/plan.json") for key in lost):
-        hit = "nothing of its segment can be read before the plan is repaired"
+        hit = "nothing of its segment can be read without the plan"
     return f"[red]Problems found: {words}; {hit}.[/]"
 
 
+def _is_lost_plan(finding: dict[str, Any]) -> bool:
+    """Return whether a finding is about a plan, which no repair makes again."""
+    return finding["object"].endswith("/plan.json") and finding["what"] != "foreign"
+
+
 def _next_steps(found: dict[str, Any]) -> Iterator[str]:
-    kinds = {finding["what"] for finding in found["findings"]}
+    plans = sorted(each["object"] for each in found["findings"] if _is_lost_plan(each))
+    if plans:
+        yield step_for_file(Store(found["cache"]), plans[0], "")
+    kinds = {finding["what"] for finding in found["findings"] if not _is_lost_plan(finding)}
     if "unreadable" in kinds:
         yield "run it again: the store failed to return some data; if it fails again, the disk or bucket is at fault"
-    if kinds - {"foreign", "unreadable"}:
+    if kinds - {"foreign", "unreadable"} and not plans:
         yield (
             f"recompute what is damaged: distillcache build --repair --cache {shlex.quote(found['cache'])} "
             "(a copy: distillcache copy SRC DST --repair)"
