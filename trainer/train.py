@@ -68,7 +68,7 @@ from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_li
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
 from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
-from distillcache.trainer.run.student import idle_checkpoint_note, open_student, start_parameters
+from distillcache.trainer.run.student import idle_checkpoint_note, kept_student, open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
 from distillcache.trainer.step.flops import peak_flops, step_flops
@@ -169,7 +169,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             decoder = _open_student(store, config, stages, sources, peers)
             if peers.first:
                 _warn_of_length(decoder.config, sources.rows.plan)
-                _warn_of_idleness(config, stages, sources.rows, decoder, began and peers.count == 1)
+                whole = decoder if peers.count == 1 else None  # of several processes each has a part of it
+                _warn_of_idleness(config, stages, sources.rows, store, whole, began)
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
@@ -263,9 +264,13 @@ def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
 
 
 def _warn_of_idleness(
-    config: TrainConfig, stages: Sequence[Stage], source: Source, student: Decoder, begins: bool
+    config: TrainConfig, stages: Sequence[Stage], source: Source, store: Store, student: Decoder | None, begins: bool
 ) -> None:
-    """Say that the run begins with nothing to learn. No refusal: who measures what rounding does wants just that."""
+    """Say that the run begins with nothing to learn. No refusal: who measures what rounding does wants just that.
+
+    Args:
+        student: all of it; None: it is read from the run's folder where it must be compared.
+    """
     teacher, init = source.plan.teacher, config.student.init
     whole = block_starts(config.student, teacher.num_blocks) in (None, list(range(teacher.num_blocks)))
     if not whole or "resid" not in recorded_taps(source):
@@ -273,7 +278,8 @@ def _warn_of_idleness(
     if init in ("teacher", teacher.path, _teacher_path(config)):
         note = idle_note(config, stages)
     else:
-        note = idle_checkpoint_note(config, stages, student, source, _teacher_path(config)) if begins else None
+        read = (lambda: student) if student is not None else (lambda: kept_student(store))
+        note = idle_checkpoint_note(config, stages, read, source, _teacher_path(config)) if begins else None
     if note:
         log.warning(note)
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -108,6 +108,11 @@ def open_student(
     return load_pretrained(kept, dtype="float32", mesh=shared)
 
 
+def kept_student(run: Store) -> Decoder:
+    """The student before its first step as it is kept in the run's folder, float32, all of it."""
+    return load_pretrained(run.where(STUDENT), dtype="float32")
+
+
 def operations(config: StudentConfig, teacher_blocks: int) -> list[SurgeryOp]:
     """The student's surgery; a student of the teacher's that has a layer map is made of the blocks named there.
 
@@ -175,18 +180,21 @@ def _is_teacher(
 
 
 def idle_checkpoint_note(
-    spec: TrainSpec, stages: Sequence[Stage], student: Decoder, source: Source, teacher_path: str | None
+    spec: TrainSpec, stages: Sequence[Stage], student: Callable[[], Decoder], source: Source, teacher_path: str | None
 ) -> str | None:
     """`idle_note` of a student made of another checkpoint, such as an export of a cut teacher: by its weights.
 
     None also where the cache's teacher is gone: such a run does not need it.
+
+    Args:
+        student: gives all of it, where it is compared.
     """
     part, init = only_part(spec, stages), spec.student.init
     if part is None or init == "random":
         return None
     teacher = teacher_path or source.plan.teacher.path
     try:
-        same = is_same_model(teacher, student, part) and weights_digest(teacher) == source.plan.teacher.weights_digest
+        same = is_same_model(teacher, student(), part) and weights_digest(teacher) == source.plan.teacher.weights_digest
     except (CheckpointError, StorageError):
         return None
     return part_note(stages[0], part, f"the student's checkpoint ({init}) has") if same else None

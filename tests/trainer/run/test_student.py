@@ -366,6 +366,21 @@ def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path
     assert not warns or warns in said[0]
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["one process", "several"])
+def test_the_first_of_several_processes_reads_the_student_to_compare_it(whole, tmp_path, cache, console):
+    """Each of several processes has a part of the student; the first one warns as a single one does."""
+    source = CacheSource(str(cache))
+    run, changed = Store(str(tmp_path / "run")), [SurgeryOp.model_validate(op) for op in MLPS]
+    student = operate(load_pretrained(source.plan.teacher.path, dtype="float32"), changed).decoder
+    save_pretrained(student, run.where("student"))
+    spec = config(tmp_path / "run", cache, student={"init": "exported"})
+    stages = resolve_stages(spec, spec.mesh)
+    loop._warn_of_idleness(spec, stages, source, run, student if whole else None, True)
+    assert "has attention as the teacher's" in console.readouterr().err
+    loop._warn_of_idleness(spec, stages, source, run, student if whole else None, False)
+    assert not console.readouterr().err
+
+
 def test_the_idle_loss_is_rounding_alone(tmp_path, cache):
     """The warning's own claim: the attention loss of a student with other MLPs is that of the teacher's own."""
     found = train(config(tmp_path / "run", cache, steps=1, student={"surgery": MLPS}))
