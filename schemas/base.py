@@ -27,7 +27,7 @@ class Config(BaseModel):
     other_names: keys that files and flags may have beside the fields, and their types; a validator of the model
     replaces them.
     usual: the fields or sections (dotted) that `--help` explains, in this order; `--help-all` explains all of them.
-    Empty: so does `--help`.
+    Empty: all but the section `storage`, which `--help` only names.
     """
 
     other_names: ClassVar[Mapping[str, Any]] = {}

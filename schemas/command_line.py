@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from distillcache.schemas.config.yaml_text import MAX_CHARACTERS, YamlError, parse_yaml, to_yaml
+from distillcache.schemas.config.yaml_text import MAX_CHARACTERS, YamlError, as_yaml, parse_yaml, to_yaml
 from distillcache.schemas.errors import ConfigError, DistillcacheError
 from distillcache.schemas.runtime.console import shown_log
 from distillcache.schemas.store.redaction import redacted
@@ -325,7 +325,8 @@ _COMMON_FLAGS = (
 
 def _usage(model: type[BaseModel], command: str, positional: Sequence[str]) -> list[str]:
     usage = " ".join([command, *(f"<{name}>" for name in positional), "[--config FILE.yaml]", "[--field value ...]"])
-    return [f"usage: {usage}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+    paragraphs = [" ".join(each.split()) for each in (model.__doc__ or "").strip().split("\n\n")]
+    return [f"usage: {usage}", "", *(line for each in paragraphs for line in (each, ""))]
 
 
 def _flag(name: str) -> str:
@@ -380,7 +381,8 @@ def _words_instead(annotation: Any) -> list[str]:
 def _default_text(given: Any, optional: bool) -> str:
     if given is PydanticUndefined or given is ...:
         return "  (required with its section)" if optional else _REQUIRED
-    return f"  (default{' with its section' if optional else ''}: {'none' if given in (None, '') else given})"
+    shown = as_yaml(given) if isinstance(given, bool | list | tuple) else given
+    return f"  (default{' with its section' if optional else ''}: {'none' if given in (None, '') else shown})"
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -84,7 +84,7 @@ class SimulateConfig(Config):
     teachers: list[TeacherShape] = Field(
         default=["llama-3.1-8b", "llama-3.1-70b"], min_length=1, description="32 blocks of 4,096; 80 of 8,192"
     )
-    row_tokens: Positive = Field(default=1024, description="T, tokens in a row")  # as in a build
+    row_tokens: Positive = Field(default=1024, description="tokens in a row")  # as in a build
     batch_rows: Positive = Field(default=16, description="rows in one call of the teacher")  # likewise
     object_mib: Positive = Field(default=256, description="target size of a stored object")  # likewise
     shard_mib: Positive = Field(default=1024, description="target size of a shard, the unit of commit")  # likewise

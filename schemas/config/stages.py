@@ -55,7 +55,7 @@ class DataConfig(Config):
     eos_token: str | None = Field(
         default=None, description="the token that ends every document; default: from the tokenizer's files"
     )
-    row_tokens: Positive = Field(default=1024, description="T, tokens in a row")  # long enough for real context
+    row_tokens: Positive = Field(default=1024, description="tokens in a row")  # long enough for real context
     eval_rows: int = Field(
         default=64, ge=0, description="rows held out for evaluation, drawn from the whole corpus"
     )  # 64 x 1024 tokens: perplexity to about 1%
@@ -312,7 +312,7 @@ class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
 class PlanConfig(BuildConfig):
     """Cost of a build before anything is written: sizes, objects, time, and the cost of other choices.
 
-    With `--simulate`: the cost for known teachers and up to 1T tokens, with fields of its own (add --help).
+    With `--simulate` the cost for known teachers and up to 1T tokens; it has other fields: `plan --simulate --help`.
     """
 
     usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")

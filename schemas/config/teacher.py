@@ -36,7 +36,7 @@ class TeacherMeshConfig(Config):
 
 class TapConfig(Config):
     codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
-        default="bf16", description="the storage codec"
+        default="bf16", description="codec in which the tap is stored"
     )  # lossless for the usual bf16 teacher
     group: int | None = Field(
         default=None, ge=0, description="int8 and int4: numbers that share a scale; 0: the whole token; default: 32"

@@ -42,7 +42,7 @@ def may_count(weight: Weight) -> bool:
 
 
 class FeatureLossConfig(Config):
-    weight: Weight = Field(default=1.0, description="beta, the weight of the whole term")
+    weight: Weight = Field(default=1.0, description="beta: weight of the loss of attention outputs")
     relative_l2: float = Field(
         default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2"
     )  # scale-free, and it sees the norm, which cosine does not
@@ -55,7 +55,7 @@ class FeatureLossConfig(Config):
 
 
 class MlpLossConfig(Config):
-    weight: Weight = Field(default=0.0, description="gamma, the weight of the whole term")
+    weight: Weight = Field(default=0.0, description="gamma: weight of the loss of MLP outputs")
     relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
     cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
     l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")

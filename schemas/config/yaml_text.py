@@ -22,6 +22,14 @@ class YamlError(ValueError):
     """A text that cannot be read as YAML; the message names the problem and its position."""
 
 
+def as_yaml(value: Any) -> str:
+    """A value of a config on one line, as a YAML file spells it: `[{op: kv_heads, to: 2}]`, `null`, `true`."""
+    if isinstance(value, str):
+        return value
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=1e9)
+    return text.removesuffix("...\n").rstrip()
+
+
 def parse_yaml(text: str) -> Any:
     """The one document in a text, as None, bool, int, float, str, list and dict.
 

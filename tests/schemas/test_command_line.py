@@ -24,10 +24,13 @@ from distillcache.schemas.config import (
     CopyConfig,
     DemoConfig,
     ExportConfig,
+    PlanConfig,
     PrepareConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from distillcache.schemas.config.look import FidelityConfig, StatsConfig
+from distillcache.schemas.config.simulate import SimulateConfig
 from distillcache.schemas.errors import ConfigError
 
 
@@ -359,6 +362,19 @@ def test_short_help_begins_with_what_is_needed_and_only_names_storage(model: typ
     shown = re.findall("^  --([a-z0-9.-]+)", text, re.MULTILINE)
     assert shown[0] == first
     assert [flag for flag in shown if flag.startswith("storage")] == ["storage"]
+
+
+@pytest.mark.parametrize("model", [VerifyConfig, PlanConfig, CopyConfig, FidelityConfig, SimulateConfig])
+def test_help_begins_with_all_that_is_said_of_the_command(model: type[BaseModel]) -> None:
+    text = short_help_text(model, "distillcache x")
+    head = " ".join(text.partition("\n  --")[0].split())
+    assert head.endswith(" ".join((model.__doc__ or "").split()))
+    assert not re.search(r"[^\n]\n    [a-z]", text.partition("\n  --")[0])  # no line is cut in a sentence
+
+
+def test_defaults_are_spelled_as_flags_take_them() -> None:
+    assert "--extend bool  (default: false)" in help_text(BuildConfig, "distillcache build")
+    assert "(default: [llama-3.1-8b, llama-3.1-70b])" in help_text(SimulateConfig, "distillcache plan --simulate")
 
 
 def test_the_learning_rate_comes_before_what_few_need() -> None:

@@ -13,12 +13,12 @@ from rich.table import Table
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.segment import no_cache, segment_names
 from distillcache.schemas.config.look import DiffConfig
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.store.store import Store, using
 from distillcache.tools.diff.caches import compare_caches
-from distillcache.tools.diff.flat import as_yaml
 from distillcache.tools.diff.runs import compare_runs
 from distillcache.tools.fidelity.topk import words
 from distillcache.tools.look.stored_rows import StoredRows

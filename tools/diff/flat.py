@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists stay whole."""
@@ -15,13 +13,6 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def as_yaml(value: Any) -> str:
-    """A value of a config on one line, as a YAML file spells it: `[{op: kv_heads, to: 2}]`, `null`, `true`."""
-    if isinstance(value, str):
-        return value
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1e9).removesuffix("...\n").rstrip()
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Sequence[str] = ()) -> dict[str, list[Any]]:

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.store import Store
-from distillcache.tools.diff.flat import as_yaml, differences, flattened
+from distillcache.tools.diff.flat import differences, flattened
 from distillcache.trainer.run.evaluate import told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import read_metrics

@@ -7,11 +7,12 @@ import numpy as np
 
 from distillcache.schemas.cache.describe import layers_words
 from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.counted import counted
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.store.redaction import shown
 from distillcache.schemas.store.store import Store
-from distillcache.tools.diff.flat import as_yaml, flattened
+from distillcache.tools.diff.flat import flattened
 from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.inspect_print import said_of_times
 from distillcache.tools.look.stored_rows import StoredRows

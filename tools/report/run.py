@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.checkpoint import SavedArrays
@@ -15,7 +16,6 @@ from distillcache.schemas.format.run import EVALUATIONS, checkpoint_key, lost_ev
 from distillcache.schemas.format.run_identity import IDENTITY, without_identity
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
-from distillcache.tools.diff.flat import as_yaml
 from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import (
     Numeric,

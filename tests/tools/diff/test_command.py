@@ -9,10 +9,10 @@ import pytest
 
 from distillcache.cache_builder.grow.copy import copy_cache
 from distillcache.schemas.config import CopyConfig
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.cli import main
 from distillcache.tools.diff.command import compare
-from distillcache.tools.diff.flat import as_yaml
 from tests.tools.look.planting import Values, changed, in_every_row, plant, with_rows
 
 
