@@ -263,7 +263,7 @@ def loss_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     for prefix, words in of_blocks.items():
         found = block_curves(lines, prefix)
         if found is not None:
-            drawn.append(_block_figure(found, words))
+            drawn.append(_block_figure(found, words) if len(found.step) > 1 else None)
             rows = [
                 (str(block), *map(number, _ends(values)))
                 for block, values in zip(found.blocks, found.values, strict=True)
@@ -283,9 +283,9 @@ def _terms(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 
 def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Every term of the loss by step."""
+    """Every term of the loss by step; none of a single step, which the table has."""
     terms = _terms(lines)
-    if not terms:
+    if not any(len(line.x) > 1 for line in terms):
         return None
     ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in terms)
     return Figure(
@@ -306,8 +306,9 @@ def _terms_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rate_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draw the learning rate by step, unless it is the same in every step: the config has it then."""
     rate = curve(lines, "learning/current_learning_rate")
-    if rate is None:
+    if rate is None or rate.high.max() == rate.low.min():
         return None
     words = _schedule(rate)
     return Figure(
@@ -319,10 +320,8 @@ def _rate_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def _schedule(rate: Curve) -> str:
-    """`starts at 0.0003, peaks at 0.003 in step 11, ends at 3e-06`; a rate that never changes is one number."""
+    """`starts at 0.0003, peaks at 0.003 in step 11, ends at 3e-06`."""
     first, peak, last = float(rate.mean[0]), float(rate.high.max()), float(rate.mean[-1])
-    if peak == rate.low.min():
-        return f"{peak:.3g} in every step"
     inside = f"peaks at {peak:.3g} in step {rate.step[rate.high.argmax()]:,.0f}, " if peak > max(first, last) else ""
     return f"starts at {first:.3g}, {inside}ends at {last:.3g}"
 
@@ -475,7 +474,7 @@ def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         percent = unit.startswith("%")
         middle, scale = float(np.median(values)), 100 if percent else 1
         words = f"median {middle:.2%}{unit[1:]}" if percent else f"median {middle:,.4g} {unit}"
-        if name != WAIT or each.high.max() >= WAITING_DRAWN:
+        if len(each.step) > 1 and (name != WAIT or each.high.max() >= WAITING_DRAWN):
             line = Line(unit, each.step, scale * each.mean, scale * each.low, scale * each.high)
             svg = draw_lines([line], "step", unit, linear=True)
             drawn.append(Figure(title, f"M{words[1:]}.", f"Line chart of {unit} by step, {words}.", svg))

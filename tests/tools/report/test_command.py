@@ -26,6 +26,7 @@ from distillcache.tools.report.run import (
     block_fragments,
     divergence_warnings,
     evaluation_fragments,
+    loss_fragments,
     speed_fragments,
 )
 from distillcache.trainer.feed.cache_source import CacheSource
@@ -247,7 +248,6 @@ def test_a_share_is_a_percentage() -> None:
 @pytest.mark.parametrize(
     ("rates", "words"),
     [
-        ([0.3, 0.3, 0.3], "0.3 in every step"),
         ([0.1, 0.3, 0.2], "starts at 0.1, peaks at 0.3 in step 2, ends at 0.2"),
         ([0.3, 0.2, 0.1], "starts at 0.3, ends at 0.1"),
         ([0.1, 0.2, 0.3], "starts at 0.1, ends at 0.3"),
@@ -257,6 +257,20 @@ def test_a_schedule_in_words(rates: list[float], words: str) -> None:
     found = curve([{"step": step, "rate": rate} for step, rate in enumerate(rates, 1)], "rate")
     assert found is not None
     assert _schedule(found) == words
+
+
+def test_a_single_step_is_in_the_tables_and_has_no_figure() -> None:
+    line = {"step": 1, "distill/total_loss": 0.5, "feature/block_00": 0.25, "learning/current_learning_rate": 0.1}
+    line |= {"perf/tokens_per_second": 9.0, "perf/data_wait_share": 0.5, "perf/step_time_seconds": 1.0}
+    page = ReadPage("".join([*loss_fragments([line]), *speed_fragments([line])]))
+    assert page.figures == {}
+    assert page.tables["Terms of the loss"].row("total") == ["0.5", "0.5", "0.5"]
+    assert page.tables["Speed in numbers"].row("tokens a second")[1] == "9"
+    two = [line, {**line, "step": 2, "distill/total_loss": 0.25}, {**line, "step": 3}]
+    drawn = ReadPage("".join([*loss_fragments(two), *speed_fragments(two)])).figures
+    # The rate stays as it is: no figure of it.
+    expected = {"Loss by term", "Loss of the attention output by block", "Throughput", "Waiting for data"}
+    assert drawn.keys() == expected
 
 
 def test_a_run_that_hardly_waits_has_no_figure_of_it() -> None:
