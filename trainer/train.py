@@ -36,6 +36,7 @@ from distillcache.schemas.errors import (
 from distillcache.schemas.format.manifest import Plan
 from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
 from distillcache.schemas.format.run import EVALUATIONS, PARAMETERS, digest_evaluations, lost_evaluations
+from distillcache.schemas.format.run_identity import changed_records
 from distillcache.schemas.runtime.peers import Peers, join_peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
@@ -404,6 +405,8 @@ class _Run:
         if count := lost_evaluations(store):
             lost = f"{counted(count, 'evaluation')} up to step {first:,}"
             log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} lost")
+        for record in changed_records(store):
+            log.warning(record)
         for lines in find_lost_lines(store):
             log.warning(f"{lines}{self._missing_steps(first) if lines.name == LINES else ''}")
 

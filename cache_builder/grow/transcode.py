@@ -21,6 +21,7 @@ from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import TapPlan
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.format.tap_codec import Signs, tap_codec
+from distillcache.schemas.store.disk_errors import step_for
 
 Parts = dict[str, np.ndarray]  # a codec's parts, `[B, S, T, W]` each
 
@@ -147,7 +148,7 @@ class _StoredStack:
             raise DamageError(
                 "stored activations cannot be read",
                 {"cache": self._segment.store.url, "array": array, "row": row, "cause": str(failure).split(" [")[0]},
-                DAMAGE_NEXT,
+                step_for(str(failure), reads=True) or DAMAGE_NEXT,
             ) from failure
         return read.result()
 

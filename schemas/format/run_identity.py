@@ -146,6 +146,19 @@ def check_files(run: Store, names: Collection[str] | None = None) -> None:
             raise _damage(run, key, file_digest(run, key), None)
 
 
+def changed_records(run: Store) -> list[str]:
+    """Say which of the other files that the run began with changed: what surgery kept, and the measured importance.
+
+    A resumed run needs none of them, unless it makes projectors (trainer/run/student.py).
+    """
+    identity = read_identity(run)
+    told = []
+    for key, expected in sorted((identity.files or {}).items()) if identity is not None else ():
+        if not key.startswith(f"{STUDENT}/") and (found := file_digest(run, key)) != expected:
+            told.append(f"{run.where(key)} is {'missing' if found is None else 'not what was written'}")
+    return told
+
+
 def _damage(run: Store, key: str, found: FileDigest | None, expected: FileDigest | None) -> DamageError:
     return DamageError(
         "a file that the run began with is " + ("missing" if found is None else "not what was written"),

@@ -33,6 +33,7 @@ from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, TapPlan
 from distillcache.schemas.format.rows import Row
 from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.store.buckets import FAILURES
+from distillcache.schemas.store.disk_errors import step_for
 from distillcache.schemas.store.store import Store
 
 TAP_ORDER = ("resid", "attn_out", "mlp_out")  # as a block computes them; `topk_logits` belongs to no block
@@ -298,11 +299,11 @@ def damage_of(segment: Segment, part: PartPlan, row: int, slots: Sequence[int]) 
             fault = check_object(segment.store, segment.plan, stored, False) if stored.key == key else None
             if fault is not None:
                 facts = {"file": segment.store.where(key), "shard": shard, "row": row, "found": fault.finding.what}
-                return DamageError(
-                    "a stored object is not what was committed",
-                    {**facts, "detail": fault.finding.detail},
-                    repair_of(segment),
-                )
+                facts["detail"] = fault.finding.detail
+                if fault.finding.what == "unreadable":
+                    step = step_for(fault.finding.detail, reads=True) or "run the same command again"
+                    return DamageError("a stored object cannot be read", facts, step)
+                return DamageError("a stored object is not what was committed", facts, repair_of(segment))
     return segment.chunk_damage(part.array, row, slots[0])
 
 

@@ -23,6 +23,7 @@ from distillcache.schemas.config import VerifyConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.runtime.progress import Progress
+from distillcache.schemas.store.disk_errors import step_for
 from distillcache.schemas.store.store import Store, using
 from distillcache.tools.pages.terminal import table_console
 
@@ -147,8 +148,9 @@ def _next_steps(found: dict[str, Any]) -> Iterator[str]:
     if plans:
         yield step_for_file(Store(found["cache"]), plans[0], "")
     kinds = {finding["what"] for finding in found["findings"] if not _is_lost_plan(finding)}
-    if "unreadable" in kinds:
-        yield "run it again: the store failed to return some data; if it fails again, the disk or bucket is at fault"
+    again = "run it again: the store failed to return some data; if it fails again, the disk or bucket is at fault"
+    unreadable = [each["detail"] for each in found["findings"] if each["what"] == "unreadable"]
+    yield from sorted({step_for(detail, reads=True) or again for detail in unreadable})
     if kinds - {"foreign", "unreadable"} and not plans:
         yield (
             f"recompute what is damaged: distillcache build --repair --cache {shlex.quote(found['cache'])} "

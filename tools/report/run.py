@@ -13,7 +13,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.checkpoint import SavedArrays
 from distillcache.schemas.format.run import EVALUATIONS, checkpoint_key, lost_evaluations, whole_steps
-from distillcache.schemas.format.run_identity import IDENTITY, without_identity
+from distillcache.schemas.format.run_identity import IDENTITY, changed_records, without_identity
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
 from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
@@ -109,6 +109,7 @@ def lost_warnings(store: Store) -> list[str]:
     told, steps = [f"{each}." for each in find_lost_lines(store)], whole_steps(store)
     if store.read(IDENTITY) is None:
         told.append(f"{IDENTITY} is missing: {without_identity(store)}.")
+    told += [f"{each}." for each in changed_records(store)]
     if count := lost_evaluations(store):
         told.append(f"{EVALUATIONS} is missing; it had {counted(count, 'evaluation')}.")
     for step in steps:

@@ -23,6 +23,7 @@ from distillcache.schemas.errors import ConfigError, DamageError, DistillcacheEr
 from distillcache.schemas.format.digest import digest_bytes
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.format.manifest import PartPlan
+from distillcache.schemas.store.disk_errors import step_for
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.buffers import Buffers
 from distillcache.trainer.feed.disk_cache import LocalCache
@@ -292,5 +293,5 @@ def _unreadable(url: str, part: PartPlan, row: int, cause: BaseException) -> Dis
     return DamageError(
         "stored activations cannot be read",
         {"cache": url, "array": part.array, "row": row, "cause": str(cause).split(" [")[0]},
-        DAMAGE_NEXT,
+        step_for(str(cause), reads=True) or DAMAGE_NEXT,
     )

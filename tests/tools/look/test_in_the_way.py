@@ -1,11 +1,17 @@
 """A link to itself or a directory in the place of a cache's file: one message in every command, and a way on."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from distillcache.cache_builder.repair import check_shard
+from distillcache.schemas.cache.segment import Segment
+from distillcache.schemas.errors import StorageError
+from distillcache.schemas.format.manifest import Plan
+from distillcache.schemas.store.store import Store
 from distillcache.tools.cli import main
 
 OBJECT, INDEX, ROWS = (
@@ -66,3 +72,26 @@ def test_verify_and_repair_agree(
     (place / OBJECT).rmdir() if kind == "directory" else (place / OBJECT).unlink()
     assert main(argv) == 0
     assert main(["verify", str(place)]) == 0
+
+
+def refused(*_: object, **__: object) -> None:
+    raise StorageError("an object cannot be read", {"cause": f"UNKNOWN: {os.strerror(errno.EACCES)}"})
+
+
+@pytest.mark.parametrize("command", [["verify"], ["show", "--row", "29"]], ids=lambda each: each[0])
+def test_what_may_not_be_read_is_not_to_be_computed_again(
+    cache: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As root nothing is forbidden: the store's own answer stands for it."""
+    right = check_shard._check_bytes
+
+    def check(store: Store, plan: Plan, stored: check_shard.StoredObject) -> check_shard.Fault | None:
+        return refused() if stored.key == OBJECT else right(store, plan, stored)
+
+    monkeypatch.setattr(check_shard, "_check_bytes", check)
+    if command[0] == "show":
+        monkeypatch.setattr(Segment, "chunk_digests", lambda *_: [0] * 99)  # whatever is read, it is looked at again
+    main([command[0], str(cache), *command[1:]])
+    said = "".join(capsys.readouterr())
+    assert "make it readable for this user" in said
+    assert "recompute" not in said

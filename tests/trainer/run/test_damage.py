@@ -220,6 +220,15 @@ def test_a_report_says_that_metrics_are_not_what_was_written(run: Path, tmp_path
     assert "metrics.jsonl: up to step 4" in console.readouterr().out
 
 
+@pytest.mark.parametrize("damage", [flip, empty, Path.unlink], ids=lambda each: each.__name__)
+def test_a_changed_record_of_surgery_is_said(run: Path, cache: Path, tmp_path: Path, damage, console: Console) -> None:
+    damage(run / "surgery.json")
+    assert train(config(run, cache)).resumed_from == 4
+    assert f"warning: {run}/surgery.json is " in console.readouterr().err
+    assert not cli.main(["report", str(run), "--out", str(tmp_path / "r.html")])
+    assert "surgery.json is " in console.readouterr().out
+
+
 def test_metrics_as_written_are_not_blamed(run: Path) -> None:
     assert not find_lost_lines(Store(str(run)))
     with (run / "metrics.jsonl").open("a") as stream:  # a resumed run's next steps, which no checkpoint counts on yet
