@@ -34,9 +34,9 @@ def build_page(watched: WatchedCache) -> View:
     done, of = len(segment.committed or ()), segment.plan.num_shards
     view = View("The build", f"{done:,} of {counted(of, 'shard')} of segment {segment.plan.segment}", "/build", EVERY_S)
     view.put(progress("Shards", done, of))
-    view.add("How fast", _speed(watched, segment), figures([_curve(watched.committed(segment), of)]))
-    view.add("At work", workers(segment))
-    view.add("What came last", *_last(watched, segment))
+    view.add("Speed", _speed(watched, segment), figures([_curve(watched.committed(segment), of)]))
+    view.add("Active processes", workers(segment))
+    view.add("Newest shards", *_last(watched, segment))
     return view
 
 
@@ -77,7 +77,7 @@ def _speed(watched: WatchedCache, segment: Segment) -> str:
         values["Time left"] = f"about {format_seconds(left / rate)}, at this speed"
     if known:
         values["Last shard"] = f"{_clock(max(known))}, {format_seconds(max(now - max(known), 0))} ago"
-    return facts("At this time", values)
+    return facts("Speed of the build", values)
 
 
 def _shard_bytes(watched: WatchedCache, segment: Segment) -> float:

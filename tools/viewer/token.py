@@ -55,9 +55,9 @@ def token_page(watched: WatchedCache, at: int, token: int) -> View:
     back = f"/row/{at}" + (f"?start={place}" if place else "")
     links = [("← token " + str(token - 1), before), (f"token {token + 1} →", after), (f"row {at}", back)]
     view.put(steps("Neighbours", links))
-    view.add("Where it stands", _context(watched, row, token), _facts(row, token))
+    view.add("Context", _context(watched, row, token), _facts(row, token))
     vectors, damaged = _vectors(watched, at, token)
-    view.put(note("This is damaged", damaged))
+    view.put(note("Damaged data", damaged))
     view.add("By slot", *_by_slot(vectors))
     view.add("The teacher's next-token prediction", *_expected(watched, stored, at, row, token))
     return view
@@ -173,7 +173,7 @@ def _expected(watched: WatchedCache, stored: StoredRows, at: int, row: Row, toke
         try:
             codes = each.read(stored.locate(at)[1])
         except (DamageError, StorageError) as error:
-            yield note("This is damaged", [one_line(error)])
+            yield note("Damaged data", [one_line(error)])
             return
         found: Any = each.codec.decode({part.part: codes[part.part][0] for part in each.tap.parts})  # a TopK
         values, ids = np.asarray(found.values)[token], np.asarray(found.ids)[token]

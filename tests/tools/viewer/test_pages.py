@@ -165,9 +165,9 @@ def test_what_cannot_be_right_in_a_row_is_told(tmp_path: Path, cache: Path) -> N
         real = np.ones_like(row.segment_ids)
         return changed(row, segment_ids=real, loss_mask=real > 0)
 
-    assert "This cannot be right" not in read(viewer(cache), "/row/37").words
+    assert "Impossible values" not in read(viewer(cache), "/row/37").words
     words = read(viewer(plant(cache, tmp_path / "text", with_rows(everything_is_text))), "/row/37").words
-    assert "This cannot be right" in words
+    assert "Impossible values" in words
     assert "and marked as text, in row 37" in words
 
 
