@@ -144,7 +144,7 @@ def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
 
 def source_dtype(folder: Location) -> str:
     """Read which dtype a run's student folder notes; float32 where a version before this wrote it."""
-    check_student(folder, [CONFIG])
+    check_student(folder, whole=False)
     found = read_json(folder / CONFIG).get(SOURCE_DTYPE)
     return str(found) if found in FLOAT_DTYPES.values() else "float32"
 

@@ -25,7 +25,7 @@ from distillcache.schemas.format.run import (
     read_entries,
     whole_steps,
 )
-from distillcache.schemas.format.run_identity import check_files
+from distillcache.schemas.format.run_identity import check_student_files
 from distillcache.schemas.store.path import Location, open_folder
 
 BEST = "best"
@@ -117,11 +117,11 @@ def _refuse_without_student(run: Location) -> None:
     )
 
 
-def check_student(folder: Location, names: Sequence[str] | None = None) -> None:
+def check_student(folder: Location, *, whole: bool = True) -> None:
     """Compare the files of a run's student with their digests in the run's record; other folders have none.
 
     Args:
-        names: of files in the folder; None: all of them, every byte.
+        whole: every byte of all files; otherwise of those without weights.
 
     Raises:
         CheckpointError: they are not what the run began with.
@@ -129,8 +129,7 @@ def check_student(folder: Location, names: Sequence[str] | None = None) -> None:
     if folder.name != STUDENT:
         return
     try:
-        keys = None if names is None else [f"{STUDENT}/{name}" for name in names]
-        check_files(open_folder(folder.parent), keys)
+        check_student_files(open_folder(folder.parent), whole=whole)
     except DamageError as error:
         raise CheckpointError(f"a run's student cannot be used: {error.what}", error.facts, error.next) from error
 
@@ -142,9 +141,16 @@ def numbered(where: Location) -> Location:
 
 
 def hf_folder(where: Location) -> Location:
-    """Return the folder of a checkpoint's HF files, tokenizer included; of a run, that of its student."""
+    """Return the folder of a checkpoint's HF files, tokenizer included; of a run, that of its student.
+
+    Raises:
+        CheckpointError: a small file of the run's student is not what the run began with.
+    """
     found = find_run(where)
-    return where if found is None else found.student
+    if found is None:
+        return where
+    check_student(found.student, whole=False)
+    return found.student
 
 
 def _best(run: Location, steps: Sequence[int]) -> int | None:

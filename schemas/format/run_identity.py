@@ -8,7 +8,7 @@ summary carry it. Versions before this wrote neither: there is nothing to compar
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from distillcache.schemas.store.store import Store
 
 IDENTITY, STUDENT = "run.json", "student"
 FILES, DIGEST = "files", "digest"
-READ_FROM_FOLDERS = (".safetensors", ".json", ".jinja", ".model")  # by readers of a checkpoint, if they are there
+WEIGHTS = ".safetensors"
+READ_FROM_FOLDERS = (WEIGHTS, ".json", ".jinja", ".model")  # by readers of a checkpoint, if they are there
 CHUNK_BYTES = 1 << 20  # in one read of a disk: measured on 540 MB, 0.26 s; of 64 MiB, into fresh memory, 1.9 s
 BUCKET_CHUNK_BYTES = 32 << 20  # a request's latency must not count
 
@@ -123,11 +124,11 @@ def file_digest(run: Store, key: str) -> FileDigest | None:
     return FileDigest(length=length, digest=digest.hexdigest())
 
 
-def check_files(run: Store, names: Collection[str] | None = None) -> None:
-    """Compare files that a run began with with what `run.json` says of them.
+def check_student_files(run: Store, *, whole: bool = True) -> None:
+    """Compare the files of the student that a run began with with what `run.json` says of them.
 
     Args:
-        names: keys; None: the student's, all of them. Every byte is read.
+        whole: all of them, every byte; otherwise those without weights, and nothing is said of additional ones.
 
     Raises:
         DamageError: one is missing, is not what was written, or is there in addition.
@@ -136,14 +137,29 @@ def check_files(run: Store, names: Collection[str] | None = None) -> None:
     if identity is None or identity.files is None:
         return
     mine = f"{STUDENT}/"
-    chosen = [key for key in identity.files if key.startswith(mine)] if names is None else names
-    for key in sorted(chosen):
-        expected, found = identity.files.get(key), file_digest(run, key)
-        if found != expected:
-            raise _damage(run, key, found, expected)
-    for key in run.keys(mine) if names is None else ():
+    known = [key for key in identity.files if key.startswith(mine) and (whole or not key.endswith(WEIGHTS))]
+    for key in sorted(known):
+        _compare(run, key, identity.files[key])
+    for key in run.keys(mine) if whole else ():
         if key.endswith(READ_FROM_FOLDERS) and key not in identity.files:
-            raise _damage(run, key, file_digest(run, key), None)
+            _compare(run, key, None)
+
+
+def check_file(run: Store, key: str) -> None:
+    """Compare one of the files that a run began with with what `run.json` says of it.
+
+    Raises:
+        DamageError: it is missing, or is not what was written.
+    """
+    identity = read_identity(run)
+    if identity is not None and identity.files is not None:
+        _compare(run, key, identity.files.get(key))
+
+
+def _compare(run: Store, key: str, expected: FileDigest | None) -> None:
+    found = file_digest(run, key)
+    if found != expected:
+        raise _damage(run, key, found, expected)
 
 
 def changed_records(run: Store) -> list[str]:

@@ -116,6 +116,8 @@ def lost_warnings(store: Store) -> list[str]:
         try:
             SavedArrays(store, checkpoint_key(step))
         except DamageError as error:
+            if step not in whole_steps(store):  # the run has made room for a newer one meanwhile
+                continue
             told.append(f"The checkpoint of step {step:,} is damaged: {error.next}.")
     ending = read_ending(store)
     ended = None if ending is None or ending.diverged else ending.steps

@@ -30,7 +30,7 @@ from distillcache.schemas.errors import CheckpointError, ConfigError, StorageErr
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import MANIFEST, TOKENIZER
 from distillcache.schemas.format.run import STUDENT
-from distillcache.schemas.format.run_identity import check_files
+from distillcache.schemas.format.run_identity import check_file
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.source import Source
 from distillcache.trainer.feed.teacher import check_teacher
@@ -220,7 +220,7 @@ def kept_stream(run: Store) -> list[int]:
         CheckpointError: the run does not say.
     """
     if run.read(SURGERY) is not None:  # else the error below says so, of runs of earlier versions too
-        check_files(run, [SURGERY])
+        check_file(run, SURGERY)
     step = f"copy {SURGERY} again, or begin a new run"
     found = from_plain(TypeAdapter(list[_Operated]), run.read(SURGERY) or b"[]", run.where(SURGERY), step)
     kept = next((op.kept for op in found if op.op == "hidden_size"), None)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.checkpoint import load_pretrained, read_config
+from distillcache.models.text.tokenizer import load_tokenizer
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.train import StudentConfig, SurgeryOp
 from distillcache.schemas.errors import CheckpointError, DamageError, DistillcacheError, PlanMismatchError
@@ -19,6 +20,7 @@ from distillcache.schemas.format.run import checkpoint_key, digest_evaluations, 
 from distillcache.schemas.format.run_identity import file_digest
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
+from distillcache.tools.report.run import lost_warnings
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import best_evaluation, read_ending, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import find_lost_lines, read_metrics
@@ -118,6 +120,16 @@ def test_the_student_is_not_used_where_a_file_of_it_changed(run: Path, cache: Pa
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=lambda each: each.__name__)
+def test_its_tokenizer_is_not_read_where_it_changed(run: Path, damage) -> None:
+    """By those who read no weights: a run may be the source of a tokenizer alone."""
+    damage(run / "student/tokenizer.json")
+    for read in (load_tokenizer, read_config):
+        with pytest.raises(CheckpointError) as caught:
+            read(run)
+        assert "student/tokenizer.json" in str(caught.value)
+
+
 def test_a_weight_file_that_the_run_did_not_write_is_not_read(run: Path) -> None:
     shutil.copy(run / "student/model.safetensors", run / "student/router_bias.safetensors")
     with pytest.raises(CheckpointError, match="not what was written") as caught:
@@ -214,19 +226,18 @@ def test_a_resumed_run_says_which_lines_of_metrics_are_lost(run: Path, cache: Pa
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, Path.unlink], ids=lambda each: each.__name__)
-def test_a_report_says_that_metrics_are_not_what_was_written(run: Path, tmp_path: Path, damage, console: Console):
+def test_report_and_viewer_say_that_metrics_are_not_what_was_written(run: Path, damage) -> None:
     damage(run / "metrics.jsonl")
-    assert not cli.main(["report", str(run), "--out", str(tmp_path / "r.html")])
-    assert "metrics.jsonl: up to step 4" in console.readouterr().out
+    (said,) = lost_warnings(Store(str(run)))
+    assert "metrics.jsonl: up to step 4" in said
 
 
-@pytest.mark.parametrize("damage", [flip, empty, Path.unlink], ids=lambda each: each.__name__)
-def test_a_changed_record_of_surgery_is_said(run: Path, cache: Path, tmp_path: Path, damage, console: Console) -> None:
-    damage(run / "surgery.json")
+def test_a_changed_record_of_surgery_is_said(run: Path, cache: Path, console: Console) -> None:
+    for damage, said in ((flip, "not what was written"), (Path.unlink, "missing")):
+        damage(run / "surgery.json")
+        assert lost_warnings(Store(str(run))) == [f"{run}/surgery.json is {said}."]
     assert train(config(run, cache)).resumed_from == 4
-    assert f"warning: {run}/surgery.json is " in console.readouterr().err
-    assert not cli.main(["report", str(run), "--out", str(tmp_path / "r.html")])
-    assert "surgery.json is " in console.readouterr().out
+    assert f"warning: {run}/surgery.json is missing" in console.readouterr().err
 
 
 def test_metrics_as_written_are_not_blamed(run: Path) -> None:
