@@ -5,10 +5,36 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 LONGEST_NAME = 255  # bytes of a file's name, on all file systems in use
-Positive = Annotated[int, Field(gt=0)]
+# Numbers of settings. Programs hold whole numbers in 32 bits, rows in 64, and others in float32, in which a product of
+# two of them is neither infinite nor 0.
+MOST = 2**31 - 1
+SMALLEST, GREATEST = 1e-18, 1e12
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Index = Natural  # of a block, a row or a step
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+RowTokens = Annotated[int, Field(gt=0, le=1 << 24)]  # the longest contexts have 10M
+BatchRows = Annotated[int, Field(gt=0, le=1 << 20)]  # they are made in memory
+Mebibytes = Annotated[int, Field(gt=0, le=1 << 20)]  # a tebibyte: beyond what any machine holds
+Seconds = Annotated[float, Field(ge=1e-3, le=1e8)]  # three years
+WholeSeconds = Annotated[int, Field(gt=0, le=10**6)]  # in milliseconds, 32 bits hold them
+
+
+def not_vanishing(value: float) -> float:
+    """Return a number that is 0, or large enough for float32; raise `ValueError` for others."""
+    if 0 < abs(value) < SMALLEST:
+        raise ValueError(f"input should be 0, or at least {SMALLEST:g}")
+    return value
+
+
+Rate = Annotated[float, Field(ge=SMALLEST, le=GREATEST)]
+Amount = Annotated[float, Field(ge=0, le=GREATEST), AfterValidator(not_vanishing)]
+Signed = Annotated[float, Field(ge=-GREATEST, le=GREATEST), AfterValidator(not_vanishing)]
+Fraction = Annotated[float, Field(ge=0, le=1), AfterValidator(not_vanishing)]
+Decay = Annotated[float, Field(ge=0, le=0.999999), AfterValidator(not_vanishing)]  # nearer to 1 is 1 in float32
 # Numbers in files of ours: whoever reads them may multiply two of them, and none is ever so large.
 LARGEST = 1 << 48
 Count = Annotated[int, Field(ge=0, le=LARGEST)]

@@ -12,7 +12,7 @@ class LocalCacheConfig(Config):
         default=None, description="the folder; all processes of a host may share it; null: nothing is kept"
     )  # how much room there is, and where, only the user knows
     max_gib: float = Field(
-        default=100.0, gt=0, description="maximum total size"
+        default=100.0, ge=1e-6, le=1e9, description="maximum total size"
     )  # a fraction of the local disk that machines with accelerators usually have
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.base import Config, Count, Index, Mebibytes, Positive, Seed
 from distillcache.schemas.config.storage import StorageConfig
 
 
@@ -16,7 +16,7 @@ class FidelityConfig(Config):
     rows: Positive = Field(
         default=16, description="rows to compare, drawn from as many shards as possible"
     )  # minutes on a CPU
-    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    seed: Seed = Field(default=0, description="seed of the drawn rows")
     every_slot: bool = Field(default=False, description="list all slots of all taps, not only the wrong and the worst")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -27,7 +27,7 @@ class DiffConfig(Config):
     a: str = Field(description="a cache or a run")
     b: str = Field(description="another cache or run")
     rows: Positive = Field(default=16, description="rows of two caches to compare")
-    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    seed: Seed = Field(default=0, description="seed of the drawn rows")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
 
@@ -35,12 +35,12 @@ class ShowConfig(Config):
     """Show a row of a cache: its text, documents and masks, and per-token activation statistics."""
 
     cache: str = Field(description="the cache, finished or not")
-    row: int = Field(default=0, ge=0, description="row number, counted through the whole cache")
-    block: int | None = Field(
-        default=None, ge=0, description=("one block, token by token; default: all blocks side by side")
+    row: Count = Field(default=0, description="row number, counted through the whole cache")
+    block: Index | None = Field(
+        default=None, description=("one block, token by token; default: all blocks side by side")
     )
     tokens: Positive = Field(default=64, description="tokens to list, one a line")  # a screen or two
-    start: int = Field(default=0, ge=0, description="the first token to list")
+    start: Index = Field(default=0, description="the first token to list")
     image: str | None = Field(
         default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks to this file"
     )
@@ -52,9 +52,9 @@ class StatsConfig(Config):
 
     cache: str = Field(description="the cache, finished or not")
     rows: Positive = Field(default=32, description="rows to read, drawn from as many shards as possible")
-    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    seed: Seed = Field(default=0, description="seed of the drawn rows")
     taps: list[str] | None = Field(default=None, description="which taps; default: all")
-    blocks: list[int] | None = Field(default=None, description="which slots of them; default: all")
+    blocks: list[Index] | None = Field(default=None, description="which slots of them; default: all")
     out: str | None = Field(
         default=None, pattern=r"\.npz$", description="also write per-dimension statistics to this file"
     )
@@ -66,10 +66,10 @@ class ExportSamplesConfig(Config):
 
     cache: str = Field(description="the cache, finished or not")
     out: str = Field(pattern=r"\.(npz|safetensors)$", description="the file to write: a local path, gs:// or s3://")
-    rows: list[int] | None = Field(default=None, description="row numbers; default: drawn at random")
+    rows: list[Count] | None = Field(default=None, description="row numbers; default: drawn at random")
     count: Positive = Field(default=8, description="number of rows to draw")
-    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    seed: Seed = Field(default=0, description="seed of the drawn rows")
     taps: list[str] | None = Field(default=None, description="which taps; default: all; []: only the rows")
-    blocks: list[int] | None = Field(default=None, description="which blocks; default: all")
-    max_mib: Positive = Field(default=2048, description="refuse to write a larger file")  # it is made in memory
+    blocks: list[Index] | None = Field(default=None, description="which blocks; default: all")
+    max_mib: Mebibytes = Field(default=2048, description="refuse to write a larger file")  # it is made in memory
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from distillcache.schemas.base import Config
+from distillcache.schemas.base import Config, Seed
 from distillcache.schemas.config.storage import StorageConfig
 
 
@@ -17,5 +17,5 @@ class ReportConfig(Config):
         le=64,
         description=("for a cache: number of rows whose activations are read and drawn; 0: none"),
     )  # a few show the pattern; every row costs its bytes to read
-    seed: int = Field(default=0, ge=0, description="seed of the drawn rows")
+    seed: Seed = Field(default=0, description="seed of the drawn rows")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")

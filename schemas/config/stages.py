@@ -9,7 +9,19 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.base import (
+    BatchRows,
+    Config,
+    Index,
+    Mebibytes,
+    Natural,
+    Positive,
+    RowTokens,
+    Seconds,
+    Seed,
+    Size,
+    WholeSeconds,
+)
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig, TeacherConfig, TeacherMeshConfig
 from distillcache.schemas.config.train import SurgeryOp
@@ -55,18 +67,17 @@ class DataConfig(Config):
     eos_token: str | None = Field(
         default=None, description="the token that ends every document; default: from the tokenizer's files"
     )
-    row_tokens: Positive = Field(default=1024, description="tokens in a row")  # long enough for real context
-    eval_rows: int = Field(
-        default=64, ge=0, description="rows held out for evaluation, drawn from the whole corpus"
+    row_tokens: RowTokens = Field(default=1024, description="tokens in a row")  # long enough for real context
+    eval_rows: Natural = Field(
+        default=64, description="rows held out for evaluation, drawn from the whole corpus"
     )  # 64 x 1024 tokens: perplexity to about 1%
-    max_document_mib: Positive = Field(
+    max_document_mib: Mebibytes = Field(
         default=128,
-        le=1 << 20,  # a tebibyte: beyond what any machine holds, and what Python can be asked to read
         exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
         description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
     )  # reading takes up to nine times a document's length in memory
-    max_rows: Positive | None = Field(default=None, description="maximum number of rows; default: the whole text")
-    eval_seed: int = Field(default=0, ge=0, description="seed of the rows drawn for evaluation")
+    max_rows: Size | None = Field(default=None, description="maximum number of rows; default: the whole text")
+    eval_seed: Seed = Field(default=0, description="seed of the rows drawn for evaluation")
 
     @field_validator("chat_date", mode="before")
     @classmethod
@@ -83,13 +94,13 @@ class Workers(Config):
     A number too high would have nothing to do.
     """
 
-    process_id: int = Field(default=0, ge=0, description="this process's number, if several share the work")
+    process_id: Natural = Field(default=0, description="this process's number, if several share the work")
     num_processes: Positive = Field(
         default=1,
         description=("number of processes that share the work; for replica: job on a cluster: set by the cluster"),
     )
-    claim_expiry_s: float = Field(
-        default=60.0, gt=0, description="expiry of a lease without a heartbeat; another process then takes it over"
+    claim_expiry_s: Seconds = Field(
+        default=60.0, description="expiry of a lease without a heartbeat; another process then takes it over"
     )  # four missed heartbeats
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -132,10 +143,10 @@ class PrepareConfig(Workers):
 class ShardSizes(Config):
     """Sizes of shards and objects, which are part of a cache's identity."""
 
-    object_mib: Positive = Field(
+    object_mib: Mebibytes = Field(
         default=256, description="target size of a stored object"
     )  # few requests, far below the 5 GB limit of a single PUT
-    shard_mib: Positive = Field(
+    shard_mib: Mebibytes = Field(
         default=1024, description="target size of a shard, the unit of commit"
     )  # a shard must fit in memory, and a crash loses one at most
     shard_rows: Positive | None = Field(default=None, description="rows in a shard; default: from shard_mib")
@@ -144,7 +155,7 @@ class ShardSizes(Config):
 class ShardWorkers(Workers):
     """Options of a process that writes shards."""
 
-    max_in_flight_mib: Positive = Field(
+    max_in_flight_mib: Mebibytes = Field(
         default=2048, description="maximum of data recorded or read but not yet stored"
     )  # one shard being filled, one being written
 
@@ -154,8 +165,8 @@ class BuildSpec(ShardSizes):
 
     data: DataConfig
     taps: TapsConfig = Field(default=TapsConfig(), description="what is recorded in every block")
-    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to record, as a list, or all")
-    batch_rows: Positive = Field(
+    blocks: Literal["all"] | list[Index] = Field(default="all", description="the blocks to record, as a list, or all")
+    batch_rows: BatchRows = Field(
         default=16, description="rows in one call of the teacher"
     )  # a few thousand tokens a call
     dtype: Literal["float32", "bfloat16"] | None = Field(
@@ -192,7 +203,7 @@ class BuildOptions(ShardWorkers):
             "single process, whatever they say"
         ),
     )
-    timeout_s: Positive = Field(
+    timeout_s: WholeSeconds = Field(
         default=60, description="replica: job: heartbeat timeout; the job aborts when a process is silent for longer"
     )  # as in training
     accept_platform: bool = Field(
@@ -281,11 +292,11 @@ class CopySpec(ShardSizes):
     compress: Literal["keep", "none", "zstd", "blosc"] = Field(
         default="keep", description="lossless compression of every tap that does not set its own; keep: as stored"
     )  # codes are copied as they are, whatever compresses them
-    blocks: Literal["all"] | list[int] = Field(default="all", description="the blocks to copy, as a list, or all")
+    blocks: Literal["all"] | list[Index] = Field(default="all", description="the blocks to copy, as a list, or all")
     rows: str = Field(
         default="all", pattern=r"^(all|train|eval|\d+:\d+)$", description="all, train, eval, or START:STOP"
     )
-    batch_rows: Positive | None = Field(default=None, description="rows decoded at a time; default: as in the build")
+    batch_rows: BatchRows | None = Field(default=None, description="rows decoded at a time; default: as in the build")
 
 
 class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
@@ -387,7 +398,7 @@ class ExportConfig(Config):
         default=None,
         description=("dtype of the weights; default: that of the checkpoint from which the student was made"),
     )
-    step: int | None = Field(default=None, description="which checkpoint; default: the newest")
+    step: Index | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -405,6 +416,6 @@ class DemoConfig(Config):
         default=None, description="default: two of three query heads of every KV group"
     )
     steps: Positive = Field(default=60, description="training steps")  # closes nine tenths of the gap
-    batch_rows: Positive = Field(
+    batch_rows: BatchRows = Field(
         default=8, description="rows in a teacher call and in a training batch"
     )  # 1,024 tokens

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.base import Amount, Config, Index, Positive, Seed
 
-Blocks = Literal["all"] | list[int]
+Blocks = Literal["all"] | list[Index]
 
 
 def _unset(value: object) -> bool:
@@ -39,7 +39,9 @@ class SurgeryOp(Config):
         exclude_if=_unset,
         description="drop_blocks: the blocks to remove; upcycle: the blocks whose MLP becomes experts, default: all",
     )
-    experts: Positive | None = Field(default=None, exclude_if=_unset, description="upcycle: number of experts")
+    experts: Annotated[int, Field(gt=0, le=1 << 16)] | None = Field(
+        default=None, exclude_if=_unset, description="upcycle: number of experts"
+    )
     top_k: Positive | None = Field(
         default=None, exclude_if=_unset, description="upcycle: number of experts for each token; default: 2"
     )
@@ -48,17 +50,17 @@ class SurgeryOp(Config):
         exclude_if=_unset,
         description="upcycle: every expert copies the whole MLP (default), or gets a share of its neurons",
     )
-    noise: Annotated[float, Field(ge=0)] | None = Field(
+    noise: Amount | None = Field(
         default=None,
         exclude_if=_unset,
         description="upcycle, how: copy: noise on each copy, as a fraction of its standard deviation; default: 0",
     )
-    router_std: Annotated[float, Field(ge=0)] | None = Field(
+    router_std: Amount | None = Field(
         default=None,
         exclude_if=_unset,
         description=("upcycle: standard deviation of the new router's random weights; default: 0.02"),
     )
-    seed: Annotated[int, Field(ge=0)] | None = Field(
+    seed: Seed | None = Field(
         default=None, exclude_if=_unset, description="upcycle: seed of router and noise; default: 0"
     )
 
@@ -107,7 +109,7 @@ class StudentConfig(Config):
         exclude_if=lambda value: value == 64,  # runs from before there was importance are the same
         description="by: importance: number of training rows, from the first, on which it is measured",
     )  # as long as a few training steps; twice as many changed at most 3% of the choices
-    layer_map: list[int] | None = Field(
+    layer_map: list[Index] | None = Field(
         default=None,
         description=(
             "the teacher's blocks at which the student's begin, ascending: block i is made from block "

@@ -1,10 +1,10 @@
 """Settings of the teacher: the checkpoint, the recorded taps, and how it runs inside a training."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.base import BatchRows, Config, Index, Natural, Positive
 
 
 class TeacherConfig(Config):
@@ -38,8 +38,8 @@ class TapConfig(Config):
     codec: Literal["bf16", "f32", "fp8", "int8", "int4"] = Field(
         default="bf16", description="codec in which the tap is stored"
     )  # lossless for the usual bf16 teacher
-    group: int | None = Field(
-        default=None, ge=0, description="int8 and int4: numbers that share a scale; 0: the whole token; default: 32"
+    group: Natural | None = Field(
+        default=None, description="int8 and int4: numbers that share a scale; 0: the whole token; default: 32"
     )  # measured: finer groups gain more than their scales cost
     rotate: bool = Field(
         default=True, description="int8 and int4: spread outliers by a random rotation first"
@@ -47,8 +47,8 @@ class TapConfig(Config):
     delta: bool = Field(
         default=False, description="resid in int8 or int4: code the difference from block to block"
     )  # six times closer, but one block is read with up to keyframe_every - 1 others
-    keyframe_every: int = Field(
-        default=8, ge=0, description="with delta: slots from one keyframe to the next; 0: no keyframes"
+    keyframe_every: Natural = Field(
+        default=8, description="with delta: slots from one keyframe to the next; 0: no keyframes"
     )  # adds 7% of bf16's size; eight reads at most for one block
     compress: Literal["none", "zstd", "blosc"] = Field(
         default="none",
@@ -58,7 +58,7 @@ class TapConfig(Config):
 
 
 class ResidConfig(TapConfig):
-    slots: list[Annotated[int, Field(ge=0)] | Literal["last"]] | None = Field(
+    slots: list[Index | Literal["last"]] | None = Field(
         default=None,
         exclude_if=lambda value: value is None,  # so that plans without it compare with those of before there was any
         description="the slots to record: l is the stream entering block l, last the one leaving the last block; "
@@ -136,7 +136,7 @@ class OnlineConfig(Config):
             "the teacher's compute dtype; default: as in the cache; for prepared rows, that of its checkpoint"
         ),
     )  # other dtypes give other numbers
-    batch_rows: Positive | None = Field(
+    batch_rows: BatchRows | None = Field(
         default=None,
         description="rows in a call of the teacher; default: as in the cache; for prepared rows, 16",
     )  # other shapes give other bits

@@ -8,7 +8,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distillcache.schemas.base import Config, Positive
+from distillcache.schemas.base import (
+    GREATEST,
+    Amount,
+    BatchRows,
+    Config,
+    Decay,
+    Fraction,
+    Index,
+    Natural,
+    Positive,
+    Rate,
+    Signed,
+    WholeSeconds,
+)
 from distillcache.schemas.config.feed import FeedConfig
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.config.student import Blocks
@@ -20,20 +33,20 @@ from distillcache.schemas.config.teacher import OnlineConfig, TeacherMeshConfig
 class Ramp(Config):
     """A weight that changes with the step, from `start` at the first step of a stage to `end` at its last."""
 
-    start: float = Field(ge=0, description="value at the first step")
-    end: float = Field(ge=0, description="value at the last step")
+    start: Amount = Field(description="value at the first step")
+    end: Amount = Field(description="value at the last step")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="linear", description="shape between the two; constant: start throughout"
     )
 
 
 class ShareRamp(Ramp):
-    start: float = Field(ge=0, le=1, description="value at the first step")
-    end: float = Field(ge=0, le=1, description="value at the last step")
+    start: Fraction = Field(description="value at the first step")
+    end: Fraction = Field(description="value at the last step")
 
 
-Weight = Annotated[float, Field(ge=0)] | Ramp
-Share = Annotated[float, Field(ge=0, le=1)] | ShareRamp
+Weight = Amount | Ramp
+Share = Fraction | ShareRamp
 
 
 def may_count(weight: Weight) -> bool:
@@ -43,41 +56,50 @@ def may_count(weight: Weight) -> bool:
 
 class FeatureLossConfig(Config):
     weight: Weight = Field(default=1.0, description="beta: weight of the loss of attention outputs")
-    relative_l2: float = Field(
-        default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2"
+    relative_l2: Amount = Field(
+        default=1.0, description="weight of ||s - t||^2 / ||t||^2"
     )  # scale-free, and it sees the norm, which cosine does not
-    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2, as MaxText computes it")
+    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
+    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2, as MaxText computes it")
     blocks: Blocks = Field(default="all", description="the student's blocks that count")
-    block_weights: list[float] | None = Field(
+    block_weights: list[Amount] | None = Field(
         default=None, description="one weight for every block that counts, in order; default: 1 each"
     )
+
+    @model_validator(mode="after")
+    def _counts_a_block(self) -> Self:
+        if self.blocks == []:
+            raise ValueError("loss.feature.blocks is empty: name a block or more, or all; weight: 0 turns the term off")
+        weights = self.block_weights
+        if weights is not None and not any(weights):
+            raise ValueError(f"loss.feature.block_weights {weights} weighs no block: weight: 0 turns the term off")
+        return self
 
 
 class MlpLossConfig(Config):
     weight: Weight = Field(default=0.0, description="gamma: weight of the loss of MLP outputs")
-    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
+    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
+    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
 
 
 class BlockLossConfig(Config):
     weight: Weight = Field(
         default=0.0, description="delta, the weight of comparing what leaves a block (blockwise mode)"
     )
-    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
+    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
+    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
 
 
 class StreamLossConfig(Config):
     weight: Weight = Field(
         default=0.0, description="epsilon, the weight of comparing the student's own stream (feature mode)"
     )
-    relative_l2: float = Field(default=1.0, ge=0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: float = Field(default=0.0, ge=0, description="weight of 1 - cos(s, t)")
-    l2: float = Field(default=0.0, ge=0, description="weight of mean (s - t)^2")
-    slots: list[Annotated[int, Field(ge=0)] | Literal["last"]] | Literal["all"] = Field(
+    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
+    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
+    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
+    slots: list[Index | Literal["last"]] | Literal["all"] = Field(
         default="all",
         description="the teacher's slots to compare with: l is the stream that leaves its block l - 1, last the one "
         "that leaves its last block; all: every one at which a block of the student ends and that is recorded",
@@ -143,23 +165,20 @@ class LossConfig(Config):
 class OptimizerConfig(Config):
     """AdamW with linear warm-up and cosine decay; state is per block, and in blockwise mode clipping as well."""
 
-    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate, after the warm-up")
-    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")  # Adam's moments need a few
-    final_fraction: float = Field(
+    learning_rate: Rate = Field(default=1e-3, description="peak learning rate, after the warm-up")
+    warmup_steps: Natural = Field(default=10, description="steps of linear warm-up")  # Adam's moments need a few
+    final_fraction: Fraction = Field(
         default=0.0,
-        ge=0,
-        le=1,
         description="learning rate at the last step of a stage, as a fraction of the peak (cosine decay)",
     )
-    b1: float = Field(default=0.9, ge=0, lt=1, description="Adam's first decay")
-    b2: float = Field(default=0.95, ge=0, lt=1, description="Adam's second decay")  # short runs: a shorter memory
-    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's decoupled weight decay"
+    b1: Decay = Field(default=0.9, description="Adam's first decay")
+    b2: Decay = Field(default=0.95, description="Adam's second decay")  # short runs: a shorter memory
+    eps: float = Field(default=1e-8, ge=1e-30, le=GREATEST, description="Adam's epsilon")
+    weight_decay: Amount = Field(
+        default=0.0, description="AdamW's decoupled weight decay"
     )  # students start near the answer
-    clip_norm: float | None = Field(
+    clip_norm: Rate | None = Field(
         default=1.0,
-        gt=0,
         description=("clip each block's gradient (feature mode: the whole gradient) to this norm; null: never"),
     )  # one bad block must not slow the others
     inside_scan: bool = Field(
@@ -232,12 +251,12 @@ class TrainSpec(Config):
     moe_update_rule: Literal["ema", "sign"] = Field(
         default="ema", description="noaux_tc: biases follow the smoothed load, or the sign of the step's (DeepSeek-V3)"
     )
-    moe_update_rate: float = Field(default=0.01, gt=0, description="noaux_tc: update rate of the biases")
-    moe_update_momentum: float = Field(default=0.9, ge=0, lt=1, description=("noaux_tc: momentum of the smoothed load"))
-    moe_bias_cap: float | None = Field(
+    moe_update_rate: Rate = Field(default=0.01, description="noaux_tc: update rate of the biases")
+    moe_update_momentum: Decay = Field(default=0.9, description=("noaux_tc: momentum of the smoothed load"))
+    moe_bias_cap: Signed | None = Field(
         default=2.0, description="noaux_tc: the largest magnitude of a bias; null or at most 0: none"
     )
-    moe_afb_warmup_steps: int = Field(default=0, ge=0, description="noaux_tc: steps of a stage before biases move")
+    moe_afb_warmup_steps: Natural = Field(default=0, description="noaux_tc: steps of a stage before biases move")
     moe_bias_sync_group: Literal["world", "ep"] = Field(
         default="world", description="noaux_tc: one bias for all devices, or one for each expert-parallel group"
     )
@@ -245,7 +264,7 @@ class TrainSpec(Config):
         default=1, description="devices in an expert-parallel group; divides mesh.data * mesh.fsdp * mesh.expert"
     )  # these eight under Axolotl's names, with its defaults
     steps: Positive = Field(default=1000, description="optimizer steps")
-    batch_rows: Positive = Field(default=8, description="rows in the global batch")
+    batch_rows: BatchRows = Field(default=8, description="rows in the global batch")
     micro_batches: Positive = Field(
         default=1,
         description=(
@@ -298,15 +317,15 @@ class TrainOptions(Config):
     keep_checkpoints: Positive = Field(
         default=2, description="number of newest checkpoints to keep, besides the best"
     )  # one may be half-written
-    eval_every: int = Field(
-        default=0, ge=0, description="steps between evaluations on held-out rows; 0: only at the end of a stage"
+    eval_every: Natural = Field(
+        default=0, description="steps between evaluations on held-out rows; 0: only at the end of a stage"
     )  # an evaluation costs as much as many steps
-    eval_batch_rows: Positive = Field(default=8, description="rows in one evaluation batch")
+    eval_batch_rows: BatchRows = Field(default=8, description="rows in one evaluation batch")
     log_every: Positive = Field(default=1, description="steps between lines of metrics")
     eval_teacher: bool = Field(
         default=True, description="measure the teacher's own perplexity on the held-out rows, once, before step 1"
     )  # costs loading it and one evaluation; the student's perplexity is judged by it
-    prefetch_batches: Positive = Field(
+    prefetch_batches: Annotated[int, Field(gt=0, le=1024)] = Field(
         default=2, description="batches to prefetch"
     )  # one being moved to the device, one being read
     partial: bool = Field(
@@ -328,10 +347,10 @@ class TrainOptions(Config):
     num_processes: Positive | None = Field(
         default=None, description=("processes of the run; default: from the cluster")
     )
-    process_id: int | None = Field(
-        default=None, ge=0, description=("this process's number, from 0; default: from the cluster")
+    process_id: Natural | None = Field(
+        default=None, description=("this process's number, from 0; default: from the cluster")
     )
-    timeout_s: Positive = Field(
+    timeout_s: WholeSeconds = Field(
         default=60, description="heartbeat timeout; the run aborts when a process is silent for longer"
     )  # longer than the pauses of a busy host, shorter than anybody waits
 

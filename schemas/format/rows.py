@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int32
 from pydantic import Field
 from safetensors import SafetensorError
 
-from distillcache.schemas.base import RelativeName
-from distillcache.schemas.config import Config, DataConfig, Positive
+from distillcache.schemas.base import RelativeName, Size
+from distillcache.schemas.config import Config, DataConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError, StorageError
 from distillcache.schemas.format.canonical import from_canonical
@@ -216,8 +216,8 @@ class RowsFile(Config):
     """One file of rows, as the index knows it."""
 
     name: RelativeName = Field(description="key below the rows folder")
-    rows: Positive = Field(description="records in the file")
-    length: Positive = Field(description="bytes")
+    rows: Size = Field(description="records in the file")
+    length: Size = Field(description="bytes")
     digest: str = Field(description="of the file's bytes")
 
 
@@ -225,24 +225,24 @@ class RowsIndex(Config):
     """`rows.json`: the content of a rows folder and the settings that made it."""
 
     format: Literal["distillcache-rows/1"] = "distillcache-rows/1"
-    rows: Positive = Field(description="N")
-    row_tokens: Positive = Field(description="T")
+    rows: Size = Field(description="N")
+    row_tokens: Size = Field(description="T")
     eval_indices: tuple[int, ...] = Field(description="the rows that are held out, ascending")
-    documents: Positive = Field(description="documents in the text")
+    documents: Size = Field(description="documents in the text")
     skipped: int = Field(
         default=0,
         ge=0,
         exclude_if=lambda value: value == 0,
         description="records of the text that data.on_error left out; skipped.jsonl lists them",
     )
-    tokens: Positive = Field(description="tokens in the rows, padding not counted")
-    vocab_size: Positive = Field(description="the highest id that the tokenizer can give, plus one")
+    tokens: Size = Field(description="tokens in the rows, padding not counted")
+    vocab_size: Size = Field(description="the highest id that the tokenizer can give, plus one")
     eos_id: int = Field(ge=0, description="the id that ends every document")
     tokenizer_digest: str = Field(description="of the tokenizer that made the tokens")
     text_digest: str = Field(description="of the input files' bytes, in reading order")
     content_digest: str = Field(description="of all records in order: the same however they are split into files")
     data: DataConfig = Field(description="the config that made the rows")
-    rows_per_file: Positive = Field(description="in every file but the last")
+    rows_per_file: Size = Field(description="in every file but the last")
     files: tuple[RowsFile, ...] = Field(description="in the order of their rows")
 
     @property

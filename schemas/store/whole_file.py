@@ -20,7 +20,7 @@ NEW_FILE_MODE = 0o666  # less the umask, as `open` makes files
 
 
 def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
-    """Store a file on a disk or in a bucket, in place of one of that name. See `writing`.
+    """Store a file on a disk or in a bucket, in place of one of that name. See `writing` and `make_folder_of`.
 
     Raises:
         StorageError: the place refuses; what was there before is unchanged.
@@ -29,6 +29,7 @@ def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
     if isinstance(where, ObjectPath):
         where.write_bytes(data)
         return
+    make_folder_of(where)
     with writing(where) as stream:
         stream.write(data)
 
@@ -41,9 +42,11 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
         marks: each file of the command has one of these near its beginning or its end.
 
     Raises:
-        ConfigError: another file is there, which would be lost.
+        ConfigError: another file is there, which would be lost, or no file can be written there.
     """
     where = locate(path)
+    if not isinstance(where, ObjectPath):
+        _refuse_impossible_place(where, flag)
     found = _ends(where)
     if not found:
         return
@@ -55,6 +58,30 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
         {flag: where},
         "name another file, or remove this one",
     )
+
+
+def _refuse_impossible_place(path: Path, flag: str) -> None:
+    """Raise where a folder is in the file's place, or its own folder is not writable and cannot be made."""
+    folder = next((each for each in path.absolute().parents if os.path.lexists(each)), Path("/"))
+    facts = {flag: path}
+    if path.is_dir():
+        raise ConfigError("a folder is where the file is to be written", facts, "name a file")
+    if not folder.is_dir():
+        raise ConfigError("a file is where the folder of the file to write would be", {**facts, "file": folder})
+    if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            "no file can be written there", {**facts, "folder": folder, "found": "it is read-only"}, "name another file"
+        )
+
+
+def make_folder_of(path: str | os.PathLike[str] | Location) -> None:
+    """Make the folder of a local file that is to be written, where it is missing, and say so."""
+    where = locate(path)
+    if isinstance(where, ObjectPath) or where.parent.exists():
+        return
+    with refusals(where):
+        where.parent.mkdir(parents=True, exist_ok=True)
+    log.info(f"made the folder {where.parent}")
 
 
 def _ends(where: Location) -> tuple[bytes, ...]:

@@ -42,7 +42,7 @@ from distillcache.schemas.config.train import (
     StudentConfig,
 )
 from distillcache.schemas.store.path import local_path
-from distillcache.schemas.store.whole_file import refuse_foreign_file, writing
+from distillcache.schemas.store.whole_file import make_folder_of, refuse_foreign_file, writing
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
 from distillcache.tools.pages.pictures import MADE_BY, METADATA
@@ -112,7 +112,6 @@ def measure(config: BenchConfig) -> Measured:
     plot = None if config.plot is None else local_path(config.plot, "--plot")
     if plot is not None:
         refuse_foreign_file(plot, "--plot", MADE_BY.encode())
-        plot.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(config.dir) as folder:
         found = train_all(folder, RoutingSizes())
     if plot is not None:
@@ -266,5 +265,6 @@ def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
     panels[0, 0].legend()
     with rc_context({"svg.hashsalt": path.name}):  # the same numbers, the same file
         kind = path.suffix.removeprefix(".")
+        make_folder_of(path)
         with writing(path) as file:
             figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))

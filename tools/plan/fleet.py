@@ -17,9 +17,13 @@ from enum import Enum
 
 import numpy as np
 
+from distillcache.schemas.counted import counted
+from distillcache.schemas.errors import ConfigError
+
 SHARES = 4  # a host takes a fourth of what would be its part of the pool
 SMALLEST = 200  # but no less than one in so many of all its work units: its last ones are half a percent of its time
 MAX_PREEMPTIONS = 1000
+MOST_PREEMPTIONS_A_UNIT = 5  # one attempt in e^5 = 150 succeeds
 LEAST_RATE = 2.0**-20  # a second and host: about one in twelve days
 DRAWN = 64  # random numbers at a time
 
@@ -77,7 +81,19 @@ def quiet_seconds(work: Work, fleet: Fleet) -> float:
 
 
 def play(work: Work, fleet: Fleet) -> Played:
-    """Play a build through."""
+    """Play a build through.
+
+    Raises:
+        ConfigError: hosts are preempted so often that the build would hardly end.
+    """
+    needed_s = fleet.restart_s + sum(unit_seconds(work, fleet))
+    if fleet.preemptions_per_s * needed_s > MOST_PREEMPTIONS_A_UNIT:
+        raise ConfigError(
+            f"a host is preempted every {counted(round(1 / fleet.preemptions_per_s), 'second')}, and needs "
+            f"{needed_s:,.0f} to restart and to finish a work unit",
+            {},
+            "make preemptions rarer, or build.restart_s or shard_mib smaller",
+        )
     expected = fleet.preemptions_per_s * fleet.hosts * quiet_seconds(work, fleet)
     part = min(1.0, MAX_PREEMPTIONS / expected) if expected else 1.0
     units = max(1, round(work.units * part))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from distillcache.schemas.config.simulate import SimulateConfig
-from distillcache.schemas.store.whole_file import writing
+from distillcache.schemas.store.whole_file import make_folder_of, writing
+from distillcache.tools.pages.pictures import METADATA
 from distillcache.tools.plan.fleet import play
 from distillcache.tools.plan.scale import Cache, host_rate, make_cache, make_fleet
 
@@ -75,7 +76,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
 
     caches = plotted(report["caches"])
     first, counts = next(iter(caches.values())), report["assumed"]["students"]["counts"]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(path)
     kind = path.suffix.removeprefix(".")
     with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):  # equal numbers give an equal file
         figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -91,8 +92,8 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         with writing(path) as file:
-            svg = {"Date": None, "Description": json.dumps(figures(report))}
-            figure.savefig(file, dpi=110, format=kind or None, metadata=svg if kind == "svg" else None)
+            said = {"Description": json.dumps(figures(report))} if kind == "svg" else {}
+            figure.savefig(file, dpi=110, format=kind, metadata=METADATA[kind] | said)
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -89,11 +89,28 @@ def test_links_devices_and_pipes(tmp_path: Path) -> None:
     os.close(reader)
 
 
-@pytest.mark.parametrize("place", ["missing/f", "file/f", "."])
+@pytest.mark.parametrize("place", ["file/f", "file/deep/f", "."])
 def test_places_that_cannot_be_are_told(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="cannot be written"):
         write_file(tmp_path / place, b"x")
+
+
+def test_a_missing_folder_is_made_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        write_file(tmp_path / "deep/er/f", b"x")
+    assert (tmp_path / "deep/er/f").read_bytes() == b"x"
+    assert f"made the folder {tmp_path}/deep/er" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "told"), [("folder", "a folder is where"), ("file/f", "a file is where"), ("file/deep/f", "a file is")]
+)
+def test_places_that_cannot_be_are_refused_before_the_work(tmp_path: Path, place: str, told: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=told):
+        refuse_foreign_file(tmp_path / place, "--out", b"made by us")
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from distillcache.schemas.errors import ConfigError
 from distillcache.tools.plan.fleet import Fleet, Work, play, quiet_seconds
 
 WORK = Work(units=3000, unit_tokens=16_384, bytes=3000 * 10**9, puts=3000 * 7)
@@ -80,3 +81,8 @@ def test_the_same_seed_gives_the_same_build():
     fleet = replace(FLEET, hosts=16, preemptions_per_s=1 / 1800, retry_share=0.01)
     assert play(WORK, fleet) == play(WORK, fleet)
     assert play(WORK, fleet) != play(WORK, replace(fleet, seed=1))
+
+
+def test_hosts_that_never_live_as_long_as_a_work_unit_are_told():
+    with pytest.raises(ConfigError, match="a host is preempted every 1 second, and needs 303"):
+        play(WORK, replace(FLEET, preemptions_per_s=1.0))
