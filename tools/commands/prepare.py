@@ -9,6 +9,7 @@ from distillcache.models.checkpoint import read_config
 from distillcache.models.layers.rope import context_length
 from distillcache.schemas import command_line
 from distillcache.schemas.config import PrepareConfig
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DistillcacheError, InputError, install_advice
 from distillcache.schemas.format.rows import SKIPPED_KEY, RowReader, RowsIndex, no_targets_note, too_long_for_teacher
 from distillcache.schemas.store.store import Store
@@ -33,12 +34,19 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary | ({"without_targets": without} if without else {})))
     else:
-        text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in summary.items() if name != "out")
-        print(f"rows in {config.out}: {text}", file=sys.stderr)
+        print(_said(config.out, index), file=sys.stderr)
         if index.skipped:
-            print(f"skipped records: {config.out}/{SKIPPED_KEY}", file=sys.stderr)
+            skipped = f"{counted(index.skipped, 'record')} skipped"
+            print(f"{skipped}, listed in {config.out}/{SKIPPED_KEY}", file=sys.stderr)
     for said in [*([no_targets_note(without)] if without else []), *([too_long] if too_long else [])]:
         print(f"warning: {said}", file=sys.stderr)
+
+
+def _said(out: str, index: RowsIndex) -> str:
+    """`rows in r: 40 rows of 1,024 tokens (8 held out) from 26 documents, 40,211 tokens without padding`."""
+    size = f"{counted(index.rows, 'row')} of {counted(index.row_tokens, 'token')}"
+    text = f"{counted(index.documents, 'document')}, {counted(index.tokens, 'token')} without padding"
+    return f"rows in {out}: {size} ({len(index.eval_indices):,} held out) from {text}"
 
 
 def _too_long(path: str | None, index: RowsIndex) -> str | None:
