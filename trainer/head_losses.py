@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from distillcache.models.head import LogitShape
 from distillcache.models.layers.norm import softcap
 from distillcache.models.mesh.ambient import ROW_AXES, TENSOR_AXIS, splitting_axes
-from distillcache.trainer.losses import NO_MASS, counted_predictions
+from distillcache.trainer.losses import NO_MASS, MaskedSum, SupportLogits, counted_predictions, support_kl
 
 TILE_LOGITS = 2**24  # logits of one side that exist at a time: 64 MiB in float32
 NEAR = 20.0  # differences of logits up to which their powers are summed
@@ -375,6 +375,18 @@ def _compare(
     sums = jax.tree.map(lambda value: jnp.sum(jnp.where(counts, value, 0.0)), found)
     by_logits = weights.divergence / weights.tau * slope + weights.cross_entropy * (probabilities - is_target)
     return sums, jnp.where(counts, by_logits, 0.0)
+
+
+def support_divergence(
+    divergence: Divergence, support: SupportLogits, counts: Bool[Array, "B T"], tau: Float[Array, ""] | float
+) -> MaskedSum:
+    """The divergence at temperature tau over a support (losses.support_logits), of every prediction that counts."""
+    if divergence.direction == "forward":
+        return support_kl(support, counts, tau)
+    pair = _Pair(support.teacher / tau, support.student / tau)
+    columns = _Columns(jnp.arange(support.teacher.shape[-1]), None)
+    values = _divergence(divergence, _ratio(pair, columns), columns)[0][..., 0]
+    return MaskedSum(jnp.sum(jnp.where(counts, values, 0.0)), jnp.sum(counts, dtype=jnp.float32))
 
 
 def _softmax(logits: Float[Array, "n v"], columns: _Columns) -> tuple[Float[Array, "n 1"], Float[Array, "n v"]]:

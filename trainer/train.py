@@ -175,10 +175,7 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             width = sources.rows.plan.teacher.hidden_size
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
-            plans = [
-                plan_stage(config, config.mesh, stage, decoder, parameters, sources.open, sources.norms)
-                for stage in stages
-            ]
+            plans = [plan_stage(config, config.mesh, stage, decoder, parameters, sources) for stage in stages]
         except BaseException:
             if began:
                 remove_beginning(store)
@@ -380,8 +377,9 @@ class _Run:
         self._keep_best()
         if self.sources.held_out:  # before the stages take the device's memory
             known = known_teacher(self.evaluations)
+            wanted = self.config.eval_teacher and not self.evaluator.is_exact  # which measures it each time
             self.teacher = known or measure_teacher(
-                self.config.eval_teacher, self.config.eval_batch_rows, self.sources, self.student, self.peers
+                wanted, self.config.eval_batch_rows, self.sources, self.student, self.peers
             )
         try:
             if not first and self.sources.held_out:

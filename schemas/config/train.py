@@ -106,6 +106,26 @@ class StreamLossConfig(Config):
     )
 
 
+class KlConfig(Config):
+    targets: Literal["auto", "head", "topk"] = Field(
+        default="auto",
+        description="the teacher's distribution: head: over the whole vocabulary, from the last slot of resid and the "
+        "teacher's norm and head; topk: over its recorded top k; auto: head if the cache keeps the head, else topk if "
+        "it is recorded, else head",
+    )  # exact wherever it costs nothing that was not recorded for it
+    direction: Literal["forward", "reverse", "jsd", "skew"] = Field(
+        default="forward",
+        description="forward: KL(teacher, student); reverse: KL(student, teacher); skew: KL(teacher, their mixture); "
+        "jsd: both to their mixture",
+    )  # Hinton's; the others do not ask a small student to cover all that the teacher says
+    share: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="jsd and skew: the teacher's share of the mixture; default: 0.5 for jsd, 0.1 for skew",
+    )  # Agarwal et al. 2306.13649 and Ko et al. 2402.03898 use these
+
+
 class LoadBalanceConfig(Config):
     weight: Weight = Field(
         default=0.0,
@@ -135,8 +155,13 @@ class LossConfig(Config):
         default=0.0, description=("feature mode: share of the KL, 0 to 1; the rest is the share of CE")
     )
     tau: Weight = Field(default=1.0, description="temperature of the KL")
+    kl: KlConfig = Field(
+        default=KlConfig(),
+        exclude_if=lambda value: value == KlConfig(),  # so that runs of before there was any resume
+        description="which KL: of which distributions, in which direction",
+    )
     rest_bucket: bool = Field(
-        default=False, description="KL: everything outside the teacher's top k counts as one more class"
+        default=False, description="KL over the top k: everything outside it counts as one more class"
     )  # as MaxText and most others compute it: over the top k alone
     feature: FeatureLossConfig = Field(
         default=FeatureLossConfig(), description="compares attention outputs with the teacher's"

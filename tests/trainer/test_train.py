@@ -32,8 +32,9 @@ from distillcache.trainer import __main__
 from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
-from distillcache.trainer.run.evaluate import Evaluation, held_out_perplexity
+from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.held_out import held_out
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.step.parameters import all_parameters, at_address
 from distillcache.trainer.train import train
@@ -147,7 +148,7 @@ def test_the_student_is_the_teacher_cut_and_trained(whole, teacher, cache):
     assert (Path(trained.tokenizer) / "tokenizer.json").exists()
     for name in ("embed", "final_norm", "head"):
         np.testing.assert_array_equal(getattr(trained.decoder, name)[...], getattr(original, name)[...])
-    found = held_out_perplexity(trained.decoder, CacheSource(str(cache), (), split="eval"), 4)
+    found = held_out(trained.decoder, CacheSource(str(cache), (), split="eval"), 4).perplexity
     assert found == pytest.approx(read_evaluations(whole)[-1].perplexity, rel=1e-5)
 
 
@@ -159,7 +160,7 @@ def test_perplexity_against_numpy(teacher, cache):
     loss = np.log(np.exp(logits[:, :-1]).sum(-1)) - chosen
     segments = batch["segment_ids"]
     counts = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0) & batch["loss_mask"][:, 1:]
-    assert held_out_perplexity(decoder, source, 3) == pytest.approx(np.exp(loss[counts].mean()), rel=1e-5)
+    assert held_out(decoder, source, 3).perplexity == pytest.approx(np.exp(loss[counts].mean()), rel=1e-5)
 
 
 class Stop(StopRequest):

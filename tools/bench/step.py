@@ -31,6 +31,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.config import LayerGroup, ModelConfig
 from distillcache.models.decoder import Decoder
+from distillcache.models.head import OutputHead
 from distillcache.models.surgery import apply_surgery
 from distillcache.schemas.codecs import make_signs
 from distillcache.schemas.config import BenchConfig, TapConfig, TrainConfig
@@ -58,6 +59,7 @@ OF_IDEAL_AT_LEAST = 0.9
 OVER_FEATURE_AT_MOST = 1.05
 GROWTH_AT_MOST = 1.25
 DEFAULT_CODEC = "bf16"
+Slots = Mapping[str, Sequence[int]] | None
 # Of a fed path: the pipeline fills up while the first step runs, which therefore does not count.
 WARM_STEPS = 1
 
@@ -197,24 +199,14 @@ class _Paths:
         config = base.model_copy(update=changes)
         parameters = all_parameters(self._student)
         [stage] = resolve_stages(config, config.mesh)
-        plan = plan_stage(config, config.mesh, stage, self._student, parameters, source, _no_norms)
+        plan = plan_stage(config, config.mesh, stage, self._student, parameters, _Given(source))
         return StageRun(plan, parameters)
 
-    def _cached(
-        self,
-        taps: Sequence[str],
-        blocks: Sequence[int] | None,
-        leaving: bool,
-        slots: Mapping[str, Sequence[int]] | None = None,
-    ) -> Source:
+    def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool, slots: Slots = None) -> Source:
         return CacheSource(self._cache, taps, blocks, "train", leaving=leaving, slots=slots)
 
     def _computed(
-        self,
-        taps: Sequence[str],
-        blocks: Sequence[int] | None,
-        leaving: bool,
-        slots: Mapping[str, Sequence[int]] | None = None,
+        self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool, slots: Slots = None
     ) -> Source:
         return OnlineSource(self._teacher, taps, blocks, "train", leaving=leaving, slots=slots)
 
@@ -263,8 +255,17 @@ def _timed(work: Callable[[], Any], times: int) -> float:
     return statistics.median(seconds)
 
 
-def _no_norms() -> np.ndarray:
-    raise NotImplementedError("for inject: attn_in alone")
+@dataclass(frozen=True)
+class _Given:
+    """Taps of a teacher, and nothing else of it."""
+
+    open: OpenSource
+
+    def norms(self) -> np.ndarray:
+        raise NotImplementedError("for inject: attn_in alone")
+
+    def head(self) -> OutputHead:
+        raise NotImplementedError("for a KL to the teacher's head alone")
 
 
 # Memory.

@@ -353,7 +353,8 @@ def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
         "perplexity": [entry.perplexity for entry in evaluations],
         GAP_CLOSED: [entry.gap_closed for entry in evaluations],
         "mean cosine distance": [entry.mean_cosine for entry in evaluations],
-        "KL to the teacher": [entry.kl for entry in evaluations],
+        "KL from the teacher": [entry.kl for entry in evaluations],
+        "same first choice as the teacher": [entry.agreement for entry in evaluations],
         "max violation": [entry.max_violation for entry in evaluations],
         "perplexity without biases": [entry.perplexity_without_bias for entry in evaluations],
     }

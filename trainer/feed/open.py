@@ -5,7 +5,9 @@ from functools import cached_property
 
 import numpy as np
 
+from distillcache.models.checkpoint import load_head
 from distillcache.models.decoder import Decoder
+from distillcache.models.head import OutputHead, head_of_decoder, read_head
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.errors import CheckpointError
 from distillcache.trainer.feed.cache_source import CacheSource
@@ -23,14 +25,26 @@ class Sources:
         self._config = config
         self._kept = open_local_cache(config.feed.local_cache, config.cache) if config.source == "cache" else None
         self.rows = self._open((), None, "train", False)
+        self._head: OutputHead | None = None
 
     @cached_property
     def held_out(self) -> Source:
         """The rows for evaluation, with all recorded taps that it compares."""
         recorded = {tap.name for segment in self.rows.segments() for tap in segment.plan.taps}
-        compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded else ()
+        compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded and self._has_streams else ()
         taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
         return self._open(taps, None, "eval", False)
+
+    @property
+    def _has_streams(self) -> bool:
+        """Return whether the stream is recorded that enters some block: a build may choose its slots."""
+        blocks = range(self.rows.plan.teacher.num_blocks)
+        return any(self.rows.holds("resid", block) and self.rows.holds("attn_out", block) for block in blocks)
+
+    @cached_property
+    def held_out_last(self) -> Source:
+        """The rows for evaluation, with the stream that leaves the teacher's last block."""
+        return self._open(("resid",), None, "eval", False, {"resid": (self.rows.plan.teacher.num_blocks,)})
 
     @property
     def held_out_rows(self) -> Source:
@@ -89,6 +103,34 @@ class Sources:
     def norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`."""
         return self.rows.attention_norms()
+
+    def head(self) -> OutputHead:
+        """The teacher's last norm and head: of the teacher in the loop, or as the cache keeps them, or from the
+        teacher's checkpoint, in the dtype that it computed in.
+
+        Raises:
+            CheckpointError: the cache does not keep them, and the checkpoint is not there.
+        """
+        if self._head is None:
+            self._head = self._read_head()
+        return self._head
+
+    def _read_head(self) -> OutputHead:
+        if self._config.source == "online":
+            return head_of_decoder(self._teacher.decoder)
+        for segment in self.rows.segments():
+            if segment.plan.keeps_head:
+                return read_head(segment)
+        plan = self.rows.plan
+        try:
+            path = self.find_teacher()
+        except CheckpointError as error:
+            raise CheckpointError(
+                "the KL over the whole vocabulary needs the teacher's head, which the cache does not keep",
+                {"cache": self.rows.url, "its teacher": plan.teacher.path, "cause": error.what},
+                "put the teacher's checkpoint back, or build the cache with taps.resid.head: true",
+            ) from error
+        return load_head(path, plan.numerics.dtype)
 
     def _open(
         self,

@@ -223,6 +223,13 @@ class Source(ABC):
         found = [{slot for _, plan in group.holding(tap) for slot in plan.slots} for group in self._groups]
         return tuple(sorted(set.intersection(*found)))
 
+    def holds(self, name: str, slot: int) -> bool:
+        """Return whether this slot of a tap is recorded of all rows."""
+        return all(
+            any(tap.name == name and slot in tap.slots for segment in group.segments for tap in segment.plan.taps)
+            for group in self._groups
+        )
+
     def attention_norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`, as the cache keeps them.
 

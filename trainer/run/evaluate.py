@@ -4,21 +4,18 @@ Host loops over batches of one shape (the last one is filled up with masked rows
 once; sums travel from batch to batch, in Python's own double precision.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 from pydantic import model_validator
 
-from distillcache.models.config import ModelConfig
-from distillcache.models.decoder import BlockOutput, Decoder
-from distillcache.models.routing import expert_load, max_violation
+from distillcache.models.decoder import Decoder
+from distillcache.models.routing import max_violation
 from distillcache.schemas.base import Config
 from distillcache.schemas.config.train import TrainSpec
 from distillcache.schemas.errors import NonFiniteError
@@ -29,11 +26,9 @@ from distillcache.trainer.feed.source import Batch, Source
 from distillcache.trainer.losses import (
     MaskedSum,
     blockwise_cosine_loss,
-    next_token_loss,
-    perplexity_of,
-    topk_kl_loss,
-    without_padding,
 )
+from distillcache.trainer.run.exact import Exact, evaluates_exactly, exact_figures
+from distillcache.trainer.run.held_out import batches, held_out, teacher_divergence
 from distillcache.trainer.step.modes import MODES
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, StackAddress, at_address, install
 from distillcache.trainer.step.stack import BlockRules, Given, StudentStack, scan_blocks
@@ -43,7 +38,6 @@ from distillcache.trainer.step.targets import (
     Targets,
     block_starts,
     evaluation_targets,
-    real_vocab,
     student_spans,
 )
 
@@ -54,11 +48,13 @@ class Evaluation(Config):
     Figures are None where they are undefined: a mean of nothing is no number.
 
     perplexity: None where no held-out token is a target. blocks: the student's that can be compared with the cache;
-    cosine: each one's mean distance, in their order. kl: to the teacher's recorded top k, nats a token; None where none
-    is recorded, or no token is a target. max_violation: of a student with experts, the mean over its blocks
-    (models/routing.py). perplexity_without_bias: where its routers have biases that other readers of its export will
-    not know. teacher_perplexity: the teacher's on the same rows; None where it is not known, teacher_unknown says why.
-    gap_closed: the share of the gap between the student's perplexity at step 0 and the teacher's that is closed.
+    cosine: each one's mean distance, in their order. kl: from the teacher, nats a token: over the whole vocabulary
+    where its head is at hand (then `agreement` is there too: the share of first choices that are the same), else
+    over its recorded top k; None where there is neither, or no token is a target. max_violation: of a student with
+    experts, the mean over its blocks (models/routing.py). perplexity_without_bias: where its routers have biases
+    that other readers of its export will not know. teacher_perplexity: the teacher's on the same rows; None where
+    it is not known, teacher_unknown says why. gap_closed: the share of the gap between the student's perplexity at
+    step 0 and the teacher's that is closed.
     """
 
     step: int
@@ -66,6 +62,7 @@ class Evaluation(Config):
     blocks: tuple[int, ...]
     cosine: tuple[float, ...]
     kl: float | None = None
+    agreement: float | None = None
     max_violation: float | None = None
     perplexity_without_bias: float | None = None
     teacher_perplexity: float | None = None
@@ -95,8 +92,11 @@ class Evaluator:
         self._stack = StudentStack(decoder)
         self._graph, state = nnx.split(decoder)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        self._exact: Exact | None = None
         if not self._source:
             return
+        if evaluates_exactly(spec, sources):
+            self._exact = Exact.of(sources, decoder.config)
         teacher_blocks = self._source.plan.teacher.num_blocks
         spans = student_spans(decoder.config, teacher_blocks, block_starts(spec.student, teacher_blocks))
         self._blocks: tuple[int, ...] = ()
@@ -109,6 +109,11 @@ class Evaluator:
         eps = self._source.plan.teacher.norm_eps
         self._rules = BlockRules(compute_dtype=spec.compute_dtype, teacher_norm_eps=eps)
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether evaluations know the teacher's own perplexity, its KL and the agreement with it."""
+        return self._exact is not None
+
     def evaluate(self, step: int, parameters: Parameters) -> Evaluation:
         """Evaluate these parameters, all of the student's, after `step` steps. Processes share the rows.
 
@@ -118,12 +123,13 @@ class Evaluator:
         rows, source, peers = self._batch_rows, self._source, self._peers
         parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
         decoder = self._with(parameters)
-        whole = held_out(decoder, source, rows, peers=peers)
+        exact = None if self._exact is None else exact_figures(decoder, self._exact, rows, peers)
+        whole = exact.whole if exact is not None else held_out(decoder, source, rows, peers=peers)
         violation = None
         if whole.load is not None and (ran := whole.load.sum(axis=-1) > 0).any():
             violation = float(np.mean(max_violation(jnp.asarray(whole.load[ran]))))
-        kl = None
-        if "topk_logits" in source.codecs:
+        kl = None if exact is None else exact.kl
+        if exact is None and "topk_logits" in source.codecs:
             kl = teacher_divergence(decoder, source, rows, rest_bucket=self._rest_bucket, peers=peers)
         cosine = None
         if self._blocks:
@@ -136,6 +142,8 @@ class Evaluator:
             blocks=() if cosine is None else self._blocks,
             cosine=() if cosine is None else tuple(float(cosine[block]) for block in self._blocks),
             kl=kl,
+            agreement=None if exact is None else exact.agreement,
+            teacher_perplexity=None if exact is None else exact.teacher_perplexity,
             max_violation=violation,
             perplexity_without_bias=self._without_bias(decoder, parameters),
         )
@@ -182,50 +190,6 @@ def gap_closed(teacher: float | None, start: float | None, now: float | None) ->
     return (start - now) / (start - teacher)
 
 
-class HeldOut(NamedTuple):
-    """A decoder on held-out rows.
-
-    perplexity: exp of the mean cross-entropy of every next token; None where none counts. load: of every expert,
-    `[Lm, E]`; None without experts.
-    """
-
-    perplexity: float | None
-    load: np.ndarray | None
-
-
-def held_out(
-    decoder: Decoder,
-    source: Source,
-    batch_rows: int,
-    title: str = "student's perplexity",
-    peers: Peers = ALONE,
-    student: ModelConfig | None = None,
-) -> HeldOut:
-    """Evaluate predictions on the source's rows, and the load of the experts there.
-
-    Args:
-        student: whose padding of the vocabulary is left out; default: the decoder's.
-    """
-    loss, load = _mean_token_loss(decoder, source, batch_rows, title, None, peers, student)
-    return HeldOut(None if loss is None else perplexity_of(loss), load)
-
-
-def held_out_perplexity(
-    decoder: Decoder, source: Source, batch_rows: int, title: str = "student's perplexity"
-) -> float | None:
-    """exp of the mean cross-entropy of every next token in the source's rows; None where none counts."""
-    return held_out(decoder, source, batch_rows, title).perplexity
-
-
-def teacher_divergence(
-    decoder: Decoder, source: Source, batch_rows: int, *, rest_bucket: bool, peers: Peers = ALONE
-) -> float | None:
-    """The mean KL from the teacher's recorded top k to the student, at temperature 1, in nats; None where no token is a
-    target."""
-    record = _Record(source.codecs["topk_logits"], rest_bucket)
-    return _mean_token_loss(decoder, source, batch_rows, "KL", record, peers)[0]
-
-
 def blockwise_cosine(
     stack: StudentStack,
     parameters: Parameters,
@@ -240,89 +204,12 @@ def blockwise_cosine(
     targets train none. None where the rows are all padding."""
     total, weight = np.zeros(stack.config.num_blocks), 0.0
     with Progress("cosine", len(source), unit="rows", quiet=not peers.first) as bar:
-        for batch, rows in _batches(source, batch_rows, peers):
+        for batch, rows in batches(source, batch_rows, peers):
             sums = _block_cosines(stack, reading, rules, parameters, batch, targets)
             total, weight = total + np.asarray(sums.total, np.float64), weight + float(sums.weight)
             bar.advance(rows)
     *totals, weight = peers.sum(np.append(total, weight))
     return np.asarray(totals) / weight if weight else None
-
-
-@dataclass(frozen=True)
-class _Record:
-    """Reading and comparison of the teacher's recorded logits."""
-
-    codec: Any
-    rest_bucket: bool
-
-
-def _mean_token_loss(
-    decoder: Decoder,
-    source: Source,
-    batch_rows: int,
-    title: str,
-    record: _Record | None,
-    peers: Peers,
-    student: ModelConfig | None = None,
-) -> tuple[float | None, np.ndarray | None]:
-    """The mean over next tokens of the divergence from the record, or, without one, of the cross-entropy; None where no
-    token is a target. And the load of every expert."""
-    graph, parameters = nnx.split(decoder)
-    total = weight = 0.0
-    model, real = decoder.config, real_vocab(student or decoder.config, source)
-    load = np.zeros((len(model.moe_blocks), model.moe.num_experts)) if model.moe is not None else None
-    with Progress(title, len(source), unit="rows", quiet=not peers.first) as bar:
-        for batch, rows in _batches(source, batch_rows, peers):
-            stored = None if record is None else batch["topk_logits"]
-            sums, loads = _token_loss(graph, record, real, parameters, stored, *(batch[name] for name in _ROW_FIELDS))
-            total, weight = total + float(sums.total), weight + float(sums.weight)
-            if load is not None:
-                load = load + np.asarray(loads, np.float64)
-            bar.advance(rows)
-    total, weight = peers.sum(np.asarray([total, weight]))
-    return float(total / weight) if weight else None, None if load is None else peers.sum(load)
-
-
-_ROW_FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _token_loss(
-    graph: Any,
-    record: _Record | None,
-    real: int | None,
-    parameters: Any,
-    stored: Mapping[str, Array] | None,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    loss_mask: Bool[Array, "B T"],
-) -> tuple[MaskedSum, Array | None]:
-    """The loss of a batch, and the load of every expert, `[Lm, E]`.
-
-    Row by row: logits of the whole batch would be the largest array by far (`[B, T, V]`).
-    """
-    decoder = nnx.merge(graph, parameters)
-    context = decoder.context(positions, segment_ids)
-
-    def emit(carry: None, out: BlockOutput, _: Array) -> tuple[None, dict[str, Array]]:
-        if out.router is None:
-            return carry, {}
-        return carry, {"load": expert_load(out.router.ids, segment_ids > 0, out.router.probs.shape[-1])}
-
-    stream, _, found = decoder.scan_layers(decoder.embed_tokens(tokens), context, emit, None)
-
-    def one(row: Any) -> MaskedSum:
-        x, fields, parts = jax.tree.map(lambda leaf: leaf[None], row)
-        logits = decoder.logits(x)
-        if record is None:
-            return next_token_loss(without_padding(logits, real), *fields)
-        recorded = record.codec.decode(parts)
-        return topk_kl_loss(logits, *recorded, *fields, tau=1.0, rest_bucket=record.rest_bucket, real_vocab=real)
-
-    parts = stored and {name: value[0] for name, value in stored.items()}
-    sums = jax.lax.map(one, (stream, (tokens, segment_ids, loss_mask), parts))
-    return MaskedSum(jnp.sum(sums.total), jnp.sum(sums.weight)), found.get("load")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -339,13 +226,3 @@ def _block_cosines(
     nothing, fixed = dict.fromkeys(places, ()), {address: at_address(parameters, address) for address in places}
     _, totals = scan_blocks(stack, targets, reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)
     return MaskedSum(stack.in_block_order(totals), jnp.sum(mask, dtype=jnp.float32))
-
-
-def _batches(source: Source, batch_rows: int, peers: Peers) -> Iterator[tuple[Batch, int]]:
-    """This process's share of all rows, in order, as batches of `batch_rows` and how many of these rows count; the
-    others are masked."""
-    for start in range(peers.number * batch_rows, len(source), peers.count * batch_rows):
-        indices = list(range(start, min(start + batch_rows, len(source))))
-        batch = source[indices + [start] * (batch_rows - len(indices))]
-        batch["segment_ids"][len(indices) :] = 0
-        yield batch, len(indices)

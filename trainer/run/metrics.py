@@ -106,6 +106,8 @@ def evaluation_metrics(found: Evaluation, first: Evaluation | None, *, stands_in
             metrics["eval/relative_recovery"] = 1.0 - found.mean_cosine / first.mean_cosine
     if found.kl is not None:
         metrics["eval/kl_div_T1"] = found.kl
+    if found.agreement is not None:
+        metrics["eval/agreement"] = found.agreement
     if found.max_violation is not None:
         metrics["eval/router_max_violation"] = found.max_violation
     if found.perplexity_without_bias is not None:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from distillcache.models.decoder import Decoder
+from distillcache.models.head import OutputHead
 from distillcache.models.routing import BalanceState, RouterSums
 from distillcache.schemas.config.train import FeatureLossConfig, MeshConfig, StreamLossConfig, TrainSpec
 from distillcache.schemas.counted import counted
@@ -39,6 +40,7 @@ from distillcache.trainer.step.balance import (
     regrouped,
     start_balance,
 )
+from distillcache.trainer.step.heads import teacher_arrays, teacher_end
 from distillcache.trainer.step.optimizer import learning_rate_schedule
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, address_prefix, choose_trained, reached_by
 from distillcache.trainer.step.program import Setting, StepProgram, TrainState, init_state, jit_step, padded, unpadded
@@ -58,7 +60,7 @@ from distillcache.trainer.terms.parts import Means
 
 
 class OpenSource(Protocol):
-    """Opens the rows to train on."""
+    """Opens the rows to train on (`Sources.open`)."""
 
     def __call__(
         self,
@@ -76,13 +78,28 @@ class OpenSource(Protocol):
         ...
 
 
+class StageSources(Protocol):
+    """Everything that a stage takes from a cache or a teacher (`feed.open.Sources`)."""
+
+    @property
+    def open(self) -> OpenSource: ...
+
+    def norms(self) -> np.ndarray:
+        """The weights of the teacher's attention norms, `[L, D]`."""
+        ...
+
+    def head(self) -> OutputHead:
+        """The teacher's last norm and head."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class StagePlan:
     """A checked stage: its program, its open sources and the targets of its blocks.
 
     mesh: None for one device. weights: of the trained blocks. streams: the blocks whose own streams are compared, with
     the teacher's slots. sources: of each group of devices; source: of this process, all together. trained: names of the
-    parameters that a gradient changes.
+    parameters that a gradient changes. head: the teacher's, where a loss needs it.
     """
 
     stage: Stage
@@ -96,6 +113,7 @@ class StagePlan:
     source: Rows
     targets: tuple[BlockTargets, ...]
     trained: frozenset[str]
+    head: OutputHead | None = None
 
     @property
     def schedule(self) -> Callable[[int], Any]:
@@ -119,7 +137,9 @@ class StagePlan:
         places = {name: reads.at for name, reads in source.reads.items()}
         in_step = self.setting.groups == 1 and is_in_step(self.spans, places, sorted(self.weights))
         codecs = {name: source.codecs[name] for name in source.reads}
-        return TapReading(codecs, source.plan.teacher.hidden_size, in_step)
+        teacher = source.plan.teacher
+        end = None if self.head is None else teacher_end(self.head, places["resid"][teacher.num_blocks])
+        return TapReading(codecs, teacher.hidden_size, in_step, end)
 
 
 def plan_stage(
@@ -128,33 +148,29 @@ def plan_stage(
     stage: Stage,
     decoder: Decoder,
     names: Collection[str],
-    open_source: OpenSource,
-    norms: Callable[[], np.ndarray],
+    given: StageSources,
 ) -> StagePlan:
     """Open a stage's sources and check that it is possible.
 
     Args:
         decoder: the student; its structure alone counts.
         names: of all of the student's parameters, projectors included.
-        norms: the weights of the teacher's attention norms, `[L, D]`.
 
     Raises:
         ConfigError, InputError: what the stage asks for is not in the cache or the student.
     """
-    setting = _setting(spec, mesh, stage, decoder, open_source((), None, False))
+    setting = _setting(spec, mesh, stage, decoder, given.open((), None, False))
     program, model = stage.program(setting), setting.stack.config
-    found = open_source(tuple(tap for tap in program.taps if tap != "resid"), None, False)
+    found = given.open(tuple(tap for tap in program.taps if tap != "resid"), None, False)
     teacher_blocks = found.plan.teacher.num_blocks
     spans = student_spans(model, teacher_blocks, block_starts(spec.student, teacher_blocks))
     weights = _block_weights(program, stage.loss.feature, spans, found) if program.compares_blocks else {}
     streams = _compared_streams(stage.loss.stream, spans, found) if program.compares_streams else {}
     reads_mlp = stage.compares_mlp and "mlp_out" in setting.recorded
-    taps = (*program.taps, *(["mlp_out"] if reads_mlp else []), *(["resid"] if streams else []))
+    taps = (*program.taps, *(["mlp_out"] if reads_mlp else []), *(["resid"] if streams or program.reads_head else []))
     shares = blocks_of_groups(model, setting.groups)
     sources = tuple(
-        open_source(
-            taps, _teacher_blocks(share, spans, weights), False, _slots(program, share, spans, weights, streams)
-        )
+        given.open(taps, _teacher_blocks(share, spans, weights), False, _slots(program, share, spans, weights, streams))
         for share in shares
     )
     stacks = [{name: reads.at for name, reads in source.reads.items()} for source in sources]
@@ -166,7 +182,7 @@ def plan_stage(
         weights,
         needs_entering="resid" in program.taps,
         needs_leaving=program.needs_leaving,
-        norms=norms() if program.injects_norms else None,
+        norms=given.norms() if program.injects_norms else None,
         compared=streams,
     )
     devices = make_mesh(mesh)
@@ -182,6 +198,7 @@ def plan_stage(
         _own_share(sources, devices, spec.batch_rows),
         padded_targets(targets, setting.groups),
         choose_trained(list(names), stage.train_only, reached_by(program.rules(), names)),
+        given.head() if program.reads_head else None,
     )
 
 
@@ -199,6 +216,8 @@ def _setting(spec: TrainSpec, mesh: MeshConfig, stage: Stage, decoder: Decoder, 
         source.url,
         recorded_taps(source),
         mesh.block,
+        source.holds("resid", source.plan.teacher.num_blocks),
+        any(segment.plan.keeps_head for segment in source.segments()),
         source.plan.teacher.norm_eps,
         real_vocab(decoder.config, source),
     )
@@ -230,8 +249,9 @@ def _slots(
     weights: Mapping[int, float],
     streams: Mapping[int, int],
 ) -> dict[str, list[int]]:
-    """The slots of the stream that a step reads: those at the ends of spans, nothing within them."""
-    found = set(streams.values())
+    """The slots of the stream that a step reads: those at the ends of spans, nothing within them; for the teacher's
+    logits the last."""
+    found = {*streams.values(), *([spans[-1].last] if program.reads_head else [])}
     if "resid" in program.taps:
         for at in _trained_of(share, weights):
             found |= {spans[at].first, *([spans[at].last] if program.needs_leaving else [])}
@@ -272,6 +292,7 @@ class StageRun:
         if saved is not None:
             self.state = self._restored(saved, done)
         others = {n: v for n, v in parameters.items() if n not in plan.trained and self._program.holds(n)}
+        others |= teacher_arrays(plan.head) if plan.head is not None else {}
         self._frozen = self._placed(others)
         rows = table_sharding(self.mesh) if self.mesh else None
         self._targets = jax.tree.map(lambda column: put(column, rows), plan.targets)
@@ -501,5 +522,7 @@ def _compared_streams(loss: StreamLossConfig, spans: Sequence[Span], source: Sou
 
 
 def recorded_taps(source: Source) -> frozenset[str]:
-    """The taps that are recorded in any segment."""
-    return frozenset(tap.name for segment in source.segments() for tap in segment.plan.taps)
+    """The taps that are recorded in any segment; `resid` only where that is more than the last slot: a stream that
+    enters a block."""
+    taps, last = [tap for segment in source.segments() for tap in segment.plan.taps], source.plan.teacher.num_blocks
+    return frozenset(tap.name for tap in taps if tap.name != "resid" or tap.slots != (last,))

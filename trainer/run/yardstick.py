@@ -25,7 +25,8 @@ from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.runtime.peers import Peers
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.feed.teacher import load_recorded
-from distillcache.trainer.run.evaluate import Evaluation, gap_closed, held_out, told_perplexity
+from distillcache.trainer.run.evaluate import Evaluation, gap_closed, told_perplexity
+from distillcache.trainer.run.held_out import held_out
 
 ROOM = 1.25  # times the weights: what must be free, so that a run never ends for want of this figure
 GB = 1e9
@@ -66,8 +67,13 @@ def measure_teacher(
 
 
 def judged(found: Evaluation, start: Evaluation | None, teacher: TeacherFigure) -> Evaluation:
-    """The evaluation with the teacher's figure beside it, and the share of the gap that is closed since `start`."""
+    """The evaluation with the teacher's figure beside it, and the share of the gap that is closed since `start`.
+
+    A figure that the evaluation has itself, from the teacher's recorded last stream, stays.
+    """
     begin = found.perplexity if start is None else start.perplexity
+    if found.teacher_perplexity is not None:
+        teacher = TeacherFigure(found.teacher_perplexity)
     return found.model_copy(
         update={
             "teacher_perplexity": teacher.perplexity,

@@ -3,6 +3,7 @@
 targets.py            stored tensors that each block trains against
 stack.py              the student's blocks, scanned
 blockwise.py          blockwise mode: each block's gradient inside its own scan iteration
+heads.py              both models' ends: last streams and heads
 feature.py            feature mode: the student runs end to end
 balance.py            router losses or bias updates
 parameters.py         parameters by name, and which of them train

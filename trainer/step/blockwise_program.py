@@ -52,6 +52,7 @@ class BlockwiseProgram:
         on_teacher = self._runs_mlp and setting.spec.mlp_input == "teacher" and not self._own_stream
         if self._compares_attention or derives or on_teacher:
             self.taps = (*self.taps, "attn_out")
+        self.reads_head = False
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask") if self._own_stream else ()
         self.injects_norms = setting.spec.inject == "attn_in"
         self._check_experts_run()

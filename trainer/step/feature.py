@@ -23,12 +23,22 @@ from distillcache.models.routing import RouterSums
 from distillcache.schemas.config.train import LossConfig
 from distillcache.trainer.losses import counted_predictions
 from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
-from distillcache.trainer.step.parameters import PROJECTOR, Parameters, address_prefix, cast, sublayer_of
+from distillcache.trainer.step.heads import head_losses, student_side, teacher_side
+from distillcache.trainer.step.parameters import (
+    PROJECTOR,
+    TEACHER_HEAD,
+    TEACHER_NORM,
+    Parameters,
+    address_prefix,
+    cast,
+    sublayer_of,
+)
 from distillcache.trainer.step.schedules import weight_at
 from distillcache.trainer.step.stack import StudentStack, TapDecoder
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets, in_block_order
 from distillcache.trainer.terms import Terms
 from distillcache.trainer.terms.parts import BlockTerm, LogitRow, Outputs, distance
+from distillcache.trainer.terms.tokens import divergence_of
 
 REMAT: dict[str, BodyWrap | None] = {
     "none": None,
@@ -123,16 +133,20 @@ class FeatureStep:
         rows: Mapping[str, Array],
         taps: Mapping[str, Any],
     ) -> tuple[Array, FeatureSums]:
-        parameters = cast({**frozen, **trained}, self.compute_dtype)
+        own = {name: value for name, value in frozen.items() if name not in (TEACHER_NORM, TEACHER_HEAD)}
+        parameters = cast({**own, **trained}, self.compute_dtype)
         decoder = merge_decoder(self.graph, parameters)
         context = decoder.context(rows["positions"], rows["segment_ids"])
         if self.balancing is not None:
             context = self.balancing.context(context, rows["row"], counts.rows, step)
         stream, of_blocks, router = self._run(decoder, context, parameters, targets, rows, taps)
-        of_logits = self._logit_sums(decoder, stream, weights, rows, taps) if self.counting.logits else {}
-        total = jnp.zeros(())
-        for term in self.counting.logits:
-            total = total + term.value(of_logits, weights, counts.targets)
+        if self.reading.end is not None:
+            total, of_logits = self._head_sums(decoder, frozen, stream, weights, counts, rows, taps)
+        else:
+            of_logits = self._logit_sums(decoder, stream, weights, rows, taps) if self.counting.logits else {}
+            total = jnp.zeros(())
+            for term in self.counting.logits:
+                total = total + term.value(of_logits, weights, counts.targets)
         for term in self.counting.blocks:
             per_block = of_blocks[term.name] * targets.weight if term.weighs_blocks else of_blocks[term.name]
             mean = weights[term.name] * jnp.sum(per_block) / jnp.maximum(jnp.sum(_compared_by(term, targets)), 1)
@@ -205,6 +219,27 @@ class FeatureStep:
         parts = None if codec is None else {name: value[0] for name, value in taps["topk_logits"].items()}
         found = jax.lax.map(row_sums, (stream, fields, parts))
         return {name: jnp.sum(value) for name, value in found.items()}
+
+    def _head_sums(
+        self,
+        decoder: Decoder,
+        frozen: Parameters,
+        stream: Array,
+        weights: Mapping[str, Array],
+        counts: "_Counts",
+        rows: Mapping[str, Array],
+        taps: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array]]:
+        """The objective of the terms on logits, and their sums, from both models' streams and heads."""
+        (term,) = self.counting.logits
+        teacher = teacher_side(self.reading, frozen, taps, (stream.shape[0], stream.shape[1]))
+        found, sums = head_losses(divergence_of(self.loss.kl), self.reading, decoder.config, self.real_vocab)(
+            student_side(decoder, stream),
+            teacher,
+            term.head_weights(self.loss, weights, counts.targets),
+            *(rows[name] for name in ROW_FIELDS),
+        )
+        return found, term.head_sums(sums)
 
     def _projectors(self, parameters: Mapping[str, Array]) -> Array | None:
         """`out` of every block, `[L, Ds, Dt]`."""

@@ -44,8 +44,12 @@ class FeatureProgram:
         self.compares_blocks, self.injects_norms = self._counting.read("attn_out"), False
         self.compares_streams, self.needs_leaving = self._counting.read("stream"), False
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask")
-        of_logits = (tap for term in self._counting.logits for tap in term.taps(setting.loss))
-        self.taps: tuple[str, ...] = (*(("attn_out",) if self.compares_blocks else ()), *of_logits)
+        targets = {term.targets(setting.loss, setting) for term in self._counting.logits} - {None}
+        self.reads_head = "head" in targets
+        self.taps: tuple[str, ...] = (
+            *(["attn_out"] if self.compares_blocks else []),
+            *(["topk_logits"] if "topk" in targets else []),
+        )
 
     def rules(self) -> PathRules:
         return (

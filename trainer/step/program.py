@@ -59,9 +59,10 @@ class Update(Protocol):
 class Setting:
     """The facts from which the program of a stage is made.
 
-    loss, optimizer, steps: of the stage, which messages call `where`. cache: its address; recorded: the taps of which
-    it has anything. groups: of devices that hold different blocks. teacher_norm_eps: of the teacher's norms.
-    real_vocab: see losses.without_padding.
+    loss, optimizer, steps: of the stage, which messages call `where`. cache: its address; recorded: the taps of
+    which it has anything (of `resid`: of some block); last_stream: it has the stream that leaves the last of the
+    teacher's blocks; keeps_head: also the teacher's last norm and head. groups: of devices that hold different
+    blocks. teacher_norm_eps: of the teacher's norms. real_vocab: see losses.without_padding.
     """
 
     spec: TrainSpec
@@ -75,6 +76,8 @@ class Setting:
     cache: str
     recorded: frozenset[str]
     groups: int = 1
+    last_stream: bool = False
+    keeps_head: bool = False
     teacher_norm_eps: float = 1e-6
     real_vocab: int | None = None
 
@@ -89,7 +92,8 @@ class StepProgram(Protocol):
 
     blocks_apart: each block is trained on the teacher's stream, and no block's loss depends on another block. terms:
     those that the mode knows, whether they count or not. taps: that a step reads of compared blocks, but for `mlp_out`;
-    needs_leaving: and of `resid` also the slots that leave them. row_fields: that it reads besides positions and
+    needs_leaving: and of `resid` also the slots that leave them; reads_head: it needs the teacher's last stream, norm
+    and head. row_fields: that it reads besides positions and
     segment_ids. compares_blocks: blocks have targets of their own. compares_streams: the student's own stream is
     compared, at `loss.stream.slots`. injects_norms: the teacher's attention norms take the place of the student's.
     optimizer: of one block's parameters.
@@ -99,6 +103,7 @@ class StepProgram(Protocol):
     terms: Terms
     taps: tuple[str, ...]
     needs_leaving: bool
+    reads_head: bool
     row_fields: tuple[str, ...]
     compares_blocks: bool
     compares_streams: bool

@@ -293,6 +293,10 @@ class TapDecoder:
         """
         return self._slot(self.start((shape[0], shape[1])), row.leaving, ahead=False)[1]
 
+    def slot(self, place: int, rows: tuple[int, int]) -> Array:
+        """Return the stream at one place of a batch's stack, decoded for itself. rows: (B, T)."""
+        return self._slot(self.start(rows), jnp.asarray(place, jnp.int32), ahead=False)[1]
+
     def _slot(self, state: StreamState | None, index: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
         if state is None:
             return None, self._take("resid", index)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from distillcache.models.config import ModelConfig
+from distillcache.models.head import LogitShape
 from distillcache.models.surgery.sizes import kept_blocks
 from distillcache.schemas.codecs import Codec
 from distillcache.schemas.config.student import StudentConfig
@@ -77,16 +78,27 @@ Targets = Sequence[BlockTargets]  # of every layer group, `[repeats, places]`
 
 
 @dataclass(frozen=True)
+class TeacherEnd:
+    """The static side of the teacher's logits: where the stream that leaves its last block lies in a batch's stack of
+    `resid`, the epsilon of its last norm, and what follows its head."""
+
+    place: int
+    norm_eps: float
+    shape: LogitShape
+
+
+@dataclass(frozen=True)
 class TapReading:
     """The static side of targets: how a batch's stacks are read.
 
     codecs: by tap. hidden: the teacher's width. in_step: block i's stream lies at index i and, if needed, the one
-    leaving it at i + 1, so that a delta codec decodes one place a block.
+    leaving it at i + 1, so that a delta codec decodes one place a block. end: where a loss needs the teacher's logits.
     """
 
     codecs: Mapping[str, Codec]
     hidden: int
     in_step: bool
+    end: TeacherEnd | None = None
 
     def __hash__(self) -> int:
         return hash((frozenset(self.codecs), self.hidden, self.in_step))

@@ -6,7 +6,7 @@ names it is logged. Steps, stages and metrics ask for nothing else, so a new ter
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from distillcache.schemas.config.train import (
     Weight,
 )
 from distillcache.schemas.errors import ConfigError
+from distillcache.trainer.head_losses import HeadSums, HeadWeights
 from distillcache.trainer.step.schedules import may_count
 
 SHARES = ("relative_l2", "cosine", "l2")
@@ -114,11 +115,31 @@ class BlockTerm(Term, Protocol):
         ...
 
 
+class Recorded(Protocol):
+    """The facts about a cache by which a term chooses its targets; `program.Setting` has them."""
+
+    @property
+    def cache(self) -> str: ...
+
+    @property
+    def recorded(self) -> frozenset[str]: ...
+
+    @property
+    def last_stream(self) -> bool: ...
+
+    @property
+    def keeps_head(self) -> bool: ...
+
+
 class LogitTerm(Term, Protocol):
     """A loss on the student's logits, which exist for one row at a time; all sums are over next tokens that count."""
 
-    def taps(self, loss: LossConfig) -> tuple[str, ...]:
-        """The taps that it reads."""
+    def targets(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
+        """The place from which it takes the teacher's distribution; None where it needs none.
+
+        Raises:
+            ConfigError: the config asks for what the cache lacks.
+        """
         ...
 
     def teaches_teacher(self, loss: LossConfig) -> bool:
@@ -127,6 +148,14 @@ class LogitTerm(Term, Protocol):
 
     def sums(self, loss: LossConfig, row: LogitRow, weights: Mapping[str, Array]) -> dict[str, Array]:
         """The sums of one row, by name."""
+        ...
+
+    def head_weights(self, loss: LossConfig, weights: Mapping[str, Array], targets: Array) -> HeadWeights:
+        """The factors in the objective of the sums that come from the teacher's head, as of `value`."""
+        ...
+
+    def head_sums(self, found: HeadSums) -> dict[str, Array]:
+        """Name the sums that come from the teacher's head, as `sums` names those of rows."""
         ...
 
     def value(self, sums: Mapping[str, Array], weights: Mapping[str, Array], targets: Array) -> Array:

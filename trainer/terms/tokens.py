@@ -6,13 +6,15 @@ Source: Hinton et al. 2015 (tau^2), MaxText distillation_utils (the sum and its 
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from distillcache.schemas.config.train import LossConfig, Weight
+from distillcache.schemas.config.train import KlConfig, LossConfig, Weight
 from distillcache.schemas.errors import ConfigError
+from distillcache.trainer.head_losses import Divergence, HeadSums, HeadWeights, support_divergence
 from distillcache.trainer.losses import (
     counted_predictions,
     next_token_loss,
@@ -23,14 +25,24 @@ from distillcache.trainer.losses import (
     without_padding,
 )
 from distillcache.trainer.step.schedules import all_positive, always_one, may_count
-from distillcache.trainer.terms.parts import LogitRow, Means
+from distillcache.trainer.terms.parts import LogitRow, Means, Recorded
+
+OWN_NAMES = {"covered": "logits/targets_covered", "agreement": "logits/agreement"}  # MaxText has none for these
+SHARES = {"jsd": 0.5, "skew": 0.1}  # of the teacher in the mixture, by default
+
+
+def divergence_of(kl: KlConfig) -> Divergence:
+    """The divergence that a config asks for."""
+    share = SHARES.get(kl.direction, 0.0) if kl.share is None else kl.share
+    return Divergence(kl.direction, share)
 
 
 class TokensTerm:
     """`loss.token_weight`, in feature mode.
 
-    Its sums: `ce`; with recorded logits `kl` (at tau), `kl_1` (at 1), `teacher` (its own cross-entropy; where a target
-    lies outside the top k, the least that it can be) and `covered` (targets among its top k).
+    Its sums: `ce`; with the teacher's distribution `kl` (at tau, in the direction of `loss.kl`), `kl_1` (KL from the
+    teacher, at 1) and `teacher` (its own cross-entropy; of a top k, where a target lies outside it, the least that it
+    can be); from a top k `covered` (targets among it), from its head `agreement` (of first choices).
     """
 
     name = "tokens"
@@ -45,9 +57,37 @@ class TokensTerm:
             raise ConfigError(
                 "a temperature must be above zero", {"stage": where, "loss.tau": loss.tau}, "set loss.tau to 1 or more"
             )
+        kl = loss.kl
+        if kl.share is not None and (kl.direction not in SHARES or (kl.direction == "jsd" and kl.share == 0)):
+            raise ConfigError(
+                "the share of a mixture does not fit the divergence",
+                {"stage": where, "loss.kl.direction": kl.direction, "loss.kl.share": kl.share},
+                "leave it out, or set direction to skew (0 or more, below 1) or jsd (above 0, below 1)",
+            )
 
-    def taps(self, loss: LossConfig) -> tuple[str, ...]:
-        return ("topk_logits",) if may_count(loss.alpha) else ()
+    def targets(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
+        if not may_count(loss.alpha):
+            return None
+        there = {"topk": "topk_logits" in recorded.recorded, "head": recorded.last_stream}
+        wanted = loss.kl.targets
+        if wanted == "auto":
+            wanted = "topk" if there["topk"] and not recorded.keeps_head else "head"
+        if there[wanted]:
+            return wanted
+        missing, tap = {
+            "topk": ("the teacher's top k logits", "taps.topk_logits"),
+            "head": ("the stream that leaves the teacher's last block", "taps.resid.slots: [last]"),
+        }[wanted]
+        raise ConfigError(
+            "the cache lacks what a KL loss compares with",
+            {
+                "cache": recorded.cache,
+                "missing": missing,
+                "loss.alpha": loss.alpha,
+                "loss.kl.targets": loss.kl.targets,
+            },
+            f"add it: distillcache build --extend with {tap}; or set loss.alpha to 0",
+        )
 
     def teaches_teacher(self, loss: LossConfig) -> bool:
         return not always_one(loss.alpha)
@@ -69,10 +109,23 @@ class TokensTerm:
         )
         teacher = topk_cross_entropy(*recorded, **row.fields)
         return losses | {
-            "kl": support_kl(support, counts, weights["tau"]).total,
+            "kl": support_divergence(divergence_of(loss.kl), support, counts, weights["tau"]).total,
             "kl_1": support_kl(jax.lax.stop_gradient(support), counts, 1.0).total,
             "teacher": teacher.at_least.total,
             "covered": teacher.share.total,
+        }
+
+    def head_weights(self, loss: LossConfig, weights: Mapping[str, Array], targets: Array) -> HeadWeights:
+        alpha, whole = weights["alpha"], weights["tokens"] / targets
+        return HeadWeights(whole * alpha * jnp.square(weights["tau"]), whole * (1.0 - alpha), weights["tau"])
+
+    def head_sums(self, found: HeadSums) -> dict[str, Array]:
+        return {
+            "ce": found.cross_entropy,
+            "kl": found.divergence,
+            "kl_1": found.kl,
+            "teacher": found.teacher_cross_entropy,
+            "agreement": found.agreement,
         }
 
     def value(self, sums: Mapping[str, Array], weights: Mapping[str, Array], targets: Array) -> Array:
@@ -103,8 +156,8 @@ class TokensTerm:
                 "distill/temperature": weights["tau"],
                 "distill/teacher_loss": losses["teacher"],
                 "distill/teacher_perplexity": perplexity_of(losses["teacher"]),
-                "logits/targets_covered": losses["covered"],
             }
+            found |= {name: losses[key] for key, name in OWN_NAMES.items() if key in losses}
         return found
 
 

@@ -180,7 +180,7 @@ def test_the_step_benchs_temporaries_are_those_of_the_trainers_own_step(cache, t
         config = TrainConfig.model_validate({"run": str(tmp_path), "cache": str(cache), "batch_rows": 4, "mode": mode})
         [stage] = resolve_stages(config, config.mesh)
         parameters = all_parameters(decoder)
-        given = (config, config.mesh, stage, decoder, parameters, Sources(config).open, source.attention_norms)
+        given = (config, config.mesh, stage, decoder, parameters, Sources(config))
         run = StageRun(plan_stage(*given), parameters)
         compiled = run.compiled(run.plan.place(run.plan.source[range(4)]))
         temporaries = found.figures[f"temporaries_float32_{name}_mb"]

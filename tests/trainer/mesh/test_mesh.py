@@ -114,7 +114,7 @@ def step_of(cache, tmp_path, **mesh):
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
     (stage,) = resolve_stages(settings, settings.mesh)
     parameters = all_parameters(decoder)
-    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms)
+    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources)
     return StageRun(plan, parameters)
 
 

@@ -282,7 +282,7 @@ def stage_run(folder: Path, cache: Path, **changes: Any) -> StageRun:
         name: value + rng.normal(scale=0.05, size=value.shape).astype(np.float32)
         for name, value in all_parameters(decoder).items()
     }
-    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms)
+    plan = plan_stage(settings, settings.mesh, stage, decoder, parameters, sources)
     return StageRun(plan, parameters)
 
 
