@@ -21,7 +21,6 @@ from distillcache.schemas.cache.segment import DAMAGE_NEXT, Segment
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import PartPlan
-from distillcache.schemas.store.disk_errors import unreadable
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.readers.requests import Wanted
 from distillcache.trainer.feed.slots import SlotReads
@@ -102,7 +101,7 @@ class LocalArray:
         for group, wanted in groupby(pairs, key=lambda pair: pair[1] // self._slots):
             self._segment.check_objects_inside(self._part.array, shard, (group,))
             key = layout.object_key(self._segment.plan.segment, self._part.array, shard, group)
-            descriptor = self._open(key)
+            descriptor = os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
             try:
                 spans = self._spans(descriptor, key, inside)
                 chunks = [(spans[slot % self._slots], slot, stack[place].data) for place, slot in wanted]
@@ -113,14 +112,6 @@ class LocalArray:
                         check_chunks(self._segment, self._part, row, together, digests)
             finally:
                 os.close(descriptor)
-
-    def _open(self, key: str) -> int:
-        try:
-            return os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise self._damage(key, "nothing") from error
-        except OSError as error:
-            raise unreadable(self._segment.store.where(key), error) from error
 
     def _spans(self, descriptor: int, key: str, inside: int) -> list[int]:
         """Return the offsets of the chunks of one of the shard's rows: zarr's sharding_indexed, index at the end."""
