@@ -1,5 +1,6 @@
 """The demo's report: figures as plain values, as tables for people, and as a chart."""
 
+import shlex
 import shutil
 import statistics
 import sys
@@ -65,7 +66,7 @@ def make_report(
 
 def print_report(report: dict[str, Any]) -> None:
     """Tables on standard output."""
-    console = table_console()
+    console = table_console(markup=False)  # paths and commands may hold brackets
     console.print()
     console.print(_perplexity_table(report))
     console.print()
@@ -126,8 +127,7 @@ def _facts(report: dict[str, Any]) -> Table:
 
 
 def _next_steps(report: dict[str, Any]) -> list[str]:
-    cache, run = report["cache"], report["run"]
-    again = run.rstrip("/") + "2"
+    cache, run, again = map(shlex.quote, (report["cache"], report["run"], report["run"].rstrip("/") + "2"))
     return [
         *([] if shutil.which("distillcache") else [f". {_activate()}   # puts distillcache on the PATH"]),
         f"distillcache report {run}   # writes an HTML page; also of the cache",

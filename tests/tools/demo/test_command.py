@@ -38,6 +38,7 @@ def test_from_text_to_report(
     assert "gap closed" in printed
     for command_line in (f"inspect {out}/cache", f"report {out}/run", f"serve {out}/cache", f"export {out}/run"):
         assert f"distillcache {command_line}" in printed
+    assert "pip install -e '.[serve]' first" in printed
     assert f"teacher  {teacher}" in printed
     (speed,) = (line for line in printed.splitlines() if line.startswith("train "))
     assert len(speed.rstrip()) <= 60
@@ -83,7 +84,9 @@ def test_the_next_steps_run_as_printed(found: str | None, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     if not found:
         monkeypatch.setattr(report.sys, "prefix", "/opt/env")
-        assert report._next_steps({"cache": "c", "run": "r"})[0].startswith(". /opt/env/bin/activate ")
+        steps = report._next_steps({"cache": "c", "run": "my run"})
+        assert steps[0].startswith(". /opt/env/bin/activate ")
+        assert "--run 'my run2' " in steps[-1]
 
 
 def test_an_interrupted_demo_goes_on(
