@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from distillcache.cache_builder.text.documents import file_documents, no_text
-from distillcache.cache_builder.text.files.inputs import InputFile, InputReader
+from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, content_mark
 from distillcache.cache_builder.text.packing import TokenStream, draw_eval_rows, pack_rows_of
 from distillcache.cache_builder.text.skipped import Skipped, write_skipped
 from distillcache.cache_builder.text.tokenise import Pace, token_arrays
@@ -36,6 +36,15 @@ class RowsJob:
     tokenizer: TextTokenizer
     files: tuple[InputFile, ...]
     rows_per_file: int
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """Every file's content mark; worker processes receive them with the job.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        return tuple(map(content_mark, self.files))
 
     def marked(self, file: InputFile, reader: InputReader, pace: Pace) -> Generator[np.ndarray | Skipped]:
         """The marked tokens of a file's documents, and the notes of what was skipped, in order.

@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 from pydantic import Field
 
-from distillcache.cache_builder.text.files.inputs import InputReader, content_mark, input_files
+from distillcache.cache_builder.text.files.inputs import InputReader, input_files
 from distillcache.cache_builder.text.packing import MARKED, count_begins
 from distillcache.cache_builder.text.rows_files import RowsJob
 from distillcache.cache_builder.text.skipped import Skipped, SkippedRecord
@@ -126,7 +126,7 @@ def job_fingerprint(job: RowsJob) -> str:
     """
     settings = job.data.model_dump(mode="json", exclude={"path", "tokenizer"})
     template = None if job.tokenizer.chat is None or job.data.format != "chat" else job.tokenizer.chat.digest
-    files = [[file.kind, file.size, content_mark(file)] for file in job.files]
+    files = [[file.kind, file.size, mark] for file, mark in zip(job.files, job.marks, strict=True)]
     content = [settings, job.tokenizer.digest, template, job.rows_per_file, CHUNK_TOKENS, files]
     return digest_bytes(json.dumps(content, sort_keys=True).encode())
 

@@ -203,19 +203,22 @@ def test_another_text_or_config_is_other_work(tmp_path: Path, corpus: Path) -> N
     assert job_fingerprint(job_of(config_for(tmp_path, corpus, row_tokens=8))) != first
 
 
-@pytest.mark.parametrize("size", [300, 3 << 20], ids=["short", "long"])
-def test_texts_of_one_size_have_marks_of_their_own(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("place", [0, 150_000, -10], ids=["first", "between", "last"])
+@pytest.mark.parametrize("size", [300_000, 3 << 20], ids=["short", "long"])
+def test_texts_of_one_size_have_marks_of_their_own(tmp_path: Path, size: int, place: int) -> None:
     """Both wrote into one folder while they ran; copies of one text are one work, wherever they lie."""
     prints = []
     for name, letter in (("one", b"a"), ("other", b"b"), ("copy", b"a")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_bytes(b"a" * (size - 10) + letter + b" end of it"[:9])
+        text = bytearray(b"a" * size)
+        text[place] = letter[0]
+        (tmp_path / name / "text.txt").write_bytes(text)
         data = DataConfig(path=str(tmp_path / name), row_tokens=8, eval_rows=1)
         prints.append(job_fingerprint(RowsJob(data, make_tokenizer(), tuple(input_files(data)), 4)))
     assert prints[0] == prints[2] != prints[1]
     # Edited in place: the length is what it was.
     path = tmp_path / "copy" / "text.txt"
-    path.write_bytes(path.read_bytes()[::-1])
+    path.write_bytes(b"a" * (size - 1) + b"c")
     data = DataConfig(path=str(tmp_path / "copy"), row_tokens=8, eval_rows=1)
     assert job_fingerprint(RowsJob(data, make_tokenizer(), tuple(input_files(data)), 4)) != prints[0]
 
