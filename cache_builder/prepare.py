@@ -7,16 +7,17 @@ The folder's bytes are a pure function of the text, the tokenizer and the config
 process in one go; a large one, or one for several processes, in work units that outlive a process (text/shared.py).
 """
 
+import logging
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
 import xxhash
 
 from distillcache.cache_builder.text.digest import known_digest, remember_inputs, total_digest
-from distillcache.cache_builder.text.files.inputs import InputReader, input_files, named_kind
+from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, input_files, named_kind
 from distillcache.cache_builder.text.packing import SpooledStream, count_begins
 from distillcache.cache_builder.text.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
 from distillcache.cache_builder.text.rows_mark import is_marked, keeping_rows, remove_mark, write_mark
@@ -39,6 +40,8 @@ from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest, watch_for_stop
 from distillcache.schemas.store.names import refuse_locked_path
 from distillcache.schemas.store.store import Store, is_url, using
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_FILE = 1 << 22  # 56 MB of records: they are packed in memory, and a reader loads whole files
 RESUMABLE_BYTES = 256 << 20  # of text: some ten seconds of work, which nobody minds to lose or to do twice
@@ -138,9 +141,20 @@ def begin_rows(
     store.clear_stale_locks()
     rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
     job = RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)
+    _warn_of_unused(data, job.files)
     # First, since it is small: a place that cannot be written shows before the long work.
     write_mark(store, job_fingerprint(job))
     return job
+
+
+def _warn_of_unused(data: DataConfig, files: Sequence[InputFile]) -> None:
+    """Say which settings of the text do nothing for these files."""
+    if data.chat_date is not None and data.format != "chat":
+        log.warning(f"data.chat_date {data.chat_date} changes nothing: data.format is {data.format}, not chat")
+    whole = all(file.kind.startswith(".txt") for file in files)
+    if data.text_field != "text" and (whole or data.format == "chat"):
+        reason = "a .txt file has no fields" if whole else "chats are read from messages"
+        log.warning(f"data.text_field {data.text_field} changes nothing: {reason}")
 
 
 def open_rows(data: DataConfig) -> RowReader | None:

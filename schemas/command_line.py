@@ -90,7 +90,7 @@ def parse(
                 raise ConfigError("an unexpected word on the command line", {"found": word}, f"see {command} --help")
             name = bare.pop(0)
             overrides.append(([name], word, f"<{name}>"))
-            continue
+            continue  # the same field as a flag is refused below
         flag, equals, text = word.partition("=")
         value = text if equals else None
         name = flag[2:].replace("-", "_")
@@ -102,12 +102,28 @@ def parse(
             refuse_secrets(values)
         else:
             overrides.append((name.split("."), value, flag))
+    _refuse_repeated(overrides)
     for keys, value, flag in overrides:
         annotation = _field_annotation(model, keys, flag, command)
         if value is None and bool in _members(annotation):
             value = "true"
         _assign(values, keys, _parse_value(_given(value, flag, command), annotation, flag), flag)
     return validate(model, complete(values), command, positional)
+
+
+def _refuse_repeated(overrides: Sequence[tuple[list[str], str | None, str]]) -> None:
+    """Raise for a field that is given twice: nobody can know which value was meant. Files may be several."""
+    first: dict[str, str] = {}
+    for keys, value, flag in overrides:
+        name, said = ".".join(keys), flag if value is None else f"{flag} {_shortly_said(value)}"
+        if name in first:
+            facts = {"found": first[name], "and": said}
+            raise ConfigError("a flag is given twice", facts, "give it once; a list is one value: '[1, 2]'")
+        first[name] = said
+
+
+def _shortly_said(text: str) -> str:
+    return text if len(text) <= MAX_FIELDS else f"{text[:MAX_FIELDS]}..."
 
 
 def _is_value(word: str, annotation: Any, bare: Sequence[str]) -> bool:
@@ -174,8 +190,16 @@ def _shortly(value: object) -> str:
 def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     """The finding for a key of a file that no field has: what was meant, by its name or by its place."""
     known = [name for name, *_ in _fields(model, "")]
+    if "." in keys[-1] and ".".join(keys).replace("-", "_") in known:
+        *sections, field = keys[-1].replace("-", "_").split(".")
+        nested = "".join(f"{{{name}: " for name in [*sections[1:], field])
+        return f"is no key of a file: write {sections[0]}: {nested}...{'}' * len(sections)}"
     sections = {name.rpartition(".")[0] for name in known} - {""}
     names = list(dict.fromkeys([*known, *sorted(sections)]))
+    item = _item_model(model, keys)
+    if item is not None:
+        close = difflib.get_close_matches(keys[-1], item.model_fields, n=1, cutoff=0.6)
+        return f"is no field: did you mean {close[0]}?" if close else f"is no field: use {', '.join(item.model_fields)}"
     path = ".".join(keys).replace("-", "_")
     leaf = path.rsplit(".", 1)[-1]
     same = [name for name in names if name.rsplit(".", 1)[-1] == leaf]
@@ -183,6 +207,21 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
     close = difflib.get_close_matches(path, beside, n=1, cutoff=0.6) if not same else same[:3]
     close = close or difflib.get_close_matches(path, names, n=1, cutoff=0.6)
     return f"is no field: did you mean {' or '.join(close)}?" if close else "is no field"
+
+
+def _item_model(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
+    """The model of an entry of a list that a key was given in; None: the key is in no such entry."""
+    annotation: Any = model
+    for key in keys[:-1]:
+        nested = _nested_model(annotation)
+        if nested is not None and key in nested.model_fields:
+            annotation = nested.model_fields[key].annotation
+        elif key.isdigit():
+            lists = [member for member in _members(annotation) if typing.get_origin(member) is list]
+            annotation = typing.get_args(lists[0])[0] if lists else None
+        else:
+            return None
+    return _nested_model(annotation) if any(key.isdigit() for key in keys[:-1]) else None
 
 
 def _described(model: type[BaseModel], keys: list[str]) -> str:

@@ -42,9 +42,14 @@ def _without_repeats(facts: Mapping[str, object]) -> dict[str, object]:
     return {
         label: _os_words(value, [other for key, other in facts.items() if key != label])
         if isinstance(value, OSError)
-        else value
+        else _in_a_line(value)
         for label, value in facts.items()
     }
+
+
+def _in_a_line(value: object) -> object:
+    """An exception of a library in one line; other values as they are."""
+    return " ".join(str(value).split()) if isinstance(value, Exception) and "\n" in str(value) else value
 
 
 def _os_words(error: OSError, others: list[object]) -> object:

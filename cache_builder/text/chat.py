@@ -256,9 +256,22 @@ def _messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
     _check_values(messages, MESSAGES, where)
     messages = [_with_calls(message, number, where) for number, message in enumerate(messages, 1)]
     for number, message in enumerate(messages, 1):
+        _refuse_other_content(message.get("content"), number, where)
         _refuse_media(message.get("content"), number, where)
         _refuse_unwritten(message, number, where)
     return messages
+
+
+def _refuse_other_content(content: Any, number: int, where: str) -> None:
+    """Raise for a number or a truth value, which templates write as Python spells it, or fail over."""
+    entries = content if isinstance(content, list) else [content]
+    other = next((each for each in entries if isinstance(each, int | float)), None)
+    if other is not None:
+        raise RecordError(
+            "a message's content is no text",
+            {"line": where, "message": number, "found": repr(content)[:80], "expected": "a text, or a list of parts"},
+            NEXT,
+        )
 
 
 def _with_calls(message: Message, number: int, where: str) -> Message:

@@ -75,7 +75,7 @@ def file_documents(
     elif file.kind == ".parquet":
         from distillcache.cache_builder.text.files.parquet import table_records
 
-        found = _of_records(table_records(file, reader, data), data, tokenizer)
+        found = _of_records(table_records(file, reader, data), data, tokenizer, unit="row")
     else:
         lines = line_records(file, reader, fields, limit, data.on_error, deep=data.format == "chat")
         found = _of_records(lines, data, tokenizer)
@@ -99,14 +99,26 @@ def _of_text(file: InputFile, reader: InputReader, data: DataConfig, limit: int)
 
 
 def _of_records(
-    records: Iterator[tuple[str, dict[str, Any] | Skipped]], data: DataConfig, tokenizer: TextTokenizer | None
+    records: Iterator[tuple[str, dict[str, Any] | Skipped]],
+    data: DataConfig,
+    tokenizer: TextTokenizer | None,
+    unit: str = "line",
 ) -> Iterator[FoundDocument]:
     for where, record in records:
         try:
             found = [record] if isinstance(record, Skipped) else _of_record(record, data, tokenizer, where)
         except RecordError as error:
-            found = [skipped_record(error, where, data.on_error)]
+            found = [skipped_record(_named(error, unit), where, data.on_error)]
         yield from found
+
+
+def _named(error: RecordError, unit: str) -> RecordError:
+    """The error, of a record that is a line or a row of its file."""
+    if unit == "line":
+        return error
+    facts = {unit if name == "line" else name: value for name, value in error.facts.items()}
+    told = RecordError(error.what.replace("a line", f"a {unit}"), facts, error.next.replace("the line", f"the {unit}"))
+    return told.with_traceback(error.__traceback__)
 
 
 def _of_record(record: dict[str, Any], data: DataConfig, tokenizer: TextTokenizer | None, where: str) -> list[Document]:

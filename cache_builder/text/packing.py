@@ -108,14 +108,23 @@ def pack_rows_of(
             yield Row(columns[0], columns[1], columns[2], loss_mask=columns[3] > 0, split=split)
 
 
-def draw_eval_rows(rows: int, eval_rows: int, seed: int) -> tuple[int, ...]:
+def draw_eval_rows(rows: int, eval_rows: int, seed: int, max_rows: int | None = None) -> tuple[int, ...]:
     """Which of the rows are held out, ascending: drawn from all of them, without replacement.
+
+    Args:
+        max_rows: the limit of all rows, for the message.
 
     Raises:
         InputError: no row would be left to train on.
     """
     if eval_rows >= rows:
         most = f"{rows - 1} or less" if rows > 1 else "0"
+        if rows == max_rows:
+            raise InputError(
+                "all rows would be held out for evaluation, and none is left to train on",
+                {"data.max_rows": max_rows, "data.eval_rows": eval_rows},
+                f"set data.eval_rows to {most}, or data.max_rows to {eval_rows + 1} or more",
+            )
         raise InputError(
             "the text is too short to hold out so many rows",
             {

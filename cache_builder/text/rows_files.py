@@ -96,7 +96,8 @@ class RowsPlanned:
         Raises:
             InputError: no row would be left to train on.
         """
-        return draw_eval_rows(self.rows, self.job.data.eval_rows, self.job.data.eval_seed)
+        data = self.job.data
+        return draw_eval_rows(self.rows, data.eval_rows, data.eval_seed, data.max_rows)
 
     @cached_property
     def _held_out(self) -> set[int]:

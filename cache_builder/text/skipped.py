@@ -13,7 +13,7 @@ from distillcache.schemas.errors import RecordError
 from distillcache.schemas.format.rows import SKIPPED_KEY
 from distillcache.schemas.store.store import Store
 
-_PLACES = ("line", "record", "file", "from", "to")  # facts that say where
+_PLACES = ("line", "row", "record", "file", "from", "to")  # facts that say where
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON in which a key that stands twice has one value."""
     found: dict[str, Any] = {}
     for key, value in pairs:
-        if found.setdefault(key, value) != value:
+        first = found.setdefault(key, value)
+        if first is not value and first != value:  # a NaN does not equal itself
             raise ValueError(f"the key {key[:80]!r} appears twice, with different values")
     return found
 

@@ -1,6 +1,6 @@
 """Settings of the student: the source of its weights, and the operations before the first step."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,17 @@ class SurgeryOp(Config):
         """As a config has it."""
         taken = {name: getattr(self, name) for name in ("op", *_FIELDS_OF_OP.get(self.op, ("to", "by")))}
         return "{" + ", ".join(f"{name}: {value}" for name, value in taken.items() if value is not None) + "}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_fields(cls, values: Any) -> Any:
+        """Answer a field that no operation has with those of this one."""
+        op = values.get("op") if isinstance(values, dict) else None
+        takes = _FIELDS_OF_OP.get(op, ("to", "by")) if isinstance(op, str) else ()
+        extra = [str(name) for name in values if name not in cls.model_fields] if takes else []
+        if extra:
+            raise ValueError(f"op: {op} takes {', '.join(takes)}, not {', '.join(extra)}")
+        return values
 
     @model_validator(mode="after")
     def _takes_its_fields(self) -> Self:

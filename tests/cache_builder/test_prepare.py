@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -195,6 +196,22 @@ def test_of_a_single_row_none_can_be_held_out() -> None:
     with pytest.raises(InputError, match="text is too short") as caught:
         draw_eval_rows(1, 64, 0)
     assert "set data.eval_rows to 0, or name more text" in str(caught.value)
+
+
+def test_a_limit_that_leaves_no_row_to_train_on_is_named_as_such() -> None:
+    with pytest.raises(InputError, match="all rows would be held out") as caught:
+        draw_eval_rows(3, 64, 0, max_rows=3)
+    assert "data.eval_rows to 2 or less, or data.max_rows to 65 or more" in str(caught.value)
+
+
+def test_settings_that_do_nothing_for_these_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("abcdefg" * 9)
+    data = DataConfig(
+        path=str(tmp_path / "text.txt"), row_tokens=4, eval_rows=1, text_field="body", chat_date=date(2025, 1, 31)
+    )
+    prepare_rows(PrepareConfig(out=str(tmp_path / "out"), data=data), tokenizer=make_tokenizer())
+    assert "data.text_field body changes nothing: a .txt file has no fields" in caplog.text
+    assert "data.chat_date 2025-01-31 changes nothing: data.format is auto, not chat" in caplog.text
 
 
 def test_documents_know_how_much_of_the_input_is_read(tmp_path: Path) -> None:

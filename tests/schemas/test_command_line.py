@@ -91,8 +91,41 @@ def test_a_second_file_lies_on_the_first(file: str, tmp_path: Path) -> None:
     assert (config.row_tokens, config.inner, config.maybe) == (32, Inner(size=7, name="file"), None)
 
 
-def test_the_last_of_two_flags_wins() -> None:
-    assert read("--path", "x", "--rate", "1", "--rate", "2").rate == 2
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--rate", "1", "--rate", "2"],
+        ["--row-tokens=1", "--row_tokens", "2"],
+        ["--inner.size", "1", "--inner.size", "1"],
+        ["--accept-platform", "--accept-platform"],
+    ],
+    ids=str,
+)
+def test_a_flag_that_is_given_twice_is_refused(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match="given twice") as caught:
+        read("--path", "x", *argv)
+    assert argv[0].partition("=")[0] in str(caught.value)
+    with pytest.raises(ConfigError, match="given twice"):
+        read("here", "--path", "there", positional=("path",))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("data.path: x", "write data: {path: ...}"),
+        ("optimizer.learning-rate: 1", "write optimizer: {learning_rate: ...}"),
+        ("student: {surgery: [{op: drop_blocks, keep: [1]}]}", "op: drop_blocks takes blocks, not keep"),
+        ("stages: [{mode: feature, steps: 1, step: 2}]", "did you mean steps?"),
+        ("stages: [{mode: feature, steps: 1, qqqqq: 2}]", "use mode, steps, loss"),
+    ],
+)
+def test_a_key_in_another_spelling_or_of_an_entry_is_answered(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(f"run: r\ncache: c\n{content}\n")
+    model = PrepareConfig if "data" in content else TrainConfig
+    with pytest.raises(ConfigError) as caught:
+        parse(model, ["--config", str(path)], "distillcache")
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +466,7 @@ def test_maxtexts_keys_are_flags_too(tmp_path: Path) -> None:
         ),
         (["--load-balance-loss-weight", "1", "--loss", "3"], "loss, which is not a mapping"),
         (["--load-balance-loss-weight", "-1"], "loss.load_balance.weight"),
-        (["--cache="], "value is empty"),
+        (["--online.rows="], "value is empty"),
     ],
 )
 def test_maxtexts_keys_must_agree_with_ours(argv: list[str], told: str) -> None:

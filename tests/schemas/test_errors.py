@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distillcache.schemas.command_line import load_yaml
-from distillcache.schemas.errors import ConfigError, StorageError
+from distillcache.schemas.errors import ConfigError, DistillcacheError, StorageError
 
 
 def test_a_path_is_named_once(tmp_path: Path) -> None:
@@ -30,3 +30,8 @@ def test_causes(cause: Exception, words: str) -> None:
     error = StorageError("it cannot be read", {"file": Path("a/b"), "cause": cause}, "look")
     assert str(error.facts["cause"]) == words
     assert isinstance(error.facts["file"], Path)
+
+
+def test_what_a_library_says_is_one_line() -> None:
+    error = DistillcacheError("it failed", {"cause": ValueError("one\n  two\n"), "found": "as it\nis"})
+    assert "cause  one two\n" in str(error)

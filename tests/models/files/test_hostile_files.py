@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.families import config_from_hf
 from distillcache.models.files.fill import count_non_finite
+from distillcache.models.files.hf import read_json
 from distillcache.models.files.maxtext.orbax import OrbaxArrays
 from distillcache.models.files.safetensors import MappedSafetensors
 from distillcache.schemas.errors import CheckpointError
@@ -203,3 +204,8 @@ def test_metadata_that_is_no_orbax_tree(text: str, tmp_path: Path):
     (tmp_path / "_METADATA").write_text(text)
     with pytest.raises(CheckpointError, match="not an Orbax checkpoint"):
         OrbaxArrays(tmp_path)
+
+
+def test_a_nan_is_no_key_given_twice(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"factor": NaN}')
+    assert list(read_json(tmp_path / "config.json")) == ["factor"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distillcache.cache_builder.text.documents import documents
 from distillcache.cache_builder.text.files.inputs import InputReader, input_files
 from distillcache.cache_builder.text.files.parquet import table_records
 from distillcache.cache_builder.text.skipped import Skipped
@@ -31,7 +32,7 @@ def test_a_column_of_a_table_is_text(tmp_path: Path) -> None:
     assert caught.value.facts["found"] == "id, body"
     with pytest.raises(InputError, match="no string") as caught:
         found_in(path, text_field="id")
-    assert caught.value.facts["line"] == f"{path} row 1"
+    assert caught.value.facts["row"] == f"{path} row 1"
 
 
 def test_chats_may_lie_in_a_table(tmp_path: Path) -> None:
@@ -131,3 +132,12 @@ def test_values_that_are_no_text_are_refused_in_chats(tmp_path: Path, value: obj
         encoded(DataConfig(path=str(tmp_path / "a.parquet"), format="chat"), tokenizer)
     assert caught.value.facts["field"] == "messages[1].tool_calls[0].function.arguments.x"
     assert caught.value.facts["found"] == type(value).__name__
+
+
+def test_what_is_wrong_with_a_row_is_told_of_a_row(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [5]}), tmp_path / "t.parquet")
+    with pytest.raises(RecordError) as caught:
+        list(documents(DataConfig(path=str(tmp_path / "t.parquet"))))
+    assert "row   " in str(caught.value)
+    assert "correct or remove the row" in str(caught.value)
+    assert "line" not in str(caught.value)
