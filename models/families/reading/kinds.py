@@ -3,7 +3,7 @@
 Source: HF transformers, `layer_types`, `no_rope_layers` and their relatives in many `configuration_*.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig, RopeConfig
@@ -58,12 +58,20 @@ def typed_ropes(
         raise unknown_key(values.file, f"rope_parameters.{key}", given[key])
     longest = values.size("max_position_embeddings")
     old = {"rope_theta": values["rope_theta"], "rope_scaling": values["rope_scaling"]}
+    local = {"rope_theta": values[old_local]}
+    if flat:  # one key beside two bases can only be a default for them
+        old, local = (
+            {**each, "rope_theta": None} if _has_base(given.get(kind)) else each
+            for each, kind in ((old, FULL), (local, SLIDING))
+        )
     return (
         rope_from_hf({**old, "rope_parameters": given.get(FULL)}, longest, values.file, theta),
-        rope_from_hf(
-            {"rope_theta": values[old_local], "rope_parameters": given.get(SLIDING)}, longest, values.file, local_theta
-        ),
+        rope_from_hf({**local, "rope_parameters": given.get(SLIDING)}, longest, values.file, local_theta),
     )
+
+
+def _has_base(parameters: Mapping[str, Any] | None) -> bool:
+    return parameters is not None and parameters.get("rope_theta") is not None
 
 
 def rotary_blocks(values: Values) -> list[bool]:

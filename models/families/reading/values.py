@@ -4,7 +4,6 @@ The list of keys is closed. A key is understood, or known not to change what the
 key that we do not know may be one that changes the numbers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytor
 
 # What no model exceeds; a larger number is a typing error, and would cost hours or memory before any tensor is seen.
 MOST = 2**31 - 1
+NEAREST_0, FARTHEST = 1e-30, 1e30  # of what float32 computes with: nearer is 0 in it, farther soon infinite
 # Under these null may mean that there is none, so it does not stand for a default.
 SWITCHED_OFF_BY_NULL = ("sliding_window", "attention_chunk_size", "head_dim")
 FALSE_BY_NULL = ("norm_topk_prob", "rope_interleave")  # switches that transformers asks for their truth
@@ -66,6 +66,8 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
 }
 ROPE_FIELDS = {"original_max_position_embeddings": "original_max_positions"}
+POSITIVE = f"a positive number that float32 holds, from {NEAREST_0:g} to {FARTHEST:g}"
+ROPE_LEAST, ROPE_MOST = 1e-6, 1e9  # of factors of frequencies, lengths and amplitudes
 ROPE_LISTS = ("short_factor", "long_factor")
 ORIGINAL = "original_max_position_embeddings"
 ROPE_POSITIVE = ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
@@ -151,7 +153,7 @@ class Values:
     def number(self, key: str) -> float:
         value = self._given(key)
         if not is_number(value) or not value > 0:
-            raise self.bad(key, "a positive number")
+            raise self.bad(key, POSITIVE)
         return float(value)
 
     def number_or_zero(self, key: str) -> float:
@@ -237,7 +239,8 @@ def rope_from_hf(
     parameters.pop("attn_factor", None)  # vLLM's name for a factor that transformers does not apply under it
     kind = parameters.pop("rope_type", "default")
     kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
-    base = parameters.pop("rope_theta", None) or raw.get("rope_theta") or theta
+    base = _base(raw, given, file, theta)
+    parameters.pop("rope_theta", None)
     inner = parameters.pop(PARTIAL, None)
     share = next((value for value in (inner, raw.get(PARTIAL)) if value is not None), fraction)
     if not is_number(share) or not 0 < share <= 1 or (share != 1 and not partial):
@@ -251,15 +254,13 @@ def rope_from_hf(
     _check_rope_keys(parameters, kind, file)
     if kind in ("llama3", "yarn", "longrope"):
         _add_lengths(parameters, kind, raw.get(ORIGINAL), max_positions, file)
-    if not is_number(base) or not base > 0:
-        raise bad_value(file, "rope_theta", base, "a positive number")
     # None means transformers' default, which is RopeConfig's own.
     fields: dict[str, Any] = {
         ROPE_FIELDS.get(key, key): tuple(map(float, value)) if key in ROPE_LISTS else value
         for key, value in parameters.items()
         if value is not None
     }
-    return RopeConfig(theta=float(base), kind=kind, fraction=float(share), **fields)
+    return RopeConfig(theta=base, kind=kind, fraction=float(share), **fields)
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
@@ -279,8 +280,27 @@ def _rope_dict(raw: Mapping[str, Any], key: str, file: Location) -> dict[str, An
     if not isinstance(value, dict):
         raise bad_value(file, key, value, "an object or null")
     value = dict(value)
-    legacy = value.pop("type", "default")  # transformers before 4.43
-    return {"rope_type": legacy} | value
+    legacy = value.pop("type", None)  # transformers before 4.43
+    kind = value.pop("rope_type", None)
+    if None not in (kind, legacy) and kind != legacy:
+        raise bad_value(file, f"{key}.type", legacy, f"the same as rope_type beside it, which is {kind}")
+    return {"rope_type": next((each for each in (kind, legacy) if each is not None), "default")} | value
+
+
+def _base(raw: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], file: Location, theta: float) -> float:
+    """The base of the frequencies, which may stand in three places: versions of transformers differ in which counts."""
+    inside = {f"{key}.rope_theta": parameters.get("rope_theta") for key, parameters in given.items()}
+    stated = {
+        name: value for name, value in {**inside, "rope_theta": raw.get("rope_theta")}.items() if value is not None
+    }
+    for name, value in stated.items():
+        if not is_number(value) or not value > 1:
+            raise bad_value(file, name, value, f"a number above 1, at most {FARTHEST:g}")
+    (first, base), *others = [*stated.items(), ("", theta)]
+    for name, value in others:
+        if name and value != base:
+            raise bad_value(file, name, value, f"the same as {first}, which is {base}")
+    return float(base)
 
 
 def _add_lengths(parameters: dict[str, Any], kind: str, beside: int | None, max_positions: int, file: Location) -> None:
@@ -317,11 +337,16 @@ def _rope_problem(key: str, value: Any) -> str | None:
     if key == "truncate":
         return None if isinstance(value, bool) else "true or false"
     if key in ROPE_LISTS:
-        right = isinstance(value, list) and all(is_number(entry) and entry > 0 for entry in value)
-        return None if right else "a list of numbers above 0"
+        right = isinstance(value, list) and all(is_number(each) and ROPE_LEAST <= each <= ROPE_MOST for each in value)
+        return None if right else f"a list of numbers from {ROPE_LEAST:g} to {ROPE_MOST:g}"
     if not is_number(value):
         return "a number"
-    return "a number above 0" if key in ROPE_POSITIVE and value <= 0 else None
+    if key == ORIGINAL and (value < 1 or value != int(value)):
+        return "a positive whole number"
+    if (value == 0 and key not in ROPE_POSITIVE) or ROPE_LEAST <= value <= ROPE_MOST:
+        return None
+    zero = "" if key in ROPE_POSITIVE else "0, or "
+    return f"{zero}a number from {ROPE_LEAST:g} to {ROPE_MOST:g}"
 
 
 def unknown_key(file: Location, key: str, value: object) -> CheckpointError:
@@ -343,10 +368,10 @@ def bad_value(file: Location, key: str, value: object, expected: str) -> Checkpo
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a finite number that float64 can hold; booleans are not."""
+    """Return whether a value is 0 or a number of a size that float32 computes with; booleans are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    return value == 0 or NEAREST_0 <= abs(value) <= FARTHEST
 
 
 def _is_index(value: object, count: int) -> bool:
