@@ -39,6 +39,7 @@ from distillcache.schemas.format.manifest import TapPlan
 from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.format.tap_plan import tap_plan
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
+from distillcache.tools.bench.head_kl import HeadSizes, measure_head_kl
 from distillcache.tools.demo.command import build_config, default_data, default_surgery, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
@@ -69,7 +70,8 @@ class StepSizes:
     """Sizes of the steps that run and compile.
 
     rows: of the cache. steps: of a path that count in a round; in feature mode one.
-    depths: blocks, few and many. codecs: name -> (codec of both taps, whether `resid` is delta-coded).
+    depths: blocks, few and many. heads: of the KL over the whole vocabulary. codecs: name -> (codec of both taps,
+    whether `resid` is delta-coded).
     """
 
     batch_rows: int = 8
@@ -78,6 +80,7 @@ class StepSizes:
     steps: int = 2
     depths: tuple[int, int] = (12, 48)
     dtypes: Sequence[str] = ("float32", "bfloat16")
+    heads: HeadSizes = field(default_factory=HeadSizes)
     codecs: Mapping[str, tuple[str, bool]] = field(
         default_factory=lambda: {"f32": ("f32", False), DEFAULT_CODEC: ("bf16", False), "int8_delta": ("int8", True)}
     )
@@ -94,9 +97,14 @@ def measure_step(folder: Path, teacher: str, sizes: StepSizes, rounds: int) -> M
     decoder = load_pretrained(teacher, dtype="float32")
     student = apply_surgery(decoder, [default_surgery(decoder.config)])
     del decoder
+    heads = measure_head_kl(sizes.heads, rounds)
     memory = measure_memory(student.config, sizes)
     times = measure_times(folder, teacher, student, sizes, rounds)
-    return Measured({**times.figures, **memory.figures}, [*times.goals, *memory.goals])
+    found = (times, memory, heads)
+    return Measured(
+        {name: figure for each in found for name, figure in each.figures.items()},
+        [goal for each in found for goal in each.goals],
+    )
 
 
 # Times.

@@ -16,6 +16,7 @@ from distillcache.tools.bench.build import BuildSizes, between_forwards, measure
 from distillcache.tools.bench.command import by_turns, make_report
 from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, subset_bytes
 from distillcache.tools.bench.figures import Goal, Measured
+from distillcache.tools.bench.head_kl import HeadSizes
 from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
 from distillcache.tools.bench.student import StudentSizes, make_builds, measure_student
 from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_plan, write_cache
@@ -151,7 +152,8 @@ def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monke
 
 @pytest.mark.slow
 def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
-    sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=())
+    heads = HeadSizes(vocab=4099, hidden=16, memory_tokens=512, timed_tokens=64)
+    sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=(), heads=heads)
     report = make_report(measure_step(tmp_path, str(teacher), sizes, rounds=1))
     figures, goals = report["figures"], {goal["name"]: goal for goal in report["goals"]}
     paths = ["offline", "online", "teacher", "student", "student_two_micro_batches", "feature", "feature_no_remat"]
@@ -162,7 +164,10 @@ def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
         "wait_share": ("at_most", 0.02),
         "speedup_of_ideal": ("at_least", 0.9),
         "blockwise_over_feature": ("at_most", 1.05),
+        "head_kl_temporaries_over_plain": ("at_most", 0.125),
+        "head_kl_time_over_plain": ("at_most", 1.3),
     }
+    assert figures["head_kl_plain_temporaries_mb"] > 4099 * 512 * 4 / 1e6
     assert 0 <= goals["wait_share"]["value"] <= 1
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "cache"}
 

@@ -29,7 +29,7 @@ from tests.trainer.test_train import config
 pytestmark = pytest.mark.slow  # programs for eight devices take long to compile
 
 # Five blocks do not divide by two or four; delta keyframes every two slots lie across the groups' borders.
-DEEP = ModelConfig(**{**TINY.__dict__, "layers": (LayerGroup((BlockKind(),), 5),), "num_heads": 4})
+DEEP = ModelConfig(**{**TINY.__dict__, "layers": (LayerGroup((BlockKind(),), 5),), "num_heads": 4, "vocab_size": 264})
 TAPS = TapsConfig(attn_out=TapConfig(codec="int8"), resid=TapConfig(codec="int8", delta=True, keyframe_every=2))
 CUT = {"surgery": [{"op": "query_heads", "to": 1}]}
 BLOCKWISE = {"loss": {"mlp": {"weight": 0.5}}, "student": CUT, "steps": 3, "optimizer": OptimizerConfig(warmup_steps=0)}
@@ -37,6 +37,8 @@ FEATURE = {**BLOCKWISE, "mode": "feature", "loss": {}}
 # Whole blocks, and the student's own stream at two slots: nothing but the stream is read.
 WHOLE = {**BLOCKWISE, "loss": {"feature": {"weight": 0.0}, "block": {"weight": 1.0}}}
 STREAM = {**FEATURE, "loss": {"feature": {"weight": 0.0}, "stream": {"weight": 1.0, "slots": [2, 5]}}}
+
+KL = {**FEATURE, "loss": {"alpha": 0.5, "tau": 2.0, "kl": {"targets": "head"}, "feature": {"weight": 0.0}}}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,14 @@ def numbers(run) -> list[list[float]]:
     """Losses and evaluations, without times."""
     lines = [[v for k, v in line.items() if not k.startswith("perf/")] for line in read_metrics(run)]
     found: list[Evaluation] = read_evaluations(run)
-    return [*lines, *([entry.perplexity, *entry.cosine] for entry in found)]
+    return [*lines, *([entry.kl or 0.0, entry.perplexity, *entry.cosine] for entry in found)]
 
 
 @pytest.fixture(scope="module")
 def alone(deep, tmp_path_factory):
     """The numbers of one device, by mode."""
     found = {}
-    modes = {"blockwise": BLOCKWISE, "feature": FEATURE, "whole": WHOLE, "stream": STREAM}
+    modes = {"blockwise": BLOCKWISE, "feature": FEATURE, "whole": WHOLE, "stream": STREAM, "kl": KL}
     for name, settings in modes.items():
         run = tmp_path_factory.mktemp("alone") / name
         train(config(run, deep, **settings))
@@ -95,6 +97,13 @@ def test_whole_blocks_on_a_mesh(tmp_path, deep, alone):
 def test_streams_on_a_mesh(tmp_path, deep, alone):
     train(config(tmp_path / "run", deep, mesh={"data": 2, "tensor": 2}, micro_batches=2, **STREAM))
     assert_close(numbers(tmp_path / "run"), alone["stream"])
+
+
+def test_the_whole_distribution_on_a_mesh(tmp_path, deep, alone):
+    """Rows over data, heads over tensor: 264 rows of the vocabulary divide by two."""
+    train(config(tmp_path / "run", deep, mesh={"data": 2, "fsdp": 2, "tensor": 2}, **KL))
+    assert_close(numbers(tmp_path / "run"), alone["kl"])
+    assert read_evaluations(tmp_path / "run")[-1].kl == pytest.approx(alone["kl"][-1][0], rel=2e-4)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, deep, alone):
