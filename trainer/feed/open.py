@@ -31,15 +31,16 @@ class Sources:
     def held_out(self) -> Source:
         """The rows for evaluation, with all recorded taps that it compares."""
         recorded = {tap.name for segment in self.rows.segments() for tap in segment.plan.taps}
-        compared = ("resid", "attn_out") if {"resid", "attn_out"} <= recorded and self._has_streams else ()
+        entering = self._entering
+        compared = ("resid", "attn_out") if entering else ()
         taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
-        return self._open(taps, None, "eval", False)
+        return self._open(taps, None, "eval", False, {"resid": entering} if entering else None)
 
     @property
-    def _has_streams(self) -> bool:
-        """Return whether the stream is recorded that enters some block: a build may choose its slots."""
+    def _entering(self) -> tuple[int, ...]:
+        """The slots of the stream that enter blocks whose attention is recorded: a build may choose its slots."""
         blocks = range(self.rows.plan.teacher.num_blocks)
-        return any(self.rows.holds("resid", block) and self.rows.holds("attn_out", block) for block in blocks)
+        return tuple(at for at in blocks if self.rows.holds("resid", at) and self.rows.holds("attn_out", at))
 
     @cached_property
     def held_out_last(self) -> Source:

@@ -462,16 +462,17 @@ def _block_weights(
             {"loss.feature.blocks": beyond, "expected": f"0 to {len(spans) - 1}"},
             "choose others",
         )
+    streams = {"slots of resid": list(source.stored("resid"))} if "resid" in program.taps else {}
     if missing := sorted(set(blocks) - set(whole)):
         raise ConfigError(
             "the cache lacks the taps with which these blocks are compared",
-            {"cache": source.url, "loss.feature.blocks": missing, "found": whole},
+            {"cache": source.url, "loss.feature.blocks": missing, "found": whole, **streams},
             "choose other blocks, or add them: distillcache build --extend",
         )
     if not blocks:
         raise ConfigError(
             "no block of the student can be compared with the cache",
-            {"cache": source.url, "the cache's blocks": list(source.blocks)},
+            {"cache": source.url, "the cache's blocks": list(source.blocks), **streams},
             "choose another student.layer_map, or add blocks: distillcache build --extend",
         )
     given = loss.block_weights

@@ -283,8 +283,9 @@ def evaluation_targets(
     student: ModelConfig, spans: Sequence[Span], source: Source, norms: np.ndarray | None
 ) -> tuple[tuple[BlockTargets, ...], TapReading, tuple[int, ...]]:
     """The targets of all comparable blocks, how they are read, and these blocks."""
-    blocks = tuple(at for at, span in enumerate(spans) if set(range(span.first, span.last)) <= set(source.blocks))
-    places = {name: source.reads[name].at for name in ("resid", "attn_out")}
+    places, recorded = {name: source.reads[name].at for name in ("resid", "attn_out")}, set(source.blocks)
+    whole = (span.first in places["resid"] and set(range(span.first, span.last)) <= recorded for span in spans)
+    blocks = tuple(at for at, comparable in enumerate(whole) if comparable)
     targets = block_targets(student, spans, [places] * len(spans), dict.fromkeys(blocks, 1.0), norms=norms)
     codecs = {name: source.codecs[name] for name in places}
     in_step = is_in_step(spans, places, blocks)

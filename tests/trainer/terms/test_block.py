@@ -51,18 +51,21 @@ def without_attn_out(step: Any, targets: Any, batch: dict) -> tuple[Any, tuple, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "blocks"), [("student", (0, 1, 2, 3)), ("mixed", (1, 4))], ids=["one kind", "some of two kinds"]
+    ("kind", "blocks", "inject"),
+    [("student", (0, 1, 2, 3), "resid"), ("mixed", (1, 4), "resid"), ("student", (0, 3), "attn_in")],
+    ids=["one kind", "some of two kinds", "attn_in"],
 )
-def test_against_numpy(request, kind, blocks):
+def test_against_numpy(request, kind, blocks, inject):
     """Loss and gradient of every parameter of every block, on packed and padded rows that hold the stream alone."""
     decoder: Decoder = request.getfixturevalue(kind)
     batch, (trained, frozen) = random_batch(decoder.config, codec="f32"), parameters_of(decoder, "attention", "mlp")
     batch["segment_ids"][2] = 0  # a row of nothing but padding
-    step, targets = blockwise(decoder, ALONE, blocks=blocks, codec="f32", rules=RULES)
+    rng, shape = np.random.default_rng(0), (decoder.config.num_blocks, decoder.config.hidden_size)
+    norms = rng.uniform(0.5, 2, shape).astype(np.float32) if inject == "attn_in" else None
+    step, targets = blockwise(decoder, ALONE, blocks=blocks, codec="f32", rules=RULES, norms=norms)
     step, targets, batch = without_attn_out(step, targets, batch)
     gradients, sums = gradients_of(step, targets, trained, frozen, batch)
     mask, resid = batch["segment_ids"] > 0, np.float64(batch["resid"]["codes"])
-    rng = np.random.default_rng(0)
     for block in range(decoder.config.num_blocks):
         layer, (address, repeat) = blocks_of(decoder)[block], ORDERS[kind][block]
         if block not in blocks:
@@ -70,6 +73,8 @@ def test_against_numpy(request, kind, blocks):
             continue
 
         def total(parameters: dict[str, np.ndarray], layer: Any = layer, block: int = block) -> float:
+            if norms is not None:
+                parameters = parameters | {"attention.norm": np.float64(norms[block])}
             attn, mlp = block_outputs(decoder, (layer[0], parameters), resid[block], batch["segment_ids"])
             return distance(resid[block] + attn + mlp, resid[block + 1], mask, SHARES)
 
@@ -249,6 +254,36 @@ def test_deltas_and_spans(tmp_path, coded, student, blocks, spans):
         expected = distance(resid[first] + added, resid[last], mask, {"relative_l2": 1.0}) / mask.sum()
         assert line[f"block/block_{block:02d}"] == pytest.approx(expected, rel=1e-4)
     assert {name for name in line if name.startswith("block/")} == {f"block/block_{block:02d}" for block in trained}
+
+
+@pytest.fixture(scope="module")
+def chosen_slots(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The streams of a teacher of six blocks at some slots, beside all of its attention outputs."""
+    folder = tmp_path_factory.mktemp("slots")
+    teacher = save_teacher(folder / "teacher", replace(TINY, layers=(LayerGroup((BlockKind(),), 6),)))
+    taps = TapsConfig.model_validate({"attn_out": {}, "resid": {"codec": "f32", "slots": [0, 2, 5, "last"]}})
+    build_cache(build_config(folder / "cache", teacher, corpus, taps=taps))
+    return folder / "cache"
+
+
+def test_slots_at_the_ends_of_spans_are_enough(tmp_path, chosen_slots):
+    """For the step and for the evaluation, which needs those that enter blocks."""
+    ends = {"surgery": [{"op": "drop_blocks", "blocks": [1, 3, 4]}]}  # begins at 0, 2 and 5
+    result = train(config(tmp_path / "run", chosen_slots, student=ends, **RUN))
+    line = result.metrics
+    assert {name for name in line if name.startswith("block/")} == {f"block/block_{block:02d}" for block in range(3)}
+    assert result.after.blocks == (0, 1, 2)
+    assert result.after.mean_cosine < result.before.mean_cosine
+    apart = {
+        "surgery": [{"op": "drop_blocks", "blocks": [2]}]
+    }  # begins at 0, 1, 3, 4 and 5; only the last one is whole
+    result = train(config(tmp_path / "some", chosen_slots, student=apart, steps=2, **RUN))
+    assert {name for name in result.metrics if name.startswith("block/")} == {"block/block_04"}
+    assert result.after.blocks == (0, 4)
+    none = {**RUN["loss"], "feature": {"weight": 0.0, "blocks": [1, 4]}}
+    with pytest.raises(ConfigError, match="lacks the taps") as caught:
+        train(config(tmp_path / "none", chosen_slots, student=apart, steps=2, loss=none))
+    assert "[0, 2, 5, 6]" in str(caught.value)
 
 
 def stage_of(**values: Any) -> Any:

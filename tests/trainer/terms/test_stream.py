@@ -242,7 +242,7 @@ def plan_of(cache: Path, **values: Any) -> Any:
     decoder = load_pretrained(sources.rows.plan.teacher.path, dtype="float32")
     [stage] = resolve_stages(settings, settings.mesh)
     parameters = all_parameters(decoder)
-    return plan_stage(settings, settings.mesh, stage, decoder, parameters, sources.open, sources.norms)
+    return plan_stage(settings, settings.mesh, stage, decoder, parameters, sources)
 
 
 def test_exactly_the_chosen_slots_are_read(coded, sparse_cache):
@@ -290,3 +290,17 @@ def test_a_narrow_student_is_trained_through_its_projectors(tmp_path, coded):
     train(run)
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["distill/stream_loss"] < lines[1]["distill/stream_loss"]
+
+
+def test_it_does_not_get_in_the_way_of_the_last_slots_kl(tmp_path, coded):
+    """Both read the same coded stream, each at its own slots: the first step's figures are those of either alone."""
+    stream, tokens = {"stream": {"weight": 1.0, "slots": [2, 4]}}, {"alpha": 0.5, "token_weight": 1.0}
+    nothing = {"feature": {"weight": 0.0}, "token_weight": 0.0}
+    found = []
+    for name, loss in (("both", {**stream, **tokens}), ("stream", stream), ("tokens", tokens)):
+        train(config(tmp_path / name, coded, mode="feature", loss={**nothing, **loss}, steps=1))
+        found.append(read_metrics(tmp_path / name)[1])
+    for alone in found[1:]:
+        names = [name for name in alone if name.startswith(("stream/", "distill/kl", "distill/hard", "distill/stream"))]
+        assert len(names) > 2
+        assert [found[0][name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-5)

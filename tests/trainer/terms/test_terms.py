@@ -61,8 +61,8 @@ class LogitSize:
     def check(self, loss: LossConfig, where: str) -> None:
         return
 
-    def taps(self, loss: LossConfig) -> tuple[str, ...]:
-        return ()
+    def targets(self, loss: LossConfig, recorded: Any) -> None:
+        return None
 
     def teaches_teacher(self, loss: LossConfig) -> bool:
         return True
