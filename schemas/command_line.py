@@ -1,7 +1,7 @@
 """Configs from YAML files and dotted flags, and the help text that explains every field.
 
 `--teacher.path X`, `--teacher.path=X`; hyphen and underscore are the same; a value is read as YAML (`--blocks
-"[3, 7]"`), except where the field is text. Flags win over the file. Whatever is wrong with a file, a flag or a
+"[3, 7]"`), except where the field is text. Flags win over the file, and each is given once. Whatever is wrong with a file, a flag or a
 value is one `ConfigError`.
 """
 
@@ -245,6 +245,8 @@ def _message(finding: Mapping[str, Any]) -> str:
     """Translate a pydantic finding for readers who know neither pydantic nor regular expressions."""
     if finding["type"] == "string_type" and isinstance(finding["input"], bool | int | float):
         return "should be text: put it in quotes"
+    if finding["type"] in ("model_type", "dict_type"):
+        return "should be a mapping, such as '{field: value}'"
     if finding["type"] == "list_type":
         return "should be a list, such as '[1, 2]' or '[resid]'"
     if finding["type"] == "string_pattern_mismatch" and finding["ctx"]["pattern"].startswith("\\."):

@@ -115,6 +115,8 @@ def test_a_flag_that_is_given_twice_is_refused(argv: list[str]) -> None:
         ("data.path: x", "write data: {path: ...}"),
         ("optimizer.learning-rate: 1", "write optimizer: {learning_rate: ...}"),
         ("student: {surgery: [{op: drop_blocks, keep: [1]}]}", "op: drop_blocks takes blocks, not keep"),
+        ("loss: 3", "should be a mapping"),
+        ("student: {surgery: [5]}", "should be a mapping"),
         ("stages: [{mode: feature, steps: 1, step: 2}]", "did you mean steps?"),
         ("stages: [{mode: feature, steps: 1, qqqqq: 2}]", "use mode, steps, loss"),
     ],
