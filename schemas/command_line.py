@@ -1,8 +1,8 @@
 """Configs from YAML files and dotted flags, and the help text that explains every field.
 
 `--teacher.path X`, `--teacher.path=X`; hyphen and underscore are the same; a value is read as YAML (`--blocks
-"[3, 7]"`), except where the field is text. Flags win over the file, and each is given once. Whatever is wrong with a file, a flag or a
-value is one `ConfigError`.
+"[3, 7]"`), except where the field is text. Flags win over the file, and each is given
+once. Whatever is wrong with a file, a flag or a value is one `ConfigError`.
 """
 
 import difflib
