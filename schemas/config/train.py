@@ -109,19 +109,16 @@ class StreamLossConfig(Config):
 class KlConfig(Config):
     targets: Literal["auto", "head", "topk"] = Field(
         default="auto",
-        description="the teacher's distribution: head: over the whole vocabulary, from the last slot of resid and the "
-        "teacher's norm and head; topk: over its recorded top k; auto: head if the cache keeps the head, else topk if "
-        "it is recorded, else head",
+        description="the teacher's distribution: head: over all tokens, from resid's last slot, norm and head; topk: "
+        "over its recorded top k; auto: head if the cache keeps it, else topk if recorded, else head",
     )  # exact wherever it costs nothing that was not recorded for it
     direction: Literal["forward", "reverse", "jsd", "skew"] = Field(
         default="forward",
         description="forward: KL(teacher, student); reverse: KL(student, teacher); skew: KL(teacher, their mixture); "
         "jsd: both to their mixture",
     )  # Hinton's; the others do not ask a small student to cover all that the teacher says
-    share: float | None = Field(
+    share: Decay | None = Field(
         default=None,
-        ge=0,
-        lt=1,
         description="jsd and skew: the teacher's share of the mixture; default: 0.5 for jsd, 0.1 for skew",
     )  # Agarwal et al. 2306.13649 and Ko et al. 2402.03898 use these
 
