@@ -23,7 +23,7 @@ from distillcache.trainer.step.parameters import (
     address_prefix,
     sublayer_of,
 )
-from distillcache.trainer.step.program import Setting, TrainState, Update
+from distillcache.trainer.step.program import Setting, TrainState, Update, check_attention
 from distillcache.trainer.step.stack import BlockRules, StudentStack
 from distillcache.trainer.step.targets import TapReading, Targets
 from distillcache.trainer.terms import Terms
@@ -50,7 +50,9 @@ class BlockwiseProgram:
         self.needs_leaving = derives or self._compares_block
         self.taps: tuple[str, ...] = () if self._own_stream else ("resid",)
         on_teacher = self._runs_mlp and setting.spec.mlp_input == "teacher" and not self._own_stream
-        if self._compares_attention or derives or on_teacher:
+        needed = {"loss.feature.weight": self._compares_attention, "loss.mlp.weight": derives, "mlp_input": on_teacher}
+        check_attention(setting, needed, "compare streams alone: loss.feature.weight: 0, loss.block.weight: 1")
+        if any(needed.values()):
             self.taps = (*self.taps, "attn_out")
         self.reads_head = False
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask") if self._own_stream else ()

@@ -26,7 +26,7 @@ from distillcache.trainer.step.parameters import (
     from_addresses,
     outer,
 )
-from distillcache.trainer.step.program import OUTER, Setting, TrainState, Update
+from distillcache.trainer.step.program import OUTER, Setting, TrainState, Update, check_attention
 from distillcache.trainer.step.targets import TapReading, Targets
 from distillcache.trainer.terms import Terms
 
@@ -43,6 +43,11 @@ class FeatureProgram:
         self._counting = self.terms.counting(setting.loss)
         self.compares_blocks, self.injects_norms = self._counting.read("attn_out"), False
         self.compares_streams, self.needs_leaving = self._counting.read("stream"), False
+        check_attention(
+            setting,
+            {"loss.feature.weight": self.compares_blocks},
+            "set loss.feature.weight: 0, and loss.stream.weight to compare streams",
+        )
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask")
         targets = {term.targets(setting.loss, setting) for term in self._counting.logits} - {None}
         self.reads_head = "head" in targets

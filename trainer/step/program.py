@@ -20,6 +20,7 @@ from jaxtyping import Array
 from distillcache.models.decoder import Decoder
 from distillcache.models.routing import BalanceState
 from distillcache.schemas.config.train import LossConfig, OptimizerConfig, TrainSpec
+from distillcache.schemas.errors import InputError
 from distillcache.trainer.mesh.sharding import state_shardings
 from distillcache.trainer.step.balance import Balancing, BlockRouting
 from distillcache.trainer.step.optimizer import PROGRAMS, init_blocks
@@ -85,6 +86,32 @@ class Setting:
     def balances(self) -> bool:
         """Return whether a loss of routers may count."""
         return self.balancing is not None and self.balancing.with_loss
+
+
+def check_attention(setting: Setting, needed: Mapping[str, bool], instead: str) -> None:
+    """Check that attention outputs are recorded if something needs them.
+
+    Args:
+        needed: by the name of each setting, whether it needs them.
+        instead: the advice for a cache that has streams.
+
+    Raises:
+        InputError: they are not.
+    """
+    asking = [name for name, asks in needed.items() if asks]
+    if not asking or "attn_out" in setting.recorded:
+        return
+    add = "build a cache with taps.attn_out, or add it: distillcache build --extend"
+    raise InputError(
+        "the cache lacks this tap",
+        {
+            "cache": setting.cache,
+            "wanted": "attn_out",
+            "needed for": ", ".join(asking),
+            "found": ", ".join(sorted(setting.recorded)) or "none",
+        },
+        f"{instead}; or {add}" if "resid" in setting.recorded else add,
+    )
 
 
 class StepProgram(Protocol):

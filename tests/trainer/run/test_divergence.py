@@ -119,6 +119,29 @@ def test_mlps_count_by_their_loss(cosine, mlp, diverged):
     assert (find_divergence(last_stage(loss=MLP), evaluations, found) is not None) == diverged
 
 
+@pytest.mark.parametrize(
+    ("name", "weight", "stage"),
+    [
+        ("block", "distill/delta_block", {"loss": {"feature": {"weight": 0.0}, "block": {"weight": 1.0}}}),
+        (
+            "stream",
+            "distill/epsilon_stream",
+            {
+                "mode": "feature",
+                "loss": {"feature": {"weight": 0.0}, "token_weight": 0.0, "stream": {"weight": 1.0}},
+            },
+        ),
+    ],
+)
+def test_streams_count_by_their_loss(name, weight, stage):
+    """No evaluation measures them."""
+    evaluations = [evaluation(0, 40, 0.0), evaluation(40, 40, 0.05)]
+    for last, diverged in ((0.1, False), (9.0, True)):
+        plain = [{"step": at, "distill/total_loss": value} for at, value in enumerate(np.linspace(0.5, last, 40), 1)]
+        found = [line | {weight: 1.0, f"{name}/block_00": line["distill/total_loss"]} for line in plain]
+        assert (find_divergence(last_stage(**stage), evaluations, found) is not None) == diverged
+
+
 def test_the_best_of_what_is_kept():
     blockwise, evaluations = last_stage(), [evaluation(0, 9, 0.1), evaluation(10, 50, 0.2), evaluation(20, 40, 0.3)]
     found = best_checkpoint(blockwise, [10, 20], evaluations, [])

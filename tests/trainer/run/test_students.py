@@ -126,7 +126,7 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
         ({"loss": {"feature": {"blocks": [0, 0]}}}, "named twice"),
         ({"loss": {"feature": {"blocks": [5]}}}, "no such blocks"),
         ({"loss": {"feature": {"block_weights": [1.0]}}}, "block_weights does not fit"),
-        ({"mode": "feature", "loss": {"alpha": 0.5}}, "lacks this tap"),
+        ({"mode": "feature", "loss": {"alpha": 0.5, "kl": {"targets": "topk"}}}, "lacks"),
         ({"inject": "attn_in", "train_only": ["attention/norm"]}, "no loss reaches"),
         ({"mode": "feature", "loss": {"token_weight": 0.0, "feature": {"weight": 0.0}}}, "no loss has a weight"),
         ({"mode": "feature", "loss": {"token_weight": 0.0}, "train_only": ["head"]}, "no loss reaches"),

@@ -15,7 +15,7 @@ from distillcache.models.config import BlockKind, LayerGroup
 from distillcache.models.decoder import Decoder
 from distillcache.schemas.config import TapConfig, TapsConfig, TrainConfig
 from distillcache.schemas.config.train import BlockLossConfig, FeatureLossConfig, LossConfig
-from distillcache.schemas.errors import ConfigError, Interrupted
+from distillcache.schemas.errors import ConfigError, InputError, Interrupted
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import read_evaluations
@@ -321,6 +321,33 @@ def test_what_it_cannot_be_used_with_is_refused(tmp_path, streams, teacher, corp
     with pytest.raises(ConfigError, match="no residual stream") as caught:
         train(config(tmp_path / "run", tmp_path / "own", **RUN))
     assert "loss.block.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "needed", "advice"),
+    [
+        ({"loss": {"block": {"weight": 1.0}}}, r"loss\.feature\.weight\n", "loss.block.weight: 1"),
+        ({"loss": {"mlp": {"weight": 1.0}}}, r"loss\.feature\.weight, loss\.mlp\.weight, mlp_input", "loss.block"),
+        ({"mode": "feature"}, r"loss\.feature\.weight\n", "loss.stream.weight"),
+    ],
+)
+def test_a_cache_without_attention_outputs_says_what_it_is_enough_for(tmp_path, streams, values, needed, advice):
+    with pytest.raises(InputError, match=rf"lacks this tap[\s\S]*needed for +{needed}") as caught:
+        train(config(tmp_path / "run", streams, **values))
+    assert advice in str(caught.value)
+    assert "build --extend" in str(caught.value)
+
+
+@pytest.mark.parametrize("resid", [None, {}], ids=["own stream", "stream"])
+def test_recorded_outputs_of_mlps_need_no_attention_outputs(tmp_path, teacher, corpus, resid):
+    """Where an MLP reads its own attention, and its output is recorded."""
+    taps = TapsConfig.model_validate({"attn_out": None, "mlp_out": {}, "resid": resid})
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=taps))
+    loss = {"feature": {"weight": 0.0}, "mlp": {"weight": 1.0}}
+    train(config(tmp_path / "run", tmp_path / "cache", loss=loss, mlp_input="student"))
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["distill/total_loss"] == lines[-1]["distill/mlp_loss"] < lines[1]["distill/mlp_loss"]
+    assert "distill/beta_feature" not in lines[-1]
 
 
 def test_runs_from_before_there_was_a_block_loss_compare_equal():
