@@ -176,6 +176,7 @@ def _forward(losses: HeadLosses, *arguments: Any) -> tuple[tuple[Array, HeadSums
 
 
 def _backward(losses: HeadLosses, gradients: _Gradients, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Scale the gradients that the forward pass made."""
     by_loss = cotangents[0]
     if isinstance(by_loss, SymbolicZero):
         return None, None, None, None

@@ -90,7 +90,7 @@ def stored_objects(plan: Plan, first_row: int, shard: int, record: Any) -> Itera
 
 
 def check_object(store: Store, plan: Plan, stored: StoredObject, quick: bool) -> Fault | None:
-    """Check a stored object; yields its faults.
+    """Check a stored object; returns its fault, or None.
 
     Args:
         quick: look at its length and its shard index only.

@@ -6,7 +6,7 @@ documents.py     documents from input files
 chat.py          chats to text, with the assistant's spans
 skipped.py       records left out by data.on_error: skip
 tokenise.py      documents to tokens and their loss mask, in parallel batches
-packing.py       token streams to rows
+packing.py       token streams to rows, and which of them are held out
 rows_files.py    writes a row folder
 rows_mark.py     the mark of the process that prepares a row folder
 shared.py        row preparation by many processes

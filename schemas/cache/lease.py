@@ -44,7 +44,7 @@ class Leases:
         self._thread.start()
 
     def take(self, unit: int) -> bool:
-        """Try to take the work unit. Returns False if a live process has it."""
+        """Try to take the work unit. Returns False if a live process has it, or another one was faster."""
         if self._failure is not None:
             raise self._failure
         key = self._key(unit)

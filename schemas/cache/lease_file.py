@@ -71,7 +71,8 @@ def is_own_lease(data: bytes, where: str) -> bool:
 
 
 def live_lease(data: bytes, where: str, now: float, expiry_s: float = EXPIRY_S) -> Lease | None:
-    """The lease in these bytes, if it holds at `now`, in seconds since the epoch.
+    """The lease in these bytes, if it holds at `now`, in seconds since the epoch: it has not expired, does not expire
+    later than a clock that is right could make it, and its owner is not known to be gone.
 
     Args:
         where: how messages name the object.

@@ -5,7 +5,7 @@ cast.py      floating point: bf16, f32, and fp8 with a scale for each token
 quantise.py  int8 and int4 with a scale and a shape for each group
 rotate.py    random rotation that spreads outliers over a group
 scales.py    storage of scales: bfloat16, or one byte with a shared exponent
-delta.py     differences between consecutive slots
+delta.py     differences between consecutive slots, with keyframes
 topk.py      the largest logits of a token and the logsumexp of all
 
 A codec turns numbers `[..., D]` into *parts*: arrays of codes (and, for some, scales) that are stored one zarr array

@@ -1,6 +1,6 @@
 """Bytes on disks and in buckets, through TensorStore.
 
-store.py          Store: read, write, list, conditional writes, garbled responses
+store.py          Store: read, write, list, conditional writes, garbled responses, links that lead out
 buckets.py        TensorStore specs of gs:// and s3://: retries of requests, errors in words
 path.py           the part of pathlib.Path's interface that readers of small files use, for buckets
 locks.py          advisory file locks that end with their process

@@ -37,7 +37,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 @lru_cache(maxsize=PROGRAMS)
 def make_optimizer(config: OptimizerConfig, steps: int, *, clips: bool = True) -> optax.GradientTransformation:
-    """The transformation of one block's parameters; `clips`: to `clip_norm`, each block's gradient for itself.
+    """The transformation of one block's parameters; clips: whether each block's gradient is clipped to
+    `clip_norm` on its own.
 
     The same object for the same values, so that steps can be compared.
     """

@@ -1,4 +1,4 @@
-"""The token term (token_weight): cross-entropy on the data and KL to the teacher's recorded logits, mixed by alpha.
+"""The token term (token_weight): cross-entropy on the data and KL to the teacher, mixed by alpha.
 
     token_weight * (alpha * tau^2 * KL + (1 - alpha) * CE)
 
