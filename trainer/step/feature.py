@@ -269,10 +269,10 @@ def _own_outputs(out: BlockOutput, outward: Array | None, needs: Collection[str]
 
 def _stream_target(reader: TapDecoder, row: BlockTargets, own: Array | None) -> Array | None:
     """The teacher's stream that leaves a block's span; where none is compared the student's own, at no distance."""
-    if own is None:
+    if own is None or row.compared is None or row.leaving is None:
         return None
-    still = jax.lax.stop_gradient(own).astype(jnp.float32)
-    return jax.lax.cond(row.compared, lambda: reader.leaving(row, still.shape), lambda: still)
+    still, place = jax.lax.stop_gradient(own).astype(jnp.float32), row.leaving
+    return jax.lax.cond(row.compared, lambda: reader.slot(place, (still.shape[0], still.shape[1])), lambda: still)
 
 
 def _compared_by(term: BlockTerm, targets: BlockTargets) -> Array:

@@ -285,17 +285,19 @@ class TapDecoder:
         """Return the contribution of the attentions of a block's span; None where it is not read."""
         return None if row.attn_out is None else self._sum("attn_out", row)
 
-    def leaving(self, row: BlockTargets, shape: Sequence[int]) -> Array:
-        """The stream that leaves a block's span, by itself: of a delta codec from its last keyframe on.
+    def slot(self, place: int | Array, rows: tuple[int, int]) -> Array:
+        """Return the stream at one place of a batch's stack, decoded for itself: of a delta codec from its keyframe on.
 
         Args:
-            shape: `[B, T, Dt]`.
+            rows: (B, T).
         """
-        return self._slot(self.start((shape[0], shape[1])), row.leaving, ahead=False)[1]
-
-    def slot(self, place: int, rows: tuple[int, int]) -> Array:
-        """Return the stream at one place of a batch's stack, decoded for itself. rows: (B, T)."""
-        return self._slot(self.start(rows), jnp.asarray(place, jnp.int32), ahead=False)[1]
+        index, carry = jnp.asarray(place, jnp.int32), self._codec.start((*rows, self._reading.hidden))
+        if carry is None:
+            return self._take("resid", index)
+        # Only the last one's value is used, so those before it are not rotated back.
+        first = self._codec.first_slot(index)
+        carry = jax.lax.fori_loop(first, index, lambda at, before: self._decode_at(at, before)[0], carry)
+        return self._decode_at(index, carry)[1]
 
     def _slot(self, state: StreamState | None, index: Any, *, ahead: bool) -> tuple[StreamState | None, Array]:
         if state is None:
