@@ -59,6 +59,7 @@ def describe_cache(store: Store) -> dict[str, Any]:
         "created": shown(plan.created),
         "teacher": shown(plan.teacher.model_dump()),
         "numerics": shown(plan.numerics.model_dump(mode="json")),
+        "keeps_head": any(segment.plan.keeps_head for segment in segments),
         "rows": {
             "count": count,
             "train": count - held_out,

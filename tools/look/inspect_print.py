@@ -58,6 +58,8 @@ def _facts(found: Mapping[str, Any]) -> Table:
     compressed = any(tap["compress"] != "none" for tap in found["taps"])
     stored = f"  (compressed to about {found['stored_bytes'] / 1e9:.2f} GB)" if compressed else ""
     facts.add_row("size", f"{in_bytes(found['bytes'])}, {found['bytes_per_token']:,} bytes a token{stored}")
+    if found["keeps_head"]:
+        facts.add_row("head", "kept: the teacher's last norm and LM head")
     facts.add_row("made", f"{found['created'].get('at')} on {escape(str(found['created'].get('host')))}")
     for words in said_of_times(found["segments"]):
         facts.add_row("time", escape(words))

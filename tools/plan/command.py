@@ -317,11 +317,13 @@ def compare_choices(config: BuildSpec, model: ModelConfig, rows: RowsPlan) -> li
 
 
 def _with_choice(config: BuildSpec, codec: str, delta: bool, blocks: list[int]) -> BuildSpec:
-    taps = {
+    taps: dict[str, Any] = {
         name: {"codec": codec, "delta": delta and name == "resid"} if getattr(config.taps, name) else None
         for name in TapsConfig.model_fields
         if name != TOPK_LOGITS
     } | {TOPK_LOGITS: config.taps.topk_logits}
+    if config.taps.resid is not None:
+        taps["resid"] |= config.taps.resid.model_dump(include={"slots", "head"})
     return config.model_copy(update={"taps": TapsConfig.model_validate(taps), "blocks": blocks, "shard_rows": None})
 
 

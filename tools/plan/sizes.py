@@ -18,6 +18,12 @@ def plan_for(spec: BuildSpec, model: ModelConfig, rows: RowsPlan, teacher: str =
 
 
 def total_bytes(plan: Plan) -> int:
-    """Return the bytes of the finished cache: taps, rows and index."""
+    """Return the bytes of the finished cache: taps, rows, index and, where it is kept, the teacher's head."""
     per_row = plan.bytes_per_row + ROW_BYTES_PER_TOKEN * plan.rows.row_tokens
-    return plan.rows.count * per_row + plan.num_shards * record_dtype(plan).itemsize
+    return plan.rows.count * per_row + plan.num_shards * record_dtype(plan).itemsize + head_bytes(plan)
+
+
+def head_bytes(plan: Plan) -> int:
+    """Return the bytes of the teacher's head in the cache, 2 a number if the plan does not name its dtype."""
+    numbers = plan.teacher.vocab_size * plan.teacher.hidden_size if plan.keeps_head else 0
+    return numbers * (4 if plan.numerics.dtype == "float32" else 2)

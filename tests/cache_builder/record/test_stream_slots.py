@@ -13,6 +13,8 @@ from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.config import BuildConfig, CopyConfig
 from distillcache.schemas.errors import ConfigError, DamageError
 from distillcache.schemas.store.store import Store
+from distillcache.tools.look.inspect import describe_cache
+from distillcache.tools.look.inspect_print import print_cache
 from distillcache.tools.look.verify import verify_cache
 from distillcache.trainer.feed.cache_source import CacheSource
 from tests.conftest import build_config
@@ -70,6 +72,14 @@ def test_the_kept_head_is_the_teachers(last: BuildConfig, teacher: Path) -> None
     np.testing.assert_array_equal(found.weight, expected.weight)
     np.testing.assert_array_equal(found.norm, expected.norm)
     assert (found.norm_eps, found.divisor, found.softcap) == (expected.norm_eps, 1.0, None)
+
+
+def test_inspect_says_that_the_head_is_kept(last: BuildConfig, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, kept in ((last.cache, True), (str(cache), False)):
+        found = describe_cache(Store(folder))
+        assert found["keeps_head"] is kept
+        print_cache(found)
+        assert ("last norm and LM head" in capsys.readouterr().out) is kept
 
 
 def test_a_damaged_head_is_found_and_mended(tmp_path: Path, teacher: Path, corpus: Path) -> None:

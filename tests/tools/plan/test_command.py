@@ -161,3 +161,16 @@ def test_what_a_build_refuses_is_refused(tmp_path, teacher, corpus, capsys):
     words = ["plan", "--cache", str(tmp_path / "cache"), "--teacher.path", str(teacher), "--data.path", str(corpus)]
     assert cli.main([*words, "--data.row-tokens", "16", "--data.eval-rows", "4", "--blocks", "[7]"]) == 2
     assert "blocks" in capsys.readouterr().err
+
+
+def test_chosen_slots_and_the_head_have_their_size(tmp_path, teacher, corpus):
+    """Also beside other codecs: 263 rows of 24 numbers in float32, and one slot."""
+    taps = {"attn_out": None, "resid": {"slots": ["last"], "head": True}}
+    report = describe_build(plan_config(build_config(tmp_path / "cache", teacher, corpus, taps=taps, dtype="float32")))
+    without = {"attn_out": None, "resid": {"slots": ["last"]}}
+    other = describe_build(
+        plan_config(build_config(tmp_path / "cache", teacher, corpus, taps=without, dtype="float32"))
+    )
+    assert report["bytes"] - other["bytes"] == 263 * 24 * 4
+    assert report["bytes_per_token"] == other["bytes_per_token"] == 24 * 2
+    assert {choice["bytes_per_token"] for choice in report["choices"] if choice["codec"] == "bf16"} == {24 * 2}
