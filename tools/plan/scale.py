@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[dict[str, Any], int]] = {
     "attn_out, resid: int8": ({"attn_out": {"codec": "int8"}, "resid": {"codec": "int8", "delta": True}}, 1),
     "attn_out, resid: int4": ({"attn_out": {"codec": "int4"}, "resid": {"codec": "int4", "delta": True}}, 1),
     "int4, every 4th block": ({"attn_out": {"codec": "int4"}, "resid": {"codec": "int4", "delta": True}}, 4),
+    "last stream: int8": ({"attn_out": None, "resid": {"codec": "int8", "slots": ["last"]}}, 1),
     "topk_logits, k = 64": ({"attn_out": None, "resid": None, "topk_logits": {"k": 64}}, 1),
 }
 UNIT_MEMORY = (
