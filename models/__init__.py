@@ -7,6 +7,7 @@ layers/        sublayers of a block
 routing.py     expert selection and load balancing
 recorder.py    compiled teacher forward that returns encoded taps
 topk.py        top-k logits without a full batch of logits in memory
+adapters.py    low-rank adapters: names, sizes, and what they add
 checkpoint.py  load_pretrained and save_pretrained
 files/         checkpoint formats
 families/      one module per model family: config.json and tensor names

@@ -72,6 +72,8 @@ class Group(nnx.Module):
 
 type_of_emit = Callable[[Any, BlockOutput, Array], tuple[Any, Any]]
 BodyWrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+# `(group's number, its stacked parameters) -> (what the scan slices, a slice -> a repeat's parameters)`.
+Adapt = Callable[[int, nnx.State], tuple[Any, Callable[[Any], nnx.State]]]
 
 
 class Decoder(nnx.Module):
@@ -151,6 +153,7 @@ class Decoder(nnx.Module):
         *,
         skip_last_mlp: bool = False,
         wrap: BodyWrap | None = None,
+        adapt: Adapt | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Run every block on the stream of the one before it.
 
@@ -162,6 +165,7 @@ class Decoder(nnx.Module):
             skip_last_mlp: leave out the last block's MLP; its `mlp_out` is zeros.
             wrap: around the scan's body, `((x, carry), (a repeat's parameters, l)) -> ...`: to have the backward pass
                 compute some of it again, or to say where on a mesh these lie.
+            adapt: makes a repeat's parameters inside the body, of whatever it has the scan slice.
 
         Returns:
             the stream that leaves the last block, the last carry, and the `y` of all blocks stacked on axis 0; where
@@ -184,6 +188,7 @@ class Decoder(nnx.Module):
         for number, group in enumerate(self.groups):
             size = len(group.blocks)
             graph, parameters = nnx.split(group)
+            sliced_of, used = (parameters, _as_it_is) if adapt is None else adapt(number, parameters)
             ends = skip_last_mlp and number == len(self.groups) - 1
 
             def body(
@@ -191,17 +196,18 @@ class Decoder(nnx.Module):
                 step: tuple[Any, Array],
                 graph: Any = graph,
                 skipped: int | None = size - 1 if ends else None,
+                used: Callable[[Any], nnx.State] = used,
             ) -> Any:
                 x, carry = state
                 sliced, first = step
                 outputs = []
-                for place, block in enumerate(nnx.merge(graph, sliced).blocks):
+                for place, block in enumerate(nnx.merge(graph, used(sliced)).blocks):
                     x, carry, y = run_block(block, x, carry, first + place, place == skipped)
                     outputs.append(y)
                 return (x, carry), tuple(outputs)
 
             firsts = start + size * jnp.arange(group.repeats)
-            (x, carry), ys = jax.lax.scan(wrap(body) if wrap else body, (x, carry), (parameters, firsts))
+            (x, carry), ys = jax.lax.scan(wrap(body) if wrap else body, (x, carry), (sliced_of, firsts))
             stacks.append(ys)
             start += size * group.repeats
         return x, carry, _in_block_order(stacks)
@@ -242,6 +248,10 @@ def normed_head(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
     wide = head.astype(jnp.float32)
     norm = jax.lax.stop_gradient(jnp.linalg.norm(wide, axis=1, keepdims=True))
     return (wide / (norm + 1e-7)).astype(head.dtype)
+
+
+def _as_it_is(parameters: nnx.State) -> nnx.State:
+    return parameters
 
 
 def _zeros_like(sublayer: Callable[..., Any]) -> Callable[..., Any]:

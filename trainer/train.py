@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distillcache.models.adapters import is_adapter
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder, with_attention
 from distillcache.models.describe import teacher_context
@@ -48,7 +49,7 @@ from distillcache.trainer.feed.source import Source
 from distillcache.trainer.mesh.host_parameters import HostShards, Kept, gathered, kept
 from distillcache.trainer.mesh.placement import to_host
 from distillcache.trainer.mesh.sharding import check_processes, check_rows, make_mesh
-from distillcache.trainer.run.checkpoints import Checkpoints, balance_arrays, has_student
+from distillcache.trainer.run.checkpoints import Checkpoints, adapter_arrays, balance_arrays, has_student
 from distillcache.trainer.run.divergence import best_checkpoint, diverged_error, end_of_run
 from distillcache.trainer.run.evaluate import Evaluation, Evaluator
 from distillcache.trainer.run.folder import (
@@ -73,7 +74,7 @@ from distillcache.trainer.run.student import idle_checkpoint_note, kept_student,
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
 from distillcache.trainer.step.flops import peak_flops, step_flops
-from distillcache.trainer.step.parameters import Parameters
+from distillcache.trainer.step.parameters import BESIDE, Parameters, sublayer_of
 from distillcache.trainer.step.schedules import may_count
 from distillcache.trainer.step.targets import block_starts
 
@@ -176,6 +177,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
             plans = [plan_stage(config, config.mesh, stage, decoder, parameters, sources) for stage in stages]
+            if peers.first and began:
+                _say_what_adapters_are(parameters)
         except BaseException:
             if began:
                 remove_beginning(store)
@@ -311,6 +314,14 @@ def _open_student(
         Checkpoints(store).remove_unfinished()
         peers.meet("student")
     return with_attention(decoder, chosen_kernel(config.attention, decoder.config, config.compute_dtype))
+
+
+def _say_what_adapters_are(parameters: Parameters) -> None:
+    """Say how many numbers the adapters have, and which share of the student's that is."""
+    found = sum(value.size for name, value in parameters.items() if is_adapter(name))
+    if found:
+        whole = sum(value.size for name, value in parameters.items() if sublayer_of(name) not in BESIDE)
+        log.info(f"adapters: {found:,} numbers, {found / whole:.2%} of the student's, whose own weights stay")
 
 
 def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
@@ -546,7 +557,8 @@ class _Run:
         if self.log is not None:
             evaluations = digest_evaluations([entry.model_dump(mode="json") for entry in self.evaluations])
             figures = {EVALUATIONS: evaluations, **self.log.digests()}
-        self.checkpoints.save(number, held, whole | balance_arrays(balance), feed, figures)
+        whole |= balance_arrays(balance) | adapter_arrays(run.plan.setting.adapter_alpha)
+        self.checkpoints.save(number, held, whole, feed, figures)
 
     def _log(self, number: int, metrics: dict[str, float]) -> None:
         if self.log is not None:

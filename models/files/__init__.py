@@ -12,4 +12,5 @@ maxtext/        MaxText checkpoints (Orbax)
 runs.py         a training run's student as a checkpoint
 identity.py     digest of a checkpoint's weights
 export.py       writes Hugging Face directories
+adapter.py      writes adapters for peft
 """

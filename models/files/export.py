@@ -47,6 +47,7 @@ PRODUCER = "distillcache"  # in config.json: by this an export of ours is known
 SOURCE_DTYPE = "distillcache_source_dtype"
 GENERATION = "generation_config.json"
 WEIGHTS_PATTERN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+ADAPTER_FILES, BASE = ("adapter_model.safetensors", "adapter_config.json"), "base"  # of an export for peft
 KNOWN_FILES = frozenset({CONFIG, INDEX_NAME, ROUTER_BIAS_FILE, UNFINISHED, *TOKENIZER_FILES})
 
 
@@ -76,20 +77,30 @@ def save_pretrained(
             memory, and stored with one write.
         source_dtype: noted in config.json: the dtype of the checkpoint that the decoder was made of.
     """
-    target = locate(path)
-    _check_target(target)
     noted = {} if source_dtype is None else {SOURCE_DTYPE: source_dtype}
-    files = _export_files(decoder, tokenizer_from, shard_bytes, noted)
+    write_export(locate(path), lambda: export_files(decoder, tokenizer_from, shard_bytes, noted))
+
+
+def write_export(target: Location, files: Callable[[], list[ExportFile]]) -> None:
+    """Write these files and no others to a folder, whole or not at all.
+
+    Args:
+        files: makes them, once the target is known to be ours; the last one is that without which nobody reads it.
+
+    Raises:
+        CheckpointError: the target is neither empty nor an export of ours.
+    """
+    _check_target(target)
     if isinstance(target, ObjectPath):
-        _write_objects(target, files)
+        _write_objects(target, files())
     else:
-        _write_directory(target, files)
+        _write_directory(target, files())
 
 
-def _export_files(
-    decoder: Decoder, tokenizer_from: Any, shard_bytes: int, noted: Mapping[str, Any]
+def export_files(
+    decoder: Decoder, tokenizer_from: Any, shard_bytes: int = SHARD_BYTES, noted: Mapping[str, Any] | None = None
 ) -> list[ExportFile]:
-    """All files, in the order in which they are written: config.json is the last."""
+    """All files of an HF directory, in the order in which they are written: config.json is the last."""
     config = config_to_hf(decoder.config, str(decoder.dtype))
     files = list(_weights(decoder, shard_bytes))
     if tokenizer_from is not None:
@@ -97,8 +108,8 @@ def _export_files(
         contents, ids = tokenizer_files(given)
         config |= ids | generation_ids(contents, decoder.config.vocab_size)
         files[:0] = [_whole(name, content) for name, content in contents.items()]
-    config |= {**noted, "producer": PRODUCER}
-    return [*files, _json(CONFIG, config)]
+    config |= {**(noted or {}), "producer": PRODUCER}
+    return [*files, json_file(CONFIG, config)]
 
 
 def generation_ids(contents: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def _whole(name: str, content: bytes) -> ExportFile:
     return ExportFile(name, lambda stream: stream.write(content))
 
 
-def _json(name: str, value: Mapping[str, Any]) -> ExportFile:
+def json_file(name: str, value: Mapping[str, Any]) -> ExportFile:
     return _whole(name, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -130,8 +141,8 @@ def _write_objects(target: ObjectPath, files: list[ExportFile]) -> None:
     (target / UNFINISHED).write_bytes(b"an export is being written here\n")
     names = [file.name for file in files]
     before = target.keys_below()
-    if CONFIG in before:
-        (target / CONFIG).unlink()
+    if names[-1] in before:
+        (target / names[-1]).unlink()
     for name in before:
         if name not in (*names, UNFINISHED):
             (target / name).unlink()  # a shard of an earlier export, which may have had more
@@ -146,6 +157,7 @@ def _write_directory(target: Path, files: list[ExportFile]) -> None:
     """Into a temporary sibling, which is then renamed."""
     with staged_folder(target, "a checkpoint cannot be written here") as staging:
         for file in files:
+            (staging / file.name).parent.mkdir(exist_ok=True)
             with (
                 refusals(target / file.name, "an export cannot be written"),
                 (staging / file.name).open("wb") as stream,
@@ -160,20 +172,20 @@ def _weights(decoder: Decoder, shard_bytes: int) -> Iterator[ExportFile]:
     for slot in tensor_slots(decoder.config, exported_layout_of(decoder.config)):
         (beside if slot.beside else tensors)[slot.name].append(slot)
     if beside:
-        yield _weight_file(ROUTER_BIAS_FILE, _to_write(beside, parameters))
+        yield weight_file(ROUTER_BIAS_FILE, _to_write(beside, parameters))
     whole = _to_write(tensors, parameters)
     shards = _plan_shards(whole, shard_bytes)
     names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        yield _weight_file(file, {name: whole[name] for name in shard})
+        yield weight_file(file, {name: whole[name] for name in shard})
         names |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(tensor.size for tensor in whole.values())
-        yield _json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+        yield json_file(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
-def _weight_file(name: str, tensors: dict[str, TensorToWrite]) -> ExportFile:
+def weight_file(name: str, tensors: dict[str, TensorToWrite]) -> ExportFile:
     return ExportFile(name, partial(write_safetensors, tensors=tensors, metadata=FILE_METADATA))
 
 
@@ -235,6 +247,11 @@ def _found_in(target: Location) -> list[str] | None:
 
 def _is_ours(target: Location, found: list[str]) -> bool:
     """An export of ours has our mark in its config, and nothing beside what we write; a killed one has another mark."""
+    beside = [name for name in found if name in ADAPTER_FILES or name.split("/")[0] == BASE]
+    if beside:
+        rest = [name for name in found if name not in (*beside, UNFINISHED)]
+        inside = _found_in(target / BASE)
+        return not rest and bool(inside) and (UNFINISHED in found or _is_ours(target / BASE, inside or []))
     if not all(name in KNOWN_FILES or WEIGHTS_PATTERN.fullmatch(name) for name in found):
         return False
     if UNFINISHED in found:

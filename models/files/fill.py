@@ -7,13 +7,14 @@ every device its own part.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from distillcache.models.adapters import adapter_names, addition_on_host, sides
 from distillcache.models.files.runs import TrainedParameters
 from distillcache.models.files.tensors import Box, TensorSlot, TensorSource, hull, whole, within
 from distillcache.models.mesh.sharding import box_of, device_copy, parameter_sharding
@@ -63,6 +64,14 @@ def _not_finite(where: object, name: str, stored: np.ndarray, found: int, dtype:
     )
 
 
+def _other_shape(name: str, found: object, expected: Sequence[int]) -> CheckpointError:
+    return CheckpointError(
+        "a trained parameter is not of the student's shape",
+        {"parameter": name, "found": found, "expected": tuple(expected)},
+        "name a run whose folder `student` is the one from its start",
+    )
+
+
 @dataclass(frozen=True)
 class TensorRead:
     """The part of one tensor that is read, and the part of its parameter that receives it.
@@ -80,7 +89,7 @@ class TensorRead:
 @dataclass(frozen=True)
 class ParameterFill:
     """One parameter, stacked over its repeats where it has any: its parts on this process, and the reads that fill
-    them, in order. like: its shape and dtype. trained: where it comes from instead."""
+    them, in order. like: its shape and dtype. trained: where it comes from instead. adapters: where its adapter is."""
 
     name: str
     like: Any
@@ -88,10 +97,14 @@ class ParameterFill:
     boxes: tuple[Box, ...]
     reads: tuple[TensorRead, ...]
     trained: TrainedParameters | None = None
+    adapters: TrainedParameters | None = None
 
     def load(self, source: TensorSource) -> jax.Array:
         """The parameter on its devices. Its own dtype: a router's bias is always float32."""
-        parts = self._read(source) if self.trained is None else self._take(self.trained)
+        if self.trained is not None:
+            parts = self._take(self.trained)
+        else:
+            parts = self._read(source) if self.adapters is None else self._adapted(source, self.adapters)
         if self.mesh is None:
             return device_copy(parts[0])
         at = {str(box): number for number, box in enumerate(self.boxes)}
@@ -101,18 +114,30 @@ class ParameterFill:
 
     def _take(self, trained: TrainedParameters) -> list[np.ndarray]:
         if trained.shape(self.name) != tuple(self.like.shape):
-            raise CheckpointError(
-                "a trained parameter is not of the student's shape",
-                {"parameter": self.name, "found": trained.shape(self.name), "expected": tuple(self.like.shape)},
-                "name a run whose folder `student` is the one from its start",
-            )
-        parts = trained.boxes(self.name, self.boxes)
+            raise _other_shape(self.name, trained.shape(self.name), self.like.shape)
+        return self._rounded(trained.boxes(self.name, self.boxes), trained)
+
+    def _rounded(self, parts: Sequence[np.ndarray], trained: TrainedParameters) -> list[np.ndarray]:
         with np.errstate(over="ignore"):  # what overflows is found below, by name
             found = [part.astype(self.like.dtype, copy=False) for part in parts]
         for part, taken in zip(parts, found, strict=True):
             if bad := count_non_finite(taken):
                 raise _not_finite(trained.where, self.name, part, bad, self.like.dtype)
         return found
+
+    def _adapted(self, source: TensorSource, adapters: TrainedParameters) -> list[np.ndarray]:
+        """The tensors' numbers with the adapter added, in float32, and rounded once."""
+        parts = replace(self, like=jax.ShapeDtypeStruct(self.like.shape, np.float32))._read(source)
+        a, b = adapters.adapter(self.name) or (None, None)
+        into, out = sides(self.name, self.like.shape) or (0, 0)
+        if a is None or b is None or (a.shape[1], b.shape[2], *a.shape[::2]) != (into, out, len(b), b.shape[1]):
+            found = None if a is None or b is None else (a.shape, b.shape)
+            raise _other_shape(self.name, found, self.like.shape)
+        for box, part in zip(self.boxes, parts, strict=True):
+            for place, repeat in enumerate(range(box[0].start, box[0].stop)):
+                more = addition_on_host(a[repeat], b[repeat], adapters.alpha).reshape(self.like.shape[1:])
+                part[place] += more[box[1:]]
+        return self._rounded(parts, adapters)
 
     def _read(self, source: TensorSource) -> list[np.ndarray]:
         parts = [np.zeros([axis.stop - axis.start for axis in box], self.like.dtype) for box in self.boxes]
@@ -152,7 +177,8 @@ def plan_fill(
     if trained is not None and name in trained.names:
         return ParameterFill(name, like, mesh, boxes, (), trained)
     reads = [read for slot in slots if (read := _plan_read(slot, shape, boxes)) is not None]
-    return ParameterFill(name, like, mesh, boxes, tuple(reads))
+    adapts = trained is not None and sides(name, shape) is not None and trained.names.issuperset(adapter_names(name))
+    return ParameterFill(name, like, mesh, boxes, tuple(reads), adapters=trained if adapts else None)
 
 
 def held_boxes(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> list[Box]:

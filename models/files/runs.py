@@ -5,18 +5,22 @@
                                    lowest held-out perplexity (smallest cosine distance, where no token is a target)
 
 What was trained comes from the checkpoint's boxes (schemas/format/checkpoint.py), the rest from `<run>/student`, the
-HF directory that the run began with.
+HF directory that the run began with. Adapters are added to their matrices.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from distillcache.models.adapters import adapter_names
 from distillcache.schemas.errors import CheckpointError, DamageError
 from distillcache.schemas.format.checkpoint import RECORD, Box, SavedArrays
 from distillcache.schemas.format.run import (
+    ADAPTERS,
+    ALPHA,
     CHECKPOINTS,
     PARAMETERS,
     STUDENT,
@@ -71,6 +75,26 @@ class TrainedParameters:
         except DamageError as error:
             raise _damaged(error) from error
         self.names = frozenset(self._saved.names(PARAMETERS))
+
+    @cached_property
+    def alpha(self) -> float:
+        """Return the `alpha` of the adapters among the parameters.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or has no adapters.
+        """
+        try:
+            return float(self._saved.whole(ADAPTERS, ALPHA))
+        except DamageError as error:
+            raise _damaged(error) from error
+
+    def adapter(self, matrix: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A and B of a stacked matrix, `[repeats, in, rank]` and `[repeats, rank, out]`; None if it has no adapter."""
+        names = adapter_names(matrix)
+        if not self.names.issuperset(names):
+            return None
+        a, b = (self.boxes(name, [tuple(slice(0, size) for size in self.shape(name))])[0] for name in names)
+        return a, b
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._saved.info(PARAMETERS, name).shape

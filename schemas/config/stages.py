@@ -385,7 +385,7 @@ class BenchConfig(Config):
 
 
 class ExportConfig(Config):
-    """Write a run's student as an HF directory or in MaxText's format."""
+    """Write a run's student as an HF directory, in MaxText's format, or as an adapter for peft."""
 
     run: str = Field(description="the run to export")
     out: str = Field(description="the folder to write: a local path, gs:// or s3://; for MaxText a local path")
@@ -398,9 +398,20 @@ class ExportConfig(Config):
         default=None,
         description=("dtype of the weights; default: that of the checkpoint from which the student was made"),
     )
+    adapter: bool = Field(
+        default=False,
+        description="of a run with student.lora: write the adapters alone, as peft loads them, and the model that they "
+        "belong to in out/base; default: one model, adapters merged",
+    )
     step: Index | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
+
+    @model_validator(mode="after")
+    def _is_of_one_format(self) -> Self:
+        if self.adapter and self.format != "hf":
+            raise ValueError(f"adapter is for peft, and its model an HF directory: format: {self.format} has none")
+        return self
 
 
 class DemoConfig(Config):

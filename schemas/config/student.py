@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from distillcache.schemas.base import Amount, Config, Index, Positive, Seed
+from distillcache.schemas.base import Amount, Config, Index, Positive, Rate, Seed
 
 Blocks = Literal["all"] | list[Index]
 
@@ -104,6 +104,20 @@ _FIELDS_OF_OP = {
 }
 
 
+class LoraConfig(Config):
+    """Adapters on a student's matrices, which alone are trained."""
+
+    rank: Positive = Field(default=8, description="rank of each adapter")  # peft's default
+    alpha: Rate = Field(
+        default=16.0, description="an adapter's product counts alpha / rank times"
+    )  # twice the rank, as is usual
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default=["attention"],
+        description="patterns for the paths of matrices that get one, as of train_only: [attention/q, attention/v], "
+        "[mlp]; default: all of attention's",
+    )
+
+
 class StudentConfig(Config):
     init: str = Field(
         default="teacher",
@@ -131,6 +145,12 @@ class StudentConfig(Config):
     projector: Literal["none", "linear"] = Field(
         default="none", description="linear: learned maps between the student's width and the teacher's, in each block"
     )  # widths are usually equal; projectors are left out of the export
+
+    lora: LoraConfig | None = Field(
+        default=None,
+        exclude_if=_unset,  # runs from before there were adapters are the same
+        description="train adapters on matrices alone: {rank: 8, alpha: 16, targets: [attention/q, attention/v]}",
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -310,7 +310,7 @@ class TrainSpec(Config):
             "feature mode: what the backward pass recomputes: nothing, whole blocks, or everything but matrix products"
         ),
     )  # the least memory
-    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the shuffle and of the projectors")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the shuffle, of projectors and of adapters")
 
     @model_validator(mode="after")
     def _give_the_mlp_the_students_attention(self) -> Self:

@@ -26,6 +26,7 @@ from distillcache.schemas.store.store import Store
 EVALUATIONS = "eval.json"
 CHECKPOINTS = "checkpoints"
 PARAMETERS = "parameters"  # the item of a checkpoint that the student needs
+ADAPTERS, ALPHA = "adapters", "alpha"  # the item, where adapters are among the parameters, and the only number in it
 
 
 class _Scores(BaseModel):

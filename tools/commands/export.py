@@ -1,10 +1,12 @@
-"""`distillcache export`: write a trained student as an HF directory or in MaxText's format."""
+"""`distillcache export`: write a trained student as an HF directory, in MaxText's format, or as an adapter for peft."""
 
 import json
 import sys
 from collections.abc import Sequence
 
 from distillcache.models.checkpoint import save_pretrained
+from distillcache.models.files.adapter import save_adapter
+from distillcache.models.files.export import BASE
 from distillcache.models.files.maxtext.export import save_maxtext
 from distillcache.models.files.tensors import ROUTER_BIAS_FILE
 from distillcache.schemas import command_line
@@ -28,11 +30,16 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
             step, note = best.step, f", the best with a held-out perplexity of {told_perplexity(best.perplexity)},"
             if best.perplexity is None:
                 note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
-        student = load_student(config.run, step, config.dtype)
+        student = load_student(config.run, step, config.dtype, merges=not config.adapter)
         for each in missing_checkpoints(config.run, best=config.best, step=config.step):
             print(f"warning: {each}", file=sys.stderr)
-        save = save_maxtext if config.format == "maxtext" else save_pretrained
-        save(student.decoder, config.out, tokenizer_from=student.tokenizer)
+        if student.trained is not None:
+            made = {"tokenizer_from": student.tokenizer, "dtype": config.dtype or "float32"}
+            save_adapter(student.trained, student.decoder, config.out, **made)
+            note = f"{note or ','} as adapters of the model in {config.out.rstrip('/')}/{BASE},"
+        else:
+            save = save_maxtext if config.format == "maxtext" else save_pretrained
+            save(student.decoder, config.out, tokenizer_from=student.tokenizer)
     moe = student.decoder.config.moe
     if config.format == "hf" and moe is not None and moe.bias and not moe.native_bias:
         print(

@@ -195,6 +195,7 @@ def run_facts(
             "Cache": config.get("cache"),
             "Source": config.get("source"),
             "Student": f"{_start_of(student)}{f', after {surgery}' if surgery else ''}",
+            "Adapters": ", ".join(f"{k} {as_yaml(v)}" for k, v in (student.get("lora") or {}).items()) or None,
             "Loss settings": loss or None,
             "Optimizer": ", ".join(f"{k} {as_yaml(v)}" for k, v in config.get("optimizer", {}).items()) or None,
             "Batch": f"{_rows(config.get('batch_rows'))}, computed in {config.get('compute_dtype')}",

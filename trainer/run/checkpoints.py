@@ -1,8 +1,8 @@
 """Checkpoints of a run: the initial student and, at some steps, everything that training has changed since.
 
     <run>/student/                  HF directory of the student before its first step, with its tokenizer
-    <run>/checkpoints/00000100/     after 100 steps: all parameters trained so far, projectors and routers' biases among
-                                    them; optimizer state; the state of biases that move; feed state
+    <run>/checkpoints/00000100/     after 100 steps: all parameters trained so far, projectors, adapters and routers'
+                                    biases among them; optimizer state; the state of biases that move; feed state
 
 Parameters go by their names (step/parameters.py), without what a mesh adds, so a run may go on on another mesh. A
 student's untrained parameters are stored once. Nothing else is needed to go on or to export: neither the teacher nor
@@ -23,6 +23,7 @@ import numpy as np
 
 from distillcache.models.checkpoint import load_pretrained, source_dtype
 from distillcache.models.decoder import Decoder
+from distillcache.models.files.runs import RunCheckpoint, TrainedParameters
 from distillcache.models.routing import BalanceState
 from distillcache.schemas.errors import CheckpointError, DamageError, StorageError
 from distillcache.schemas.format.checkpoint import (
@@ -37,7 +38,15 @@ from distillcache.schemas.format.checkpoint import (
     read_receipt,
     write_arrays,
 )
-from distillcache.schemas.format.run import CHECKPOINTS, PARAMETERS, STUDENT, checkpoint_key, whole_steps
+from distillcache.schemas.format.run import (
+    ADAPTERS,
+    ALPHA,
+    CHECKPOINTS,
+    PARAMETERS,
+    STUDENT,
+    checkpoint_key,
+    whole_steps,
+)
 from distillcache.schemas.format.run_identity import read_identity
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.store.path import locate
@@ -208,6 +217,11 @@ def balance_arrays(balance: Mapping[str, BalanceState]) -> dict[str, np.ndarray]
     }
 
 
+def adapter_arrays(alpha: float | None) -> dict[str, np.ndarray]:
+    """The number that adapters need beside their own, by item and name; nothing without adapters."""
+    return {} if alpha is None else {f"{ADAPTERS}/{ALPHA}": np.asarray(alpha, np.float64)}
+
+
 def restored_balance(saved: SavedArrays) -> dict[str, BalanceState]:
     """The state of the routers' biases, with the stored number of groups."""
     units = sorted({name.rpartition("/")[0] + "/" for name in saved.names(ROUTER)})
@@ -219,18 +233,24 @@ def restored_balance(saved: SavedArrays) -> dict[str, BalanceState]:
 
 @dataclass(frozen=True, eq=False)
 class TrainedStudent:
-    """A run's student. tokenizer: where its tokenizer's files are; step: how long it was trained."""
+    """A run's student. tokenizer: where its tokenizer's files are; step: how long it was trained. trained: what the
+    checkpoint holds, where the decoder is the student before its first step.
+    """
 
     decoder: Decoder
     tokenizer: str
     step: int
+    trained: TrainedParameters | None = None
 
 
-def load_student(run: str, step: int | None = None, dtype: str | None = "float32") -> TrainedStudent:
+def load_student(
+    run: str, step: int | None = None, dtype: str | None = "float32", *, merges: bool = True
+) -> TrainedStudent:
     """The student of a run after `step` steps; default: at its newest checkpoint.
 
     Args:
         dtype: of its parameters; None: that of the checkpoint that it was made of.
+        merges: give its trained parameters their places in the decoder.
 
     Raises:
         CheckpointError: there is no run, or it has no such checkpoint.
@@ -242,6 +262,9 @@ def load_student(run: str, step: int | None = None, dtype: str | None = "float32
         raise CheckpointError("the run has no checkpoint yet", {"run": run}, "run the same `distillcache train` again")
     checkpoints.open(chosen)  # says which there are, if not this one
     own = source_dtype(locate(store.where(STUDENT))) if dtype is None else dtype
+    if not merges:
+        trained = RunCheckpoint(locate(store.url), chosen).open()
+        return TrainedStudent(load_pretrained(store.where(STUDENT), dtype=own), store.where(STUDENT), chosen, trained)
     decoder = load_pretrained(store.where(checkpoint_key(chosen)), dtype=own)
     return TrainedStudent(decoder, store.where(STUDENT), chosen)
 

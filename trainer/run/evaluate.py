@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 from pydantic import model_validator
 
+from distillcache.models.adapters import merged
 from distillcache.models.decoder import Decoder
 from distillcache.models.routing import max_violation
 from distillcache.schemas.base import Config
@@ -90,6 +91,7 @@ class Evaluator:
         self._batch_rows, self._rest_bucket = batch_rows, spec.loss.rest_bucket
         self._source, self._peers = sources.held_out, peers
         self._stack = StudentStack(decoder)
+        self._alpha = None if spec.student.lora is None else spec.student.lora.alpha
         self._graph, state = nnx.split(decoder)
         self._like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         self._exact: Exact | None = None
@@ -121,7 +123,8 @@ class Evaluator:
             NonFiniteError: a figure is not finite.
         """
         rows, source, peers = self._batch_rows, self._source, self._peers
-        parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
+        whole_ones = parameters if self._alpha is None else merged(parameters, self._alpha)
+        parameters = {name: jnp.asarray(value) for name, value in whole_ones.items()}
         decoder = self._with(parameters)
         exact = None if self._exact is None else exact_figures(decoder, self._exact, rows, peers)
         whole = exact.whole if exact is not None else held_out(decoder, source, rows, peers=peers)

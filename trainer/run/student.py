@@ -37,7 +37,14 @@ from distillcache.trainer.feed.teacher import check_teacher
 from distillcache.trainer.run.checkpoints import has_student
 from distillcache.trainer.run.importance import OpenSource, teacher_importance
 from distillcache.trainer.run.stages import Stage, only_part, part_note
-from distillcache.trainer.step.parameters import Parameters, all_parameters, make_projectors
+from distillcache.trainer.step.adapters import make_adapters
+from distillcache.trainer.step.parameters import (
+    PROJECTOR,
+    Parameters,
+    all_parameters,
+    make_projectors,
+    sublayer_of,
+)
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import FROM_TEACHER, block_starts, check_ascending, real_vocab, student_spans
 
@@ -130,7 +137,7 @@ def operations(config: StudentConfig, teacher_blocks: int) -> list[SurgeryOp]:
 def start_parameters(
     student: Decoder, config: StudentConfig, teacher_width: int, seed: int, run: Store | None = None
 ) -> Parameters:
-    """All parameters of a student before its first step, with projectors where it has them.
+    """All parameters of a student before its first step, with projectors and adapters where it has them.
 
     Args:
         run: says to which numbers of the teacher's stream surgery cut the student; its projectors begin with these.
@@ -142,6 +149,9 @@ def start_parameters(
         if run is not None and config.init == "teacher" and any(op.op == "hidden_size" for op in config.surgery):
             kept = kept_stream(run)
         found |= make_projectors(places, width, teacher_width, seed, kept)
+    if config.lora is not None:
+        shapes = {name: value.shape for name, value in found.items() if sublayer_of(name) != PROJECTOR}
+        found |= make_adapters(config.lora, shapes, seed)
     return found
 
 

@@ -7,6 +7,7 @@ heads.py              both models' ends: last streams and heads
 feature.py            feature mode: the student runs end to end
 balance.py            router losses or bias updates
 parameters.py         parameters by name, and which of them train
+adapters.py           low-rank adapters before the first step
 optimizer.py          AdamW with state and clipping per block
 schedules.py          weights that depend on the step
 program.py            interface of a mode (StepProgram), and the compiled step

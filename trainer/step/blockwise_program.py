@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillcache.models.adapters import LORA
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.balance import BlockRouting, biases
 from distillcache.trainer.step.blockwise import MODE, BlockwiseStep, StepSums
@@ -65,6 +66,8 @@ class BlockwiseProgram:
         attention = self._compares_attention or self._compares_block
         attention |= on_student and (self._compares_mlp or balances)
         return (
+            (f"{IN_BLOCK}{LORA}/attention/*", attention),
+            (f"{IN_BLOCK}{LORA}/mlp/*", self._trains_mlp),
             (IN_BLOCK + ROUTER_BIAS, False),
             *((IN_BLOCK + name, self._trains_mlp or balances) for name in ROUTING),
             (IN_BLOCK + "mlp/*", self._trains_mlp),
@@ -91,6 +94,7 @@ class BlockwiseProgram:
             spec.compute_dtype,
             self._own_stream,
             teacher_norm_eps=setting.teacher_norm_eps,
+            adapter_alpha=setting.adapter_alpha,
         )
         step = BlockwiseStep(
             setting.stack,

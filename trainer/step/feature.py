@@ -6,7 +6,7 @@ What is minimised is the sum of the terms (trainer/terms): those of logits are m
 into micro-batches. Logits exist for one row at a time, forward and backward; without a term on them there are none.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from distillcache.models.decoder import BlockOutput, BodyWrap, Decoder
+from distillcache.models.adapters import adapted_matrices, adapter_names, is_adapter, merged
+from distillcache.models.decoder import Adapt, BlockOutput, BodyWrap, Decoder
 from distillcache.models.layers.context import BlockContext
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.config.train import LossConfig
@@ -25,6 +26,7 @@ from distillcache.trainer.losses import counted_predictions
 from distillcache.trainer.step.balance import Balancing, BlockRouting, Totals, router_weights
 from distillcache.trainer.step.heads import head_losses, student_side, teacher_side
 from distillcache.trainer.step.parameters import (
+    BESIDE,
     PROJECTOR,
     TEACHER_HEAD,
     TEACHER_NORM,
@@ -83,6 +85,7 @@ class FeatureStep:
     compute_dtype: str = "float32"
     balancing: Balancing | None = None
     real_vocab: int | None = None  # see losses.without_padding
+    adapter_alpha: float | None = None  # of the adapters among the parameters
     terms: Terms = field(default_factory=partial(Terms.of_mode, MODE))
 
     def __hash__(self) -> int:
@@ -134,7 +137,10 @@ class FeatureStep:
         taps: Mapping[str, Any],
     ) -> tuple[Array, FeatureSums]:
         own = {name: value for name, value in frozen.items() if name not in (TEACHER_NORM, TEACHER_HEAD)}
-        parameters = cast({**own, **trained}, self.compute_dtype)
+        everything = {**own, **trained}
+        matrices = adapted_matrices(everything)
+        wide = {*matrices, *(name for matrix in matrices for name in adapter_names(matrix))}  # until they are added
+        parameters = cast(everything, self.compute_dtype, wide)
         decoder = merge_decoder(self.graph, parameters)
         context = decoder.context(rows["positions"], rows["segment_ids"])
         if self.balancing is not None:
@@ -192,7 +198,8 @@ class FeatureStep:
             return carry, {"blocks": found, **kept}
 
         x = decoder.embed_tokens(rows["tokens"])
-        stream, _, found = decoder.scan_layers(x, context, emit, None, wrap=REMAT[self.remat])
+        adapt = self._adapt(parameters) if any(map(is_adapter, parameters)) else None
+        stream, _, found = decoder.scan_layers(x, context, emit, None, wrap=REMAT[self.remat], adapt=adapt)
         nothing = {term.name: jnp.zeros(depth) for term in self.terms.blocks}
         return stream, nothing | {n: v.reshape(depth) for n, v in found["blocks"].items()}, found.get("router")
 
@@ -240,6 +247,29 @@ class FeatureStep:
             *(rows[name] for name in ROW_FIELDS),
         )
         return found, term.head_sums(sums)
+
+    def _adapt(self, parameters: Mapping[str, Array]) -> Adapt:
+        """Adds a repeat's adapters to its matrices, inside the scan: no second stack of weights is made."""
+        alpha, dtype = self.adapter_alpha, self.compute_dtype
+        if alpha is None:
+            raise ValueError("parameters have adapters, and nothing says how much they count")
+
+        def adapt(number: int, stacked: nnx.State) -> tuple[Any, Callable[[Any], nnx.State]]:
+            prefix = f"groups/{number}/"
+            own = {n.removeprefix(prefix): v for n, v in parameters.items() if n.startswith(prefix) and is_adapter(n)}
+
+            def used(sliced: tuple[nnx.State, dict[str, Array]]) -> nnx.State:
+                state, adapters = sliced
+                flat = dict(nnx.to_flat_state(state))
+                named = {"/".join(map(str, path)): path for path in flat}
+                matrices = {name: flat[named[name]].get_value() for name in adapted_matrices(adapters)}
+                whole = merged({**matrices, **adapters}, alpha)
+                changed = {named[n]: flat[named[n]].replace(value.astype(dtype)) for n, value in whole.items()}
+                return nnx.from_flat_state(list((flat | changed).items()))
+
+            return (stacked, own), used
+
+        return adapt
 
     def _projectors(self, parameters: Mapping[str, Array]) -> Array | None:
         """`out` of every block, `[L, Ds, Dt]`."""
@@ -302,11 +332,11 @@ class _Counts(NamedTuple):
 
 
 def merge_decoder(graph: nnx.GraphDef[Decoder], parameters: Mapping[str, Array]) -> Decoder:
-    """The decoder with these parameters; projectors are left aside."""
+    """The decoder with these parameters; projectors and adapters are left aside."""
     flat = [
         (tuple(int(part) if part.isdigit() else part for part in name.split("/")), value)
         for name, value in parameters.items()
-        if sublayer_of(name) != PROJECTOR
+        if sublayer_of(name) not in BESIDE
     ]
     return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(value)) for path, value in flat]))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from distillcache.models.adapters import LORA
 from distillcache.trainer.step.balance import BlockRouting, biases, loads_by_unit
 from distillcache.trainer.step.feature import MODE, FeatureStep, FeatureSums
 from distillcache.trainer.step.optimizer import PROGRAMS, clip_all, make_optimizer, update_blocks, update_one
@@ -86,6 +87,7 @@ class FeatureProgram:
             spec.compute_dtype,
             setting.balancing,
             setting.real_vocab,
+            adapter_alpha=setting.adapter_alpha,
         )
         return feature_update(step)
 
@@ -160,7 +162,7 @@ def _where_reached(
             reached = group.trained | streams
         elif step.counting.logits:
             return value
-        elif name.startswith("mlp/"):
+        elif name.removeprefix(f"{LORA}/").startswith("mlp/"):
             reached = (group.block < last) | (group.block <= last_stream)
         else:
             reached = group.block <= jnp.maximum(last, last_stream)

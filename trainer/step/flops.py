@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from distillcache.models.adapters import is_adapter
 from distillcache.models.config import ModelConfig
 
 # bfloat16 peak of one device, FLOP/s, from the vendors' data sheets, without sparsity. Others: no utilisation is told.
@@ -36,6 +37,8 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
     products, blocks = 0, 0
     for name, value in parameters.items():
         stacked = name.startswith("groups/")
+        if is_adapter(name):  # added to their matrices once a step, whatever the number of tokens
+            continue
         if name == "embed" and not (config.tie_embeddings and "final_norm" in parameters):
             continue
         if value.ndim - stacked >= 2 and not name.endswith(("_bias", "_norm")):

@@ -3,12 +3,13 @@
 All parameters are one flat dict: `embed`, `final_norm`, `head`, and `groups/<g>/blocks/<p>/<path>`, stacked over the
 repeats of layer group g, for every place p of its pattern. Projectors, where the student's width is not the teacher's,
 are `groups/<g>/blocks/<p>/projector/{in,out}` `[repeats, D, D]`; they are trained and kept in checkpoints, and are no
-part of the student.
+part of the student. Adapters are `groups/<g>/blocks/<p>/lora/<sublayer>/<matrix>/{a,b}`; where there are any, the
+student's own parameters are not trained.
 
 A *place* is a (g, p); its parameters without their prefix (`attention/q`) are what a block is called with.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from distillcache.models.adapters import LORA
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.mlp import Moe
 from distillcache.schemas.errors import ConfigError
@@ -24,6 +26,7 @@ from distillcache.schemas.errors import ConfigError
 Parameters = dict[str, Array]
 StackAddress = tuple[int, int]  # (layer group, position in its pattern): one stack of equal blocks
 PROJECTOR = "projector"
+BESIDE = (LORA, PROJECTOR)  # in the place of a sublayer: no part of a decoder
 [_BY_RULE] = Moe.by_rule
 ROUTER_BIAS = f"mlp/{_BY_RULE}"
 ROUTING = tuple(f"mlp/{name}" for name in Moe.routing)
@@ -100,7 +103,8 @@ def reached_by(rules: PathRules, names: Iterable[str]) -> list[str]:
 
 
 def choose_trained(names: Sequence[str], patterns: Sequence[str] | None, reached: Sequence[str]) -> frozenset[str]:
-    """The parameters to train: those that match one of `patterns`, of those that a loss reaches.
+    """The parameters to train: those that match one of `patterns`, of those that a loss reaches. Of a student with
+    adapters these and projectors alone.
 
     Args:
         patterns: parts of paths, whole names joined by `/`, with `*` inside a name: `attention`, `mlp/down`,
@@ -110,16 +114,26 @@ def choose_trained(names: Sequence[str], patterns: Sequence[str] | None, reached
     Raises:
         ConfigError: a pattern matches nothing, or nothing that a loss reaches.
     """
+    adapts = any(sublayer_of(name) == LORA for name in names)
+    if adapts:
+        names, reached = ([name for name in each if sublayer_of(name) in BESIDE] for each in (names, reached))
+        if not any(sublayer_of(name) == LORA for name in reached):
+            raise ConfigError(
+                "no loss of this stage reaches an adapter",
+                {"student.lora": ", ".join(sorted({_short(name) for name in names}))},
+                "choose other student.lora.targets, or give a loss that reaches them a weight",
+            )
     if patterns is None:
         return frozenset(reached)
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
+            what = "train_only names no parameter of the student"
             raise ConfigError(
-                "train_only names no parameter of the student",
+                f"{what} that is trained: with student.lora these are the adapters" if adapts else what,
                 {"train_only": pattern, "parameters": ", ".join(sorted({_short(name) for name in names}))},
                 "name parts of these paths",
             )
-    chosen = frozenset(name for name in reached if any(_matches(name, pattern) for pattern in patterns))
+    chosen = frozenset(name for name in reached if any(matches(name, pattern) for pattern in patterns))
     if not chosen:
         raise ConfigError(
             "no loss reaches what train_only names",
@@ -127,6 +141,15 @@ def choose_trained(names: Sequence[str], patterns: Sequence[str] | None, reached
             "name other parameters, or give a loss that reaches them a weight",
         )
     return chosen
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a parameter's path has these consecutive names, each with `*` for anything inside it."""
+    parts, wanted = name.split("/"), pattern.strip("/").split("/")
+    return any(
+        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
 
 
 def make_projectors(
@@ -158,19 +181,14 @@ def make_projectors(
     return found
 
 
-def cast(parameters: Mapping[str, Array], dtype: str) -> dict[str, Array]:
+def cast(parameters: Mapping[str, Array], dtype: str, kept: Collection[str] = ()) -> dict[str, Array]:
     """Cast parameters for the forward and backward pass; router biases keep their precision, since small differences
-    decide.
+    decide, and so do those that are named in `kept`.
     """
-    return {name: value if name.endswith(ROUTER_BIAS) else value.astype(dtype) for name, value in parameters.items()}
-
-
-def _matches(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("/"), pattern.strip("/").split("/")
-    return any(
-        all(fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
-    )
+    return {
+        name: value if name.endswith(ROUTER_BIAS) or name in kept else value.astype(dtype)
+        for name, value in parameters.items()
+    }
 
 
 def _short(name: str) -> str:

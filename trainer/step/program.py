@@ -83,6 +83,11 @@ class Setting:
     real_vocab: int | None = None
 
     @property
+    def adapter_alpha(self) -> float | None:
+        """Return the `alpha` of the student's adapters; None without any."""
+        return None if self.spec.student.lora is None else self.spec.student.lora.alpha
+
+    @property
     def balances(self) -> bool:
         """Return whether a loss of routers may count."""
         return self.balancing is not None and self.balancing.with_loss

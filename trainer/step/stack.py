@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from distillcache.models.adapters import merged
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
@@ -50,6 +51,7 @@ class BlockRules:
 
     own_stream: no stream is recorded, so a block is given the student's own, in the student's width.
     teacher_norm_eps: of the teacher's attention norms, where `StudentStack.run` is given their weights.
+    adapter_alpha: of the adapters among the parameters (models/adapters.py).
     """
 
     mlp_input: str = "teacher"
@@ -57,6 +59,12 @@ class BlockRules:
     compute_dtype: str = "float32"
     own_stream: bool = False
     teacher_norm_eps: float = 1e-6
+    adapter_alpha: float | None = None
+
+    def used(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
+        """A block's parameters as they are computed with."""
+        whole = parameters if self.adapter_alpha is None else merged(parameters, self.adapter_alpha)
+        return cast(whole, self.compute_dtype)
 
 
 # `cross(address, of_block, fixed, stream)`: the student's own stream behind a block.
@@ -105,7 +113,7 @@ class StudentStack:
             norm: the weight of the teacher's attention norm, where that takes the place of the block's own (`inject:
                 attn_in`: `BlockTargets.norm`).
         """
-        parameters = cast(parameters, rules.compute_dtype)
+        parameters = rules.used(parameters)
         into, out = (parameters.get(f"{PROJECTOR}/{side}") for side in ("in", "out"))
 
         def inward(x: Array) -> Array:
@@ -138,7 +146,7 @@ class StudentStack:
         rules: BlockRules,
     ) -> Array:
         """The student's own stream behind a block, without gradient."""
-        parameters = cast(parameters, rules.compute_dtype)
+        parameters = rules.used(parameters)
         x = stream.astype(rules.compute_dtype)
         x = x + sublayer(self.graphs[address]["attention"], "attention", parameters)(x, context)
         x = x + sublayer(self.graphs[address]["mlp"], "mlp", parameters)(x, context)[0]
