@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from distillcache.models.adapters import is_adapter
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.config.student import LoraConfig
 from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format.checkpoint import SavedArrays
 from distillcache.schemas.store.store import Store
@@ -21,6 +22,7 @@ from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.held_out import held_out
 from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.step.adapters import make_adapters
 from distillcache.trainer.step.parameters import ROUTER_BIAS, all_parameters
 from distillcache.trainer.train import train
 from tests.models.files.test_adapter import changes
@@ -205,6 +207,19 @@ def test_runs_of_before_know_nothing_of_adapters(cache: Path, tmp_path: Path) ->
     """A config without adapters is spelled as it was."""
     spelled = json.loads(config(tmp_path / "run", cache).model_dump_json())
     assert "lora" not in spelled["student"]
+
+
+def test_what_no_gradient_reaches_keeps_its_bits(cache: Path, tmp_path: Path) -> None:
+    """Without losses on tokens nothing lies behind the last block's MLP: weight decay leaves its adapter alone, too."""
+    loss = {"token_weight": 0.0, "feature": {"weight": 1.0}}
+    options = {"stages": None, "mode": "feature", "steps": 2, "micro_batches": 1, "loss": loss}
+    train(lora_config(tmp_path / "run", cache, **options))
+    name = "groups/0/blocks/0/lora/mlp/down/a"
+    saved = SavedArrays(Store(str(tmp_path / "run")), "checkpoints/00000002").whole("parameters", name)
+    shapes = {n: v.shape for n, v in all_parameters(load_pretrained(tmp_path / "run" / "student")).items()}
+    first = np.asarray(make_adapters(lora_config(tmp_path, cache).student.lora or LoraConfig(), shapes, seed=0)[name])
+    same = [np.array_equal(now, then) for now, then in zip(saved, first, strict=True)]
+    assert same == [False, False, True]
 
 
 def test_train_only_chooses_among_adapters(cache: Path, tmp_path: Path) -> None:
