@@ -1,5 +1,6 @@
 """A run by several real processes, with gloo between them: the same numbers however many there are; stopped, killed."""
 
+import json
 import os
 import re
 import signal
@@ -7,14 +8,17 @@ import socket
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from distillcache.models.checkpoint import read_config
 from distillcache.schemas.errors import Interrupted
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.trainer import __main__
 from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.run.yardstick import measure_teacher
@@ -95,6 +99,23 @@ def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
     # Sums over devices round in another order, and Adam's first steps divide by almost nothing: 1e-6 grows to 1e-4.
     np.testing.assert_allclose(together, alone, rtol=1e-3)
     assert len(alone) == reached + 3
+
+
+@pytest.mark.slow
+def test_adapters_of_two_processes_and_of_one(tmp_path, cache):
+    """Rows and weights are divided over two processes; what is trained is what one process trains."""
+    lora = {"rank": 2, "targets": ["attention", "mlp/down"]}
+    values = {"student": {"surgery": [{"op": "query_heads", "to": 2}], "lora": lora}, "checkpoint_every": 2, "steps": 4}
+    values |= {"stages": [{"mode": "blockwise", "steps": 2}, {"mode": "feature", "steps": 2}], "batch_rows": 4}
+    run = tmp_path / "run"
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    ends(start(run, [cache] * 2, 2, "--mesh.data", "2", "--mesh.fsdp", "2"), 0)
+    train(config(str(tmp_path / "whole"), cache, **values))
+    students = [load_student(str(folder)).decoder for folder in (run, tmp_path / "whole")]
+    for left, right in zip(*(jax.tree.leaves(nnx.state(student)) for student in students), strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-5)
+    perplexities = [[entry.perplexity for entry in read_evaluations(folder)] for folder in (run, tmp_path / "whole")]
+    np.testing.assert_allclose(*perplexities, rtol=1e-4)
 
 
 @pytest.mark.slow
