@@ -4,7 +4,7 @@ config.py      ModelConfig: sizes, positions, layer plan
 decoder.py     Decoder: stacked parameters, scanned blocks, taps as return values
 head.py        last norm and LM head: from the last stream to logits
 layers/        sublayers of a block
-routing.py     expert selection and load balancing
+routing.py     expert selection, and the formulas of load balancing
 recorder.py    compiled teacher forward that returns encoded taps
 topk.py        top-k logits without a full batch of logits in memory
 adapters.py    low-rank adapters: names, sizes, and what they add

@@ -122,7 +122,7 @@ def read_config(path: str | os.PathLike[str] | ObjectPath) -> ModelConfig:
 
 
 def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
-    """Name the dtype that an export of this checkpoint has: that of its tensors; of packed weights, which are codes,
+    """Name the dtype of a checkpoint: that of its tensors; of packed weights, which are codes,
     the one that config.json names. A run's is that of the checkpoint that its student was made of."""
     where = locate_checkpoint(path)
     if is_gguf(where):

@@ -180,6 +180,8 @@ def load_balance_loss(
 ) -> Float[Array, ""]:
     """`E * sum f_i P_i` with f_i the share of assignments (sums to 1) and P_i the mean router probability.
 
+    Of all blocks at once; what a step sums block by block (`balance_of`) is compared with it.
+
     1 when balanced, whatever `top_k`. Other systems leave out the division by `top_k` or scale otherwise: docs/moe.md
     has their factors.
 

@@ -1,6 +1,6 @@
 """Definitions that every stage shares: configuration, file formats, byte stores. Imports none of the other packages.
 
-errors.py        errors that a user can act on; each ends a command with one message and exit code 2
+errors.py        errors that a user can act on; each ends a command with one message and an exit code
 counted.py       numbers of things in words
 base.py          the strict, frozen models that configs and stored files derive from
 config/          settings of every command

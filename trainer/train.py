@@ -1,4 +1,4 @@
-"""Stage 2: a student from a cache, by one process or by several in lockstep (peers.py).
+"""Stage 2: a student from a cache, by one process or by several in lockstep (schemas/runtime/peers.py).
 
 The same command resumes an interrupted run with the same bits as a run that was never interrupted: the feed,
 the step and the schedule are pure functions of the config and the step's number. What the run's folder holds:

@@ -130,10 +130,10 @@ def _stream_digest(store: Store, stored: StoredObject) -> str | None:
     step = LOCAL_READ_BYTES if store.local is not None else BUCKET_READ_BYTES
     digest = xxhash.xxh3_128()
     for start in range(0, stored.length, step):
-        tap_object = store.read(stored.key, slice(start, min(start + step, stored.length)))
-        if tap_object is None:
+        data = store.read(stored.key, slice(start, min(start + step, stored.length)))
+        if data is None:
             return None
-        digest.update(tap_object)
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,6 @@ single_flight.py  bounded memory cache in which each object is read once
 disk_errors.py    errors of file systems, and what to do about each
 names.py          refuses local paths that cannot exist or may not be entered
 url_secrets.py    refuses credentials inside URLs
-redaction.py      hides credentials inside URLs that old files contain
+redaction.py      recognises and hides credentials in URLs
 whole_file.py     replaces a file as a whole
 """

@@ -1,4 +1,5 @@
-"""Credentials in URLs, made unreadable: for whatever is printed of plans and configs that earlier versions wrote."""
+"""Credentials in URLs: recognised, so that they are refused, and made unreadable in plans and configs of earlier
+versions."""
 
 import re
 from typing import TypeVar, cast

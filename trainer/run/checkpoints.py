@@ -249,7 +249,7 @@ def load_student(
     """The student of a run after `step` steps; default: at its newest checkpoint.
 
     Args:
-        dtype: of its parameters; None: that of the checkpoint that it was made of.
+        dtype: of its parameters; None, as `export` has it: that of the checkpoint that it was made of.
         merges: give its trained parameters their places in the decoder.
 
     Raises:

@@ -1,10 +1,10 @@
 """The teacher's own perplexity on the held-out rows, to which a student's is compared.
 
-It is measured once a run, before step 1, as the student's is: by the same function, on the same rows and targets, with
+It is measured once a run, before step 1, as the student's is (where evaluations compare with the whole distribution,
+exact.py, each of them gives it, and nothing is loaded here): by the same function, on the same rows and targets, with
 the same padding of the vocabulary left out, in the dtype in which the cache was built. The teacher is loaded for that
 alone, or is the one in the loop, and every process evaluates its share of the rows. eval.json keeps the figure, so a
-resumed run does not measure it again. The last stream that a cache holds would do as well, but for the codec's error,
-and would need the teacher's norm and head from its checkpoint all the same.
+resumed run does not measure it again.
 """
 
 import gc

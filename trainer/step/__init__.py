@@ -5,7 +5,7 @@ stack.py              the student's blocks, scanned
 blockwise.py          blockwise mode: each block's gradient inside its own scan iteration
 heads.py              both models' ends: last streams and heads
 feature.py            feature mode: the student runs end to end
-balance.py            router losses or bias updates
+balance.py            load balancing in a step: router losses or bias updates
 parameters.py         parameters by name, and which of them train
 adapters.py           low-rank adapters before the first step
 optimizer.py          AdamW with state and clipping per block

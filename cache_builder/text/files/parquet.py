@@ -20,7 +20,7 @@ def table_records(
     """Yield the place of each row, for messages, and its column (for chats: `messages`, and `tools` if there is one).
 
     Raises:
-        InputError: the file is no parquet file, or lacks the column.
+        InputError: the file is no parquet file, or lacks the column or has it twice.
     """
     chat = data.format == "chat"
     wanted = [MESSAGES, TOOLS] if chat else [data.text_field]
