@@ -1,6 +1,7 @@
 # make demo       the main job on a real teacher (downloads it once, about 90 MB)
 # make test       the tests (minutes); make test-slow: kills and other slow proofs
-# make test-bits  the tests of which bits are equal, on two instruction sets, with one thread and with two
+# make test-bits  the tests of which bits are equal, with SSE4.2 on one thread; those of the codecs also with the
+#                 machine's own instructions, on all threads
 # make chaos      two minutes of builders that are killed at random over a store that fails
 # make check      lint, format and types
 # make browser    Chromium (from Debian's packages) and what drives it, for the tests of pages, which are skipped without
