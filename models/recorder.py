@@ -148,7 +148,7 @@ def _program(
         model = nnx.merge(graph, parameters if places is None else places.gathered(parameters))
         real = own(segment_ids > 0)
 
-        skips = not _last_mlp_needed(taps, num_blocks)
+        skip_last_mlp = not _last_mlp_needed(taps, num_blocks)
 
         def emit(states: dict[str, _TapState], out: BlockOutput, block: Array) -> tuple[dict[str, _TapState], Any]:
             recorded = {
@@ -157,7 +157,7 @@ def _program(
             }
             if out.router is None or places is not None:
                 return recorded, {}
-            ran = real & (block < num_blocks - 1) if skips else real
+            ran = real & (block < num_blocks - 1) if skip_last_mlp else real
             return recorded, {"router": jax.vmap(router_sums)(out.router, ran)}
 
         last, states, kept = model.scan_layers(
@@ -168,7 +168,7 @@ def _program(
                 name: _placed(recorder.start(batch, row_tokens, config.hidden_size), places)
                 for name, recorder in recorders.items()
             },
-            skip_last_mlp=skips,
+            skip_last_mlp=skip_last_mlp,
             wrap=None if places is None else places.of_blocks,
         )
         if "resid" in recorders:

@@ -51,7 +51,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class RunDivergence:
     """A run that ended worse than it began. before, after: the same measure; limit: the most that would have done."""
 
     before: Measure
@@ -64,7 +64,7 @@ class Divergence:
         return f"{said}; more than {self.limit.shown} is worse"
 
 
-def find_divergence(stage: Stage, evaluations: Sequence[Evaluation], lines: Lines) -> Divergence | None:
+def find_divergence(stage: Stage, evaluations: Sequence[Evaluation], lines: Lines) -> RunDivergence | None:
     """Find out whether a finished run is worse than at its start.
 
     Args:
@@ -85,7 +85,7 @@ def find_divergence(stage: Stage, evaluations: Sequence[Evaluation], lines: Line
 
 @dataclass(frozen=True)
 class _Verdict:
-    divergence: Divergence | None
+    divergence: RunDivergence | None
     better: bool
 
 
@@ -124,7 +124,7 @@ def _judged(before: Measure | None, after: Measure | None) -> _Verdict | None:
 def _verdict(before: Measure, after: Measure, margin: float) -> _Verdict:
     limit = replace(before, value=before.value + margin)
     worse = after.value > limit.value
-    return _Verdict(Divergence(before, after, limit) if worse else None, after.value < before.value)
+    return _Verdict(RunDivergence(before, after, limit) if worse else None, after.value < before.value)
 
 
 def _judged_losses(stage: Stage, lines: Lines) -> _Verdict | None:

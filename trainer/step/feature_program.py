@@ -50,11 +50,11 @@ class FeatureProgram:
             "set loss.feature.weight: 0, and loss.stream.weight to compare streams",
         )
         self.row_fields: tuple[str, ...] = ("tokens", "loss_mask")
-        targets = {term.targets(setting.loss, setting) for term in self._counting.logits} - {None}
-        self.reads_head = "head" in targets
+        places = {term.teacher_distribution(setting.loss, setting) for term in self._counting.logits} - {None}
+        self.reads_head = "head" in places
         self.taps: tuple[str, ...] = (
             *(["attn_out"] if self.compares_blocks else []),
-            *(["topk_logits"] if "topk" in targets else []),
+            *(["topk_logits"] if "topk" in places else []),
         )
 
     def rules(self) -> PathRules:

@@ -134,7 +134,7 @@ class Recorded(Protocol):
 class LogitTerm(Term, Protocol):
     """A loss on the student's logits, which exist for one row at a time; all sums are over next tokens that count."""
 
-    def targets(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
+    def teacher_distribution(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
         """The place from which it takes the teacher's distribution; None where it needs none.
 
         Raises:

@@ -65,7 +65,7 @@ class TokensTerm:
                 "leave it out, or set direction to skew (0 or more, below 1) or jsd (above 0, below 1)",
             )
 
-    def targets(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
+    def teacher_distribution(self, loss: LossConfig, recorded: Recorded) -> Literal["head", "topk"] | None:
         if not may_count(loss.alpha):
             return None
         there = {"topk": "topk_logits" in recorded.recorded, "head": recorded.last_stream}

@@ -241,8 +241,8 @@ class Cache(NamedTuple):
 )
 def test_targets_are_chosen_by_what_is_recorded(wanted: str, cache: Cache, expected: str) -> None:
     loss = LossConfig.model_validate({"alpha": 0.5, "kl": {"targets": wanted}})
-    assert TokensTerm().targets(loss, cache) == expected
-    assert TokensTerm().targets(LossConfig.model_validate({"kl": {"targets": wanted}}), cache) is None
+    assert TokensTerm().teacher_distribution(loss, cache) == expected
+    assert TokensTerm().teacher_distribution(LossConfig.model_validate({"kl": {"targets": wanted}}), cache) is None
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_targets_are_chosen_by_what_is_recorded(wanted: str, cache: Cache, expec
 def test_what_the_cache_lacks_is_said(wanted: str, cache: Cache, told: str) -> None:
     loss = LossConfig.model_validate({"alpha": 0.5, "kl": {"targets": wanted}})
     with pytest.raises(ConfigError) as caught:
-        TokensTerm().targets(loss, cache)
+        TokensTerm().teacher_distribution(loss, cache)
     assert told in str(caught.value)
 
 

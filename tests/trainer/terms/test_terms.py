@@ -61,7 +61,7 @@ class LogitSize:
     def check(self, loss: LossConfig, where: str) -> None:
         return
 
-    def targets(self, loss: LossConfig, recorded: Any) -> None:
+    def teacher_distribution(self, loss: LossConfig, recorded: Any) -> None:
         return None
 
     def teaches_teacher(self, loss: LossConfig) -> bool:
