@@ -356,11 +356,12 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student", "step", "routing", "load"] = Field(
+    what: Literal["feed", "build", "codec", "student", "kl", "step", "routing", "load"] = Field(
         description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
-        "gets from a bf16, an int8 and an int4 cache; step: a training step's time and memory; routing: experts "
-        "balanced by biases, by an auxiliary loss, and not at all; load: the memory of one of eight processes that "
-        "loads its share of a 30 GB checkpoint, with 6 GB of memory and files that take no disk"
+        "gets from a bf16, an int8 and an int4 cache; kl: students of half the blocks from cross-entropy, from the KL "
+        "to the top k and from the KL to the whole distribution; step: a training step's time and memory; routing: "
+        "experts balanced by biases, by an auxiliary loss, and not at all; load: the memory of one of eight processes "
+        "that loads its share of a 30 GB checkpoint, with 6 GB of memory and files that take no disk"
     )
     dir: str | None = Field(
         default=None,
@@ -369,18 +370,20 @@ class BenchConfig(Config):
     rounds: Positive | None = Field(
         default=None,
         description=(
-            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2; the "
+            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2, kl 3 (seeds); the "
             "others measure once"
         ),
     )
     plot: str | None = Field(
-        default=None, pattern=r"\.(svg|png)$", description="routing: also plot loss and load by step to this file"
+        default=None,
+        pattern=r"\.(svg|png)$",
+        description="routing and kl: also plot what is measured by step to this file",
     )
 
     @model_validator(mode="after")
     def _has_a_picture(self) -> Self:
-        if self.plot is not None and self.what != "routing":
-            raise ValueError(f"plot is for routing: {self.what} has no picture")
+        if self.plot is not None and self.what not in ("routing", "kl"):
+            raise ValueError(f"plot is for routing and kl: {self.what} has no picture")
         return self
 
 

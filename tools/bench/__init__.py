@@ -9,6 +9,7 @@ synthetic_cache.py  caches of random numbers
 codec.py            accuracy and cost of codecs
 compress.py         lossless compression
 step.py             step from a cache against a teacher in the loop
+kl.py               students from three losses on tokens
 head_kl.py          KL over the whole vocabulary, memory and time
 student.py          students from caches of different codecs
 routing.py          balancing with and without a loss

@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student|step|routing|load`: fixed work, against this machine's limits and peers.
+"""`distillcache bench feed|build|codec|student|kl|step|routing|load`: against this machine's limits and peers.
 
     distillcache bench feed --json
 
@@ -31,6 +31,7 @@ MODULES = {
     "feed": "tools.bench.feed",
     "build": "tools.bench.build",
     "student": "tools.bench.student",
+    "kl": "tools.bench.kl",
     "step": "tools.bench.step",
     "routing": "tools.bench.routing",
     "load": "tools.bench.load",

@@ -42,10 +42,10 @@ from distillcache.schemas.config.train import (
     StudentConfig,
 )
 from distillcache.schemas.store.path import local_path
-from distillcache.schemas.store.whole_file import make_folder_of, refuse_foreign_file, writing
+from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
-from distillcache.tools.pages.pictures import MADE_BY, METADATA
+from distillcache.tools.pages.pictures import MADE_BY, write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
@@ -244,7 +244,6 @@ def summarise(found: Mapping[str, Mapping[str, Trained]]) -> Measured:
 
 def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
     """Held-out loss and violation by step, a line of panels for each family; .svg or .png, by the path."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3 * len(found)), layout="constrained")
@@ -263,8 +262,4 @@ def write_plot(found: Mapping[str, Mapping[str, Trained]], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("step")
     panels[0, 0].legend()
-    with rc_context({"svg.hashsalt": path.name}):  # the same numbers, the same file
-        kind = path.suffix.removeprefix(".")
-        make_folder_of(path)
-        with writing(path) as file:
-            figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))
+    write_figure(figure, path)

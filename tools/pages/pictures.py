@@ -1,7 +1,21 @@
 """The metadata of picture files, by which a command knows its own again."""
 
+from pathlib import Path
 from typing import Any
+
+from distillcache.schemas.store.whole_file import make_folder_of, writing
 
 MADE_BY = "distillcache"
 # By suffix, as matplotlib wants them; no dates: the same numbers are the same file.
 METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None, "Creator": MADE_BY}, "png": {"Software": MADE_BY}}
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure of Matplotlib's as .svg or .png, by the path; the same numbers give the same file."""
+    from matplotlib import rc_context
+
+    kind = path.suffix.removeprefix(".")
+    with rc_context({"svg.hashsalt": path.name}):
+        make_folder_of(path)
+        with writing(path) as file:
+            figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))

@@ -136,6 +136,7 @@ def test_a_job_that_waited_for_another_finds_its_work_done(tmp_path, teacher, co
         store=store,
         options=config,
         tokenizer=nothing,
+        teacher=str(teacher),
         decoder=nothing,
         plan=segment.plan,
         rows=rows,

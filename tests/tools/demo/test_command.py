@@ -115,8 +115,9 @@ def test_an_unfinished_training_with_other_steps_is_refused_in_the_demos_words(
 
 
 def assert_refused_with_other_flags(out: Path, flags: list[str], first: list[str]) -> None:
+    again = [word for at, word in enumerate(first) if flags[0] not in (word, first[at - 1])]  # a flag is given once
     with pytest.raises(PlanMismatchError) as caught:
-        command.run([*first[1:], *flags], "distillcache demo", False)
+        command.run([*again[1:], *flags], "distillcache demo", False)
     message = str(caught.value)
     name = flags[0].rpartition(".")[2].lstrip("-").replace("-", "_")
     assert name in message
