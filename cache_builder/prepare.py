@@ -20,7 +20,13 @@ from distillcache.cache_builder.text.digest import known_digest, remember_inputs
 from distillcache.cache_builder.text.files.inputs import InputFile, InputReader, input_files, named_kind
 from distillcache.cache_builder.text.packing import SpooledStream, count_begins
 from distillcache.cache_builder.text.rows_files import RowsJob, commit_index, plan_rows, rows_index, write_rows_file
-from distillcache.cache_builder.text.rows_mark import is_marked, keeping_rows, remove_mark, write_mark
+from distillcache.cache_builder.text.rows_mark import (
+    is_marked,
+    keeping_rows,
+    refuse_foreign_folder,
+    remove_mark,
+    write_mark,
+)
 from distillcache.cache_builder.text.shared import KB, Share, prepare_shared, stop_if_asked
 from distillcache.cache_builder.text.skipped import Skipped
 from distillcache.cache_builder.text.token_stream import UNFINISHED, job_fingerprint
@@ -79,6 +85,7 @@ def prepare_rows(
 
     Raises:
         InputError: text or tokenizer that cannot be used, or no row left to train on.
+        ConfigError: the folder holds something else than rows.
         PlanMismatchError: the folder holds the finished rows of other text or another config.
         Interrupted: SIGTERM or SIGINT; the same command goes on.
     """
@@ -138,6 +145,7 @@ def begin_rows(
     finished = finished_rows(store, data, tokenizer)
     if finished is not None:
         return finished
+    refuse_foreign_folder(store)
     store.clear_stale_locks()
     rows_per_file = rows_per_file or max(1, TOKENS_PER_FILE // data.row_tokens)
     job = RowsJob(data, tokenizer, tuple(input_files(data)), rows_per_file)

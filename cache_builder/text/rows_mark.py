@@ -6,15 +6,21 @@ A process that was paused while the folder was given to other rows, or finished,
 that make the same rows share one mark. The newest command is right about a folder that holds no finished rows.
 """
 
+import re
+
 from pydantic import Field
 
 from distillcache.schemas.config import Config
-from distillcache.schemas.errors import FolderTakenError
+from distillcache.schemas.errors import ConfigError, FolderTakenError
 from distillcache.schemas.format.canonical import to_canonical
-from distillcache.schemas.format.rows import INDEX_KEY
-from distillcache.schemas.store.store import Store
+from distillcache.schemas.format.rows import INDEX_KEY, TOKENIZER_KEY
+from distillcache.schemas.store.store import LOCK_SUFFIX, Store
 
 MARK = "preparing.json"
+SHOWN = 8  # names in a message
+
+# The keys that a preparation writes (token_stream.py, rows_files.py, digest.py), the mark and the index aside.
+_WRITTEN = re.compile(r"tokenizer\.json|skipped\.jsonl|inputs\.json|rows/\d{5,}\.array_record|unfinished/.*", re.DOTALL)
 
 
 class _Mark(Config):
@@ -24,6 +30,25 @@ class _Mark(Config):
 def write_mark(store: Store, fingerprint: str) -> None:
     """Mark the folder as that of the rows with this fingerprint."""
     store.put_once(MARK, to_canonical(_Mark(fingerprint=fingerprint)))
+
+
+def refuse_foreign_folder(store: Store) -> None:
+    """Raise `ConfigError` where the folder holds what no preparation wrote: a tokenizer of that name would be lost.
+
+    A folder with a mark or finished rows is one of ours, whatever lies beside them, and so is one that lost both.
+    """
+    keys = [key for key in store.keys("") if not key.endswith(LOCK_SUFFIX)]
+    if not keys or MARK in keys or INDEX_KEY in keys:
+        return
+    if all(map(_WRITTEN.fullmatch, keys)) and keys != [TOKENIZER_KEY]:
+        return
+    names = sorted({key.split("/")[0] for key in keys})
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise ConfigError(
+        "the folder for the rows contains something else",
+        {"out": store.url, "found": ", ".join(names[:SHOWN]) + more},
+        "name a new or empty folder with --out",
+    )
 
 
 def keeping_rows(store: Store, fingerprint: str) -> Store:

@@ -304,7 +304,9 @@ def _parse(file: Location) -> Tokenizer:
         return backend
     except InputError:
         raise
-    except Exception as error:  # tokenizers raises plain Exception
+    except BaseException as error:  # tokenizers raises plain Exception; its Rust part panics over damaged tables
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(
             "this is not a tokenizer.json, or a damaged one",
             {"file": file, "bytes": len(data), "found": error},

@@ -17,7 +17,7 @@ from typing import Any
 import tensorstore as ts
 
 from distillcache.schemas.config.storage import StorageConfig
-from distillcache.schemas.errors import StorageError
+from distillcache.schemas.errors import ConfigError, StorageError
 from distillcache.schemas.store.url_secrets import refuse_secret
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # of a URL, and TensorStore's name for it
@@ -38,6 +38,15 @@ def check_scheme(url: str) -> None:
             "the store cannot be opened",
             {"url": url, "expected": "a path, file://, gs:// or s3://"},
             "download its content, or copy it to a bucket, and name that path",
+        )
+
+
+def refuse_nameless(url: str) -> None:
+    """Raise `ConfigError` for `gs://` and `s3:///key`: an unset variable is there, and no bucket (`gs://$BUCKET/key`)."""
+    scheme, _, rest = url.partition("://")
+    if scheme in SCHEMES and not rest.partition("/")[0].strip():
+        raise ConfigError(
+            "a URL names no bucket", {"url": url, "expected": f"{scheme}://bucket/folder"}, "name the bucket"
         )
 
 

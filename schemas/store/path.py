@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.store.buckets import refuse_nameless
 from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.store import Store, current, is_url
 from distillcache.schemas.store.url_secrets import refuse_secret
@@ -110,6 +111,7 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
         local = os.path.expanduser(text.removeprefix("file://"))  # Path's own fails for `~nobody`
         refuse_unusable_path(local)
         return Path(local)
+    refuse_nameless(text)
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     return ObjectPath(f"{scheme}://{bucket}", key.strip("/"))

@@ -82,6 +82,7 @@ class Store:
     def __init__(self, url: str, settings: StorageConfig | None = None) -> None:
         """`settings`: how a bucket is asked; default: as `using` says."""
         refuse_secret(url, "url")
+        buckets.refuse_nameless(url)
         self.settings = settings or current()
         self.url = url.rstrip("/") or "/"
         self.local = _local_path(self.url)

@@ -34,12 +34,13 @@ def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
         stream.write(data)
 
 
-def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *marks: bytes) -> None:
+def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *marks: bytes | tuple[bytes, ...]) -> None:
     """Raise unless the file that a command is about to write is new, or one that it wrote before: say so then.
 
     Args:
         flag: the setting that names the path, for the message.
-        marks: each file of the command has one of these near its beginning or its end.
+        marks: each file of the command has one of these near its beginning or its end; of a tuple, all parts. A name
+            that users write too, such as the program's, is no mark: their text would be lost.
 
     Raises:
         ConfigError: another file is there, which would be lost, or no file can be written there.
@@ -50,7 +51,7 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
     found = _ends(where)
     if not found:
         return
-    if any(mark in end for mark in marks for end in found):
+    if any(all(any(part in end for end in found) for part in _parts(mark)) for mark in marks):
         log.info(f"{where} is there from an earlier command, and is replaced")
         return
     raise ConfigError(
@@ -58,6 +59,10 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
         {flag: where},
         "name another file, or remove this one",
     )
+
+
+def _parts(mark: bytes | tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return (mark,) if isinstance(mark, bytes) else mark
 
 
 def _refuse_impossible_place(path: Path, flag: str) -> None:

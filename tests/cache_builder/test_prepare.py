@@ -480,3 +480,37 @@ def test_the_inputs_digest_is_of_content_in_order(tmp_path: Path) -> None:
     assert inputs_digest(DataConfig(path=str(tmp_path))) == both != backwards
     (tmp_path / "b.txt").rename(tmp_path / "b.jsonl")  # the same bytes, read in another way
     assert inputs_digest(DataConfig(path=str(tmp_path))) != both
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["tokenizer.json", "config.json"],
+        ["tokenizer.json"],
+        ["corpus.txt"],
+        ["rows/notes.txt"],
+        ["segments/0000/plan.json"],
+    ],
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, there: list[str]) -> None:
+    """A checkpoint's own tokenizer.json has the name of ours, and was replaced."""
+    config = make_config(tmp_path, ["abcdefg"] * 5, eval_rows=1)
+    for name in there:
+        (Path(config.out) / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / name).write_bytes(b"the user's")
+    before = folder_bytes(config.out)
+    with pytest.raises(ConfigError, match="contains something else") as caught:
+        prepare_rows(config, tokenizer=make_tokenizer())
+    assert there[0].split("/")[0] in str(caught.value.facts["found"])
+    assert folder_bytes(config.out) == before
+
+
+@pytest.mark.parametrize("lost", ["rows.json", "rows.json tokenizer.json"])
+def test_rows_that_lost_their_index_are_made_again(tmp_path: Path, lost: str) -> None:
+    config = make_config(tmp_path, ["abcdefg"] * 5, eval_rows=1)
+    prepare_rows(config, tokenizer=make_tokenizer())
+    before = folder_bytes(config.out)
+    for name in lost.split():
+        (Path(config.out) / name).unlink()
+    prepare_rows(config, tokenizer=make_tokenizer())
+    assert folder_bytes(config.out) == before

@@ -45,7 +45,7 @@ from distillcache.schemas.store.path import local_path
 from distillcache.schemas.store.whole_file import refuse_foreign_file
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.demo.command import default_data
-from distillcache.tools.pages.pictures import MADE_BY, write_figure
+from distillcache.tools.pages.pictures import MARKS, write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
@@ -111,7 +111,7 @@ def measure(config: BenchConfig) -> Measured:
     """All figures of `bench routing`."""
     plot = None if config.plot is None else local_path(config.plot, "--plot")
     if plot is not None:
-        refuse_foreign_file(plot, "--plot", MADE_BY.encode())
+        refuse_foreign_file(plot, "--plot", *MARKS)
     with scratch_folder(config.dir) as folder:
         found = train_all(folder, RoutingSizes())
     if plot is not None:

@@ -1,8 +1,10 @@
 """`distillcache export`: write a trained student as an HF directory, in MaxText's format, or as an adapter for peft."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from distillcache.models.checkpoint import save_pretrained
 from distillcache.models.files.adapter import save_adapter
@@ -12,6 +14,8 @@ from distillcache.models.files.tensors import ROUTER_BIAS_FILE
 from distillcache.schemas import command_line
 from distillcache.schemas.config import ExportConfig
 from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.format.run_identity import IDENTITY, STUDENT
+from distillcache.schemas.store.path import locate
 from distillcache.schemas.store.store import using
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import told_perplexity
@@ -30,6 +34,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
             step, note = best.step, f", the best with a held-out perplexity of {told_perplexity(best.perplexity)},"
             if best.perplexity is None:
                 note = f", the best with a held-out cosine distance of {best.mean_cosine:.3g},"
+        _refuse_a_runs_student(config.out)
         student = load_student(config.run, step, config.dtype, merges=not config.adapter)
         for each in missing_checkpoints(config.run, best=config.best, step=config.step):
             print(f"warning: {each}", file=sys.stderr)
@@ -57,4 +62,16 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         print(
             f"step {student.step} of {config.run}{note} is in {config.out}, {student.decoder.dtype}",
             file=sys.stderr,
+        )
+
+
+def _refuse_a_runs_student(out: str) -> None:
+    """Raise `ConfigError` for the student that a run began with: it looks like an export, and the run needs it."""
+    place = locate(out)
+    folder = Path(os.path.realpath(place)) if isinstance(place, Path) else place
+    if folder.name == STUDENT and (folder.parent / IDENTITY).exists():
+        raise ConfigError(
+            "the target of an export is the student with which a run began",
+            {"out": out, "run": folder.parent},
+            "name another directory: without its first student the run can be neither resumed nor exported",
         )

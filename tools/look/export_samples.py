@@ -23,13 +23,15 @@ from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.trainer.feed.source import stack_rows
 
 MIB = 1 << 20
+# Of a file that this command made: arrays of others are called row, too (a sparse matrix of scipy).
+MARKS = ((b"row.npy", b"segment_ids.npy", b"loss_mask.npy"), (b'"row":', b'"segment_ids":', b'"loss_mask":'))
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the file, and print a summary."""
     config = command_line.parse(ExportSamplesConfig, argv, command, positional=("cache", "out"))
     with using(config.storage):
-        refuse_foreign_file(config.out, "out", b"row.npy", b'"row":')
+        refuse_foreign_file(config.out, "out", *MARKS)
         rows = StoredRows(config.cache)
         numbers = config.rows if config.rows is not None else rows.sample(config.count, config.seed)
         arrays = samples(rows, numbers, config.taps, config.blocks, config.max_mib)

@@ -19,7 +19,7 @@ from distillcache.tools.look.row_facts import RowFacts, TapFacts, not_finite, re
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.show_image import draw
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.pictures import MADE_BY
+from distillcache.tools.pages.pictures import MARKS
 from distillcache.tools.pages.terminal import table_console
 
 CHARACTERS_SHOWN = 20  # characters of a token
@@ -34,7 +34,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     config = command_line.parse(ShowConfig, argv, command, positional=("cache",))
     with using(config.storage):
         if config.image is not None:
-            refuse_foreign_file(config.image, "--image", MADE_BY.encode())
+            refuse_foreign_file(config.image, "--image", *MARKS)
         rows = StoredRows(config.cache)
         facts = read_row(rows, config.row, config.block)
         code = 2 if facts.damaged else 0

@@ -33,6 +33,7 @@ OUTLIER = 6.0  # times the median dimension's rms
 RANK_TOKENS = 256  # of a slot, for its effective rank: what this many can tell apart
 RANK_BYTES = 256 << 20  # of all slots' samples together
 TINY = 1e-30
+MARK = (b".slots.npy", b".abs_max.npy", b".kurtosis.npy")  # names of arrays in the file of --out
 
 
 @dataclass
@@ -123,7 +124,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     config = command_line.parse(StatsConfig, argv, command, positional=("cache",))
     with using(config.storage):
         if config.out is not None:
-            refuse_foreign_file(config.out, "--out", b".slots.npy")  # the name of its first array
+            refuse_foreign_file(config.out, "--out", MARK)
         rows = StoredRows(config.cache)
         numbers = rows.sample(config.rows, config.seed)
         if not numbers:

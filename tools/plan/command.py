@@ -8,7 +8,6 @@ tokenised instead, and the report says that its numbers are estimates.
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -44,7 +43,9 @@ from distillcache.schemas.format.layout import ITEM_BYTES
 from distillcache.schemas.format.manifest import TOPK_LOGITS, PartPlan, Plan, RowsPlan, TapPlan
 from distillcache.schemas.format.rows import RowReader, Split, too_long_for_teacher
 from distillcache.schemas.format.tap_codec import signs_of
-from distillcache.schemas.store.store import Store, is_url, using
+from distillcache.schemas.store.buckets import check_scheme
+from distillcache.schemas.store.path import ObjectPath, locate
+from distillcache.schemas.store.store import Store, using
 from distillcache.tools.plan.printing import print_next, print_sizes
 from distillcache.tools.plan.sizes import plan_for, total_bytes
 
@@ -281,9 +282,11 @@ def _time_calls(record: Any, parameters: Any, vocab_size: int, shape: tuple[int,
 
 def free_bytes(cache: str) -> int | None:
     """Free space where the cache would go; None for a bucket."""
-    if is_url(cache):
+    folder = locate(cache)
+    if isinstance(folder, ObjectPath):
+        check_scheme(cache)
         return None
-    folder = Path(os.path.expanduser(cache.removeprefix("file://"))).absolute()
+    folder = folder.absolute()
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
 
 

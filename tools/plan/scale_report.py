@@ -13,7 +13,7 @@ from distillcache.schemas.config.simulate import SimulateConfig
 from distillcache.schemas.counted import counted
 from distillcache.schemas.store.path import local_path
 from distillcache.schemas.store.whole_file import refuse_foreign_file
-from distillcache.tools.pages.pictures import MADE_BY
+from distillcache.tools.pages.pictures import MARKS
 from distillcache.tools.plan.scale import describe_scale
 from distillcache.tools.plan.students import ONLINE, add_hours, write_plot
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     config = command_line.parse(SimulateConfig, argv, command)
     plot = None if config.plot is None else local_path(config.plot, "--plot")
     if plot is not None:
-        refuse_foreign_file(plot, "--plot", MADE_BY.encode(), ONLINE.encode())  # the latter before files named it
+        refuse_foreign_file(plot, "--plot", *MARKS, ONLINE.encode())  # the latter before files named it
     report = add_hours(config, describe_scale(config))
     if plot is not None:
         write_plot(report, plot)

@@ -77,7 +77,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     caches = plotted(report["caches"])
     first, counts = next(iter(caches.values())), report["assumed"]["students"]["counts"]
     make_folder_of(path)
-    kind = path.suffix.removeprefix(".")
+    kind = path.name.rpartition(".")[2]  # also of a file that is called `.svg`
     with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):  # equal numbers give an equal file
         figure = Figure(figsize=(6, 3.5), layout="constrained")
         axes = figure.subplots()

@@ -21,6 +21,8 @@ from distillcache.tools.pages.html import size
 from distillcache.tools.report.cache import cache_page
 from distillcache.tools.report.run import run_page
 
+FOOTER_END = "This file loads no other files."  # no part of a page of others that speaks of distillcache
+
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Write the report, and print its path or, with `as_json`, its summary."""
@@ -44,11 +46,11 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         StorageError: it cannot be read, or the file cannot be written.
     """
     place, name = _place(config.out)
-    refuse_foreign_file(config.out, "out", b"distillcache")  # in the footer
+    refuse_foreign_file(config.out, "out", (b"<!DOCTYPE html>", b"<footer><p>distillcache ", FOOTER_END.encode()))
     store = Store(config.target)
     kind = kind_of(store)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-    footer = f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. This file loads no other files."
+    footer = f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. {FOOTER_END}"
     page, said = run_page(store, footer) if kind == "run" else cache_page(store, config.rows, config.seed, footer)
     data = page.render().encode()
     Store(place).write(name, data)

@@ -9,6 +9,7 @@ from distillcache.schemas.errors import ConfigError, StorageError
 from distillcache.schemas.store import store
 from distillcache.schemas.store.path import ObjectPath, local_path, locate
 from distillcache.schemas.store.store import Store
+from distillcache.tools.plan.command import free_bytes
 from tests.servers.fixtures import Bucket
 
 
@@ -82,3 +83,21 @@ def test_a_home_that_nobody_has_is_a_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", "/home/me")
     assert locate("~/x") == Path("/home/me/x")
     assert locate("~no-such-user/x") == Path("~no-such-user/x")
+
+
+@pytest.mark.parametrize("url", ["gs://", "gs:///rows", "s3://", "s3:///a/b", "gs:// /x"])
+def test_a_url_without_a_bucket_is_no_local_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gs://$BUCKET/rows` with no BUCKET: the folder `gs:` was made, and the rows went there."""
+    monkeypatch.chdir(tmp_path)
+    for ask in (Store, locate, free_bytes):
+        with pytest.raises(ConfigError, match="names no bucket"):
+            ask(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_room_for_an_impossible_path_is_not_asked_for() -> None:
+    with pytest.raises(ConfigError, match="no file system has such a path"):
+        free_bytes("c" * 300)
+    with pytest.raises(StorageError, match="cannot be opened"):
+        free_bytes("http://host/cache")
+    assert free_bytes("gs://bucket/cache") is None

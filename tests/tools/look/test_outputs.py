@@ -1,7 +1,9 @@
 """Files that commands write at the user's wish: another's file in their place is never lost."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distillcache.tools.cli import main
@@ -33,3 +35,35 @@ def test_a_file_of_the_user_is_kept_and_one_of_ours_replaced(
     assert main(command) == 0
     assert "is there from an earlier command, and is replaced" in capsys.readouterr().err
     assert len(file.read_bytes()) == len(made)
+
+
+THEIRS = {  # speak of us, or have an array of one of our names, and were taken for ours
+    "report.html": b"<!DOCTYPE html><p>distillcache is what made the caches that these notes are about</p>",
+    "manifest.json": b'{"format":"distillcache/2","segments":["0000"]}',
+    "build.yaml": b"data: {path: distillcache-demo/corpus/*.jsonl}",
+    "row.svg": b"<svg><!-- distillcache against others --></svg>",
+    "row.png": b"\x89PNG a screenshot of distillcache",
+    "samples.safetensors": b'\x20\0\0\0\0\0\0\0{"row":{"dtype":"I64"},"col":{"dtype":"I64"}}',
+}
+
+
+@pytest.mark.parametrize("name", [*THEIRS, "samples.npz", "dimensions.npz"])
+def test_a_file_that_only_speaks_of_us_is_kept(name: str, tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / name
+    if name in THEIRS:
+        file.write_bytes(THEIRS[name])
+    else:  # as scipy stores a sparse matrix; a tap of another's choice of figures
+        np.savez(file, **{"row": np.arange(3), "col": np.arange(3), "resid.slots": np.arange(2)})  # type: ignore[arg-type]
+    before = file.read_bytes()
+    command = COMMANDS.get(name, COMMANDS["report.html"])
+    assert main([word.format(cache=cache, file=file) for word in command]) == 2
+    assert file.read_bytes() == before
+
+
+def test_a_report_does_not_replace_the_manifest_of_its_cache(tmp_path: Path, cache: Path) -> None:
+    own = tmp_path / "cache"
+    shutil.copytree(cache, own)
+    for name in ("manifest.json", "segments/0000/plan.json"):
+        before = (own / name).read_bytes()
+        assert main(["report", str(own), "--rows", "0", "--out", str(own / name)]) == 2
+        assert (own / name).read_bytes() == before

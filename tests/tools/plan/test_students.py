@@ -103,3 +103,9 @@ def test_the_page_on_scale_prints_what_plan_prints(capsys: pytest.CaptureFixture
     page = [" ".join(line.split()) for line in (ROOT / "docs/scale.md").read_text().splitlines()]
     missing = [line for line in printed if line and line not in page]
     assert not missing
+
+
+def test_a_plot_may_have_nothing_but_a_suffix(tmp_path: Path) -> None:
+    words = ["plan", "--simulate", "--tokens", "[1e9]", "--teachers", "[llama-3.1-8b]", "--plot"]
+    assert cli.main([*words, str(tmp_path / ".svg")]) == 0
+    assert (tmp_path / ".svg").read_bytes().startswith(b"<?xml")

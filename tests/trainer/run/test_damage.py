@@ -373,3 +373,18 @@ def test_the_digest_of_a_file_covers_all_its_chunks(tmp_path: Path, monkeypatch:
     assert file_digest(Store(str(tmp_path)), "none") is None
     (tmp_path / "empty").write_bytes(b"")
     assert file_digest(Store(str(tmp_path)), "empty") is not None
+
+
+@pytest.mark.parametrize("of", ["run", "foreign", "link"])
+def test_an_export_does_not_replace_the_student_of_a_run(
+    of: str, run: Path, foreign: Path, tmp_path: Path, console: Console
+) -> None:
+    """It has an export's mark in its config, and without it no checkpoint can be read."""
+    other = tmp_path / "other"
+    shutil.copytree(foreign, other)
+    (tmp_path / "link").symlink_to(run / "student")
+    target = {"run": run / "student", "foreign": other / "student", "link": tmp_path / "link"}[of]
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert cli.main(["export", str(run), str(target)]) == 2
+    assert "the student with which a run began" in console.readouterr().err
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
