@@ -5,5 +5,6 @@ supervise.py     the supervisor of one process: reports why it ended
 signals.py       SIGTERM and SIGINT as a flag that loops poll
 console.py       the log of a command line on standard error
 progress.py      progress line: done, rate, time left
+memory.py        peak anonymous memory of a process
 child_python.py  Python subprocesses that import nothing from the working directory
 """

@@ -15,5 +15,4 @@ student.py          students from caches of different codecs
 routing.py          balancing with and without a loss
 load.py             memory of loading a sharded checkpoint
 load_share.py       one process of that
-memory.py           peak anonymous memory
 """

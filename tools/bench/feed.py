@@ -202,7 +202,7 @@ def bytes_read() -> int:
 
 OPEN_SCRIPT = """
 import json, sys, time
-from distillcache.tools.bench.memory import anonymous_kib
+from distillcache.schemas.runtime.memory import anonymous_kib
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 before, start = anonymous_kib(), time.perf_counter()
 source = CacheSource(sys.argv[1])

@@ -23,8 +23,8 @@ from flax import nnx
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.mesh.sharding import make_mesh
 from distillcache.schemas.config.teacher import TeacherMeshConfig
+from distillcache.schemas.runtime.memory import PeakMemory, anonymous_kib
 from distillcache.schemas.runtime.peers import join_peers
-from distillcache.tools.bench.memory import PeakMemory, anonymous_kib
 
 TIMEOUT_S = 120  # of a heartbeat, with more processes than cores
 

@@ -24,10 +24,10 @@ from distillcache.schemas.config import BuildConfig, DataConfig, DemoConfig, Tap
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig, SurgeryOp
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, DivergedError, PlanMismatchError
+from distillcache.schemas.runtime.memory import PeakMemory
 from distillcache.schemas.store.path import local_path
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.whole_file import write_file
-from distillcache.tools.bench.memory import PeakMemory
 from distillcache.tools.demo.report import CHART, make_report, print_report, write_chart
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.train import train

@@ -10,8 +10,8 @@ from distillcache.cache_builder.text.files.inputs import input_files
 from distillcache.schemas.config import DataConfig, DemoConfig
 from distillcache.schemas.config.yaml_text import parse_yaml
 from distillcache.schemas.errors import ConfigError, DistillcacheError, PlanMismatchError
+from distillcache.schemas.runtime.memory import PeakMemory
 from distillcache.tools import cli
-from distillcache.tools.bench.memory import PeakMemory
 from distillcache.tools.demo import command, report, teacher
 
 STAGES = {"build", "train", "total"}

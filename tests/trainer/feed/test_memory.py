@@ -2,7 +2,7 @@
 
 import pytest
 
-from distillcache.tools.bench.memory import anonymous_kib
+from distillcache.schemas.runtime.memory import anonymous_kib
 from distillcache.tools.bench.synthetic_cache import synthetic_plan, write_cache, write_large_index
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 

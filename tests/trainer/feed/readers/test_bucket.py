@@ -10,8 +10,8 @@ import pytest
 
 from distillcache.schemas.config import TapConfig
 from distillcache.schemas.errors import DamageError
+from distillcache.schemas.runtime.memory import anonymous_kib
 from distillcache.schemas.store.store import Store
-from distillcache.tools.bench.memory import anonymous_kib
 from distillcache.tools.bench.synthetic_cache import synthetic_plan, write_cache
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 from distillcache.trainer.feed.disk_cache import LocalCache
