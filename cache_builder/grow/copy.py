@@ -27,6 +27,7 @@ from distillcache.schemas.cache.addressing import (
     shared_blocks,
     slots_of,
 )
+from distillcache.schemas.cache.describe import numbers_in_runs
 from distillcache.schemas.cache.lease import Leases
 from distillcache.schemas.cache.segment import named_by_plan, open_cache, read_manifest, segment_name
 from distillcache.schemas.config import CopyConfig, CopySpec, TapConfig
@@ -82,6 +83,8 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
             return finished
         for tap, what in recoded.items():
             log.info(f"{tap}: {what}")
+        for tap, slots in _left_out(config, list(rows.used.values()), plan).items():
+            log.warning(f"{tap}: {_told(slots)}")
         with guarded_by_plan(store, plan) as placed:
             for key, value in copied_files(source, groups, plan).items():
                 placed.put_once(key, value)
@@ -243,6 +246,24 @@ def _stream_slots(groups: Sequence[RowGroup]) -> set[int] | None:
     shared = set.intersection(*held)
     blocks = [block for block in sorted(shared) if block + 1 in shared]
     return None if shared == slots_of("resid", blocks) else shared
+
+
+def _left_out(spec: CopySpec, groups: Sequence[RowGroup], plan: Plan) -> dict[str, list[int]]:
+    """The slots of each copied tap that were asked for, but that only some of the rows hold."""
+    taps = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
+    found = {}
+    for copied in plan.taps:
+        held = {slot for tap in taps if tap.name == copied.name for slot in tap.slots}
+        asked = held if spec.blocks == "all" else held & slots_of(copied.name, spec.blocks)
+        if rest := sorted(asked - set(copied.slots)):
+            found[copied.name] = rest
+    return found
+
+
+def _told(slots: Sequence[int]) -> str:
+    shown = f"slot {slots[0]} is" if len(slots) == 1 else f"slots {numbers_in_runs(slots)} are"
+    which = "it" if len(slots) == 1 else "them"
+    return f"{shown} left out: only some of the rows hold {which} (a copy of these, by --rows, keeps {which})"
 
 
 def _keeps_head(groups: Sequence[RowGroup], slots: Sequence[int]) -> bool:

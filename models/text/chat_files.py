@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from distillcache.models.files.foreign import LFS_STEP, is_lfs_pointer
 from distillcache.models.text.chat_template import ChatTemplate
@@ -127,11 +127,26 @@ def content_of(token: object) -> str | None:
 
 
 def _declared_tokens(folder: Location, backend: Tokenizer) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    """Tokens that are declared beside tokenizer.json alone: those in its vocabulary, and those that it lacks."""
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new = {content: token for content, token in _declarations(folder).items() if content not in added}
+    """Tokens that are declared beside tokenizer.json alone: those in its vocabulary, and those that it lacks.
+
+    One that `added_tokens_decoder` declares in another way than tokenizer.json counts as declared there, as in
+    transformers: whether it takes the spaces beside it, for instance.
+    """
+    added = {token.content: _ways(token) for token in backend.get_added_tokens_decoder().values()}
+    decoder = read_settings(folder / TOKENIZER_CONFIG).get("added_tokens_decoder")
+    again = {content_of(entry) for entry in decoder.values()} if isinstance(decoder, dict) else set()
+    new = {
+        content: token
+        for content, token in _declarations(folder).items()
+        if content not in added or (content in again and _ways(AddedToken(**token)) != added[content])
+    }
     whole = tuple(token for content, token in new.items() if backend.token_to_id(content) is not None)
     return whole, tuple(content for content in new if backend.token_to_id(content) is None)
+
+
+def _ways(token: AddedToken) -> tuple[bool, ...]:
+    """What decides how a token is found in a text."""
+    return token.lstrip, token.rstrip, token.single_word, token.normalized
 
 
 def _declarations(folder: Location) -> dict[str, dict[str, Any]]:

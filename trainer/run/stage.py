@@ -511,7 +511,7 @@ def _compared_streams(loss: StreamLossConfig, spans: Sequence[Span], source: Sou
         raise ConfigError(
             "the cache lacks slots of the stream",
             {**facts, "missing": missing, "recorded": list(stored)},
-            "name others, or add them: distillcache build --extend",
+            "name others, or add them: distillcache build --extend (online: name them in online.taps)",
         )
     if not chosen:
         raise ConfigError(

@@ -141,7 +141,7 @@ class BlockwiseProgram:
         }
         if asking := [name for name, asks in needed.items() if asks]:
             raise ConfigError(
-                "the cache has no residual stream, which this needs",
+                "the cache lacks the stream that enters the blocks, which this needs",
                 {"cache": setting.cache, "needed for": ", ".join(asking)},
                 "add it: distillcache build --extend with taps.resid, or leave these options at their defaults",
             )

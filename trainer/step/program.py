@@ -106,7 +106,7 @@ def check_attention(setting: Setting, needed: Mapping[str, bool], instead: str) 
     asking = [name for name, asks in needed.items() if asks]
     if not asking or "attn_out" in setting.recorded:
         return
-    add = "build a cache with taps.attn_out, or add it: distillcache build --extend"
+    add = "build a cache with taps.attn_out, or add it: distillcache build --extend (online: name it in online.taps)"
     raise InputError(
         "the cache lacks this tap",
         {

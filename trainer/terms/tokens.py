@@ -86,7 +86,7 @@ class TokensTerm:
                 "loss.alpha": loss.alpha,
                 "loss.kl.targets": loss.kl.targets,
             },
-            f"add it: distillcache build --extend with {tap}; or set loss.alpha to 0",
+            f"add it: distillcache build --extend with {tap} (online: name it in online.taps); or set loss.alpha to 0",
         )
 
     def teaches_teacher(self, loss: LossConfig) -> bool:

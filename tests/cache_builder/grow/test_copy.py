@@ -367,3 +367,22 @@ def test_two_processes_copy_one_cache(tmp_path: Path, cache: Path) -> None:
     copy(cache, tmp_path / "one", taps={"resid": {"codec": "int8"}}, shard_rows=4, batch_rows=4)
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert verify_cache(Store(str(tmp_path / "two")))["findings"] == []
+
+
+def test_slots_that_only_some_rows_have_are_left_out_with_a_word(
+    tmp_path: Path, teacher: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy lacked them, exit 0, without a word; whoever deleted the source had lost them."""
+    source, few = tmp_path / "source", DataConfig(path=str(corpus), row_tokens=16, eval_rows=3, max_rows=8)
+    taps = [{"attn_out": {}, "resid": {"slots": slots}} for slots in (["last"], [1, "last"])]
+    build_cache(build_config(source, teacher, corpus, taps=taps[0]))
+    build_cache(build_config(source, teacher, corpus, taps=taps[1], data=few, blocks=[0, 1], extend=True))
+    copy(source, tmp_path / "c")
+    assert "attn_out: slot 2 is left out: only some of the rows hold it" in caplog.text
+    assert "resid: slot 1 is left out: only some of the rows hold it" in caplog.text
+    copied = read_plan(Store(str(tmp_path / "c")), "0000").taps
+    assert {tap.name: tap.slots for tap in copied} == {"attn_out": (0, 1), "resid": (3,)}
+    caplog.clear()
+    copy(source, tmp_path / "few", rows="38:46")
+    copy(source, tmp_path / "asked", blocks=[0], taps={"resid": None})
+    assert "left out" not in caplog.text

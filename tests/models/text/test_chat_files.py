@@ -14,12 +14,13 @@ from distillcache.schemas.store.store import Store
 from tests.servers.fixtures import Bucket
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "chat"
+FOLDER_TOKENIZER = GOLDEN / "folder_tokenizer.json"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "folders.json").read_text())}
 DATA = DataConfig(path="chats.jsonl", format="chat")
 
 
 def write_folder(folder: Path, files: dict[str, Any]) -> Path:
-    (folder / "tokenizer.json").write_bytes((GOLDEN / "folder_tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes(FOLDER_TOKENIZER.read_bytes())
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
@@ -111,3 +112,19 @@ def test_a_folder_in_a_bucket_is_read_likewise(name: str, gcs: Bucket, tmp_path:
         store.write(str(file.relative_to(folder)), file.read_bytes())
     ((text, _),) = written_chats(CASES[name]["record"], load_tokenizer(store.url), DATA, "here")
     assert text == CASES[name]["text"]
+
+
+@pytest.mark.parametrize(("flags", "kept"), [(None, True), ({}, True), ({"lstrip": True, "rstrip": True}, False)])
+def test_a_token_declared_in_two_ways_is_found_as_the_config_says(
+    flags: dict[str, bool] | None, kept: bool, tmp_path: Path
+) -> None:
+    """As in transformers 5.24: `added_tokens_decoder` counts. The spaces beside such a token stayed in the rows."""
+    declared = json.loads(FOLDER_TOKENIZER.read_text())["added_tokens"]
+    stored = next(each for each in declared if each["content"] == "<|end|>")
+    config: dict[str, Any] = {"eos_token": "<|end|>", "chat_template": "{{ messages[0].content }}"}
+    if flags is not None:
+        config["added_tokens_decoder"] = {str(stored.pop("id")): {**stored, **flags}}
+    tokenizer = load_tokenizer(write_folder(tmp_path, {"tokenizer_config.json": config}))
+    spaced, tight = (ids for ids, _ in tokenizer.encode_spans(["x <|end|> x", "x<|end|>x"], [[], []]))
+    assert (spaced != tight) is kept
+    assert tokenizer.eos_id in tight

@@ -113,7 +113,7 @@ def test_a_cache_without_the_stream(tmp_path, without_stream):
     losses = [line["feature/mean"] for line in read_metrics(tmp_path / "run") if line["step"]]
     assert losses[-1] < losses[0]
     for change in ({"inject": "attn_in"}, {"mesh": {"block": 2}}, {"loss": {"mlp": {"weight": 1.0}}}):
-        with pytest.raises(ConfigError, match="has no residual stream"):
+        with pytest.raises(ConfigError, match="lacks the stream that enters the blocks"):
             train(config(tmp_path / "other", without_stream, **change))
 
 

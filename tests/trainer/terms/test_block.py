@@ -318,7 +318,7 @@ def test_what_it_cannot_be_used_with_is_refused(tmp_path, streams, teacher, corp
     with pytest.raises(ConfigError, match="compares nothing"):
         stage_of(loss={"block": {"weight": 1.0, "relative_l2": 0.0}})
     build_cache(build_config(tmp_path / "own", teacher, corpus, taps=TapsConfig(resid=None)))
-    with pytest.raises(ConfigError, match="no residual stream") as caught:
+    with pytest.raises(ConfigError, match="lacks the stream that enters the blocks") as caught:
         train(config(tmp_path / "run", tmp_path / "own", **RUN))
     assert "loss.block.weight" in str(caught.value)
 
