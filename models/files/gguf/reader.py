@@ -1,5 +1,6 @@
 """The gguf package's reader, with every count and length checked against the file before memory is allocated."""
 
+from itertools import pairwise
 from typing import Any
 
 import gguf
@@ -72,6 +73,17 @@ class CheckedGguf(gguf.GGUFReader):
             elements *= size
         _bounded(f"numbers in the tensor {field.name[:80]}", elements, 2**48)
         return field
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        """Check, as llama.cpp does, that no tensor begins inside another: one of the two would have wrong numbers."""
+        super()._build_tensors(start_offs, fields)
+        ordered = sorted(self.tensors, key=lambda tensor: tensor.data_offset)
+        for before, tensor in pairwise(ordered):
+            if tensor.data_offset < before.data_offset + before.n_bytes:
+                raise AbsurdSize(f"the tensor {tensor.name[:80]} begins inside {before.name[:80]}")
+        for tensor in ordered:
+            if (tensor.data_offset - start_offs) % self.alignment:
+                raise AbsurdSize(f"the tensor {tensor.name[:80]} begins at no multiple of {self.alignment} bytes")
 
 
 def _bounded(what: str, found: int, most: int) -> None:

@@ -57,6 +57,8 @@ LIES = {
     "none": header(0, 1, tensor([2**40, 0])),
     "no axes": header(0, 1, tensor([])),
     "offset": header(0, 1, tensor([2], offset=2**62)),
+    "tensors in one place": header(0, 2, tensor([8]) + tensor([8], name=b"y")),
+    "offset between two places": header(0, 1, tensor([1], offset=4)),
     "tensor type": header(0, 1, tensor([2], kind=999)),
     "tensor no UTF-8": header(0, 1, tensor([2], name=b"\xff")),
     "axes": header(0, 1, text(b"x") + struct.pack("<I", 2**31)),
