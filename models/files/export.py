@@ -7,6 +7,7 @@ mark lies beside it from the first write to the last, by which the next export k
 
 import io
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -46,6 +47,8 @@ PRODUCER = "distillcache"  # in config.json: by this an export of ours is known
 # In config.json of a run's student, which is float32: what exports of the run are stored in.
 SOURCE_DTYPE = "distillcache_source_dtype"
 GENERATION = "generation_config.json"
+log = logging.getLogger(__name__)
+
 WEIGHTS_PATTERN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 ADAPTER_FILES, BASE = ("adapter_model.safetensors", "adapter_config.json"), "base"  # of an export for peft
 KNOWN_FILES = frozenset({CONFIG, INDEX_NAME, ROUTER_BIAS_FILE, UNFINISHED, *TOKENIZER_FILES})
@@ -228,6 +231,8 @@ def _plan_shards(tensors: Mapping[str, TensorToWrite], shard_bytes: int) -> list
 def _check_target(target: Location) -> None:
     found = _found_in(target)
     if found is not None and (not found or _is_ours(target, found)):
+        if found and UNFINISHED not in found:
+            log.info(f"{target} holds an earlier export, which is replaced")
         return
     raise CheckpointError(
         "the target of an export exists and was not made by an export",

@@ -46,6 +46,17 @@ def test_an_own_export_is_replaced_and_anything_else_is_not(tiny: Decoder, tiny_
         save_pretrained(tiny, upload(GOLDEN / "llama_bias", f"{gcs.url}/foreign"))
 
 
+def test_a_replaced_export_is_named(
+    tiny: Decoder, tiny_biased: Decoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be another student, or by now the teacher of a cache."""
+    caplog.set_level("INFO", "distillcache")
+    save_pretrained(tiny, tmp_path / "out")
+    assert "replaced" not in caplog.text
+    save_pretrained(tiny_biased, tmp_path / "out")
+    assert "out holds an earlier export, which is replaced" in caplog.text
+
+
 def test_a_stopped_export_is_no_checkpoint_and_the_next_one_finishes_it(
     tiny: Decoder, tiny_biased: Decoder, gcs: Bucket, monkeypatch: pytest.MonkeyPatch
 ):
