@@ -54,14 +54,16 @@ def make_optimizer(config: OptimizerConfig, steps: int, *, clips: bool = True) -
 
 
 def init_blocks(optimizer: optax.GradientTransformation, parameters: Blocks) -> Blocks:
-    """The optimizer state of stacked blocks."""
-    return jax.vmap(optimizer.init)(parameters)
+    """The optimizer state of stacked blocks; empty where nothing of them is trained."""
+    return jax.vmap(optimizer.init)(parameters) if parameters else {}
 
 
 def update_one(
     optimizer: optax.GradientTransformation, gradients: Blocks, state: Blocks, parameters: Blocks
 ) -> tuple[Blocks, Blocks]:
     """New parameters and state of one block (or of what belongs to none)."""
+    if not parameters:  # only the embedding or the head is trained, or only blocks with experts
+        return parameters, state
     steps, state = optimizer.update(gradients, state, parameters)
     return optax.apply_updates(parameters, steps), state
 
@@ -81,6 +83,9 @@ def update_blocks(
     Args:
         runs: blocks whose update is computed, where others than `trained` have to (targets.padded_targets).
     """
+
+    if not parameters:
+        return parameters, state
 
     def body(stacks: tuple[Blocks, Blocks], block: Array) -> tuple[tuple[Blocks, Blocks], None]:
         old = take_block(stacks, block)

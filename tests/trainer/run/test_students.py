@@ -1,6 +1,7 @@
 """Students that are not the teacher, cut: another width, another depth, few trained parameters; end to end."""
 
 import fcntl
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.config import BlockKind, LayerGroup
 from distillcache.models.decoder import Decoder
 from distillcache.schemas.config.teacher import TapsConfig
-from distillcache.schemas.config.train import StudentConfig
+from distillcache.schemas.config.train import StudentConfig, TrainConfig
 from distillcache.schemas.errors import CheckpointError, ConfigError, InputError, Interrupted, StorageError
 from distillcache.tools.commands import export
 from distillcache.trainer.run.checkpoints import load_student
@@ -166,3 +167,34 @@ def test_an_export_that_cannot_be_written_is_said(tmp_path, cache):
     (tmp_path / "file").touch()
     with pytest.raises((StorageError, CheckpointError)):
         export.run([str(tmp_path / "run"), str(tmp_path / "file" / "out")], "export", False)
+
+
+@pytest.mark.parametrize("only", ["head", "embed"])
+def test_a_run_may_train_nothing_of_any_block(only: str, cache: Path, tmp_path: Path) -> None:
+    """The optimizer's state of the blocks is empty then, which ended in a traceback of JAX's; and a resume finds it."""
+    values = {
+        "run": str(tmp_path / "run"),
+        "cache": str(cache),
+        "mode": "feature",
+        "student": {"surgery": [{"op": "query_heads", "to": 2}]},
+        "train_only": [only],
+        "steps": 2,
+        "batch_rows": 4,
+        "checkpoint_every": 1,
+        "eval_teacher": False,
+    }
+    train(TrainConfig.model_validate(values))
+    weights = {step: load_student(values["run"], step).decoder for step in (1, 2)}
+    shutil.rmtree(tmp_path / "run/checkpoints/00000002")
+    (tmp_path / "run/summary.json").unlink()
+    train(TrainConfig.model_validate(values))
+    weights["again"] = load_student(values["run"], 2).decoder
+    found = {step: nnx.to_flat_state(nnx.state(each, nnx.Param)) for step, each in weights.items()}
+    changed = {
+        "/".join(map(str, path))
+        for (path, before), (_, after) in zip(found[1], found[2], strict=True)
+        if not np.array_equal(before.get_value(), after.get_value())
+    }
+    assert changed == {only}
+    for (_, first), (_, second) in zip(found[2], found["again"], strict=True):
+        np.testing.assert_array_equal(first.get_value(), second.get_value())
