@@ -175,7 +175,7 @@ def test_pages_of_a_bucket_are_those_of_a_disk(
         url, of = f"{bucket.url}/{name}", "run" if name == "run" else "cache"
         far, near = viewer(url, of), viewer(folder, of)
         for address in addresses:
-            texts = [read(each, address).source.partition("<h1>")[2] for each in (far, near)]
+            texts = [read(each, address).source.partition("</h1>")[2] for each in (far, near)]
             same = [text.replace(url, "URL").replace(str(folder), "URL") for text in texts]
             assert same[0] == same[1], address
     build = read(viewer(f"{bucket.url}/half"), "/build")

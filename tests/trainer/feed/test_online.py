@@ -103,6 +103,7 @@ def test_the_bits_are_the_cache_s(
     name: str, exact: bool, tmp_path: Path, request: pytest.FixtureRequest, console: pytest.CaptureFixture[str]
 ) -> None:
     cache: Path = request.getfixturevalue(name)
+    console.readouterr()  # of the build
     teacher = open_teacher(without_taps(cache, tmp_path), exact=exact)
     for blocks, leaving in ((None, True), (None, False), ([2], True), ([0, 2], False)):
         stored = CacheSource(str(cache), blocks=blocks, leaving=leaving)
