@@ -63,6 +63,11 @@ def _changes(before: Evaluation, after: Evaluation) -> list[str]:
         )
     if before.mean_cosine is not None and after.mean_cosine is not None:
         lines.append(f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after")
+    if before.kl is not None and after.kl is not None:
+        lines.append(f"KL from the teacher {before.kl:.3g} before, {after.kl:.3g} after, nats a token")
+    if before.agreement is not None and after.agreement is not None:
+        shares = f"{before.agreement:.1%} before, {after.agreement:.1%} after"
+        lines.append(f"the teacher's first choice is the student's for {shares}")
     if before.max_violation is not None and after.max_violation is not None:
         violation = f"{before.max_violation:.2f} before, {after.max_violation:.2f} after"
         lines.append(f"max violation (load of the fullest expert over the mean, less one), mean of blocks {violation}")

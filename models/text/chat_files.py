@@ -145,7 +145,7 @@ def _declared_tokens(folder: Location, backend: Tokenizer) -> tuple[tuple[dict[s
 
 
 def _ways(token: AddedToken) -> tuple[bool, ...]:
-    """What decides how a token is found in a text."""
+    """The flags that decide how a token is found in a text."""
     return token.lstrip, token.rstrip, token.single_word, token.normalized
 
 

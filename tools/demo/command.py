@@ -8,7 +8,6 @@ An interrupted demo goes on when it is run again; a finished one starts afresh.
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from distillcache.tools.demo.report import CHART, make_report, print_report, wri
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.train import train
 
-FOLDERS = ("corpus", "cache", "run")  # what a demo makes, and a fresh start removes
+REPORT = "report.json"  # in run/; written last
 MARKER = "demo.json"  # says that a folder is a demo's, and holds what its stages took
 ROW_TOKENS = 128
 DEMO_ROWS = 480  # 61,000 tokens, of which 53,000 are trained on: enough for the recovery, two minutes of teacher
@@ -47,9 +46,11 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     """Run the demo, or go on with it, and print its report; the exit code."""
     config = command_line.parse(DemoConfig, argv, command)
     out = local_path(config.out, "--out")
-    _start(out)
-    with PeakMemory() as peak:
-        report = _run_stages(config, out, peak)
+    report = _finished_report(out)
+    if report is None:
+        _start(out)
+        with PeakMemory() as peak:
+            report = _run_stages(config, out, peak)
     if as_json:
         print(json.dumps(report))
     else:
@@ -59,17 +60,22 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     return DivergedError.exit_code if report["diverged"] else 0
 
 
+def _finished_report(out: Path) -> dict[str, Any] | None:
+    """The report of a finished demo in this folder; its cache and run may be in use by others, so they stay."""
+    file = out / "run" / REPORT
+    if not ((out / MARKER).exists() and file.exists()):
+        return None
+    note = "to run another demo, name another folder (--out FOLDER) or remove this one"
+    print(f"{out} contains a finished demo: this is its report; {note}", file=sys.stderr)
+    return json.loads(file.read_text())
+
+
 def _start(out: Path) -> None:
-    """Make the folder; empty it if it holds a finished demo; refuse it if it holds something else."""
+    """Make the folder; refuse it if it holds something else."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARKER).exists())):
         raise ConfigError(
             "the demo's folder contains something else", {"folder": out}, "name another one: --out FOLDER"
         )
-    if (out / "run" / "report.json").exists():
-        print(f"{out} contains a finished demo: starting again", file=sys.stderr)
-        for folder in FOLDERS:
-            shutil.rmtree(out / folder, ignore_errors=True)
-        (out / MARKER).unlink()
     (out / "corpus").mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
         _write_json(out / MARKER, {})
@@ -94,7 +100,7 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     report = make_report(out, teacher, surgery, result, seconds, peak.gigabytes)
     write_chart(report, out / "run" / CHART)
     # Written last: its presence says that the demo is finished.
-    _write_json(out / "run" / "report.json", report)
+    _write_json(out / "run" / REPORT, report)
     return report
 
 

@@ -64,13 +64,16 @@ def test_from_text_to_report(
     assert (out / "run" / "cosine_distance.png").read_bytes().startswith(b"\x89PNG")
     assert report["rows"] == {"train": 32, "eval": 8}
 
-    # A finished demo starts afresh, and says so; --json prints one object and nothing else.
+    # A finished demo stays, since other runs may use its cache; --json prints one object and nothing else.
+    (out / "run" / "kept").write_text("by a user")
+    made = (out / "cache" / "manifest.json").stat().st_mtime_ns
     assert cli.main([*words(out, teacher, long_corpus), "--json"]) == 0
     captured = capsys.readouterr()
-    assert "starting again" in captured.err
-    again = json.loads(captured.out)
-    assert again["perplexity"] == report["perplexity"]
-    assert again["seconds"]["build"] > 0.0
+    assert "this is its report" in captured.err
+    assert "--out FOLDER" in captured.err
+    assert json.loads(captured.out) == report
+    assert (out / "run" / "kept").exists()
+    assert (out / "cache" / "manifest.json").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("found", [None, "/usr/bin/distillcache"])

@@ -17,6 +17,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.schemas.config.train import LossConfig
 from distillcache.schemas.errors import CheckpointError, ConfigError, InputError, Interrupted
 from distillcache.schemas.runtime.signals import StopRequest
+from distillcache.trainer import __main__
 from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.feed.open import Sources
@@ -214,7 +215,10 @@ def test_features_and_kl_together(tmp_path: Path, cache: Path, both: Path, teach
 
 
 def test_blockwise_runs_say_the_kl_if_asked(tmp_path: Path, cache: Path) -> None:
-    train(config(tmp_path / "r", cache, steps=1, loss={"kl": {"targets": "head"}}))
+    result = train(config(tmp_path / "r", cache, steps=1, loss={"kl": {"targets": "head"}}))
+    said = "\n".join(__main__._lines(result))
+    assert "KL from the teacher" in said
+    assert "first choice is the student's" in said
     found = read_evaluations(str(tmp_path / "r"))
     assert all((entry.kl or 0) > 0 and entry.agreement is not None and entry.cosine for entry in found)
     train(config(tmp_path / "silent", cache, steps=1))
