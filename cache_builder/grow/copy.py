@@ -242,18 +242,16 @@ def _stream_slots(groups: Sequence[RowGroup]) -> set[int] | None:
     """The slots of the stream that all rows hold, where they are not those on both sides of some blocks."""
     if not all(group.holds("resid") for group in groups):
         return None
-    held = [{slot for _, tap in group.holding("resid") for slot in tap.slots} for group in groups]
-    shared = set.intersection(*held)
+    shared = set.intersection(*(group.slots("resid") for group in groups))
     blocks = [block for block in sorted(shared) if block + 1 in shared]
     return None if shared == slots_of("resid", blocks) else shared
 
 
 def _left_out(spec: CopySpec, groups: Sequence[RowGroup], plan: Plan) -> dict[str, list[int]]:
     """The slots of each copied tap that were asked for, but that only some of the rows hold."""
-    taps = [tap for group in groups for segment in group.segments for tap in segment.plan.taps]
     found = {}
     for copied in plan.taps:
-        held = {slot for tap in taps if tap.name == copied.name for slot in tap.slots}
+        held = set[int]().union(*(group.slots(copied.name) for group in groups))
         asked = held if spec.blocks == "all" else held & slots_of(copied.name, spec.blocks)
         if rest := sorted(asked - set(copied.slots)):
             found[copied.name] = rest

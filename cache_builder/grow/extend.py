@@ -189,14 +189,7 @@ def _missing_taps(group: RowGroup, taps: Sequence[TapPlan], hidden: int) -> list
     missing = []
     for tap in taps:
         _check_same_codec(group, tap)
-        held = {
-            slot
-            for segment in group.segments
-            for plan in segment.plan.taps
-            if plan.name == tap.name
-            for slot in plan.slots
-        }
-        slots = sorted(set(tap.slots) - held)
+        slots = sorted(set(tap.slots) - group.slots(tap.name))
         if slots and tap.delta:
             first = min(slots)  # a block needs the stream on both of its sides, and both of one segment
             slots = [slot for slot in tap.slots if first - 1 <= slot]

@@ -41,6 +41,11 @@ class RowGroup:
         """Return whether a segment has the tap."""
         return any(tap.name == name for segment in self.segments for tap in segment.plan.taps)
 
+    def slots(self, name: str) -> set[int]:
+        """The slots of a tap that are stored, in any of the segments; none where no segment has the tap."""
+        taps = (tap for segment in self.segments for tap in segment.plan.taps if tap.name == name)
+        return {slot for tap in taps for slot in tap.slots}
+
     def holding(self, name: str) -> list[tuple[Segment, TapPlan]]:
         """The segments that hold a tap, each with its plan of it.
 

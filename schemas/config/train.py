@@ -54,12 +54,17 @@ def may_count(weight: Weight) -> bool:
     return weight.start > 0 or weight.end > 0 if isinstance(weight, Ramp) else weight > 0
 
 
-class FeatureLossConfig(Config):
-    weight: Weight = Field(default=1.0, description="beta: weight of the loss of attention outputs")
+class DistanceLossConfig(Config):
+    weight: Weight = Field(default=0.0, description="weight of the loss")
     relative_l2: Amount = Field(
         default=1.0, description="weight of ||s - t||^2 / ||t||^2"
     )  # scale-free, and it sees the norm, which cosine does not
     cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
+    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
+
+
+class FeatureLossConfig(DistanceLossConfig):
+    weight: Weight = Field(default=1.0, description="beta: weight of the loss of attention outputs")
     l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2, as MaxText computes it")
     blocks: Blocks = Field(default="all", description="the student's blocks that count")
     block_weights: list[Amount] | None = Field(
@@ -76,29 +81,20 @@ class FeatureLossConfig(Config):
         return self
 
 
-class MlpLossConfig(Config):
+class MlpLossConfig(DistanceLossConfig):
     weight: Weight = Field(default=0.0, description="gamma: weight of the loss of MLP outputs")
-    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
-    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
 
 
-class BlockLossConfig(Config):
+class BlockLossConfig(DistanceLossConfig):
     weight: Weight = Field(
         default=0.0, description="delta, the weight of comparing what leaves a block (blockwise mode)"
     )
-    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
-    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
 
 
-class StreamLossConfig(Config):
+class StreamLossConfig(DistanceLossConfig):
     weight: Weight = Field(
         default=0.0, description="epsilon, the weight of comparing the student's own stream (feature mode)"
     )
-    relative_l2: Amount = Field(default=1.0, description="weight of ||s - t||^2 / ||t||^2")
-    cosine: Amount = Field(default=0.0, description="weight of 1 - cos(s, t)")
-    l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2")
     slots: list[Index | Literal["last"]] | Literal["all"] = Field(
         default="all",
         description="the teacher's slots to compare with: l is the stream that leaves its block l - 1, last the one "

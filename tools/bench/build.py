@@ -36,7 +36,7 @@ from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
-from distillcache.tools.demo.command import default_data
+from distillcache.tools.demo.command import sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
 
 ROUNDS = 2  # a round takes minutes: the teacher runs once for every choice
@@ -103,8 +103,7 @@ def between_forwards(
 
 def reference_rows(folder: Path, teacher: str, row_tokens: int, rows: int) -> RowReader:
     """A number of rows of real English text, in the teacher's tokens."""
-    (folder / "corpus").mkdir(exist_ok=True)
-    data = default_data(folder).model_copy(update={"row_tokens": row_tokens, "eval_rows": 0, "max_rows": rows})
+    data = sized_text(folder, row_tokens, rows)
     prepare_rows(PrepareConfig(out=str(folder / "rows"), data=data), tokenizer=load_tokenizer(teacher))
     return RowReader(Store(str(folder / "rows")))
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.store.path import local_path
+from distillcache.schemas.store.whole_file import refuse_foreign_file
+from distillcache.tools.pages.pictures import MARKS
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Measured:
 
     figures: Mapping[str, float]
     goals: Sequence[Goal]
+
+
+def plot_path(config: BenchConfig) -> Path | None:
+    """Return the file of the picture, if one is asked for; it must be new or one of ours."""
+    plot = None if config.plot is None else local_path(config.plot, "--plot")
+    if plot is not None:
+        refuse_foreign_file(plot, "--plot", *MARKS)
+    return plot
 
 
 @contextmanager

@@ -18,12 +18,10 @@ from typing import Any
 from distillcache.cache_builder.build import build_cache
 from distillcache.schemas.config import BenchConfig, TapsConfig, TrainConfig
 from distillcache.schemas.config.student import SurgeryOp
-from distillcache.schemas.store.path import local_path
-from distillcache.schemas.store.whole_file import refuse_foreign_file
-from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
-from distillcache.tools.demo.command import build_config, default_data, train_config
+from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.demo.command import build_config, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
-from distillcache.tools.pages.pictures import MARKS, write_figure
+from distillcache.tools.pages.pictures import write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.train import train
@@ -59,9 +57,7 @@ class KlSizes:
 
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench kl`."""
-    plot = None if config.plot is None else local_path(config.plot, "--plot")
-    if plot is not None:
-        refuse_foreign_file(plot, "--plot", *MARKS)
+    plot = plot_path(config)
     with scratch_folder(config.dir) as folder:
         found = train_all(folder, str(fetch_teacher()), KlSizes(), config.rounds or SEEDS)
     if plot is not None:
@@ -71,10 +67,7 @@ def measure(config: BenchConfig) -> Measured:
 
 def train_all(folder: Path, teacher: str, sizes: KlSizes, seeds: int) -> dict[str, list[list[Evaluation]]]:
     """Train every student; the losses take turns, so that a bench that is stopped has all of them of some seeds."""
-    (folder / "corpus").mkdir(exist_ok=True)
-    data = default_data(folder).model_copy(
-        update={"row_tokens": sizes.row_tokens, "eval_rows": sizes.eval_rows, "max_rows": sizes.rows}
-    )
+    data = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows)
     taps = TapsConfig.model_validate({"resid": {"head": True}, "topk_logits": {"k": 64}})
     build_cache(build_config(folder / "cache", teacher, data, sizes.batch_rows, taps))
     found: dict[str, list[list[Evaluation]]] = {name: [] for name in LOSSES}

@@ -41,11 +41,9 @@ from distillcache.schemas.config.train import (
     OptimizerConfig,
     StudentConfig,
 )
-from distillcache.schemas.store.path import local_path
-from distillcache.schemas.store.whole_file import refuse_foreign_file
-from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
-from distillcache.tools.demo.command import default_data
-from distillcache.tools.pages.pictures import MARKS, write_figure
+from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.demo.command import sized_text
+from distillcache.tools.pages.pictures import write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
@@ -109,9 +107,7 @@ class Trained:
 
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench routing`."""
-    plot = None if config.plot is None else local_path(config.plot, "--plot")
-    if plot is not None:
-        refuse_foreign_file(plot, "--plot", *MARKS)
+    plot = plot_path(config)
     with scratch_folder(config.dir) as folder:
         found = train_all(folder, RoutingSizes())
     if plot is not None:
@@ -142,10 +138,7 @@ def build_rows(folder: Path, sizes: RoutingSizes) -> str:
     save_pretrained(Decoder(dense, rngs=nnx.Rngs(sizes.seed)), teacher)
     byte_tokenizer().save(str(teacher / "tokenizer.json"))
     (teacher / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
-    (folder / "corpus").mkdir()
-    data = default_data(folder).model_copy(
-        update={"row_tokens": sizes.row_tokens, "eval_rows": sizes.eval_rows, "max_rows": sizes.rows}
-    )
+    data = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows)
     build = BuildConfig(
         cache=str(folder / "cache"),
         teacher=TeacherConfig(path=str(teacher)),

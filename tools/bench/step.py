@@ -40,7 +40,7 @@ from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.format.tap_plan import tap_plan
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.head_kl import HeadSizes, measure_head_kl
-from distillcache.tools.demo.command import build_config, default_data, default_surgery, train_config
+from distillcache.tools.demo.command import build_config, default_surgery, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 from distillcache.trainer.feed.online import OnlineSource
@@ -161,10 +161,7 @@ def summarise(rounds: Sequence[Mapping[str, float]], waits: Sequence[tuple[float
 
 def _build(folder: Path, teacher: str, sizes: StepSizes) -> str:
     """A bf16 cache of both taps, without held-out rows."""
-    (folder / "corpus").mkdir(exist_ok=True)
-    data = default_data(folder).model_copy(
-        update={"row_tokens": sizes.row_tokens, "eval_rows": 0, "max_rows": sizes.rows}
-    )
+    data = sized_text(folder, sizes.row_tokens, sizes.rows)
     build = build_config(folder / "cache", teacher, data, sizes.batch_rows)
     build_cache(build)
     return build.cache
@@ -210,13 +207,11 @@ class _Paths:
         plan = plan_stage(config, config.mesh, stage, self._student, parameters, _Given(source))
         return StageRun(plan, parameters)
 
-    def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool, slots: Slots = None) -> Source:
-        return CacheSource(self._cache, taps, blocks, "train", leaving=leaving, slots=slots)
+    def _cached(self, taps: Sequence[str], blocks: Sequence[int] | None, slots: Slots = None) -> Source:
+        return CacheSource(self._cache, taps, blocks, "train", leaving=False, slots=slots)
 
-    def _computed(
-        self, taps: Sequence[str], blocks: Sequence[int] | None, leaving: bool, slots: Slots = None
-    ) -> Source:
-        return OnlineSource(self._teacher, taps, blocks, "train", leaving=leaving, slots=slots)
+    def _computed(self, taps: Sequence[str], blocks: Sequence[int] | None, slots: Slots = None) -> Source:
+        return OnlineSource(self._teacher, taps, blocks, "train", leaving=False, slots=slots)
 
     def _fed(self, run: StageRun, waits: list[tuple[float, float]]) -> float:
         """Seconds of a step that is fed as `train` feeds it: the next batch is taken while the step is computed."""
@@ -241,7 +236,7 @@ class _Paths:
 
     def _teacher_path(self) -> Callable[[], float]:
         """The recorder as both `build` and the online step run it."""
-        source = self._computed((), None, False)
+        source = self._computed((), None)
         recorder = self._teacher.recorder(source.segments()[0])
         batch = source[range(self._sizes.batch_rows)]
         inputs = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")]

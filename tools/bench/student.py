@@ -32,8 +32,8 @@ from distillcache.tools.demo.command import (
     EVAL_ROWS,
     ROW_TOKENS,
     build_config,
-    default_data,
     default_surgery,
+    sized_text,
     train_config,
 )
 from distillcache.tools.demo.teacher import fetch_teacher
@@ -99,10 +99,7 @@ def measure_student(folder: Path, teacher: str, sizes: StudentSizes) -> Measured
 
 def make_builds(folder: Path, teacher: str, sizes: StudentSizes) -> dict[str, BuildConfig]:
     """Name -> the demo's build with these taps, of the same text, all in the same place: one is there at a time."""
-    (folder / "corpus").mkdir(exist_ok=True)
-    data = default_data(folder).model_copy(
-        update={"row_tokens": sizes.row_tokens, "eval_rows": sizes.eval_rows, "max_rows": sizes.rows}
-    )
+    data = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows)
     return {
         name: build_config(folder / "cache", teacher, data, sizes.batch_rows, _both_taps(codec, delta))
         for name, (codec, delta) in sizes.choices.items()

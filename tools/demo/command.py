@@ -164,6 +164,13 @@ def default_data(out: Path) -> DataConfig:
     return with_demo_sizes(DataConfig(path=str(folder)))
 
 
+def sized_text(folder: Path, row_tokens: int, rows: int, eval_rows: int = 0) -> DataConfig:
+    """The demo's text in `folder`, in rows of this size: what the benches measure with."""
+    (folder / "corpus").mkdir(exist_ok=True)
+    sizes = {"row_tokens": row_tokens, "eval_rows": eval_rows, "max_rows": rows}
+    return default_data(folder).model_copy(update=sizes)
+
+
 def with_demo_sizes(data: DataConfig) -> DataConfig:
     """The user's text with the demo's sizes, so that it stays a demo; explicit settings of the user win."""
     sizes = {"row_tokens": ROW_TOKENS, "eval_rows": EVAL_ROWS, "max_rows": DEMO_ROWS}

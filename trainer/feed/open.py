@@ -24,8 +24,7 @@ class Sources:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._kept = open_local_cache(config.feed.local_cache, config.cache) if config.source == "cache" else None
-        self.rows = self._open((), None, "train", False)
-        self._head: OutputHead | None = None
+        self.rows = self._open((), None, "train")
 
     @cached_property
     def held_out(self) -> Source:
@@ -34,7 +33,7 @@ class Sources:
         entering = self._entering
         compared = ("resid", "attn_out") if entering else ()
         taps = (*compared, *(["topk_logits"] if "topk_logits" in recorded else []))
-        return self._open(taps, None, "eval", False, {"resid": entering} if entering else None)
+        return self._open(taps, None, "eval", {"resid": entering} if entering else None)
 
     @property
     def _entering(self) -> tuple[int, ...]:
@@ -45,12 +44,12 @@ class Sources:
     @cached_property
     def held_out_last(self) -> Source:
         """The rows for evaluation, with the stream that leaves the teacher's last block."""
-        return self._open(("resid",), None, "eval", False, {"resid": (self.rows.plan.teacher.num_blocks,)})
+        return self._open(("resid",), None, "eval", {"resid": (self.rows.plan.teacher.num_blocks,)})
 
     @property
     def held_out_rows(self) -> Source:
         """The rows for evaluation, without taps."""
-        return self._open((), None, "eval", False)
+        return self._open((), None, "eval")
 
     @cached_property
     def _teacher(self) -> OnlineTeacher:
@@ -91,7 +90,6 @@ class Sources:
         self,
         taps: Sequence[str],
         blocks: Sequence[int] | None,
-        leaving: bool,
         slots: Mapping[str, Sequence[int]] | None = None,
     ) -> Source:
         """The rows to train on, with these taps of these of the teacher's blocks (None: all that are recorded).
@@ -99,7 +97,7 @@ class Sources:
         Args:
             slots: of these taps, the slots to read, whatever the blocks need.
         """
-        return self._open(taps, blocks, "train", leaving, slots)
+        return self._open(taps, blocks, "train", slots)
 
     def norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`."""
@@ -112,11 +110,10 @@ class Sources:
         Raises:
             CheckpointError: the cache does not keep them, and the checkpoint is not there.
         """
-        if self._head is None:
-            self._head = self._read_head()
         return self._head
 
-    def _read_head(self) -> OutputHead:
+    @cached_property
+    def _head(self) -> OutputHead:
         if self._config.source == "online":
             return head_of_decoder(self._teacher.decoder)
         for segment in self.rows.segments():
@@ -138,17 +135,16 @@ class Sources:
         taps: Sequence[str],
         blocks: Sequence[int] | None,
         split: SplitName,
-        leaving: bool,
         slots: Mapping[str, Sequence[int]] | None = None,
     ) -> Source:
         if self._config.source == "online":
-            return OnlineSource(self._teacher, taps, blocks, split, leaving=leaving, slots=slots)
+            return OnlineSource(self._teacher, taps, blocks, split, leaving=False, slots=slots)
         return CacheSource(
             self._config.cache,
             taps,
             blocks,
             split,
-            leaving=leaving,
+            leaving=False,
             partial=self._config.partial,
             kept=self._kept,
             slots=slots,

@@ -220,15 +220,18 @@ class Source(ABC):
             InputError: the tap is of no row, or of some rows only.
         """
         shared_blocks(self._groups, (tap,))
-        found = [{slot for _, plan in group.holding(tap) for slot in plan.slots} for group in self._groups]
-        return tuple(sorted(set.intersection(*found)))
+        for group in self._groups:
+            group.holding(tap)
+        return tuple(sorted(set.intersection(*(group.slots(tap) for group in self._groups))))
 
     def holds(self, name: str, slot: int) -> bool:
         """Return whether this slot of a tap is recorded of all rows."""
-        return all(
-            any(tap.name == name and slot in tap.slots for segment in group.segments for tap in segment.plan.taps)
-            for group in self._groups
-        )
+        return all(slot in group.slots(name) for group in self._groups)
+
+    @property
+    def keeps_head(self) -> bool:
+        """Return whether the cache keeps the teacher's last norm and head."""
+        return any(segment.plan.keeps_head for segment in self.segments())
 
     def attention_norms(self) -> np.ndarray:
         """The weights of the teacher's attention norms, float32 `[L, D]`, as the cache keeps them.

@@ -14,21 +14,18 @@ from jaxtyping import Array, Bool, Int
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.schemas.config.train import TrainSpec
+from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.runtime.peers import ALONE, Peers
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.feed.source import Source
 from distillcache.trainer.head_losses import Divergence, HeadLosses, HeadSums, HeadWeights
-from distillcache.trainer.losses import (
-    perplexity_of,
-)
+from distillcache.trainer.losses import perplexity_of
 from distillcache.trainer.run.held_out import ROW_FIELDS, HeldOut, batches, run_stream
 from distillcache.trainer.step.heads import head_losses, student_side, teacher_arrays, teacher_end, teacher_side
 from distillcache.trainer.step.schedules import may_count
-from distillcache.trainer.step.targets import (
-    TapReading,
-    real_vocab,
-)
+from distillcache.trainer.step.targets import TapReading, real_vocab
+from distillcache.trainer.terms.tokens import chosen_targets
 
 
 def evaluates_exactly(spec: TrainSpec, sources: Sources) -> bool:
@@ -40,13 +37,10 @@ def evaluates_exactly(spec: TrainSpec, sources: Sources) -> bool:
     rows = sources.rows
     if not rows.holds("resid", rows.plan.teacher.num_blocks):
         return False
-    recorded = {tap.name for segment in rows.segments() for tap in segment.plan.taps}
+    has_topk = any(tap.name == TOPK_LOGITS for segment in rows.segments() for tap in segment.plan.taps)
     losses = [spec.loss, *(stage.loss for stage in spec.stages or [] if stage.loss)]
-    return any(segment.plan.keeps_head for segment in rows.segments()) or any(
-        loss.kl.targets == "head"
-        or (loss.kl.targets == "auto" and may_count(loss.alpha) and "topk_logits" not in recorded)
-        for loss in losses
-    )
+    asking = (loss.kl for loss in losses if loss.kl.targets == "head" or may_count(loss.alpha))
+    return rows.keeps_head or any(chosen_targets(kl, has_topk=has_topk, keeps_head=False) == "head" for kl in asking)
 
 
 @dataclass(frozen=True, eq=False)

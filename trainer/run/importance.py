@@ -43,7 +43,7 @@ from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets,
 IMPORTANCE = "importance.safetensors"  # in the run's folder
 MEASURED_ROWS = 4  # at a time; fixed, since XLA's bits depend on a batch's shape
 STREAM, OF = "stream", "of"  # names of arrays; the second says what was measured
-OpenSource = Callable[[Sequence[str], Sequence[int] | None, bool], Source]
+OpenSource = Callable[[Sequence[str], Sequence[int] | None], Source]
 
 
 def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: OpenSource) -> Scores:
@@ -56,7 +56,7 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
     Raises:
         ConfigError: the cache lacks what is needed.
     """
-    source = open_source((), None, False)
+    source = open_source((), None)
     missing = {"resid", "attn_out"} - {tap.name for segment in source.segments() for tap in segment.plan.taps}
     if missing:
         raise ConfigError(
@@ -64,7 +64,7 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
             {"cache": f"{source.url}/{MANIFEST}", "missing": ", ".join(sorted(missing))},
             "choose by: weight_norm, or add the tap: distillcache build --extend",
         )
-    source = open_source(("resid", "attn_out"), None, False)
+    source = open_source(("resid", "attn_out"), None)
     if absent := sorted(set(range(teacher.config.num_blocks)) - set(source.blocks)):
         raise ConfigError(
             "importance is measured in every block, and the cache lacks some",

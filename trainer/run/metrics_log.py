@@ -327,10 +327,12 @@ def find_lost_lines(store: Store) -> list[LostLines]:
         DamageError: a line is not what a run writes.
     """
     record = newest_record(store)
+    if record is None or record.figures is None:
+        return []
     lost = []
-    for name in (LINES, LOADS) if record is not None and record.figures is not None else ():
-        expected = (record.figures or {}).get(_file(name)) if record is not None else None
-        if record is None or expected is None:
+    for name in (LINES, LOADS):
+        expected = record.figures.get(_file(name))
+        if expected is None:
             continue
         raw = [line for key in _keys(store, name) for line in (store.read(key) or b"").split(b"\n")[:-1]]
         if digest_entries(raw[: expected.count]) == expected:

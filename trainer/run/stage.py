@@ -66,7 +66,6 @@ class OpenSource(Protocol):
         self,
         taps: Sequence[str],
         blocks: Sequence[int] | None,
-        leaving: bool,
         slots: Mapping[str, Sequence[int]] | None = None,
         /,
     ) -> Source:
@@ -159,9 +158,9 @@ def plan_stage(
     Raises:
         ConfigError, InputError: what the stage asks for is not in the cache or the student.
     """
-    setting = _setting(spec, mesh, stage, decoder, given.open((), None, False))
+    setting = _setting(spec, mesh, stage, decoder, given.open((), None))
     program, model = stage.program(setting), setting.stack.config
-    found = given.open(tuple(tap for tap in program.taps if tap != "resid"), None, False)
+    found = given.open(tuple(tap for tap in program.taps if tap != "resid"), None)
     teacher_blocks = found.plan.teacher.num_blocks
     spans = student_spans(model, teacher_blocks, block_starts(spec.student, teacher_blocks))
     weights = _block_weights(program, stage.loss.feature, spans, found) if program.compares_blocks else {}
@@ -170,7 +169,7 @@ def plan_stage(
     taps = (*program.taps, *(["mlp_out"] if reads_mlp else []), *(["resid"] if streams or program.reads_head else []))
     shares = blocks_of_groups(model, setting.groups)
     sources = tuple(
-        given.open(taps, _teacher_blocks(share, spans, weights), False, _slots(program, share, spans, weights, streams))
+        given.open(taps, _teacher_blocks(share, spans, weights), _slots(program, share, spans, weights, streams))
         for share in shares
     )
     stacks = [{name: reads.at for name, reads in source.reads.items()} for source in sources]
@@ -217,7 +216,7 @@ def _setting(spec: TrainSpec, mesh: MeshConfig, stage: Stage, decoder: Decoder, 
         recorded_taps(source),
         mesh.block,
         source.holds("resid", source.plan.teacher.num_blocks),
-        any(segment.plan.keeps_head for segment in source.segments()),
+        source.keeps_head,
         source.plan.teacher.norm_eps,
         real_vocab(decoder.config, source),
     )

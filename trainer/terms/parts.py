@@ -14,11 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from distillcache.models.routing import RouterOutput
 from distillcache.schemas.config.train import (
-    BlockLossConfig,
-    FeatureLossConfig,
+    DistanceLossConfig,
     LossConfig,
-    MlpLossConfig,
-    StreamLossConfig,
     Weight,
 )
 from distillcache.schemas.errors import ConfigError
@@ -26,7 +23,6 @@ from distillcache.trainer.head_losses import HeadSums, HeadWeights
 from distillcache.trainer.step.schedules import may_count
 
 SHARES = ("relative_l2", "cosine", "l2")
-Mixture = FeatureLossConfig | MlpLossConfig | BlockLossConfig | StreamLossConfig  # of the distances of SHARES
 
 
 class Outputs(NamedTuple):
@@ -181,12 +177,12 @@ def distance(
     return term.distance(loss, own, teacher, mask)
 
 
-def shares(loss: Mixture) -> dict[str, float]:
+def shares(loss: DistanceLossConfig) -> dict[str, float]:
     """The arguments of `feature_loss`."""
     return {name: getattr(loss, name) for name in SHARES}
 
 
-def check_shares(loss: Mixture, name: str, where: str) -> None:
+def check_shares(loss: DistanceLossConfig, name: str, where: str) -> None:
     """Raise `ConfigError` if a mixture of distances has a weight but compares nothing."""
     if may_count(loss.weight) and not any(shares(loss).values()):
         raise ConfigError(

@@ -37,6 +37,13 @@ def divergence_of(kl: KlConfig) -> Divergence:
     return Divergence(kl.direction, share)
 
 
+def chosen_targets(kl: KlConfig, *, has_topk: bool, keeps_head: bool) -> Literal["head", "topk"]:
+    """The distribution that a KL compares with, whether the cache has it or not; `auto` is decided here."""
+    if kl.targets != "auto":
+        return kl.targets
+    return "topk" if has_topk and not keeps_head else "head"
+
+
 class TokensTerm:
     """`loss.token_weight`, in feature mode.
 
@@ -69,9 +76,7 @@ class TokensTerm:
         if not may_count(loss.alpha):
             return None
         there = {"topk": "topk_logits" in recorded.recorded, "head": recorded.last_stream}
-        wanted = loss.kl.targets
-        if wanted == "auto":
-            wanted = "topk" if there["topk"] and not recorded.keeps_head else "head"
+        wanted = chosen_targets(loss.kl, has_topk=there["topk"], keeps_head=recorded.keeps_head)
         if there[wanted]:
             return wanted
         missing, tap = {

@@ -127,8 +127,8 @@ def test_measured_once_and_kept(mixed: tuple[Decoder, Path], tmp_path: Path, mon
         calls.append(rows)
         return measure(decoder, source, rows)
 
-    def open_source(taps, blocks, leaving):
-        return CacheSource(str(cache), taps, blocks, "train", leaving=leaving)
+    def open_source(taps, blocks):
+        return CacheSource(str(cache), taps, blocks, "train", leaving=False)
 
     monkeypatch.setattr(importance, "measure_importance", counted)
     first = teacher_importance(run, decoder, 5, open_source)
@@ -149,8 +149,8 @@ def test_measured_once_and_kept(mixed: tuple[Decoder, Path], tmp_path: Path, mon
 def test_what_the_cache_lacks_is_said(tmp_path: Path, teacher: Path, corpus: Path, changes: dict, named: str):
     build_cache(build_config(tmp_path / "cache", teacher, corpus, **changes))
 
-    def open_source(taps, blocks, leaving):
-        return CacheSource(str(tmp_path / "cache"), taps, blocks, "train", leaving=leaving)
+    def open_source(taps, blocks):
+        return CacheSource(str(tmp_path / "cache"), taps, blocks, "train", leaving=False)
 
     with pytest.raises(ConfigError, match="the cache lacks some") as caught:
         teacher_importance(Store(str(tmp_path / "run")), load_pretrained(teacher), 4, open_source)

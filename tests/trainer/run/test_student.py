@@ -38,14 +38,14 @@ from tests.trainer.test_train import Stop, assert_same_run, config
 
 
 def opened(run: Path, cache: Path, seed: int = 0, *, must_differ: bool = False, **values: Any):
-    def open_source(taps, blocks, leaving):
-        return CacheSource(str(cache), taps, blocks, "train", leaving=leaving)
+    def open_source(taps, blocks):
+        return CacheSource(str(cache), taps, blocks, "train", leaving=False)
 
     student = StudentConfig.model_validate(values)
     return open_student(
         Store(str(run)),
         student,
-        open_source((), None, False),
+        open_source((), None),
         seed=seed,
         open_source=open_source,
         must_differ=must_differ,
