@@ -13,7 +13,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -22,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from distillcache.schemas.config.yaml_text import MAX_CHARACTERS, YamlError, as_yaml, parse_yaml, to_yaml
 from distillcache.schemas.errors import ConfigError, DistillcacheError
 from distillcache.schemas.runtime.console import shown_log
+from distillcache.schemas.store.local_path import refuse_irregular
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.url_secrets import refuse_secret, refuse_secrets
 
@@ -30,6 +30,7 @@ ConfigType = TypeVar("ConfigType", bound=BaseModel)
 _REQUIRED = "  (required)"
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "~")
 
+OPEN_ALREADY = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # a shell's `<(...)` is a pipe that somebody writes to
 STORAGE = "storage"  # the section of a config about buckets
 MAX_BRIEF = 84  # characters of a description on a line of --help that only names a flag
 MAX_FIELDS = 200  # characters in which help names all fields of a mapping
@@ -290,7 +291,10 @@ def stored_settings(data: bytes, place: str) -> dict[str, Any]:
 def _config_bytes(path: str) -> bytes:
     """The file's bytes, no more of them than a config may have, and one, which shows that there are more."""
     if "://" not in path:
-        with Path(os.path.expanduser(path)).open("rb") as stream:  # no shell does it in `--config=~/x.yaml`
+        local = os.path.expanduser(path)  # no shell does it in `--config=~/x.yaml`
+        if not local.startswith(OPEN_ALREADY):
+            refuse_irregular(local)
+        with open(local, "rb") as stream:
             return stream.read(4 * MAX_CHARACTERS + 1)
     from distillcache.schemas.store.path import (
         locate,  # here, since TensorStore takes a while to import, and most files are local

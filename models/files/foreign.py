@@ -157,3 +157,12 @@ def packing_key(raw: Mapping[str, Any]) -> str | None:
 def lfs_pointer(file: Location) -> CheckpointError:
     """The error for a pointer in place of a file."""
     return CheckpointError("a file of the checkpoint was not downloaded", {"file": file}, LFS_STEP)
+
+
+def unreadable_weights(file: Location, error: OSError) -> CheckpointError:
+    """The error for a weight file that the system does not give."""
+    return CheckpointError(
+        "a weight file cannot be read",
+        {"file": file, "cause": error},
+        "check that it is a file and that you may read it",
+    )

@@ -3,18 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distillcache.models.files.foreign import is_lfs_pointer, lfs_pointer, step_for_folder
+from distillcache.models.files.foreign import is_lfs_pointer, lfs_pointer, step_for_folder, unreadable_weights
 from distillcache.models.files.ranges import REQUESTS, SpanReader
 from distillcache.models.files.safetensors import Entry, MappedSafetensors, RemoteSafetensors, StoredTensor, open_remote
 from distillcache.models.files.tensors import INDEX_NAME, ROUTER_BIAS_FILE, WEIGHTS_NAME, Box, some, whole
 from distillcache.schemas.base import is_name_inside
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.local_path import LocalPath
 from distillcache.schemas.store.path import Location, ObjectPath
 
 # In a bucket, where nothing is renamed whole: lies in a folder from an export's first write to its last.
@@ -185,17 +185,14 @@ def _missing(file: Location) -> CheckpointError:
 
 
 def _open_local(file: Location) -> MappedSafetensors:
+    local = LocalPath(str(file))
     try:
-        with Path(str(file)).open("rb") as stream:
+        with local.open("rb") as stream:
             if is_lfs_pointer(stream.read(200)):
                 raise lfs_pointer(file)
-        return MappedSafetensors(Path(str(file)))
+        return MappedSafetensors(local)
     except OSError as error:
-        raise CheckpointError(
-            "a weight file cannot be read",
-            {"file": file, "cause": error},
-            "check that it is a file and that you may read it",
-        ) from error
+        raise unreadable_weights(file, error) from error
 
 
 def _no_weights(directory: Location, names: list[str]) -> CheckpointError:

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from distillcache.models.families import config_from_hf
-from distillcache.models.files.foreign import step_for_missing_path
+from distillcache.models.files.foreign import step_for_missing_path, unreadable_weights
 from distillcache.models.files.gguf.file import is_gguf, open_gguf, open_parts, part_files
 from distillcache.models.files.gguf.remote import RemoteGguf
 from distillcache.models.files.hf import open_all, read_json, weight_files
@@ -17,6 +17,7 @@ from distillcache.models.files.maxtext.checkpoint import MaxtextFolder, MaxtextS
 from distillcache.models.files.ranges import CHUNK_BYTES, RemoteFile, Span, SpanReader
 from distillcache.models.files.runs import find_run, numbered
 from distillcache.schemas.errors import CheckpointError
+from distillcache.schemas.store.local_path import LocalPath
 from distillcache.schemas.store.path import Location, ObjectPath, locate
 
 CONFIG = "config.json"
@@ -51,11 +52,13 @@ def weights_digest(path: str | os.PathLike[str] | ObjectPath) -> str:
         return _remote_digest(where)
     digest = xxhash.xxh3_128()
     for file in part_files(where) if is_gguf(where) else [where / CONFIG, *weight_files(where)]:
-        local = Path(str(file))
-        digest.update(local.stat().st_size.to_bytes(LENGTH_BYTES, "little"))
-        with local.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
+        try:
+            with LocalPath(str(file)).open("rb") as stream:
+                digest.update(os.fstat(stream.fileno()).st_size.to_bytes(LENGTH_BYTES, "little"))
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise unreadable_weights(file, error) from error
     return digest.hexdigest()
 
 

@@ -91,7 +91,7 @@ class Segment:
         for group in groups:
             key = layout.object_key(self.plan.segment, array, shard, group)
             if key not in self._inside:
-                self.store.check_inside(key)
+                self.store.check_readable(key)
                 self._inside.add(key)
 
     def check_row_inside(self, part: PartPlan, row: int) -> None:

@@ -7,6 +7,7 @@ locks.py          advisory file locks that end with their process
 stale_locks.py    lock files of TensorStore's file driver, and which of them are in use
 single_flight.py  bounded memory cache in which each object is read once
 disk_errors.py    errors of file systems, and what to do about each
+local_path.py     local paths that open regular files only: no pipes, no devices
 names.py          refuses local paths that cannot exist or may not be entered
 url_secrets.py    refuses credentials inside URLs
 redaction.py      recognises and hides credentials in URLs

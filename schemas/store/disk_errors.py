@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from errno import EACCES, EIO, EISDIR, ELOOP, ENOSPC, ENOTDIR, EPERM, EROFS, ESTALE
 
 from distillcache.schemas.errors import StorageError
+from distillcache.schemas.store.local_path import NOT_REGULAR
 
 _CHECK_DISK = "check the disk or its mount, then run the same command again; if that persists, restore the file"
 _THEN = "then run the same command again, which says what is missing"
@@ -17,6 +18,7 @@ _READABLE, _WRITABLE = "make it readable for this user, with its folders", "make
 _LOOP = f"delete the link, which leads to itself; {_THEN}"
 _FOLDER = f"move the directory away, since a file belongs there; {_THEN}"
 _FILE = f"move the file away that is in the place of a directory; {_THEN}"
+_REGULAR = f"move it away, since a regular file belongs there; {_THEN}"
 _STEPS: Mapping[int, tuple[str, str]] = {
     ENOSPC: (_CHECK_DISK, "free some space, then run the same command again: what is committed stays"),
     EACCES: (_READABLE, _WRITABLE),
@@ -28,7 +30,10 @@ _STEPS: Mapping[int, tuple[str, str]] = {
     ESTALE: (_CHECK_DISK, _CHECK_DISK),
     EIO: (_CHECK_DISK, _CHECK_DISK),
 }
-_WORDS = {os.strerror(code): steps for code, steps in _STEPS.items()} | {"PERMISSION_DENIED": _STEPS[EACCES]}
+_WORDS = {os.strerror(code): steps for code, steps in _STEPS.items()} | {
+    "PERMISSION_DENIED": _STEPS[EACCES],
+    NOT_REGULAR: (_REGULAR, _REGULAR),
+}
 
 
 def step_for(words: str, *, reads: bool) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.store.buckets import refuse_nameless
+from distillcache.schemas.store.local_path import LocalPath
 from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.store import Store, current, is_url
 from distillcache.schemas.store.url_secrets import refuse_secret
@@ -102,7 +103,9 @@ Location = Path | ObjectPath
 
 
 def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
-    """The place that a user's text names: a local path, `file://`, `gs://bucket/key` or `s3://bucket/key`."""
+    """The place that a user's text names: a local path, `file://`, `gs://bucket/key` or `s3://bucket/key`.
+
+    Of a local place, and of paths made from it, only regular files are opened."""
     if isinstance(path, ObjectPath):
         return path
     text = os.fspath(path)
@@ -110,7 +113,7 @@ def locate(path: str | os.PathLike[str] | ObjectPath) -> Location:
     if not is_url(text):
         local = os.path.expanduser(text.removeprefix("file://"))  # Path's own fails for `~nobody`
         refuse_unusable_path(local)
-        return Path(local)
+        return LocalPath(local)
     refuse_nameless(text)
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")

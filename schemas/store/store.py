@@ -26,6 +26,7 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets
 from distillcache.schemas.store.disk_errors import step_for, unreadable
+from distillcache.schemas.store.local_path import LocalPath, refuse_irregular
 from distillcache.schemas.store.names import refuse_unusable_path
 from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
@@ -205,7 +206,7 @@ class Store:
         return self.read_with_generation(key, confirm=False)[0] == value or self.read(key) == value
 
     def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
-        self.check_inside(key)
+        self.check_readable(key)
         result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
         if result.state != "value" and self.local is not None and (self.local / key).is_dir():  # it counts as absent
             raise unreadable(self.where(key), IsADirectoryError(EISDIR, os.strerror(EISDIR)))
@@ -318,7 +319,7 @@ class Store:
     def length_is(self, key: str, length: int) -> bool:
         """Return whether the stored value has exactly this length, without reading it."""
         if self.local is not None:
-            self.check_inside(key)
+            self.check_readable(key)
             try:
                 return (self.local / key).stat().st_size == length
             except (FileNotFoundError, NotADirectoryError):
@@ -399,6 +400,15 @@ class Store:
                     "remove the link; its target was not touched",
                 )
 
+    def check_readable(self, key: str) -> None:
+        """`check_inside`; also raise where a pipe, a socket or a device lies, which a reader would wait for."""
+        self.check_inside(key)
+        if self.local is not None:
+            try:
+                refuse_irregular(f"{self.local}/{key}")
+            except OSError as error:
+                raise unreadable(self.where(key), error) from error
+
     def _check_length(self, key: str, length: int) -> None:
         """A lock file left by a killed writer is reused without being truncated: a shorter value keeps the old tail.
 
@@ -457,7 +467,7 @@ def is_url(path: str) -> bool:
 def _local_path(url: str) -> Path | None:
     if is_url(url):
         return None
-    return Path(os.path.abspath(os.path.expanduser(url.removeprefix("file://"))))
+    return LocalPath(os.path.abspath(os.path.expanduser(url.removeprefix("file://"))))
 
 
 def _url_spec(url: str, local: Path | None) -> str | dict[str, Any]:

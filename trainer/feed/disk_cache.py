@@ -37,6 +37,7 @@ from pathlib import Path
 from distillcache.schemas.cache.segment import SmallFiles
 from distillcache.schemas.config.feed import LocalCacheConfig
 from distillcache.schemas.errors import StorageError
+from distillcache.schemas.store.local_path import refuse_irregular
 from distillcache.schemas.store.store import is_url
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,9 @@ class LocalCache:
     def open(self, name: str) -> int | None:
         """A descriptor of the file, which the caller closes; None where there is none."""
         try:
-            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW)
+            path = self._path(name)
+            refuse_irregular(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return None
         with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from distillcache.models.config import ModelConfig
-from distillcache.models.files.foreign import LFS_MAGIC, LFS_STEP
+from distillcache.models.files.foreign import LFS_MAGIC, LFS_STEP, unreadable_weights
 from distillcache.models.files.gguf.reader import DAMAGE, CheckedGguf
 from distillcache.models.files.gguf.remote import RemoteGguf, damaged, open_remote
 from distillcache.models.files.ranges import Span, SpanReader
@@ -180,9 +180,12 @@ def _version(path: Location) -> tuple[Location, bytes, object]:
                 "no such checkpoint", {"path": path}, "check the names of bucket and file; or name an HF directory"
             )
         return path, magic or b"", generation
-    stat = path.stat()
-    with path.open("rb") as stream:
-        magic = stream.read(len(MAGIC))
+    try:
+        stat = path.stat()
+        with path.open("rb") as stream:
+            magic = stream.read(len(MAGIC))
+    except OSError as error:
+        raise unreadable_weights(path, error) from error
     return path.resolve(), magic, (stat.st_mtime_ns, stat.st_size)
 
 
