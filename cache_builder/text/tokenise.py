@@ -14,6 +14,7 @@ from distillcache.models.text.long_text import WINDOW, NoCommonTokens
 from distillcache.models.text.tokenizer import TextTokenizer
 from distillcache.schemas.config import OnError
 from distillcache.schemas.errors import RecordError
+from distillcache.schemas.runtime.library_log import is_panic, without_library_log
 
 BATCH_DOCUMENTS = 256  # tokenised at once, on all cores
 BATCH_CHARACTERS = 1 << 20  # and about as many, at most some 250 MB; a longer document is tokenised in chunks
@@ -190,11 +191,12 @@ def _translated(batch: list) -> Iterator[None]:
     that, which is no Exception.
     """
     try:
-        yield
+        with without_library_log():
+            yield
     except NoCommonTokens:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise RecordError(
             "the tokenizer cannot encode a document",

@@ -40,6 +40,7 @@ from distillcache.models.text.chat_files import (
 from distillcache.models.text.chat_template import ChatTemplate
 from distillcache.models.text.long_text import NoCommonTokens, token_runs
 from distillcache.schemas.errors import CheckpointError, InputError
+from distillcache.schemas.runtime.library_log import is_panic, without_library_log
 from distillcache.schemas.store.path import Location, ObjectPath, locate
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -299,13 +300,14 @@ def _parse(file: Location) -> Tokenizer:
         ) from error
     _check_content(data, file)
     try:
-        backend = Tokenizer.from_str(data.decode())
-        _check_own_tokens(backend, file)
+        with without_library_log():
+            backend = Tokenizer.from_str(data.decode())
+            _check_own_tokens(backend, file)
         return backend
     except InputError:
         raise
     except BaseException as error:  # tokenizers raises plain Exception; its Rust part panics over damaged tables
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise InputError(
             "this is not a tokenizer.json, or a damaged one",

@@ -6,5 +6,6 @@ signals.py       SIGTERM and SIGINT as a flag that loops poll
 console.py       the log of a command line on standard error
 progress.py      progress line: done, rate, time left
 memory.py        peak anonymous memory of a process
+library_log.py   lines that libraries write to standard error by themselves
 child_python.py  Python subprocesses that import nothing from the working directory
 """

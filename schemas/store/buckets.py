@@ -6,18 +6,16 @@ short and says so, retry a range that came short, or tell an error page from a l
 answer was lost comes back as lost.
 """
 
-import contextlib
 import os
 import re
-import tempfile
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
 
 from distillcache.schemas.config.storage import StorageConfig
 from distillcache.schemas.errors import ConfigError, StorageError
+from distillcache.schemas.runtime.library_log import without_library_log
 from distillcache.schemas.store.url_secrets import refuse_secret
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}  # of a URL, and TensorStore's name for it
@@ -108,9 +106,6 @@ def set_timeouts(config: StorageConfig) -> None:
         os.environ.setdefault(name, str(value))
 
 
-STANDARD_ERROR = 2
-_LOG_LINE = re.compile(rb"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ .*\n?", re.MULTILINE)  # as Abseil writes them
-_quiet = threading.Lock()  # standard error is the process's
 _met: set[tuple[str, str, str]] = set()
 _meeting = threading.Lock()
 
@@ -142,30 +137,6 @@ def meet(spec: dict[str, Any], config: StorageConfig) -> None:
         asked.result(timeout=config.contact_timeout_s)
     with _meeting:
         _met.add(place)
-
-
-@contextlib.contextmanager
-def without_library_log() -> Iterator[None]:
-    """Leave out the lines that C++ libraries log to standard error meanwhile: what is wrong is in the error that they
-    return, and anonymous access, which they complain about, is nothing wrong.
-
-    Whatever else is written there meanwhile follows at the end.
-    """
-    with _quiet, contextlib.ExitStack() as stack:
-        try:
-            saved = os.dup(STANDARD_ERROR)
-        except OSError:  # this process has none
-            yield
-            return
-        stack.callback(os.close, saved)
-        kept = stack.enter_context(tempfile.TemporaryFile())
-        os.dup2(kept.fileno(), STANDARD_ERROR)
-        try:
-            yield
-        finally:
-            os.dup2(saved, STANDARD_ERROR)
-            kept.seek(0)
-            os.write(STANDARD_ERROR, _LOG_LINE.sub(b"", kept.read()))
 
 
 def is_garbled(text: str) -> bool:

@@ -55,7 +55,9 @@ BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Is
 
 
 @pytest.mark.parametrize("length", [40, 200_000])
-def test_what_the_library_raises_is_an_error_of_the_document(tmp_path: Path, length: int) -> None:
+def test_what_the_library_raises_is_an_error_of_the_document(
+    tmp_path: Path, length: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its Rust code panics where a pattern backtracks without end, which is no Exception in Python."""
     content = json.loads(byte_tokenizer().to_str()) | {"pre_tokenizer": BACKTRACKING}
     tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(content)), eos_id=0)
@@ -65,3 +67,4 @@ def test_what_the_library_raises_is_an_error_of_the_document(tmp_path: Path, len
     assert caught.value.facts["from"] == "a.txt"
     skipped, _ = token_arrays(iter(found), tokenizer, on_error="skip")
     assert isinstance(skipped, Skipped)
+    assert capfd.readouterr().err == ""

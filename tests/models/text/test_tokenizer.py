@@ -401,10 +401,13 @@ def test_an_empty_eos_is_looked_for_elsewhere(tmp_path: Path) -> None:
     refused(save(byte_level(), tmp_path / "u", tokenizer_config={"eos_token": ""}), "does not say which token ends")
 
 
-def test_a_table_over_which_the_tokenizers_library_panics_is_an_error(tmp_path: Path) -> None:
+def test_a_table_over_which_the_tokenizers_library_panics_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """What pyo3 makes of a panic is no `Exception`."""
     folder = save(byte_level(), tmp_path / "t", tokenizer_config={"eos_token": "<|end|>"})
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "////f0FBQUE="}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     refused(folder, "not a tokenizer.json, or a damaged one")
+    assert capfd.readouterr().err == ""

@@ -185,14 +185,6 @@ def test_no_credentials_are_told_within_seconds(gcs: Bucket) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_log_lines_of_libraries_are_left_out(capfd: pytest.CaptureFixture[str]) -> None:
-    with buckets.without_library_log():
-        os.write(2, b"E1129 10:11:02.133914   29508 google_auth_provider.cc:188] Could not find the credentials file\n")
-        os.write(2, b"ours\nW1129 10:11:02.133914   29508 curl.cc:1] again\n")
-    os.write(2, b"E1129 10:11:03.000001   29508 later\n")
-    assert capfd.readouterr().err == "ours\nE1129 10:11:03.000001   29508 later\n"
-
-
 def test_an_unreachable_bucket_is_told_by_our_message_alone(tmp_path: Path) -> None:
     """No credentials, and nobody at the address: Google's client logs where it looked for them."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOOGLE", "CLOUDSDK"))}
