@@ -17,6 +17,9 @@ def cache_tokenizer(store: Store, plan: Plan) -> TextTokenizer:
     data, facts = read_tokenizer(store), {"file": store.where(TOKENIZER)}
     try:
         found = tokenizer_from_json(data.decode(), plan.rows.eos_id)
+        if found.digest != plan.rows.tokenizer_digest:  # tokenizer.json does not say so
+            split = tokenizer_from_json(data.decode(), plan.rows.eos_id, splits_special=True)
+            found = split if split.digest == plan.rows.tokenizer_digest else found
     except Exception as error:  # the tokenizers library raises bare ones; of a cache that is being built, any bytes
         raise DamageError("the cache's tokenizer cannot be read", {**facts, "cause": error}, MEND_NEXT) from error
     if found.digest != plan.rows.tokenizer_digest:  # nothing else vouches for it while the cache is being built

@@ -39,6 +39,7 @@ from distillcache.models.text.chat_files import (
 )
 from distillcache.models.text.chat_template import ChatTemplate
 from distillcache.models.text.long_text import NoCommonTokens, token_runs
+from distillcache.models.text.tokenizer_settings import splits_special
 from distillcache.schemas.errors import CheckpointError, InputError
 from distillcache.schemas.runtime.library_log import is_panic, without_library_log
 from distillcache.schemas.store.path import Location, ObjectPath, locate
@@ -73,6 +74,7 @@ class TextTokenizer:
     bos_id: the token that starts one, where the checkpoint names it. Whether it is put in front is the backend's rule.
     extras: more entries for tokenizer_config.json (chat template, padding token).
     chat: how it writes chats, where the checkpoint says so.
+    splits_special: special tokens that a text spells are cut as any other text (`split_special_tokens`).
     """
 
     backend: Tokenizer
@@ -80,10 +82,12 @@ class TextTokenizer:
     bos_id: int | None = None
     extras: Mapping[str, Any] | None = None
     chat: ChatTemplate | None = None
+    splits_special: bool = False
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.backend.encode_special_tokens = self.splits_special
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text by the tokenizer's own rule: BOS, and EOS, only if its post-processor adds them."""
@@ -153,7 +157,9 @@ class TextTokenizer:
     def _bare(self) -> Tokenizer:
         """The backend without its post-processor."""
         content = json.loads(self.to_json())
-        return Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+        backend = Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+        backend.encode_special_tokens = self.splits_special
+        return backend
 
     @cached_property
     def _rule(self) -> tuple[np.ndarray, np.ndarray]:
@@ -168,8 +174,8 @@ class TextTokenizer:
     @cached_property
     def _verbatim(self) -> Tokenizer:
         """The same without a post-processor, which adds nothing here, and takes spaces out of the tokens' offsets."""
-        content = json.loads(self.to_json())
-        backend = Tokenizer.from_str(json.dumps({**content, "post_processor": None}, ensure_ascii=False))
+        backend = Tokenizer.from_str(self._bare.to_str())
+        backend.encode_special_tokens = self.splits_special
         if self.chat is not None:
             backend.add_tokens([AddedToken(**token) for token in self.chat.whole_tokens])
         return backend
@@ -185,10 +191,11 @@ class TextTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3-128, in hex, of everything that determines the tokens of a document: tokenizer.json, keys sorted, and
-        the EOS id.
+        """xxh3-128, in hex, of everything that determines the tokens of a document: tokenizer.json, keys sorted,
+        the EOS id, and whether special tokens are cut.
         """
         content = {"tokenizer": json.loads(self.to_json()), "eos_id": self.eos_id}
+        content |= {"split_special_tokens": True} if self.splits_special else {}
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -212,7 +219,8 @@ def load_tokenizer(path: str | os.PathLike[str] | ObjectPath, eos_token: str | N
     file = hf_folder(where) / TOKENIZER_JSON if _is_folder(where) else where
     backend = _parse(file)
     eos_id, bos_id = _eos_id(backend, file, eos_token), _named_id(backend, file, "bos")
-    return TextTokenizer(backend, eos_id, bos_id, chat=folder_template(file.parent, backend))
+    splits = splits_special(file.parent, backend)
+    return TextTokenizer(backend, eos_id, bos_id, chat=folder_template(file.parent, backend), splits_special=splits)
 
 
 def _is_gguf(place: Location) -> bool:
@@ -224,9 +232,11 @@ def _is_folder(place: Location) -> bool:
     return place.is_dir() if isinstance(place, Path) else place.suffix != ".json"
 
 
-def tokenizer_from_json(text: str, eos_id: int, bos_id: int | None = None) -> TextTokenizer:
+def tokenizer_from_json(
+    text: str, eos_id: int, bos_id: int | None = None, *, splits_special: bool = False
+) -> TextTokenizer:
     """The tokenizer that `TextTokenizer.to_json` wrote, where its EOS id is recorded elsewhere."""
-    return TextTokenizer(Tokenizer.from_str(text), eos_id, bos_id)
+    return TextTokenizer(Tokenizer.from_str(text), eos_id, bos_id, splits_special=splits_special)
 
 
 def tokenizer_files(source: Location | TextTokenizer) -> tuple[dict[str, bytes], dict[str, int]]:
