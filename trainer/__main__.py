@@ -62,15 +62,18 @@ def _changes(before: Evaluation, after: Evaluation) -> list[str]:
             f"without router biases, as other readers of the export route: {after.perplexity_without_bias:.2f}"
         )
     if before.mean_cosine is not None and after.mean_cosine is not None:
-        lines.append(f"cosine distance, mean of blocks {before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after")
+        cosine = f"{before.mean_cosine:.3g} before, {after.mean_cosine:.3g} after"
+        lines.append(f"cosine distance, mean over blocks: {cosine}")
     if before.kl is not None and after.kl is not None:
-        lines.append(f"KL from the teacher {before.kl:.3g} before, {after.kl:.3g} after, nats a token")
+        lines.append(f"KL from the teacher, in nats a token: {before.kl:.3g} before, {after.kl:.3g} after")
     if before.agreement is not None and after.agreement is not None:
-        shares = f"{before.agreement:.1%} before, {after.agreement:.1%} after"
-        lines.append(f"the teacher's first choice is the student's for {shares}")
+        shares = f"{before.agreement:.1%} of tokens before, {after.agreement:.1%} after"
+        lines.append(f"same first choice as the teacher: {shares}")
     if before.max_violation is not None and after.max_violation is not None:
         violation = f"{before.max_violation:.2f} before, {after.max_violation:.2f} after"
-        lines.append(f"max violation (load of the fullest expert over the mean, less one), mean of blocks {violation}")
+        lines.append(
+            f"max violation (the fullest expert's load over the mean, minus one), mean over blocks: {violation}"
+        )
     return lines
 
 

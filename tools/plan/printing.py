@@ -1,4 +1,4 @@
-"""Output of `distillcache plan`: the cost of the build by array and of the same rows in other codecs; then its time."""
+"""Output of `distillcache plan`: the size of the cache by array, and with other codecs and blocks; then its time."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,15 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.format.rows import no_targets_note
 from distillcache.schemas.runtime.progress import format_seconds
 from distillcache.tools.pages.terminal import table_console
+
+
+DIFFERENCES = "resid as differences"
+
+
+DIFFERENCES_NOTE = (
+    f"{DIFFERENCES} (taps.resid.delta: true): larger, because of its keyframes, but more accurate than the same codec "
+    "without it"
+)
 
 
 def print_sizes(report: Mapping[str, Any]) -> None:
@@ -27,7 +36,10 @@ def print_sizes(report: Mapping[str, Any]) -> None:
     console.print()
     console.print(_taps(report))
     console.print()
+    console.print("Size with other codecs and blocks, and its share of the size in bf16 with all blocks:")
     console.print(_choices(report))
+    if any(choice["codec"].endswith(DIFFERENCES) for choice in report["choices"]):
+        console.print(DIFFERENCES_NOTE)
 
 
 def print_next(report: Mapping[str, Any]) -> None:
@@ -66,7 +78,7 @@ def _computed(teacher: Mapping[str, Any]) -> str:
 
 def _time(report: Mapping[str, Any]) -> str:
     if report["seconds"] is None:
-        return "not measured; without `--measure false`, `plan` runs the teacher for about half a minute"
+        return "not measured, because of `--measure false`; measuring takes about half a minute"
     count = report["processes"]
     share = "one process like this one" if count == 1 else f"each of {count} processes like this one"
     rate = f"{report['tokens_per_s']:,.0f} tokens/s of {share}"
@@ -91,7 +103,7 @@ def _free(report: Mapping[str, Any]) -> str:
 
 
 def _taps(report: Mapping[str, Any]) -> Table:
-    table = _table(("array", "codec"), "slots", "bytes a token", "size", "objects", "an object", "slots in it")
+    table = _table(("array", "codec"), "slots", "bytes a token", "size", "objects", "object size", "slots per object")
     for tap in report["taps"]:
         for number, (array, facts) in enumerate(tap["arrays"].items()):
             most = "" if tap["compress"] == "none" else "≤ "
@@ -108,9 +120,9 @@ def _taps(report: Mapping[str, Any]) -> Table:
 def _choices(report: Mapping[str, Any]) -> Table:
     """A codec a line, a choice of blocks a column."""
     counts = list(dict.fromkeys(choice["blocks"] for choice in report["choices"]))
-    heads = [f"{counted(count, 'block')}, share" for count in counts]
-    heads[0] = f"{'all ' if counts[0] > 1 else ''}{counted(counts[0], 'block')}, share of bf16"
-    table = _table(("the same rows in",), *heads)
+    heads = [counted(count, "block") for count in counts]
+    heads[0] = f"{'all ' if counts[0] > 1 else ''}{heads[0]}"
+    table = _table(("codec",), *heads)
     found = {(choice["codec"], choice["blocks"]): choice for choice in report["choices"]}
     for codec in dict.fromkeys(choice["codec"] for choice in report["choices"]):
         table.add_row(codec, *(_choice(found.get((codec, count))) for count in counts))
@@ -131,13 +143,13 @@ def _next_steps(report: Mapping[str, Any]) -> Sequence[str]:
             if "impossible" not in choice and choice["bytes"] <= (report["free_bytes"] or 0)
         ]
         best = max(fits, key=lambda choice: choice["bytes"], default=None)
-        words = f"; {best['codec']} of {counted(best['blocks'], 'block')} would fit" if best is not None else ""
+        words = f"; {best['codec']}, of {counted(best['blocks'], 'block')}, would fit" if best is not None else ""
         return [
             f"[bold red]There is too little room at {escape(report['cache'])}[/]: choose another path or codec{words}."
         ]
     unsure = report["enough_room"] is None and report["free_bytes"] is not None
-    words = f"There may be too little room at {escape(report['cache'])}: it depends on how far the taps compress."
-    return [*([words] if unsure else []), "next: the same flags with `distillcache build`"]
+    words = f"There may be too little room at {escape(report['cache'])}: it depends on how well the taps compress."
+    return [*([words] if unsure else []), "next: run `distillcache build` with the same flags"]
 
 
 def _table(left: Sequence[str], *right: str) -> Table:

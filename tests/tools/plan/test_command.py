@@ -103,6 +103,7 @@ def test_sizes_are_printed_before_the_teacher_is_measured(tmp_path, teacher, cor
     (before,), after = printed, capsys.readouterr()
     assert "bytes a token" in before.out
     assert "int8, resid as differences" in before.out
+    assert "more accurate than the same codec" in " ".join(before.out.split())
     assert "`--measure false` leaves this out" in before.err
     assert "bytes a token" not in after.out
     assert "extrapolated from 3 rows of a batch's 4: 8 tokens/s" in after.out
