@@ -12,7 +12,6 @@ from distillcache.schemas.format.rows import no_targets_note
 from distillcache.schemas.runtime.progress import format_seconds
 from distillcache.tools.pages.terminal import table_console
 
-
 DIFFERENCES = "resid as differences"
 
 
