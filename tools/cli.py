@@ -16,7 +16,7 @@ from distillcache.schemas.errors import ConfigError
 
 # command -> (module, function, what it does); imported when called, so that `--help` starts at once
 COMMANDS = {
-    "demo": ("tools.demo.command", "run", "runs the whole job on a real teacher and writes a report"),
+    "demo": ("tools.demo.command", "run", "runs the whole pipeline on a real teacher and writes a report"),
     "prepare": ("tools.commands.prepare", "run", "tokenises and packs text into rows"),
     "build": ("cache_builder.__main__", "build", "runs the teacher over rows and writes a cache; prepares text first"),
     "train": ("trainer.__main__", "train_command", "trains a student from a cache"),
@@ -29,7 +29,7 @@ COMMANDS = {
     "show": ("tools.look.show", "run", "shows one row: text, masks, per-token activation statistics by block"),
     "stats": ("tools.look.stats", "run", "computes rms, kurtosis, outlier dimensions and rank of a sample, by block"),
     "fidelity": ("tools.fidelity.command", "run", "compares the cache with its teacher and diagnoses mismatches"),
-    "diff": ("tools.diff.command", "run", "lists the differences of two caches or two runs"),
+    "diff": ("tools.diff.command", "run", "lists the differences between two caches or two runs"),
     "export-samples": ("tools.look.export_samples", "run", "writes some rows with decoded taps as safetensors or npz"),
     "bench": ("tools.bench.command", "run", "measures speed against this machine's limits, and codec accuracy"),
     "verify": ("tools.look.verify", "run", "checks every byte of a cache against its committed digests"),

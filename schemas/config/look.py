@@ -54,7 +54,7 @@ class StatsConfig(Config):
     rows: Positive = Field(default=32, description="rows to read, drawn from as many shards as possible")
     seed: Seed = Field(default=0, description="seed of the drawn rows")
     taps: list[str] | None = Field(default=None, description="which taps; default: all")
-    blocks: list[Index] | None = Field(default=None, description="which slots of them; default: all")
+    blocks: list[Index] | None = Field(default=None, description="which slots of these taps; default: all")
     out: str | None = Field(
         default=None, pattern=r"\.npz$", description="also write per-dimension statistics to this file"
     )

@@ -11,9 +11,9 @@ class ServeConfig(Config):
 
     target: str = Field(description="the cache or the run: a folder, gs://bucket/prefix or s3://bucket/prefix")
     host: str = Field(
-        default="127.0.0.1", description="address to listen at; one that other machines can reach needs --expose"
+        default="127.0.0.1", description="address to listen on; one that other machines can reach needs --expose"
     )  # rows may be private text
-    port: int = Field(default=8321, ge=0, le=65535, description="0: any free port")
+    port: int = Field(default=8321, ge=0, le=65535, description="port to listen on; 0: any free port")
     expose: bool = Field(
         default=False,
         description="let other machines read everything that the cache or run holds: there is no password",

@@ -36,13 +36,13 @@ class BuildFleetConfig(Config):
     mfu: float = Field(default=0.4, ge=1e-6, le=1, description="share of the peak that a forward pass reaches")
     host_ram_gib: Rate = Field(default=448.0, description="memory of one host")  # of v5p's 4-chip machines
     startup_s: Amount = Field(
-        default=300.0, description="from the start of a host to its first batch (weights, compilation)"
+        default=300.0, description="time from the start of a host to its first batch (weights, compilation)"
     )
     preemptions_per_h: Preemptions = Field(
         default=0.05, description="preemptions of one host an hour"
     )  # one in 20 hours; spot machines in a busy region see more
-    restart_s: Amount = Field(default=600.0, description="from a preemption to the first batch on a new host")
-    claim_expiry_s: Amount = Field(default=60.0, description="after which a dead host's work is taken over")
+    restart_s: Amount = Field(default=600.0, description="time from a preemption to the first batch on a new host")
+    claim_expiry_s: Amount = Field(default=60.0, description="time after which a dead host's work is taken over")
     retry_share: Decay = Field(default=0.001, description="share of writes that are retried")
     seed: Seed = Field(default=0, description="seed of preemptions and retries")
 
@@ -82,13 +82,15 @@ class StudentsConfig(Config):
 
 
 class SimulateConfig(Config):
-    """Cost of caches for large amounts of text: bytes, objects, requests, time, money, and which resource becomes
-    the bottleneck.
+    """Estimate the cost of caches for large amounts of text: bytes, objects, requests, time, money, and which
+    resource becomes the bottleneck.
     """
 
     tokens: list[TextTokens] = Field(default=[1e9, 1e11, 1e12], min_length=1, description="tokens of text")
     teachers: list[TeacherShape] = Field(
-        default=["llama-3.1-8b", "llama-3.1-70b"], min_length=1, description="32 blocks of 4,096; 80 of 8,192"
+        default=["llama-3.1-8b", "llama-3.1-70b"],
+        min_length=1,
+        description="teachers to compare: 32 blocks of hidden size 4,096; 80 blocks of 8,192",
     )
     row_tokens: RowTokens = Field(default=1024, description="tokens in a row")  # as in a build
     batch_rows: BatchRows = Field(default=16, description="rows in one call of the teacher")  # likewise
@@ -98,7 +100,7 @@ class SimulateConfig(Config):
     train: TrainFleetConfig = Field(default=TrainFleetConfig(), description="the machines that read the cache")
     bucket: BucketConfig = Field(default=BucketConfig(), description="the bucket that holds the cache")
     students: StudentsConfig = Field(
-        default=StudentsConfig(), description="training hours from a cache and with the teacher in the loop"
+        default=StudentsConfig(), description="training time from a cache and with the teacher in the loop"
     )
     plot: str | None = Field(
         default=None,

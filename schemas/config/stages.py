@@ -50,7 +50,7 @@ class DataConfig(Config):
     chat_date: date | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
-        description="the date that a chat template writes as today's, such as 2025-01-31",
+        description="the date that a chat template inserts as today's date, such as 2025-01-31",
     )  # no default, since the same text must give the same rows on every day
     on_error: OnError = Field(
         default="stop",
@@ -74,7 +74,7 @@ class DataConfig(Config):
     max_document_mib: Mebibytes = Field(
         default=128,
         exclude_if=lambda value: value == 128,  # rows and plans from before it are the same bytes
-        description="the longest document, unpacked (of a .jsonl: the longest line); a longer one is an error",
+        description="maximum size of a document, decompressed (of a .jsonl: of a line); a longer one is an error",
     )  # reading takes up to nine times a document's length in memory
     max_rows: Size | None = Field(default=None, description="maximum number of rows; default: the whole text")
     eval_seed: Seed = Field(default=0, description="seed of the rows drawn for evaluation")
@@ -97,10 +97,11 @@ class Workers(Config):
     process_id: Natural = Field(default=0, description="this process's number, if several share the work")
     num_processes: Positive = Field(
         default=1,
-        description=("number of processes that share the work; for replica: job on a cluster: set by the cluster"),
+        description=("number of processes that share the work; with replica: job on a cluster, the cluster sets it"),
     )
     claim_expiry_s: Seconds = Field(
-        default=60.0, description="expiry of a lease without a heartbeat; another process then takes it over"
+        default=60.0,
+        description="time without a heartbeat after which a lease expires and another process may take it over",
     )  # four missed heartbeats
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 
@@ -115,7 +116,7 @@ class Workers(Config):
 
 
 class PrepareConfig(Workers):
-    """Turn text into packed rows. Options of Apache Beam after two bare hyphens make it a pipeline."""
+    """Turn text into packed rows. Options of Apache Beam after a bare double hyphen run it as a Beam pipeline."""
 
     usual: ClassVar = (
         "data.path",
@@ -156,7 +157,7 @@ class ShardWorkers(Workers):
     """Options of a process that writes shards."""
 
     max_in_flight_mib: Mebibytes = Field(
-        default=2048, description="maximum of data recorded or read but not yet stored"
+        default=2048, description="maximum size of data that is recorded or read but not yet stored"
     )  # one shard being filled, one being written
 
 
@@ -199,8 +200,8 @@ class BuildOptions(ShardWorkers):
     coordinator: str | None = Field(
         default=None,
         description=(
-            "replica: job: HOST:PORT of process 0; default: from Cloud TPU, GKE, Slurm or Open MPI; none: a "
-            "single process, whatever they say"
+            "replica: job: HOST:PORT of process 0; default: as set by Cloud TPU, GKE, Slurm or Open MPI; none: a "
+            "single process, even if they set one"
         ),
     )
     timeout_s: WholeSeconds = Field(
@@ -269,7 +270,7 @@ class CopyTapsConfig(Config):
     )
     mlp_out: KeptTap = Field(default="keep", description="what the MLP sublayer adds to the residual stream")
     topk_logits: Literal["keep"] | None = Field(
-        default="keep", description="every token's largest logits: null, or keep as stored"
+        default="keep", description="every token's k largest logits: keep (as stored) or null (left out)"
     )
 
 
@@ -286,7 +287,7 @@ class CopySpec(ShardSizes):
     taps: CopyTapsConfig = Field(
         default=CopyTapsConfig(),
         description=(
-            "for every tap: keep, null or a codec; a tap that has to be re-encoded is reported and not bit-equal"
+            "for every tap: keep, null or a codec; a tap that has to be re-encoded is reported, and is not bit-equal"
         ),
     )
     compress: Literal["keep", "none", "zstd", "blosc"] = Field(
@@ -300,9 +301,9 @@ class CopySpec(ShardSizes):
 
 
 class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
-    """Copy a cache to one of a single segment: in other codecs, with some rows, blocks or taps, or at another path.
+    """Copy a cache into one of a single segment: to another path, in other codecs, or with fewer rows, blocks or taps.
 
-    A tap is kept, bit for bit, unless it is given a codec.
+    A tap is copied bit for bit unless a codec is given for it.
     """
 
     usual: ClassVar = (
@@ -321,9 +322,9 @@ class CopyConfig(ShardWorkers, CopySpec, CopyPaths):
 
 
 class PlanConfig(BuildConfig):
-    """Cost of a build before anything is written: sizes, objects, time, and the cost of other choices.
+    """Estimate the cost of a build before anything is written: size, objects, time, and the size with other codecs.
 
-    With `--simulate` the cost for known teachers and up to 1T tokens; it has other fields: `plan --simulate --help`.
+    `--simulate` estimates it for known teachers and up to 1T tokens, with fields of its own: `plan --simulate --help`.
     """
 
     usual: ClassVar = (*(name for name in BuildConfig.usual if name not in ("extend", "repair", "abandon")), "measure")
@@ -357,11 +358,11 @@ class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
     what: Literal["feed", "build", "codec", "student", "kl", "step", "routing", "load"] = Field(
-        description="feed: reading; build: recording; codec: what each keeps of the numbers; student: what training "
-        "gets from a bf16, an int8 and an int4 cache; kl: students of half the blocks from cross-entropy, from the KL "
-        "to the top k and from the KL to the whole distribution; step: a training step's time and memory; routing: "
-        "experts balanced by biases, by an auxiliary loss, and not at all; load: the memory of one of eight processes "
-        "that loads its share of a 30 GB checkpoint, with 6 GB of memory and files that take no disk"
+        description="feed: reading; build: recording; codec: size, error and speed of each codec; student: results "
+        "of training from a bf16, an int8 and an int4 cache; kl: students of half the blocks, trained with "
+        "cross-entropy, the KL to the top k or the KL to the whole distribution; step: a training step's time and "
+        "memory; routing: experts balanced by biases, by an auxiliary loss, and not at all; load: the memory of one "
+        "of eight processes that load a 30 GB checkpoint (takes 6 GB of memory; the files are sparse)"
     )
     dir: str | None = Field(
         default=None,
@@ -377,7 +378,7 @@ class BenchConfig(Config):
     plot: str | None = Field(
         default=None,
         pattern=r"\.(svg|png)$",
-        description="routing and kl: also plot what is measured by step to this file",
+        description="routing and kl: also plot the results to this file",
     )
 
     @model_validator(mode="after")
@@ -403,8 +404,8 @@ class ExportConfig(Config):
     )
     adapter: bool = Field(
         default=False,
-        description="of a run with student.lora: write the adapters alone, as peft loads them, and the model that they "
-        "belong to in out/base; default: one model, adapters merged",
+        description="for a run with student.lora: write only the adapters, in peft's format, and their base model "
+        "to out/base; default: one model with the adapters merged",
     )
     step: Index | None = Field(default=None, description="which checkpoint; default: the newest")
     best: bool = Field(default=False, description="the checkpoint with the lowest held-out perplexity")
@@ -418,16 +419,16 @@ class ExportConfig(Config):
 
 
 class DemoConfig(Config):
-    """The whole job on a real teacher: text, cache, cut student, recovery, report."""
+    """Run the whole pipeline on a real teacher: text, cache, cut student, recovery, report."""
 
     out: str = Field(default="distillcache-demo", description="folder for rows, cache, run and report")
     teacher: TeacherConfig | None = Field(default=None, description="default: SmolLM2-135M-Instruct, fetched once")
     data: DataConfig | None = Field(
         default=None,
-        description="default: the texts inside CPython's pydoc; at most 480 rows of 128 tokens, unless stated",
+        description="default: the texts inside CPython's pydoc; at most 480 rows of 128 tokens, unless set otherwise",
     )
     surgery: list[SurgeryOp] | None = Field(
-        default=None, description="default: two of three query heads of every KV group"
+        default=None, description="default: keep two of the three query heads of every KV group"
     )
     steps: Positive = Field(default=60, description="training steps")  # closes nine tenths of the gap
     batch_rows: BatchRows = Field(

@@ -109,12 +109,12 @@ class LoraConfig(Config):
 
     rank: Positive = Field(default=8, description="rank of each adapter")  # peft's default
     alpha: Rate = Field(
-        default=16.0, description="an adapter's product counts alpha / rank times"
+        default=16.0, description="an adapter's product is scaled by alpha / rank"
     )  # twice the rank, as is usual
     targets: Annotated[list[str], Field(min_length=1)] = Field(
         default=["attention"],
-        description="patterns for the paths of matrices that get one, as of train_only: [attention/q, attention/v], "
-        "[mlp]; default: all of attention's",
+        description="patterns for the paths of the matrices that get an adapter, as in train_only: [attention/q, "
+        "attention/v], [mlp]; default: all matrices of attention",
     )
 
 
@@ -132,14 +132,13 @@ class StudentConfig(Config):
     importance_rows: Positive = Field(
         default=64,
         exclude_if=lambda value: value == 64,  # runs from before there was importance are the same
-        description="by: importance: number of training rows, from the first, on which it is measured",
+        description="for by: importance: number of training rows on which it is measured, counted from the first",
     )  # as long as a few training steps; twice as many changed at most 3% of the choices
     layer_map: list[Index] | None = Field(
         default=None,
         description=(
-            "the teacher's blocks at which the student's begin, ascending: block i is made from block "
-            "layer_map[i] and stands for those up to the next entry; default: block for block, or what "
-            "drop_blocks leaves"
+            "ascending; the student's block i is made from the teacher's block layer_map[i] and stands for the "
+            "blocks up to the next entry; default: block for block, or what drop_blocks leaves"
         ),
     )
     projector: Literal["none", "linear"] = Field(
@@ -149,7 +148,8 @@ class StudentConfig(Config):
     lora: LoraConfig | None = Field(
         default=None,
         exclude_if=_unset,  # runs from before there were adapters are the same
-        description="train adapters on matrices alone: {rank: 8, alpha: 16, targets: [attention/q, attention/v]}",
+        description="train only low-rank adapters on matrices: {rank: 8, alpha: 16, targets: [attention/q, "
+        "attention/v]}",
     )
 
     @model_validator(mode="after")

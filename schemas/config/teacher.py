@@ -18,9 +18,9 @@ class TeacherMeshConfig(Config):
     """Number of devices along each axis; their product is the number of devices used."""
 
     data: Positive = Field(default=1, description="data parallelism: replicas that work on different rows")
-    fsdp: Positive = Field(default=1, description="rows and parameters sharded")
-    tensor: Positive = Field(default=1, description="heads and MLP widths sharded")
-    expert: Positive = Field(default=1, description="experts sharded; for models with routers")
+    fsdp: Positive = Field(default=1, description="shards rows and parameters")
+    tensor: Positive = Field(default=1, description="shards heads and MLP widths")
+    expert: Positive = Field(default=1, description="shards experts; for models with routers")
 
     @property
     def teacher_axes(self) -> tuple[int, ...]:
@@ -42,13 +42,15 @@ class TapConfig(Config):
         default=None, description="int8 and int4: numbers that share a scale; 0: the whole token; default: 32"
     )  # measured: finer groups gain more than their scales cost
     rotate: bool = Field(
-        default=True, description="int8 and int4: spread outliers by a random rotation first"
+        default=True, description="int8 and int4: spread outliers by a random rotation before quantising"
     )  # measured: an outlier would take the scale of its whole group
     delta: bool = Field(
-        default=False, description="resid in int8 or int4: code the difference from block to block"
+        default=False,
+        description="resid in int8 or int4: encode differences from block to block: more accurate, "
+        "but keyframes take space",
     )  # six times closer, but one block is read with up to keyframe_every - 1 others
     keyframe_every: Natural = Field(
-        default=8, description="with delta: slots from one keyframe to the next; 0: no keyframes"
+        default=8, description="with delta: distance between keyframes, in slots; 0: no keyframes"
     )  # adds 7% of bf16's size; eight reads at most for one block
     compress: Literal["none", "zstd", "blosc"] = Field(
         default="none",
@@ -67,14 +69,14 @@ class ResidConfig(TapConfig):
     head: bool = Field(
         default=False,
         exclude_if=lambda value: not value,
-        description="keep the teacher's last norm and LM head in the cache, once: with the last slot they give its "
-        "logits without its checkpoint",
+        description="keep the teacher's final norm and LM head in the cache: with the last slot they give all its "
+        "logits, without its checkpoint",
     )  # off: as long as the checkpoint stays where it is, training reads them from there
 
 
 class TopKConfig(Config):
     k: Positive = Field(
-        default=64, description="number of logits, the largest; at most the vocabulary size"
+        default=64, description="number of logits; at most the vocabulary size"
     )  # measured: nine tenths of the mass; another doubling would gain three hundredths
     dtype: Literal["bf16", "f32"] = Field(
         default="bf16", description="dtype of the stored logits; their logsumexp is always float32"
@@ -100,7 +102,7 @@ class TapsConfig(Config):
     topk_logits: TopKConfig | None = Field(
         default=None,
         exclude_if=lambda value: value is None,  # so that plans without it compare with those of before there was any
-        description="every token's k largest logits: values, vocabulary ids, and the logsumexp of all",
+        description="every token's k largest logits: values, vocabulary ids, and the logsumexp over the vocabulary",
     )  # off: only a KL loss needs it, and it costs a pass through the LM head
 
     @field_validator("resid", mode="before")
@@ -128,7 +130,8 @@ class OnlineConfig(Config):
     )  # it must be the cache's own teacher, wherever it lies now
     taps: TapsConfig | None = Field(
         default=None,
-        description="what is recorded; default: as in the cache; for prepared rows attn_out and resid without loss",
+        description="what is recorded; default: as in the cache; for prepared rows, attn_out and resid in a "
+        "lossless codec",
     )  # an online run has no need to save bytes
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,
@@ -143,7 +146,7 @@ class OnlineConfig(Config):
     exact: bool = Field(
         default=False,
         description=(
-            "run every row in the batch in which a build runs it: gives the same bits even if they depend on "
-            "the other rows, for up to batch_rows times the work"
+            "run every row in the batch in which a build runs it: gives the same bits even if they depend on the "
+            "other rows, at up to batch_rows times the work"
         ),
     )  # measured on CPUs: they do not

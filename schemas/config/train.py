@@ -87,13 +87,13 @@ class MlpLossConfig(DistanceLossConfig):
 
 class BlockLossConfig(DistanceLossConfig):
     weight: Weight = Field(
-        default=0.0, description="delta, the weight of comparing what leaves a block (blockwise mode)"
+        default=0.0, description="delta: weight of the loss of the stream that leaves each block (blockwise mode)"
     )
 
 
 class StreamLossConfig(DistanceLossConfig):
     weight: Weight = Field(
-        default=0.0, description="epsilon, the weight of comparing the student's own stream (feature mode)"
+        default=0.0, description="epsilon: weight of the loss of the student's own stream (feature mode)"
     )
     slots: list[Index | Literal["last"]] | Literal["all"] = Field(
         default="all",
@@ -105,13 +105,14 @@ class StreamLossConfig(DistanceLossConfig):
 class KlConfig(Config):
     targets: Literal["auto", "head", "topk"] = Field(
         default="auto",
-        description="the teacher's distribution: head: over all tokens, from resid's last slot, norm and head; topk: "
-        "over its recorded top k; auto: head if the cache keeps it, else topk if recorded, else head",
+        description="the teacher's distribution: head: over the whole vocabulary, from resid's last slot, final "
+        "norm and head; topk: over its recorded top k; auto: head if the cache keeps it, else topk if recorded, "
+        "else head",
     )  # exact wherever it costs nothing that was not recorded for it
     direction: Literal["forward", "reverse", "jsd", "skew"] = Field(
         default="forward",
-        description="forward: KL(teacher, student); reverse: KL(student, teacher); skew: KL(teacher, their mixture); "
-        "jsd: both to their mixture",
+        description="forward: KL(teacher, student); reverse: KL(student, teacher); skew: KL(teacher, their "
+        "mixture); jsd: KL of both to their mixture",
     )  # Hinton's; the others do not ask a small student to cover all that the teacher says
     share: Decay | None = Field(
         default=None,
@@ -122,7 +123,8 @@ class KlConfig(Config):
 class LoadBalanceConfig(Config):
     weight: Weight = Field(
         default=0.0,
-        description="lambda; for students with routers; also as MaxText's load_balance_loss_weight",
+        description="lambda: weight of this loss; for students with routers; MaxText's load_balance_loss_weight is "
+        "accepted too",
     )
     scope: Literal["layer", "model", "sequence", "global_batch"] = Field(
         default="layer",
@@ -151,7 +153,7 @@ class LossConfig(Config):
     kl: KlConfig = Field(
         default=KlConfig(),
         exclude_if=lambda value: value == KlConfig(),  # so that runs of before there was any resume
-        description="which KL: of which distributions, in which direction",
+        description="target and direction of the KL",
     )
     rest_bucket: bool = Field(
         default=False, description="KL over the top k: everything outside it counts as one more class"
@@ -165,7 +167,7 @@ class LossConfig(Config):
     block: BlockLossConfig = Field(
         default=BlockLossConfig(),
         exclude_if=lambda value: value == BlockLossConfig(),  # so that runs from before it resume
-        description="blockwise mode: compares what leaves each block with the stream that leaves the teacher's",
+        description="blockwise mode: compares the stream that leaves each block with the teacher's",
     )
     stream: StreamLossConfig = Field(
         default=StreamLossConfig(),
@@ -175,9 +177,7 @@ class LossConfig(Config):
     load_balance: LoadBalanceConfig = Field(
         default=LoadBalanceConfig(), description="auxiliary loss that balances the load of experts"
     )
-    router_z: Weight = Field(
-        default=0.0, description="zeta, the weight of the router z-loss; for students with routers"
-    )
+    router_z: Weight = Field(default=0.0, description="zeta: weight of the router z-loss; for students with routers")
 
 
 class OptimizerConfig(Config):
@@ -225,7 +225,8 @@ class TrainSpec(Config):
     """Settings that a training's numbers depend on. A resumed run must have the same ones."""
 
     source: Literal["cache", "online"] = Field(
-        default="cache", description="cache: its recorded taps; online: its rows, through the teacher in every step"
+        default="cache",
+        description="cache: train on its recorded taps; online: run the teacher on its rows in every step",
     )  # online is for comparison: it costs the teacher's memory and time
     online: OnlineConfig = Field(default=OnlineConfig(), description="source online: which teacher, on which rows")
     student: StudentConfig = Field(default=StudentConfig(), description="the student")
@@ -358,8 +359,8 @@ class TrainOptions(Config):
     coordinator: str | None = Field(
         default=None,
         description=(
-            "HOST:PORT of process 0, if the run has several processes; default: from Cloud TPU, GKE, Slurm or"
-            " Open MPI; none: a single process, whatever they say"
+            "HOST:PORT of process 0, if the run has several processes; default: as set by Cloud TPU, GKE, Slurm or "
+            "Open MPI; none: a single process, even if they set one"
         ),
     )
     num_processes: Positive | None = Field(
