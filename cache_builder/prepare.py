@@ -158,11 +158,11 @@ def begin_rows(
 def _warn_of_unused(data: DataConfig, files: Sequence[InputFile]) -> None:
     """Say which settings of the text do nothing for these files."""
     if data.chat_date is not None and data.format != "chat":
-        log.warning(f"data.chat_date {data.chat_date} changes nothing: data.format is {data.format}, not chat")
+        log.warning(f"data.chat_date {data.chat_date} has no effect: data.format is {data.format}, not chat")
     whole = all(file.kind.startswith(".txt") for file in files)
     if data.text_field != "text" and (whole or data.format == "chat"):
         reason = "a .txt file has no fields" if whole else "chats are read from messages"
-        log.warning(f"data.text_field {data.text_field} changes nothing: {reason}")
+        log.warning(f"data.text_field {data.text_field} has no effect: {reason}")
 
 
 def open_rows(data: DataConfig) -> RowReader | None:

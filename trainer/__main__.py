@@ -45,7 +45,7 @@ def train_command(argv: Sequence[str], command: str = "distillcache train", as_j
 def _lines(result: TrainResult) -> list[str]:
     loss = "undefined (no token of the last batch is a target)" if result.loss is None else f"{result.loss:.4g}"
     # Of steps alone: what evaluations, checkpoints and compiling take depends on how often a run does them.
-    speed = f"{result.tokens_per_s:,.0f} tokens/s in the median step, evaluations and checkpoints aside"
+    speed = f"{result.tokens_per_s:,.0f} tokens/s in the median step, not counting evaluations and checkpoints"
     lines = [f"run {result.run}: {counted(result.steps, 'step')}, loss {loss}, {speed}"]
     if result.before and result.after:
         lines += _changes(result.before, result.after)

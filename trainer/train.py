@@ -321,7 +321,7 @@ def _say_what_adapters_are(parameters: Parameters) -> None:
     found = sum(value.size for name, value in parameters.items() if is_adapter(name))
     if found:
         whole = sum(value.size for name, value in parameters.items() if sublayer_of(name) not in BESIDE)
-        log.info(f"adapters: {found:,} numbers, {found / whole:.2%} of the student's, whose own weights stay")
+        log.info(f"adapters: {found:,} parameters, {found / whole:.2%} of the student's, which stay unchanged")
 
 
 def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
@@ -332,7 +332,7 @@ def _say_what_is_off(spec: TrainSpec, peers: Peers) -> None:
         and spec.moe_balance_type == "noaux_tc"
         and any(may_count(loss.load_balance.weight) for loss in losses)
     ):
-        log.info("moe_balance_type noaux_tc: loss.load_balance is off, its weight is not used")
+        log.info("moe_balance_type noaux_tc turns loss.load_balance off: its weight is not used")
 
 
 class _Run:
@@ -377,7 +377,7 @@ class _Run:
             return first
         if self.peers.first:
             steps = counted(self.steps - first, "step")
-            log.info(f"training for {steps}{f' after step {first:,}' if first else ''}; programs are compiled first")
+            log.info(f"training for {steps}{f' after step {first:,}' if first else ''}, after compiling")
         # Before the first checkpoint nothing says that evaluations are this run's, and they are soon made again.
         self.evaluations = [entry for entry in read_evaluations(self.store) if entry.step <= first] if first else []
         self.peers.meet("read")
@@ -410,10 +410,10 @@ class _Run:
         store, ending = self.store, read_ending(self.store)
         if ending is not None and not ending.diverged and ending.steps is not None and ending.steps > first:
             ended = f"the run had ended at step {ending.steps:,}"
-            log.warning(f"{ended}; its checkpoint is gone, so it goes on from {first:,}")
+            log.warning(f"{ended}; its checkpoint is gone, so it continues from step {first:,}")
         if count := lost_evaluations(store):
             lost = f"{counted(count, 'evaluation')} up to step {first:,}"
-            log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} lost")
+            log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} are lost")
         for record in changed_records(store):
             log.warning(record)
         for lines in find_lost_lines(store):

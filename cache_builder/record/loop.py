@@ -136,7 +136,7 @@ def _build_settled(build: SegmentBuild, placed: Store) -> Manifest:
         _keep_skipped(placed, plan, rows)
         _warn_if_small(store, plan)
         size = f"{counted(plan.rows.count, 'row')} of {counted(plan.rows.row_tokens, 'token')}"
-        log.info(f"recording {size}; the teacher is compiled first")
+        log.info(f"recording {size}, after compiling the teacher")
     work = {"plan": plan, "options": options, "rows": rows, "decoder": build.decoder, "mesh": replica.mesh}
     if replica.peers.count > 1:
         return build_together(Together(store=placed, **work, replica=replica))
@@ -154,7 +154,7 @@ def _keep_skipped(store: Store, plan: Plan, rows: RowSource) -> None:
         return
     key = layout.skipped_key(plan.segment)
     store.put_once(key, rows.skipped())
-    log.info(f"skipped: {counted(rows.index.skipped, 'record')} of the text, see {store.where(key)}")
+    log.info(f"skipped: {counted(rows.index.skipped, 'record')} of the text, listed in {store.where(key)}")
 
 
 def _warn_if_small(store: Store, plan: Plan) -> None:
@@ -164,7 +164,7 @@ def _warn_if_small(store: Store, plan: Plan) -> None:
     free = shutil.disk_usage(store.local).free
     if missing > free:
         size = f"{'up to ' if plan.is_compressed else ''}{missing / 1e6:,.0f} MB"
-        log.warning(f"{store.url} has {free / 1e6:,.0f} MB free, and {size} are still to be written")
+        log.warning(f"only {free / 1e6:,.0f} MB are free at {store.url}, and {size} have yet to be written")
 
 
 def _build_units(job: _Job) -> None:

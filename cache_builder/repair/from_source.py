@@ -74,7 +74,7 @@ def repair_copy(config: CopyConfig, source: Store, store: Store) -> tuple[CopyCo
     for damage in damages:
         if damage not in mine:
             advice = f"distillcache build --repair --cache {store.url}"
-            log.info(f"not repaired: segment {damage.plan.segment}, which a teacher added: {advice}")
+            log.info(f"not repaired: segment {damage.plan.segment}, which was recorded, not copied; use `{advice}`")
     return config, survey.manifest
 
 

@@ -177,12 +177,12 @@ def tell_repaired(survey: Survey, findings: Sequence[Finding], repaired: Sequenc
         leftover = finding.segment is not None and finding.object.split("/")[2] in BUILD_FOLDERS
         leftover = leftover or not survey.store.keys(finding.object)  # removed just now
         if finding.what == "foreign" and not leftover and not finding.object.endswith(LOCK_SUFFIX):
-            log.info(f"left there: {survey.store.where(finding.object)} is not the cache's")
+            log.info(f"left alone: {survey.store.where(finding.object)} does not belong to the cache")
     for view in survey.segments:
         if view.entry is None:
             log.info(
                 f"not finished: segment {view.plan.segment}; resume it with `build --extend` and its config, or delete "
-                "it: --abandon"
+                "it with `build --abandon`"
             )
 
 

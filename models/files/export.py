@@ -232,7 +232,7 @@ def _check_target(target: Location) -> None:
     found = _found_in(target)
     if found is not None and (not found or _is_ours(target, found)):
         if found and UNFINISHED not in found:
-            log.info(f"{target} holds an earlier export, which is replaced")
+            log.info(f"replacing the earlier export in {target}")
         return
     raise CheckpointError(
         "the target of an export exists and was not made by an export",

@@ -28,7 +28,7 @@ class Waiting:
         now = time.monotonic()
         if lease is None or now < self._next:
             return
-        log.info(f"waiting {self._what}: {holder_words(lease)}; {now - self._begun:.0f} s so far")
+        log.info(f"waiting {self._what}: {holder_words(lease)}; waited {now - self._begun:.0f} s so far")
         self._next, self._pause = now + self._pause, min(2 * self._pause, LONGEST_S)
 
     def over(self) -> None:
@@ -38,9 +38,9 @@ class Waiting:
 
 
 def holder_words(lease: Lease) -> str:
-    """`process 123 on host holds it since 10:00:00 UTC, until 10:01:00 UTC unless it renews it`."""
+    """`process 123 on host holds the lease since 10:00:00 UTC, until 10:01:00 UTC unless renewed`."""
     since = "" if lease.since is None else f" since {_clock(lease.since)},"
-    return f"process {lease.pid} on {lease.host} holds it{since} until {_clock(lease.expires)} unless it renews it"
+    return f"process {lease.pid} on {lease.host} holds the lease{since} until {_clock(lease.expires)} unless renewed"
 
 
 def _clock(seconds: float) -> str:

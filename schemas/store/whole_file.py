@@ -52,7 +52,7 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
     if not found:
         return
     if any(all(any(part in end for end in found) for part in _parts(mark)) for mark in marks):
-        log.info(f"{where} is there from an earlier command, and is replaced")
+        log.info(f"replacing {where}, which an earlier command wrote")
         return
     raise ConfigError(
         "the file to write is there already, and this command did not make it",

@@ -210,8 +210,8 @@ def test_settings_that_do_nothing_for_these_files_are_told(tmp_path: Path, caplo
         path=str(tmp_path / "text.txt"), row_tokens=4, eval_rows=1, text_field="body", chat_date=date(2025, 1, 31)
     )
     prepare_rows(PrepareConfig(out=str(tmp_path / "out"), data=data), tokenizer=make_tokenizer())
-    assert "data.text_field body changes nothing: a .txt file has no fields" in caplog.text
-    assert "data.chat_date 2025-01-31 changes nothing: data.format is auto, not chat" in caplog.text
+    assert "data.text_field body has no effect: a .txt file has no fields" in caplog.text
+    assert "data.chat_date 2025-01-31 has no effect: data.format is auto, not chat" in caplog.text
 
 
 def test_documents_know_how_much_of_the_input_is_read(tmp_path: Path) -> None:

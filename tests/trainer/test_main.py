@@ -12,4 +12,4 @@ def test_a_speed_says_what_it_counts(steps: int, words: str) -> None:
     result = TrainResult("runs/a", steps, 0, {"distill/total_loss": 0.5}, 17_441.2, None, None)
     first = _lines(result)[0]
     assert f"run runs/a: {words}" in first
-    assert first.endswith("17,441 tokens/s in the median step, evaluations and checkpoints aside")
+    assert first.endswith("17,441 tokens/s in the median step, not counting evaluations and checkpoints")

@@ -91,10 +91,10 @@ def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, An
     build = build_config(out / "cache", teacher, data, config.batch_rows)
     most = "" if data.max_rows is None else f"at most {counted(data.max_rows, 'row')} of "
     log.info(f"text: {redacted(str(data.path))}, {most}{data.row_tokens:,} tokens")
-    log.info(f"1 of 2, build: the teacher runs once over the text and fills {build.cache}")
+    log.info(f"step 1 of 2, build: run the teacher once over the text and record its activations in {build.cache}")
     with _timed(seconds, "build", out), _other_flags_explained(out):
         build_cache(build)
-    log.info(f"2 of 2, train: a student cut by {', '.join(map(_said, surgery))} learns from the cache")
+    log.info(f"step 2 of 2, train: train a student, cut by {', '.join(map(_said, surgery))}, from the cache")
     with _timed(seconds, "train", out), _other_flags_explained(out):
         result = train(train_config(out / "run", build.cache, surgery, config.steps, config.batch_rows))
     report = make_report(out, teacher, surgery, result, seconds, peak.gigabytes)

@@ -117,12 +117,12 @@ def _facts(report: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("teacher", report["teacher"])
     table.add_row("time", f"{seconds['total']:.0f} s: {stages}")
-    table.add_row("build", f"{rates['build']:,.0f} tokens/s, compiling included")
+    table.add_row("build", f"{rates['build']:,.0f} tokens/s, including compilation")
     table.add_row("train", f"{rates['train']:,.0f} tokens/s in the median step")
     table.add_row("memory", f"{report['peak_anon_gb']:.2f} GB at most")
     size = f"{report['cache_gb']:.3g} GB, {report['bytes_per_token']:,} bytes a token"
     table.add_row("cache", f"{report['cache']}, {size}")
-    table.add_row("run", f"{report['run']}, {counted(report['steps'], 'step')}; in it report.json and {CHART}")
+    table.add_row("run", f"{report['run']}, {counted(report['steps'], 'step')}; with report.json and {CHART}")
     return table
 
 

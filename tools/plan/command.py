@@ -246,12 +246,12 @@ def measure_speed(teacher: str, dtype: str | None, plan: Plan) -> Speed:
     record, parameters = make_recorder(load_pretrained(teacher, dtype=dtype), plan.taps, signs_of(plan))
     timed = partial(_time_calls, jax.jit(record), parameters, plan.teacher.vocab_size)
     shape = (1, min(FIRST_LOOK, plan.rows.row_tokens))
-    log.info(f"compiling, and recording {_said(shape)}")
+    log.info(f"compiling, then timing {_said(shape)}")
     first = timed(shape, 1)
     shape = measured_shape(1 / first.tokens_per_s, plan.batch_rows, plan.rows.row_tokens)
     if shape == (first.rows, first.row_tokens):
         return first
-    log.info(f"compiling, and recording {_said(shape)}, at most about {MEASURE_S:.0f} s")
+    log.info(f"compiling, then timing {_said(shape)}, for at most about {MEASURE_S:.0f} s")
     return timed(shape, MEASURED_BATCHES)
 
 

@@ -245,8 +245,8 @@ def _compare(url: str, work: _Work, call: _Call, recording: Recording) -> None:
                 differing, total = differing + (found != digests[slot]), total + 1
     if differing:
         log.warning(
-            f"the teacher gives other bits here than when {url} was built ({differing} of the first {total} "
-            "chunks differ): this run's numbers are not those of a run from the cache"
+            f"the teacher gives different bits here than when {url} was built ({differing} of the first {total} "
+            "chunks differ): the numbers of this run will not be those of a run from the cache"
         )
 
 

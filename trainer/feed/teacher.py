@@ -192,5 +192,5 @@ def _warn_of_platform(url: str, plans: Sequence[Plan], attention: Kernel) -> Non
         differing |= {name: f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b}
     if differing:
         log.warning(
-            f"the teacher may compute other bits here than when {url} was built: {'; '.join(differing.values())}"
+            f"the teacher may compute different bits here than when {url} was built: {'; '.join(differing.values())}"
         )

@@ -237,7 +237,7 @@ def test_foreign_files_are_left_and_leftovers_removed(
         path.parent.mkdir(exist_ok=True)
         path.write_text("?")
     build_cache(config)
-    assert "notes.txt is not the cache's" in console.readouterr().err
+    assert "notes.txt does not belong to the cache" in console.readouterr().err
     assert contents(config.cache) == {**contents(cache), "notes.txt": b"?"}
 
 

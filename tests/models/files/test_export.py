@@ -52,9 +52,9 @@ def test_a_replaced_export_is_named(
     """It may be another student, or by now the teacher of a cache."""
     caplog.set_level("INFO", "distillcache")
     save_pretrained(tiny, tmp_path / "out")
-    assert "replaced" not in caplog.text
+    assert "replacing" not in caplog.text
     save_pretrained(tiny_biased, tmp_path / "out")
-    assert "out holds an earlier export, which is replaced" in caplog.text
+    assert f"replacing the earlier export in {tmp_path / 'out'}" in caplog.text
 
 
 def test_a_stopped_export_is_no_checkpoint_and_the_next_one_finishes_it(

@@ -33,7 +33,7 @@ def test_a_file_of_the_user_is_kept_and_one_of_ours_replaced(
     assert "replaced" not in capsys.readouterr().err
     made = file.read_bytes()
     assert main(command) == 0
-    assert "is there from an earlier command, and is replaced" in capsys.readouterr().err
+    assert ", which an earlier command wrote" in capsys.readouterr().err
     assert len(file.read_bytes()) == len(made)
 
 

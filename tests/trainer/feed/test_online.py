@@ -322,7 +322,7 @@ def test_another_platform_is_told(
 
     monkeypatch.setattr(teacher_module, "describe_numerics", elsewhere)
     open_teacher(str(bf16_cache))
-    assert "may compute other bits" in (said := console.readouterr().err)
+    assert "may compute different bits" in (said := console.readouterr().err)
     assert "cpu:other here" in said
 
 

@@ -195,7 +195,9 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(run: Path, cache
     assert str(run / checkpoint_key(4)) in str(caught.value)
     shutil.rmtree(run / checkpoint_key(4))  # as the message says
     assert train(config(run, cache)).resumed_from == 2
-    assert "the run had ended at step 4; its checkpoint is gone, so it goes on from 2" in console.readouterr().err
+    assert (
+        "the run had ended at step 4; its checkpoint is gone, so it continues from step 2" in console.readouterr().err
+    )
     for found, value in zip(values(run), expected, strict=True):
         np.testing.assert_array_equal(found, value)
 
