@@ -53,7 +53,7 @@ def test_from_text_to_report(
     )
     places = [told.index(line) for line in lines]
     assert places == sorted(places)
-    assert "a student cut by query_heads to 2 learns" in told
+    assert "train a student, cut by query_heads to 2, from the cache" in told
     report = json.loads((out / "run" / "report.json").read_text())
     assert set(report["perplexity"]) == {"teacher", "cut", "recovered"}
     assert set(report["seconds"]) == STAGES
