@@ -4,9 +4,11 @@ import gzip
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -297,7 +299,12 @@ def test_a_place_that_cannot_be_written_shows_at_once(tmp_path: Path, monkeypatc
 def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full, a device that is always full")
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    real = tempfile.TemporaryFile  # which also keeps what the tokenizers library prints
+
+    def full(**options: Any) -> Any:
+        return io.BufferedWriter(io.FileIO("/dev/full", "w")) if options else real()
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(StorageError, match="temporary folder") as caught:
         prepare_rows(make_config(tmp_path, ["abcdefg"]), tokenizer=make_tokenizer())
     assert "No space left" in str(caught.value)
