@@ -48,5 +48,7 @@ class StorageConfig(Config):
         description="URL of an S3 store other than Amazon's; default: AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL",
     )
     s3_region: str | None = Field(
-        default=None, description="default: AWS_REGION or AWS_DEFAULT_REGION, else the bucket's own"
+        default=None,
+        description="region of s3_endpoint; default: AWS_REGION or AWS_DEFAULT_REGION, else "
+        "us-east-1; Amazon's own buckets need none",
     )
