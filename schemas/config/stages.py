@@ -56,8 +56,8 @@ class DataConfig(Config):
         default="stop",
         exclude_if=lambda value: value == "stop",
         description=(
-            "stop: an unusable line, row or record ends the command; skip: it is left out, counted and listed"
-            " in skipped.jsonl beside the rows"
+            "stop at an unusable line, row or record, or skip it; skipped ones are counted, and listed in "
+            "skipped.jsonl beside the rows"
         ),
     )  # stop: nobody finds out later that half of a text was left out
     tokenizer: str | None = Field(
@@ -193,19 +193,20 @@ class BuildOptions(ShardWorkers):
     replica: Literal["process", "job"] = Field(
         default="process",
         description=(
-            "process: each process has its own teacher and shares only the cache; job: one teacher spans the "
-            "devices of all processes, which work in lockstep"
+            "one teacher in each process (process), or one over the devices of all processes, which then work in "
+            "lockstep (job)"
         ),
     )  # independent processes survive each other; a job is for teachers that are larger than a host
     coordinator: str | None = Field(
         default=None,
         description=(
-            "replica: job: HOST:PORT of process 0; default: as set by Cloud TPU, GKE, Slurm or Open MPI; none: a "
-            "single process, even if they set one"
+            "with replica: job: HOST:PORT of process 0; default: as set by Cloud TPU, GKE, Slurm or Open MPI; none: "
+            "a single process, even if they set one"
         ),
     )
     timeout_s: WholeSeconds = Field(
-        default=60, description="replica: job: heartbeat timeout; the job aborts when a process is silent for longer"
+        default=60,
+        description="with replica: job: heartbeat timeout; the job aborts when a process is silent for longer",
     )  # as in training
     accept_platform: bool = Field(
         default=False, description="continue although the platform or library versions differ from the plan's"

@@ -137,8 +137,9 @@ class StudentConfig(Config):
     layer_map: list[Index] | None = Field(
         default=None,
         description=(
-            "ascending; the student's block i is made from the teacher's block layer_map[i] and stands for the "
-            "blocks up to the next entry; default: block for block, or what drop_blocks leaves"
+            "the teacher's blocks at which the student's begin, ascending; student block i is made from block "
+            "layer_map[i] and stands for those up to the next entry; default: block for block, or what drop_blocks "
+            "leaves"
         ),
     )
     projector: Literal["none", "linear"] = Field(

@@ -66,9 +66,9 @@ class DistanceLossConfig(Config):
 class FeatureLossConfig(DistanceLossConfig):
     weight: Weight = Field(default=1.0, description="beta: weight of the loss of attention outputs")
     l2: Amount = Field(default=0.0, description="weight of mean (s - t)^2, as MaxText computes it")
-    blocks: Blocks = Field(default="all", description="the student's blocks that count")
+    blocks: Blocks = Field(default="all", description="the student's blocks that this loss compares")
     block_weights: list[Amount] | None = Field(
-        default=None, description="one weight for every block that counts, in order; default: 1 each"
+        default=None, description="one weight for each of these blocks, in order; default: 1 each"
     )
 
     @model_validator(mode="after")
@@ -226,9 +226,10 @@ class TrainSpec(Config):
 
     source: Literal["cache", "online"] = Field(
         default="cache",
-        description="cache: train on its recorded taps; online: run the teacher on its rows in every step",
+        description="where targets come from: the taps of the cache, or (online) the teacher, which then runs on "
+        "the rows in every step",
     )  # online is for comparison: it costs the teacher's memory and time
-    online: OnlineConfig = Field(default=OnlineConfig(), description="source online: which teacher, on which rows")
+    online: OnlineConfig = Field(default=OnlineConfig(), description="with source online: the teacher and its rows")
     student: StudentConfig = Field(default=StudentConfig(), description="the student")
     mode: Literal["blockwise", "feature"] = Field(
         default="blockwise",
@@ -263,8 +264,8 @@ class TrainSpec(Config):
     moe_balance_type: Literal["gshard", "noaux_tc"] | None = Field(
         default=None,
         description=(
-            "how experts are balanced: gshard: by loss.load_balance; noaux_tc: by biases that follow the "
-            "load, without a loss; default: loss.load_balance if it has a weight, with fixed biases"
+            "how experts are balanced: by loss.load_balance (gshard), or without a loss by biases that follow the "
+            "load (noaux_tc); default: loss.load_balance if it has a weight, with fixed biases"
         ),
     )
     moe_update_rule: Literal["ema", "sign"] = Field(
@@ -351,7 +352,9 @@ class TrainOptions(Config):
         default=False, description="train on the committed shards of a cache that is still being built"
     )  # a resumed run needs the same rows again, and a cache that grows has others
     profile: str | None = Field(
-        default=None, pattern=r"^steps=\d+:\d+$", description="steps=10:13: write a trace of these steps to the run"
+        default=None,
+        pattern=r"^steps=\d+:\d+$",
+        description="write a profiler trace of these steps to the run, for example steps=10:13",
     )
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
     feed: FeedConfig = Field(default=FeedConfig(), description="how the cache is read")
