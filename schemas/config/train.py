@@ -354,7 +354,7 @@ class TrainOptions(Config):
     profile: str | None = Field(
         default=None,
         pattern=r"^steps=\d+:\d+$",
-        description="write a profiler trace of these steps to the run, for example steps=10:13",
+        description="steps=10:13: write a profiler trace of these steps to the run",
     )
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices, by axis")
     feed: FeedConfig = Field(default=FeedConfig(), description="how the cache is read")
