@@ -6,13 +6,19 @@ from distillcache.cache_builder.record.finish import tidy, unless_finished
 from distillcache.cache_builder.record.identity import finished_plan
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
-from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder
+from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder, refuse_idle_taps
 from distillcache.cache_builder.record.replica import is_job, open_replica
 from distillcache.cache_builder.repair.from_teacher import repair_cache
 from distillcache.models.checkpoint import read_config
 from distillcache.models.describe import describe_rows
 from distillcache.models.text.tokenizer import TextTokenizer, load_tokenizer
-from distillcache.schemas.cache.segment import is_manifest_lost, lost_manifest, read_manifest, small_file_damage
+from distillcache.schemas.cache.segment import (
+    is_manifest_lost,
+    lost_manifest,
+    read_manifest,
+    segment_names,
+    small_file_damage,
+)
 from distillcache.schemas.config import BuildConfig, BuildSpec
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.format import layout
@@ -75,6 +81,8 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         return _check_finished(store, config, config.teacher.path, tokenizer, manifest)
     model = checked_model(config.teacher.path, config.data.tokenizer, tokenizer)
     check_choices(config, model, tokenizer.vocab_size)
+    if not segment_names(store, 0):
+        refuse_idle_taps(config.taps)
     warn_of_length(config.data, config.process_id, model)
     refuse_foreign_folder(store, "--cache")
     if is_job(config):  # before the processes meet: from then on they wait for each other

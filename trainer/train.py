@@ -34,7 +34,7 @@ from distillcache.schemas.errors import (
     Interrupted,
     NonFiniteError,
 )
-from distillcache.schemas.format.manifest import Plan
+from distillcache.schemas.format.manifest import TOPK_LOGITS, Plan
 from distillcache.schemas.format.rows import SPLITS, Split, no_targets_note, too_long_note
 from distillcache.schemas.format.run import EVALUATIONS, PARAMETERS, digest_evaluations, lost_evaluations
 from distillcache.schemas.format.run_identity import changed_records
@@ -52,6 +52,7 @@ from distillcache.trainer.mesh.sharding import check_processes, check_rows, make
 from distillcache.trainer.run.checkpoints import Checkpoints, adapter_arrays, balance_arrays, has_student
 from distillcache.trainer.run.divergence import best_checkpoint, diverged_error, end_of_run
 from distillcache.trainer.run.evaluate import Evaluation, Evaluator
+from distillcache.trainer.run.exact import evaluates_exactly
 from distillcache.trainer.run.folder import (
     SUMMARY,
     best_of,
@@ -65,6 +66,7 @@ from distillcache.trainer.run.folder import (
     write_evaluations,
     write_summary,
 )
+from distillcache.trainer.run.idle_settings import refuse_idle_rest_bucket, refuse_idle_settings
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_lines, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
@@ -152,6 +154,9 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     store = Store(config.run)
     stages = resolve_stages(config, config.mesh)
+    begins = not has_student(store)
+    if begins:  # a run that an older version began goes on
+        refuse_idle_settings(config, config.feed, stages)
     _say_what_is_off(config, peers)
     _check_batches(config.mesh, config.batch_rows, config.micro_batches)
     check_profile(config.profile, stages[-1].last)
@@ -177,6 +182,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
             plans = [plan_stage(config, config.mesh, stage, decoder, parameters, sources) for stage in stages]
+            if begins:
+                refuse_idle_rest_bucket(config, stages, reads_topk=_reads_topk(config, plans, sources))
             if peers.first and began:
                 _say_what_adapters_are(parameters)
         except BaseException:
@@ -196,6 +203,13 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         if peers.first and (first < result.steps or store.read(SUMMARY) is None):
             write_summary(store, result.summary())
         return result
+
+
+def _reads_topk(spec: TrainSpec, plans: Sequence[StagePlan], sources: Sources) -> bool:
+    """Return whether a stage, or the evaluations, compare with the recorded top k."""
+    held_out = sources.held_out
+    evaluates = bool(held_out) and TOPK_LOGITS in held_out.codecs and not evaluates_exactly(spec, sources)
+    return evaluates or any(TOPK_LOGITS in plan.program.taps for plan in plans)
 
 
 def _check_batches(mesh: MeshConfig, batch_rows: int, micro_batches: int) -> None:

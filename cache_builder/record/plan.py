@@ -10,7 +10,8 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.describe import describe_numerics
 from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.schemas.cache.segment import begun_plan, named_by_plan, segment_names, segment_number
-from distillcache.schemas.config import BuildSpec
+from distillcache.schemas.config import BuildSpec, TapsConfig
+from distillcache.schemas.config.asked import asked
 from distillcache.schemas.config.differences import differing, told
 from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format import layout
@@ -101,6 +102,26 @@ def chosen_taps(spec: BuildSpec, model: ModelConfig, token_ids: int | None = Non
 def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, object_mib: int) -> tuple[TapPlan, ...]:
     """The taps with their objects divided."""
     return tuple(_with_objects(tap, row_tokens, shard_rows, object_mib) for tap in taps)
+
+
+def refuse_idle_taps(taps: TapsConfig) -> None:
+    """Raise `ConfigError` for an option of a codec that the tap's codec does not have.
+
+    Of a new build alone: one that an older version began goes on.
+    """
+    for name in ("attn_out", "resid", "mlp_out"):
+        tap = getattr(taps, name)
+        if tap is None:
+            continue
+        integer, needs = tap.codec in ("int8", "int4"), {"keyframe_every": (tap.delta, "delta: true")}
+        needs |= dict.fromkeys(("group", "rotate"), (integer, "codec int8 or int4"))
+        for option, (used, needed) in needs.items():
+            if not used and asked(tap, option) is not None:
+                raise ConfigError(
+                    f"taps.{name}.{option} would do nothing in this build",
+                    {f"taps.{name}.codec": tap.codec, "needed": needed},
+                    f"leave taps.{name}.{option} out, or add what it needs",
+                )
 
 
 def check_choices(spec: BuildSpec, model: ModelConfig, token_ids: int) -> None:

@@ -11,6 +11,7 @@ report.py       report
 serve.py        the viewer
 simulate.py     plan --simulate
 yaml_text.py    YAML parsing with limits and one error type
+asked.py        settings with another value than the default
 differences.py  field-by-field differences of two configs or plans, for messages
 """
 

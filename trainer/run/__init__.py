@@ -2,6 +2,7 @@
 
 folder.py       the run's folder: owner, lock, description
 stages.py       stages of a run
+idle_settings.py  settings that no stage would use
 student.py      the initial student
 importance.py   importance of the teacher's parts on cached rows
 stage.py        one stage: planned, and ready to step
