@@ -10,7 +10,10 @@ class ReportConfig(Config):
     """Write one HTML file about a cache or a run, finished or not; it needs no network to be read."""
 
     target: str = Field(description="the cache or the run: a folder, gs://bucket/prefix or s3://bucket/prefix")
-    out: str = Field(default="report.html", description="the file to write: a local path, gs:// or s3://")
+    out: str | None = Field(
+        default=None,
+        description="the file to write: a local path, gs:// or s3://; default: cache-report.html or run-report.html",
+    )  # one for each kind, so that the report of a run does not replace that of its cache
     rows: int = Field(
         default=8,
         ge=0,

@@ -19,23 +19,31 @@ END_BYTES = 1 << 16  # of a file that is there, looked at to see who made it
 NEW_FILE_MODE = 0o666  # less the umask, as `open` makes files
 
 
-def write_file(path: str | os.PathLike[str] | Location, data: bytes) -> None:
+def write_file(path: str | os.PathLike[str] | Location, data: bytes, *, says: bool = False) -> None:
     """Store a file on a disk or in a bucket, in place of one of that name. See `writing` and `make_folder_of`.
+
+    Args:
+        says: log that a file was replaced, once it was.
 
     Raises:
         StorageError: the place refuses; what was there before is unchanged.
     """
     where = locate(path)
     if isinstance(where, ObjectPath):
+        there = says and where.exists()
         where.write_bytes(data)
+        if there:
+            _say_replaced(where)
         return
     make_folder_of(where)
-    with writing(where) as stream:
+    with writing(where, says=says) as stream:
         stream.write(data)
 
 
 def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *marks: bytes | tuple[bytes, ...]) -> None:
-    """Raise unless the file that a command is about to write is new, or one that it wrote before: say so then.
+    """Raise unless the file that a command is about to write is new, or one that it wrote before.
+
+    Whoever writes it says afterwards that it was replaced (`says`): until then the command may fail.
 
     Args:
         flag: the setting that names the path, for the message.
@@ -52,7 +60,6 @@ def refuse_foreign_file(path: str | os.PathLike[str] | Location, flag: str, *mar
     if not found:
         return
     if any(all(any(part in end for end in found) for part in _parts(mark)) for mark in marks):
-        log.info(f"replacing {where}, which an earlier command wrote")
         return
     raise ConfigError(
         "the file to write is there already, and this command did not make it",
@@ -104,18 +111,26 @@ def _ends(where: Location) -> tuple[bytes, ...]:
         return first, stream.read(END_BYTES)
 
 
+def _say_replaced(where: Location) -> None:
+    log.info(f"replaced {where}, which an earlier command wrote")
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, *, says: bool = False) -> Iterator[BinaryIO]:
     """Give a stream to a new file, which replaces the one at the path once the block has ended without an error.
 
     It is written beside its place, synced, and renamed. A link stays one, and its target is replaced; a device or a
     pipe cannot be replaced and is written to.
+
+    Args:
+        says: log that a file was replaced, once it was.
 
     Raises:
         StorageError: the disk refuses; what was there before is unchanged.
     """
     target = Path(os.path.realpath(path))
     with refusals(path):
+        replaces = says and target.is_file() and target.stat().st_size > 0
         mode = os.stat(target).st_mode if target.exists() else None
         if mode is not None and not stat.S_ISREG(mode):
             with target.open("wb") as stream:
@@ -137,6 +152,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             fresh.unlink(missing_ok=True)
             raise
         sync_folder(target.parent)
+    if replaces:
+        _say_replaced(path)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     else:
         print_report(report)
     if report["diverged"]:
-        print(report["diverged"], file=sys.stderr)
+        print(report.get("error", report["diverged"]), file=sys.stderr)  # once the words were the value itself
     return DivergedError.exit_code if report["diverged"] else 0
 
 

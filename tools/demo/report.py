@@ -17,7 +17,7 @@ from distillcache.schemas.store.store import Store
 from distillcache.schemas.store.whole_file import writing
 from distillcache.tools.pages.terminal import table_console
 from distillcache.trainer.run.evaluate import told_perplexity
-from distillcache.trainer.train import TrainResult
+from distillcache.trainer.train import TrainResult, divergence_summary
 
 CHART = "cosine_distance.png"
 TEACHER_COLOR, CUT_COLOR, RECOVERED_COLOR = "#444444", "#c44e52", "#4c72b0"
@@ -55,7 +55,7 @@ def make_report(
         },
         "rows": {"train": plan.rows.count - len(plan.rows.eval_indices), "eval": len(plan.rows.eval_indices)},
         "steps": result.steps,
-        "diverged": str(result.diverged) if result.diverged else None,
+        **divergence_summary(result.diverged),
         "bytes_per_token": plan.bytes_per_token,
         "cache_gb": round(plan.bytes_per_row * plan.rows.count / 1e9, 6),
         "cache": str(out / "cache"),

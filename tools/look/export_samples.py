@@ -100,4 +100,4 @@ def write(path: str, arrays: dict[str, np.ndarray]) -> None:
         file = io.BytesIO()
         np.savez(file, **arrays)  # type: ignore[arg-type] - names, not options
         data = file.getvalue()
-    write_file(path, data)
+    write_file(path, data, says=True)

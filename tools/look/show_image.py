@@ -40,7 +40,7 @@ def draw(facts: RowFacts, path: str) -> None:
         data = io.BytesIO()
         kind = path.rpartition(".")[2]
         figure.savefig(data, format=kind, dpi=110, metadata=METADATA[kind])
-    write_file(path, data.getvalue())
+    write_file(path, data.getvalue(), says=True)
 
 
 def _documents(panel: Any, facts: RowFacts) -> None:

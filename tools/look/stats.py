@@ -266,7 +266,7 @@ def write_dimensions(path: str, slots: dict[tuple[str, int], SlotStats]) -> None
         arrays |= {f"{tap}.{name}": np.stack(values).astype(np.float32) for name, values in figures.items()}
     data = io.BytesIO()
     np.savez(data, **arrays)  # type: ignore[arg-type] - names, not options
-    write_file(path, data.getvalue())
+    write_file(path, data.getvalue(), says=True)
 
 
 def _print(found: dict[str, Any]) -> None:

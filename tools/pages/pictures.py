@@ -19,5 +19,5 @@ def write_figure(figure: Any, path: Path) -> None:
     kind = path.name.rpartition(".")[2] if "." in path.name else ""
     with rc_context({"svg.hashsalt": path.name}):
         make_folder_of(path)
-        with writing(path) as file:
+        with writing(path, says=True) as file:
             figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))

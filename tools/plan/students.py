@@ -91,7 +91,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-        with writing(path) as file:
+        with writing(path, says=True) as file:
             said = {"Description": json.dumps(figures(report))} if kind == "svg" else {}
             figure.savefig(file, dpi=110, format=kind, metadata=METADATA[kind] | said)
 

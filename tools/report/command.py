@@ -16,7 +16,7 @@ from distillcache.schemas.config.report import ReportConfig
 from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.schemas.format.run import IDENTITY, whole_steps
 from distillcache.schemas.store.store import Store, using
-from distillcache.schemas.store.whole_file import refuse_foreign_file
+from distillcache.schemas.store.whole_file import refuse_foreign_file, write_file
 from distillcache.tools.pages.html import size
 from distillcache.tools.report.cache import cache_page
 from distillcache.tools.report.run import run_page
@@ -45,19 +45,19 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         DamageError: what is read is not what was committed.
         StorageError: it cannot be read, or the file cannot be written.
     """
-    place, name = _place(config.out)
-    refuse_foreign_file(config.out, "out", (b"<!DOCTYPE html>", b"<footer><p>distillcache ", FOOTER_END.encode()))
     store = Store(config.target)
+    out = config.out or f"{kind_of(store)}-report.html"
+    _check_out(out)
     kind = kind_of(store)
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     footer = f"distillcache {importlib.metadata.version('distillcache')}, {at} UTC. {FOOTER_END}"
     page, said = run_page(store, footer) if kind == "run" else cache_page(store, config.rows, config.seed, footer)
     data = page.render().encode()
-    Store(place).write(name, data)
+    write_file(out, data, says=True)
     sections = [section.title for section in page.sections]
     drawn = data.count(b"<figure>")
     return {
-        "report": config.out,
+        "report": out,
         "target": store.url,
         "bytes": len(data),
         "sections": sections,
@@ -66,12 +66,11 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     }
 
 
-def _place(out: str) -> tuple[str, str]:
-    """The folder and the name of the file to write."""
-    folder, slash, name = out.rpartition("/")
-    if not name:
+def _check_out(out: str) -> None:
+    """Raise `ConfigError` where no report can be written to this place."""
+    if out.endswith("/"):
         raise ConfigError("out names a folder", {"out": out}, "name a file, such as report.html")
-    return (folder or "/") if slash else ".", name
+    refuse_foreign_file(out, "out", (b"<!DOCTYPE html>", b"<footer><p>distillcache ", FOOTER_END.encode()))
 
 
 def kind_of(store: Store) -> str:

@@ -196,6 +196,8 @@ def test_a_foreign_file_is_not_replaced(tmp_path: Path, caplog: pytest.LogCaptur
     for own in (b"made by us" + bytes(200_000), bytes(200_000) + b"made by us"):
         target.write_bytes(own)
         refuse_foreign_file(target, "--out", b"something else", b"made by us")
-        assert "replaced" in caplog.text
+        assert "replaced" not in caplog.text
+        write_file(target, b"new", says=True)
+        assert f"replaced {target}" in caplog.text
         caplog.clear()
     refuse_foreign_file(Path("/dev/null"), "--out", b"made by us")

@@ -58,6 +58,7 @@ def test_from_text_to_report(
     assert set(report["perplexity"]) == {"teacher", "cut", "recovered"}
     assert set(report["seconds"]) == STAGES
     assert report["peak_anon_gb"] > 0
+    assert report["diverged"] is False  # as in summary.json
     assert len(report["cosine_distance"]["cut"]) == 3
     # attn_out in 3 slots and resid in 4, of 24 bf16 numbers each
     assert report["bytes_per_token"] == (3 + 4) * 24 * 2

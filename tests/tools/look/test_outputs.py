@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distillcache.tools.cli import main
+from tests.tools.report.test_command import write_run
 
 COMMANDS = {
     "report.html": ["report", "{cache}", "--rows", "0", "--out", "{file}"],
@@ -33,8 +34,25 @@ def test_a_file_of_the_user_is_kept_and_one_of_ours_replaced(
     assert "replaced" not in capsys.readouterr().err
     made = file.read_bytes()
     assert main(command) == 0
-    assert ", which an earlier command wrote" in capsys.readouterr().err
+    assert f"replaced {file}, which an earlier command wrote" in capsys.readouterr().err
     assert len(file.read_bytes()) == len(made)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_fails_does_not_say_that_it_replaces(
+    name: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, file = tmp_path / "cache", tmp_path / name
+    shutil.copytree(cache, own)
+    command = [word.format(cache=own, file=file) for word in COMMANDS[name]]
+    assert main(command) == 0
+    before = file.read_bytes()
+    capsys.readouterr()
+    for damaged in ("manifest.json", "segments/0000/plan.json"):
+        (own / damaged).write_bytes(b"{}")
+    assert main(command) == 2
+    assert "replac" not in capsys.readouterr().err
+    assert file.read_bytes() == before
 
 
 THEIRS = {  # speak of us, or have an array of one of our names, and were taken for ours
@@ -67,3 +85,13 @@ def test_a_report_does_not_replace_the_manifest_of_its_cache(tmp_path: Path, cac
         before = (own / name).read_bytes()
         assert main(["report", str(own), "--rows", "0", "--out", str(own / name)]) == 2
         assert (own / name).read_bytes() == before
+
+
+def test_reports_of_a_cache_and_of_a_run_have_names_of_their_own(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(cache), "--rows", "0"]) == 0
+    assert main(["report", "run"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.html")) == ["cache-report.html", "run-report.html"]
