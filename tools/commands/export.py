@@ -60,7 +60,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
         )
     else:
         print(
-            f"step {student.step} of {config.run}{note} is in {config.out}, {student.decoder.dtype}",
+            f"wrote step {student.step} of {config.run}{note} to {config.out}, in {student.decoder.dtype}",
             file=sys.stderr,
         )
 

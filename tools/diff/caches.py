@@ -258,9 +258,9 @@ def _summary(found: dict[str, Any], rows_a: int, rows_b: int) -> list[str]:
         lines.append(f"{len(found['rows']['other_tokens'])} of {of} sampled rows hold other tokens or boundaries")
     shards = found["shards"]
     if shards["compared"] and not shards["differing"]:
-        lines.append(f"the codes of all {shards['compared']} compared shards are the same")
+        lines.append(f"the same codes in {shards['compared']} of {shards['compared']} compared shards")
     for array, numbers in shards["differing"].items():
         lines.append(
-            f"{array}: other codes in {len(numbers)} of {shards['compared']} compared shards, such as {numbers[:4]}"
+            f"{array}: different codes in {len(numbers)} of {shards['compared']} compared shards, such as {numbers[:4]}"
         )
     return lines or ["no difference found"]

@@ -98,7 +98,7 @@ def _print(found: dict[str, Any]) -> None:
     figures.sort(key=lambda each: each[4] == 0)  # of many slots the wrong ones first
     if figures and not any(error for _, _, _, error, _ in figures):
         rows, slots = counted(len(found["rows"]["compared"]), "row"), counted(len(figures), "slot")
-        console.print(f"\n{rows} compared: the same numbers in all of {slots}")
+        console.print(f"\n{rows} compared: the same numbers in every slot ({slots})")
     else:
         _table(console, (title, "slot", "cosine distance", "error", "wrong rows"), figures)
     if found["topk_logits"] is not None:

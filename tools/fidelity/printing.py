@@ -49,7 +49,7 @@ def _worth_seeing(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 def _table(figures: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tap", "slot", "cosine distance", "error", "of the codec", "worst", "in row", "token", "wrong rows"):
+    for column in ("tap", "slot", "cosine distance", "error", "codec error", "worst", "in row", "token", "wrong rows"):
         table.add_column(column, justify="left" if column == "tap" else "right")
     for each in figures:
         worst = each["worst"]

@@ -202,9 +202,9 @@ def figures(rows: Sequence[TopKMeasure]) -> dict[str, Any] | None:
 def words(found: dict[str, Any]) -> str:
     """The figures in a line."""
     return (
-        f"{TOPK_LOGITS}: the likeliest id is the same in {found['first']:.1%} of tokens, {found['shared']:.1%} of all "
-        f"ids; error of their values {found['error']:.2g} (of the codec {found['expected']:.2g}), logsumexp "
-        f"{found['above']:+.2g} nats; largest difference {found['worst']['difference']:.2g} in row "
+        f"{TOPK_LOGITS}: the same most likely id in {found['first']:.1%} of tokens; {found['shared']:.1%} of all ids "
+        f"are the teacher's; error of their logits {found['error']:.2g} (codec's own {found['expected']:.2g}), of "
+        f"logsumexp {found['above']:+.2g} nats; largest difference {found['worst']['difference']:.2g} in row "
         f"{found['worst']['row']} at token {found['worst']['token']}; wrong rows {found['wrong_rows']}"
     )
 

@@ -92,7 +92,8 @@ def _covered(ranges: Sequence[tuple[int, int]]) -> int:
 
 def _print(found: dict[str, Any]) -> None:
     console, findings = table_console(), found["findings"]
-    counts = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in found["checked"].items())
+    things = {what: what.replace("_", " ").removesuffix("s") for what in found["checked"]}
+    counts = ", ".join(counted(count, things[what]) for what, count in found["checked"].items())
     looked = "presence, lengths and shard indexes of" if found["quick"] else "every byte of"
     console.print(_verdict(found))
     console.print(f"{found['cache']}: checked {looked} {counts} in {found['seconds']:.1f} s", markup=False)

@@ -102,8 +102,8 @@ def open_student(
                 "student.init": config.init,
                 "student.surgery": ", ".join(op.spelled for op in config.surgery) or "none",
             },
-            "cut it (student.surgery), start from another checkpoint (student.init), or ask for what the teacher can "
-            "learn, too: cross-entropy (mode: feature with loss.alpha below 1), or balance of experts",
+            "cut it (student.surgery), start from another checkpoint (student.init), or set a loss that can improve "
+            "the teacher too: cross-entropy (mode: feature with loss.alpha below 1), or balance of experts",
         )
     if router_bias and student.config.moe is not None:
         student = add_router_bias(student)

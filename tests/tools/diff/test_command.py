@@ -29,7 +29,7 @@ def test_a_cache_and_itself(cache: Path) -> None:
     assert found["same"]
     assert found["shards"] == {"compared": 5, "differing": {}}
     assert {entry["error"] for entry in found["taps"]} == {0.0}
-    assert found["summary"] == ["the codes of all 5 compared shards are the same"]
+    assert found["summary"] == ["the same codes in 5 of 5 compared shards"]
 
 
 def test_a_copy_in_another_codec_is_what_that_codec_keeps(cache: Path, tmp_path: Path) -> None:
