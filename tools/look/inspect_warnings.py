@@ -133,7 +133,7 @@ def _slow(times: SegmentTimes | None) -> Iterator[str]:
                 f"shard {shard} {seconds:.3g} s on {host}" for shard, (seconds, host) in sorted(slow.items())[:6]
             )
             more = f" and {len(slow) - 6} more" if len(slow) > 6 else ""
-            yield f"shards that took much longer {words} than the median's {spread.median:.3g} s: {named}{more}"
+            yield f"shards that took much longer {words} than the median of {spread.median:.3g} s: {named}{more}"
         hosts = {host: getattr(each, phase) for host, each in times.hosts.items() if each.shards >= FEW}
         for host, seconds in hosts.items():
             others = [value for name, value in hosts.items() if name != host]

@@ -121,7 +121,7 @@ def test_shards_and_machines_that_are_slow(
     if finished:
         finish_segment(store, open_cache(store, partial=True)[0].plan)
     (found,) = warnings(copied)
-    assert found == "shards that took much longer to compute than the median's 3 s: shard 2 9 s on b"
+    assert found == "shards that took much longer to compute than the median of 3 s: shard 2 9 s on b"
     assert not main(["inspect", str(copied), "--json"])
     seconds = json.loads(capsys.readouterr().out)["segments"][0]["seconds"]
     assert (seconds["shards"], seconds["compute"]["median"], seconds["hosts"]["a"]["shards"]) == (5, 3.0, 4)
