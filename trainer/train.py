@@ -23,7 +23,7 @@ from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.models.layers.rope import context_length
 from distillcache.models.routing import RouterSums
 from distillcache.schemas.config import TrainConfig
-from distillcache.schemas.config.train import MeshConfig, TrainSpec
+from distillcache.schemas.config.train import MeshConfig, TrainOptions, TrainSpec
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import (
     CheckpointError,
@@ -71,7 +71,7 @@ from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_lines, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
-from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages
+from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages, warm_up_note
 from distillcache.trainer.run.student import idle_checkpoint_note, kept_student, open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
@@ -158,6 +158,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     if begins:  # a run that an older version began goes on
         refuse_idle_settings(config, config.feed, stages)
     _say_what_is_off(config, peers)
+    for note in filter(None, map(warm_up_note, stages)) if peers.first else ():
+        log.warning(note)
     _check_batches(config.mesh, config.batch_rows, config.micro_batches)
     check_profile(config.profile, stages[-1].last)
     sources = Sources(config)
@@ -174,6 +176,10 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
         checkpoints = held.enter_context(contextlib.closing(Checkpoints(store, config.keep_checkpoints, peers)))
         try:
             decoder = _open_student(store, config, stages, sources, peers)
+            if checkpoints.latest() == stages[-1].last:
+                del decoder
+                _check_finished(store, config, stages, sources, checkpoints, peers)
+                return _end(config.run, stages[-1], store, stages[-1].last, peers)
             if peers.first:
                 _warn_of_length(decoder.config, sources.rows.plan)
                 whole = decoder if peers.count == 1 else None  # of several processes each has a part of it
@@ -198,11 +204,70 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             if peers.first:
                 write_summary(store, {"run": config.run, "steps": stages[-1].last, **divergence_summary(error)})
             raise
-        peers.meet("end")
-        result = _result(config.run, stages[-1], store, first)
-        if peers.first and (first < result.steps or store.read(SUMMARY) is None):
-            write_summary(store, result.summary())
-        return result
+        return _end(config.run, stages[-1], store, first, peers)
+
+
+def _end(run: str, stage: Stage, store: Store, first: int, peers: Peers) -> TrainResult:
+    """The result of a run whose last stage has ended, also as summary.json; first: as of `_result`."""
+    peers.meet("end")
+    result = _result(run, stage, store, first)
+    if peers.first and (first < result.steps or store.read(SUMMARY) is None):
+        write_summary(store, result.summary())
+    return result
+
+
+def _check_finished(
+    store: Store,
+    options: TrainOptions,
+    stages: Sequence[Stage],
+    sources: Sources,
+    checkpoints: Checkpoints,
+    peers: Peers,
+) -> None:
+    """Read a finished run's last checkpoint, and say what is lost beside it. Its teacher is not needed any more."""
+    last = stages[-1].last
+    if peers.first:
+        checkpoints.read_through(last)
+        _say_what_is_lost(store, last, _due_steps(options, stages, bool(len(sources.held_out_rows)), last))
+    log.info(f"{store.url} is finished: nothing to do")
+
+
+def _say_what_is_lost(store: Store, first: int, due: set[int]) -> None:
+    """Say which records of the steps before a resumed run are gone: the run itself does not need them.
+
+    Args:
+        due: the steps that have a line of metrics.
+    """
+    ending = read_ending(store)
+    if ending is not None and not ending.diverged and ending.steps is not None and ending.steps > first:
+        ended = f"the run had ended at step {ending.steps:,}"
+        log.warning(f"{ended}; its checkpoint is gone, so it continues from step {first:,}")
+    if count := lost_evaluations(store):
+        lost = f"{counted(count, 'evaluation')} up to step {first:,}"
+        log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} are lost")
+    for record in changed_records(store):
+        log.warning(record)
+    for lines in find_lost_lines(store):
+        log.warning(f"{lines}{_missing_steps(store, due) if lines.name == LINES else ''}")
+
+
+def _due_steps(options: TrainOptions, stages: Sequence[Stage], evaluates: bool, first: int) -> set[int]:
+    """The steps up to `first` that `log_every` and `eval_every` ask for."""
+    due = {number for stage in stages for number in (stage.first + 1, stage.last)}
+    due |= set(range(options.log_every, first + 1, options.log_every))
+    if evaluates:
+        due |= {0, *(range(options.eval_every, first + 1, options.eval_every) if options.eval_every else ())}
+    return {number for number in due if number <= first}
+
+
+def _missing_steps(store: Store, due: set[int]) -> str:
+    """Name the due steps that have no line."""
+    missing = sorted(due - {line["step"] for line in read_metrics(store.url)})
+    if not missing:
+        return ""
+    shown = ", ".join(f"{number:,}" for number in missing[:MISSING_SHOWN])
+    rest = f" and {len(missing) - MISSING_SHOWN:,} more" if len(missing) > MISSING_SHOWN else ""
+    return f"; steps without a line: {shown}{rest}"
 
 
 def _reads_topk(spec: TrainSpec, plans: Sequence[StagePlan], sources: Sources) -> bool:
@@ -385,11 +450,8 @@ class _Run:
             self.parameters |= restored
             self.kept = set(restored)
         if self.peers.first:
-            self._say_what_is_lost(first)
-        if first == self.steps:
-            log.info(f"{self.config.run} is finished: nothing to do")
-            return first
-        if self.peers.first:
+            stages = [plan.stage for plan in self.plans]
+            _say_what_is_lost(self.store, first, _due_steps(self.config, stages, bool(self.sources.held_out), first))
             steps = counted(self.steps - first, "step")
             log.info(f"training for {steps}{f' after step {first:,}' if first else ''}, after compiling")
         # Before the first checkpoint nothing says that evaluations are this run's, and they are soon made again.
@@ -418,34 +480,6 @@ class _Run:
             if self.log is not None:
                 self.log.close()
         return first
-
-    def _say_what_is_lost(self, first: int) -> None:
-        """Say which records of the steps before a resumed run are gone: the run itself does not need them."""
-        store, ending = self.store, read_ending(self.store)
-        if ending is not None and not ending.diverged and ending.steps is not None and ending.steps > first:
-            ended = f"the run had ended at step {ending.steps:,}"
-            log.warning(f"{ended}; its checkpoint is gone, so it continues from step {first:,}")
-        if count := lost_evaluations(store):
-            lost = f"{counted(count, 'evaluation')} up to step {first:,}"
-            log.warning(f"{store.where(EVALUATIONS)} is missing: {lost} are lost")
-        for record in changed_records(store):
-            log.warning(record)
-        for lines in find_lost_lines(store):
-            log.warning(f"{lines}{self._missing_steps(first) if lines.name == LINES else ''}")
-
-    def _missing_steps(self, first: int) -> str:
-        """Name the steps up to `first` that `log_every` and `eval_every` ask for and that have no line."""
-        config, there = self.config, {line["step"] for line in read_metrics(self.store.url)}
-        due = {number for plan in self.plans for number in (plan.stage.first + 1, plan.stage.last)}
-        due |= set(range(config.log_every, first + 1, config.log_every))
-        if self.sources.held_out:
-            due |= {0, *(range(config.eval_every, first + 1, config.eval_every) if config.eval_every else ())}
-        missing = sorted(number for number in due - there if number <= first)
-        if not missing:
-            return ""
-        shown = ", ".join(f"{number:,}" for number in missing[:MISSING_SHOWN])
-        rest = f" and {len(missing) - MISSING_SHOWN:,} more" if len(missing) > MISSING_SHOWN else ""
-        return f"; steps without a line: {shown}{rest}"
 
     def _run_stage(self, plan: StagePlan, first: int, bar: Progress) -> None:
         """The steps of one stage that are not done yet."""

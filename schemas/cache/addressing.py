@@ -58,7 +58,8 @@ class RowGroup:
             raise InputError(
                 "the cache lacks this tap",
                 {"cache": self.base.store.url, "wanted": name, "found": ", ".join(recorded)},
-                f"build a cache with taps.{name}, or add it: distillcache build --extend",
+                f"build a cache with taps.{name}, or add it: distillcache build --extend "
+                "(online: name it in online.taps)",
             )
         return found
 
@@ -87,7 +88,8 @@ class RowGroup:
             raise InputError(
                 "the cache lacks these slots of a tap",
                 {**facts, "missing": sorted(left)},
-                "choose other blocks, or add them: distillcache build --extend",
+                "choose other blocks, or add them: distillcache build --extend "
+                "(online: set online.taps, which records every block)",
             )
         if as_one and any(tap.delta for _, tap, _ in located):
             places = {f"segment {segment.plan.segment}": f"slots {list(taken)}" for segment, _, taken in located}

@@ -191,6 +191,12 @@ class Checkpoints:
             )
         return _readable(lambda: SavedArrays(self._store, checkpoint_key(step)))
 
+    def read_through(self, step: int) -> None:
+        """Read all trained parameters of a checkpoint, one by one. Raises `CheckpointError` where they are damaged."""
+        saved = self.open(step)
+        for name in _readable(lambda: saved.names(PARAMETERS)):
+            _readable(lambda name=name: saved.whole(PARAMETERS, name))
+
     def restore_parameters(self, step: int, like: Mapping[str, Kept] | None = None) -> dict[str, Kept]:
         """All parameters that were trained, on the host.
 

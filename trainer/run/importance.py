@@ -62,14 +62,15 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
         raise ConfigError(
             "importance is measured on the recorded streams, and the cache lacks some",
             {"cache": f"{source.url}/{MANIFEST}", "missing": ", ".join(sorted(missing))},
-            "choose by: weight_norm, or add the tap: distillcache build --extend",
+            "choose by: weight_norm, or add the tap: distillcache build --extend (online: name it in online.taps)",
         )
     source = open_source(("resid", "attn_out"), None)
     if absent := sorted(set(range(teacher.config.num_blocks)) - set(source.blocks)):
         raise ConfigError(
             "importance is measured in every block, and the cache lacks some",
             {"cache": f"{source.url}/{MANIFEST}", "missing": absent},
-            "choose by: weight_norm, or add the blocks: distillcache build --extend",
+            "choose by: weight_norm, or add the blocks: distillcache build --extend "
+            "(online: set online.taps, which records every block)",
         )
     if len(source) == 0:
         raise InputError("there are no training rows to measure importance on", {"cache": source.url})

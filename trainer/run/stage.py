@@ -466,13 +466,15 @@ def _block_weights(
         raise ConfigError(
             "the cache lacks the taps with which these blocks are compared",
             {"cache": source.url, "loss.feature.blocks": missing, "found": whole, **streams},
-            "choose other blocks, or add them: distillcache build --extend",
+            "choose other blocks, or add them: distillcache build --extend "
+            "(online: set online.taps, which records every block)",
         )
     if not blocks:
         raise ConfigError(
             "no block of the student can be compared with the cache",
             {"cache": source.url, "the cache's blocks": list(source.blocks), **streams},
-            "choose another student.layer_map, or add blocks: distillcache build --extend",
+            "choose another student.layer_map, or add blocks: distillcache build --extend "
+            "(online: set online.taps, which records every block)",
         )
     given = loss.block_weights
     if given is not None and (len(given) != len(blocks) or min(given) < 0):
@@ -516,7 +518,8 @@ def _compared_streams(loss: StreamLossConfig, spans: Sequence[Span], source: Sou
         raise ConfigError(
             "the cache lacks every slot at which a block of the student ends",
             {**facts, "needed": list(ends), "recorded": list(stored)},
-            "choose another student.layer_map, or add slots: distillcache build --extend",
+            "choose another student.layer_map, or add slots: distillcache build --extend "
+            "(online: name them in online.taps)",
         )
     return {ends[slot]: slot for slot in chosen}
 

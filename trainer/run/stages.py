@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from distillcache.schemas.config.train import LossConfig, MeshConfig, OptimizerConfig, TrainSpec
+from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.modes import MODES
+from distillcache.trainer.step.optimizer import learning_rate_schedule
 from distillcache.trainer.step.program import StepProgram
 from distillcache.trainer.step.schedules import may_count
 from distillcache.trainer.terms import Terms
@@ -111,6 +115,19 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     if spec.moe_balance_type == "noaux_tc":
         found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
     return tuple(found)
+
+
+def warm_up_note(stage: Stage) -> str | None:
+    """A warning if the stage ends before its warm-up does; None if it reaches its learning rate."""
+    config = stage.optimizer
+    if stage.steps > config.warmup_steps:
+        return None
+    highest = float(np.asarray(learning_rate_schedule(config, stage.steps)(stage.steps - 1)))
+    return (
+        f"{stage.name}, ends within its warm-up: of optimizer.warmup_steps {config.warmup_steps:,} it has "
+        f"{counted(stage.steps, 'step')}, so its learning rate reaches {highest:.2g} at most, not "
+        f"{config.learning_rate:g}; lower optimizer.warmup_steps, or take more steps"
+    )
 
 
 def idle_note(spec: TrainSpec, stages: Sequence[Stage]) -> str | None:

@@ -143,7 +143,8 @@ class BlockwiseProgram:
             raise ConfigError(
                 "the cache lacks the stream that enters the blocks, which this needs",
                 {"cache": setting.cache, "needed for": ", ".join(asking)},
-                "add it: distillcache build --extend with taps.resid, or leave these options at their defaults",
+                "add it: distillcache build --extend with taps.resid "
+                "(online: name it in online.taps), or leave these options at their defaults",
             )
 
 

@@ -291,3 +291,21 @@ def test_a_cache_of_the_last_slot_trains_no_block(tmp_path: Path, last: Path) ->
     assert "build --extend" in str(caught.value)
     source = CacheSource(str(last), taps=("resid",), slots={"resid": [3]})
     assert source[[0]]["resid"]["codes"].shape[0] == 1
+
+
+def test_a_finished_run_needs_no_teacher(
+    tmp_path: Path, teacher: Path, corpus: Path, console: pytest.CaptureFixture[str]
+) -> None:
+    """Its head is read from the checkpoint while it trains."""
+    own = tmp_path / "teacher"
+    shutil.copytree(teacher, own)
+    build_cache(build_config(tmp_path / "cache", own, corpus, taps={"attn_out": None, "resid": {"slots": ["last"]}}))
+    settings = trained_config(tmp_path / "run", tmp_path / "cache", steps=1)
+    first = train(settings)
+    own.rename(tmp_path / "gone")
+    again = train(settings)
+    assert "is finished: nothing to do" in console.readouterr().err
+    assert (again.steps, again.resumed_from, again.metrics) == (1, 1, first.metrics)
+    longer = trained_config(tmp_path / "other", tmp_path / "cache", steps=1)
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        train(longer)

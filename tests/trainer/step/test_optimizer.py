@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from distillcache.schemas.config.train import OptimizerConfig
+from distillcache.schemas.config.train import MeshConfig, OptimizerConfig, TrainConfig
+from distillcache.trainer.run.stages import resolve_stages, warm_up_note
 from distillcache.trainer.step.optimizer import (
     clip_all,
     init_blocks,
@@ -28,6 +29,29 @@ def test_schedule_rises_and_falls():
 def test_short_runs_have_a_rate(warmup, steps):
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=warmup), steps)
     assert all(0 < float(schedule(step)) <= 1 for step in range(steps))
+
+
+@pytest.mark.parametrize(("warmup", "steps", "highest"), [(10, 5, 0.5), (10, 10, 0.95), (1, 1, 0.5), (100, 1, 0.015)])
+def test_a_stage_that_ends_within_its_warm_up_is_told(warmup: int, steps: int, highest: float) -> None:
+    optimizer = {"learning_rate": 1.0, "warmup_steps": warmup}
+    spec = TrainConfig.model_validate({"run": "r", "cache": "c", "steps": steps, "optimizer": optimizer})
+    [stage] = resolve_stages(spec, MeshConfig())
+    rates = [float(learning_rate_schedule(stage.optimizer, steps)(step)) for step in range(steps)]
+    note = warm_up_note(stage)
+    assert note is not None
+    assert max(rates) == pytest.approx(highest, abs=0.05)
+    assert f"reaches {max(rates):.2g} at most, not 1;" in note
+    assert "optimizer.warmup_steps" in note
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (10, 11), (4, 24)])
+def test_a_stage_that_reaches_its_rate_is_not(warmup: int, steps: int) -> None:
+    spec = TrainConfig.model_validate({"run": "r", "cache": "c", "steps": steps, "optimizer": {"warmup_steps": warmup}})
+    [stage] = resolve_stages(spec, MeshConfig())
+    assert warm_up_note(stage) is None
+    assert max(float(learning_rate_schedule(stage.optimizer, steps)(step)) for step in range(steps)) == pytest.approx(
+        stage.optimizer.learning_rate
+    )
 
 
 def adam_by_hand(
