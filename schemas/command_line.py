@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from distillcache.schemas.config.yaml_text import MAX_CHARACTERS, YamlError, as_yaml, parse_yaml, to_yaml
@@ -151,13 +151,14 @@ def validate(
         return model.model_validate(values)
     except ValidationError as error:
         facts: dict[str, object] = {}
-        for finding in error.errors():
-            keys = _keys(model, finding["loc"])
+        for keys, finding in _told(model, error):
             message = _message(finding)
             if finding["type"] == "extra_forbidden":
                 message = _unknown_key(model, keys)
             elif finding["type"] == "string_pattern_mismatch" and message.startswith("string should match"):
                 message = f"should be {_described(model, keys)} (found {_shortly(finding['input'])})"
+            elif finding["type"] == "list_type":
+                message = f"{_list_wanted(model, keys, finding['input'])} (found {_shortly(finding['input'])})"
             elif finding["type"] == "missing":
                 message = _required(model, keys, positional)
             # What a validator of the whole model found is the whole config: it says itself what is wrong there.
@@ -165,6 +166,63 @@ def validate(
                 message += f" (found {_shortly(finding['input'])})"
             facts.setdefault(".".join(keys) or "config", message)
         raise ConfigError("the config cannot be used", {"in": source, **facts}, f"see {source} --help") from error
+
+
+def _told(model: type[BaseModel], error: ValidationError) -> list[tuple[list[str], Any]]:
+    """The findings to tell, with their keys. Of a field of several types pydantic gives those of each: told are those
+    inside the mapping or list that was given, and of a single value that a list belongs there.
+    """
+    found = [(_keys(model, finding["loc"]), finding) for finding in error.errors()]
+    lists = [keys for keys, finding in found if finding["type"] == "list_type"]
+
+    def is_told(keys: list[str], finding: Any) -> bool:
+        given = finding["input"]
+        if isinstance(given, dict | list) and any(len(o) > len(keys) and o[: len(keys)] == keys for o, _ in found):
+            return not keys
+        return finding["type"] == "list_type" or isinstance(given, dict | list) or keys not in lists
+
+    return [(keys, finding) for keys, finding in found if is_told(keys, finding)]
+
+
+def _list_wanted(model: type[BaseModel], keys: list[str], given: object) -> str:
+    """The finding for another value where a list belongs: how this very value is written."""
+    members = _members(_annotation_at(model, keys))
+    words = [
+        str(word) for each in members if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)
+    ]
+    items = [typing.get_args(each)[0] for each in members if typing.get_origin(each) is list]
+    lead = f"should be {' or '.join(words)}, or a list" if words else "should be a list"
+    nested = _nested_model(items[0]) if items else None
+    if isinstance(given, dict):
+        return f"{lead}: put it in brackets, '[{{...}}]'"
+    if nested is not None:
+        return f"{lead} of mappings, such as '[{{{next(iter(nested.model_fields))}: ...}}]'"
+    fits = items and _fits(list[items[0]], [given])
+    return f"{lead}: write '[{as_yaml(given)}]'" if fits else f"{lead}, such as '[1, 2]' or '[resid]'"
+
+
+def _fits(annotation: Any, value: object) -> bool:
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _annotation_at(model: type[BaseModel], keys: list[str]) -> Any:
+    """The type of the field at these keys; None where they lead elsewhere."""
+    annotation: Any = model
+    for key in keys:
+        nested = _nested_model(annotation)
+        field = nested.model_fields.get(key) if nested is not None else None
+        if field is not None:
+            annotation = field.annotation
+        elif key.isdigit():
+            lists = [each for each in _members(annotation) if typing.get_origin(each) is list]
+            annotation = typing.get_args(lists[0])[0] if lists else None
+        else:
+            return None
+    return annotation
 
 
 def _keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
@@ -197,6 +255,8 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
         return f"is no key of a file: write {sections[0]}: {nested}...{'}' * len(sections)}"
     sections = {name.rpartition(".")[0] for name in known} - {""}
     names = list(dict.fromkeys([*known, *sorted(sections)]))
+    if ":" in keys[-1]:
+        return "is no field: YAML needs a space after the colon, as in '{start: 1, end: 0}'"
     item = _item_model(model, keys)
     if item is not None:
         close = difflib.get_close_matches(keys[-1], item.model_fields, n=1, cutoff=0.6)
@@ -212,17 +272,7 @@ def _unknown_key(model: type[BaseModel], keys: list[str]) -> str:
 
 def _item_model(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
     """The model of an entry of a list that a key was given in; None: the key is in no such entry."""
-    annotation: Any = model
-    for key in keys[:-1]:
-        nested = _nested_model(annotation)
-        if nested is not None and key in nested.model_fields:
-            annotation = nested.model_fields[key].annotation
-        elif key.isdigit():
-            lists = [member for member in _members(annotation) if typing.get_origin(member) is list]
-            annotation = typing.get_args(lists[0])[0] if lists else None
-        else:
-            return None
-    return _nested_model(annotation) if any(key.isdigit() for key in keys[:-1]) else None
+    return _nested_model(_annotation_at(model, keys[:-1])) if any(key.isdigit() for key in keys[:-1]) else None
 
 
 def _described(model: type[BaseModel], keys: list[str]) -> str:
@@ -248,8 +298,6 @@ def _message(finding: Mapping[str, Any]) -> str:
         return "should be text: put it in quotes"
     if finding["type"] in ("model_type", "dict_type"):
         return "should be a mapping, such as '{field: value}'"
-    if finding["type"] == "list_type":
-        return "should be a list, such as '[1, 2]' or '[resid]'"
     if finding["type"] == "string_pattern_mismatch" and finding["ctx"]["pattern"].startswith("\\."):
         endings = re.findall("[a-z]+", finding["ctx"]["pattern"])
         return "should end in " + " or ".join(f".{ending}" for ending in endings)

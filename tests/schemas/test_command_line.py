@@ -31,6 +31,7 @@ from distillcache.schemas.config import (
 )
 from distillcache.schemas.config.look import FidelityConfig, StatsConfig
 from distillcache.schemas.config.simulate import SimulateConfig
+from distillcache.schemas.config.yaml_text import as_yaml
 from distillcache.schemas.errors import ConfigError
 
 
@@ -243,7 +244,7 @@ def test_a_field_of_another_command_is_compared_with_each_name_once(key: str) ->
 def test_the_members_of_a_union_are_not_part_of_the_fields_name() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(Sample, {"path": 3, "blocks": [1.5]}, "build.yaml")
-    assert list(caught.value.facts) == ["in", "path", "blocks", "blocks.0"]
+    assert list(caught.value.facts) == ["in", "path", "blocks.0"]
     assert caught.value.facts["in"] == "build.yaml"
 
 
@@ -481,8 +482,55 @@ def test_maxtexts_keys_must_agree_with_ours(argv: list[str], told: str) -> None:
 def test_lists_and_endings_are_asked_for_in_plain_words() -> None:
     with pytest.raises(ConfigError) as caught:
         validate(StatsConfig, {"cache": "c", "taps": "resid", "out": "d.npy"}, "stats")
-    assert caught.value.facts["taps"] == "should be a list, such as '[1, 2]' or '[resid]' (found 'resid')"
+    assert caught.value.facts["taps"] == "should be a list: write '[resid]' (found 'resid')"
     assert caught.value.facts["out"] == "should end in .npz (found 'd.npy')"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"loss": {"stream": {"slots": "last"}}}, {"loss.stream.slots": "should be all, or a list: write '[last]'"}),
+        ({"loss": {"feature": {"blocks": 3}}}, {"loss.feature.blocks": "should be all, or a list: write '[3]'"}),
+        (
+            {"loss": {"feature": {"blocks": "al"}}},
+            {"loss.feature.blocks": "should be all, or a list, such as '[1, 2]'"},
+        ),
+        ({"train_only": "attention"}, {"train_only": "should be a list: write '[attention]'"}),
+        ({"student": {"layer_map": 3}}, {"student.layer_map": "should be a list: write '[3]'"}),
+        ({"student": {"surgery": "x"}}, {"student.surgery": "should be a list of mappings, such as '[{op: ...}]'"}),
+        ({"student": {"surgery": {"op": "x"}}}, {"student.surgery": "should be a list: put it in brackets, '[{...}]'"}),
+        ({"student": {"lora": {"targets": "mlp"}}}, {"student.lora.targets": "should be a list: write '[mlp]'"}),
+        ({"loss": {"alpha": {"start": 0, "end": 2}}}, {"loss.alpha.end": "input should be less than or equal to 1"}),
+        ({"loss": {"tau": {"start": -1, "end": 2}}}, {"loss.tau.start": "input should be greater than or equal to 0"}),
+        ({"loss": {"tau": {"start": 1}}}, {"loss.tau.end": "is required"}),
+        ({"loss": {"tau": {"start:1": None}}}, {"loss.tau.start:1": "is no field: YAML needs a space after the colon"}),
+        ({"loss": {"tau": "abc"}}, {"loss.tau": "input should be a valid number"}),
+        ({"loss": {"feature": {"blocks": [0, "x"]}}}, {"loss.feature.blocks.1": "input should be a valid integer"}),
+    ],
+    ids=str,
+)
+def test_a_finding_is_told_once_and_shows_the_way(values: dict[str, Any], told: dict[str, str]) -> None:
+    """By file and by flag: pydantic gives one for each type that a field may have."""
+    flags = [word for path, value in leaves(values) for word in (f"--{path}", as_yaml(value))]
+    given = {"run": "r", "cache": "c"}
+    for read_it in (lambda: validate(TrainConfig, given | values, "x"), lambda: train_config(*flags)):
+        with pytest.raises(ConfigError) as caught:
+            read_it()
+        found = {name: str(fact) for name, fact in caught.value.facts.items() if name != "in"}
+        required = {name for name in found if found[name].startswith("is required")}
+        assert found.keys() - required | told.keys() == told.keys()
+        for name, start in told.items():
+            assert found[name].startswith(start)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted path and value of what is given to the fields that these lead to."""
+    sections = {"loss", "student", "loss.feature", "loss.stream", "student.lora"}
+    found = []
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found += leaves(value, f"{path}.") if path in sections else [(path, value)]
+    return found
 
 
 def test_a_config_is_found_in_the_home_folder(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
