@@ -14,7 +14,8 @@ from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.path import Location
 
 # GGUF token types (llama.h, llama_token_type).
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+TYPES = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = TYPES
 
 # Control tokens whatever their type says.
 # Source: llama.cpp `llama-vocab.cpp` ("control-looking token was not control-type").
@@ -84,6 +85,7 @@ def gguf_tokenizer(reader: gguf.GGUFReader, file: Location) -> GgufTokenizer:
 
 
 def _vocabulary(reader: gguf.GGUFReader, file: Location) -> tuple[list[str], list[int]]:
+    """The spelling and the type of every token. An empty one is called `[EMPTY_3]`, as in llama.cpp: no text has it."""
     tokens = metadata(reader, "tokenizer.ggml.tokens")
     if not tokens:
         raise InputError("the GGUF file has no tokenizer", {"file": file}, "set data.tokenizer to a tokenizer.json")
@@ -94,6 +96,20 @@ def _vocabulary(reader: gguf.GGUFReader, file: Location) -> tuple[list[str], lis
             {"file": file, "tokens": len(tokens), "token types": len(types)},
             "set data.tokenizer to the model's tokenizer.json",
         )
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    first: dict[str, int] = {}
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        found = None
+        if kind not in TYPES:
+            found = {"token type": kind, "expected": f"one of {NORMAL} to {BYTE}"}
+        elif first.setdefault(token, index) != index:
+            found = {"also": f"token {first[token]}", "expected": "every token once"}
+        if found is not None:
+            raise InputError(
+                "a token of the GGUF file's vocabulary cannot be used",
+                {"file": file, "token": f"{index}: {token!r}", **found},
+                "set data.tokenizer to the model's tokenizer.json",
+            )
     return tokens, types
 
 

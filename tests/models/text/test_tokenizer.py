@@ -183,6 +183,16 @@ def test_how_text_is_cut(pre: str, text: str, pieces: list[str], tmp_path: Path)
     assert (tokenizer.encode("")[:1] == [1]) is (pre in ("llama-bpe", "tekken"))  # llama.cpp adds BOS to these two
 
 
+def test_empty_tokens_of_a_gguf_are_no_text(tmp_path: Path) -> None:
+    """Named as llama.cpp names them; every id stays a token of its own."""
+    tokens, types = [*TOKENS, "", ""], [3, 3, *[1] * (len(TOKENS) - 3), 4, 1, 5]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", tokens=tokens, token_type=types))
+    assert tokenizer.vocab_size == len(tokens)
+    spelled = [tokenizer.backend.id_to_token(index) for index in range(len(TOKENS), len(tokens))]
+    assert spelled == [f"[EMPTY_{index}]" for index in range(len(TOKENS), len(tokens))]
+    assert tokenizer.encode(f"hello{spelled[0]}") == byte_level().encode(f"hello{spelled[0]}").ids
+
+
 def test_qwens_tokenizer_composes_characters(tmp_path: Path):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", pre="qwen2"))
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9") != tokenizer.encode("e")
@@ -202,6 +212,12 @@ def test_qwens_tokenizer_composes_characters(tmp_path: Path):
         ({"token_type": [1]}, "token types"),
         ({"eos_token_id": None}, "data.eos_token"),
         ({"eos_token_id": 99999}, "99999"),
+        *(
+            ({"token_type": [3, 3, *[1] * (len(TOKENS) - 3), kind]}, f"token type  {kind}")
+            for kind in (0, 7, -1, 2**31 - 1)
+        ),
+        ({"tokens": [*TOKENS[:-1], "hello"]}, f"{len(TOKENS) - 1}: 'hello'"),
+        ({"tokens": [*TOKENS[:-2], f"[EMPTY_{len(TOKENS) - 1}]", ""]}, "every token once"),
         ({"bos_token_id": None, "add_bos_token": True}, "bos_token_id"),
     ],
 )
