@@ -7,6 +7,7 @@ from distillcache.cache_builder.record.identity import finished_plan
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
 from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder, refuse_idle_taps
+from distillcache.cache_builder.record.presence import refuse_missing_data
 from distillcache.cache_builder.record.replica import is_job, open_replica
 from distillcache.cache_builder.repair.from_teacher import repair_cache
 from distillcache.models.checkpoint import read_config
@@ -127,5 +128,7 @@ def _check_finished(
     store: Store, spec: BuildSpec, teacher: str, tokenizer: TextTokenizer, manifest: Manifest
 ) -> Manifest:
     """The manifest of a finished cache, if it is of this config; tidies up what a crash at the very end left."""
-    tidy(store, finished_plan(store, spec, teacher, tokenizer, manifest))
+    plan = finished_plan(store, spec, teacher, tokenizer, manifest)
+    refuse_missing_data(store, manifest.segments)
+    tidy(store, plan)
     return manifest

@@ -16,6 +16,7 @@ from distillcache.cache_builder.grow.transcode import recoded_taps
 from distillcache.cache_builder.record.finish import finish_segment, tidy, unless_finished
 from distillcache.cache_builder.record.loop import guarded_by_plan
 from distillcache.cache_builder.record.plan import refuse_foreign_folder, settle_plan, with_objects
+from distillcache.cache_builder.record.presence import refuse_missing_data
 from distillcache.cache_builder.record.work_units import LeasedUnits, by_one_process, work_through
 from distillcache.cache_builder.repair.from_source import repair_copy
 from distillcache.models.describe import COMPRESSING_LIBRARY, compressor_version, describe_numerics
@@ -79,6 +80,8 @@ def _copy(config: CopyConfig, source: Store, store: Store) -> Manifest:
         plan = settle_plan(store, _with_recoded(plan, recoded), accept_platform=False)
         finished = read_manifest(store)
         if finished is not None:
+            next = "repair the copy from the same source: the same `distillcache copy` with --repair"
+            refuse_missing_data(store, finished.segments, next)
             tidy(store, plan)
             return finished
         for tap, what in recoded.items():

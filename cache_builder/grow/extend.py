@@ -15,6 +15,7 @@ from distillcache.cache_builder.record.identity import row_settings
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
 from distillcache.cache_builder.record.plan import chosen_taps, make_plan, plan_differences
+from distillcache.cache_builder.record.presence import refuse_missing_data
 from distillcache.cache_builder.record.replica import open_replica
 from distillcache.cache_builder.record.work_units import RowSource
 from distillcache.cache_builder.text.digest import inputs_digest
@@ -153,6 +154,7 @@ def _choose_addition(
     base = group.base.plan
     missing = _missing_taps(group, taps, base.teacher.hidden_size)
     if not missing:  # perhaps since a moment ago, when a crash kept the build from tidying up
+        refuse_missing_data(store, [each.entry for each in group.segments if each.entry is not None])
         for each in group.segments:
             tidy(store, each.plan)
         if begun_plan(store, number) is None:  # only rows were prepared there, to find that the cache has them

@@ -4,6 +4,7 @@ plan.py         what will be built, and whether a build resumes
 identity.py     which settings identify a build; differences of two
 inputs.py       the teacher's config, tokenizer and rows
 work_units.py   a segment's work units: which are still to do, and their leases
+presence.py     presence of a finished cache's rows files and objects
 replica.py      devices of one replica of the teacher
 pipeline.py     full shards on their way to the store
 writer.py       writes objects, then the receipt

@@ -13,7 +13,11 @@ def step_without_plan(store: Store, segment: str) -> str:
 
     The segments before it stay: once the manifest and the folders of this and of all later segments are deleted, a
     repair writes the manifest of what is left. Of the first segment nothing can be kept.
+
+    Raises:
+        StorageError: the plan is not lost: a folder or a pipe is in its place.
     """
+    store.check_readable(plan_key(segment))
     back = f"copy {plan_key(segment)} back if there is a copy of the cache; a repair cannot make it again"
     number = int(segment.partition("-")[0])
     if number == 0:

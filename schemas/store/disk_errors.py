@@ -43,8 +43,9 @@ def step_for(words: str, *, reads: bool) -> str | None:
 
 
 def is_in_the_way(words: str) -> bool:
-    """Return whether something else is where a file belongs: a link to itself, a directory, or a file as a parent."""
-    return any(os.strerror(code) in words for code in (ELOOP, EISDIR, ENOTDIR))
+    """Return whether something else is where a file belongs: a link to itself, a directory, a pipe, or a file as
+    a parent."""
+    return NOT_REGULAR in words or any(os.strerror(code) in words for code in (ELOOP, EISDIR, ENOTDIR))
 
 
 def unreadable(where: object, error: OSError) -> StorageError:

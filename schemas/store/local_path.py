@@ -18,13 +18,19 @@ _KINDS = {
 }
 
 
-def refuse_irregular(path: str | os.PathLike[str]) -> None:
-    """Raise `OSError` where a pipe, a socket or a device is; nothing happens where nothing or a folder is."""
+def refuse_irregular(path: str | os.PathLike[str], *, folders: bool = False) -> None:
+    """Raise `OSError` where a pipe, a socket or a device is; nothing happens where nothing is.
+
+    Args:
+        folders: raise where a folder is, too.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # whoever opens it finds out
         return
     kind = _KINDS.get(stat.S_IFMT(mode))
+    if folders and stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if kind is not None:
         raise OSError(errno.EINVAL, f"{kind}, {NOT_REGULAR}", os.fspath(path))
 

@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from errno import EISDIR
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,8 +207,6 @@ class Store:
     def _read(self, key: str, byte_range: slice | None = None) -> tuple[bytes | None, bytes]:
         self.check_readable(key)
         result = self._ask("cannot be read", key, lambda: self._kv.read(key, byte_range=byte_range).result())
-        if result.state != "value" and self.local is not None and (self.local / key).is_dir():  # it counts as absent
-            raise unreadable(self.where(key), IsADirectoryError(EISDIR, os.strerror(EISDIR)))
         return (result.value if result.state == "value" else None), result.stamp.generation
 
     def _ends_at(self, key: str, length: int) -> bool:
@@ -401,11 +398,13 @@ class Store:
                 )
 
     def check_readable(self, key: str) -> None:
-        """`check_inside`; also raise where a pipe, a socket or a device lies, which a reader would wait for."""
+        """`check_inside`; also raise where a folder lies, which would count as absent, or a pipe, a socket or a device,
+        which a reader would wait for.
+        """
         self.check_inside(key)
         if self.local is not None:
             try:
-                refuse_irregular(f"{self.local}/{key}")
+                refuse_irregular(f"{self.local}/{key}", folders=True)
             except OSError as error:
                 raise unreadable(self.where(key), error) from error
 
