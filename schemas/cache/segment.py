@@ -19,6 +19,7 @@ from distillcache.schemas.cache.agreement import (
     side_arrays,
 )
 from distillcache.schemas.cache.lost_plan import step_for_file, step_without_plan
+from distillcache.schemas.cache.unfinished import step_to_finish
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import MEND_NEXT, DamageError, FolderTakenError, InputError
 from distillcache.schemas.format import layout
@@ -215,7 +216,7 @@ class Segment:
             raise InputError(
                 "this shard is not committed yet",
                 {"cache": self.store.url, "shard": shard},
-                "finish the build: run the same `distillcache build` again",
+                step_to_finish(self.store, self.plan),
             )
         return receipt
 
@@ -523,7 +524,9 @@ def _open_finished(store: Store, manifest: Manifest | None) -> list[Segment]:
         if not unfinished:
             raise no_cache(store)
         facts = {"cache": store.url, "missing": layout.MANIFEST}
-        raise InputError("the cache is not finished", facts, "run the same `distillcache build` again")
+        plan = begun_plan(store, 0)
+        step = "run the same `distillcache build` again" if plan is None else step_to_finish(store, plan)
+        raise InputError("the cache is not finished", facts, step)
     segments = []
     for entry in manifest.segments:
         plan = read_plan(store, entry.segment)

@@ -28,6 +28,9 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
 }
 
 
+DEMO_MARKER = "demo.json"  # in the folder above the demo's cache: says that it is a demo's, and what its stages took
+
+
 def segment_prefix(segment: str) -> str:
     """The folder of a segment."""
     return f"segments/{segment}"

@@ -23,6 +23,7 @@ from distillcache.schemas.config import BuildConfig, DataConfig, DemoConfig, Tap
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig, SurgeryOp
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, DivergedError, PlanMismatchError
+from distillcache.schemas.format.layout import DEMO_MARKER
 from distillcache.schemas.runtime.memory import PeakMemory
 from distillcache.schemas.store.path import local_path
 from distillcache.schemas.store.redaction import redacted
@@ -32,7 +33,7 @@ from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.train import train
 
 REPORT = "report.json"  # in run/; written last
-MARKER = "demo.json"  # says that a folder is a demo's, and holds what its stages took
+MARKER = DEMO_MARKER
 ROW_TOKENS = 128
 DEMO_ROWS = 480  # 61,000 tokens, of which 53,000 are trained on: enough for the recovery, two minutes of teacher
 EVAL_ROWS = 64

@@ -12,6 +12,7 @@ from distillcache.schemas import command_line
 from distillcache.schemas.cache.addressing import row_groups
 from distillcache.schemas.cache.describe import describe_codec
 from distillcache.schemas.cache.segment import Segment, open_cache
+from distillcache.schemas.cache.unfinished import step_to_finish
 from distillcache.schemas.config import InspectConfig
 from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import Plan, TapPlan, TapStats
@@ -55,6 +56,7 @@ def describe_cache(store: Store) -> dict[str, Any]:
     return {
         "cache": store.url,
         "finished": all(segment.committed is None for segment in segments),
+        "to_finish": next((step_to_finish(store, each.plan) for each in segments if each.committed is not None), None),
         "format": plan.format,
         "created": shown(plan.created),
         "teacher": shown(plan.teacher.model_dump()),

@@ -38,9 +38,9 @@ def print_cache(found: Mapping[str, Any]) -> None:
 
 def _facts(found: Mapping[str, Any]) -> Table:
     rows, shards, teacher, numerics = found["rows"], found["shards"], found["teacher"], found["numerics"]
-    state = "finished" if found["finished"] else "not finished: run the same `distillcache build` again"
+    state = "finished" if found["finished"] else f"not finished: {found['to_finish']}"
     facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_row("cache", f"{escape(found['cache'])}  ({state})")
+    facts.add_row("cache", f"{escape(found['cache'])}  ({escape(state)})")
     facts.add_row(
         "teacher",
         f"{escape(teacher['path'])}  ({layers_words(teacher['num_blocks'], teacher['hidden_size'])})",
@@ -56,8 +56,9 @@ def _facts(found: Mapping[str, Any]) -> Table:
         "shards", done if len(found["segments"]) == 1 else f"{done}; {counted(len(found['segments']), 'segment')}"
     )
     compressed = any(tap["compress"] != "none" for tap in found["taps"])
-    stored = f"  (compressed to about {found['stored_bytes'] / 1e9:.2f} GB)" if compressed else ""
-    facts.add_row("size", f"{in_bytes(found['bytes'])}, {found['bytes_per_token']:,} bytes a token{stored}")
+    stored = f"  (compressed to about {in_bytes(found['stored_bytes'])})" if compressed else ""
+    whole = "" if found["finished"] else " when finished"
+    facts.add_row("size", f"{in_bytes(found['bytes'])}{whole}, {found['bytes_per_token']:,} bytes a token{stored}")
     if found["keeps_head"]:
         facts.add_row("head", "kept: the teacher's last norm and LM head")
     facts.add_row("made", f"{found['created'].get('at')} on {escape(str(found['created'].get('host')))}")
@@ -91,7 +92,7 @@ def _taps(found: Mapping[str, Any]) -> Table:
         ("shape", False),
         ("dtype", False),
         ("bytes/token", True),
-        ("size", True),
+        ("size (of uncompressed)" if any(tap["compress"] != "none" for tap in found["taps"]) else "size", True),
         ("rms", True),
         ("max", True),
     ):

@@ -51,7 +51,7 @@ def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, d
     """
     found, stored = describe_cache(store), StoredRows(store.url)
     segments, sample = stored.segments, sample_rows(stored, rows, seed)
-    unfinished = "The cache is not finished: run the same `distillcache build` again."
+    unfinished = f"The cache is not finished: {found['to_finish']}."
     told = [*([] if found["finished"] else [unfinished]), *found["warnings"], *row_warnings(sample)]
     page = Page(page_title("Cache", store.url), _subtitle(found), footer)
     page.add("What it is", note("Look at this first", told), plan_facts(found), config_table(segments))

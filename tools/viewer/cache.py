@@ -35,7 +35,7 @@ def overview(watched: WatchedCache) -> View:
     blocks = counted(len(found["blocks"]), "block")
     words = f"{counted(rows['count'], 'row')} of {rows['row_tokens']:,} tokens, {blocks}{state}"
     view = View(page_title("Cache", stored.store.url), words, "/")
-    told = [] if found["finished"] else ["The cache is not finished: run the same `distillcache build` again."]
+    told = [] if found["finished"] else [f"The cache is not finished: {found['to_finish']}."]
     told += [] if watched.textless is None else [watched.textless]
     view.put(note("Look at this first", [*told, *found["warnings"]]))
     view.put(go_to(stored, watched.taps()))
