@@ -1,12 +1,14 @@
 """`build_cache`: dispatch of `distillcache build` to build, extend, repair or abandon."""
 
+import logging
+
 from distillcache.cache_builder.grow.abandon import abandon_extension
 from distillcache.cache_builder.grow.extend import extend_cache
 from distillcache.cache_builder.record.finish import tidy, unless_finished
 from distillcache.cache_builder.record.identity import finished_plan
 from distillcache.cache_builder.record.inputs import checked_model, open_or_prepare, warn_of_length
 from distillcache.cache_builder.record.loop import SegmentBuild, build_segment
-from distillcache.cache_builder.record.plan import check_choices, make_plan, refuse_foreign_folder, refuse_idle_taps
+from distillcache.cache_builder.record.plan import check_choices, idle_options, make_plan, refuse_foreign_folder
 from distillcache.cache_builder.record.presence import refuse_missing_data
 from distillcache.cache_builder.record.replica import is_job, open_replica
 from distillcache.cache_builder.repair.from_teacher import repair_cache
@@ -27,6 +29,7 @@ from distillcache.schemas.format.manifest import Manifest
 from distillcache.schemas.runtime.peers import have_met
 from distillcache.schemas.store.store import Store, using
 
+log = logging.getLogger(__name__)
 SEGMENT = "0000"
 
 
@@ -82,8 +85,9 @@ def _build_cache(store: Store, config: BuildConfig) -> Manifest:
         return _check_finished(store, config, config.teacher.path, tokenizer, manifest)
     model = checked_model(config.teacher.path, config.data.tokenizer, tokenizer)
     check_choices(config, model, tokenizer.vocab_size)
-    if not segment_names(store, 0):
-        refuse_idle_taps(config.taps)
+    if not segment_names(store, 0) and not config.process_id:
+        for note in idle_options(config.taps):
+            log.warning(note)
     warn_of_length(config.data, config.process_id, model)
     refuse_foreign_folder(store, "--cache")
     if is_job(config):  # before the processes meet: from then on they wait for each other

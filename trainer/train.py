@@ -9,7 +9,7 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ from distillcache.trainer.run.folder import (
     write_evaluations,
     write_summary,
 )
-from distillcache.trainer.run.idle_settings import refuse_idle_rest_bucket, refuse_idle_settings
+from distillcache.trainer.run.idle_settings import idle_rest_bucket, idle_settings
 from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_lines, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
@@ -155,11 +155,9 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     store = Store(config.run)
     stages = resolve_stages(config, config.mesh)
     begins = not has_student(store)
-    if begins:  # a run that an older version began goes on
-        refuse_idle_settings(config, config.feed, stages)
     _say_what_is_off(config, peers)
-    for note in filter(None, map(warm_up_note, stages)) if peers.first else ():
-        log.warning(note)
+    if peers.first:
+        _warn([*(idle_settings(config, config.feed, stages) if begins else ()), *map(warm_up_note, stages)])
     _check_batches(config.mesh, config.batch_rows, config.micro_batches)
     check_profile(config.profile, stages[-1].last)
     sources = Sources(config)
@@ -188,9 +186,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
             parameters = start_parameters(decoder, config.student, width, config.seed, store)
             # All of them at once: what a later stage lacks is better said now.
             plans = [plan_stage(config, config.mesh, stage, decoder, parameters, sources) for stage in stages]
-            if begins:
-                refuse_idle_rest_bucket(config, stages, reads_topk=_reads_topk(config, plans, sources))
             if peers.first and began:
+                _warn(idle_rest_bucket(config, stages, reads_topk=_reads_topk(config, plans, sources)))
                 _say_what_adapters_are(parameters)
         except BaseException:
             if began:
@@ -339,7 +336,11 @@ def _warn_of_length(student: ModelConfig, plan: Plan) -> None:
     notes = {whose: too_long_note(rows, context, whose, change) for whose, context in contexts.items()}
     if contexts["the teacher"] == contexts["the student"]:
         notes = {"both": too_long_note(rows, contexts["the student"], "teacher and student", change)}
-    for note in filter(None, notes.values()):
+    _warn(notes.values())
+
+
+def _warn(notes: Iterable[str | None]) -> None:
+    for note in filter(None, notes):
         log.warning(note)
 
 

@@ -104,11 +104,9 @@ def with_objects(taps: Sequence[TapPlan], row_tokens: int, shard_rows: int, obje
     return tuple(_with_objects(tap, row_tokens, shard_rows, object_mib) for tap in taps)
 
 
-def refuse_idle_taps(taps: TapsConfig) -> None:
-    """Raise `ConfigError` for an option of a codec that the tap's codec does not have.
-
-    Of a new build alone: one that an older version began goes on.
-    """
+def idle_options(taps: TapsConfig) -> list[str]:
+    """Return a note on each option of a codec that was asked for and that its tap's codec does not have."""
+    found: list[str] = []
     for name in ("attn_out", "resid", "mlp_out"):
         tap = getattr(taps, name)
         if tap is None:
@@ -117,11 +115,8 @@ def refuse_idle_taps(taps: TapsConfig) -> None:
         needs |= dict.fromkeys(("group", "rotate"), (integer, "codec int8 or int4"))
         for option, (used, needed) in needs.items():
             if not used and asked(tap, option) is not None:
-                raise ConfigError(
-                    f"taps.{name}.{option} would do nothing in this build",
-                    {f"taps.{name}.codec": tap.codec, "needed": needed},
-                    f"leave taps.{name}.{option} out, or add what it needs",
-                )
+                found.append(f"taps.{name}.{option} does nothing in this build: it needs {needed}")
+    return found
 
 
 def check_choices(spec: BuildSpec, model: ModelConfig, token_ids: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from distillcache.schemas.config.asked import asked, asked_below
 from distillcache.schemas.config.feed import FeedConfig
 from distillcache.schemas.config.train import TrainSpec, may_count
-from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.run.stages import Stage
 
 Used = Callable[[Stage], bool]
@@ -82,42 +81,46 @@ _OF_RUN: Mapping[str, tuple[Callable[[TrainSpec, Sequence[Stage]], bool], str]] 
 }
 
 
-def refuse_idle_settings(spec: TrainSpec, feed: FeedConfig, stages: Sequence[Stage]) -> None:
-    """Raise `ConfigError` for a setting that was asked for and that no stage of the run would use.
+def idle_settings(spec: TrainSpec, feed: FeedConfig, stages: Sequence[Stage]) -> list[str]:
+    """Return a note on each setting that was asked for and that no stage of the run uses.
+
+    No refusal: one config serves several modes, and a sweep sets a field for all of its runs.
 
     Args:
         stages: as `resolve_stages` gives them.
     """
     losses = [stage.loss or spec.loss for stage in spec.stages or []] or [spec.loss]
     given = [replace(stage, loss=loss) for stage, loss in zip(stages, losses, strict=True)]  # noaux_tc takes some out
+    found: list[str] = []
     for field, (used, needed) in _OF_LOSS.items():
         asking = [stage for stage in given if _asks(asked(stage.loss, field))]
         if asking and not any(used(stage) for stage in asking):
-            _refuse(f"loss.{field}", needed, stages)
+            found.append(_note(f"loss.{field}", needed))
     optimizers = [stage for stage in stages if asked(stage.optimizer, "inside_scan") is not None]
     if optimizers and not any(stage.program.blocks_apart for stage in optimizers):
-        _refuse("optimizer.inside_scan", "a blockwise stage", stages)
+        found.append(_note("optimizer.inside_scan", "a blockwise stage"))
     for field, (is_used, needed) in _OF_RUN.items():
         if asked(spec, field) is not None and not is_used(spec, stages):
-            _refuse(field, needed, stages)
+            found.append(_note(field, needed))
     if asked(feed, "local_cache.max_gib") is not None and feed.local_cache.dir is None:
-        _refuse("feed.local_cache.max_gib", "feed.local_cache.dir", stages)
+        found.append(_note("feed.local_cache.max_gib", "feed.local_cache.dir"))
     if feed.local_cache.dir is not None and spec.source != "cache":
-        _refuse("feed.local_cache.dir", "source: cache", stages)
+        found.append(_note("feed.local_cache.dir", "source: cache"))
     if spec.source == "cache":
-        for name in asked_below(spec, "online"):
-            _refuse(name, "source: online", stages)
+        found += [_note(name, "source: online") for name in asked_below(spec, "online")]
+    return found
 
 
-def refuse_idle_rest_bucket(spec: TrainSpec, stages: Sequence[Stage], *, reads_topk: bool) -> None:
-    """Raise `ConfigError` for a rest bucket where no KL is over a top k.
+def idle_rest_bucket(spec: TrainSpec, stages: Sequence[Stage], *, reads_topk: bool) -> list[str]:
+    """Return a note on a rest bucket where no KL is over a top k.
 
     Args:
         reads_topk: a stage or the evaluations compute such a KL.
     """
     losses = [spec.loss, *(stage.loss for stage in stages)]
-    if not reads_topk and any(asked(loss, "rest_bucket") for loss in losses):
-        _refuse("loss.rest_bucket", "a KL over the top k: a cache with taps.topk_logits, and not its head", stages)
+    if reads_topk or not any(asked(loss, "rest_bucket") for loss in losses):
+        return []
+    return [_note("loss.rest_bucket", "a KL over the top k: a cache with taps.topk_logits, and not its head")]
 
 
 def _asks(value: Any) -> bool:
@@ -125,9 +128,5 @@ def _asks(value: Any) -> bool:
     return value is not None and not (isinstance(value, float | int) and not isinstance(value, bool) and value == 0)
 
 
-def _refuse(name: str, needed: str, stages: Sequence[Stage]) -> None:
-    raise ConfigError(
-        f"{name} would do nothing in this run",
-        {"stages": ", ".join(stage.mode for stage in stages), "needed": needed},
-        f"leave {name} out, or add what it needs",
-    )
+def _note(name: str, needed: str) -> str:
+    return f"{name} does nothing in this run: it needs {needed}"
