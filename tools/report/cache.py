@@ -15,6 +15,7 @@ from distillcache.schemas.store.store import Store
 from distillcache.tools.diff.flat import flattened
 from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.inspect_print import said_of_times
+from distillcache.tools.look.segment_facts import SAMPLED_SHARDS
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import (
@@ -162,13 +163,13 @@ def array_table(found: dict[str, Any]) -> str:
 
 
 def slot_statistics(found: dict[str, Any]) -> list[str]:
-    """Root mean square and largest number of every slot, from the receipts alone."""
+    """Root mean square and largest number of every slot, as the build recorded them."""
     taps = [tap for tap in found["taps"] if "rms" in tap]
     if not taps:
         return [paragraph("No shard is committed yet.")]
     words = "Statistics over all rows, written by the build; the report read no activations for them."
     if not found["finished"]:
-        words += " Of a segment that is being built, its first committed shard stands for all."
+        words += f" Of a segment that is being built, they are those of up to {SAMPLED_SHARDS} committed shards."
     fragments = [paragraph(words)]
     titles = {"rms": "Root mean square", "abs_max": "Largest magnitude"}
     drawn = [_stats_figure(found, taps, key, title) for key, title in titles.items()]

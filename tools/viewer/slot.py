@@ -119,7 +119,7 @@ def _subtitle(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> 
 
 
 def _facts(watched: WatchedCache, tap: str, slot: int, found: SlotSample) -> str:
-    """Return facts of the sample, and from the receipts of all rows."""
+    """Return facts of the sample, and of all rows as the build recorded them."""
     values: dict[str, object] = {}
     if found.stats.count:
         said = found.stats.describe()
@@ -144,8 +144,8 @@ def _of_all_rows(watched: WatchedCache, tap: str, slot: int) -> dict[str, object
     found: dict[str, object] = {}
     for each in watched.described()["taps"]:
         if each["name"] == tap and slot in each["slots"] and "rms" in each:
-            place, words = each["slots"].index(slot), f"In all rows of segment {each['segment']}"
-            found[words] = f"rms {each['rms'][place]:.4g}, largest {each['abs_max'][place]:.4g} (from the receipts)"
+            place, words = each["slots"].index(slot), f"Recorded by the build, segment {each['segment']}"
+            found[words] = f"rms {each['rms'][place]:.4g}, largest {each['abs_max'][place]:.4g}"
     return found
 
 
