@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from distillcache.schemas.command_line import answer
 from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.runtime.standard_streams import drop, guard_standard_streams, replace_closed_streams
 
 # command -> (module, function, what it does); imported when called, so that `--help` starts at once
 COMMANDS = {
@@ -46,47 +47,26 @@ EXIT_CODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    _replace_closed_streams()
+    replace_closed_streams()
     if argv is None:
         if sys.getfilesystemencoding() != "utf-8":
             _begin_again_in_utf8()
-        _outlive_readers_of_errors()
+        guard_standard_streams()
     try:
-        code = _answer(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, so that a reader who has gone is noticed here
-        return code
+        return answer(lambda: _flushed(list(sys.argv[1:] if argv is None else argv)))
     except BrokenPipeError:
-        # The reader (`| head`) has gone; Python would complain again while it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout.fileno())  # the reader (`| head`) has gone
     except SystemExit as stop:  # rich's answer to the same, with an exit code of 1
         if not isinstance(stop.__context__, BrokenPipeError):
             raise
     return 0
 
 
-def _replace_closed_streams() -> None:
-    """Open the null device for each standard stream that the caller closed (`>&-`).
-
-    Python has None for such a stream, on which nothing can be printed; and the next file opened would get its number,
-    and with it all that a C++ library prints.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
-
-
-def _outlive_readers_of_errors() -> None:
-    """Go on when nobody reads standard error any more (`2>&1 | head`): progress is for people, the work is not."""
-    stream, write = sys.stderr, sys.stderr.write
-
-    def write_on(text: str) -> int:
-        try:
-            return write(text)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return len(text)
-
-    stream.write = write_on
+def _flushed(words: list[str]) -> int:
+    """Run one command line and flush standard output: what goes wrong there is noticed here."""
+    code = _answer(words)
+    sys.stdout.flush()
+    return code
 
 
 def _begin_again_in_utf8() -> None:

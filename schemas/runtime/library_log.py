@@ -23,11 +23,11 @@ def without_library_log() -> Iterator[None]:
     with _quiet, contextlib.ExitStack() as stack:
         try:
             saved = os.dup(STANDARD_ERROR)
-        except OSError:  # this process has none
+            stack.callback(os.close, saved)
+            kept = stack.enter_context(tempfile.TemporaryFile())
+        except OSError:  # this process has no standard error, or no folder for temporary files
             yield
             return
-        stack.callback(os.close, saved)
-        kept = stack.enter_context(tempfile.TemporaryFile())
         os.dup2(kept.fileno(), STANDARD_ERROR)
         lines = [_LOG_LINE]
         try:
@@ -42,7 +42,8 @@ def without_library_log() -> Iterator[None]:
             text = kept.read()
             for each in lines:
                 text = each.sub(b"", text)
-            os.write(STANDARD_ERROR, text)
+            with contextlib.suppress(OSError):  # nobody reads it, or its disk is full: what libraries say is no answer
+                os.write(STANDARD_ERROR, text)
 
 
 def is_panic(error: BaseException) -> bool:

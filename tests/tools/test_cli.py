@@ -1,6 +1,7 @@
 """The command line as a whole."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,13 +64,33 @@ def test_closed_streams_are_no_mistake(command: str, closed: str, cache: Path) -
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("command", ["--help", "inspect --help", "inspect CACHE", "inspect CACHE --json"])
+def test_an_answer_that_cannot_be_written_is_one_message(command: str, cache: Path) -> None:
+    """A table, JSON and help: the disk under `distillcache inspect CACHE > file` is full."""
+    program = "import sys; from distillcache.tools.cli import main; raise SystemExit(main())"
+    words = command.replace("CACHE", str(cache)).split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program, *words], stdout=full, stderr=-1, cwd=ROOT, text=True)
+    assert (done.returncode, done.stderr.splitlines()[:2]) == (
+        2,
+        ["error: standard output cannot be written", "  cause  No space left on device"],
+    )
+    assert len(done.stderr.splitlines()) == 3  # no traceback, and nothing that Python adds when it ends
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"distillcache {importlib.metadata.version('distillcache')}\n"
 
 
-def test_a_build_goes_on_when_nobody_reads_its_progress(tmp_path: Path, teacher: Path, corpus: Path) -> None:
-    """`build 2>&1 | head -1` ended in the middle with exit code 0."""
+@pytest.mark.parametrize("full", [False, True])
+def test_a_build_goes_on_when_its_progress_cannot_be_written(
+    full: bool, tmp_path: Path, teacher: Path, corpus: Path
+) -> None:
+    """Nobody reads it (`build 2>&1 | head -1` ended in the middle with exit code 0), or its disk is full."""
+    if full and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full, a device that is always full")
     words = ["--cache", str(tmp_path / "c"), "--teacher.path", str(teacher), "--data.path", str(corpus)]
     words += ["--data.row-tokens", "16", "--data.eval-rows", "4", "--batch-rows", "4", "--shard-rows", "8"]
     program = """if True:
@@ -82,8 +103,13 @@ def test_a_build_goes_on_when_nobody_reads_its_progress(tmp_path: Path, teacher:
         cli._answer = talk
         raise SystemExit(cli.main())
     """
-    with subprocess.Popen([sys.executable, "-c", program, "build", *words], stdout=-1, stderr=-1, cwd=ROOT) as process:
-        assert process.stderr is not None
-        process.stderr.close()
+    errors = os.open("/dev/full", os.O_WRONLY) if full else subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "build", *words], stdout=-1, stderr=errors, cwd=ROOT
+    ) as process:
+        if process.stderr is None:
+            os.close(errors)
+        else:
+            process.stderr.close()
         assert process.wait() == 0
     assert (tmp_path / "c" / "manifest.json").exists()

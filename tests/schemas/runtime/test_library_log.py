@@ -1,6 +1,7 @@
 """Standard error while libraries that write there by themselves are called."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -13,6 +14,18 @@ def test_log_lines_of_libraries_are_left_out(capfd: pytest.CaptureFixture[str]) 
         os.write(2, b"ours\nW1129 10:11:02.133914   29508 curl.cc:1] again\n")
     os.write(2, b"E1129 10:11:03.000001   29508 later\n")
     assert capfd.readouterr().err == "ours\nE1129 10:11:03.000001   29508 later\n"
+
+
+@pytest.mark.parametrize("place", ["error", "temporary"])
+def test_a_full_log_or_no_temporary_folder_stops_no_work(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "write") if place == "error" else (tempfile, "TemporaryFile")), refuse)
+    done = []
+    with without_library_log():
+        done.append(place)
+    assert done == [place]
 
 
 class PanicException(BaseException):
