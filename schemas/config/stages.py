@@ -358,34 +358,44 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student", "kl", "step", "routing", "load"] = Field(
+    what: Literal["feed", "build", "codec", "student", "kl", "recipes", "step", "routing", "load"] = Field(
         description="feed: reading; build: recording; codec: size, error and speed of each codec; student: results "
         "of training from a bf16, an int8 and an int4 cache; kl: students of half the blocks, trained with "
-        "cross-entropy, the KL to the top k or the KL to the whole distribution; step: a training step's time and "
-        "memory; routing: experts balanced by biases, by an auxiliary loss, and not at all; load: the memory of one "
-        "of eight processes that load a 30 GB checkpoint (takes 6 GB of memory; the files are sparse)"
+        "cross-entropy, the KL to the top k or the KL to the whole distribution; recipes: ways to train one student, "
+        "compared by tokens and by time; step: a training step's time and memory; routing: experts balanced by biases, "
+        "by an auxiliary loss, and not at all; load: the memory of one of eight processes that load a 30 GB checkpoint "
+        "(takes 6 GB of memory; the files are sparse)"
+    )
+    job: Literal["fewer-heads", "narrower-mlps", "half-blocks", "experts", "balanced-experts"] | None = Field(
+        default=None, description="recipes: how the student is cut from the teacher; default: half-blocks"
     )
     dir: str | None = Field(
         default=None,
-        description="folder for temporary data, about 3 GB (student: 7 GB); default: the temporary folder",
+        description="folder for temporary data, about 3 GB (student: 7 GB; kl and recipes: 10 GB); default: the temporary folder",
     )  # it is removed afterwards
     rounds: Positive | None = Field(
         default=None,
         description=(
-            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2, kl 3 (seeds); the "
-            "others measure once"
+            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2, kl and recipes 3 "
+            "(seeds); the others measure once"
         ),
     )
     plot: str | None = Field(
         default=None,
         pattern=r"\.(svg|png)$",
-        description="routing and kl: also plot the results to this file",
+        description="routing, kl and recipes: also plot the results to this file",
     )
 
     @model_validator(mode="after")
     def _has_a_picture(self) -> Self:
-        if self.plot is not None and self.what not in ("routing", "kl"):
-            raise ValueError(f"plot is for routing and kl: {self.what} has no picture")
+        if self.plot is not None and self.what not in ("routing", "kl", "recipes"):
+            raise ValueError(f"plot is for routing, kl and recipes: {self.what} has no picture")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_job(self) -> Self:
+        if self.job is not None and self.what != "recipes":
+            raise ValueError(f"job is for recipes: {self.what} has none")
         return self
 
 

@@ -9,10 +9,8 @@ synthetic_cache.py  caches of random numbers
 codec.py            accuracy and cost of codecs
 compress.py         lossless compression
 step.py             step from a cache against a teacher in the loop
-kl.py               students from three losses on tokens
 head_kl.py          KL over the whole vocabulary, memory and time
-student.py          students from caches of different codecs
-routing.py          balancing with and without a loss
+students/           quality of students that are trained in different ways
 load.py             memory of loading a sharded checkpoint
 load_share.py       one process of that
 """

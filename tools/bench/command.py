@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student|kl|step|routing|load`: against this machine's limits and peers.
+"""`distillcache bench feed|build|codec|student|kl|recipes|step|routing|load`: against limits and peers.
 
     distillcache bench feed --json
 
@@ -30,10 +30,11 @@ from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 MODULES = {
     "feed": "tools.bench.feed",
     "build": "tools.bench.build",
-    "student": "tools.bench.student",
-    "kl": "tools.bench.kl",
+    "student": "tools.bench.students.codecs",
+    "kl": "tools.bench.students.kl",
+    "recipes": "tools.bench.students.recipes",
     "step": "tools.bench.step",
-    "routing": "tools.bench.routing",
+    "routing": "tools.bench.students.routing",
     "load": "tools.bench.load",
 }
 

@@ -10,7 +10,7 @@ import pytest
 from distillcache.schemas.errors import ConfigError, StorageError
 from distillcache.schemas.store import whole_file
 from distillcache.schemas.store.whole_file import refuse_foreign_file, staged_folder, write_file, writing
-from distillcache.tools.bench.routing import write_plot
+from distillcache.tools.bench.students.routing import write_plot
 from distillcache.tools.demo.command import _write_json
 from distillcache.tools.demo.report import write_chart
 from distillcache.tools.look.export_samples import write as write_samples

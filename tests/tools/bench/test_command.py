@@ -11,14 +11,14 @@ from distillcache.schemas.config import DemoConfig, TrainConfig
 from distillcache.schemas.errors import StorageError
 from distillcache.tools import cli
 from distillcache.tools.bench import feed as bench_feed
-from distillcache.tools.bench import student
 from distillcache.tools.bench.build import BuildSizes, between_forwards, measure_build
 from distillcache.tools.bench.command import by_turns, make_report
 from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, subset_bytes
 from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.head_kl import HeadSizes
 from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
-from distillcache.tools.bench.student import StudentSizes, make_builds, measure_student
+from distillcache.tools.bench.students import codecs
+from distillcache.tools.bench.students.codecs import StudentSizes, make_builds, measure_student
 from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_plan, write_cache
 from distillcache.tools.demo import command
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
@@ -144,7 +144,7 @@ def test_the_student_bench_does_the_demos_work(tmp_path, teacher):
 
 
 def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr(student.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(codecs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"too little room[\s\S]*--dir"):
         measure_student(tmp_path, str(teacher), STUDENT)
     assert not (tmp_path / "cache").exists()

@@ -9,7 +9,15 @@ from distillcache.schemas.command_line import parse
 from distillcache.schemas.config import BenchConfig, TrainConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.tools.bench.command import make_report
-from distillcache.tools.bench.routing import WAYS, RoutingSizes, Trained, summarise, train_all, train_config, write_plot
+from distillcache.tools.bench.students.routing import (
+    WAYS,
+    RoutingSizes,
+    Trained,
+    summarise,
+    train_all,
+    train_config,
+    write_plot,
+)
 from distillcache.trainer.run.evaluate import Evaluation
 
 # With seeds 0 and 1 aux_free_over_aux was 0.996 and 1.006 (Mixtral), 0.996 and 0.999 (Qwen3-MoE), and

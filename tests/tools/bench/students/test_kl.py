@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.tools.bench.kl import LOSSES, KlSizes, summarise, train_all, write_plot
+from distillcache.tools.bench.students.kl import LOSSES, KlSizes, summarise, train_all, write_plot
 from distillcache.trainer.run.evaluate import Evaluation
 
 SIZES = KlSizes(

@@ -1,0 +1,329 @@
+"""Recipes for a job, compared by tokens and by time: from a cache, and with the teacher in the loop.
+
+SmolLM2-135M and the demo's text. Every way of `jobs.WAYS` trains the same student on the same rows, each read once;
+with as many seeds as there are rounds. Figures are on held-out rows of the same text, and on docstrings of Python's
+standard library (`other`): perplexity, KL over the whole vocabulary from the teacher in nats a token, agreement of
+first choices. `_low` and `_high` are the least and the largest over the seeds.
+
+    <way>_perplexity, _kl, _agreement, _other_...   after the last step, all with the same tokens
+    <way>_seconds                  of all steps: each stage's median over steps and seeds, without evaluations
+    <codec>_build_seconds          of recording the rows, the teacher's compilation included
+    <way>_perplexity_in_time, ...  in the time of the cheapest way, with a third of the build
+    <codec>_first, _third, _tenth  time until the offline recipe has the perplexity at which `online_kl` ends, over the
+                                   time of that; the build is paid by one, three or ten students
+"""
+
+import ast
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillcache.cache_builder.build import build_cache
+from distillcache.schemas.config import BenchConfig, DataConfig, TapsConfig, TrainConfig
+from distillcache.schemas.store.whole_file import write_file
+from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.bench.students.jobs import CODECS, JOBS, OFFLINE, ONLINE_KL, WAYS, Job, Way, stages
+from distillcache.tools.demo.command import build_config, sized_text
+from distillcache.tools.demo.teacher import fetch_teacher
+from distillcache.tools.pages.pictures import write_figure
+from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.run.checkpoints import load_student
+from distillcache.trainer.run.exact import Exact, ExactFigures, exact_figures
+from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.train import train
+
+SEEDS = 3
+SHARED_BY = {"first": 1, "third": 3, "tenth": 10}
+AT_MOST = {"first": 1.1, "third": 0.5}
+STEP_TIME = "perf/step_time_seconds"
+OTHER = "other"
+DEFAULT_JOB = "half-blocks"
+
+
+@dataclass(frozen=True)
+class RecipeSizes:
+    """Sizes of the runs. points: evaluations of a run."""
+
+    row_tokens: int = 128
+    eval_rows: int = 48
+    batch_rows: int = 4
+    steps: int = 48
+    points: int = 6
+    ways: tuple[str, ...] = tuple(WAYS)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the text: every step's, once, and the held-out ones."""
+        return self.steps * self.batch_rows + self.eval_rows
+
+
+@dataclass(frozen=True)
+class Point:
+    """A student after `step` steps. figures: perplexity, kl, agreement."""
+
+    step: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Results of one run. step_seconds: of every step, in order; other: figures on the other text."""
+
+    points: Sequence[Point]
+    step_seconds: Sequence[float]
+    other: Mapping[str, float]
+    teacher: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All runs of a job: way -> seed -> run. build_seconds: by codec; stage_steps: way -> steps of its stages."""
+
+    runs: Mapping[str, Sequence[Trained]]
+    build_seconds: Mapping[str, float]
+    stage_steps: Mapping[str, Sequence[int]]
+
+    def seconds(self, way: str, step: int) -> float:
+        """The time of the first `step` steps: each stage's median step over steps and seeds."""
+        total, first = 0.0, 0
+        for steps in self.stage_steps[way]:
+            times = [seconds for run in self.runs[way] for seconds in run.step_seconds[first : first + steps]]
+            total += min(max(step - first, 0), steps) * statistics.median(times)
+            first += steps
+        return total
+
+    def cost(self, way: str, step: int, students: int) -> float:
+        """The same with this student's share of the build of its cache."""
+        codec = WAYS[way].codec
+        return self.seconds(way, step) + (self.build_seconds[codec] / students if codec else 0.0)
+
+
+def measure(config: BenchConfig) -> Measured:
+    """All figures of `bench recipes`."""
+    plot = plot_path(config)
+    with scratch_folder(config.dir) as folder:
+        job = JOBS[config.job or DEFAULT_JOB]
+        found = train_all(folder, str(fetch_teacher()), job, RecipeSizes(), config.rounds or SEEDS)
+    if plot is not None:
+        write_plot(found, job, plot)
+    return summarise(found)
+
+
+def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: int) -> Compared:
+    """Train every student; ways take turns, so that other work on the machine meets all of them alike."""
+    ways = {name: WAYS[name] for name in sizes.ways}
+    build_seconds = build_caches(folder, teacher, sizes, [way.codec or CODECS[0] for way in ways.values()])
+    _build_other(folder, teacher, sizes)
+    runs: dict[str, list[Trained]] = {name: [] for name in ways}
+    for seed in range(seeds):
+        for name, way in ways.items():
+            config = run_config(folder, name, job, way, sizes, seed)
+            runs[name].append(_train_one(config, folder))
+            end = runs[name][-1].points[-1].figures
+            print(
+                f"bench: seed {seed}, {name}: perplexity {end['perplexity']:.4g}, KL {end['kl']:.4g}", file=sys.stderr
+            )
+    steps = {name: [stage["steps"] for stage in stages(job, way, sizes.steps)] for name, way in ways.items()}
+    return Compared(runs, build_seconds, steps)
+
+
+def build_caches(folder: Path, teacher: str, sizes: RecipeSizes, codecs: Sequence[str]) -> dict[str, float]:
+    """A cache for each codec, of the same rows; the seconds that each took."""
+    data, seconds = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows), {}
+    for codec in dict.fromkeys(codecs):
+        delta = codec != "bf16"
+        taps = {"attn_out": {"codec": codec}, "resid": {"codec": codec, "delta": delta, "head": True}}
+        start = time.monotonic()
+        build_cache(build_config(folder / codec, teacher, data, sizes.batch_rows, TapsConfig.model_validate(taps)))
+        seconds[codec] = time.monotonic() - start
+    return seconds
+
+
+def _build_other(folder: Path, teacher: str, sizes: RecipeSizes) -> None:
+    """Held-out rows of another text, with what exact figures need."""
+    (folder / "docstrings").mkdir()
+    lines = [json.dumps({"text": text}) for text in docstrings()]
+    write_file(folder / "docstrings" / "docstrings.jsonl", ("\n".join(lines) + "\n").encode())
+    data = DataConfig(
+        path=str(folder / "docstrings"),
+        row_tokens=sizes.row_tokens,
+        eval_rows=sizes.eval_rows,
+        max_rows=sizes.eval_rows + 1,  # a cache has a row to train on
+    )
+    taps = TapsConfig.model_validate({"attn_out": None, "resid": {"slots": ["last"], "head": True}})
+    build_cache(build_config(folder / OTHER, teacher, data, sizes.batch_rows, taps))
+
+
+def docstrings() -> Iterator[str]:
+    """Long docstrings of Python's standard library, by file and line: English of another kind than the demo's."""
+    for file in sorted(Path(ast.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) > 300:
+                    yield text
+
+
+def run_config(folder: Path, name: str, job: Job, way: Way, sizes: RecipeSizes, seed: int) -> TrainConfig:
+    """The config of one run."""
+    values: dict[str, Any] = {
+        "run": str(folder / f"{name}-{seed}"),
+        "cache": str(folder / (way.codec or CODECS[0])),
+        "source": "online" if way.online else "cache",
+        "student": dict(job.student),
+        "stages": stages(job, way, sizes.steps),
+        "steps": sizes.steps,
+        "batch_rows": sizes.batch_rows,
+        "eval_every": sizes.steps // sizes.points,
+        "checkpoint_every": sizes.steps,
+        "keep_checkpoints": 1,
+        "seed": seed,
+        **job.settings,
+    }
+    return TrainConfig.model_validate(values)
+
+
+def _train_one(config: TrainConfig, folder: Path) -> Trained:
+    train(config)
+    lines = {line["step"]: line[STEP_TIME] for line in read_metrics(config.run) if STEP_TIME in line}
+    evaluations = read_evaluations(config.run)
+    names = ("perplexity", "kl", "agreement")
+    points = [Point(each.step, {name: getattr(each, name) for name in names}) for each in evaluations]
+    other = TrainConfig(run=config.run, cache=str(folder / OTHER))
+    decoder = load_student(config.run, config.steps).decoder
+    found = exact_figures(decoder, Exact.of(Sources(other), decoder.config), config.eval_batch_rows)
+    teacher = evaluations[-1].teacher_perplexity
+    assert teacher is not None  # of plain text every token counts
+    return Trained(points, [lines[step] for step in sorted(lines)], _of_other(found), teacher)
+
+
+def _of_other(found: ExactFigures) -> dict[str, float]:
+    values = {
+        "perplexity": found.whole.perplexity,
+        "kl": found.kl,
+        "agreement": found.agreement,
+        "teacher_perplexity": found.teacher_perplexity,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def summarise(found: Compared) -> Measured:
+    """Figures and goals of all runs."""
+    (first, *_), *_ = found.runs.values()
+    figures = {"teacher_perplexity": first.teacher, "cut_perplexity": first.points[0].figures["perplexity"]}
+    figures[f"{OTHER}_teacher_perplexity"] = first.other["teacher_perplexity"]
+    for name, runs in found.runs.items():
+        for figure in ("perplexity", "kl", "agreement"):
+            figures |= _over_seeds(f"{name}_{figure}", [run.points[-1].figures[figure] for run in runs])
+            figures |= _over_seeds(f"{name}_{OTHER}_{figure}", [run.other[figure] for run in runs])
+        figures[f"{name}_seconds"] = found.seconds(name, first.points[-1].step)
+    figures |= {f"{codec}_build_seconds": seconds for codec, seconds in found.build_seconds.items()}
+    figures |= _in_time(found)
+    ratios = _cost_ratios(found)
+    goals = [Goal(name, ratios.pop(name), most, "at_most") for name, most in _goals() if name in ratios]
+    return Measured(figures | ratios, goals)
+
+
+def _goals() -> list[tuple[str, float]]:
+    return [(f"{codec}_{students}", most) for codec in CODECS for students, most in AT_MOST.items()]
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {name: statistics.mean(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+
+
+def _in_time(found: Compared) -> dict[str, float]:
+    """The means over the seeds in the time of the cheapest way, its share of a build for three students included."""
+    last = {name: runs[0].points[-1].step for name, runs in found.runs.items()}
+    budget = min(found.cost(name, step, 3) for name, step in last.items())
+    figures = {"seconds_in_time": budget}
+    for name, runs in found.runs.items():
+        at = [found.cost(name, point.step, 3) for point in runs[0].points]
+        for figure in ("perplexity", "kl"):
+            curves = [[point.figures[figure] for point in run.points] for run in runs]
+            figures[f"{name}_{figure}_in_time"] = statistics.mean(value_at(at, curve, budget) for curve in curves)
+    return figures
+
+
+def value_at(places: Sequence[float], values: Sequence[float], place: float) -> float:
+    """The value at a place between points, straight in its logarithm; before the first point the first value."""
+    for (a, b), (low, high) in zip(_pairs(places), _pairs(values), strict=True):
+        if a <= place <= b:
+            share = (place - a) / (b - a)
+            return math.exp((1 - share) * math.log(low) + share * math.log(high))
+    return values[0] if place < places[0] else values[-1]
+
+
+def place_of(places: Sequence[float], values: Sequence[float], value: float) -> float | None:
+    """The first place at which a falling curve has reached a value; None where it never does."""
+    for (a, b), (low, high) in zip(_pairs(places), _pairs(values), strict=True):
+        if high <= value < low:
+            return a + (b - a) * (math.log(low) - math.log(value)) / (math.log(low) - math.log(high))
+    return places[0] if values[0] <= value else None
+
+
+def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
+    return list(itertools.pairwise(values))
+
+
+def _cost_ratios(found: Compared) -> dict[str, float]:
+    """Of the offline recipe by codec and number of students: the median over the seeds.
+
+    Left out where a seed never has the perplexity of the run with the teacher in the loop.
+    """
+    ratios: dict[str, float] = {}
+    if ONLINE_KL not in found.runs:
+        return ratios
+    online = found.runs[ONLINE_KL]
+    whole = found.seconds(ONLINE_KL, online[0].points[-1].step)
+    for codec in CODECS:
+        for students, number in SHARED_BY.items():
+            each = [
+                _time_to(found, f"{OFFLINE}_{codec}", run, other.points[-1].figures["perplexity"], number)
+                for run, other in zip(found.runs.get(f"{OFFLINE}_{codec}", ()), online, strict=False)
+            ]
+            reached = [seconds / whole for seconds in each if seconds is not None]
+            if each and len(reached) == len(each):
+                ratios[f"{codec}_{students}"] = statistics.median(reached)
+    return ratios
+
+
+def _time_to(found: Compared, way: str, run: Trained, perplexity: float, students: int) -> float | None:
+    at = [found.cost(way, point.step, students) for point in run.points]
+    return place_of(at, [point.figures["perplexity"] for point in run.points], perplexity)
+
+
+def write_plot(found: Compared, job: Job, path: Path) -> None:
+    """Perplexity and KL by time, with a third of the build: the mean over the seeds, and the range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    shown = [name for name in found.runs if WAYS[name].codec in (None, "int8")]
+    for name in shown:
+        runs = found.runs[name]
+        steps = [point.step for point in runs[0].points if point.step]
+        at = [found.cost(name, step, 3) / 60 for step in steps]
+        for panel, what in zip(axes, ("perplexity", "kl"), strict=True):
+            columns = list(
+                zip(*([point.figures[what] for point in run.points if point.step] for run in runs), strict=True)
+            )
+            colour, means = WAYS[name].colour, list(map(statistics.mean, columns))
+            panel.plot(at, means, color=colour, marker="o", ms=3, label=WAYS[name].title)
+            panel.fill_between(at, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, lw=0)
+    first = found.runs[shown[0]][0]
+    axes[0].axhline(first.teacher, color="#888888", ls=":", label="teacher")
+    axes[0].axhline(first.points[0].figures["perplexity"], color="#888888", ls="--", label="after the cut")
+    for panel, title in zip(axes, ("held-out perplexity", "KL from the teacher, nats a token"), strict=True):
+        panel.set(xlabel="minutes, a third of the build included", title=title, yscale="log")
+    axes[0].legend(frameon=False, fontsize="small")
+    figure.suptitle(job.title)
+    write_figure(figure, path)
