@@ -371,7 +371,8 @@ class BenchConfig(Config):
     )
     dir: str | None = Field(
         default=None,
-        description="folder for temporary data, about 3 GB (student: 7 GB; kl and recipes: 10 GB); default: the temporary folder",
+        description="folder for temporary data, about 3 GB (student: 7 GB; kl and recipes: 10 GB); default: the "
+        "temporary folder",
     )  # it is removed afterwards
     rounds: Positive | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, 
 from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.head_kl import HeadSizes
 from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
-from distillcache.tools.bench.students import codecs
+from distillcache.tools.bench.students import room
 from distillcache.tools.bench.students.codecs import StudentSizes, make_builds, measure_student
 from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_plan, write_cache
 from distillcache.tools.demo import command
@@ -144,7 +144,7 @@ def test_the_student_bench_does_the_demos_work(tmp_path, teacher):
 
 
 def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr(codecs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"too little room[\s\S]*--dir"):
         measure_student(tmp_path, str(teacher), STUDENT)
     assert not (tmp_path / "cache").exists()

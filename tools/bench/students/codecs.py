@@ -15,18 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
-
 from distillcache.cache_builder.build import build_cache
-from distillcache.cache_builder.record.plan import chosen_taps
 from distillcache.models.checkpoint import read_config
-from distillcache.models.config import ModelConfig
-from distillcache.models.decoder import abstract_decoder
 from distillcache.schemas.cache.segment import open_cache
 from distillcache.schemas.config import BenchConfig, BuildConfig, DemoConfig, TapsConfig
-from distillcache.schemas.errors import StorageError
 from distillcache.schemas.store.store import Store
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
+from distillcache.tools.bench.students.room import OF_ATTENTION, check_room
 from distillcache.tools.demo.command import (
     DEMO_ROWS,
     EVAL_ROWS,
@@ -41,9 +36,6 @@ from distillcache.trainer.train import train
 
 BASELINE = "bf16"
 WORSE_AT_MOST = {"int8": 0.005, "int4": 0.04}
-# Of a run: the student in float32, and at most three checkpoints of its attention (at most a third of most models) with
-# Adam's two moments: 4 + 3 * 12 / 3.
-RUN_BYTES_PER_WEIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,8 @@ def measure_student(folder: Path, teacher: str, sizes: StudentSizes) -> Measured
         StorageError: the folder has too little room for the largest cache and a run.
     """
     builds = make_builds(folder, teacher, sizes)
-    check_room(folder, read_config(teacher), builds, sizes)
+    for build in builds.values():  # one cache is there at a time
+        check_room(folder, teacher, [build], sizes.row_tokens * sizes.rows, OF_ATTENTION)
     found = {name: recover(build, folder / "run", sizes.steps) for name, build in builds.items()}
     base = found[BASELINE]
     figures: dict[str, float] = {"teacher_perplexity": base.teacher, "cut_perplexity": base.cut}
@@ -108,23 +101,6 @@ def make_builds(folder: Path, teacher: str, sizes: StudentSizes) -> dict[str, Bu
 
 def _both_taps(codec: str, delta: bool) -> TapsConfig:
     return TapsConfig.model_validate({"attn_out": {"codec": codec}, "resid": {"codec": codec, "delta": delta}})
-
-
-def check_room(folder: Path, model: ModelConfig, builds: Mapping[str, BuildConfig], sizes: StudentSizes) -> None:
-    """Raise `StorageError` if the folder has no room for the largest cache and a run beside it."""
-    token_bytes = (
-        sum(part.bytes_per_token for tap in chosen_taps(build, model) for part in tap.parts)
-        for build in builds.values()
-    )
-    weights = jax.tree.leaves(abstract_decoder(model)[1])
-    needed = max(token_bytes) * sizes.row_tokens * sizes.rows + RUN_BYTES_PER_WEIGHT * sum(x.size for x in weights)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(
-            "there is too little room for the bench's largest cache and a run",
-            {"folder": folder, "free": f"{free / 1e9:,.1f} GB", "needed": f"{needed / 1e9:,.1f} GB"},
-            "make room, or name a folder on a larger disk: --dir FOLDER",
-        )
 
 
 def recover(build: BuildConfig, run: Path, steps: int) -> Recovered:

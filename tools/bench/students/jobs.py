@@ -68,7 +68,7 @@ JOBS: Mapping[str, Job] = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a student is trained.
+    """Training of a student.
 
     codec: of the cache that it is trained from; None: only rows are read. blockwise: it begins with a blockwise stage.
     token_loss: `loss` of the feature stage; None: there is none.

@@ -8,6 +8,7 @@ agreement of first choices are on held-out rows; `_low` and `_high` are the leas
     head_kl_over_topk_kl                             their KLs, seed by seed, the median
 """
 
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.schemas.config import BenchConfig, TapsConfig, TrainConfig
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.bench.students.jobs import DROPPED
+from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.tools.pages.pictures import write_figure
@@ -26,8 +29,6 @@ from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.train import train
 
-# Of SmolLM2-135M's 30: those that turn the stream least (docs/surgery.md).
-DROPPED = (2, 3, 4, 5, 6, 7, 9, 12, 13, 14, 15, 16, 17, 25, 26)
 LOSSES: dict[str, dict[str, Any]] = {
     "ce": {"alpha": 0.0},
     "topk": {"alpha": 1.0, "kl": {"targets": "topk"}},
@@ -69,13 +70,16 @@ def train_all(folder: Path, teacher: str, sizes: KlSizes, seeds: int) -> dict[st
     """Train every student; the losses take turns, so that a bench that is stopped has all of them of some seeds."""
     data = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows)
     taps = TapsConfig.model_validate({"resid": {"head": True}, "topk_logits": {"k": 64}})
-    build_cache(build_config(folder / "cache", teacher, data, sizes.batch_rows, taps))
+    build = build_config(folder / "cache", teacher, data, sizes.batch_rows, taps)
+    check_room(folder, teacher, [build], sizes.row_tokens * sizes.rows, OF_ALL_WEIGHTS)
+    build_cache(build)
     found: dict[str, list[list[Evaluation]]] = {name: [] for name in LOSSES}
     for seed in range(seeds):
         for name in LOSSES:
             run = folder / f"{name}-{seed}"
             train(_run_config(run, folder / "cache", name, sizes, seed))
             found[name].append(read_evaluations(str(run)))
+            shutil.rmtree(run)  # its checkpoints are as large as the cache
             end = found[name][-1][-1]
             print(f"bench: seed {seed}, {name}: perplexity {end.perplexity:.4g}, KL {end.kl:.4g}", file=sys.stderr)
     return found
@@ -94,7 +98,8 @@ def _run_config(run: Path, cache: Path, loss: str, sizes: KlSizes, seed: int) ->
         },
     ]
     values = base.model_dump(exclude_unset=True) | {"stages": stages, "seed": seed, "eval_every": sizes.eval_every}
-    return TrainConfig.model_validate(values | {"checkpoint_every": sizes.steps + sizes.blockwise_steps})
+    rest = {"checkpoint_every": sizes.steps + sizes.blockwise_steps, "remat": "none"}  # a few rows at a time: faster
+    return TrainConfig.model_validate(values | rest)
 
 
 def summarise(found: Found) -> Measured:

@@ -17,6 +17,7 @@ import ast
 import itertools
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from distillcache.schemas.config import BenchConfig, DataConfig, TapsConfig, Tra
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
 from distillcache.tools.bench.students.jobs import CODECS, JOBS, OFFLINE, ONLINE_KL, WAYS, Job, Way, stages
+from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.tools.pages.pictures import write_figure
@@ -138,11 +140,15 @@ def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: i
 def build_caches(folder: Path, teacher: str, sizes: RecipeSizes, codecs: Sequence[str]) -> dict[str, float]:
     """A cache for each codec, of the same rows; the seconds that each took."""
     data, seconds = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows), {}
+    builds = {}
     for codec in dict.fromkeys(codecs):
         delta = codec != "bf16"
         taps = {"attn_out": {"codec": codec}, "resid": {"codec": codec, "delta": delta, "head": True}}
+        builds[codec] = build_config(folder / codec, teacher, data, sizes.batch_rows, TapsConfig.model_validate(taps))
+    check_room(folder, teacher, builds.values(), sizes.row_tokens * sizes.rows, OF_ALL_WEIGHTS)
+    for codec, build in builds.items():
         start = time.monotonic()
-        build_cache(build_config(folder / codec, teacher, data, sizes.batch_rows, TapsConfig.model_validate(taps)))
+        build_cache(build)
         seconds[codec] = time.monotonic() - start
     return seconds
 
@@ -188,6 +194,8 @@ def run_config(folder: Path, name: str, job: Job, way: Way, sizes: RecipeSizes, 
         "seed": seed,
         **job.settings,
     }
+    if way.token_loss is not None:
+        values["remat"] = "none"  # a few rows at a time: faster
     return TrainConfig.model_validate(values)
 
 
@@ -200,6 +208,7 @@ def _train_one(config: TrainConfig, folder: Path) -> Trained:
     other = TrainConfig(run=config.run, cache=str(folder / OTHER))
     decoder = load_student(config.run, config.steps).decoder
     found = exact_figures(decoder, Exact.of(Sources(other), decoder.config), config.eval_batch_rows)
+    shutil.rmtree(config.run)  # its checkpoints are as large as a cache
     teacher = evaluations[-1].teacher_perplexity
     assert teacher is not None  # of plain text every token counts
     return Trained(points, [lines[step] for step in sorted(lines)], _of_other(found), teacher)
@@ -275,7 +284,7 @@ def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _cost_ratios(found: Compared) -> dict[str, float]:
-    """Of the offline recipe by codec and number of students: the median over the seeds.
+    """Return the offline recipe's ratios by codec and number of students: medians over the seeds.
 
     Left out where a seed never has the perplexity of the run with the teacher in the loop.
     """
