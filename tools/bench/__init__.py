@@ -2,6 +2,7 @@
 
 command.py          distillcache bench
 figures.py          figures and goals of a benchmark
+machine.py          the machine, and how busy it is
 build.py            build against the bare teacher
 feed.py             feed against memory speed and other formats
 peer_formats.py     formats of other systems

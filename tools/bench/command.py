@@ -8,14 +8,10 @@ turns in one run, so that other work on the machine meets all of it alike.
 
 import importlib
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +22,7 @@ from rich.table import Table
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BenchConfig
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
+from distillcache.tools.bench.machine import OtherWork, describe_machine
 
 MODULES = {
     "feed": "tools.bench.feed",
@@ -42,14 +39,18 @@ MODULES = {
 CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
 
 
-LIBRARIES = ("jax", "tensorstore", "grain", "numpy")
+BUSY_CORES = 0.25  # of other work: more than a quiet machine's
 
 
 def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     """Measure what the command line names, and print figures and goals."""
     config = command_line.parse(BenchConfig, argv, command, positional=("what",))
+    others = OtherWork()
     measured = measure_codec(config) if config.what == "codec" else _module(config.what).measure(config)
-    report = make_report(measured)
+    busy = others.cores()
+    report = make_report(measured, busy)
+    if busy is not None and busy > BUSY_CORES:
+        print(f"bench: other work kept {busy:.1f} cores busy meanwhile; speeds suffer from it", file=sys.stderr)
     if as_json:
         print(json.dumps(report))
     else:
@@ -75,27 +76,12 @@ def measure_codec(config: BenchConfig) -> Measured:
     return Measured(figures, goals)
 
 
-def make_report(measured: Measured) -> dict[str, Any]:
-    """The bench as plain values: machine, figures, goals."""
+def make_report(measured: Measured, busy: float | None = None) -> dict[str, Any]:
+    """The bench as plain values: machine, figures, goals. busy: cores that other work kept busy, where it is known."""
     return {
-        "machine": describe_machine(),
+        "machine": describe_machine() | ({} if busy is None else {"other_work_cores": round(busy, 2)}),
         "figures": {name: float(f"{value:.6g}") for name, value in measured.figures.items()},
         "goals": [{**asdict(goal), "met": goal.met} for goal in measured.goals],
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """Describe the machine and libraries that the figures depend on."""
-    import jax
-
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        **{library: version(library) for library in LIBRARIES},
     }
 
 
@@ -116,13 +102,6 @@ def by_turns(paths: Mapping[str, Callable[[int], float]], rounds: int) -> dict[s
 
 def _module(what: str) -> ModuleType:
     return importlib.import_module(f"distillcache.{MODULES[what]}")
-
-
-def _cpu_name() -> str:
-    """From /proc/cpuinfo, where there is one."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def _print(what: str, report: Mapping[str, Any]) -> None:
