@@ -71,7 +71,7 @@ from distillcache.trainer.run.metrics import StepTimes, evaluation_metrics
 from distillcache.trainer.run.metrics_log import LINES, MetricsLog, find_lost_lines, read_metrics
 from distillcache.trainer.run.profile import Trace, check_profile
 from distillcache.trainer.run.stage import StagePlan, StageRun, plan_stage, recorded_taps
-from distillcache.trainer.run.stages import Stage, idle_note, resolve_stages, warm_up_note
+from distillcache.trainer.run.stages import Stage, evaluation_interval, idle_note, resolve_stages, warm_up_note
 from distillcache.trainer.run.student import idle_checkpoint_note, kept_student, open_student, start_parameters
 from distillcache.trainer.run.yardstick import TeacherFigure, judged, known_teacher, measure_teacher
 from distillcache.trainer.step.balance import BlockRouting, mean_biases
@@ -253,7 +253,8 @@ def _due_steps(options: TrainOptions, stages: Sequence[Stage], evaluates: bool, 
     due = {number for stage in stages for number in (stage.first + 1, stage.last)}
     due |= set(range(options.log_every, first + 1, options.log_every))
     if evaluates:
-        due |= {0, *(range(options.eval_every, first + 1, options.eval_every) if options.eval_every else ())}
+        interval = evaluation_interval(options.eval_every, stages[-1].last)
+        due |= {0, *(range(interval, first + 1, interval) if interval else ())}
     return {number for number in due if number <= first}
 
 
@@ -569,7 +570,8 @@ class _Run:
         config, last = self.config, number == run.stage.last
         self.checkpoints.check()  # a disk that is full is told now, not at the next checkpoint
         stops = self.peers.should_stop(self.stop, number)
-        evaluates = bool(self.sources.held_out) and (last or (config.eval_every and number % config.eval_every == 0))
+        interval = evaluation_interval(config.eval_every, self.steps)
+        evaluates = bool(self.sources.held_out) and (last or (interval and number % interval == 0))
         saves = evaluates or last or stops or number % config.checkpoint_every == 0  # the best is among what is saved
         if evaluates:
             self.parameters |= run.parameters()

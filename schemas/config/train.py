@@ -337,9 +337,11 @@ class TrainOptions(Config):
     keep_checkpoints: Positive = Field(
         default=2, description="number of newest checkpoints to keep, besides the best"
     )  # one may be half-written
-    eval_every: Natural = Field(
-        default=0, description="steps between evaluations on held-out rows; 0: only at the end of a stage"
-    )  # an evaluation costs as much as many steps
+    eval_every: Natural | None = Field(
+        default=None,
+        description="steps between evaluations on held-out rows; 0: only at the end of a stage; default: a tenth of "
+        "the run's steps, at least 10",
+    )  # a curve of ten points and a best checkpoint; an evaluation costs as much as many steps
     eval_batch_rows: BatchRows = Field(default=8, description="rows in one evaluation batch")
     log_every: Positive = Field(default=1, description="steps between lines of metrics")
     eval_teacher: bool = Field(

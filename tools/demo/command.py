@@ -134,6 +134,7 @@ def train_config(run: Path, cache: str, surgery: list[SurgeryOp], steps: int, ba
         steps=steps,
         batch_rows=batch_rows,
         checkpoint_every=20,  # half a minute of work at most is lost
+        eval_every=20,  # a curve, for a few seconds each
     )
 
 

@@ -23,6 +23,7 @@ from distillcache.trainer.terms.parts import counts
 # What an operation of surgery changes. The others change both, or the blocks.
 CUTS_MLP = ("mlp_width", "experts", "expert_width", "upcycle")
 CUTS_ATTENTION = ("query_heads", "kv_heads")
+EVALUATIONS, LEAST_INTERVAL = 10, 10  # by default: in a run, and steps between two
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,16 @@ class Stage:
         loss = self.loss
         from_data = any(term.teaches_teacher(loss) for term in self.terms.logits)
         return from_data or may_count(loss.load_balance.weight) or may_count(loss.router_z)
+
+
+def evaluation_interval(eval_every: int | None, steps: int) -> int:
+    """Return the steps between evaluations; 0: only at the end of a stage.
+
+    Args:
+        eval_every: as the config has it; None: about ten in a run.
+        steps: of the whole run.
+    """
+    return max(steps // EVALUATIONS, LEAST_INTERVAL) if eval_every is None else eval_every
 
 
 def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
