@@ -26,10 +26,11 @@ def table_records(
     wanted = [MESSAGES, TOOLS] if chat else [data.text_field]
     with on_disk(file, reader) as path, _opened(file, path) as (table, names):
         if wanted[0] not in names:
+            step = "set data.format to what the column holds" if chat else "set data.text_field to the column's name"
             raise InputError(
                 "a parquet file lacks the column that holds the text",
-                {"file": file.place, "found": ", ".join(names), "expected": wanted[0]},
-                "set data.format to what the column holds" if chat else "set data.text_field to the column's name",
+                {"file": file.place, "found": ", ".join(names) or "no column", "expected": wanted[0]},
+                "set data.format to chat, if these are chats" if not chat and MESSAGES in names else step,
             )
         columns, row = [name for name in wanted if name in names], 0
         twice = next((name for name in columns if names.count(name) > 1), None)

@@ -35,6 +35,17 @@ def test_a_column_of_a_table_is_text(tmp_path: Path) -> None:
     assert caught.value.facts["row"] == f"{path} row 1"
 
 
+def test_a_table_of_chats_that_is_read_as_text_is_named_as_such(tmp_path: Path) -> None:
+    for name, table in {"chats": {"messages": [HELLO]}, "empty": {}}.items():
+        parquet.write_table(pyarrow.table(table), tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match="lacks the column") as caught:
+        found_in(tmp_path / "chats.parquet")
+    assert "data.format to chat" in caught.value.next
+    with pytest.raises(InputError, match="lacks the column") as caught:
+        found_in(tmp_path / "empty.parquet")
+    assert (caught.value.facts["found"], "data.text_field" in caught.value.next) == ("no column", True)
+
+
 def test_chats_may_lie_in_a_table(tmp_path: Path) -> None:
     tokenizer, chats = chat_tokenizer(tmp_path / "tokenizer", CHATML), [HELLO, [*HELLO, HELLO[0]]]
     lines = write_chats(tmp_path / "a.jsonl", *({"messages": messages} for messages in chats))
