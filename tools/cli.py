@@ -97,9 +97,18 @@ def _run(words: list[str]) -> int | None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}? See distillcache --help" if close else "see distillcache --help"
         raise ConfigError("there is no such command", {"found": name, "expected": ", ".join(COMMANDS)}, hint)
+    _refuse_lost_folder()
     module, function, _ = COMMANDS[name]
     command = getattr(importlib.import_module(f"distillcache.{module}"), function)
     return command([word for word in rest if word != "--json"], f"distillcache {name}", "--json" in rest)
+
+
+def _refuse_lost_folder() -> None:
+    """Raise where the working directory was deleted: no relative path can be used, not even to say where it leads."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory no longer exists", {}, "change to another directory (cd)") from None
 
 
 def _overview() -> str:

@@ -72,6 +72,6 @@ def _rebuilt(stream: Any, raw: type[io.FileIO], number: int) -> Any:
     stream.flush()
     file = raw(number, "w", closefd=False)
     lines = number == _ERROR or stream.isatty()
-    return io.TextIOWrapper(
-        io.BufferedWriter(file), encoding=stream.encoding, errors=stream.errors, line_buffering=lines
-    )
+    # what the stream's encoding lacks (PYTHONIOENCODING=ascii) is written as an escape
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding=stream.encoding, errors=errors, line_buffering=lines)

@@ -34,6 +34,14 @@ def refuse_unusable_path(path: str) -> None:
     refuse_locked_path(path)
 
 
+def refuse_other_encoding(path: str) -> None:
+    """Raise `ConfigError` for an absolute path that is not UTF-8, as its working directory may make it: TensorStore
+    takes no such name, and answers in words of its C++ binding."""
+    if any("\ud800" <= letter <= "\udfff" for letter in path):
+        shown = path.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError("a path is not UTF-8", {"path": shown}, "use a folder and a working directory named in UTF-8")
+
+
 def refuse_locked_path(path: str) -> None:
     """Raise `StorageError` where a folder on the way to a local path may not be entered."""
     try:

@@ -26,7 +26,7 @@ from distillcache.schemas.errors import DamageError, StorageError
 from distillcache.schemas.store import buckets
 from distillcache.schemas.store.disk_errors import step_for, unreadable
 from distillcache.schemas.store.local_path import LocalPath, refuse_irregular
-from distillcache.schemas.store.names import refuse_unusable_path
+from distillcache.schemas.store.names import refuse_other_encoding, refuse_unusable_path
 from distillcache.schemas.store.stale_locks import held
 from distillcache.schemas.store.url_secrets import refuse_secret
 
@@ -88,6 +88,7 @@ class Store:
         self.local = _local_path(self.url)
         if self.local is not None:
             refuse_unusable_path(str(self.local))
+            refuse_other_encoding(str(self.local))
         if self.local is not None and self.local.exists() and not self.local.is_dir():
             raise StorageError(
                 "a directory is needed, but there is a file", {"path": self.local}, "name another directory"

@@ -79,6 +79,35 @@ def test_an_answer_that_cannot_be_written_is_one_message(command: str, cache: Pa
     assert len(done.stderr.splitlines()) == 3  # no traceback, and nothing that Python adds when it ends
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_text_that_the_terminal_lacks_is_escaped(encoding: str) -> None:
+    program = """if True:
+        from distillcache.tools import cli
+        cli._answer = lambda words: print("h\u00e4 \u65e5 \ud800 end")
+        raise SystemExit(cli.main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+    )
+    expected = "h\u00e4 \u65e5 \ud800 end\n".encode(encoding, "backslashreplace")
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
+
+
+def test_a_working_directory_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["inspect", "cache"]) == 2
+    assert "working directory no longer exists" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"distillcache {importlib.metadata.version('distillcache')}\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distillcache.schemas.errors import DamageError, StorageError
+from distillcache.schemas.errors import ConfigError, DamageError, StorageError
 from distillcache.schemas.store import buckets, stale_locks
 from distillcache.schemas.store import store as store_module
 from distillcache.schemas.store.stale_locks import lock_as_tensorstore
@@ -260,6 +260,19 @@ def test_names_with_odd_characters_are_names(tmp_path: Path) -> None:
     store.write("key", b"value")
     assert (tmp_path / "ü b#?%20" / "key").read_bytes() == b"value"
     assert store.keys() == ["key"]
+
+
+def test_a_working_directory_in_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is UTF-8 itself; what it is relative to may not be."""
+    folder = os.fsdecode(bytes(tmp_path) + b"/\xff")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="not UTF-8") as caught:
+        Store("cache")
+    assert "\\udcff" in str(caught.value.facts["path"])
 
 
 @pytest.mark.parametrize("url", ["hf://owner/model", "http://127.0.0.1:9/x", "azure://container"])
