@@ -81,7 +81,7 @@ def test_an_answer_that_cannot_be_written_is_one_message(command: str, cache: Pa
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_text_that_the_terminal_lacks_is_escaped(encoding: str) -> None:
-    program = """if True:
+    program = r"""if True:
         from distillcache.tools import cli
         cli._answer = lambda words: print("h\u00e4 \u65e5 \ud800 end")
         raise SystemExit(cli.main())
