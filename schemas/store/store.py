@@ -234,6 +234,7 @@ class Store:
         """Store the value, whatever was there, and check the length that is stored."""
         if self._may_write is _always:
             self.check_inside(key, LOCK_SUFFIX)
+            self._empty_stale_lock(key)
             self._ask("cannot be written", key, lambda: self._kv.write(key, value).result())
         else:
             while not self.replace(key, value, self._read(key, slice(0, 0))[1]):
@@ -253,6 +254,7 @@ class Store:
         """
         self._may_write()
         self.check_inside(key, LOCK_SUFFIX)
+        self._empty_stale_lock(key)
         stamp = self._ask("cannot be written", key, lambda: self._kv.write(key, value, if_equal=generation).result())
         if stamp.generation or not self.is_bucket:
             return bool(stamp.generation)
@@ -334,9 +336,13 @@ class Store:
         A live writer holds a lock on it, so only dead ones are touched. Buckets have no lock files.
         """
         for path in self._lock_files():
-            with held(path) as descriptor:
-                if descriptor is not None:
-                    os.ftruncate(descriptor, 0)
+            _empty(path)
+
+    def _empty_stale_lock(self, key: str) -> None:
+        """Empty this key's lock file if a killed writer left one: any process may be killed at any time, also one that
+        never looks through the folder, such as a training."""
+        if self.local is not None:
+            _empty(Path(f"{self.local}/{key}{LOCK_SUFFIX}"))
 
     def remove_stale_locks(self) -> None:
         """Delete the lock files of dead writers, for a finished cache without writers."""
@@ -451,6 +457,12 @@ class Store:
 
 def _always() -> None:
     """Nothing is in the way of a write."""
+
+
+def _empty(lock: Path) -> None:
+    with held(lock) as descriptor:
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -117,8 +117,26 @@ def stale_lock(path: Path, content: bytes = b"tail " * 20) -> Path:
     return lock
 
 
+@pytest.mark.parametrize("write", ["write", "create", "guarded", "replace"])
+def test_a_write_keeps_no_tail_of_a_killed_writer(local: Store, tmp_path: Path, write: str) -> None:
+    """A training that was killed while it wrote eval.json could not be resumed, and the file was damaged."""
+    if write != "create":
+        local.write("key", b"before, and longer")
+    stale_lock(tmp_path / "key")
+    if write == "replace":
+        assert local.replace("key", b"short", local.read_with_generation("key")[1])
+    else:
+        store = local.guarded(lambda: None) if write == "guarded" else local
+        getattr(store, "create" if write == "create" else "write")("key", b"short")
+    assert local.read("key") == b"short"
+    assert not list(tmp_path.rglob("*.__lock"))
+
+
 @pytest.mark.parametrize("write", ["write", "create"])
-def test_a_stale_lock_file_does_not_go_unnoticed(local: Store, tmp_path: Path, write: str) -> None:
+def test_another_length_than_was_written_does_not_go_unnoticed(
+    local: Store, tmp_path: Path, write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "_empty_stale_lock", lambda *_: None)  # as if another writer were killed just now
     stale_lock(tmp_path / "key")
     with pytest.raises(StorageError, match="another length") as caught:
         getattr(local, write)("key", b"short")
