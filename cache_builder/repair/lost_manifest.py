@@ -23,6 +23,12 @@ from distillcache.schemas.format.manifest import Manifest, Stats
 from distillcache.schemas.format.rows import unpack_rows
 from distillcache.schemas.store.store import Store
 
+# What helps where the manifest is lost and something else is damaged.
+MANIFEST_STEP = (
+    f"copy {layout.MANIFEST} back, or delete what is left of it and build without --repair: then every shard is "
+    "computed again, of each segment with the config that added it"
+)
+
 
 def lost_files(findings: Sequence[Finding]) -> list[Finding]:
     """The findings about the manifest and plans, which record how the cache was built."""
@@ -124,9 +130,4 @@ def _cannot_be_made_again(store: Store, findings: Sequence[Finding]) -> DamageEr
     if plans:
         first = min(plans, key=lambda finding: finding.object)
         return DamageError(what, facts, step_for_file(store, first.object, ""))
-    return DamageError(
-        what,
-        facts,
-        f"copy {layout.MANIFEST} back, or delete it and build without --repair: then every shard is computed again, of "
-        "each segment with the config that added it",
-    )
+    return DamageError(what, facts, MANIFEST_STEP)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distillcache.cache_builder.repair.check import check_cache
+from distillcache.cache_builder.repair.lost_manifest import MANIFEST_STEP
 from distillcache.cache_builder.repair.survey import Survey, survey_cache
 from distillcache.schemas import command_line
 from distillcache.schemas.cache.describe import numbers_in_runs
@@ -152,7 +153,10 @@ def _next_steps(found: dict[str, Any]) -> Iterator[str]:
     again = "run it again: the store failed to return some data; if it fails again, the disk or bucket is at fault"
     unreadable = [each["detail"] for each in found["findings"] if each["what"] == "unreadable"]
     yield from sorted({step_for(detail, reads=True) or again for detail in unreadable})
-    if kinds - {"foreign", "unreadable"} and not plans:
+    damaged = {each["object"] for each in found["findings"] if each["what"] not in ("foreign", "unreadable")}
+    if MANIFEST in damaged and len(damaged) > 1 and not plans:
+        yield MANIFEST_STEP
+    elif kinds - {"foreign", "unreadable"} and not plans:
         yield (
             f"recompute what is damaged: distillcache build --repair --cache {shlex.quote(found['cache'])} "
             "(a copy: distillcache copy SRC DST --repair)"

@@ -270,6 +270,22 @@ def test_the_report_and_the_exit_code(copy: Path, capsys: pytest.CaptureFixture[
         verify_cache(Store(str(copy / "nowhere")))
 
 
+def test_a_lost_manifest_with_other_damage_is_not_sent_to_a_repair_that_refuses(
+    copy: Path, teacher: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "manifest.json").unlink()
+    assert main(["verify", str(copy)]) == 2
+    assert "build --repair" in capsys.readouterr().err  # of a lost manifest alone, it helps
+    with flipped(copy / ATTN_OUT / "c/1/0/0/0", 0):
+        assert main(["verify", str(copy)]) == 2
+        said = capsys.readouterr().err
+        repair = build_config(copy, teacher, corpus, repair=True)
+        with pytest.raises(DamageError) as caught:
+            build_cache(repair)
+    assert "build without --repair" in said
+    assert caught.value.next in " ".join(said.split())
+
+
 @pytest.fixture
 def unfinished(tmp_path: Path, teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A build that stopped after some shards."""
