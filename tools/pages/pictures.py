@@ -1,4 +1,4 @@
-"""The metadata of picture files, by which a command knows its own again."""
+"""Picture files: their axes, and the metadata by which a command knows its own again."""
 
 from pathlib import Path
 from typing import Any
@@ -21,3 +21,13 @@ def write_figure(figure: Any, path: Path) -> None:
         make_folder_of(path)
         with writing(path, says=True) as file:
             figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))
+
+
+def scale_by_ratios(panel: Any) -> None:
+    """Give a panel of Matplotlib's a logarithmic vertical axis, with labels at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())

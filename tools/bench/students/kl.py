@@ -24,7 +24,7 @@ from distillcache.tools.bench.students.jobs import DROPPED
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
-from distillcache.tools.pages.pictures import write_figure
+from distillcache.tools.pages.pictures import scale_by_ratios, write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.train import train
@@ -134,6 +134,8 @@ def write_plot(found: Found, path: Path) -> None:
     if teacher is not None:
         axes[0].axhline(teacher, color="#888888", ls=":", label="teacher")
     for panel, title in zip(axes, ("held-out perplexity", "KL from the teacher, nats a token"), strict=True):
-        panel.set(xlabel="step", title=title, yscale="log")
+        panel.set(xlabel="step", title=title)
+    scale_by_ratios(axes[0])
+    axes[1].set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     write_figure(figure, path)

@@ -34,7 +34,7 @@ from distillcache.tools.bench.students.jobs import CODECS, JOBS, OFFLINE, ONLINE
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
-from distillcache.tools.pages.pictures import write_figure
+from distillcache.tools.pages.pictures import scale_by_ratios, write_figure
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.exact import Exact, ExactFigures, exact_figures
@@ -332,7 +332,9 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
     axes[0].axhline(first.teacher, color="#888888", ls=":", label="teacher")
     axes[0].axhline(first.points[0].figures["perplexity"], color="#888888", ls="--", label="after the cut")
     for panel, title in zip(axes, ("held-out perplexity", "KL from the teacher, nats a token"), strict=True):
-        panel.set(xlabel="minutes, a third of the build included", title=title, yscale="log")
+        panel.set(xlabel="minutes, a third of the build included", title=title)
+    scale_by_ratios(axes[0])
+    axes[1].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize="small")
     figure.suptitle(job.title)
     write_figure(figure, path)
