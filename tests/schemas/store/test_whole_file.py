@@ -15,7 +15,7 @@ from distillcache.tools.demo.command import _write_json
 from distillcache.tools.demo.report import write_chart
 from distillcache.tools.look.export_samples import write as write_samples
 from distillcache.tools.look.stats import SlotStats, write_dimensions
-from tests.tools.bench.test_routing import results
+from tests.tools.bench.students.test_routing import results
 
 
 def names(folder: Path) -> list[str]:

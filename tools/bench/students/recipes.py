@@ -126,9 +126,8 @@ def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: i
     _build_other(folder, teacher, sizes)
     runs: dict[str, list[Trained]] = {name: [] for name in ways}
     for seed in range(seeds):
-        for name, way in ways.items():
-            config = run_config(folder, name, job, way, sizes, seed)
-            runs[name].append(_train_one(config, folder))
+        for name in ways:
+            runs[name].append(_train_one(folder, name, job, sizes, seed))
             end = runs[name][-1].points[-1].figures
             print(
                 f"bench: seed {seed}, {name}: perplexity {end['perplexity']:.4g}, KL {end['kl']:.4g}", file=sys.stderr
@@ -199,12 +198,13 @@ def run_config(folder: Path, name: str, job: Job, way: Way, sizes: RecipeSizes, 
     return TrainConfig.model_validate(values)
 
 
-def _train_one(config: TrainConfig, folder: Path) -> Trained:
+def _train_one(folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int) -> Trained:
+    config = run_config(folder, name, job, WAYS[name], sizes, seed)
     train(config)
     lines = {line["step"]: line[STEP_TIME] for line in read_metrics(config.run) if STEP_TIME in line}
     evaluations = read_evaluations(config.run)
-    names = ("perplexity", "kl", "agreement")
-    points = [Point(each.step, {name: getattr(each, name) for name in names}) for each in evaluations]
+    figures = ("perplexity", "kl", "agreement")
+    points = [Point(each.step, {figure: getattr(each, figure) for figure in figures}) for each in evaluations]
     other = TrainConfig(run=config.run, cache=str(folder / OTHER))
     decoder = load_student(config.run, config.steps).decoder
     found = exact_figures(decoder, Exact.of(Sources(other), decoder.config), config.eval_batch_rows)
