@@ -16,7 +16,10 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/pip
 # Workers keep neighbouring tests together: fixtures and compiled programs of a file are made once. Slow tests wait, for
 # servers, for claims that expire and for the disk, as long as they compute: there are twice as many of them at once.
 # Python's own compiled files are kept, also where the environment says not to: half of the time to collect the tests.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist worksteal
+# What tests write is made durable, file by file, and a disk takes milliseconds for each: it lies in memory if there is room.
+ROOMY := $(shell awk '/MemAvailable/ {exit $$2 < 16e6}' /proc/meminfo 2> /dev/null && \
+  [ "$$(df --output=avail -k /dev/shm 2> /dev/null | tail -n 1)" -gt 8000000 ] 2> /dev/null && echo /dev/shm)
+PYTEST := $(if $(TMPDIR),,$(if $(ROOMY),TMPDIR=$(ROOMY))) PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist worksteal
 # The files that hold tests of a mark: to import all the others would take every worker three seconds.
 FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 
@@ -60,10 +63,10 @@ demo: install
 	$(BIN)/distillcache demo $(DEMO_ARGS)
 
 test: .venv/installed-dev
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2 -m "not slow" --durations=15 --durations-min=3
 
 test-slow: .venv/installed-dev
-	$(PYTEST) -n 4 -m slow $(call FILES,slow)
+	$(PYTEST) -n 4 -m slow --durations=30 --durations-min=5 $(call FILES,slow)
 
 test-bits: test-bits-plain test-bits-optimised
 

@@ -137,7 +137,7 @@ def test_killed_at_drawn_moments(
         took = time.perf_counter() - start
     drawn = random.Random(0)
     killed = 0
-    for trial in range(20):
+    for trial in range(12):
         cache = tmp_path / f"c{trial}"
         child = server.Process(target=build_until, args=arguments(cache))
         child.start()
@@ -147,7 +147,7 @@ def test_killed_at_drawn_moments(
         killed += child.exitcode == -signal.SIGKILL
         build_cache(build_config(cache, teacher, corpus, shard_rows=16))
         assert contents(cache) == quiet, f"trial {trial}"
-    assert killed >= 5  # the others had finished
+    assert killed >= 3  # the others had finished
 
 
 def test_two_builders_of_one_plan(

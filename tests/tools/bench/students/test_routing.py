@@ -39,7 +39,7 @@ FAMILIES = ("mixtral", "qwen3_moe")
 
 @pytest.mark.slow  # three runs of 300 steps, nearly all of the time to compile them
 @pytest.mark.longest
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[1:])  # the first has no norms of queries and keys, and routes alike
 def test_biases_balance_as_the_auxiliary_loss_does_and_cost_no_loss(tmp_path: Path, family: str) -> None:
     found = train_all(tmp_path, TINY, [family])
     report = make_report(summarise(found))
