@@ -3,7 +3,7 @@
 text -> rows -> cache of attention outputs and residual stream -> the teacher with a third of its query heads cut ->
 blockwise training from the cache -> held-out perplexity of teacher, cut and recovered student.
 
-An interrupted demo goes on when it is run again; a finished one starts afresh.
+An interrupted demo goes on when it is run again; a finished one prints its report.
 """
 
 import json

@@ -8,10 +8,9 @@ from distillcache.schemas.config.asked import asked, asked_below
 from distillcache.schemas.config.feed import FeedConfig
 from distillcache.schemas.config.train import TrainSpec, may_count
 from distillcache.trainer.run.stages import Stage
+from distillcache.trainer.terms.parts import SHARES
 
 Used = Callable[[Stage], bool]
-
-_DISTANCES = ("relative_l2", "cosine", "l2")
 
 
 def _has_kl(stage: Stage) -> bool:
@@ -44,7 +43,7 @@ _OF_LOSS: Mapping[str, tuple[Used, str]] = {
             "block": "blockwise stage",
             "stream": "feature stage",
         }.items()
-        for name in _DISTANCES
+        for name in SHARES
     },
     "stream.slots": (_weighs("stream"), "loss.stream.weight above zero in a feature stage"),
     "feature.blocks": (

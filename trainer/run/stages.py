@@ -23,7 +23,7 @@ from distillcache.trainer.terms.parts import counts
 # What an operation of surgery changes. The others change both, or the blocks.
 CUTS_MLP = ("mlp_width", "experts", "expert_width", "upcycle")
 CUTS_ATTENTION = ("query_heads", "kv_heads")
-EVALUATIONS, LEAST_INTERVAL = 10, 10  # by default: in a run, and steps between two
+USUAL_EVALUATIONS, LEAST_INTERVAL = 10, 10  # by default: in a run, and steps between two
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def evaluation_interval(eval_every: int | None, steps: int) -> int:
         eval_every: as the config has it; None: about ten in a run.
         steps: of the whole run.
     """
-    return max(steps // EVALUATIONS, LEAST_INTERVAL) if eval_every is None else eval_every
+    return max(steps // USUAL_EVALUATIONS, LEAST_INTERVAL) if eval_every is None else eval_every
 
 
 def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:

@@ -20,11 +20,12 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.schemas.config import BenchConfig, TapsConfig, TrainConfig
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.bench.students.curves import DRAWN, FIGURES, draw_range, label_panels, over_seeds
 from distillcache.tools.bench.students.jobs import DROPPED
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
-from distillcache.tools.pages.pictures import scale_by_ratios, write_figure
+from distillcache.tools.pages.pictures import write_figure
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.train import train
@@ -34,7 +35,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "topk": {"alpha": 1.0, "kl": {"targets": "topk"}},
     "head": {"alpha": 1.0, "kl": {"targets": "head"}},
 }
-TITLES = {"ce": "cross-entropy", "topk": "KL to the top 64", "head": "KL to the whole distribution"}
+LABELS = {"ce": "cross-entropy", "topk": "KL to the top 64", "head": "KL to the whole distribution"}
 COLOURS = {"ce": "#444444", "topk": "#c44e52", "head": "#4c72b0"}
 SEEDS = 3
 Found = Mapping[str, Sequence[Sequence[Evaluation]]]  # loss -> seed -> evaluations by step
@@ -107,10 +108,8 @@ def summarise(found: Found) -> Measured:
     figures: dict[str, float] = {"teacher_perplexity": found["ce"][0][-1].teacher_perplexity or 0.0}
     figures["cut_perplexity"] = found["ce"][0][0].perplexity or 0.0
     for name, runs in found.items():
-        for figure in ("perplexity", "kl", "agreement"):
-            ends = [getattr(run[-1], figure) for run in runs]
-            figures[f"{name}_{figure}"] = statistics.mean(ends)
-            figures |= {f"{name}_{figure}_low": min(ends), f"{name}_{figure}_high": max(ends)}
+        for figure in FIGURES:
+            figures |= over_seeds(f"{name}_{figure}", [getattr(run[-1], figure) for run in runs])
     pairs = zip(found["head"], found["topk"], strict=True)
     ratio = statistics.median((head[-1].kl or 0.0) / (topk[-1].kl or 1.0) for head, topk in pairs)
     return Measured(figures, [Goal("head_kl_over_topk_kl", ratio, 1.0, "at_most")])
@@ -124,18 +123,12 @@ def write_plot(found: Found, path: Path) -> None:
     axes = figure.subplots(1, 2)
     for name, runs in found.items():
         steps = [entry.step for entry in runs[0] if entry.step]
-        for panel, what in zip(axes, ("perplexity", "kl"), strict=True):
+        for panel, what in zip(axes, DRAWN, strict=True):
             values = [[getattr(entry, what) for entry in run if entry.step] for run in runs]
-            columns = list(zip(*values, strict=True))
-            style = {"color": COLOURS[name]}
-            panel.plot(steps, [statistics.mean(column) for column in columns], label=TITLES[name], **style)
-            panel.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, lw=0, **style)
+            draw_range(panel, steps, values, COLOURS[name], label=LABELS[name])
     teacher = found["ce"][0][-1].teacher_perplexity
     if teacher is not None:
         axes[0].axhline(teacher, color="#888888", ls=":", label="teacher")
-    for panel, title in zip(axes, ("held-out perplexity", "KL from the teacher, nats a token"), strict=True):
-        panel.set(xlabel="step", title=title)
-    scale_by_ratios(axes[0])
-    axes[1].set_ylim(bottom=0)
+    label_panels(axes, "step")
     axes[0].legend(frameon=False)
     write_figure(figure, path)

@@ -30,11 +30,12 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.schemas.config import BenchConfig, DataConfig, TapsConfig, TrainConfig
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
+from distillcache.tools.bench.students.curves import DRAWN, FIGURES, draw_range, label_panels, over_seeds
 from distillcache.tools.bench.students.jobs import CODECS, JOBS, OFFLINE, ONLINE_KL, WAYS, Job, Way, stages
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
-from distillcache.tools.pages.pictures import scale_by_ratios, write_figure
+from distillcache.tools.pages.pictures import write_figure
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.exact import Exact, ExactFigures, exact_figures
@@ -123,11 +124,11 @@ def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: i
     """Train every student; ways take turns, so that other work on the machine meets all of them alike."""
     ways = {name: WAYS[name] for name in sizes.ways}
     build_seconds = build_caches(folder, teacher, sizes, [way.codec or CODECS[0] for way in ways.values()])
-    _build_other(folder, teacher, sizes)
+    other = _build_other(folder, teacher, sizes)
     runs: dict[str, list[Trained]] = {name: [] for name in ways}
     for seed in range(seeds):
         for name in ways:
-            runs[name].append(_train_one(folder, name, job, sizes, seed))
+            runs[name].append(_train_one(folder, name, job, sizes, seed, other))
             end = runs[name][-1].points[-1].figures
             print(
                 f"bench: seed {seed}, {name}: perplexity {end['perplexity']:.4g}, KL {end['kl']:.4g}", file=sys.stderr
@@ -152,8 +153,8 @@ def build_caches(folder: Path, teacher: str, sizes: RecipeSizes, codecs: Sequenc
     return seconds
 
 
-def _build_other(folder: Path, teacher: str, sizes: RecipeSizes) -> None:
-    """Held-out rows of another text, with what exact figures need."""
+def _build_other(folder: Path, teacher: str, sizes: RecipeSizes) -> Sources:
+    """Held-out rows of another text, with what exact figures need; they are opened once for all students."""
     (folder / "docstrings").mkdir()
     lines = [json.dumps({"text": text}) for text in docstrings()]
     write_file(folder / "docstrings" / "docstrings.jsonl", ("\n".join(lines) + "\n").encode())
@@ -165,6 +166,7 @@ def _build_other(folder: Path, teacher: str, sizes: RecipeSizes) -> None:
     )
     taps = TapsConfig.model_validate({"attn_out": None, "resid": {"slots": ["last"], "head": True}})
     build_cache(build_config(folder / OTHER, teacher, data, sizes.batch_rows, taps))
+    return Sources(TrainConfig(run=str(folder / "none"), cache=str(folder / OTHER)))
 
 
 def docstrings() -> Iterator[str]:
@@ -198,16 +200,14 @@ def run_config(folder: Path, name: str, job: Job, way: Way, sizes: RecipeSizes, 
     return TrainConfig.model_validate(values)
 
 
-def _train_one(folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int) -> Trained:
+def _train_one(folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int, other: Sources) -> Trained:
     config = run_config(folder, name, job, WAYS[name], sizes, seed)
     train(config)
     lines = {line["step"]: line[STEP_TIME] for line in read_metrics(config.run) if STEP_TIME in line}
     evaluations = read_evaluations(config.run)
-    figures = ("perplexity", "kl", "agreement")
-    points = [Point(each.step, {figure: getattr(each, figure) for figure in figures}) for each in evaluations]
-    other = TrainConfig(run=config.run, cache=str(folder / OTHER))
+    points = [Point(each.step, {figure: getattr(each, figure) for figure in FIGURES}) for each in evaluations]
     decoder = load_student(config.run, config.steps).decoder
-    found = exact_figures(decoder, Exact.of(Sources(other), decoder.config), config.eval_batch_rows)
+    found = exact_figures(decoder, Exact.of(other, decoder.config), config.eval_batch_rows)
     shutil.rmtree(config.run)  # its checkpoints are as large as a cache
     teacher = evaluations[-1].teacher_perplexity
     assert teacher is not None  # of plain text every token counts
@@ -230,9 +230,9 @@ def summarise(found: Compared) -> Measured:
     figures = {"teacher_perplexity": first.teacher, "cut_perplexity": first.points[0].figures["perplexity"]}
     figures[f"{OTHER}_teacher_perplexity"] = first.other["teacher_perplexity"]
     for name, runs in found.runs.items():
-        for figure in ("perplexity", "kl", "agreement"):
-            figures |= _over_seeds(f"{name}_{figure}", [run.points[-1].figures[figure] for run in runs])
-            figures |= _over_seeds(f"{name}_{OTHER}_{figure}", [run.other[figure] for run in runs])
+        for figure in FIGURES:
+            figures |= over_seeds(f"{name}_{figure}", [run.points[-1].figures[figure] for run in runs])
+            figures |= over_seeds(f"{name}_{OTHER}_{figure}", [run.other[figure] for run in runs])
         figures[f"{name}_seconds"] = found.seconds(name, first.points[-1].step)
     figures |= {f"{codec}_build_seconds": seconds for codec, seconds in found.build_seconds.items()}
     figures |= _in_time(found)
@@ -245,10 +245,6 @@ def _goals() -> list[tuple[str, float]]:
     return [(f"{codec}_{students}", most) for codec in CODECS for students, most in AT_MOST.items()]
 
 
-def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {name: statistics.mean(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-
-
 def _in_time(found: Compared) -> dict[str, float]:
     """The means over the seeds in the time of the cheapest way, its share of a build for three students included."""
     last = {name: runs[0].points[-1].step for name, runs in found.runs.items()}
@@ -256,7 +252,7 @@ def _in_time(found: Compared) -> dict[str, float]:
     figures = {"seconds_in_time": budget}
     for name, runs in found.runs.items():
         at = [found.cost(name, point.step, 3) for point in runs[0].points]
-        for figure in ("perplexity", "kl"):
+        for figure in DRAWN:
             curves = [[point.figures[figure] for point in run.points] for run in runs]
             figures[f"{name}_{figure}_in_time"] = statistics.mean(value_at(at, curve, budget) for curve in curves)
     return figures
@@ -321,20 +317,13 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
         runs = found.runs[name]
         steps = [point.step for point in runs[0].points if point.step]
         at = [found.cost(name, step, 3) / 60 for step in steps]
-        for panel, what in zip(axes, ("perplexity", "kl"), strict=True):
-            columns = list(
-                zip(*([point.figures[what] for point in run.points if point.step] for run in runs), strict=True)
-            )
-            colour, means = WAYS[name].colour, list(map(statistics.mean, columns))
-            panel.plot(at, means, color=colour, marker="o", ms=3, label=WAYS[name].title)
-            panel.fill_between(at, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.2, lw=0)
+        for panel, what in zip(axes, DRAWN, strict=True):
+            values = [[point.figures[what] for point in run.points if point.step] for run in runs]
+            draw_range(panel, at, values, WAYS[name].colour, marker="o", ms=3, label=WAYS[name].title)
     first = found.runs[shown[0]][0]
     axes[0].axhline(first.teacher, color="#888888", ls=":", label="teacher")
     axes[0].axhline(first.points[0].figures["perplexity"], color="#888888", ls="--", label="after the cut")
-    for panel, title in zip(axes, ("held-out perplexity", "KL from the teacher, nats a token"), strict=True):
-        panel.set(xlabel="minutes, a third of the build included", title=title)
-    scale_by_ratios(axes[0])
-    axes[1].set_ylim(bottom=0)
+    label_panels(axes, "minutes, a third of the build included")
     axes[0].legend(frameon=False, fontsize="small")
     figure.suptitle(job.title)
     write_figure(figure, path)
