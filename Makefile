@@ -1,5 +1,5 @@
 # make demo       the main job on a real teacher (downloads it once, about 90 MB)
-# make test       the tests (minutes); make test-slow: kills and other slow proofs
+# make test       the tests (minutes); make test-slow: kills and other slow proofs; make test-all: both at once
 # make test-bits  the tests of which bits are equal, with SSE4.2 on one thread; those of the codecs also with the
 #                 machine's own instructions, on all threads
 # make chaos      two minutes of builders that are killed at random over a store that fails
@@ -26,7 +26,7 @@ FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test test-slow test-bits test-bits-plain test-bits-optimised chaos check browser install clean
+.PHONY: demo test test-slow test-all test-bits test-bits-plain test-bits-optimised chaos check browser install clean
 
 install: .venv/installed
 
@@ -68,6 +68,10 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(PYTEST) -n 4 -m slow --durations=30 --durations-min=5 $(call FILES,slow)
 
+# Both at once, as continuous integration runs them: while some wait, the others compute. A third worker for two cores.
+test-all: .venv/installed-dev
+	$(PYTEST) -n 3 --durations=40 --durations-min=5
+
 test-bits: test-bits-plain test-bits-optimised
 
 # Without fused multiply-add and on one thread (XLA itself cannot convert from float16 there, hence not fp8).
@@ -75,9 +79,12 @@ test-bits-plain: .venv/installed-dev
 	XLA_FLAGS="--xla_cpu_max_isa=SSE4_2" $(PYTEST) -n 2 -m "bits and not slow" -k "not fp8" $(call FILES,bits)
 
 # The codecs as the machine has it: optimised as a user's programs are, on all threads.
+CODECS := tests/schemas/codecs/test_codecs.py::test_same_bits_every_time_and_decoding_in_every_program
+ONLINE := tests/trainer/feed/test_online.py::test_the_bits_are_the_cache_s
 test-bits-optimised: .venv/installed-dev
 	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_multi_thread_eigen=true" \
-	  $(PYTEST) -n 1 -m "bits and not slow" tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py
+	  $(PYTEST) -n 1 -m bits tests/trainer/feed/test_cache_source.py tests/schemas/codecs/test_delta.py \
+	  "$(CODECS)[fp8-None]" "$(CODECS)[int4-None-rotated]" "$(ONLINE)[delta_cache-False]"
 
 chaos: .venv/installed-dev
 	$(BIN)/python -m tests.chaos --seconds 120

@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -52,15 +52,33 @@ EOS = "<|end|>"
 FOUND = ("slow", "bits")  # marks whose tests are looked for in the files that name them
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no worker ends alone with one of them: the others are shared out meanwhile.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Check where marks are named; of the tests that are chosen, the longest come first at every worker.
 
     The Makefile finds the files of a mark by its word, so a test whose file lacks the word would be lost.
     """
-    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
     for path, mark in {(item.path, mark.name) for item in items for mark in item.iter_markers() if mark.name in FOUND}:
         if not re.search(rf"\b{mark}\b", path.read_text()):
             raise pytest.UsageError(f"{path}: a test of this file is marked {mark}; say so in the file")
+    yield
+    longest = [item for item in items if item.get_closest_marker("longest")]
+    others = [item for item in items if not item.get_closest_marker("longest")]
+    items[:] = dealt_out(longest, others, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def dealt_out(first: list[pytest.Item], others: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """One list whose equal parts, which workers begin with (`--dist worksteal`), have a share of `first` in front.
+
+    So no worker has all of them, and none is left for the end, when the others would have nothing to do.
+    """
+    count, found = len(first) + len(others), []
+    for worker in range(workers):
+        share = first[worker::workers]
+        end = count * (worker + 1) // workers - len(found) - len(share)
+        found += [*share, *others[: max(end, 0)]]
+        others = others[max(end, 0) :]
+    return found + others
 
 
 def pytest_collection_finish() -> None:

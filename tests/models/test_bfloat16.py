@@ -1,8 +1,9 @@
 """The decoder in bfloat16: no further from the float32 truth than transformers (tests/golden/make_bfloat16.py)."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,18 @@ from tests.models.conftest import GOLDEN
 PEER: dict[str, float] = json.loads((GOLDEN / "bfloat16.json").read_text())
 
 
+@partial(jax.jit, static_argnums=0)
+def stream(graph: Any, state: Any, tokens: jax.Array) -> jax.Array:
+    """Every slot of the stream: one program for all seeds of a model."""
+    return nnx.merge(graph, state)(tokens, taps=("resid",), logits=False).taps["resid"]
+
+
 @cache
 def median_error(name: str) -> float:
     """As the golden script takes it: over 48 tokens, of each slot but the first, then the slots' mean."""
     graph, state = nnx.split(load_pretrained(GOLDEN / name, dtype="bfloat16"))
     expected = load_file(GOLDEN / name / "expected.safetensors")
-    run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens, taps=("resid",), logits=False).taps["resid"])
-    found, truth = np.asarray(run(state, jnp.asarray(expected["tokens"])), np.float32), expected["resid"]
+    found, truth = np.asarray(stream(graph, state, jnp.asarray(expected["tokens"])), np.float32), expected["resid"]
     error = np.linalg.norm(found - truth, axis=-1) / np.linalg.norm(truth, axis=-1)
     return float(np.mean(np.median(error[1:].reshape(len(error) - 1, -1), axis=1)))
 
@@ -71,9 +77,7 @@ def deep_error(name: str, depth: int, seed: int, folder: Path) -> float:
     saved, tokens = save_deep(folder, name, depth, seed), jnp.asarray(deep_tokens(seed))
 
     def resid(dtype: str) -> np.ndarray:
-        graph, state = nnx.split(load_pretrained(saved, dtype=dtype))
-        run = jax.jit(lambda state: nnx.merge(graph, state)(tokens, taps=("resid",), logits=False).taps["resid"])
-        return np.asarray(run(state), np.float32)
+        return np.asarray(stream(*nnx.split(load_pretrained(saved, dtype=dtype)), tokens), np.float32)
 
     truth = resid("float32")
     error = np.linalg.norm(resid("bfloat16") - truth, axis=-1) / np.linalg.norm(truth, axis=-1)

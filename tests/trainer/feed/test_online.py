@@ -90,6 +90,7 @@ def delta_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus:
     return folder
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("name", "exact"),
     [
