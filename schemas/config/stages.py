@@ -5,7 +5,7 @@ The description of each field is its help text (`distillcache build --help`); it
 
 import re
 from datetime import date
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,18 @@ from distillcache.schemas.config.train import SurgeryOp
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 OnError = Literal["stop", "skip"]
+RecipeWay = Literal[
+    "ce",
+    "online_kl",
+    "online_features",
+    "kl_int8",
+    "blockwise_bf16",
+    "blockwise_int8",
+    "blockwise_int4",
+    "blockwise_kl_bf16",
+    "blockwise_kl_int8",
+    "blockwise_kl_int4",
+]
 DataFormat = Literal["auto", "text", "jsonl", "chat", "parquet", "array_record"]
 
 
@@ -369,6 +381,14 @@ class BenchConfig(Config):
     job: Literal["fewer-heads", "narrower-mlps", "half-blocks", "experts", "balanced-experts"] | None = Field(
         default=None, description="recipes: how the student is cut from the teacher; default: half-blocks"
     )
+    ways: Annotated[list[RecipeWay], Field(min_length=1)] | None = Field(
+        default=None, description="recipes: the ways to train it that are compared; default: all"
+    )
+    text: str | None = Field(
+        default=None,
+        description="recipes: the text to train on, as data.path of a build; default: the demo's",
+    )  # a recipe should hold on other texts too
+    seed: Seed = Field(default=0, description="recipes: the first seed")
     dir: str | None = Field(
         default=None,
         description="folder for temporary data, about 3 GB (student: 7 GB; kl and recipes: 10 GB); default: the "
@@ -394,9 +414,12 @@ class BenchConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _has_a_job(self) -> Self:
-        if self.job is not None and self.what != "recipes":
-            raise ValueError(f"job is for recipes: {self.what} has none")
+    def _compares_recipes(self) -> Self:
+        given = [name for name in ("job", "ways", "text", "seed") if name in self.model_fields_set]
+        if given and self.what != "recipes":
+            raise ValueError(f"{', '.join(given)} is for recipes, not for {self.what}")
+        if self.ways and len(set(self.ways)) < len(self.ways):
+            raise ValueError(f"ways names one twice: {', '.join(self.ways)}")
         return self
 
 

@@ -54,7 +54,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
     else:
-        _print(config.what, report)
+        _print(config.what, report, measured.table)
 
 
 def measure_codec(config: BenchConfig) -> Measured:
@@ -82,6 +82,7 @@ def make_report(measured: Measured, busy: float | None = None) -> dict[str, Any]
         "machine": describe_machine() | ({} if busy is None else {"other_work_cores": round(busy, 2)}),
         "figures": {name: float(f"{value:.6g}") for name, value in measured.figures.items()},
         "goals": [{**asdict(goal), "met": goal.met} for goal in measured.goals],
+        **measured.details,
     }
 
 
@@ -104,19 +105,35 @@ def _module(what: str) -> ModuleType:
     return importlib.import_module(f"distillcache.{MODULES[what]}")
 
 
-def _print(what: str, report: Mapping[str, Any]) -> None:
+def _print(what: str, report: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
+    """Print the report as a table. rows: of a table that stands in place of the figures."""
     console = Console()
     console.print("  ".join(f"{name} {value}" for name, value in report["machine"].items()), style="dim")
     goals = {goal["name"]: goal for goal in report["goals"]}
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"bench {what}", title_justify="left")
+    title, figures = f"bench {what}", {} if rows else report["figures"]
+    if rows:
+        _print_rows(console, title, rows)
+        title = "goals"
+    if not (figures or goals):
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("goal", justify="right")
     table.add_column("")
-    for name, value in {**report["figures"], **{name: goal["value"] for name, goal in goals.items()}}.items():
+    for name, value in {**figures, **{name: goal["value"] for name, goal in goals.items()}}.items():
         goal = goals.get(name)
         sign = {"at_least": "≥", "at_most": "≤"}[goal["direction"]] if goal else ""
         limit = f"{sign} {goal['goal']:g}" if goal else ""
         verdict = "" if goal is None else "[green]met[/]" if goal["met"] else "[red]not met[/]"
         table.add_row(name, f"{value:,.4g}", limit, verdict)
+    console.print(table)
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
     console.print(table)

@@ -3,9 +3,9 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.store.path import local_path
@@ -29,10 +29,15 @@ class Goal:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of one benchmark."""
+    """Results of one benchmark.
+
+    table: rows of cells, the first of titles: printed in place of the figures. details: more for the JSON report.
+    """
 
     figures: Mapping[str, float]
     goals: Sequence[Goal]
+    table: Sequence[Sequence[str]] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plot_path(config: BenchConfig) -> Path | None:

@@ -90,6 +90,7 @@ WAYS: Mapping[str, Way] = {
     "online_features": Way(
         "KL and features, teacher in the loop", "#dd8452", online=True, token_loss={**KL, "feature": {"weight": 1.0}}
     ),
+    "kl_int8": Way("KL, from the cache", "#937860", "int8", token_loss={**KL, "feature": OFF}),
     **{f"blockwise_{codec}": Way(f"blockwise, {codec}", "#8172b3", codec, blockwise=True) for codec in CODECS},
     **{
         f"{OFFLINE}_{codec}": Way(

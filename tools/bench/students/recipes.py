@@ -14,14 +14,11 @@ first choices. `_low` and `_high` are the least and the largest over the seeds.
 """
 
 import ast
-import itertools
 import json
-import math
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,10 @@ from typing import Any
 from distillcache.cache_builder.build import build_cache
 from distillcache.schemas.config import BenchConfig, DataConfig, TapsConfig, TrainConfig
 from distillcache.schemas.store.whole_file import write_file
-from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
-from distillcache.tools.bench.students.curves import DRAWN, FIGURES, draw_range, label_panels, over_seeds
-from distillcache.tools.bench.students.jobs import CODECS, JOBS, OFFLINE, ONLINE_KL, WAYS, Job, Way, stages
+from distillcache.tools.bench.figures import Measured, plot_path, scratch_folder
+from distillcache.tools.bench.students.compared import OTHER, Compared, Point, Trained, summarise
+from distillcache.tools.bench.students.curves import DRAWN, FIGURES, draw_range, label_panels
+from distillcache.tools.bench.students.jobs import CODECS, JOBS, WAYS, Job, Way, stages
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
 from distillcache.tools.demo.command import build_config, sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
@@ -44,16 +42,13 @@ from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.train import train
 
 SEEDS = 3
-SHARED_BY = {"first": 1, "third": 3, "tenth": 10}
-AT_MOST = {"first": 1.1, "third": 0.5}
 STEP_TIME = "perf/step_time_seconds"
-OTHER = "other"
 DEFAULT_JOB = "half-blocks"
 
 
 @dataclass(frozen=True)
 class RecipeSizes:
-    """Sizes of the runs. points: evaluations of a run."""
+    """Sizes of the runs. points: evaluations of a run. text: to train on; None: the demo's."""
 
     row_tokens: int = 128
     eval_rows: int = 48
@@ -61,6 +56,8 @@ class RecipeSizes:
     steps: int = 48
     points: int = 6
     ways: tuple[str, ...] = tuple(WAYS)
+    text: str | None = None
+    first_seed: int = 0
 
     @property
     def rows(self) -> int:
@@ -68,53 +65,13 @@ class RecipeSizes:
         return self.steps * self.batch_rows + self.eval_rows
 
 
-@dataclass(frozen=True)
-class Point:
-    """A student after `step` steps. figures: perplexity, kl, agreement."""
-
-    step: int
-    figures: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Results of one run. step_seconds: of every step, in order; other: figures on the other text."""
-
-    points: Sequence[Point]
-    step_seconds: Sequence[float]
-    other: Mapping[str, float]
-    teacher: float
-
-
-@dataclass(frozen=True)
-class Compared:
-    """All runs of a job: way -> seed -> run. build_seconds: by codec; stage_steps: way -> steps of its stages."""
-
-    runs: Mapping[str, Sequence[Trained]]
-    build_seconds: Mapping[str, float]
-    stage_steps: Mapping[str, Sequence[int]]
-
-    def seconds(self, way: str, step: int) -> float:
-        """The time of the first `step` steps: each stage's median step over steps and seeds."""
-        total, first = 0.0, 0
-        for steps in self.stage_steps[way]:
-            times = [seconds for run in self.runs[way] for seconds in run.step_seconds[first : first + steps]]
-            total += min(max(step - first, 0), steps) * statistics.median(times)
-            first += steps
-        return total
-
-    def cost(self, way: str, step: int, students: int) -> float:
-        """The same with this student's share of the build of its cache."""
-        codec = WAYS[way].codec
-        return self.seconds(way, step) + (self.build_seconds[codec] / students if codec else 0.0)
-
-
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench recipes`."""
     plot = plot_path(config)
     with scratch_folder(config.dir) as folder:
         job = JOBS[config.job or DEFAULT_JOB]
-        found = train_all(folder, str(fetch_teacher()), job, RecipeSizes(), config.rounds or SEEDS)
+        sizes = RecipeSizes(ways=tuple(config.ways or WAYS), text=config.text, first_seed=config.seed)
+        found = train_all(folder, str(fetch_teacher()), job, sizes, config.rounds or SEEDS)
     if plot is not None:
         write_plot(found, job, plot)
     return summarise(found)
@@ -126,7 +83,7 @@ def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: i
     build_seconds = build_caches(folder, teacher, sizes, [way.codec or CODECS[0] for way in ways.values()])
     other = _build_other(folder, teacher, sizes)
     runs: dict[str, list[Trained]] = {name: [] for name in ways}
-    for seed in range(seeds):
+    for seed in range(sizes.first_seed, sizes.first_seed + seeds):
         for name in ways:
             runs[name].append(_train_one(folder, name, job, sizes, seed, other))
             end = runs[name][-1].points[-1].figures
@@ -140,6 +97,8 @@ def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: i
 def build_caches(folder: Path, teacher: str, sizes: RecipeSizes, codecs: Sequence[str]) -> dict[str, float]:
     """A cache for each codec, of the same rows; the seconds that each took."""
     data, seconds = sized_text(folder, sizes.row_tokens, sizes.rows, sizes.eval_rows), {}
+    if sizes.text is not None:
+        data = data.model_copy(update={"path": sizes.text})
     builds = {}
     for codec in dict.fromkeys(codecs):
         delta = codec != "bf16"
@@ -222,88 +181,6 @@ def _of_other(found: ExactFigures) -> dict[str, float]:
         "teacher_perplexity": found.teacher_perplexity,
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def summarise(found: Compared) -> Measured:
-    """Figures and goals of all runs."""
-    (first, *_), *_ = found.runs.values()
-    figures = {"teacher_perplexity": first.teacher, "cut_perplexity": first.points[0].figures["perplexity"]}
-    figures[f"{OTHER}_teacher_perplexity"] = first.other["teacher_perplexity"]
-    for name, runs in found.runs.items():
-        for figure in FIGURES:
-            figures |= over_seeds(f"{name}_{figure}", [run.points[-1].figures[figure] for run in runs])
-            figures |= over_seeds(f"{name}_{OTHER}_{figure}", [run.other[figure] for run in runs])
-        figures[f"{name}_seconds"] = found.seconds(name, first.points[-1].step)
-    figures |= {f"{codec}_build_seconds": seconds for codec, seconds in found.build_seconds.items()}
-    figures |= _in_time(found)
-    ratios = _cost_ratios(found)
-    goals = [Goal(name, ratios.pop(name), most, "at_most") for name, most in _goals() if name in ratios]
-    return Measured(figures | ratios, goals)
-
-
-def _goals() -> list[tuple[str, float]]:
-    return [(f"{codec}_{students}", most) for codec in CODECS for students, most in AT_MOST.items()]
-
-
-def _in_time(found: Compared) -> dict[str, float]:
-    """The means over the seeds in the time of the cheapest way, its share of a build for three students included."""
-    last = {name: runs[0].points[-1].step for name, runs in found.runs.items()}
-    budget = min(found.cost(name, step, 3) for name, step in last.items())
-    figures = {"seconds_in_time": budget}
-    for name, runs in found.runs.items():
-        at = [found.cost(name, point.step, 3) for point in runs[0].points]
-        for figure in DRAWN:
-            curves = [[point.figures[figure] for point in run.points] for run in runs]
-            figures[f"{name}_{figure}_in_time"] = statistics.mean(value_at(at, curve, budget) for curve in curves)
-    return figures
-
-
-def value_at(places: Sequence[float], values: Sequence[float], place: float) -> float:
-    """The value at a place between points, straight in its logarithm; before the first point the first value."""
-    for (a, b), (low, high) in zip(_pairs(places), _pairs(values), strict=True):
-        if a <= place <= b:
-            share = (place - a) / (b - a)
-            return math.exp((1 - share) * math.log(low) + share * math.log(high))
-    return values[0] if place < places[0] else values[-1]
-
-
-def place_of(places: Sequence[float], values: Sequence[float], value: float) -> float | None:
-    """The first place at which a falling curve has reached a value; None where it never does."""
-    for (a, b), (low, high) in zip(_pairs(places), _pairs(values), strict=True):
-        if high <= value < low:
-            return a + (b - a) * (math.log(low) - math.log(value)) / (math.log(low) - math.log(high))
-    return places[0] if values[0] <= value else None
-
-
-def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
-    return list(itertools.pairwise(values))
-
-
-def _cost_ratios(found: Compared) -> dict[str, float]:
-    """Return the offline recipe's ratios by codec and number of students: medians over the seeds.
-
-    Left out where a seed never has the perplexity of the run with the teacher in the loop.
-    """
-    ratios: dict[str, float] = {}
-    if ONLINE_KL not in found.runs:
-        return ratios
-    online = found.runs[ONLINE_KL]
-    whole = found.seconds(ONLINE_KL, online[0].points[-1].step)
-    for codec in CODECS:
-        for students, number in SHARED_BY.items():
-            each = [
-                _time_to(found, f"{OFFLINE}_{codec}", run, other.points[-1].figures["perplexity"], number)
-                for run, other in zip(found.runs.get(f"{OFFLINE}_{codec}", ()), online, strict=False)
-            ]
-            reached = [seconds / whole for seconds in each if seconds is not None]
-            if each and len(reached) == len(each):
-                ratios[f"{codec}_{students}"] = statistics.median(reached)
-    return ratios
-
-
-def _time_to(found: Compared, way: str, run: Trained, perplexity: float, students: int) -> float | None:
-    at = [found.cost(way, point.step, students) for point in run.points]
-    return place_of(at, [point.figures["perplexity"] for point in run.points], perplexity)
 
 
 def write_plot(found: Compared, job: Job, path: Path) -> None:

@@ -3,24 +3,15 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from distillcache.schemas.config import BenchConfig
+from distillcache.schemas.config.stages import RecipeWay
+from distillcache.tools.bench.students.compared import Compared, Point, Trained, place_of, summarise, value_at
 from distillcache.tools.bench.students.jobs import JOBS, WAYS, stages
-from distillcache.tools.bench.students.recipes import (
-    Compared,
-    Point,
-    RecipeSizes,
-    Trained,
-    docstrings,
-    place_of,
-    run_config,
-    summarise,
-    train_all,
-    value_at,
-    write_plot,
-)
+from distillcache.tools.bench.students.recipes import RecipeSizes, docstrings, run_config, train_all, write_plot
 
 SOME = ("ce", "online_kl", "online_features", "blockwise_bf16", "blockwise_kl_int4")
 SIZES = RecipeSizes(row_tokens=32, eval_rows=4, batch_rows=4, steps=4, points=2, ways=SOME)
@@ -93,9 +84,31 @@ def test_every_config_is_valid(name: str, tmp_path: Path):
         assert BenchConfig(what="recipes", job=name)  # type: ignore[arg-type]
 
 
-def test_a_job_is_for_recipes():
-    with pytest.raises(ValueError, match="job is for recipes"):
-        BenchConfig(what="kl", job="experts")
+@pytest.mark.parametrize("given", [{"job": "experts"}, {"ways": ["ce"]}, {"text": "a.txt"}, {"seed": 1}])
+def test_some_flags_are_for_recipes(given: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is for recipes"):
+        BenchConfig(what="kl", **given)
+    assert BenchConfig(what="recipes", **given)
+
+
+def test_ways_are_those_that_there_are():
+    assert get_args(RecipeWay) == tuple(WAYS)
+    with pytest.raises(ValueError, match="twice"):
+        BenchConfig(what="recipes", ways=["ce", "ce"])
+
+
+def test_the_table_has_a_row_for_each_way():
+    measured = summarise(compared([64.0, 8.0, 4.0]))
+    titles, online, offline = measured.table
+    assert {len(row) for row in measured.table} == {len(titles)}
+    assert online[:4] == ["KL, teacher in the loop", "8", "0.800", "12.5%"]
+    assert dict(zip(titles, offline, strict=True))["of a build"] == "0.03"  # a third of 6 s
+
+
+def test_the_report_has_the_curves():
+    runs = summarise(compared([64.0, 8.0, 4.0])).details["runs"]
+    assert runs["online_kl"]["seconds"] == [0.0, 20.0, 40.0]
+    assert [point["perplexity"] for point in runs["blockwise_kl_int8"]["seeds"][0]] == [64.0, 8.0, 4.0]
 
 
 def test_the_other_text_is_long_enough():
