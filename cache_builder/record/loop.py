@@ -3,7 +3,7 @@
 Three things happen at the same time: the teacher computes one batch, the batch before it is copied to the host, and a
 full shard is being written by another thread (pipeline.py). A process works on *work units*, the consecutive shards of
 whole teacher batches, which it leases one by one (schemas/cache/lease.py), so that any number of processes may build
-one cache.
+one cache; the last batch of one unit is copied while the first of the next is computed.
 """
 
 import logging
@@ -177,21 +177,26 @@ def _build_units(job: _Job) -> None:
 
 
 def record_batches(job: Work, batches: Batches, writer: ShardWriter, bar: Progress) -> None:
-    """Run the teacher over `(first row, rows)` batches and hand all of them to the writer, which is closed."""
+    """Run the teacher over `(first row, rows)` batches and hand all of them to the writer, which is closed.
+
+    A batch is handed over while the next one is computed, also across work units.
+    """
     record, parameters = make_recorder(job.decoder, job.plan.taps, signs_of(job.plan), job.mesh)
     sharding = None if job.mesh is None else rows_sharding(job.mesh)
+    waiting: list[tuple[int, list[Row], Recording, float]] = []
+
+    def hand_over() -> None:
+        while waiting:
+            keep_batch(job.plan, writer, bar, *waiting.pop())
+
+    writer.before_wait = hand_over
     try:
-        waiting: tuple[int, list[Row], Recording, float] | None = None
         for first, rows in batches:
             arrays = teacher_batch(rows, job.plan.batch_rows, job.plan.rows.row_tokens)
             recording = record(parameters, *(put(array, sharding) for array in arrays))  # returns before it is computed
             begun = time.perf_counter()
-            if waiting is not None:
-                keep_batch(job.plan, writer, bar, *waiting)
-            waiting = (first, rows, recording, begun)
-            if first + len(rows) == job.plan.rows.count or (first + len(rows)) % job.plan.unit_rows == 0:
-                keep_batch(job.plan, writer, bar, *waiting)
-                waiting = None
+            hand_over()
+            waiting.append((first, rows, recording, begun))
         writer.wait()
     finally:
         writer.close()

@@ -36,6 +36,8 @@ class ShardWriter:
     """Collects rows into shards and commits full ones in the background, one at a time.
 
     The first failure is kept: nothing is written after it, and `add`, `check` and `close` raise it.
+
+    before_wait: hands over, by `add`, what has been computed and not been added yet; `wait` calls it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ShardWriter:
         self._writing: list[Future[None]] = []
         self._failed = threading.Event()
         self._idle_since = 0.0
+        self.before_wait: Callable[[], None] = lambda: None
 
     def add(
         self,
@@ -96,7 +99,8 @@ class ShardWriter:
             future.result()
 
     def wait(self) -> None:
-        """Block until all full shards are committed."""
+        """Block until all full shards are committed, with what `before_wait` hands over."""
+        self.before_wait()
         for future in self._writing:
             future.result()
         self._writing = []

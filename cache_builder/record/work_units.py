@@ -114,7 +114,7 @@ def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Bat
             return
         took_any = False
         for unit in order:
-            _stop_if_asked(job.store, job.stop)
+            _stop_between_units(job, writer)
             if committed.has_now(unit) or not job.leases.take(unit):
                 continue
             if all(_has_receipt(job, shard) for shard in job.plan.shards_of(unit)):
@@ -131,7 +131,7 @@ def _leased_batches(job: LeasedUnits, writer: ShardWriter, bar: Progress) -> Bat
         else:
             waiting.tell(job.leases.holder())
             _wait(job.stop, next(pauses))
-        _stop_if_asked(job.store, job.stop)
+        _stop_between_units(job, writer)
         writer.wait()
 
 
@@ -234,6 +234,13 @@ def _wait(stop: StopRequest, seconds: float) -> None:
     until = time.monotonic() + seconds
     while not stop.requested and time.monotonic() < until:
         time.sleep(min(0.2, seconds))
+
+
+def _stop_between_units(job: WorkUnits, writer: ShardWriter) -> None:
+    """`_stop_if_asked`, after the last batch of the work unit before is handed over: that unit can be committed."""
+    if job.stop.requested:
+        writer.before_wait()
+    _stop_if_asked(job.store, job.stop)
 
 
 def _stop_if_asked(store: Store, stop: StopRequest) -> None:

@@ -1,7 +1,7 @@
 """Writing of a shard from memory to the store: objects, then the receipt.
 
-An object is encoded in memory by TensorStore's own zarr3 driver and stored by one write: no shard is ever read back
-to be completed, a stale object of a killed build is replaced whatever it holds, and its length and digest are known.
+An object is encoded in memory (objects.py) and stored by one write: no shard is ever read back to be completed, a
+stale object of a killed build is replaced whatever it holds, and its length and digest are known.
 """
 
 import socket
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import tensorstore as ts
 import xxhash
 
+from distillcache.cache_builder.record.objects import encode_object
 from distillcache.models.recorder import SlotSums
 from distillcache.schemas.errors import DistillcacheError, FolderTakenError, StorageError
 from distillcache.schemas.format import layout
@@ -148,14 +148,3 @@ def _put_part(put: Put, plan: Plan, part: PartPlan, shard: int, codes: np.ndarra
         objects.append(ObjectReceipt(length=len(data), digest=digest_bytes(data)))
     chunks = "".join(xxhash.xxh3_64_hexdigest(chunk) for row in codes for chunk in row)
     return PartReceipt(digest=digest_bytes(codes), chunks=chunks, objects=tuple(objects))
-
-
-def encode_object(plan: Plan, part: PartPlan, codes: np.ndarray) -> bytes:
-    """The bytes of one outer zarr3 chunk that holds `[rows, slots, T, W]` codes."""
-    outer = (plan.shard_rows, part.slots_per_object)
-    metadata = layout.array_metadata(codes.shape, part.dtype, outer, part.bits_of, part.compress)  # type: ignore[arg-type]
-    context = ts.Context()
-    memory = {"driver": "memory", "path": "object/"}
-    array = ts.open(layout.array_spec(memory, metadata), create=True, open=True, context=context).result()
-    array.write(codes).result()
-    return ts.KvStore.open(memory, context=context).result().read("c/0/0/0/0").result().value

@@ -28,6 +28,7 @@ from distillcache.schemas.config.train import SurgeryOp
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 OnError = Literal["stop", "skip"]
+BenchName = Literal["feed", "build", "codec", "student", "kl", "recipes", "step", "routing", "load", "accelerator"]
 RecipeWay = Literal[
     "ce",
     "online_kl",
@@ -370,13 +371,15 @@ class VerifyConfig(Config):
 class BenchConfig(Config):
     """Measure fixed work against this machine's own limits and against other systems' formats."""
 
-    what: Literal["feed", "build", "codec", "student", "kl", "recipes", "step", "routing", "load"] = Field(
-        description="feed: reading; build: recording; codec: size, error and speed of each codec; student: results "
-        "of training from a bf16, an int8 and an int4 cache; kl: students of half the blocks, trained with "
-        "cross-entropy, the KL to the top k or the KL to the whole distribution; recipes: ways to train one student, "
-        "compared by tokens and by time; step: a training step's time and memory; routing: experts balanced by biases, "
-        "by an auxiliary loss, and not at all; load: the memory of one of eight processes that load a 30 GB checkpoint "
-        "(takes 6 GB of memory; the files are sparse)"
+    what: BenchName = Field(
+        description="feed: reading, alone and beside a busy process; build: recording; codec: size, error and speed of "
+        "each codec; step: a training step's time and memory; routing: experts balanced by biases, by an auxiliary "
+        "loss, and not at all; load: the memory of one of eight processes that load a 30 GB checkpoint (takes 6 GB of "
+        "memory; the files are sparse): each of these takes up to three minutes on two quiet cores. student: results "
+        "of training from a bf16, an int8 and an int4 cache (twenty minutes); kl: students of half the blocks, trained "
+        "with cross-entropy, the KL to the top k or the KL to the whole distribution (an hour); recipes: ways to train "
+        "one student, compared by tokens and by time (hours); accelerator: kernels, memory, parity, and the other "
+        "benches in small, in less than ten minutes on one accelerator, in tiny sizes where there is none"
     )
     job: Literal["fewer-heads", "narrower-mlps", "half-blocks", "experts", "balanced-experts"] | None = Field(
         default=None, description="recipes: how the student is cut from the teacher; default: half-blocks"

@@ -4,6 +4,7 @@ command.py          distillcache bench
 figures.py          figures and goals of a benchmark
 machine.py          the machine, and how busy it is
 build.py            build against the bare teacher
+busy.py             a process that keeps a core busy
 feed.py             feed against memory speed and other formats
 peer_formats.py     formats of other systems
 synthetic_cache.py  caches of random numbers
@@ -14,4 +15,5 @@ head_kl.py          KL over the whole vocabulary, memory and time
 students/           quality of students that are trained in different ways
 load.py             memory of loading a sharded checkpoint
 load_share.py       one process of that
+accelerator/        a new accelerator, in ten minutes
 """

@@ -15,6 +15,7 @@ Negative: the numbers were easier than normal ones, as differences are.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -154,29 +155,44 @@ def _round_trip(codec: Codec) -> Callable[[Float[Array, "S B T D"]], Float[Array
     return jax.jit(lambda x: codec.decode(codec.encode(x)).astype(jnp.float32))
 
 
-def measure_choice(decoder: Decoder, taps: Mapping[str, np.ndarray], choice: CodecChoice) -> dict[str, float]:
-    """One choice's figures, as the module's docstring names them. Row by row: a whole stack is decoded at a time."""
-    graph, parameters = nnx.split(decoder)
-    codecs = {tap: choice.make(tap, taps[tap].shape[-1]) for tap in TAPS}
-    codes = {tap: _round_trip(codec) for tap, codec in codecs.items()}
-    run = jax.jit(lambda parameters, resid, segments: attend(nnx.merge(graph, parameters), resid, segments))
-    rows = taps["resid"].shape[1]
-    sums: dict[str, float] = dict.fromkeys(("attn_out", "resid", "mlp_out", "normed", "attention"), 0.0)
-    for row in range(rows):
-        true = {tap: jnp.asarray(taps[tap][:, row : row + 1]) for tap in TAPS}
-        got = {tap: codes[tap](true[tap]) for tap in TAPS}
-        segments = jnp.ones(true["resid"].shape[1:3], jnp.int32)
-        true_normed, _ = run(parameters, true["resid"], segments)
-        normed, attention = run(parameters, got["resid"], segments)
-        pairs = {
+class _Truth:
+    """The teacher's taps `[S, N, T, D]`, and its attention's inputs, computed once for all choices."""
+
+    def __init__(self, decoder: Decoder, taps: Mapping[str, np.ndarray]) -> None:
+        graph, self._parameters = nnx.split(decoder)
+        self._run = jax.jit(lambda parameters, resid, segments: attend(nnx.merge(graph, parameters), resid, segments))
+        self.taps, self.rows = taps, taps["resid"].shape[1]
+        self._normed = [np.asarray(self.attend(self.row(row)["resid"])[0]) for row in range(self.rows)]
+
+    def row(self, row: int) -> dict[str, Array]:
+        """Its taps, `[S, 1, T, D]`: a whole stack is decoded at a time, so rows are taken one by one."""
+        return {tap: jnp.asarray(self.taps[tap][:, row : row + 1]) for tap in TAPS}
+
+    def attend(self, resid: Float[Array, "S B T D"]) -> tuple[Array, Array]:
+        return self._run(self._parameters, resid, jnp.ones(resid.shape[1:3], jnp.int32))
+
+    def pairs(self, row: int, got: Mapping[str, Array]) -> dict[str, tuple[Array | np.ndarray, Array]]:
+        """(decoded, true) by the name of the figure; got: a row's decoded taps."""
+        true, (normed, attention) = self.row(row), self.attend(got["resid"])
+        return {
             **{tap: (got[tap], true[tap]) for tap in TAPS},
             "mlp_out": (_mlp_out(got), _mlp_out(true)),
-            "normed": (normed, true_normed),
+            "normed": (normed, jnp.asarray(self._normed[row])),
             "attention": (attention, true["attn_out"]),
         }
-        for name, (x, y) in pairs.items():
-            sums[name] += float(cosine_distance(x, y)) / rows
-    return sums | _sizes(codecs, {tap: taps[tap].shape[0] for tap in TAPS}, taps["resid"].shape[-1], sums)
+
+
+def measure_choice(truth: _Truth, choice: CodecChoice) -> dict[str, float]:
+    """One choice's figures, as the module's docstring names them."""
+    hidden = truth.taps["resid"].shape[-1]
+    codecs = {tap: choice.make(tap, hidden) for tap in TAPS}
+    codes = {tap: _round_trip(codec) for tap, codec in codecs.items()}
+    sums: dict[str, float] = dict.fromkeys(("attn_out", "resid", "mlp_out", "normed", "attention"), 0.0)
+    for row in range(truth.rows):
+        got = {tap: codes[tap](true) for tap, true in truth.row(row).items()}
+        for name, (x, y) in truth.pairs(row, got).items():
+            sums[name] += float(cosine_distance(x, y)) / truth.rows
+    return sums | _sizes(codecs, {tap: truth.taps[tap].shape[0] for tap in TAPS}, hidden, sums)
 
 
 def _mlp_out(taps: Mapping[str, Array]) -> Float[Array, "L B T D"]:
@@ -233,14 +249,21 @@ def _best_seconds(function: Callable[[Any], Any], argument: Any) -> float:
 
 
 def measure_codecs(
-    decoder: Decoder, tokens: Int[np.ndarray, "N T"], choices: tuple[CodecChoice, ...] = CHOICES
+    decoder: Decoder, taps: Mapping[str, Float[np.ndarray, "S N T D"]], choices: tuple[CodecChoice, ...] = CHOICES
 ) -> dict[str, float]:
-    """All figures, named `<choice>.<figure>`; the goals among them are `GOALS`."""
-    taps = collect_taps(decoder, tokens)
+    """All figures, named `<choice>.<figure>`; the goals among them are `GOALS`.
+
+    Args:
+        taps: of the decoder, as `collect_taps` gives them.
+    """
+    truth = _Truth(decoder, taps)
     figures: dict[str, float] = {}
-    for choice in choices:
-        measured = measure_choice(decoder, taps, choice) | measure_speed(taps["resid"], choice)
+    for number, choice in enumerate(choices, start=1):
+        start = time.perf_counter()
+        measured = measure_choice(truth, choice) | measure_speed(taps["resid"], choice)
         figures |= {f"{choice.label}.{name}": value for name, value in measured.items()}
+        took = time.perf_counter() - start
+        print(f"bench: codec {number} of {len(choices)}, {choice.label}, {took:.0f} s", file=sys.stderr)
     return figures
 
 

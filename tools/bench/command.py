@@ -1,4 +1,4 @@
-"""`distillcache bench feed|build|codec|student|kl|recipes|step|routing|load`: against limits and peers.
+"""`distillcache bench feed|build|codec|student|kl|recipes|step|routing|load|accelerator`: against limits and peers.
 
     distillcache bench feed --json
 
@@ -33,10 +33,11 @@ MODULES = {
     "step": "tools.bench.step",
     "routing": "tools.bench.students.routing",
     "load": "tools.bench.load",
+    "accelerator": "tools.bench.accelerator.sections",
 }
 
 
-CODEC_ROWS = 8  # of 512 tokens of real text: what the codecs' goals are stated for
+CODEC_ROWS, CODEC_ROW_TOKENS = 8, 512  # real text, for which the codecs' goals are stated
 
 
 BUSY_CORES = 0.25  # of other work: more than a quiet machine's
@@ -60,7 +61,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> None:
 def measure_codec(config: BenchConfig) -> Measured:
     """All figures of `bench codec`."""
     from distillcache.models.checkpoint import load_pretrained
-    from distillcache.tools.bench.build import BuildSizes, reference_rows
+    from distillcache.tools.bench.build import reference_rows
     from distillcache.tools.bench.codec import check_goals, collect_taps, measure_codecs
     from distillcache.tools.bench.compress import ROWS, measure_compression
     from distillcache.tools.demo.teacher import fetch_teacher
@@ -68,10 +69,10 @@ def measure_codec(config: BenchConfig) -> Measured:
     teacher = str(fetch_teacher())
     decoder = load_pretrained(teacher)
     with scratch_folder(config.dir) as folder:
-        rows = reference_rows(folder, teacher, BuildSizes().row_tokens, CODEC_ROWS)
-        tokens = np.stack([row.tokens for row in rows.slice(0, CODEC_ROWS)])
-        figures = measure_compression(collect_taps(decoder, tokens[:ROWS]), folder)
-    figures |= measure_codecs(decoder, tokens)
+        rows = reference_rows(folder, teacher, CODEC_ROW_TOKENS, CODEC_ROWS)
+        taps = collect_taps(decoder, np.stack([row.tokens for row in rows.slice(0, CODEC_ROWS)]))
+        figures = measure_compression({tap: values[:, :ROWS] for tap, values in taps.items()}, folder)
+    figures |= measure_codecs(decoder, taps)
     goals = [Goal(found["name"], found["value"], found["goal"], "at_most") for found in check_goals(figures)]
     return Measured(figures, goals)
 

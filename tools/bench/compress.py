@@ -11,6 +11,7 @@ Rates count the codes' own bytes, so that they compare across compressions: the 
 compression a local file is read straight into the batch; compressed ones are read through TensorStore.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from distillcache.cache_builder.record.writer import encode_object
+from distillcache.cache_builder.record.objects import encode_object
 from distillcache.schemas.config import TapConfig
 from distillcache.schemas.format.layout import Compression
 from distillcache.schemas.format.manifest import Plan
@@ -58,6 +59,7 @@ def measure_compression(
             for name, value in found.items():
                 key = f"compress.{codec}.{tap}.{compress}.{name}"
                 figures[key] = max(value, figures.get(key, 0.0))
+        print(f"bench: compression of {codec}", file=sys.stderr)
     return figures
 
 

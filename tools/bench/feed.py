@@ -7,16 +7,19 @@ as `[L, B, T, D]` in memory that nobody else uses. All files are in the page cac
     raw_mmap       raw memory-mapped shards      safetensors   a file a row      tf_example   tf.Example in ArrayRecord
     feed_<codec>   ours, with digests checked    feed_bf16_unchecked  without    feed_bf16_device  and put on the device
 
-memcpy and raw_mmap run on one thread; figures of two are printed beside them. Ours runs as `train` runs it.
+memcpy and raw_mmap run on one thread; figures of two are printed beside them. Ours runs as `train` runs it. A round
+runs every path, then those that a goal compares once more beside a process that keeps one core busy (`busy_<figure>`):
+trainers share their cores.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +31,27 @@ import tensorstore as ts
 
 from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.format.manifest import Plan
+from distillcache.schemas.runtime.child_python import python_environment, python_words
+from distillcache.tools.bench.busy import BusyProcess
 from distillcache.tools.bench.command import by_turns
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.peer_formats import RawShards, SampleFiles, TfExamples
 from distillcache.tools.bench.synthetic_cache import synthetic_plan, write_cache, write_large_index
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
 
+Paths = dict[str, Callable[[int], float]]  # name -> a function of the round's number that returns rows a second
 TAP = "attn_out"
 ROUNDS = 5
 BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
+BESIDE_WORK = ("memcpy", "raw_mmap", "feed_bf16", "feed_bf16_unchecked", "feed_int8", "feed_int4")
 SUBSET = (3, 11, 12, 26)  # some blocks, two of them neighbours
 
 
 @dataclass(frozen=True)
 class FeedSizes:
     """Sizes of the reads. shape: (L, T, D) of a row. rows: in the cache. distinct: number of different rows; the
-    others are links to them, since Grain's shuffle is slow below some thousand rows. tf_rows: in the tf.Example
-    file, which is slow to write.
+    others are links to them, since Grain's shuffle is slow below some thousand rows. warm_batches: of a feed, before
+    the clock starts. tf_rows: in the tf.Example file, which is slow to write.
     """
 
     shape: tuple[int, int, int] = (30, 512, 576)
@@ -52,6 +59,7 @@ class FeedSizes:
     distinct: int = 24
     batch_rows: int = 8
     batches: int = 16
+    warm_batches: int = 3
     shard_rows: int = 24
     tf_rows: int = 8
     codecs: tuple[str, ...] = ("bf16", "int8", "int4")
@@ -66,10 +74,12 @@ def measure(config: BenchConfig) -> Measured:
 
 def measure_feed(folder: Path, sizes: FeedSizes, rounds: int) -> Measured:
     """Measure with other sizes."""
-    rows = random_rows(sizes)
     print("bench: writing the data", file=sys.stderr)
+    rows = random_rows(sizes)
     sources = write_all(folder, sizes, rows)
-    rates = by_turns(make_paths(folder, sizes, rows, sources), rounds)
+    paths = make_paths(folder, sizes, rows, sources)
+    with BusyProcess() as process:
+        rates = by_turns(paths | beside_work(paths, process), rounds)
     row_gb = int(np.prod(sizes.shape)) * 2 / 1e9
     figures = {f"{name}_rows_per_s": rate for name, rate in rates.items()}
     figures |= {f"{name}_gb_per_s": rate * row_gb for name, rate in rates.items() if "int" not in name}
@@ -78,19 +88,38 @@ def measure_feed(folder: Path, sizes: FeedSizes, rounds: int) -> Measured:
     return Measured(figures, make_goals(rates, figures))
 
 
-def make_goals(rates: dict[str, float], figures: dict[str, float]) -> list[Goal]:
+def beside_work(paths: Paths, process: BusyProcess) -> Paths:
+    """The paths that goals compare, each beside a process that keeps one core busy."""
+
+    def beside(path: Callable[[int], float], number: int) -> float:
+        with process.busy():
+            return path(number)
+
+    return {f"busy_{name}": partial(beside, paths[name]) for name in BESIDE_WORK if name in paths}
+
+
+def make_goals(rates: Mapping[str, float], figures: Mapping[str, float]) -> list[Goal]:
     """Return the goals."""
-    goals = [
-        Goal("bf16_unchecked_over_memcpy", rates["feed_bf16_unchecked"] / rates["memcpy"], 0.9, "at_least"),
-        Goal("bf16_over_memcpy", rates["feed_bf16"] / rates["memcpy"], 0.6, "at_least"),
-        Goal("bf16_unchecked_over_raw_mmap", rates["feed_bf16_unchecked"] / rates["raw_mmap"], 1.0, "at_least"),
+    return [
+        *speed_goals(rates, ""),
         Goal("bf16_over_tf_example", rates["feed_bf16"] / rates["tf_example"], 15, "at_least"),
+        *speed_goals(rates, "busy_"),
         Goal("subset_bytes_read_over_own", figures["subset_bytes_read_over_own"], 1.01, "at_most"),
         Goal("open_million_rows_s", figures["open_million_rows_s"], 1.0, "at_most"),
         Goal("open_million_rows_mb", figures["open_million_rows_mb"], 300, "at_most"),
     ]
-    if "feed_int8" in rates:
-        goals.append(Goal("int8_over_raw_mmap", rates["feed_int8"] / rates["raw_mmap"], 1.6, "at_least"))
+
+
+def speed_goals(rates: Mapping[str, float], state: str) -> list[Goal]:
+    """Return those against memory's own speed. state: of the machine, the beginning of the paths' names."""
+    rate = {name.removeprefix(state): rate for name, rate in rates.items() if name.startswith(state)}
+    goals = [
+        Goal(f"{state}bf16_unchecked_over_memcpy", rate["feed_bf16_unchecked"] / rate["memcpy"], 0.9, "at_least"),
+        Goal(f"{state}bf16_over_memcpy", rate["feed_bf16"] / rate["memcpy"], 0.6, "at_least"),
+        Goal(f"{state}bf16_unchecked_over_raw_mmap", rate["feed_bf16_unchecked"] / rate["raw_mmap"], 1.0, "at_least"),
+    ]
+    if "feed_int8" in rate:
+        goals.append(Goal(f"{state}int8_over_raw_mmap", rate["feed_int8"] / rate["raw_mmap"], 1.6, "at_least"))
     return goals
 
 
@@ -121,9 +150,7 @@ def write_all(folder: Path, sizes: FeedSizes, rows: np.ndarray) -> dict[str, Cac
     return sources
 
 
-def make_paths(
-    folder: Path, sizes: FeedSizes, rows: np.ndarray, sources: dict[str, CacheSource]
-) -> dict[str, Callable[[int], float]]:
+def make_paths(folder: Path, sizes: FeedSizes, rows: np.ndarray, sources: dict[str, CacheSource]) -> Paths:
     """Name -> a function that reads a round's batches and returns rows a second."""
 
     def copy(numbers: Sequence[int]) -> np.ndarray:
@@ -134,7 +161,7 @@ def make_paths(
 
     raw, samples = RawShards(folder / "raw", sizes.shape), SampleFiles(folder / "samples", sizes.shape)
     examples = TfExamples(folder / "examples.array_record", sizes.shape)
-    paths: dict[str, Callable[[int], float]] = {
+    paths: Paths = {
         "memcpy": lambda seed: read_rate(copy, batch_order(sizes, seed)),
         "memcpy_2_threads": lambda seed: read_rate(copy, batch_order(sizes, seed), threads=2),
         "raw_mmap": lambda seed: read_rate(raw.__getitem__, batch_order(sizes, seed)),
@@ -171,14 +198,22 @@ def read_rate(read: Callable[[Sequence[int]], np.ndarray], batches: list[list[in
 
 
 def feed_rate(source: CacheSource, sizes: FeedSizes, seed: int, *, device: bool = False) -> float:
-    """Rows a second of our feed, from its start: nothing is read ahead before the clock runs."""
-    start = time.perf_counter()
+    """Rows a second of our feed, of a long run: when the clock starts and when it ends, batches are under way.
+
+    Were it to run from the first read to the last batch, what is read ahead behind that would count as if it were not.
+    """
+
+    def take() -> None:
+        batch = next(feed)
+        if device:
+            jax.block_until_ready(jax.device_put(batch[TAP]))
+
     with make_feed(source, global_batch_rows=sizes.batch_rows, seed=seed) as feed:
+        for _ in range(sizes.warm_batches):
+            take()
+        start = time.perf_counter()
         for _ in range(sizes.batches):
-            batch = next(feed)
-            if device:
-                jax.block_until_ready(jax.device_put(batch[TAP]))
-            del batch
+            take()
         seconds = time.perf_counter() - start
     return sizes.batches * sizes.batch_rows / seconds
 
@@ -220,9 +255,9 @@ def open_figures(folder: Path, sizes: FeedSizes) -> dict[str, float]:
     """
     plan = synthetic_plan(sizes.million, (30, 8, 64), {"resid": "bf16", TAP: "bf16"}, shard_rows=2)
     write_large_index(folder, plan)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", OPEN_SCRIPT, str(folder)], stdout=subprocess.PIPE, check=True, text=True
-    )
+    environment = {**python_environment(), "JAX_PLATFORMS": "cpu"}  # an accelerator may be all this process's
+    command = python_words("-c", OPEN_SCRIPT, str(folder))
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout)
     return {
         "open_million_rows_s": found["s"],

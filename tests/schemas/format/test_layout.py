@@ -9,7 +9,7 @@ import tensorstore as ts
 import zarr
 
 from distillcache.cache_builder.record.fixed_files import array_files
-from distillcache.cache_builder.record.writer import encode_object
+from distillcache.cache_builder.record.objects import encode_object
 from distillcache.schemas.config import TapConfig
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import PartPlan, Plan

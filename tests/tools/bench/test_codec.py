@@ -63,7 +63,8 @@ def test_bound_is_zero_for_the_best_code() -> None:
 @pytest.mark.slow
 def test_figures_and_goals() -> None:
     choices = (CodecChoice("f32", "f32"), CodecChoice("int8", "int8"), CodecChoice("int8_delta", "int8", 8))
-    figures = measure_codecs(Decoder(CONFIG), TOKENS, choices)
+    decoder = Decoder(CONFIG)
+    figures = measure_codecs(decoder, collect_taps(decoder, TOKENS), choices)
     assert figures["f32.attention"] < 1e-10
     assert 1e-7 < figures["int8.attn_out"] < 5e-5
     assert figures["int8_delta.key_size"] > 0

@@ -115,14 +115,16 @@ class LocalArray:
 
     def _spans(self, descriptor: int, key: str, inside: int) -> list[int]:
         """Return the offsets of the chunks of one of the shard's rows: zarr's sharding_indexed, index at the end."""
-        index = np.empty((self._shard_rows, self._slots, 2), "<u8")
-        start = os.fstat(descriptor).st_size - INDEX_CHECKSUM - index.nbytes
-        if start < 0 or not read_into(descriptor, [index.data], start):
+        index = np.empty((self._slots, 2), "<u8")  # of this row's chunks alone
+        start = os.fstat(descriptor).st_size - INDEX_CHECKSUM - self._shard_rows * index.nbytes
+        if start < 0 or not read_into(descriptor, [index.data], start + inside * index.nbytes):
             raise self._damage(key, "shorter than the index of its chunks")
-        offsets, lengths = index[inside].T
-        if np.any((lengths != self._chunk_bytes) & (offsets != NO_CHUNK)):
+        offsets, lengths = index.T.tolist()
+        if any(
+            length != self._chunk_bytes and offset != NO_CHUNK for offset, length in zip(offsets, lengths, strict=True)
+        ):
             raise self._damage(key, "an index of chunks of other lengths")
-        return offsets.tolist()
+        return offsets
 
     def _damage(self, key: str, found: str) -> DamageError:
         return DamageError(
@@ -147,17 +149,14 @@ def joined(
     chunks: Sequence[tuple[int, int, memoryview]], size: int
 ) -> Iterator[tuple[int, list[tuple[int, memoryview]]]]:
     """(offset, chunks `(slot, memory)` that lie together there), of `(offset, slot, memory)`, each `size` bytes."""
-    most = max(1, READ_BYTES // size)
-    together: list[tuple[int, memoryview]] = []
-    first = 0
-    for offset, slot, memory in chunks:
-        if together and (offset != first + len(together) * size or len(together) == most):
-            yield first, together
-            together = []
-        first = first if together else offset
-        together.append((slot, memory))
-    if together:
-        yield first, together
+    most, start = max(1, READ_BYTES // size), 0
+    offsets, found = [chunk[0] for chunk in chunks], [chunk[1:] for chunk in chunks]
+    while start < len(chunks):
+        stop, last = start + 1, min(start + most, len(chunks))
+        while stop < last and offsets[stop] - offsets[stop - 1] == size:
+            stop += 1
+        yield offsets[start], found[start:stop]
+        start = stop
 
 
 def read_into(descriptor: int, memories: Sequence[memoryview], offset: int) -> bool:
