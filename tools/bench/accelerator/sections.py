@@ -1,6 +1,6 @@
 """`distillcache bench accelerator`: all that is worth knowing of a new accelerator, in less than ten minutes.
 
-    distillcache bench accelerator --json > device.json
+    distillcache bench accelerator --json
 
 One part after the other, the ones that answer most for their time first; figures are named `<part>.<figure>`:
 
