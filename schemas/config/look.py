@@ -42,7 +42,9 @@ class ShowConfig(Config):
     tokens: Positive = Field(default=64, description="tokens to list, one a line")  # a screen or two
     start: Index = Field(default=0, description="the first token to list")
     image: str | None = Field(
-        default=None, pattern=r"\.(svg|png)$", description="also draw all tokens and blocks to this file"
+        default=None,
+        pattern=r"\.(svg|png)$",
+        description="also draw all tokens to this file: one block as lines, all as maps",
     )
     storage: StorageConfig = Field(default=StorageConfig(), description="object-store client settings")
 

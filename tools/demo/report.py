@@ -1,4 +1,4 @@
-"""The demo's report: figures as plain values, as tables for people, and as a chart."""
+"""The demo's report: figures as plain values, as tables for people, and as a picture."""
 
 import shlex
 import shutil
@@ -15,11 +15,13 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import InputError
 from distillcache.schemas.store.store import Store
 from distillcache.schemas.store.whole_file import writing
+from distillcache.tools.pages.pictures import scale_by_ratios
 from distillcache.tools.pages.terminal import table_console
 from distillcache.trainer.run.evaluate import told_perplexity
+from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.train import TrainResult, divergence_summary
 
-CHART = "cosine_distance.png"
+CHART = "recovery.png"
 TEACHER_COLOR, CUT_COLOR, RECOVERED_COLOR = "#444444", "#c44e52", "#4c72b0"
 
 
@@ -37,10 +39,12 @@ def make_report(
     plan = open_cache(Store(str(out / "cache")))[0].plan
     of_teacher, cut, recovered = result.after.teacher_perplexity, result.before.perplexity, result.after.perplexity
     build_s = seconds["build"]
+    curve = [(entry.step, entry.perplexity) for entry in read_evaluations(out / "run")]
     return {
         "teacher": teacher,
         "surgery": [op.model_dump() for op in surgery],
         "perplexity": {"teacher": of_teacher, "cut": cut, "recovered": recovered},
+        "curve": {"step": [step for step, _ in curve], "perplexity": [perplexity for _, perplexity in curve]},
         "gap_closed": result.after.gap_closed,
         "cosine_distance": {
             "block": list(result.after.blocks),
@@ -122,7 +126,9 @@ def _facts(report: dict[str, Any]) -> Table:
     table.add_row("memory", f"{report['peak_anon_gb']:.2f} GB at most")
     size = f"{report['cache_gb']:.3g} GB, {report['bytes_per_token']:,} bytes a token"
     table.add_row("cache", f"{report['cache']}, {size}")
-    table.add_row("run", f"{report['run']}, {counted(report['steps'], 'step')}; with report.json and {CHART}")
+    table.add_row(
+        "run", f"{report['run']}, {counted(report['steps'], 'step')}; with report.json and {Path(report['chart']).name}"
+    )
     return table
 
 
@@ -145,26 +151,51 @@ def _activate() -> str:
 
 
 def write_chart(report: dict[str, Any], path: Path) -> None:
-    """Cosine distance per block, cut and recovered, as a PNG; logarithmic, since the two are far apart."""
-    import matplotlib
+    """The recovery as a PNG: perplexity between the teacher's and the cut student's by step, and distance by block.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Logarithmic, since before and after are far apart. A perplexity that is undefined leaves the blocks alone.
+    """
+    from matplotlib.figure import Figure
+
+    has_curve = len(report["curve"]["step"]) > 1 and None not in report["curve"]["perplexity"]
+    figure = Figure(figsize=(13 if has_curve else 7, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2 if has_curve else 1, squeeze=False)[0]
+    if has_curve:
+        _draw_curve(panels[0], report)
+    _draw_blocks(panels[-1], report)
+    with writing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+
+
+def _draw_curve(axes: Any, report: dict[str, Any]) -> None:
+    """Perplexity by step, beside what it came from and what it can reach."""
+    curve, perplexity, gap = report["curve"], report["perplexity"], report["gap_closed"]
+    axes.plot(curve["step"], curve["perplexity"], color=RECOVERED_COLOR, marker="s", markersize=4, label="student")
+    levels = (("cut", "student, cut", CUT_COLOR, "--"), ("teacher", "teacher", TEACHER_COLOR, ":"))
+    for name, words, color, dashes in levels:
+        if perplexity[name] is not None:
+            label = f"{words}: {perplexity[name]:.1f}"
+            axes.axhline(perplexity[name], color=color, linestyle=dashes, label=label)
+    scale_by_ratios(axes)
+    axes.set_xlabel("step")
+    axes.set_ylabel("perplexity")
+    closed = "" if gap is None else f": {gap:.1%} of the gap to the teacher closed"
+    axes.set_title(f"Held-out perplexity{closed}", loc="left")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend()
+
+
+def _draw_blocks(axes: Any, report: dict[str, Any]) -> None:
+    """Cosine distance of every block, cut and recovered."""
     from matplotlib.ticker import MaxNLocator
 
-    distance, perplexity = report["cosine_distance"], report["perplexity"]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    distance = report["cosine_distance"]
     for name, color, marker in (("cut", CUT_COLOR, "o"), ("recovered", RECOVERED_COLOR, "s")):
-        label = f"{name} (perplexity {told_perplexity(perplexity[name], '.1f')})"
-        axes.plot(distance["block"], distance[name], color=color, marker=marker, markersize=4, label=label)
+        axes.plot(distance["block"], distance[name], color=color, marker=marker, markersize=4, label=f"student, {name}")
     axes.set_yscale("log")
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("cosine distance to the teacher")
-    of_teacher = told_perplexity(perplexity["teacher"], ".1f")
-    axes.set_title(f"Attention outputs on held-out rows (teacher's perplexity {of_teacher})")
+    axes.set_ylabel("cosine distance")
+    axes.set_title("Distance of attention outputs to the teacher's by block", loc="left")
     axes.grid(axis="y", which="both", alpha=0.25)
     axes.legend()
-    with writing(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-    pyplot.close(figure)

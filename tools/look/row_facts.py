@@ -20,6 +20,7 @@ from distillcache.schemas.format.rows import Row
 from distillcache.tools.look.stored_rows import StoredRows, finite, lengths
 
 LARGEST = 3  # dimensions named of a slot
+LABEL_LETTERS = 12  # of a token along an axis
 TINY = 1e-30
 
 
@@ -151,6 +152,21 @@ def _slot_facts(slot: int, values: np.ndarray, before: np.ndarray | None, real: 
 def shown(text: str) -> str:
     """A token's text on one line."""
     return "".join({"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(letter, letter) for letter in text)
+
+
+def token_labels(texts: Sequence[str], real: Sequence[bool] | np.ndarray) -> list[str]:
+    """The words of a picture's axis: a token's number and its text, `7 fox`; nothing for padding."""
+    return [
+        f"{at} {_label(text)}" if is_real else "" for at, (text, is_real) in enumerate(zip(texts, real, strict=True))
+    ]
+
+
+def _label(text: str) -> str:
+    """Text of a few letters in which nothing is invisible: a picture's file may hold no control characters."""
+    if not text.strip():
+        return repr(text)[: LABEL_LETTERS + 2]
+    line = shown(text).strip()
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)[:LABEL_LETTERS].rstrip()
 
 
 def summary(tap: TapFacts, real: Sequence[bool] | np.ndarray) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
         code = 2 if facts.damaged else 0
         texts, odd = _texts(rows, facts), [*map(_told, facts.damaged), *_odd(rows, facts)]
         if config.image is not None:
-            draw(facts, config.image)
+            draw(facts, config.image, config.block)
     if as_json:
         print(json.dumps({**_describe(rows, facts, texts), "warnings": odd}))
         return code

@@ -1,7 +1,13 @@
 """Picture files: their axes, and the metadata by which a command knows its own again."""
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from distillcache.schemas.store.whole_file import make_folder_of, writing
 
@@ -31,3 +37,33 @@ def scale_by_ratios(panel: Any) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.yaxis.set_minor_locator(NullLocator())
+
+
+def label_places(panel: Any, labels: Sequence[str], most: int, size: float) -> None:
+    """Write words along a panel's x axis, at 0, 1, 2, ...: all of them, or every k-th where `most` are fewer.
+
+    Words of more than two letters stand upright, in this size.
+    """
+    places = range(0, len(labels), max(1, -(-len(labels) // most)))
+    words = [labels[at] for at in places]
+    upright = {"rotation": 90, "fontsize": size} if any(len(each) > 2 for each in words) else {}
+    panel.set_xticks(list(places), words, parse_math=False, **upright)  # a dollar sign is itself
+
+
+def pooled(values: Float[np.ndarray, "rows columns"], most: int) -> Float[np.ndarray, "rows pooled"]:
+    """Neighbouring columns joined by their maximum, down to `most` of them; NaN only where all are."""
+    width = -(-values.shape[1] // most)
+    if width == 1:
+        return values
+    filled = np.full((values.shape[0], -(-values.shape[1] // width) * width), -np.inf)
+    filled[:, : values.shape[1]] = np.where(np.isnan(values), -np.inf, values)
+    joined = filled.reshape(len(values), -1, width).max(axis=2)
+    return np.where(np.isneginf(joined), np.nan, joined)
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Draw without Matplotlib's warnings of letters that its own font lacks: it only measures them, or draws a box."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield

@@ -1,6 +1,6 @@
 """Sections of a report about a cache: description, progress, storage, statistics of its blocks, some of its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.inspect_print import said_of_times
 from distillcache.tools.look.segment_facts import SAMPLED_SHARDS
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
+from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps, limits_of
 from distillcache.tools.pages.html import (
     Numeric,
     Page,
@@ -32,10 +32,12 @@ from distillcache.tools.pages.html import (
     size,
     table,
 )
+from distillcache.tools.pages.pictures import pooled
 from distillcache.tools.report.leases import workers
-from distillcache.tools.report.rows import RowLook, Sample, row_warnings, sample_rows
+from distillcache.tools.report.rows import STREAM, Likeness, RowLook, Sample, row_warnings, sample_rows
 
 COLUMNS = 360  # of a row's picture, one a point of its width: more tokens share one, which shows their largest
+ROWS_A_FIGURE = 3
 BF16_BYTES = 2
 NAMES = {"resid": "residual stream", "attn_out": "attention output", "mlp_out": "MLP output"}
 
@@ -60,7 +62,7 @@ def cache_page(store: Store, rows: int, seed: int, footer: str) -> tuple[Page, d
     page.add("Storage", storage_table(found), array_table(found))
     page.add("Blocks", *slot_statistics(found))
     page.add("Rows", *_rows(sample))
-    page.add("Similarity of blocks", *_similarity(sample))
+    page.add("Similarity of slots", *_similarity(sample.likeness))
     return page, {"of": "cache", "rows": [row.number for row in sample.rows], "warnings": told}
 
 
@@ -171,7 +173,7 @@ def slot_statistics(found: dict[str, Any]) -> list[str]:
     if not found["finished"]:
         words += f" Of a segment that is being built, they are those of up to {SAMPLED_SHARDS} committed shards."
     fragments = [paragraph(words)]
-    titles = {"rms": "Root mean square", "abs_max": "Largest magnitude"}
+    titles = {"rms": "Root mean square of each tap", "abs_max": "Largest magnitude in each tap"}
     drawn = [_stats_figure(found, taps, key, title) for key, title in titles.items()]
     fragments.append(figures(drawn))
     for tap in taps:
@@ -190,19 +192,22 @@ def _finite(broken: int) -> str:
 
 
 def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: str, title: str) -> Figure | None:
+    """Draw a statistic by slot; none of a single slot, which the table has."""
     lines = [
         Line(_label(found, tap), np.asarray(tap["slots"], float), np.asarray(tap[key], float))
         for tap in taps
         if tap["name"] != TOPK_LOGITS  # of no block
     ]
-    if not lines:
+    if not any(len(line.x) > 1 for line in lines):
         return None
     spans = "; ".join(low_and_high(line) for line in lines)
     return Figure(
         title=f"{title} by slot",
         caption=f"{spans}. {_slots_meaning([tap['name'] for tap in taps])}",
-        alt=f"Line chart of the {title.lower()} of each tap by slot: {spans}.",
-        svg=draw_lines(lines, "slot", title.lower(), points=True, whole=True),
+        alt=f"Line chart of the {title.lower()} by slot: {spans}.",
+        svg=draw_lines(
+            lines, "slot", {"rms": "root mean square", "abs_max": "magnitude"}[key], points=True, whole=True
+        ),
     )
 
 
@@ -229,55 +234,68 @@ def _rows(sample: Sample) -> list[str]:
         "The Euclidean norm of every token's vector in every slot. A dashed line marks where a document begins; "
         "padding is blank."
     )
+    if len(sample.rows) > 1:
+        words += " All rows share one scale of colours for each tap."
     if tokens > COLUMNS:
         words += f" Each column shows the largest norm of {-(-tokens // COLUMNS)} neighbouring tokens."
-    return [paragraph(words), figures([_row_figure(row) for row in sample.rows]), _row_table(sample)]
+    names = list(dict.fromkeys(name for row in sample.rows for name in row.norms))
+    drawn = [
+        figure for name in names for figure in _norm_figures([row for row in sample.rows if name in row.norms], name)
+    ]
+    return [_text_table(sample.rows), paragraph(words), figures(drawn), _row_table(sample)]
 
 
-def _row_figure(row: RowLook) -> Figure | None:
-    if not row.norms:
-        return None
-    maps = [_norm_map(row, name) for name in row.norms]
-    split, real = "Held-out row" if row.held_out else "Training row", int(row.real.sum())
-    text = " ".join(row.text.split())
-    words = f", beginning with: {text}" if text else "."
-    documents = counted(len(row.starts) + 1, "document")
-    alt = f"Heat maps of token norms by slot in row {row.number}. " + " ".join(
-        f"{name}: {_peak(row, name)}." for name in row.norms
-    )
-    return Figure(
-        title=f"Row {row.number}",
-        caption=f"{split} of {counted(real, 'token')} and {documents}{words}",
-        alt=alt,
-        svg=draw_maps(maps, height_in=1.9),
-    )
+def _text_table(rows: Sequence[RowLook]) -> str:
+    cells = [
+        (
+            str(row.number),
+            " ".join(row.text.split()),
+            "held out" if row.held_out else "training",
+            number(int(row.real.sum())),
+            number(len(row.starts) + 1),
+        )
+        for row in rows
+    ]
+    return table("The rows that are shown", ("row", "begins with", "split", "tokens", "documents"), cells)
+
+
+def _norm_figures(rows: Sequence[RowLook], name: str) -> Iterator[Figure]:
+    """Draw the norms of one tap, a few rows a figure and all on one scale of colours."""
+    maps = [_norm_map(row, name) for row in rows]
+    limits = limits_of(maps)
+    for first in range(0, len(rows), ROWS_A_FIGURE):
+        some = rows[first : first + ROWS_A_FIGURE]
+        peaks = " ".join(f"Row {row.number}: {_peak(row, name)}." for row in some)
+        words = f"{NAMES.get(name, name)} in row{'s' if len(some) > 1 else ''} {_and(row.number for row in some)}"
+        yield Figure(
+            title=f"Token norms of the {words}",
+            caption=peaks,
+            alt=f"Heat maps of token norms by slot of the {words}. {peaks}",
+            svg=draw_maps(maps[first : first + ROWS_A_FIGURE], 1.9 if len(some) > 1 else 3.3, limits),
+        )
 
 
 def _norm_map(row: RowLook, name: str) -> HeatMap:
     values = np.where(row.real, row.norms[name], np.nan)
     return HeatMap(
         values=pooled(values, COLUMNS),
-        title=f"{name}: {NAMES.get(name, name)}",
+        title=f"row {row.number}, {'held out' if row.held_out else 'for training'}",
         x="token",
-        y="slot",
+        y=f"slot of {name}",
         unit="norm",
         left=-0.5,
         right=values.shape[1] - 0.5,
         row_labels=row.slots[name],
+        x_labels=row.labels,
         log=True,
         marks=[start - 0.5 for start in row.starts] if len(row.starts) <= 30 else (),
     )
 
 
-def pooled(values: np.ndarray, most: int) -> np.ndarray:
-    """Neighbouring columns joined by their maximum, down to `most` of them; NaN only where all are."""
-    width = -(-values.shape[1] // most)
-    if width == 1:
-        return values
-    filled = np.full((values.shape[0], -(-values.shape[1] // width) * width), -np.inf)
-    filled[:, : values.shape[1]] = np.where(np.isnan(values), -np.inf, values)
-    joined = filled.reshape(len(values), -1, width).max(axis=2)
-    return np.where(np.isneginf(joined), np.nan, joined)
+def _and(numbers: Iterable[int]) -> str:
+    """`3, 17 and 25`."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _peak(row: RowLook, name: str) -> str:
@@ -295,25 +313,32 @@ def _row_table(sample: Sample) -> str:
     return folded("The largest norms in numbers", table("Norms by row and tap", ("row", "tap", "norms"), rows))
 
 
-def _similarity(sample: Sample) -> list[str]:
-    drawn, tables = [], []
-    for name, alike in sample.likeness.items():
-        slots, matrix = alike.slots, alike.cosine
-        near = [float(matrix[at, at + 1]) for at in range(len(slots) - 1)]
-        words = f"{min(near):.3f} to {max(near):.3f} between neighbouring slots" if near else "there is one slot only"
-        drawn.append(
-            Figure(
-                title=f"Similarity of {name}",
-                caption=f"Cosine of a token's vectors in two slots, mean over {alike.tokens:,} tokens: {words}.",
-                alt=f"Heat map of the mean cosine between slots of {name}: {words}.",
-                svg=draw_maps(
-                    [HeatMap(matrix, NAMES.get(name, name), "slot", "slot", "cosine", row_labels=slots)], 3.4
-                ),
-            )
-        )
-        rows = [(f"{slots[at]} and {slots[at + 1]}", number(value)) for at, value in enumerate(near)]
-        tables.append(table(f"Neighbouring slots of {name}", ("slots", "mean cosine"), rows))
-    return [figures(drawn), folded("Neighbouring slots in numbers", *tables)]
+def _similarity(alike: Likeness | None) -> list[str]:
+    """Similarity of the stream in every two slots; a figure of three slots and more, fewer are in the table."""
+    if alike is None or len(alike.slots) < 2:
+        return []
+    slots, matrix = alike.slots, alike.cosine
+    near = [float(matrix[at, at + 1]) for at in range(len(slots) - 1)]
+    pairs = [f"{slots[at]} and {slots[at + 1]}" for at in range(len(near))]
+    low, high = int(np.argmin(near)), int(np.argmax(near))
+    words = (
+        f"mean over {alike.tokens:,} tokens. Of neighbouring slots {pairs[low]} are least alike ({near[low]:.3f}), "
+        f"{pairs[high]} most ({near[high]:.3f})"
+    )
+    name = NAMES[STREAM]
+    drawn = Figure(
+        title=f"Similarity of the {name} in two slots",
+        caption=f"Cosine of a token's vectors in both slots, {words}. The blocks between two slots that are much alike "
+        "change the stream's direction little.",
+        alt=f"Heat map of the cosine between slots of the {name}, {words}.",
+        svg=draw_maps(
+            [HeatMap(matrix, "", "slot", "slot", "cosine", x_labels=[*map(str, slots)], row_labels=slots)], 3.4
+        ),
+    )
+    listed = table(
+        f"Neighbouring slots of {STREAM}", ("slots", "mean cosine"), zip(pairs, map(number, near), strict=True)
+    )
+    return [figures([drawn] if len(slots) > 2 else []), folded("Neighbouring slots in numbers", listed)]
 
 
 def _label(found: dict[str, Any], tap: dict[str, Any]) -> str:

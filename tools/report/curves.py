@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from distillcache.tools.pages.figures import HeatMap
+from distillcache.tools.pages.figures import HeatMap, Line, draw_lines, draw_maps
 
+BLOCKS_AS_LINES = 4
 POINTS = 180  # of a curve: two for each point of a figure's width would not be told apart
 OF_BLOCK = re.compile(r"block_(\d+)$")
 
@@ -79,6 +80,14 @@ def step_map(found: BlockCurves, unit: str, *, log: bool) -> HeatMap:
     return HeatMap(
         found.values, "", "step", "block", unit, left=left - half, right=right + half, row_labels=found.blocks, log=log
     )
+
+
+def block_picture(found: BlockCurves, y: str, *, log: bool = False) -> tuple[str, str]:
+    """A drawing of blocks by steps, behind its kind in words: a line each of a few blocks, else a heat map."""
+    if len(found.blocks) <= BLOCKS_AS_LINES:
+        lines = [Line(f"block {b}", found.step, v) for b, v in zip(found.blocks, found.values, strict=True)]
+        return "Line chart", draw_lines(lines, "step", y, linear=not log)
+    return "Heat map", draw_maps([step_map(found, y, log=log)], 2.6)
 
 
 def _parts(count: int) -> list[slice]:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from distillcache.schemas.counted import counted
-from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
+from distillcache.tools.pages.figures import Figure, HeatMap, draw_maps, limits_of
 from distillcache.tools.pages.html import figures, folded, number, paragraph, table
-from distillcache.tools.report.curves import BlockCurves, block_curves, step_map
+from distillcache.tools.report.curves import BlockCurves, block_curves, block_picture
 
-BLOCKS_SHOWN = 6  # by expert and step; the others are in the figures over all blocks
+BLOCKS_SHOWN = 3  # by expert and step, the least balanced; the others are in the figures over all blocks
 SKEWED = 1.0  # max violation: the fullest expert has twice the mean
 
 
@@ -42,28 +42,26 @@ def expert_fragments(lines: Sequence[Mapping[str, Any]], loads: Sequence[Mapping
         return []
     drawn = [
         _router_figure(
-            violation, "Max violation", "The fullest expert's load divided by the mean, minus one: 0 is balanced"
+            violation,
+            "Max violation",
+            "The fullest expert's load divided by the mean, minus one: 0 is balanced",
         ),
-        _router_figure(entropy, "Router entropy", "Entropy of a token's probabilities, in nats"),
+        _router_figure(entropy, "Router entropy", "Entropy of a token's probabilities over the experts, in nats"),
     ]
     if not loads:
         return [figures(drawn)]
     words = "Load is an expert's share of the tokens times the number of experts: 1 is balanced."
-    of_blocks = [_block_figure(loads, place) for place in _chosen(len(loads[-1]["blocks"]))]
-    return [paragraph(words), figures([*drawn, _last_figure(loads), *of_blocks]), _table(loads)]
+    return [paragraph(words), figures([*drawn, _last_figure(loads), _time_figure(loads)]), _table(loads)]
 
 
 def _router_figure(found: BlockCurves | None, title: str, unit: str) -> Figure | None:
-    if found is None:
+    """Draw a figure of routers by block and step; none of a single step."""
+    if found is None or len(found.step) < 2:
         return None
     first, last = _mean(found.values[:, 0]), _mean(found.values[:, -1])
     words = f"mean over blocks {first:.4g} at first, {last:.4g} at last"
-    if len(found.blocks) <= 4:
-        lines = [Line(f"block {b}", found.step, v) for b, v in zip(found.blocks, found.values, strict=True)]
-        svg = draw_lines(lines, "step", title.lower())
-    else:
-        svg = draw_maps([step_map(found, title.lower(), log=False)], 2.6)
-    return Figure(title, f"{unit}; {words}.", f"{title} by block and step: {words}.", svg)
+    kind, svg = block_picture(found, title.lower())
+    return Figure(f"{title} by step", f"{unit}; {words}.", f"{kind} of the {title.lower()} by step: {words}.", svg)
 
 
 def _last_figure(loads: Sequence[Mapping[str, Any]]) -> Figure:
@@ -79,20 +77,38 @@ def _last_figure(loads: Sequence[Mapping[str, Any]]) -> Figure:
     )
 
 
-def _block_figure(loads: Sequence[Mapping[str, Any]], place: int) -> Figure:
-    """One block's experts over time; a line's place is that of the look, steps between looks may differ."""
-    block = loads[-1]["blocks"][place]
-    looks = [line for line in loads if block in line["blocks"]]
-    values = np.stack([_loads(line)[line["blocks"].index(block)] for line in looks], axis=1)
-    steps = [line["step"] for line in looks]
-    words = f"{len(looks)} looks from step {steps[0]:,} to {steps[-1]:,}, load {values.min():.3g} to {values.max():.3g}"
-    title = f"Load over time, block {block}"
-    if len(values) <= 4:
-        lines = [Line(f"expert {e}", np.asarray(steps, float), row) for e, row in enumerate(values)]
-        svg = draw_lines(lines, "step", "load", points=len(steps) < 2)
-    else:
-        svg = draw_maps([HeatMap(values, "", f"look (steps {steps[0]:,} to {steps[-1]:,})", "expert", "load")], 2.6)
-    return Figure(title, f"{words}.", f"Load of block {block}'s experts over time: {words}.", svg)
+def _time_figure(loads: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Draw the experts of the least balanced blocks over time, on one scale of colours; none of a single look.
+
+    A column is a look, whose step is written below it: steps between looks may differ.
+    """
+    blocks = _least_balanced(loads[-1])
+    looks = [line for line in loads if {*blocks} <= {*line["blocks"]}]
+    if len(looks) < 2:
+        return None
+    steps = [f"{line['step']:,}" for line in looks]
+    values = [np.stack([_loads(line)[line["blocks"].index(block)] for line in looks], axis=1) for block in blocks]
+    maps = [
+        HeatMap(each, f"block {block}", "step of the look", "expert", "load", x_labels=steps)
+        for block, each in zip(blocks, values, strict=True)
+    ]
+    limits = limits_of(maps)
+    spans = "; ".join(
+        f"block {block} from {each.min():.3g} to {each.max():.3g}" for block, each in zip(blocks, values, strict=True)
+    )
+    which = "every block" if len(blocks) == len(loads[-1]["blocks"]) else "the least balanced blocks"
+    return Figure(
+        title=f"Load of the experts over time in {which}",
+        caption=f"{len(looks)} looks from step {steps[0]} to {steps[-1]}: {spans}.",
+        alt=f"Heat maps of the load by expert and look from step {steps[0]} to {steps[-1]}: {spans}.",
+        svg=draw_maps(maps, 1.9 if len(maps) > 1 else 2.6, limits),
+    )
+
+
+def _least_balanced(last: Mapping[str, Any]) -> list[int]:
+    """The blocks whose fullest expert has most, ascending."""
+    fullest = np.argsort(-_loads(last).max(axis=1), kind="stable")[:BLOCKS_SHOWN]
+    return sorted(last["blocks"][place] for place in fullest)
 
 
 def _table(loads: Sequence[Mapping[str, Any]]) -> str:
@@ -119,10 +135,6 @@ def _table(loads: Sequence[Mapping[str, Any]]) -> str:
 def _loads(line: Mapping[str, Any]) -> np.ndarray:
     share = np.asarray(line["share"], float)
     return share * share.shape[1]
-
-
-def _chosen(count: int) -> list[int]:
-    return sorted({*np.linspace(0, count - 1, min(count, BLOCKS_SHOWN)).round().astype(int).tolist()})
 
 
 def _mean(values: np.ndarray) -> float:

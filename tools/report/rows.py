@@ -1,14 +1,14 @@
-"""Figures of some rows of a cache: the norm of every token's vectors, and the similarity of blocks.
+"""Figures of some rows of a cache: the norm of every token's vectors, and the similarity of slots of the stream.
 
 Rows are read one at a time and slot by slot, so memory does not grow with the cache; of tokens' vectors only a sample
-is kept, for the similarity of blocks.
+is kept, for the similarity of slots.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.models.text.tokenizer import TextTokenizer
@@ -17,12 +17,14 @@ from distillcache.schemas.errors import DamageError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.fidelity.rows import padding_ids
+from distillcache.tools.look.row_facts import token_labels
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.stored_rows import StoredRows, lengths
 
 KEPT_BYTES = 128 * 2**20  # of one row's sampled vectors
 KEPT_TOKENS = 64  # of a row, at most: hundreds over all rows, enough for two digits of a mean cosine
 TEXT_TOKENS = 48
+STREAM = "resid"
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,18 @@ class RowLook:
     """number: through all rows of the cache. real: which tokens are no padding. starts: of its documents but the first.
 
     slots, norms: of each tap that the row has by now; the Euclidean norm of every token's vector in every slot.
+    labels: each token's number and text, of a row that is shown alone.
     """
 
     number: int
     held_out: bool
+    tokens: Int32[np.ndarray, " T"]
     real: Bool[np.ndarray, " T"]
     starts: tuple[int, ...]
     text: str
     slots: dict[str, tuple[int, ...]]
     norms: dict[str, Float[np.ndarray, "S T"]]
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,12 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Sample:
-    """likeness: by tap. damaged: of rows that are not what was committed, what is wrong. odd: what cannot be right."""
+    """likeness: of slots of the stream; None where it is not recorded. damaged: of rows that are not what was
+    committed, what is wrong. odd: what cannot be right.
+    """
 
     rows: tuple[RowLook, ...]
-    likeness: dict[str, Likeness]
+    likeness: Likeness | None
     damaged: tuple[str, ...]
     odd: tuple[str, ...] = ()
 
@@ -64,10 +71,10 @@ def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
     """Look at `count` committed rows, drawn by `seed`; fewer where there are fewer."""
     numbers = stored.sample(count, seed) if count else []
     if not numbers:
-        return Sample((), {}, ())
+        return Sample((), None, ())
     tokenizer, looks = cache_tokenizer(stored.store, stored.plan), []
     damaged: dict[str, list[int]] = {}
-    likeness: dict[str, Likeness] = {}
+    likeness: Likeness | None = None
     checks = SampleChecks(sorted(padding_ids(tokenizer)))
     for number in numbers:
         try:
@@ -76,8 +83,10 @@ def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
             damaged.setdefault(f"{error.what} ({error.facts.get('file', '')})", []).append(number)
             continue
         looks.append(look)
-        for name, found in alike.items():
-            likeness[name] = _joined(likeness.get(name), found)
+        likeness = likeness if alike is None else _joined(likeness, alike)
+    if len(looks) == 1:
+        texts = [tokenizer.decode([token]) for token in looks[0].tokens.tolist()]
+        looks[0] = replace(looks[0], labels=tuple(token_labels(texts, looks[0].real)))
     told = [f"Row{'s' if len(rows) > 1 else ''} {_listed(rows)}: {what}." for what, rows in damaged.items()]
     return Sample(tuple(looks), likeness, tuple(told), tuple(checks.findings()))
 
@@ -108,18 +117,20 @@ def _listed(numbers: Iterable[int]) -> str:
 
 def _look(
     stored: StoredRows, number: int, tokenizer: TextTokenizer, checks: SampleChecks
-) -> tuple[RowLook, Mapping[str, Likeness]]:
-    """One row, and the likeness of slots in it."""
+) -> tuple[RowLook, Likeness | None]:
+    """One row, and the likeness of the stream's slots in it."""
     row = stored.row(number)
     real = row.segment_ids > 0
     checks.row(number, stored.shard(number), row)
-    slots, norms, alike = {}, {}, {}
+    slots, norms, alike = {}, {}, None
     for name in stored.tap_names(number):
         if name != TOPK_LOGITS:  # which belongs to no block
-            slots[name], norms[name], alike[name] = _look_at_tap(stored, number, name, real, checks)
+            slots[name], norms[name], found = _look_at_tap(stored, number, name, real, checks)
+            alike = found or alike
     look = RowLook(
         number=number,
         held_out=row.split == "eval",
+        tokens=row.tokens,
         real=real,
         starts=_starts(row),
         text=tokenizer.decode(row.tokens[real][:TEXT_TOKENS].tolist()),
@@ -131,7 +142,11 @@ def _look(
 
 def _look_at_tap(
     stored: StoredRows, number: int, name: str, real: Bool[np.ndarray, " T"], checks: SampleChecks
-) -> tuple[tuple[int, ...], Float[np.ndarray, "S T"], Likeness]:
+) -> tuple[tuple[int, ...], Float[np.ndarray, "S T"], Likeness | None]:
+    """Slots and norms of a tap; of the stream, which goes on from slot to slot, also how alike they are.
+
+    What two blocks add to the stream has no reason to be alike.
+    """
     count = len({slot for each in stored.taps(number) if each.tap.name == name for slot in each.tap.slots})
     most = KEPT_BYTES // (4 * stored.plan.teacher.hidden_size * max(count, 1))
     picked = _spread(np.flatnonzero(real), max(1, min(KEPT_TOKENS, most)))
@@ -139,12 +154,16 @@ def _look_at_tap(
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is shown, and told
         for slot, values in stored.slots(number, name):
             norms[slot] = lengths(values)
-            kept[slot] = _unit(values[picked])
+            if name == STREAM:
+                kept[slot] = _unit(values[picked])
             checks.slot(name, slot, values)
     slots = tuple(sorted(norms))
+    stacked = np.stack([norms[slot] for slot in slots])
+    if not kept:
+        return slots, stacked, None
     stack = np.stack([kept[slot] for slot in slots])
     cosine = np.einsum("snd,tnd->st", stack, stack, optimize=True) / max(len(picked), 1)
-    return slots, np.stack([norms[slot] for slot in slots]), Likeness(slots, cosine, len(picked))
+    return slots, stacked, Likeness(slots, cosine, len(picked))
 
 
 def _unit(values: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:

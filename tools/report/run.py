@@ -1,5 +1,7 @@
-"""Sections of a report about a run: description, losses, evaluations, blocks before and after, experts, speed,
-config."""
+"""Sections of a report about a run: description, losses, speed, config.
+
+Those about evaluations and experts lie beside this module.
+"""
 
 import re
 import time
@@ -16,7 +18,7 @@ from distillcache.schemas.format.run import EVALUATIONS, checkpoint_key, lost_ev
 from distillcache.schemas.format.run_identity import IDENTITY, changed_records, without_identity
 from distillcache.schemas.store.redaction import redacted
 from distillcache.schemas.store.store import Store
-from distillcache.tools.pages.figures import Figure, Line, draw_lines, draw_maps
+from distillcache.tools.pages.figures import SERIES, Figure, Line, draw_lines
 from distillcache.tools.pages.html import (
     Numeric,
     Page,
@@ -31,7 +33,8 @@ from distillcache.tools.pages.html import (
     progress,
     table,
 )
-from distillcache.tools.report.curves import POINTS, BlockCurves, Curve, block_curves, curve, series, step_map
+from distillcache.tools.report.curves import POINTS, BlockCurves, Curve, block_curves, block_picture, curve, series
+from distillcache.tools.report.evaluations import block_fragments, evaluation_fragments
 from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
@@ -49,14 +52,11 @@ TERMS = {
     "distill/moe_lb_loss": "load balance",
     "distill/router_z_loss": "router z",
 }
-WAIT = "perf/data_wait_share"
+WAIT, MFU = "perf/data_wait_share", "perf/mfu"
 WAITING = 0.2  # of the time: then the feed is what limits the run
 WAITING_DRAWN = 0.01  # of a step: shorter waits are noise, and their median in the table says enough
-GAP_CLOSED = "share of the gap closed"
 WORSE = 1.05  # times the best perplexity: more than the noise of a usual set of held-out rows
-EVALUATIONS_SHOWN = 12
 POOLED_STEPS = " Points are means of neighbouring steps; the band spans their minimum and maximum."
-ROWS_OPEN = 16  # of a table about blocks; a longer one is folded
 
 
 def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
@@ -78,9 +78,9 @@ def run_page(store: Store, footer: str) -> tuple[Page, dict[str, Any]]:
         progress("Steps", done, of) if done < of else "",
         run_facts(store, config, lines, evaluations),
     )
-    page.add("Loss", *loss_fragments(lines))
     page.add("Evaluations", *evaluation_fragments(evaluations))
     page.add("Blocks before and after", *block_fragments(evaluations))
+    page.add("Loss", *loss_fragments(lines))
     page.add("Experts", *expert_fragments(lines, loads))
     page.add("Speed", *speed_fragments(lines))
     page.add("Config", folded("config.yaml", code(words, "The resolved config")) if words else "")
@@ -228,7 +228,7 @@ def _perplexity_words(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     if first.step == 0:
         found["Held-out perplexity at the start"] = told_perplexity(first.perplexity, ".5g")
     found["Last held-out perplexity"] = told_perplexity(last.perplexity, ".5g")
-    return found | ({} if last.gap_closed is None else {"Share of the gap closed": f"{last.gap_closed:.1%}"})
+    return found | ({} if last.gap_closed is None else {"Share of the gap closed": f"{last.gap_closed:,.1%}"})
 
 
 def _best_words(best: Evaluation | None) -> dict[str, str]:
@@ -267,7 +267,8 @@ def loss_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     for prefix, words in of_blocks.items():
         found = block_curves(lines, prefix)
         if found is not None:
-            drawn.append(_block_figure(found, words) if len(found.step) > 1 else None)
+            several = len(found.step) > 1 and len(found.blocks) > 1  # the terms have the loss of a single block
+            drawn.append(_block_figure(found, words) if several else None)
             rows = [
                 (str(block), *map(number, _ends(values)))
                 for block, values in zip(found.blocks, found.values, strict=True)
@@ -281,7 +282,7 @@ def _terms(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
     found = []
     for name, words in TERMS.items():
         each = curve(lines, name)
-        if each is not None and each.high.max() > 0:
+        if each is not None and (each.high > 0).any():
             found.append(Line(words, each.step, each.mean, each.low, each.high))
     return found[:1] if len(found) == 2 else found
 
@@ -291,12 +292,16 @@ def terms_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
     terms = _terms(lines)
     if not any(len(line.x) > 1 for line in terms):
         return None
-    ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in terms)
+    drawn = terms[: len(SERIES)]
+    left_out = ", ".join(line.name for line in terms[len(SERIES) :])
+    ends = "; ".join(f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in drawn)
     return Figure(
-        title="Loss by term",
-        caption="Each term times its weight." + (POOLED_STEPS if len(lines) > POINTS else ""),
+        title="Loss by term and step",
+        caption="Each term times its weight."
+        + (f" In the table alone: {left_out}." if left_out else "")
+        + (POOLED_STEPS if len(lines) > POINTS else ""),
         alt=f"Line chart of the loss by step, from the first to the last: {ends}.",
-        svg=draw_lines(terms[:6], "step", "loss"),
+        svg=draw_lines(drawn, "step", "loss"),
     )
 
 
@@ -316,7 +321,7 @@ def _rate_figure(lines: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     words = _schedule(rate)
     return Figure(
-        title="Learning rate",
+        title="Learning rate by step",
         caption=f"{words[:1].upper()}{words[1:]}.",
         alt=f"Line chart of the learning rate by step: {words}.",
         svg=draw_lines([Line("learning rate", rate.step, rate.mean)], "step", "learning rate", linear=True),
@@ -333,11 +338,12 @@ def _schedule(rate: Curve) -> str:
 def _block_figure(found: BlockCurves, words: str) -> Figure:
     finite = [values[np.isfinite(values)] for values in found.values]
     worst = found.blocks[int(np.argmax([each[-1] if len(each) else -np.inf for each in finite]))]
+    kind, svg = block_picture(found, "loss", log=True)
     return Figure(
         title=f"Loss of the {words} by block",
         caption=f"Without the term's weight. At the last step it is highest in block {worst}.",
-        alt=f"Heat map of the loss of the {words} by block and step; at the last step it is highest in block {worst}.",
-        svg=draw_maps([step_map(found, "loss", log=True)], 2.6),
+        alt=f"{kind} of the loss of the {words} by block and step; at the last step it is highest in block {worst}.",
+        svg=svg,
     )
 
 
@@ -346,130 +352,20 @@ def _ends(values: np.ndarray) -> tuple[float | None, float | None, float | None]
     return (float(known[0]), float(known.min()), float(known[-1])) if len(known) else (None, None, None)
 
 
-def evaluation_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Evaluations on held-out rows, or that there are none."""
-    if not evaluations:
-        return [paragraph("None yet: there were no held-out rows, or no evaluation was due.")]
-    columns = {
-        "perplexity": [entry.perplexity for entry in evaluations],
-        GAP_CLOSED: [entry.gap_closed for entry in evaluations],
-        "mean cosine distance": [entry.mean_cosine for entry in evaluations],
-        "KL from the teacher": [entry.kl for entry in evaluations],
-        "same first choice as the teacher": [entry.agreement for entry in evaluations],
-        "max violation": [entry.max_violation for entry in evaluations],
-        "perplexity without biases": [entry.perplexity_without_bias for entry in evaluations],
-    }
-    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    drawn = [_evaluation_figure(evaluations, name, values) for name, values in columns.items()]
-    found = best_of(evaluations)
-    best = None if found is None else evaluations.index(found)
-    even = np.linspace(0, len(evaluations) - 1, min(len(evaluations), EVALUATIONS_SHOWN)).round().astype(int).tolist()
-    shown = sorted({*even} if best is None else {*even, best})
-    rows = [
-        (
-            f"{evaluations[at].step:,}{' (best)' if at == best else ''}",
-            *(_cell(name, values[at]) for name, values in columns.items()),
-        )
-        for at in shown
-    ]
-    words = (
-        f"{len(shown)} of {len(evaluations)} are listed; eval.json has all." if len(shown) < len(evaluations) else ""
-    )
-    listed = table("Evaluations on held-out rows", ("step", *columns), rows)
-    return [figures(drawn), listed, paragraph(words) if words else ""]
-
-
-def _cell(name: str, value: float | None) -> Numeric:
-    return Numeric(f"{value:.1%}") if name == GAP_CLOSED and value is not None else number(value)
-
-
-def _evaluation_figure(evaluations: Sequence[Evaluation], name: str, values: Sequence[float | None]) -> Figure | None:
-    """Draw a figure of the evaluations by step; none of a single value, which the table has."""
-    pairs = [(entry.step, value) for entry, value in zip(evaluations, values, strict=True) if value is not None]
-    if len(pairs) < 2:
-        return None
-    steps, numbers = np.asarray([step for step, _ in pairs], float), np.asarray([value for _, value in pairs], float)
-    words, unit = _change(name, steps, numbers), name
-    if name == GAP_CLOSED:
-        numbers, unit = 100 * numbers, f"{name} (%)"
-    lines, teacher = [Line(name, steps, numbers)], evaluations[-1].teacher_perplexity
-    if name == "perplexity" and teacher is not None:
-        words += f"; the teacher's is {teacher:.4g}"
-        lines = [Line("student", steps, numbers), Line("teacher", steps, np.full_like(numbers, teacher))]
-    return Figure(
-        title="Share of the gap closed" if name == GAP_CLOSED else f"Held-out {name}",
-        caption=f"{words[:1].upper()}{words[1:]}.",
-        alt=f"Line chart of the {name} on held-out rows by step: {words}.",
-        svg=draw_lines(lines, "step", unit, points=len(steps) <= 2 * EVALUATIONS_SHOWN),
-    )
-
-
-def _change(name: str, steps: np.ndarray, numbers: np.ndarray) -> str:
-    """`236.8 before training, 40.75 at step 60`, and the best value between them where the last one is not it."""
-
-    def said(at: int) -> str:
-        where = f"at step {int(steps[at]):,}" if steps[at] else "before training"
-        return f"{numbers[at]:.1%} {where}" if name == GAP_CLOSED else f"{numbers[at]:.4g} {where}"
-
-    best, last = int(numbers.argmax() if name == GAP_CLOSED else numbers.argmin()), len(numbers) - 1
-    between = f"; {'highest' if name == GAP_CLOSED else 'lowest'} {said(best)}" if 0 < best < last else ""
-    return f"{said(0)}, {said(last)}{between}"
-
-
-def block_fragments(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Cosine distance of every block, at the first and at the last evaluation."""
-    if not evaluations or not evaluations[-1].blocks:
-        return []
-    shown = evaluations[:1] if len(evaluations) == 1 else [evaluations[0], evaluations[-1]]
-    names = [f"step {entry.step:,}" if entry.step else "before training" for entry in shown]
-    lines = [
-        Line(name, np.asarray(entry.blocks, float), np.asarray(entry.cosine, float))
-        for name, entry in zip(names, shown, strict=True)
-    ]
-    means = [
-        f"{entry.mean_cosine:.4g} {name if name == 'before training' else f'at {name}'}"
-        for name, entry in zip(names, shown, strict=True)
-        if entry.mean_cosine is not None
-    ]
-    mean = f"mean over the blocks: {', '.join(means) or 'none'}"
-    drawn = Figure(
-        title="Cosine distance by block",
-        caption=f"Distance of the student's attention outputs from the teacher's, on held-out rows; {mean}.",
-        alt=f"Line chart of the cosine distance by block; {mean}.",
-        svg=draw_lines(lines, "block", "cosine distance", points=True, whole=True),
-    )
-    listed = table("Cosine distance in numbers", *_distances(shown, names))
-    few = len(shown[-1].blocks) <= ROWS_OPEN
-    return [figures([drawn]), listed if few else folded("Every block in numbers", listed)]
-
-
-def _distances(shown: Sequence[Evaluation], names: Sequence[str]) -> tuple[Sequence[str], list[tuple[object, ...]]]:
-    """The header and rows of a table: the distance of each block, and how it changed."""
-    before, after = (dict(zip(entry.blocks, entry.cosine, strict=True)) for entry in (shown[0], shown[-1]))
-    if len(shown) == 1:
-        return ("block", *names), [(str(block), number(value)) for block, value in after.items()]
-    rows: list[tuple[object, ...]] = [
-        (str(block), number(before.get(block)), number(value), _changed(before.get(block), value))
-        for block, value in after.items()
-    ]
-    return ("block", *names, "change"), rows
-
-
-def _changed(before: float | None, after: float) -> Numeric:
-    return Numeric(f"{after / before - 1:+.1%}") if before else number(None)
-
-
 def _rows(number: object) -> str:
     """The rows of a batch, as a run's config gives them."""
     return counted(number, "row") if isinstance(number, int) else f"{number} rows"
 
 
 def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Throughput, waiting and MFU of steps alone; a run that hardly waits has no figure of it."""
+    """Throughput, waiting and MFU of steps alone.
+
+    A run that hardly waits has no figure of it. MFU has none: it is the throughput in another unit.
+    """
     kinds = {
         "perf/tokens_per_second": ("Throughput", "tokens a second"),
         WAIT: ("Waiting for data", "% of a step"),
-        "perf/mfu": ("Share of the peak FLOP/s (MFU)", "% of the peak"),
+        MFU: ("Share of the peak FLOP/s (MFU)", "% of the peak"),
     }
     drawn, rows = [], []
     for name, (title, unit) in kinds.items():
@@ -477,12 +373,12 @@ def speed_fragments(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         if each is None:
             continue
         percent = unit.startswith("%")
-        middle, scale = float(np.median(values)), 100 if percent else 1
+        middle = float(np.median(values))
         words = f"median {middle:.2%}{unit[1:]}" if percent else f"median {middle:,.4g} {unit}"
-        if len(each.step) > 1 and (name != WAIT or each.high.max() >= WAITING_DRAWN):
-            line = Line(unit, each.step, scale * each.mean, scale * each.low, scale * each.high)
-            svg = draw_lines([line], "step", unit, linear=True)
-            drawn.append(Figure(title, f"M{words[1:]}.", f"Line chart of {unit} by step, {words}.", svg))
+        if len(each.step) > 1 and name != MFU and (name != WAIT or each.high.max() >= WAITING_DRAWN):
+            line, y = Line(unit, each.step, each.mean, each.low, each.high), unit.replace("%", "share")
+            svg = draw_lines([line], "step", y, linear=True, percent=percent, covers=[0])
+            drawn.append(Figure(f"{title} by step", f"M{words[1:]}.", f"Line chart of {unit} by step, {words}.", svg))
         spread = (float(values.min()), middle, float(values.max()), float(values[-1]))
         cells = [Numeric(f"{value:.2%}") for value in spread] if percent else map(number, spread)
         rows.append((title if percent else unit, *cells))

@@ -106,7 +106,7 @@ def _curve(committed: Committed, of: int) -> Figure | None:
     minutes, counts = (known[places] - known[0]) / 60, before + places + 1.0
     words = f"{before + len(known):,} of {of:,}, from {_clock(known[0])} to {_clock(known[-1])}"
     svg = draw_lines([Line("shards", minutes, counts)], "minutes since the first", "shards", linear=True)
-    return Figure("Shards by time", f"{words}.", f"Line chart of committed shards by time: {words}.", svg)
+    return Figure("Committed shards by time", f"{words}.", f"Line chart of committed shards by time: {words}.", svg)
 
 
 def _last(watched: WatchedCache, segment: Segment) -> list[str]:

@@ -15,12 +15,21 @@ from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import DamageError, InputError, StorageError
 from distillcache.schemas.format.manifest import TOPK_LOGITS
 from distillcache.schemas.format.rows import Row
-from distillcache.tools.look.row_facts import TapFacts, documents_of, not_finite, shown, summary, tap_facts
+from distillcache.tools.look.row_facts import (
+    TapFacts,
+    documents_of,
+    not_finite,
+    shown,
+    summary,
+    tap_facts,
+    token_labels,
+)
 from distillcache.tools.look.sample_checks import SampleChecks
 from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps
 from distillcache.tools.pages.html import FRAGMENTS, Linked, Numeric, figures, folded, note, number, paragraph, table
-from distillcache.tools.report.cache import COLUMNS, NAMES, pooled
+from distillcache.tools.pages.pictures import pooled
+from distillcache.tools.report.cache import COLUMNS, NAMES
 from distillcache.tools.viewer.asked import choice_in, number_in
 from distillcache.tools.viewer.page import View, address, choice, form, number_field, steps
 from distillcache.tools.viewer.watch import WatchedCache
@@ -64,7 +73,7 @@ def row_page(watched: WatchedCache, at: int, query: Mapping[str, str]) -> View:
     view.put(_moves(stored, at, query), note("Damaged data", found.damaged))
     view.put(note("Impossible values", _odd(watched, found)))
     view.add("Text", *_text(watched, row))
-    view.add("Blocks", _chooser(at, tap, names, block, slots, start), *_blocks(found, block))
+    view.add("Blocks", _chooser(at, tap, names, block, slots, start), *_blocks(watched, found, block))
     view.add("Tokens", *_tokens(watched, found, start, {"tap": query.get("tap"), "block": query.get("block")}))
     return view
 
@@ -180,40 +189,44 @@ def _chooser(
     return form(f"/row/{at}", fields, "show them", "Choose tap and block")
 
 
-def _blocks(found: RowLook, block: int | None) -> Iterator[str]:
+def _blocks(watched: WatchedCache, found: RowLook, block: int | None) -> Iterator[str]:
     if not found.taps or not found.real.any():
         yield paragraph("There are no activations of real tokens to show.")
         return
-    yield figures([*(_map(found, tap) for tap in found.taps if len(tap.slots) > 2), _curves(found)])
+    labels = token_labels([watched.decode([token]) for token in found.row.tokens.tolist()], found.real)
+    yield figures([*(_map(found, tap, labels) for tap in found.taps if len(tap.slots) > 2), _curves(found, labels)])
     yield from (_summary(found, tap) for tap in found.taps)
     if block is not None:
         yield paragraph("A block has two slots of resid: the stream that enters it and the stream that leaves it.")
 
 
-def _map(found: RowLook, tap: TapFacts) -> Figure:
+def _map(found: RowLook, tap: TapFacts, labels: Sequence[str]) -> Figure:
     """Norms, slot by token, and of the stream how alike neighbouring slots are."""
     starts = [start for _, start, _ in documents_of(found.row)][1:]
     marks = [start - 0.5 for start in starts] if len(starts) <= MARKS_SHOWN else []
 
     def drawn(values: np.ndarray, title: str, unit: str, slots: Sequence[int], log: bool) -> HeatMap:
-        shown_of = pooled(np.where(found.real, values, np.nan), COLUMNS)
         width = len(found.real) - 0.5
-        return HeatMap(shown_of, title, "token", "slot", unit, -0.5, width, slots, log, marks)
+        return HeatMap(values, title, "token", "slot", unit, -0.5, width, slots, labels, log, marks)
 
-    maps = [drawn(tap.norm, f"{tap.tap}: norm", "norm", tap.slots, True)]
-    if tap.tap == "resid":
-        maps.append(drawn(tap.cosine, "cosine to the next slot", "cosine", tap.slots[:-1], False))
     norms = tap.norm[:, found.real]
     words = f"from {norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
+    drawn_of, what = "Token norms", "norm of every token's vector"
+    pooled_norms = pooled(np.where(found.real, tap.norm, np.nan), COLUMNS)
+    maps = [drawn(pooled_norms, f"{tap.tap}: norm", "norm", tap.slots, True)]
+    if tap.tap == "resid":
+        least = -pooled(-np.where(found.real, tap.cosine, np.nan), COLUMNS)  # where the stream turns
+        maps.append(drawn(least, f"{tap.tap}: cosine to the next slot", "cosine", tap.slots[:-1], False))
+        drawn_of, what = "Token norms and cosines", f"{what}, and its cosine to the next slot's"
     return Figure(
-        title=f"{NAMES.get(tap.tap, tap.tap).capitalize()} by slot and token",
-        caption=f"The norm of every token's vector, {words}. A dashed line starts a document; padding is blank.",
-        alt=f"Heat map of the norms of {tap.tap} by slot and token, {words}.",
-        svg=draw_maps(maps, 2.2),
+        title=f"{drawn_of} of the {NAMES.get(tap.tap, tap.tap)} by slot",
+        caption=f"The {what}; norms {words}. A dashed line starts a document; padding is blank.",
+        alt=f"Heat map of the {what} in {tap.tap}, slot by token; norms {words}.",
+        svg=draw_maps(maps, 2.6),
     )
 
 
-def _curves(found: RowLook) -> Figure | None:
+def _curves(found: RowLook, labels: Sequence[str]) -> Figure | None:
     """Draw the norm of every token for a few slots."""
     lines = []
     for tap in (tap for tap in found.taps if len(tap.slots) <= 2):
@@ -225,10 +238,10 @@ def _curves(found: RowLook) -> Figure | None:
         return None
     words = "; ".join(f"{line.name} up to {np.nanmax(line.y):.4g}" for line in lines)
     return Figure(
-        title="Norm by token",
+        title="Norm of each token's vector",
         caption=f"{words}.",
         alt=f"Line chart of the norm of every token's vector: {words}.",
-        svg=draw_lines(lines, "token", "norm"),
+        svg=draw_lines(lines, "token", "norm", x_labels=labels),
     )
 
 

@@ -10,11 +10,16 @@ from typing import Any
 
 from distillcache.schemas.store.store import Store
 from distillcache.tools.pages.html import Numeric, code, figures, note, number, page_title, paragraph, progress, table
+from distillcache.tools.report.evaluations import (
+    GAP_CLOSED,
+    PERPLEXITY,
+    block_fragments,
+    evaluation_figure,
+    evaluation_fragments,
+)
 from distillcache.tools.report.experts import expert_fragments, expert_warnings
 from distillcache.tools.report.run import (
-    block_fragments,
     divergence_warnings,
-    evaluation_fragments,
     loss_fragments,
     lost_warnings,
     planned_steps,
@@ -152,7 +157,12 @@ def _overview(watched: WatchedRun, found: RunLook) -> list[str]:
     return [
         note("Look at this first", told),
         progress("Steps", found.done, found.of) if found.done < found.of else "",
-        figures([terms_figure(found.lines)]),
+        figures(
+            [
+                *(evaluation_figure(found.evaluations, name) for name in (PERPLEXITY, GAP_CLOSED)),
+                terms_figure(found.lines),
+            ]
+        ),
         run_facts(watched.store, found.config, found.lines, found.evaluations),
     ]
 

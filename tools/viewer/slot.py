@@ -12,7 +12,7 @@ from distillcache.tools.look.stats import RANK_TOKENS, SlotStats
 from distillcache.tools.look.stored_rows import StoredRows, finite, lengths
 from distillcache.tools.pages.figures import Figure, Line, draw_lines
 from distillcache.tools.pages.html import facts, figures, note, number, paragraph, table
-from distillcache.tools.report.cache import COLUMNS, NAMES, pooled
+from distillcache.tools.report.cache import NAMES
 from distillcache.tools.viewer.asked import NotThere, number_in
 from distillcache.tools.viewer.page import View, address, form, number_field, steps
 from distillcache.tools.viewer.row import one_line
@@ -21,6 +21,7 @@ from distillcache.tools.viewer.watch import WatchedCache
 ROWS = 4  # read for a page: hundreds of tokens, a second of a local disk
 MOST_ROWS = 16
 DIMENSIONS_SHOWN = 24
+RANKS_DRAWN = 180
 TINY = 1e-30
 
 
@@ -67,7 +68,7 @@ def slot_page(watched: WatchedCache, tap: str, slot: int, query: Mapping[str, st
     view.put(note("Damaged data, left out", found.damaged))
     view.add("The slot", _facts(watched, tap, slot, found))
     if found.stats.count:
-        view.add("Dimensions", figures(_figures(found.stats)), _table(found.stats))
+        view.add("Dimensions", figures([_ranks_figure(found.stats)]), _table(found.stats))
     listed = [(str(row), address(f"/row/{row}", block=slot)) for row in found.rows]
     view.add("Rows of the sample", steps("Rows", listed) or paragraph("None is committed yet, or none was asked for."))
     return view
@@ -149,29 +150,21 @@ def _of_all_rows(watched: WatchedCache, tap: str, slot: int) -> dict[str, object
     return found
 
 
-def _figures(stats: SlotStats) -> list[Figure]:
+def _ranks_figure(stats: SlotStats) -> Figure:
+    """Draw the dimensions by size. By number they have no figure: neighbours have nothing in common, and the table
+    names the largest.
+    """
     rms = stats.rms
     order = np.argsort(-rms)
-    drawn = pooled(rms[None], COLUMNS)[0]
-    width = -(-len(rms) // COLUMNS)
-    places = np.arange(len(drawn), dtype=float) * width
     words = f"largest {rms[order[0]]:.4g} in dimension {order[0]}, median {np.median(rms):.4g}"
-    ranks = np.unique(np.geomspace(1, len(rms), min(len(rms), 180)).round().astype(int))
-    by_rank = draw_lines([Line("rms", ranks.astype(float), rms[order[ranks - 1]])], "rank", "rms")
-    return [
-        Figure(
-            "Every dimension",
-            f"Root mean square, {words}" + (f"; of {width} neighbours the largest." if width > 1 else "."),
-            f"Line chart of the root mean square by dimension: {words}.",
-            draw_lines([Line("rms", places, drawn)], "dimension", "rms", whole=True),
-        ),
-        Figure(
-            "Dimensions by size",
-            "Root mean square, largest first: a cliff at the left means outlier dimensions.",
-            f"Line chart of the sorted root mean squares: {words}.",
-            by_rank,
-        ),
-    ]
+    ranks = np.unique(np.geomspace(1, len(rms), min(len(rms), RANKS_DRAWN)).round().astype(int))
+    line = Line("rms", ranks.astype(float), rms[order[ranks - 1]])
+    return Figure(
+        title="Root mean square of the dimensions, largest first",
+        caption=f"{words[:1].upper()}{words[1:]}. A cliff at the left means outlier dimensions.",
+        alt=f"Line chart of the sorted root mean squares: {words}.",
+        svg=draw_lines([line], "rank of the dimension", "root mean square", whole=True),
+    )
 
 
 def _table(stats: SlotStats) -> str:

@@ -145,14 +145,18 @@ def _by_slot(vectors: dict[str, tuple[SlotVector, ...]]) -> Iterator[str]:
         yield table(f"This token in {name}", header, rows)
 
 
-def _norms(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure:
+def _norms(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
+    """Draw the norms of the token's vectors; none where every tap has one slot, which the tables have."""
     lines = [
         Line(name, np.asarray([each.slot for each in found], float), np.asarray([each.norm for each in found]))
         for name, found in vectors.items()
     ]
+    if not any(len(line.x) > 1 for line in lines):
+        return None
     words = "; ".join(map(low_and_high, lines))
     svg = draw_lines(lines, "slot", "norm", points=True, whole=True)
-    return Figure("Norm by slot", f"{words}.", f"Line chart of the token's norm by slot: {words}.", svg)
+    title = "Norm of the token's vector by slot"
+    return Figure(title, f"{words}.", f"Line chart of the norm of the token's vector by slot: {words}.", svg)
 
 
 def _alike(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
@@ -163,7 +167,7 @@ def _alike(vectors: dict[str, tuple[SlotVector, ...]]) -> Figure | None:
     slots, cosines = np.asarray([slot for slot, _ in found], float), np.asarray([value for _, value in found], float)
     words = f"lowest {cosines.min():.4g} (slot {int(slots[cosines.argmin()])})"
     svg = draw_lines([Line("cosine", slots, cosines)], "slot", "cosine", points=True, whole=True, linear=True)
-    title = "Cosine of resid with the next slot"
+    title = "Cosine of the token's stream with the next slot"
     return Figure(title, f"L{words[1:]}.", f"Line chart of the {title.lower()}: {words}.", svg)
 
 

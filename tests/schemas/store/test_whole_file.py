@@ -148,7 +148,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 
 FIGURES = {"cosine_distance": {"block": [0, 1], "cut": [0.1, 0.2], "recovered": [0.01, 0.02]}}
-PERPLEXITY = {"perplexity": {"teacher": 1.0, "cut": 3.0, "recovered": 2.0}}
+PERPLEXITY = {
+    "perplexity": {"teacher": 1.0, "cut": 3.0, "recovered": 2.0},
+    "curve": {"step": [0, 6], "perplexity": [3.0, 2.0]},
+    "gap_closed": 0.5,
+}
 ONES = np.ones(3)
 STATS = SlotStats(count=4, total=ONES, square=ONES, fourth=ONES, largest=ONES)
 WRITERS = {

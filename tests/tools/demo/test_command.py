@@ -62,7 +62,11 @@ def test_from_text_to_report(
     assert len(report["cosine_distance"]["cut"]) == 3
     # attn_out in 3 slots and resid in 4, of 24 bf16 numbers each
     assert report["bytes_per_token"] == (3 + 4) * 24 * 2
-    assert (out / "run" / "cosine_distance.png").read_bytes().startswith(b"\x89PNG")
+    curve = report["curve"]
+    assert (curve["step"][0], curve["step"][-1]) == (0, 6)
+    assert curve["perplexity"][0] == report["perplexity"]["cut"]
+    assert curve["perplexity"][-1] == report["perplexity"]["recovered"]
+    assert (out / "run" / "recovery.png").read_bytes().startswith(b"\x89PNG")
     assert report["rows"] == {"train": 32, "eval": 8}
 
     # A finished demo stays, since other runs may use its cache; --json prints one object and nothing else.

@@ -62,10 +62,10 @@ def test_the_figures_of_a_token_are_said_to_be_of_the_listed_slots(
 def test_a_picture(cache: Path, tmp_path: Path) -> None:
     pictures = [tmp_path / name for name in ("a.svg", "b.svg", "a.png")]
     for picture in pictures:
-        assert not main(["show", str(cache), "--row", "1", "--block", "1", "--image", str(picture)])
+        assert not main(["show", str(cache), "--row", "1", "--image", str(picture)])
     svg, again, png = (picture.read_bytes() for picture in pictures)
     assert svg == again
-    assert b"cosine to the next slot" in svg
+    assert b"resid: cosine to the next slot" in svg
     assert png.startswith(b"\x89PNG")
 
 

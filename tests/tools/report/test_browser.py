@@ -18,8 +18,10 @@ def test_a_caches_report(browser: Any, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "cache.html"
     said = write_report(ReportConfig(target=str(cache), out=str(out), rows=2))
     page = visit(browser, out.as_uri(), "report-cache")
-    assert page.locator("figure").count() == said["figures"] == 6
-    assert page.get_by_role("img", name=f"Heat maps of token norms by slot in row {said['rows'][0]}.").is_visible()
+    assert page.locator("figure").count() == said["figures"] == 5
+    rows = "{} and {}".format(*said["rows"])
+    name = f"Heat maps of token norms by slot of the residual stream in rows {rows}."
+    assert page.get_by_role("img", name=name).is_visible()
     statistics = page.get_by_role("table", name="Statistics of resid")
     assert not statistics.is_visible()
     page.get_by_text("resid: 4 slots, all numbers finite").click()

@@ -1,6 +1,8 @@
 """`distillcache report`: its numbers are those of the cache and of the run, and its pages stand by themselves."""
 
+import html
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,24 +19,17 @@ from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.tools.pages import figures
 from distillcache.tools.pages.figures import HeatMap, Line, draw_maps
 from distillcache.tools.pages.html import page_title
-from distillcache.tools.report.cache import low_and_high, pooled
+from distillcache.tools.pages.pictures import pooled
+from distillcache.tools.report.cache import low_and_high
 from distillcache.tools.report.command import write_report
 from distillcache.tools.report.curves import POINTS, block_curves, curve
 from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
-from distillcache.tools.report.run import (
-    _schedule,
-    block_fragments,
-    divergence_warnings,
-    evaluation_fragments,
-    loss_fragments,
-    speed_fragments,
-)
+from distillcache.tools.report.run import TERMS, _schedule, divergence_warnings, loss_fragments, speed_fragments
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.divergence import BestCheckpoint, Measure, diverged_error
-from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_ending
 from distillcache.trainer.train import divergence_summary
-from tests.conftest import build_config
+from tests.conftest import build_config, byte_tokenizer
 from tests.servers.fixtures import Bucket
 from tests.tools.report.report_reading import ReadPage, check_page
 from tests.trainer.feed.test_segments import half_built
@@ -104,7 +99,7 @@ def test_a_caches_page_says_what_the_cache_is(cache: Path, of_cache: tuple[ReadP
     assert storage.row("resid")[2:] == ["192", "117 kB", "117 kB", "1"]
     assert page.tables["Config of the build"].row("data.row_tokens") == ["16"]
     assert said["of"] == "cache"
-    assert said["sections"] == ["What it is", "Storage", "Blocks", "Rows", "Similarity of blocks"]
+    assert said["sections"] == ["What it is", "Storage", "Blocks", "Rows", "Similarity of slots"]
 
 
 def test_statistics_are_those_that_the_build_recorded(cache: Path, of_cache: tuple[ReadPage, dict]) -> None:
@@ -126,12 +121,60 @@ def test_norms_and_similarity_are_those_of_the_numbers(cache: Path, of_cache: tu
     for place, row in enumerate(said["rows"]):
         slot, token = np.unravel_index(norms[:, place].argmax(), norms[:, place].shape)
         words = f"largest {norms[slot, place, token]:.4g} at token {token} of slot {slot}, median"
-        assert words in page.figures[f"Row {row}"]
+        (alt,) = (alt for title, alt in page.figures.items() if "residual stream in rows" in title)
+        assert f"Row {row}: {words}" in alt
     unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
     for slot in range(3):
         expected = (unit[slot] * unit[slot + 1]).sum(-1)[real].mean()
         (found,) = page.tables["Neighbouring slots of resid"].row(f"{slot} and {slot + 1}")
         np.testing.assert_allclose(float(found), expected, rtol=1e-3)
+
+
+def figures_of(page: ReadPage) -> dict[str, str]:
+    """The source of each figure, by its title."""
+    parts = [part.partition("</figure>")[0] for part in page.source.split("<figure>")[1:]]
+    return {title: part for title in page.figures for part in parts if f">{title}</figcaption>" in part}
+
+
+def test_three_rows_stand_on_one_scale_by_default(cache: Path, tmp_path: Path) -> None:
+    page, said = report(cache, tmp_path / "r.html")
+    assert len(said["rows"]) == 3
+    rows = "{}, {} and {}".format(*said["rows"])
+    for words in ("residual stream", "attention output"):
+        drawing = figures_of(page)[f"Token norms of the {words} in rows {rows}"]
+        assert drawing.count("<image") == 3 + 1  # a map for each row, and one scale of colours
+    assert page.tables["The rows that are shown"].scopes[:5] == ["col"] * 5
+    assert [cells[0] for cells in page.tables["The rows that are shown"].rows[1:]] == list(map(str, said["rows"]))
+
+
+def test_more_rows_are_several_figures_on_the_same_scale(cache: Path, tmp_path: Path) -> None:
+    page, _ = report(cache, tmp_path / "r.html", rows=5)
+    found = [part for title, part in figures_of(page).items() if title.startswith("Token norms of the residual stream")]
+    assert [part.count("<image") for part in found] == [4, 3]
+    ticks = [re.findall(r"<text[^>]*>([^<]*)</text>", part) for part in found]
+    bars = [words[words.index("norm") - 4 : words.index("norm")] for words in ticks]
+    assert bars[0] == bars[1]
+
+
+def test_a_row_that_is_shown_alone_has_its_tokens_along_the_axis(cache: Path, tmp_path: Path) -> None:
+    page, said = report(cache, tmp_path / "r.html", rows=1)
+    (row,) = said["rows"]
+    tokens = CacheSource(str(cache))[[row]]["tokens"][0]
+    letters = [byte_tokenizer().decode([token], skip_special_tokens=False) for token in tokens.tolist()]
+    drawing = html.unescape(figures_of(page)[f"Token norms of the residual stream in row {row}"])
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+    expected = [f"{at} {letter}" for at, letter in enumerate(letters) if letter.isalpha()]
+    assert len(expected) > 4
+    assert [each for each in words if re.fullmatch(r"\d+ [a-zA-Z]", each)] == expected
+
+
+def test_only_the_stream_has_a_similarity_of_slots(of_cache: tuple[ReadPage, dict]) -> None:
+    """What two blocks add has no reason to be alike."""
+    page, _ = of_cache
+    assert [title for title in page.figures if "imilarity" in title] == [
+        "Similarity of the residual stream in two slots"
+    ]
+    assert "Neighbouring slots of attn_out" not in page.tables
 
 
 def test_a_cache_that_is_being_built(
@@ -176,7 +219,7 @@ def test_what_is_not_finite_or_nothing_is_told(cache: Path) -> None:
     (row,) = sample_rows(StoredRows(str(cache)), 1, seed=0).rows
     norms = row.norms["resid"].copy()
     norms[1, 3], norms[2] = np.nan, 0
-    sample = Sample((replace(row, norms={"resid": norms}),), {}, ())
+    sample = Sample((replace(row, norms={"resid": norms}),), None, ())
     assert row_warnings(sample) == [
         f"resid: 1 vector not finite, in rows {row.number}.",
         f"resid: only zeros in slots 2 of rows {row.number}.",
@@ -209,7 +252,8 @@ def test_a_runs_page_has_its_numbers(of_run: tuple[ReadPage, dict]) -> None:
     assert "90 before training, 36 at step 40; lowest 30 at step 20." in page.words
     assert "0.45 before training, 0.2625 at step 40; lowest 0.035 at step 20." in page.words
     assert "Median 50.00% of a step." in page.words
-    assert {"Loss by term", "Learning rate", "Load over time, block 1", "Throughput"} <= page.figures.keys()
+    drawn = {"Loss by term and step", "Learning rate by step", "Load of the experts over time in every block"}
+    assert {*drawn, "Throughput by step", "Held-out perplexity by step"} <= page.figures.keys()
 
 
 def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> None:
@@ -225,28 +269,6 @@ def test_a_runs_page_points_at_what_is_wrong(of_run: tuple[ReadPage, dict]) -> N
     for words, warning in zip(expected, said["warnings"], strict=True):
         assert words in warning
         assert warning in page.words
-
-
-def evaluation(step: int, perplexity: float, closed: float | None = None) -> Evaluation:
-    return Evaluation(
-        step=step, perplexity=perplexity, blocks=(0,), cosine=(0.1,), teacher_perplexity=10.0, gap_closed=closed
-    )
-
-
-def test_a_single_evaluation_is_a_line_of_the_table_and_no_figure() -> None:
-    (drawn, listed) = (ReadPage(each) for each in (evaluation_fragments([evaluation(0, 90.0)])[:2]))
-    assert drawn.figures == {}
-    assert listed.tables["Evaluations on held-out rows"].row("0 (best)") == ["90", "0.1"]
-    blocks = ReadPage("".join(block_fragments([evaluation(0, 90.0)])))
-    assert blocks.tables["Cosine distance in numbers"].rows == [["block", "before training"], ["0", "0.1"]]
-
-
-def test_a_share_is_a_percentage() -> None:
-    found = [evaluation(0, 90.0), evaluation(20, 30.0, 0.75), evaluation(40, 14.0, 0.95), evaluation(60, 18.0, 0.9)]
-    page = ReadPage("".join(evaluation_fragments(found)))
-    assert page.tables["Evaluations on held-out rows"].row("20")[1] == "75.0%"
-    assert "75.0% at step 20, 90.0% at step 60; highest 95.0% at step 40." in page.words
-    assert "90 before training, 18 at step 60; lowest 14 at step 40; the teacher's is 10." in page.words
 
 
 @pytest.mark.parametrize(
@@ -273,7 +295,8 @@ def test_a_single_step_is_in_the_tables_and_has_no_figure() -> None:
     two = [line, {**line, "step": 2, "distill/total_loss": 0.25}, {**line, "step": 3}]
     drawn = ReadPage("".join([*loss_fragments(two), *speed_fragments(two)])).figures
     # The rate stays as it is: no figure of it.
-    expected = {"Loss by term", "Loss of the attention output by block", "Throughput", "Waiting for data"}
+    # Of a single block there is none either: the terms have its loss.
+    expected = {"Loss by term and step", "Throughput by step", "Waiting for data by step"}
     assert drawn.keys() == expected
 
 
@@ -281,8 +304,34 @@ def test_a_run_that_hardly_waits_has_no_figure_of_it() -> None:
     figures = {"perf/data_wait_share": 1e-4, "perf/tokens_per_second": 9.0, "perf/step_time_seconds": 1.0}
     lines = [{"step": step, **figures} for step in range(1, 9)]
     page = ReadPage("".join(speed_fragments(lines)))
-    assert page.figures.keys() == {"Throughput"}
+    assert page.figures.keys() == {"Throughput by step"}
     assert page.tables["Speed in numbers"].row("Waiting for data") == ["0.01%"] * 4
+
+
+def test_mfu_is_the_throughput_in_another_unit_and_has_no_figure() -> None:
+    found = {"perf/mfu": 0.25, "perf/tokens_per_second": 9.0, "perf/step_time_seconds": 1.0}
+    page = ReadPage("".join(speed_fragments([{"step": step, **found} for step in range(1, 9)])))
+    assert page.figures.keys() == {"Throughput by step"}
+    assert page.tables["Speed in numbers"].row("Share of the peak FLOP/s (MFU)") == ["25.00%"] * 4
+
+
+def test_a_term_that_is_not_drawn_is_named() -> None:
+    terms = {name: 1.0 + place for place, name in enumerate(TERMS)}
+    page = ReadPage("".join(loss_fragments([{"step": step, **terms} for step in (1, 2)])))
+    words = list(TERMS.values())
+    assert f"In the table alone: {', '.join(words[6:])}." in page.words
+    assert set(words) <= {cells[0] for cells in page.tables["Terms of the loss"].rows}
+
+
+def test_the_loss_of_few_blocks_is_lines_and_of_many_a_map() -> None:
+    def drawn(blocks: int) -> str:
+        line = {f"feature/block_{block:02d}": 0.5 for block in range(blocks)}
+        (fragment, *_) = loss_fragments([{"step": step, **line} for step in (1, 2)])
+        return ReadPage(fragment).figures["Loss of the attention output by block"]
+
+    assert drawn(2).startswith("Line chart of the loss")
+    assert drawn(4).startswith("Line chart of the loss")
+    assert drawn(5).startswith("Heat map of the loss")
 
 
 def summarise(run: Path, error: DivergedError | None) -> None:

@@ -109,6 +109,7 @@ def of_run(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
 def test_a_runs_pages_have_its_numbers(of_run: TestClient) -> None:
     page = read(of_run, "/")
     assert "blockwise, step 40 of 50" in page.words
+    assert page.figures.keys() == {"Held-out perplexity by step", "Loss by term and step"}
     assert page.tables["The run"].row("Cache") == [NASTY]
     assert "<script>alert" not in page.source
     assert 'data-every="0"' not in page.source

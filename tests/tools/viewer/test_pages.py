@@ -1,5 +1,6 @@
 """The viewer's pages about a cache: the right numbers, and what is said of damage."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from starlette.testclient import TestClient
 
 from distillcache.schemas.format.rows import Row
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.viewer import search
+from distillcache.tools.pages.figures import HeatMap
+from distillcache.tools.viewer import row, search
 from distillcache.trainer.feed.cache_source import CacheSource
 from tests.conftest import byte_tokenizer
 from tests.tools.look.planting import changed, in_every_row, plant, with_rows
@@ -64,6 +66,32 @@ def test_one_tap_and_one_block_of_a_row(client: TestClient, cache: Path) -> None
     np.testing.assert_allclose(found, np.linalg.norm(numbers(cache, 3, "attn_out")[1, 9]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("address", ["/row/17", "/row/17?block=1"])
+def test_the_figures_of_a_row_have_its_tokens_along_the_axis(address: str, client: TestClient, cache: Path) -> None:
+    tokens = CacheSource(str(cache))[[17]]["tokens"][0].tolist()
+    letters = [byte_tokenizer().decode([token], skip_special_tokens=False) for token in tokens]
+    page = read(client, address)
+    for drawing in page.source.split("<figure>")[1:]:
+        words = re.findall(r"<text[^>]*>(\d+ [a-zA-Z])</text>", drawing.partition("</figure>")[0])
+        assert words == [f"{at} {letter}" for at, letter in enumerate(letters) if letter.isalpha()] != []
+
+
+def test_the_map_of_a_long_row_keeps_the_least_cosine(
+    client: TestClient, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tokens share a column: it shows the one at which the stream turns."""
+    drawn: list[HeatMap] = []
+    monkeypatch.setattr(row, "COLUMNS", 4)
+    monkeypatch.setattr(row, "draw_maps", lambda maps, _: drawn.extend(maps) or '<svg viewBox="0 0 1 1"></svg>')
+    read(client, "/row/17?tap=resid")
+    norms, cosine = drawn
+    resid = numbers(cache, 17, "resid")
+    unit = resid / np.linalg.norm(resid, axis=-1, keepdims=True)
+    expected = (unit[1:] * unit[:-1]).sum(-1).reshape(3, 4, 4).min(axis=2)
+    np.testing.assert_allclose(cosine.values, expected, atol=1e-4)
+    np.testing.assert_allclose(norms.values, np.linalg.norm(resid, axis=-1).reshape(4, 4, 4).max(axis=2), rtol=1e-4)
+
+
 def test_padding_and_documents_are_told(client: TestClient) -> None:
     page = read(client, "/row/37")
     assert "of the row are padding" in page.words
@@ -98,6 +126,8 @@ def test_a_slots_dimensions(client: TestClient, cache: Path) -> None:
     (cosine,) = page.tables["Over the sample"].row("Cosine to slot 1")
     np.testing.assert_allclose(float(cosine), (unit[1] * unit[2]).sum(-1).mean(), atol=1e-4)
     assert {f"/row/{row}?block=2" for row in rows} <= set(page.addresses)
+    # By number dimensions have no figure: neighbours have nothing in common.
+    assert page.figures.keys() == {"Root mean square of the dimensions, largest first"}
 
 
 def test_search_finds_text_and_ids(client: TestClient, cache: Path) -> None:
