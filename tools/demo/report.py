@@ -192,10 +192,10 @@ def _draw_blocks(axes: Any, report: dict[str, Any]) -> None:
     distance = report["cosine_distance"]
     for name, color, marker in (("cut", CUT_COLOR, "o"), ("recovered", RECOVERED_COLOR, "s")):
         axes.plot(distance["block"], distance[name], color=color, marker=marker, markersize=4, label=f"student, {name}")
-    axes.set_yscale("log")
+    scale_by_ratios(axes)
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cosine distance")
     axes.set_title("Distance of attention outputs to the teacher's by block", loc="left")
-    axes.grid(axis="y", which="both", alpha=0.25)
+    axes.grid(axis="y", alpha=0.25)
     axes.legend()

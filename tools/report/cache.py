@@ -17,7 +17,7 @@ from distillcache.tools.look.inspect import describe_cache
 from distillcache.tools.look.inspect_print import said_of_times
 from distillcache.tools.look.segment_facts import SAMPLED_SHARDS
 from distillcache.tools.look.stored_rows import StoredRows
-from distillcache.tools.pages.figures import Figure, HeatMap, Line, draw_lines, draw_maps, limits_of
+from distillcache.tools.pages.figures import SERIES, Figure, HeatMap, Line, draw_lines, draw_maps, limits_of
 from distillcache.tools.pages.html import (
     Numeric,
     Page,
@@ -200,13 +200,15 @@ def _stats_figure(found: dict[str, Any], taps: Sequence[dict[str, Any]], key: st
     ]
     if not any(len(line.x) > 1 for line in lines):
         return None
-    spans = "; ".join(low_and_high(line) for line in lines)
+    drawn, more = lines[: len(SERIES)], len(lines) - len(SERIES)  # of other segments, whose lines would look alike
+    spans = "; ".join(low_and_high(line) for line in drawn)
+    left_out = f" {counted(more, 'more tap')} of later segments: see below." if more > 0 else ""
     return Figure(
         title=f"{title} by slot",
-        caption=f"{spans}. {_slots_meaning([tap['name'] for tap in taps])}",
+        caption=f"{spans}.{left_out} {_slots_meaning([tap['name'] for tap in taps])}",
         alt=f"Line chart of the {title.lower()} by slot: {spans}.",
         svg=draw_lines(
-            lines, "slot", {"rms": "root mean square", "abs_max": "magnitude"}[key], points=True, whole=True
+            drawn, "slot", {"rms": "root mean square", "abs_max": "magnitude"}[key], points=True, whole=True
         ),
     )
 
@@ -261,21 +263,22 @@ def _text_table(rows: Sequence[RowLook]) -> str:
 
 def _norm_figures(rows: Sequence[RowLook], name: str) -> Iterator[Figure]:
     """Draw the norms of one tap, a few rows a figure and all on one scale of colours."""
-    maps = [_norm_map(row, name) for row in rows]
-    limits = limits_of(maps)
+    limits = limits_of([_norm_map(row, name) for row in rows])
     for first in range(0, len(rows), ROWS_A_FIGURE):
         some = rows[first : first + ROWS_A_FIGURE]
+        maps = [_norm_map(row, name, alone=len(some) == 1) for row in some]
         peaks = " ".join(f"Row {row.number}: {_peak(row, name)}." for row in some)
         words = f"{NAMES.get(name, name)} in row{'s' if len(some) > 1 else ''} {_and(row.number for row in some)}"
         yield Figure(
             title=f"Token norms of the {words}",
             caption=peaks,
             alt=f"Heat maps of token norms by slot of the {words}. {peaks}",
-            svg=draw_maps(maps[first : first + ROWS_A_FIGURE], 1.9 if len(some) > 1 else 3.3, limits),
+            svg=draw_maps(maps, 1.9 if len(some) > 1 else 3.3, limits),
         )
 
 
-def _norm_map(row: RowLook, name: str) -> HeatMap:
+def _norm_map(row: RowLook, name: str, *, alone: bool = False) -> HeatMap:
+    """Map of norms, slot by token; of a row that is `alone` in its figure with its tokens' text along the axis."""
     values = np.where(row.real, row.norms[name], np.nan)
     return HeatMap(
         values=pooled(values, COLUMNS),
@@ -286,7 +289,7 @@ def _norm_map(row: RowLook, name: str) -> HeatMap:
         left=-0.5,
         right=values.shape[1] - 0.5,
         row_labels=row.slots[name],
-        x_labels=row.labels,
+        x_labels=row.labels if alone else None,
         log=True,
         marks=[start - 0.5 for start in row.starts] if len(row.starts) <= 30 else (),
     )

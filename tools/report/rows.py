@@ -5,10 +5,10 @@ is kept, for the similarity of slots.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float
 
 from distillcache.models.text.cache_tokenizer import cache_tokenizer
 from distillcache.models.text.tokenizer import TextTokenizer
@@ -32,18 +32,17 @@ class RowLook:
     """number: through all rows of the cache. real: which tokens are no padding. starts: of its documents but the first.
 
     slots, norms: of each tap that the row has by now; the Euclidean norm of every token's vector in every slot.
-    labels: each token's number and text, of a row that is shown alone.
+    labels: each token's number and text, for a figure of this row alone.
     """
 
     number: int
     held_out: bool
-    tokens: Int32[np.ndarray, " T"]
     real: Bool[np.ndarray, " T"]
     starts: tuple[int, ...]
     text: str
     slots: dict[str, tuple[int, ...]]
     norms: dict[str, Float[np.ndarray, "S T"]]
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,6 @@ def sample_rows(stored: StoredRows, count: int, seed: int) -> Sample:
             continue
         looks.append(look)
         likeness = likeness if alike is None else _joined(likeness, alike)
-    if len(looks) == 1:
-        texts = [tokenizer.decode([token]) for token in looks[0].tokens.tolist()]
-        looks[0] = replace(looks[0], labels=tuple(token_labels(texts, looks[0].real)))
     told = [f"Row{'s' if len(rows) > 1 else ''} {_listed(rows)}: {what}." for what, rows in damaged.items()]
     return Sample(tuple(looks), likeness, tuple(told), tuple(checks.findings()))
 
@@ -130,12 +126,12 @@ def _look(
     look = RowLook(
         number=number,
         held_out=row.split == "eval",
-        tokens=row.tokens,
         real=real,
         starts=_starts(row),
         text=tokenizer.decode(row.tokens[real][:TEXT_TOKENS].tolist()),
         slots=slots,
         norms=norms,
+        labels=tuple(token_labels([tokenizer.decode([token]) for token in row.tokens.tolist()], real)),
     )
     return look, alike
 

@@ -20,7 +20,7 @@ from distillcache.tools.pages import figures
 from distillcache.tools.pages.figures import HeatMap, Line, draw_maps
 from distillcache.tools.pages.html import page_title
 from distillcache.tools.pages.pictures import pooled
-from distillcache.tools.report.cache import low_and_high
+from distillcache.tools.report.cache import _stats_figure, low_and_high
 from distillcache.tools.report.command import write_report
 from distillcache.tools.report.curves import POINTS, block_curves, curve
 from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
@@ -166,6 +166,27 @@ def test_a_row_that_is_shown_alone_has_its_tokens_along_the_axis(cache: Path, tm
     expected = [f"{at} {letter}" for at, letter in enumerate(letters) if letter.isalpha()]
     assert len(expected) > 4
     assert [each for each in words if re.fullmatch(r"\d+ [a-zA-Z]", each)] == expected
+
+
+def test_a_row_that_is_left_over_has_its_tokens_along_the_axis(cache: Path, tmp_path: Path) -> None:
+    """Four rows are a figure of three and one of one, on the same scale."""
+    page, said = report(cache, tmp_path / "r.html", rows=4)
+    three, one = (f"Token norms of the residual stream in row{words}" for words in _told(said["rows"]))
+    drawn = figures_of(page)
+    assert not re.findall(r"<text[^>]*>\d+ [a-zA-Z]</text>", drawn[three])
+    assert re.findall(r"<text[^>]*>\d+ [a-zA-Z]</text>", drawn[one])
+
+
+def _told(rows: list[int]) -> tuple[str, str]:
+    return "s {}, {} and {}".format(*rows[:3]), f" {rows[3]}"
+
+
+def test_more_lines_than_can_be_told_apart_are_in_the_tables() -> None:
+    taps = [{"name": "resid", "segment": f"{at:04d}", "slots": [0, 1], "rms": [1.0, 2.0]} for at in range(9)]
+    figure = _stats_figure({"segments": taps}, taps, "rms", "Root mean square of each tap")
+    assert figure is not None
+    assert figure.svg.count(">resid") == 6
+    assert "3 more taps of later segments: see below." in figure.caption
 
 
 def test_only_the_stream_has_a_similarity_of_slots(of_cache: tuple[ReadPage, dict]) -> None:
