@@ -1,5 +1,6 @@
-"""The words of this package: what a part is, and what every codec can do."""
+"""Interface of a codec, and the slot interface of one that codes every slot by itself."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,14 +87,14 @@ class Codec(Protocol):
         ...
 
 
-class Memoryless:
+class Memoryless(ABC):
     """The slot interface of a codec that codes every slot by itself."""
 
-    def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, x: Float[Array, "*A D"]) -> dict[str, Array]: ...
 
-    def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Array]) -> Float[Array, "*A D"]: ...
 
     def first_slot(self, slot: int) -> int:
         return slot

@@ -23,6 +23,7 @@ Every finite number has a finite code: those beyond 2^120 (1.3e36) are coded as 
 become zero. A NaN or infinity makes its whole token NaN, so that it cannot pass unseen.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -109,24 +110,28 @@ class Quantiser(Memoryless):
         linear, cubic = (jnp.where(signed < 0, second, first) for first, second in zip(*SHAPES, strict=True))
         return self._levels(codes, linear, cubic) * jnp.abs(signed)
 
-    def parts(self, hidden: int) -> tuple[CodePart, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def parts(self, hidden: int) -> tuple[CodePart, ...]: ...
 
+    @abstractmethod
     def hidden(self, width: int) -> int:
         """D, from the width of the codes."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def pack(self, codes: Int[Array, "*A D"]) -> Int[Array, "*A W"]:
         """Codes as they are stored."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def unpack(self, stored: Int[Array, "*A W"]) -> Int[Array, "*A D"]:
         """Undo `pack`; returns int32."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def round_code(self, wanted: Float[Array, "*A"]) -> Int[Array, "*A"]:
         """The nearest code there is, int32."""
-        raise NotImplementedError
+        ...
 
     @property
     def _level_max(self) -> float:
