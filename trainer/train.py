@@ -55,6 +55,7 @@ from distillcache.trainer.run.evaluate import Evaluation, Evaluator
 from distillcache.trainer.run.exact import evaluates_exactly
 from distillcache.trainer.run.folder import (
     SUMMARY,
+    as_begun,
     best_of,
     only_one,
     read_ending,
@@ -153,6 +154,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     store = Store(config.run)
+    config = as_begun(config, store)
     stages = resolve_stages(config, config.mesh)
     begins = not has_student(store)
     _say_what_is_off(config, peers)

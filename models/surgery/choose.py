@@ -29,19 +29,19 @@ def block_scores(parts: Parts, block: int, letter: str, op: SurgeryOp) -> np.nda
     config = parts.config
     if letter == "K":
         by_head = block_scores(parts, block, "H", op).reshape(config.num_kv_heads, -1)
-        return np.arange(config.num_kv_heads, 0, -1) if op.by == "index" else np.sum(by_head, axis=1)
-    if op.by == "importance":
+        return np.arange(config.num_kv_heads, 0, -1) if op.chosen_by == "index" else np.sum(by_head, axis=1)
+    if op.chosen_by == "importance":
         if parts.scores is None or letter in parts.unscored:
             raise _unmeasured(op, parts)
         return parts.scores.blocks[block][letter]
     value = _output_norms(parts.blocks[block], letter)
-    return np.arange(len(value), 0, -1) if op.by == "index" else value
+    return np.arange(len(value), 0, -1) if op.chosen_by == "index" else value
 
 
 def expert_neuron_scores(block: Block, op: SurgeryOp) -> np.ndarray:
     """Score the neurons of every expert, `[E, W]`."""
     down = block["mlp/down"]
-    if op.by == "index":
+    if op.chosen_by == "index":
         return np.broadcast_to(np.arange(down.shape[1], 0, -1), down.shape[:2])
     return _norm(down, 2)
 
@@ -59,9 +59,9 @@ def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
 
 def _stream_scores(parts: Parts, op: SurgeryOp) -> np.ndarray:
     """Score the dimensions of the stream, `[D]`. By weights: the squared norm of all that is written into each."""
-    if op.by == "index":
+    if op.chosen_by == "index":
         return np.arange(parts.config.hidden_size, 0, -1)
-    if op.by == "importance":
+    if op.chosen_by == "importance":
         if parts.scores is None:
             raise _unmeasured(op, parts)
         return parts.scores.stream

@@ -56,7 +56,7 @@ def _partition(parts: Parts, block: int, moe: MoeConfig, op: SurgeryOp) -> dict[
     """By index: runs of neighbours; otherwise dealt out by falling worth, so that experts are worth alike."""
     old, count = parts.blocks[block], moe.num_experts
     neurons = np.arange(old["mlp/down"].shape[0])
-    if op.by == "index":
+    if op.chosen_by == "index":
         shares = neurons.reshape(count, -1)
     else:
         order = np.argsort(-block_scores(parts, block, "F", op), kind="stable")

@@ -419,7 +419,7 @@ class BenchConfig(Config):
     @model_validator(mode="after")
     def _compares_recipes(self) -> Self:
         given = [name for name in ("job", "ways", "text", "seed") if name in self.model_fields_set]
-        if given and self.what != "recipes":
+        if given and "what" in self.model_fields_set and self.what != "recipes":
             raise ValueError(f"{', '.join(given)} is for recipes, not for {self.what}")
         if self.ways and len(set(self.ways)) < len(self.ways):
             raise ValueError(f"ways names one twice: {', '.join(self.ways)}")

@@ -27,13 +27,15 @@ class SurgeryOp(Config):
             "expert (expert_width), experts in a block, dimensions of the residual stream (hidden_size)"
         ),
     )
-    by: Literal["index", "weight_norm", "importance"] = Field(
-        default="index",
+    by: Literal["index", "weight_norm", "importance"] | None = Field(
+        default=None,
+        exclude_if=_unset,
         description=(
             "which ones stay: the first, those with the largest output weights, or the most important on rows"
-            " of the cache"
+            " of the cache; default: importance where it can be measured (a student of the cache's teacher, and resid "
+            "and attn_out of every block), else index"
         ),
-    )  # needs no data and is easy to compare
+    )  # importance left the lowest perplexity after every operation (docs/surgery.md)
     blocks: Blocks | None = Field(
         default=None,
         exclude_if=_unset,
@@ -65,6 +67,11 @@ class SurgeryOp(Config):
     )
 
     @property
+    def chosen_by(self) -> Literal["index", "weight_norm", "importance"]:
+        """By what it chooses where nobody measures anything."""
+        return self.by or "index"
+
+    @property
     def spelled(self) -> str:
         """As a config has it."""
         taken = {name: getattr(self, name) for name in ("op", *_FIELDS_OF_OP.get(self.op, ("to", "by")))}
@@ -93,7 +100,7 @@ class SurgeryOp(Config):
             raise ValueError(f"op: {self.op} needs {needs}")
         if self.how == "partition" and self.noise:
             raise ValueError("noise is for how: copy; the parts of a partition differ anyway")
-        if self.op == "upcycle" and self.how != "partition" and self.by != "index":
+        if self.op == "upcycle" and self.how != "partition" and self.chosen_by != "index":
             raise ValueError("by is for how: partition; every copy has all neurons")
         return self
 
@@ -158,7 +165,7 @@ class StudentConfig(Config):
         names = [op.op for op in self.surgery]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"surgery names {', '.join(twice)} twice: name it once, with its final value")
-        chosen = [op.spelled for op in self.surgery if op.by != "index"]
+        chosen = [op.spelled for op in self.surgery if op.chosen_by != "index"]
         if self.init == "random" and chosen:
             raise ValueError(f"init: random has no weights to choose by, but surgery has {', '.join(chosen)}")
         measured = [op.spelled for op in self.surgery if op.by == "importance"]

@@ -183,7 +183,10 @@ class LossConfig(Config):
 class OptimizerConfig(Config):
     """AdamW with linear warm-up and cosine decay; state is per block, and in blockwise mode clipping as well."""
 
-    learning_rate: Rate = Field(default=1e-3, description="peak learning rate, after the warm-up")
+    learning_rate: Rate | None = Field(
+        default=None,
+        description="peak learning rate, after the warm-up; default: 3e-3 in blockwise mode, 3e-4 in feature mode",
+    )  # what measured best on a teacher of width 576 (docs/recipes.md): step/*_program.py
     warmup_steps: Natural = Field(default=10, description="steps of linear warm-up")  # Adam's moments need a few
     final_fraction: Fraction = Field(
         default=0.0,

@@ -23,7 +23,7 @@ def test_a_maxtext_teacher_a_maxtext_student_and_a_student_of_that(
     sizes = ["--data.path", str(corpus), "--data.row-tokens", "16", "--data.eval-rows", "4", "--batch-rows", "4"]
     assert cli.main(["build", "--cache", "cache", "--teacher.path", "teacher", *sizes]) == 0
     steps = ["--steps", "2", "--batch-rows", "4"]
-    cut = ["--student.surgery", "[{op: query_heads, to: 2}]"]
+    cut = ["--student.surgery", "[{op: query_heads, to: 2, by: index}]"]
     assert cli.main(["train", "--run", "run", "--cache", "cache", *steps, *cut]) == 0
     student = load_student("run").decoder
     assert cli.main(["export", "run", "out", "--format", "maxtext"]) == 0

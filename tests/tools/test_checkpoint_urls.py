@@ -36,7 +36,7 @@ def test_build_train_export(gcs: Bucket, teacher: Path, corpus: Path, tmp_path: 
 
     shutil.move(teacher, tmp_path / "moved")  # the remote cache needs no local teacher
     try:
-        cut = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)])
+        cut = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2, by="index")])
         run, cache = str(tmp_path / "run"), str(tmp_path / "remote")
         train = TrainConfig(run=run, cache=cache, student=cut, steps=2, batch_rows=2)
         store.write("train.yaml", dump_yaml(train).encode())

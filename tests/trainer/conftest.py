@@ -36,7 +36,7 @@ MIXED = ModelConfig(
 )
 EVEN = replace(MIXED, layers=(LayerGroup((BlockKind(),), 4),))  # one kind of block: a third of the time to compile
 
-PLAIN, ADAM = BlockRules(), OptimizerConfig()
+PLAIN, ADAM = BlockRules(), OptimizerConfig(learning_rate=1e-3)
 
 
 def random_batch(

@@ -33,7 +33,7 @@ from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import Evaluation
-from distillcache.trainer.run.folder import read_evaluations
+from distillcache.trainer.run.folder import read_evaluations, with_values_of
 from distillcache.trainer.run.held_out import held_out
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.step.parameters import all_parameters, at_address
@@ -49,7 +49,7 @@ def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "run": str(run),
         "cache": str(cache),
-        "student": StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)]),
+        "student": StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2, by="index")]),
         "optimizer": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         "steps": 8,
         "batch_rows": 4,
@@ -217,7 +217,7 @@ def test_killed_again_and_again(tmp_path, cache, whole):
     run = tmp_path / "run"
     words = ["--run", str(run), "--cache", str(cache), "--steps", "8"]
     words += ["--batch-rows", "4", "--checkpoint-every", "1", "--eval-batch-rows", "3"]
-    words += ["--student.surgery", "[{op: query_heads, to: 2}]", "--eval-teacher", "false"]
+    words += ["--student.surgery", "[{op: query_heads, to: 2, by: index}]", "--eval-teacher", "false"]
     words += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2"]
     rng, kills = np.random.default_rng(0), 0
     for _ in range(30):
@@ -246,7 +246,7 @@ def test_sigterm_ends_with_a_checkpoint(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(loop._Run, "_keep", send)
     run = tmp_path / "run"
     words = ["--run", str(run), "--cache", str(cache), "--steps", "4", "--batch-rows", "2"]
-    words += ["--student.surgery", "[{op: query_heads, to: 2}]"]
+    words += ["--student.surgery", "[{op: query_heads, to: 2, by: index}]"]
     assert __main__.main(words) == 143
     assert load_student(str(run)).step == 2
 
@@ -263,6 +263,26 @@ def test_another_config_is_refused(whole, cache, change, named):
     with pytest.raises(PlanMismatchError) as caught:
         train(config(whole, cache, **change))
     assert set(caught.value.facts) == {"run", named}
+
+
+def test_a_run_keeps_the_defaults_that_it_was_begun_with(whole, cache):
+    """An earlier version wrote them down as values."""
+    cut = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)])
+    assert train(config(whole, cache, optimizer=OptimizerConfig(warmup_steps=2), student=cut)).resumed_from == 8
+    begun = {
+        "optimizer": {"learning_rate": 0.5},
+        "stages": [{"optimizer": {"learning_rate": 0.25}}, {"optimizer": None}],
+        "student": {"surgery": [{"op": "drop_blocks", "by": "index"}, {"op": "mlp_width", "by": "weight_norm"}]},
+    }
+    optimizer = {"warmup_steps": 2}
+    stages = [{"mode": "blockwise", "steps": 1, "optimizer": optimizer}, {"mode": "feature", "steps": 1}]
+    surgery = [{"op": "drop_blocks", "blocks": [0]}, {"op": "mlp_width", "to": 2, "by": "index"}]
+    found = with_values_of(
+        config(whole, cache, optimizer=optimizer, stages=stages, student={"surgery": surgery}), begun
+    )
+    assert found.optimizer.learning_rate == 0.5
+    assert [stage.optimizer and stage.optimizer.learning_rate for stage in found.stages] == [0.25, None]
+    assert [op.by for op in found.student.surgery] == ["index", "index"]  # the second is named
 
 
 def test_another_cache_is_refused(whole, sparse_cache):
@@ -321,7 +341,7 @@ def test_a_foreign_folder_is_refused(tmp_path, cache):
 
 
 def test_a_config_that_failed_at_the_start_may_be_corrected(tmp_path, cache):
-    wrong = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=7)])
+    wrong = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=7, by="index")])
     with pytest.raises(ConfigError):
         train(config(tmp_path / "run", cache, student=wrong, steps=1))
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from distillcache.models.checkpoint import read_config
 from distillcache.models.config import ModelConfig
 from distillcache.schemas import command_line
 from distillcache.schemas.config import BuildConfig, DataConfig, DemoConfig, TapsConfig, TeacherConfig, TrainConfig
-from distillcache.schemas.config.train import OptimizerConfig, StudentConfig, SurgeryOp
+from distillcache.schemas.config.train import StudentConfig, SurgeryOp
 from distillcache.schemas.counted import counted
 from distillcache.schemas.errors import ConfigError, DivergedError, PlanMismatchError
 from distillcache.schemas.format.layout import DEMO_MARKER
@@ -37,7 +37,6 @@ MARKER = DEMO_MARKER
 ROW_TOKENS = 128
 DEMO_ROWS = 480  # 61,000 tokens, of which 53,000 are trained on: enough for the recovery, two minutes of teacher
 EVAL_ROWS = 64
-LEARNING_RATE = 3e-3  # closed 93% of the gap where 1e-3 closed 83% and 2e-3 88%
 SHARD_MIB = 256  # some ten shards: little is lost when it is interrupted
 
 log = logging.getLogger(__name__)
@@ -130,7 +129,6 @@ def train_config(run: Path, cache: str, surgery: list[SurgeryOp], steps: int, ba
         run=str(run),
         cache=cache,
         student=StudentConfig(surgery=surgery),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         steps=steps,
         batch_rows=batch_rows,
         checkpoint_every=20,  # half a minute of work at most is lost

@@ -10,10 +10,10 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -62,6 +62,7 @@ from distillcache.trainer.run.importance import IMPORTANCE
 from distillcache.trainer.run.student import SURGERY
 
 log = logging.getLogger(__name__)
+Spec = TypeVar("Spec", bound=TrainSpec)
 
 RESOLVED = "config.yaml"
 SUMMARY, OF = "summary.json", "of_run"  # the second: its key for the digest of run.json
@@ -96,6 +97,47 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
             "use the config of that run, or another --run",
         )
     store.write(RESOLVED, command_line.dump_yaml(config).encode())
+
+
+def as_begun(spec: Spec, store: Store) -> Spec:
+    """The settings of a run, with the values that an earlier version wrote down where these name none.
+
+    That version had one learning rate for both modes, and chose by index. A run keeps what it was begun with.
+    """
+    identity = read_identity(store) if has_student(store) else None
+    return spec if identity is None else with_values_of(spec, identity.spec)
+
+
+def with_values_of(spec: Spec, begun: Mapping[str, Any]) -> Spec:
+    """The settings with learning rates and choices as they were begun, where they name none.
+
+    Args:
+        begun: the spec in a run's `run.json`.
+    """
+    optimizer, stages = _value_of(spec.optimizer, begun.get("optimizer"), "learning_rate"), spec.stages
+    if stages is not None:
+        stages = [
+            stage.model_copy(update={"optimizer": _value_of(stage.optimizer, then.get("optimizer"), "learning_rate")})
+            for stage, then in _beside(stages, begun.get("stages"))
+        ]
+    cut = _beside(spec.student.surgery, begun.get("student", {}).get("surgery"))
+    student = spec.student.model_copy(update={"surgery": [_value_of(op, then, "by") for op, then in cut]})
+    found = {"optimizer": optimizer, "stages": stages, "student": student}
+    return spec.model_copy(update={name: value for name, value in found.items() if value != getattr(spec, name)})
+
+
+def _value_of(part: Any, begun: Any, field: str) -> Any:
+    """A part of a config with one field as it was begun, where it names none."""
+    then = begun.get(field) if isinstance(begun, dict) else None
+    if part is None or then is None or getattr(part, field) is not None:
+        return part
+    return part.model_copy(update={field: then})
+
+
+def _beside(entries: Sequence[Any], begun: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Each entry with the one that the run was begun with at its place; {} where there is none."""
+    then = begun if isinstance(begun, list) and len(begun) == len(entries) else [{}] * len(entries)
+    return [(entry, each if isinstance(each, dict) else {}) for entry, each in zip(entries, then, strict=True)]
 
 
 def seal_student(store: Store) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from distillcache.schemas.config.asked import asked, asked_below
 from distillcache.schemas.config.feed import FeedConfig
 from distillcache.schemas.config.train import TrainSpec, may_count
+from distillcache.trainer.run.importance import is_measured
 from distillcache.trainer.run.stages import Stage
 from distillcache.trainer.terms.parts import SHARES
 
@@ -74,7 +75,7 @@ _OF_RUN: Mapping[str, tuple[Callable[[TrainSpec, Sequence[Stage]], bool], str]] 
         f"{_BIASES} with moe_bias_sync_group: ep",
     ),
     "student.importance_rows": (
-        lambda spec, _: any(op.by == "importance" for op in spec.student.surgery),
+        lambda spec, _: any(is_measured(op, spec.student.init) for op in spec.student.surgery),
         "an operation of student.surgery with by: importance",
     ),
 }

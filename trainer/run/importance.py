@@ -31,7 +31,8 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.layers.mlp import Mlp
 from distillcache.models.layers.sublayer import pre_norm
 from distillcache.models.surgery import Scores
-from distillcache.schemas.errors import ConfigError, InputError, NonFiniteError
+from distillcache.schemas.config.student import SurgeryOp
+from distillcache.schemas.errors import ConfigError, DistillcacheError, InputError, NonFiniteError
 from distillcache.schemas.format.layout import MANIFEST
 from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.store.store import Store
@@ -43,6 +44,7 @@ from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets,
 IMPORTANCE = "importance.safetensors"  # in the run's folder
 MEASURED_ROWS = 4  # at a time; fixed, since XLA's bits depend on a batch's shape
 STREAM, OF = "stream", "of"  # names of arrays; the second says what was measured
+CHOOSING = ("query_heads", "kv_heads", "mlp_width", "experts", "hidden_size")  # operations that importance can guide
 OpenSource = Callable[[Sequence[str], Sequence[int] | None], Source]
 
 
@@ -56,24 +58,9 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
     Raises:
         ConfigError: the cache lacks what is needed.
     """
-    source = open_source((), None)
-    missing = {"resid", "attn_out"} - {tap.name for segment in source.segments() for tap in segment.plan.taps}
-    if missing:
-        raise ConfigError(
-            "importance is measured on the recorded streams, and the cache lacks some",
-            {"cache": f"{source.url}/{MANIFEST}", "missing": ", ".join(sorted(missing))},
-            "choose by: weight_norm, or add the tap: distillcache build --extend (online: name it in online.taps)",
-        )
+    if (lack := find_lack(teacher.config.num_blocks, open_source)) is not None:
+        raise lack
     source = open_source(("resid", "attn_out"), None)
-    if absent := sorted(set(range(teacher.config.num_blocks)) - set(source.blocks)):
-        raise ConfigError(
-            "importance is measured in every block, and the cache lacks some",
-            {"cache": f"{source.url}/{MANIFEST}", "missing": absent},
-            "choose by: weight_norm, or add the blocks: distillcache build --extend "
-            "(online: set online.taps, which records every block)",
-        )
-    if len(source) == 0:
-        raise InputError("there are no training rows to measure importance on", {"cache": source.url})
     counted = min(rows, len(source))
     of = f"cache {source.digest}, rows {counted}"
     kept = run.read(IMPORTANCE)
@@ -82,6 +69,40 @@ def teacher_importance(run: Store, teacher: Decoder, rows: int, open_source: Ope
     scores = measure_importance(teacher, source, counted)
     run.write(IMPORTANCE, _packed(scores, of))
     return scores
+
+
+def is_measured(op: SurgeryOp, init: str) -> bool:
+    """Return whether an operation chooses by importance, on rows that allow it.
+
+    Args:
+        init: the source of the student's weights, as StudentConfig has it.
+    """
+    if op.by is not None:
+        return op.by == "importance"
+    return init == "teacher" and (op.op in CHOOSING or (op.op == "upcycle" and op.how == "partition"))
+
+
+def find_lack(num_blocks: int, open_source: OpenSource) -> DistillcacheError | None:
+    """Return what rows lack for a measurement in all blocks; None if it can be made."""
+    source = open_source((), None)
+    missing = {"resid", "attn_out"} - {tap.name for segment in source.segments() for tap in segment.plan.taps}
+    if missing:
+        return ConfigError(
+            "importance is measured on the recorded streams, and the cache lacks some",
+            {"cache": f"{source.url}/{MANIFEST}", "missing": ", ".join(sorted(missing))},
+            "choose by: weight_norm, or add the tap: distillcache build --extend (online: name it in online.taps)",
+        )
+    source = open_source(("resid", "attn_out"), None)
+    if absent := sorted(set(range(num_blocks)) - set(source.blocks)):
+        return ConfigError(
+            "importance is measured in every block, and the cache lacks some",
+            {"cache": f"{source.url}/{MANIFEST}", "missing": absent},
+            "choose by: weight_norm, or add the blocks: distillcache build --extend "
+            "(online: set online.taps, which records every block)",
+        )
+    if len(source) == 0:
+        return InputError("there are no training rows to measure importance on", {"cache": source.url})
+    return None
 
 
 def measure_importance(teacher: Decoder, source: Source, rows: int) -> Scores:

@@ -105,7 +105,8 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     """
     found: list[Stage] = []
     if spec.stages is None:
-        found = [Stage(0, spec.mode, 0, spec.steps, spec.loss, spec.optimizer, spec.train_only)]
+        optimizer = _with_rate(spec.optimizer, spec.mode)
+        found = [Stage(0, spec.mode, 0, spec.steps, spec.loss, optimizer, spec.train_only)]
     for number, stage in enumerate(spec.stages or []):
         found.append(
             Stage(
@@ -114,7 +115,7 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
                 found[-1].last if found else 0,
                 stage.steps,
                 stage.loss or spec.loss,
-                stage.optimizer or spec.optimizer,
+                _with_rate(stage.optimizer or spec.optimizer, stage.mode),
                 spec.train_only if stage.train_only is None else stage.train_only,
             )
         )
@@ -126,6 +127,13 @@ def resolve_stages(spec: TrainSpec, mesh: MeshConfig) -> tuple[Stage, ...]:
     if spec.moe_balance_type == "noaux_tc":
         found = [replace(stage, loss=_without_balance_loss(stage.loss)) for stage in found]
     return tuple(found)
+
+
+def _with_rate(optimizer: OptimizerConfig, mode: str) -> OptimizerConfig:
+    """The settings with the mode's own learning rate where they name none."""
+    if optimizer.learning_rate is not None:
+        return optimizer
+    return optimizer.model_copy(update={"learning_rate": MODES[mode].usual_rate})
 
 
 def warm_up_note(stage: Stage) -> str | None:

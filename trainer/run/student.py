@@ -26,7 +26,7 @@ from distillcache.models.surgery import add_router_bias, changed_config, operate
 from distillcache.schemas.cache.segment import read_tokenizer
 from distillcache.schemas.config.student import StudentConfig, SurgeryOp
 from distillcache.schemas.config.train import TrainSpec
-from distillcache.schemas.errors import CheckpointError, ConfigError, StorageError
+from distillcache.schemas.errors import CheckpointError, ConfigError, DistillcacheError, StorageError
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import MANIFEST, TOKENIZER
 from distillcache.schemas.format.run import STUDENT
@@ -35,7 +35,7 @@ from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.source import Source
 from distillcache.trainer.feed.teacher import check_teacher
 from distillcache.trainer.run.checkpoints import has_student
-from distillcache.trainer.run.importance import OpenSource, teacher_importance
+from distillcache.trainer.run.importance import OpenSource, find_lack, is_measured, teacher_importance
 from distillcache.trainer.run.stages import Stage, only_part, part_note
 from distillcache.trainer.step.adapters import make_adapters
 from distillcache.trainer.step.parameters import (
@@ -160,13 +160,31 @@ def _operated(
 ) -> Decoder:
     """The checkpoint's decoder after these operations; what they kept is written down in the run's folder."""
     start = load_pretrained(path, dtype="float32")
-    scores = None
+    ops, scores = with_choices(ops, config.init, start.config.num_blocks, open_source), None
     if open_source is not None and any(op.by == "importance" for op in ops):
         scores = teacher_importance(run, start, config.importance_rows, open_source)
     operated = operate(start, ops, scores)
     if ops:
         write_surgery(run, ops, operated.kept)
     return operated.decoder
+
+
+def with_choices(
+    ops: Sequence[SurgeryOp], init: str, num_blocks: int, open_source: OpenSource | None
+) -> list[SurgeryOp]:
+    """The operations, each with what it chooses by: importance where a config says nothing and rows allow it."""
+    found: list[SurgeryOp] = []
+    lack: DistillcacheError | None = None
+    for op in ops:
+        made_before = op.op == "experts" and any(earlier.op == "upcycle" for earlier in found)
+        by = op.by
+        if by is None and is_measured(op, init) and not made_before and open_source is not None:
+            lack = find_lack(num_blocks, open_source)
+            by = "importance" if lack is None else None
+        found.append(op if by is None else op.model_copy(update={"by": by}))
+    if lack is not None:
+        log.warning(f"warning: surgery chooses by index, not by importance: {lack.what}")
+    return found
 
 
 def _is_teacher(

@@ -36,6 +36,7 @@ class FeatureProgram:
     """The student as a whole, from tokens."""
 
     blocks_apart: ClassVar[bool] = False
+    usual_rate: ClassVar[float] = 3e-4
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

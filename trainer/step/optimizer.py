@@ -26,8 +26,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Step (from 0) to learning rate: linear warm-up, then a cosine to `final_fraction` at `steps`.
 
     The first step is not at zero: with `warmup_steps: 10` it is at 1/11 of the highest rate.
+
+    Args:
+        config: of a stage, which names its learning rate.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    assert peak is not None
     decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.final_fraction)
     if warmup == 0:
         return decay

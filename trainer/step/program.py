@@ -122,16 +122,17 @@ def check_attention(setting: Setting, needed: Mapping[str, bool], instead: str) 
 class StepProgram(Protocol):
     """Interface of a mode to a stage; made from a `Setting` alone, which it checks.
 
-    blocks_apart: each block is trained on the teacher's stream, and no block's loss depends on another block. terms:
-    those that the mode knows, whether they count or not. taps: that a step reads of compared blocks, but for `mlp_out`;
-    needs_leaving: and of `resid` also the slots that leave them; reads_head: it needs the teacher's last stream, norm
-    and head. row_fields: that it reads besides positions and
-    segment_ids. compares_blocks: blocks have targets of their own. compares_streams: the student's own stream is
-    compared, at `loss.stream.slots`. injects_norms: the teacher's attention norms take the place of the student's.
-    optimizer: of one block's parameters.
+    blocks_apart: each block is trained on the teacher's stream, and no block's loss depends on another block.
+    usual_rate: its peak learning rate where a config names none. terms: those that the mode knows, whether they count
+    or not. taps: that a step reads of compared blocks, but for `mlp_out`; needs_leaving: and of `resid` also the slots
+    that leave them; reads_head: it needs the teacher's last stream, norm and head. row_fields: that it reads besides
+    positions and segment_ids. compares_blocks: blocks have targets of their own. compares_streams: the student's own
+    stream is compared, at `loss.stream.slots`. injects_norms: the teacher's attention norms take the place of the
+    student's. optimizer: of one block's parameters.
     """
 
     blocks_apart: ClassVar[bool]
+    usual_rate: ClassVar[float]
     terms: Terms
     taps: tuple[str, ...]
     needs_leaving: bool

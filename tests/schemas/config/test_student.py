@@ -45,7 +45,8 @@ def test_what_contradicts_itself_is_refused(values: dict[str, Any], message: str
 def test_what_is_not_set_is_not_written_down():
     """Runs from before an operation had more fields than `to` and `by` go on."""
     op = SurgeryOp(op="query_heads", to=2)
-    assert op.model_dump() == {"op": "query_heads", "to": 2, "by": "index"}
-    assert op.spelled == "{op: query_heads, to: 2, by: index}"
-    assert SurgeryOp(op="upcycle", experts=4).spelled == "{op: upcycle, experts: 4, by: index}"
+    assert op.model_dump() == {"op": "query_heads", "to": 2}
+    assert op.spelled == "{op: query_heads, to: 2}"
+    assert SurgeryOp(op="upcycle", experts=4).spelled == "{op: upcycle, experts: 4}"
+    assert SurgeryOp(op="mlp_width", to=4, by="index").spelled == "{op: mlp_width, to: 4, by: index}"
     assert "importance_rows" not in StudentConfig().model_dump()

@@ -31,8 +31,13 @@ pytestmark = pytest.mark.slow  # programs for eight devices take long to compile
 # Five blocks do not divide by two or four; delta keyframes every two slots lie across the groups' borders.
 DEEP = ModelConfig(**{**TINY.__dict__, "layers": (LayerGroup((BlockKind(),), 5),), "num_heads": 4, "vocab_size": 264})
 TAPS = TapsConfig(attn_out=TapConfig(codec="int8"), resid=TapConfig(codec="int8", delta=True, keyframe_every=2))
-CUT = {"surgery": [{"op": "query_heads", "to": 1}]}
-BLOCKWISE = {"loss": {"mlp": {"weight": 0.5}}, "student": CUT, "steps": 3, "optimizer": OptimizerConfig(warmup_steps=0)}
+CUT = {"surgery": [{"op": "query_heads", "to": 1, "by": "index"}]}
+BLOCKWISE = {
+    "loss": {"mlp": {"weight": 0.5}},
+    "student": CUT,
+    "steps": 3,
+    "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+}
 FEATURE = {**BLOCKWISE, "mode": "feature", "loss": {}}
 # Whole blocks, and the student's own stream at two slots: nothing but the stream is read.
 WHOLE = {**BLOCKWISE, "loss": {"feature": {"weight": 0.0}, "block": {"weight": 1.0}}}

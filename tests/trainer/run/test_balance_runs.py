@@ -48,7 +48,7 @@ MIXTRAL_BIAS = "groups/0/blocks/0/" + ROUTER_BIAS
 MLP = {"mlp": {"weight": 1.0}}
 AUXILIARY = {"loss": {**MLP, "load_balance": {"weight": 0.1}, "router_z": 0.01}}
 NOAUX = {"loss": MLP, "moe_balance_type": "noaux_tc", "moe_update_rate": 0.5}
-CUT = {"surgery": [{"op": "query_heads", "to": 2}]}
+CUT = {"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]}
 SHORT: dict[str, Any] = {"student": {}, "steps": 5, "checkpoint_every": 2}
 
 

@@ -34,7 +34,7 @@ def config(run: Path, cache: Path, **changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "run": str(run),
         "cache": str(cache),
-        "student": StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2)]),
+        "student": StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2, by="index")]),
         "train_only": ["attention/o"],  # so that most of the student is frozen, and read from its folder alone
         "steps": 4,
         "batch_rows": 4,

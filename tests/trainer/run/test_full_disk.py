@@ -29,7 +29,7 @@ def test_a_full_disk_ends_training_which_goes_on_when_there_is_room(small_disk: 
     run = small_disk / "run"
     words = ["--run", str(run), "--cache", str(cache), "--steps", str(STEPS), "--checkpoint-every", "50"]
     words += ["--batch-rows", "4", "--log-every", "1", "--eval-every", "0", "--eval-batch-rows", "4"]
-    words += ["--eval-teacher", "false", "--student.surgery", "[{op: query_heads, to: 2}]"]
+    words += ["--eval-teacher", "false", "--student.surgery", "[{op: query_heads, to: 2, by: index}]"]
     resize(small_disk, kib)
     ended = Command(__main__.main, words)
     _, told = ended.communicate(timeout=120)

@@ -16,12 +16,14 @@ from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.surgery import Scores
+from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
 from distillcache.schemas.errors import ConfigError, NonFiniteError
 from distillcache.schemas.store.store import Store
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run import importance
 from distillcache.trainer.run.importance import measure_importance, teacher_importance
+from distillcache.trainer.run.student import with_choices
 from tests.conftest import TINY, build_config, save_teacher
 
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
@@ -156,3 +158,47 @@ def test_what_the_cache_lacks_is_said(tmp_path: Path, teacher: Path, corpus: Pat
         teacher_importance(Store(str(tmp_path / "run")), load_pretrained(teacher), 4, open_source)
     assert named in str(caught.value)
     assert "--extend" in caught.value.next
+
+
+OPS = [
+    {"op": "drop_blocks", "blocks": [0]},
+    {"op": "query_heads", "to": 1},
+    {"op": "kv_heads", "to": 1, "by": "weight_norm"},
+    {"op": "expert_width", "to": 8},
+    {"op": "upcycle", "experts": 2},
+    {"op": "experts", "to": 2},
+]
+
+
+@pytest.mark.parametrize(
+    ("ops", "init", "expected"),
+    [
+        (OPS, "teacher", [None, "importance", "weight_norm", None, None, None]),  # the experts were not measured
+        (OPS[-1:], "teacher", ["importance"]),
+        ([{**OPS[4], "how": "partition"}], "teacher", ["importance"]),
+        (OPS, "random", [None, None, "weight_norm", None, None, None]),
+        (OPS[-1:], "another/checkpoint", [None]),
+        ([{"op": "mlp_width", "to": 8, "by": "index"}], "teacher", ["index"]),
+    ],
+)
+def test_importance_is_the_default_where_it_is_measured(
+    mixed: tuple[Decoder, Path], ops: list[dict], init: str, expected: list[str | None]
+):
+    given = [SurgeryOp.model_validate(op) for op in ops]
+    found = with_choices(given, init, 3, lambda *args: CacheSource(str(mixed[1]), *args, "train", leaving=False))
+    assert [op.by for op in found] == expected
+    assert [op.by for op in with_choices(given, init, 3, None)] == [op.by for op in given]
+
+
+def test_index_is_the_default_where_the_cache_lacks_a_tap(
+    tmp_path: Path, teacher: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+):
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=TapsConfig(resid=None)))
+    given = [SurgeryOp(op="query_heads", to=2), SurgeryOp(op="mlp_width", to=8)]
+
+    def open_source(taps, blocks):
+        return CacheSource(str(tmp_path / "cache"), taps, blocks, "train", leaving=False)
+
+    assert with_choices(given, "teacher", 3, open_source) == given
+    (said,) = [record.message for record in caplog.records if "index" in record.message]
+    assert "by index, not by importance" in said

@@ -31,7 +31,7 @@ from tests.trainer.test_train import _failing_at, assert_same_run, config, timel
 
 __all__ = ["moe_cache", "moe_teacher"]  # fixtures
 
-CUT = [{"op": "query_heads", "to": 2}]
+CUT = [{"op": "query_heads", "to": 2, "by": "index"}]
 STAGES = [
     {"mode": "blockwise", "steps": 4},
     {"mode": "feature", "steps": 4, "loss": {"alpha": 0.0, "feature": {"weight": 0.5}}},

@@ -93,7 +93,7 @@ def test_a_blockwise_run_needs_none(run: Path, silent: Path, console: pytest.Cap
     names = {name for line in lines for name in line} | {tag for tag, _ in logged_scalars(run / "tensorboard")}
     assert not [name for name in names if any(word in name for word in UNDEFINED)]
     assert {"eval/cosine", "distill/total_loss"} <= names
-    words = ["--run", str(run), "--cache", str(silent), "--student.surgery", "[{op: query_heads, to: 2}]"]
+    words = ["--run", str(run), "--cache", str(silent), "--student.surgery", "[{op: query_heads, to: 2, by: index}]"]
     words += ["--optimizer.learning-rate", "3e-3", "--optimizer.warmup-steps", "2", "--steps", "4", "--eval-every", "2"]
     words += ["--batch-rows", "4", "--checkpoint-every", "2", "--eval-batch-rows", "4"]
     assert cli.main(["train", *words]) == 0

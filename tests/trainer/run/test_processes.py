@@ -68,7 +68,7 @@ def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
     """Four are stopped by a SIGTERM to one of them; of two, one is killed; one goes on alone."""
     run, values = tmp_path / "run", {"steps": 3000, "eval_every": 4}
     (tmp_path / "run.yaml").write_text(
-        "{student: {surgery: [{op: query_heads, to: 2}]}, batch_rows: 4, checkpoint_every: 2, steps: 3000, "
+        "{student: {surgery: [{op: query_heads, to: 2, by: index}]}, batch_rows: 4, checkpoint_every: 2, steps: 3000, "
         "eval_every: 4}"
     )
     four = start(run, [cache] * 4, 1, "--mesh.block", "2", "--mesh.fsdp", "2")
@@ -105,7 +105,11 @@ def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
 def test_adapters_of_two_processes_and_of_one(tmp_path, cache):
     """Rows and weights are divided over two processes; what is trained is what one process trains."""
     lora = {"rank": 2, "targets": ["attention", "mlp/down"]}
-    values = {"student": {"surgery": [{"op": "query_heads", "to": 2}], "lora": lora}, "checkpoint_every": 2, "steps": 4}
+    values = {
+        "student": {"surgery": [{"op": "query_heads", "to": 2, "by": "index"}], "lora": lora},
+        "checkpoint_every": 2,
+        "steps": 4,
+    }
     values |= {"stages": [{"mode": "blockwise", "steps": 2}, {"mode": "feature", "steps": 2}], "batch_rows": 4}
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(json.dumps(values))
@@ -122,7 +126,7 @@ def test_adapters_of_two_processes_and_of_one(tmp_path, cache):
 def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
     """Two processes share the held-out rows, and each says the same of the whole."""
     (tmp_path / "run.yaml").write_text(
-        "{student: {surgery: [{op: query_heads, to: 2}]}, batch_rows: 4, steps: 2, eval_batch_rows: 2}"
+        "{student: {surgery: [{op: query_heads, to: 2, by: index}]}, batch_rows: 4, steps: 2, eval_batch_rows: 2}"
     )
     ends(start(tmp_path / "run", [cache] * 2, 1, "--mesh.data", "2"), 0)
     together = read_evaluations(tmp_path / "run")
@@ -137,7 +141,7 @@ def test_the_teachers_figure_is_that_of_one_process(tmp_path, cache):
 @pytest.mark.slow
 def test_a_process_that_cannot_begin_ends_the_others(tmp_path, cache):
     """It says why, and the others say which one it was, and why."""
-    (tmp_path / "run.yaml").write_text("{batch_rows: 4, student: {surgery: [{op: query_heads, to: 2}]}}")
+    (tmp_path / "run.yaml").write_text("{batch_rows: 4, student: {surgery: [{op: query_heads, to: 2, by: index}]}}")
     first, second = ends(start(tmp_path / "run", [cache, tmp_path / "nothing"], 1, "--mesh.data", "2"), 2)
     assert second.startswith("error: there is no cache here")
     assert re.match(r"error: process 1, on .*, has ended: there is no cache here", first)

@@ -176,7 +176,7 @@ def test_a_run_may_train_nothing_of_any_block(only: str, cache: Path, tmp_path: 
         "run": str(tmp_path / "run"),
         "cache": str(cache),
         "mode": "feature",
-        "student": {"surgery": [{"op": "query_heads", "to": 2}]},
+        "student": {"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]},
         "train_only": [only],
         "steps": 2,
         "batch_rows": 4,

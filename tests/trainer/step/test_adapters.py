@@ -96,7 +96,7 @@ def feature_step(decoder: Decoder, alpha: float | None, **options: Any) -> tuple
         decoder.config, student_spans(decoder.config, depth, None), places, {0: 1.0, depth - 1: 2.0}
     )
     reading = TapReading({"attn_out": get_codec("f32")}, decoder.config.hidden_size, in_step=False)
-    made = make_optimizer(OptimizerConfig(), 10, clips=False)  # type: ignore[arg-type]
+    made = make_optimizer(OptimizerConfig(learning_rate=1e-3), 10, clips=False)  # type: ignore[arg-type]
     graph, stack = nnx.graphdef(decoder), StudentStack(decoder)
     return FeatureStep(graph, stack, reading, LossConfig(), made, 1.0, 10, adapter_alpha=alpha, **options), targets
 

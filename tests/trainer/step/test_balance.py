@@ -285,7 +285,7 @@ def whole_step(
     places = {"attn_out": {at: at for at in range(3)}}
     targets = block_targets(decoder.config, spans, [places] * 3, dict.fromkeys(blocks, 1.0))
     reading = TapReading({"attn_out": get_codec("f32")}, SMALL.hidden_size, in_step=False)
-    adam = options.pop("adam", OptimizerConfig(warmup_steps=0))
+    adam = options.pop("adam", OptimizerConfig(learning_rate=1e-3, warmup_steps=0))
     graph, stack = nnx.graphdef(decoder), StudentStack(decoder)
     optimizer = make_optimizer(adam, 10, clips=False)
     step = FeatureStep(graph, stack, reading, loss, optimizer, 1.0, 10, balancing=balancing, **options)
@@ -446,7 +446,7 @@ def test_nothing_is_collected_in_feature_mode_either(student, batch):
 def test_weight_decay_leaves_alone_what_router_losses_do_not_reach(student, batch):
     """Features of block 0 alone: the routers' losses reach up to the last router, but not the experts behind it."""
     loss = loss_config(mlp={"weight": 0.0})
-    adam = OptimizerConfig(warmup_steps=0, weight_decay=0.1)
+    adam = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1)
     step, targets = whole_step(student, loss, balancing_of(loss, "feature"), blocks=(0,), adam=adam)
     trained, frozen = feature_parameters(student)
     before, state = jax.tree.map(np.array, trained), init_state(step.stack, trained, step.optimizer)

@@ -150,7 +150,7 @@ CHANGES = {
     "inside_scan": False,
     "rules": BlockRules(runs_mlp=True),
     "loss": BOTH,
-    "optimizer": make_optimizer(OptimizerConfig(b1=0.5), 20),
+    "optimizer": make_optimizer(OptimizerConfig(learning_rate=1e-3, b1=0.5), 20),
     "reading": TapReading({"resid": get_codec("f32"), "attn_out": get_codec("bf16")}, EVEN.hidden_size, in_step=False),
     "stack": StudentStack(nnx.eval_shape(lambda: Decoder(replace(EVEN, norm_eps=0.5)))),
 }

@@ -77,7 +77,7 @@ def step_of(decoder: Decoder, loss: LossConfig, **options: object) -> tuple[Feat
     targets = block_targets(SMALL, spans, [places] * 3, weights)
     codecs = {"attn_out": get_codec("f32"), "topk_logits": get_topk_codec(K, "f32")}
     reading = TapReading(codecs, SMALL.hidden_size, in_step=False)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10, clips=False)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 10, clips=False)
     step = FeatureStep(nnx.graphdef(decoder), StudentStack(decoder), reading, loss, optimizer, 1.0, 10, **options)
     return step, targets
 
@@ -162,7 +162,7 @@ def test_padding_alone_gives_zero(small, batch):
 def alone(small, batch) -> tuple[dict, TrainState, FeatureSums]:
     """The parameters before, and state and sums after, a step on features alone: clipped, with weight decay."""
     step, targets = step_of(small, LOSS.model_copy(update={"token_weight": 0.0}))
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.1), 10, clips=False)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1), 10, clips=False)
     step, everything = replace(step, clip_norm=1e-3, optimizer=optimizer), all_parameters(small)
     frozen = {name: everything.pop(name) for name in ("final_norm", "head")}
     before, state = jax.tree.map(np.asarray, everything), init_state(step.stack, everything, optimizer)

@@ -16,7 +16,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.families import FAMILIES, config_from_hf
 from distillcache.schemas.config import TrainConfig
-from distillcache.schemas.config.train import LossConfig
+from distillcache.schemas.config.train import LossConfig, OptimizerConfig
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.balance import make_balancing
 from distillcache.trainer.step.modes import MODES
@@ -51,6 +51,21 @@ def names_of(decoder: Decoder) -> list[str]:
 
 def abstract(config: ModelConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config))
+
+
+def test_each_mode_has_a_learning_rate_of_its_own():
+    stages = [{"mode": mode, "steps": 1} for mode in MODES]
+    values = {"run": "run", "cache": "cache", "stages": [*stages, {**stages[0], "optimizer": {"learning_rate": 0.5}}]}
+
+    def rates(**changes: Any) -> list[float | None]:
+        config = TrainConfig.model_validate({**values, **changes})
+        return [stage.optimizer.learning_rate for stage in resolve_stages(config, config.mesh)]
+
+    assert rates() == [*(program.usual_rate for program in MODES.values()), 0.5]
+    assert rates(optimizer={"learning_rate": 0.125}) == [0.125, 0.125, 0.5]
+    described = OptimizerConfig.model_fields["learning_rate"].description or ""
+    for mode, program in MODES.items():
+        assert f"{program.usual_rate:.0e}".replace("e-0", "e-") + f" in {mode} mode" in described
 
 
 def test_every_family_is_here():

@@ -104,13 +104,15 @@ def test_clipping_is_that_of_optax_and_holds_where_squares_overflow(size: float)
 
 
 def test_every_leaf_of_the_state_has_the_block_axis():
-    state = init_blocks(make_optimizer(OptimizerConfig(), 10), {"q": jnp.ones((3, 4, 5)), "norm": jnp.ones((3, 4))})
+    state = init_blocks(
+        make_optimizer(OptimizerConfig(learning_rate=1e-3), 10), {"q": jnp.ones((3, 4, 5)), "norm": jnp.ones((3, 4))}
+    )
     assert {leaf.shape[0] for leaf in jax.tree.leaves(state)} == {3}
     assert sum(leaf.shape == (3,) for leaf in jax.tree.leaves(state)) == 2  # the counts of Adam and of the schedule
 
 
 def test_a_block_that_is_not_trained_stands_still():
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, weight_decay=0.5), 10)
     parameters = {"q": jnp.ones((2, 4, 5))}
     state = init_blocks(optimizer, parameters)
     moved, new = update_blocks(optimizer, parameters, state, parameters, jnp.array([True, False]))
@@ -121,7 +123,7 @@ def test_a_block_that_is_not_trained_stands_still():
 
 
 def test_norms_and_biases_do_not_decay():
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, weight_decay=0.5, warmup_steps=0), 10)
     parameters = {name: jnp.ones((2, 4)) for name in ("norm", "q_bias", "q")}
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     moved, _ = update_blocks(optimizer, zeros, init_blocks(optimizer, parameters), parameters, jnp.ones(2, bool))

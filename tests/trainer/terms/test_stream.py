@@ -52,7 +52,7 @@ def step_of(
     spans = student_spans(model, model.num_blocks, None)
     targets = block_targets(model, spans, [places] * len(spans), {}, needs_entering=False, compared=compared)
     reading = TapReading({"resid": get_codec("f32")}, hidden or model.hidden_size, in_step=False)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.1), 10, clips=False)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1), 10, clips=False)
     made = LossConfig.model_validate(loss), optimizer, None, 10
     return FeatureStep(nnx.graphdef(decoder), StudentStack(decoder), reading, *made, **options), targets
 
@@ -208,7 +208,7 @@ def coded(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 DROPPED = {"surgery": [{"op": "drop_blocks", "blocks": [1, 2, 5]}]}  # ends at slots 3, 4, 6 and 7
-NARROW = {"surgery": [{"op": "hidden_size", "to": 16}], "projector": "linear"}
+NARROW = {"surgery": [{"op": "hidden_size", "to": 16, "by": "index"}], "projector": "linear"}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def recover(build: BuildConfig, run: Path, steps: int) -> Recovered:
     """Build the cache, train the demo's student from it, and remove both."""
     build_cache(build)
     teacher = build.teacher.path
-    surgery = [default_surgery(read_config(teacher))]
+    surgery = [default_surgery(read_config(teacher)).model_copy(update={"by": "index"})]  # the same from every cache
     result = train(train_config(run, build.cache, surgery, steps, build.batch_rows))
     assert result.before is not None
     assert result.after is not None

@@ -1,7 +1,7 @@
 """Jobs, and the ways to do them.
 
 A *job* is a student cut from its teacher; a *way* trains it: from which source, with which stages and losses. All ways
-of a job begin with the same student and read the same rows.
+of a job make the same cuts and read the same rows; what importance chooses is measured on the way's own cache.
 """
 
 from collections.abc import Mapping
