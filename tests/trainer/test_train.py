@@ -29,8 +29,8 @@ from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
 from distillcache.trainer import __main__
-from distillcache.trainer import train as loop
 from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations, with_values_of
@@ -168,13 +168,13 @@ class Stop(StopRequest):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         super().__init__()
-        keep = loop._Run._keep
+        keep = loop.RunLoop._keep
 
         def counted(run, stage, number, *rest):
             run.stop.requested = number == after
             keep(run, stage, number, *rest)
 
-        monkeypatch.setattr(loop._Run, "_keep", counted)
+        monkeypatch.setattr(loop.RunLoop, "_keep", counted)
 
 
 @pytest.mark.bits
@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypa
 def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkeypatch):
     """As after a kill between two checkpoints: metrics and evaluations of lost steps are cut, a torn line too."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_settle", _failing_at(5))
+        patch.setattr(loop.RunLoop, "_settle", _failing_at(5))
         with pytest.raises(RuntimeError, match="at step 5"):
             train(config(tmp_path / "run", cache))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
@@ -201,7 +201,7 @@ def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkey
 
 
 def _failing_at(step):
-    settle = loop._Run._settle
+    settle = loop.RunLoop._settle
 
     def fail(run, stage, number, *rest):
         if number == step:
@@ -236,14 +236,14 @@ def test_killed_again_and_again(tmp_path, cache, whole):
 
 
 def test_sigterm_ends_with_a_checkpoint(tmp_path, cache, monkeypatch):
-    keep = loop._Run._keep
+    keep = loop.RunLoop._keep
 
     def send(run, stage, number, *rest):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         keep(run, stage, number, *rest)
 
-    monkeypatch.setattr(loop._Run, "_keep", send)
+    monkeypatch.setattr(loop.RunLoop, "_keep", send)
     run = tmp_path / "run"
     words = ["--run", str(run), "--cache", str(cache), "--steps", "4", "--batch-rows", "2"]
     words += ["--student.surgery", "[{op: query_heads, to: 2, by: index}]"]
@@ -311,7 +311,7 @@ def test_some_blocks_without_evaluation(tmp_path, sparse_cache):
 
 
 def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
-    settle = loop._Run._settle
+    settle = loop.RunLoop._settle
 
     def poisoned(sums):
         (group,) = sums.blocks
@@ -322,7 +322,7 @@ def test_divergence_names_step_and_block(tmp_path, cache, monkeypatch):
     def broken(run, stage, number, sums, *rest):
         return settle(run, stage, number, poisoned(sums) if number == 2 else sums, *rest)
 
-    monkeypatch.setattr(loop._Run, "_settle", broken)
+    monkeypatch.setattr(loop.RunLoop, "_settle", broken)
     with pytest.raises(NonFiniteError) as caught:
         train(config(tmp_path / "run", cache))
     assert (caught.value.facts["step"], caught.value.facts["block"]) == (2, "1")

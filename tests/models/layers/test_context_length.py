@@ -21,7 +21,7 @@ from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import too_long_note
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
-from distillcache.trainer import train as loop
+from distillcache.trainer.run import loop
 from distillcache.trainer.train import train
 from tests.conftest import TINY, build_config, save_teacher
 from tests.trainer.test_train import config

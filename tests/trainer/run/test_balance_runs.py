@@ -22,9 +22,9 @@ from distillcache.schemas.config.train import MeshConfig, StudentConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
-from distillcache.trainer import train as loop
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.mesh.placement import to_host
+from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import Checkpoints, load_student, restored_balance
 from distillcache.trainer.run.metrics_log import PIXELS, read_loads, read_metrics
 from distillcache.trainer.run.stage import StageRun, plan_stage
@@ -166,7 +166,7 @@ def test_a_run_with_biases_goes_on_to_the_same_bits(tmp_path, moe_cache, noaux, 
     """Killed between two checkpoints; biases and smoothed loads are the ones of a run that was not."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_settle", _failing_at(4))
+        patch.setattr(loop.RunLoop, "_settle", _failing_at(4))
         with pytest.raises(RuntimeError, match="at step 4"):
             train(moe_config(run, moe_cache, **NOAUX))
     assert train(moe_config(run, moe_cache, **NOAUX)).resumed_from == 2
@@ -188,7 +188,7 @@ def test_it_goes_on_with_another_number_of_biases(tmp_path, moe_rows, monkeypatc
         tmp_path / "run", moe_rows, **NOAUX, moe_bias_sync_group="ep", mesh={"block": 2, "data": 2}, steps=3
     )
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_settle", _failing_at(3))
+        patch.setattr(loop.RunLoop, "_settle", _failing_at(3))
         with pytest.raises(RuntimeError, match="at step 3"):
             train(settings)
     before = kept(tmp_path / "run", 2)

@@ -68,10 +68,12 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def flip(file: Path) -> None:
-    """Change the last digit but one of a text, or a bit in the middle: it still parses."""
+    """Change a digit of a text, or a bit in the middle: it still parses."""
     data = bytearray(file.read_bytes())
     texts = file.suffix in (".json", ".jsonl", ".yaml")
     digits = [at for at, byte in enumerate(data) if chr(byte).isdigit()] if texts else []
+    # A number's last digits may be beyond a double, and mean nothing: the first after a point counts.
+    digits = [at for at in digits if data[at - 1] == ord(".")] or digits
     data[digits[len(digits) // 2] if digits else len(data) // 2] ^= 1
     file.write_bytes(data)
 

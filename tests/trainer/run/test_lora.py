@@ -16,8 +16,8 @@ from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format.checkpoint import SavedArrays
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
-from distillcache.trainer import train as loop
 from distillcache.trainer.feed.open import Sources
+from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.held_out import held_out
@@ -83,7 +83,7 @@ def test_a_checkpoint_holds_adapters_alone(whole: Path) -> None:
 def test_it_goes_on_to_the_same_bits(whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (3, 7):  # in either stage, before its first checkpoint or after
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_settle", _failing_at(step))
+            patch.setattr(loop.RunLoop, "_settle", _failing_at(step))
             with pytest.raises(RuntimeError, match=f"at step {step}"):
                 train(lora_config(tmp_path / "run", cache, checkpoint_every=2))
     assert train(lora_config(tmp_path / "run", cache, checkpoint_every=2)).resumed_from == 6

@@ -24,8 +24,9 @@ from distillcache.schemas.errors import CheckpointError, ConfigError, Interrupte
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
 from distillcache.tools.commands import export
-from distillcache.trainer import train as loop
+from distillcache.trainer import train as training
 from distillcache.trainer.feed.cache_source import CacheSource
+from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.stages import idle_note, resolve_stages
 from distillcache.trainer.run.student import open_student, start_parameters
@@ -315,7 +316,7 @@ def test_nothing_to_learn_is_said_before_the_first_step(
     def ready(_: object) -> None:
         raise Ready
 
-    monkeypatch.setattr(loop._Run, "go", ready)
+    monkeypatch.setattr(loop.RunLoop, "go", ready)
     if taps:
         build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=taps))
     if student.get("init") == "its path":
@@ -358,7 +359,7 @@ def test_an_exported_student_with_nothing_to_learn(ops, changes, warns, tmp_path
     def ready(_: object) -> None:
         raise Ready
 
-    monkeypatch.setattr(loop._Run, "go", ready)
+    monkeypatch.setattr(loop.RunLoop, "go", ready)
     with pytest.raises(Ready):
         train(config(tmp_path / "run", cache, student={"init": str(tmp_path / "exported")}, **changes))
     said = [line for line in console.readouterr().err.splitlines() if "nothing to learn" in line]
@@ -375,9 +376,9 @@ def test_the_first_of_several_processes_reads_the_student_to_compare_it(whole, t
     save_pretrained(student, run.where("student"))
     spec = config(tmp_path / "run", cache, student={"init": "exported"})
     stages = resolve_stages(spec, spec.mesh)
-    loop._warn_of_idleness(spec, stages, source, run, student if whole else None, True)
+    training._warn_of_idleness(spec, stages, source, run, student if whole else None, True)
     assert "has attention as the teacher's" in console.readouterr().err
-    loop._warn_of_idleness(spec, stages, source, run, student if whole else None, False)
+    training._warn_of_idleness(spec, stages, source, run, student if whole else None, False)
     assert not console.readouterr().err
 
 
@@ -402,7 +403,7 @@ def test_a_batch_larger_than_the_epoch(tmp_path, cache, console):
         train(config(tmp_path / "run", cache, batch_rows=rows + 1))
     assert (caught.value.facts["batch_rows"], caught.value.facts["rows to train on"]) == (str(rows + 1), str(rows))
     assert not (tmp_path / "run").exists()
-    loop._check_epoch(rows, source, True)
+    training._check_epoch(rows, source, True)
     # A run of the version before goes on.
-    loop._check_epoch(rows + 1, source, False)
+    training._check_epoch(rows + 1, source, False)
     assert "warning: a batch contains rows twice" in console.readouterr().err

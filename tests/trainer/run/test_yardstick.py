@@ -20,7 +20,7 @@ from distillcache.schemas.errors import Interrupted
 from distillcache.schemas.runtime.peers import ALONE
 from distillcache.tools import cli
 from distillcache.tools.report.command import write_report
-from distillcache.trainer import train as loop
+from distillcache.trainer import train as training
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run import yardstick
 from distillcache.trainer.run.evaluate import Evaluation, gap_closed
@@ -134,7 +134,7 @@ def test_it_is_measured_once_a_run(tmp_path: Path, cache: Path, monkeypatch: pyt
     real = yardstick.held_out
     monkeypatch.setattr(yardstick, "held_out", lambda *args: calls.append(1) or real(*args))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "watch_for_stop", lambda **_: contextlib.nullcontext(Stop(patch, 3)))
+        patch.setattr(training, "watch_for_stop", lambda **_: contextlib.nullcontext(Stop(patch, 3)))
         with pytest.raises(Interrupted):
             train(judging(tmp_path / "run", cache))
     train(judging(tmp_path / "run", cache))
