@@ -1,6 +1,7 @@
 """Figures of compared recipes: quality over the seeds, costs, and when one is as good as another.
 
-A cost is the time of the steps, and the share of the build that one of several students pays.
+A cost is that of the steps, and the share of the build that one of several students pays: in seconds, which depend on
+the machine and on what else it does, and in TFLOPs of products, which do not.
 """
 
 import itertools
@@ -8,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.students.curves import DRAWN, FIGURES, over_seeds
@@ -17,6 +18,8 @@ from distillcache.tools.bench.students.jobs import CODECS, OFFLINE, ONLINE_KL, W
 SHARED_BY = {"first": 1, "third": 3, "tenth": 10}
 AT_MOST = {"first": 1.1, "third": 0.5}
 OTHER = "other"
+Unit = Literal["seconds", "tflop"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 @dataclass(frozen=True)
@@ -29,35 +32,35 @@ class Point:
 
 @dataclass(frozen=True)
 class Trained:
-    """Results of one run. step_seconds: of every step, in order; other: figures on the other text."""
+    """Results of one run. steps: unit -> the cost of every step, in order; other: figures on the other text."""
 
     points: Sequence[Point]
-    step_seconds: Sequence[float]
+    steps: Mapping[Unit, Sequence[float]]
     other: Mapping[str, float]
     teacher: float
 
 
 @dataclass(frozen=True)
 class Compared:
-    """All runs of a job: way -> seed -> run. build_seconds: by codec; stage_steps: way -> steps of its stages."""
+    """All runs of a job: way -> seed -> run. builds: unit -> codec -> cost; stage_steps: way -> steps of its stages."""
 
     runs: Mapping[str, Sequence[Trained]]
-    build_seconds: Mapping[str, float]
+    builds: Mapping[Unit, Mapping[str, float]]
     stage_steps: Mapping[str, Sequence[int]]
 
-    def seconds(self, way: str, step: int) -> float:
-        """The time of the first `step` steps: each stage's median step over steps and seeds."""
+    def spent(self, way: str, step: int, unit: Unit = "seconds") -> float:
+        """The cost of the first `step` steps: each stage's median step over steps and seeds."""
         total, first = 0.0, 0
         for steps in self.stage_steps[way]:
-            times = [seconds for run in self.runs[way] for seconds in run.step_seconds[first : first + steps]]
-            total += min(max(step - first, 0), steps) * statistics.median(times)
+            costs = [cost for run in self.runs[way] for cost in run.steps[unit][first : first + steps]]
+            total += min(max(step - first, 0), steps) * statistics.median(costs)
             first += steps
         return total
 
-    def cost(self, way: str, step: int, students: int) -> float:
+    def cost(self, way: str, step: int, students: int, unit: Unit = "seconds") -> float:
         """The same with this student's share of the build of its cache."""
         codec = WAYS[way].codec
-        return self.seconds(way, step) + (self.build_seconds[codec] / students if codec else 0.0)
+        return self.spent(way, step, unit) + (self.builds[unit][codec] / students if codec else 0.0)
 
 
 def summarise(found: Compared) -> Measured:
@@ -69,16 +72,18 @@ def summarise(found: Compared) -> Measured:
         for figure in FIGURES:
             figures |= over_seeds(f"{name}_{figure}", [run.points[-1].figures[figure] for run in runs])
             figures |= over_seeds(f"{name}_{OTHER}_{figure}", [run.other[figure] for run in runs])
-        figures[f"{name}_seconds"] = found.seconds(name, first.points[-1].step)
-    figures |= {f"{codec}_build_seconds": seconds for codec, seconds in found.build_seconds.items()}
+        figures |= {f"{name}_{unit}": found.spent(name, first.points[-1].step, unit) for unit in UNITS}
+    figures |= {f"{codec}_build_{unit}": cost for unit in UNITS for codec, cost in found.builds[unit].items()}
     figures |= _in_time(found)
-    ratios = _cost_ratios(found)
+    ratios = {name: value for unit in UNITS for name, value in _cost_ratios(found, unit).items()}
     goals = [Goal(name, ratios.pop(name), most, "at_most") for name, most in _goals() if name in ratios]
     return Measured(figures | ratios, goals, _table(found, figures | ratios), {"runs": _curves(found)})
 
 
 def _goals() -> list[tuple[str, float]]:
-    return [(f"{codec}_{students}", most) for codec in CODECS for students, most in AT_MOST.items()]
+    return [
+        (f"{codec}_{students}_{unit}", most) for codec in CODECS for students, most in AT_MOST.items() for unit in UNITS
+    ]
 
 
 def _in_time(found: Compared) -> dict[str, float]:
@@ -115,7 +120,7 @@ def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
     return list(itertools.pairwise(values))
 
 
-def _cost_ratios(found: Compared) -> dict[str, float]:
+def _cost_ratios(found: Compared, unit: Unit) -> dict[str, float]:
     """Return the offline recipe's ratios by codec and number of students: medians over the seeds.
 
     Left out where a seed never has the perplexity of the run with the teacher in the loop.
@@ -124,21 +129,21 @@ def _cost_ratios(found: Compared) -> dict[str, float]:
     if ONLINE_KL not in found.runs:
         return ratios
     online = found.runs[ONLINE_KL]
-    whole = found.seconds(ONLINE_KL, online[0].points[-1].step)
+    whole = found.spent(ONLINE_KL, online[0].points[-1].step, unit)
     for codec in CODECS:
         for students, number in SHARED_BY.items():
             each = [
-                _time_to(found, f"{OFFLINE}_{codec}", run, other.points[-1].figures["perplexity"], number)
+                _cost_to(found, f"{OFFLINE}_{codec}", run, other.points[-1].figures["perplexity"], number, unit)
                 for run, other in zip(found.runs.get(f"{OFFLINE}_{codec}", ()), online, strict=False)
             ]
-            reached = [seconds / whole for seconds in each if seconds is not None]
+            reached = [cost / whole for cost in each if cost is not None]
             if each and len(reached) == len(each):
-                ratios[f"{codec}_{students}"] = statistics.median(reached)
+                ratios[f"{codec}_{students}_{unit}"] = statistics.median(reached)
     return ratios
 
 
-def _time_to(found: Compared, way: str, run: Trained, perplexity: float, students: int) -> float | None:
-    at = [found.cost(way, point.step, students) for point in run.points]
+def _cost_to(found: Compared, way: str, run: Trained, perplexity: float, students: int, unit: Unit) -> float | None:
+    at = [found.cost(way, point.step, students, unit) for point in run.points]
     return place_of(at, [point.figures["perplexity"] for point in run.points], perplexity)
 
 
@@ -146,7 +151,7 @@ def _curves(found: Compared) -> dict[str, Any]:
     """Every run's evaluations, with the time of the steps before each."""
     return {
         name: {
-            "seconds": [found.seconds(name, point.step) for point in runs[0].points],
+            **{unit: [found.spent(name, point.step, unit) for point in runs[0].points] for unit in UNITS},
             "seeds": [[{"step": point.step, **point.figures} for point in run.points] for run in runs],
         }
         for name, runs in found.runs.items()
@@ -155,8 +160,9 @@ def _curves(found: Compared) -> dict[str, Any]:
 
 def _table(found: Compared, figures: Mapping[str, float]) -> list[list[str]]:
     """One row for each way, with the costs that one of three students pays."""
-    titles = ["way", "perplexity", "KL", "same first choice", "other text: perplexity", "KL", "minutes", "of a build"]
-    rows = [[*titles, "perplexity in equal time"]]
+    quality = ["perplexity", "KL", "same first choice", "other text: perplexity", "KL"]
+    costs = ["minutes", "+ 1/3 build", "TFLOP", "+ 1/3 build"]
+    rows = [["way", *quality, *costs, "perplexity in equal time"]]
     for name, runs in found.runs.items():
         steps, codec = runs[0].points[-1].step, WAYS[name].codec
         rows.append(
@@ -167,8 +173,10 @@ def _table(found: Compared, figures: Mapping[str, float]) -> list[list[str]]:
                 f"{figures[f'{name}_agreement']:.1%}",
                 f"{figures[f'{name}_{OTHER}_perplexity']:.4g}",
                 f"{figures[f'{name}_{OTHER}_kl']:.3f}",
-                f"{found.seconds(name, steps) / 60:.2f}",
-                "" if codec is None else f"{found.build_seconds[codec] / SHARED_BY['third'] / 60:.2f}",
+                f"{found.spent(name, steps) / 60:.2f}",
+                "" if codec is None else f"{found.builds['seconds'][codec] / SHARED_BY['third'] / 60:.2f}",
+                f"{found.spent(name, steps, 'tflop'):.1f}",
+                "" if codec is None else f"{found.builds['tflop'][codec] / SHARED_BY['third']:.1f}",
                 f"{figures[f'{name}_perplexity_in_time']:.4g}",
             ]
         )

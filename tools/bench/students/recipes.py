@@ -6,11 +6,11 @@ standard library (`other`): perplexity, KL over the whole vocabulary from the te
 first choices. `_low` and `_high` are the least and the largest over the seeds.
 
     <way>_perplexity, _kl, _agreement, _other_...   after the last step, all with the same tokens
-    <way>_seconds                  of all steps: each stage's median over steps and seeds, without evaluations
-    <codec>_build_seconds          of recording the rows, the teacher's compilation included
+    <way>_seconds, _tflop          of all steps: each stage's median over steps and seeds, without evaluations
+    <codec>_build_seconds, _tflop  of recording the rows, in time the teacher's compilation included
     <way>_perplexity_in_time, ...  in the time of the cheapest way, with a third of the build
-    <codec>_first, _third, _tenth  time until the offline recipe has the perplexity at which `online_kl` ends, over the
-                                   time of that; the build is paid by one, three or ten students
+    <codec>_first_seconds, _tflop  the cost until the offline recipe has the perplexity at which `online_kl` ends, over
+                                   the cost of that; likewise _third and _tenth: of a build that so many students share
 """
 
 import ast
@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from distillcache.cache_builder.build import build_cache
+from distillcache.models.checkpoint import read_config
+from distillcache.models.decoder import abstract_decoder
 from distillcache.schemas.config import BenchConfig, DataConfig, TapsConfig, TrainConfig
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.bench.figures import Measured, plot_path, scratch_folder
-from distillcache.tools.bench.students.compared import OTHER, Compared, Point, Trained, summarise
+from distillcache.tools.bench.students.compared import OTHER, Compared, Point, Trained, Unit, summarise
 from distillcache.tools.bench.students.curves import DRAWN, FIGURES, draw_range, label_panels
 from distillcache.tools.bench.students.jobs import CODECS, JOBS, WAYS, Job, Way, stages
 from distillcache.tools.bench.students.room import OF_ALL_WEIGHTS, check_room
@@ -39,10 +43,11 @@ from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.exact import Exact, ExactFigures, exact_figures
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
+from distillcache.trainer.step.flops import step_flops
 from distillcache.trainer.train import train
 
 SEEDS = 3
-STEP_TIME = "perf/step_time_seconds"
+STEP_TIME, STEP_SPEED = "perf/step_time_seconds", "perf/tflops_per_second"
 DEFAULT_JOB = "half-blocks"
 
 
@@ -51,7 +56,7 @@ class RecipeSizes:
     """Sizes of the runs. points: evaluations of a run. text: to train on; None: the demo's."""
 
     row_tokens: int = 128
-    eval_rows: int = 48
+    eval_rows: int = 32
     batch_rows: int = 4
     steps: int = 48
     points: int = 6
@@ -80,18 +85,50 @@ def measure(config: BenchConfig) -> Measured:
 def train_all(folder: Path, teacher: str, job: Job, sizes: RecipeSizes, seeds: int) -> Compared:
     """Train every student; ways take turns, so that other work on the machine meets all of them alike."""
     ways = {name: WAYS[name] for name in sizes.ways}
-    build_seconds = build_caches(folder, teacher, sizes, [way.codec or CODECS[0] for way in ways.values()])
-    other = _build_other(folder, teacher, sizes)
+    seconds = build_caches(folder, teacher, sizes, [way.codec or CODECS[0] for way in ways.values()])
+    other, work = _build_other(folder, teacher, sizes), teacher_work(teacher, sizes)
+    builds: dict[Unit, dict[str, float]] = {"seconds": seconds, "tflop": dict.fromkeys(seconds, work.build)}
     runs: dict[str, list[Trained]] = {name: [] for name in ways}
     for seed in range(sizes.first_seed, sizes.first_seed + seeds):
         for name in ways:
-            runs[name].append(_train_one(folder, name, job, sizes, seed, other))
+            runs[name].append(_train_one(folder, name, job, sizes, seed, other, work))
             end = runs[name][-1].points[-1].figures
             print(
                 f"bench: seed {seed}, {name}: perplexity {end['perplexity']:.4g}, KL {end['kl']:.4g}", file=sys.stderr
             )
     steps = {name: [stage["steps"] for stage in stages(job, way, sizes.steps)] for name, way in ways.items()}
-    return Compared(runs, build_seconds, steps)
+    return Compared(runs, builds, steps)
+
+
+@dataclass(frozen=True)
+class TeacherWork:
+    """TFLOPs of the teacher's products.
+
+    build: of recording all rows. step: of a batch's blocks; head: of a batch's logits.
+    """
+
+    build: float
+    step: float
+    head: float
+
+
+def teacher_work(teacher: str, sizes: RecipeSizes) -> TeacherWork:
+    """The teacher's forward passes, a third of what a training step of all its parameters takes."""
+    config = read_config(teacher)
+    shapes = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract_decoder(config)[1])}
+    blocks = {name: leaf for name, leaf in shapes.items() if name.startswith("groups/")}
+
+    def forward(parameters: dict[str, Any], rows: int) -> float:
+        return step_flops(config, parameters, rows * sizes.row_tokens, sizes.row_tokens) / 3 / 1e12
+
+    step = forward(blocks, sizes.batch_rows)
+    return TeacherWork(forward(blocks, sizes.rows), step, forward(shapes, sizes.batch_rows) - step)
+
+
+def step_tflop(way: Way, mode: str, student: float, work: TeacherWork) -> float:
+    """TFLOPs of a step: the student's, and what its losses need of the teacher."""
+    compares_all = mode == "feature" and way.token_loss is not None and "kl" in way.token_loss
+    return student + (work.step if way.online else 0.0) + (work.head if compares_all else 0.0)
 
 
 def build_caches(folder: Path, teacher: str, sizes: RecipeSizes, codecs: Sequence[str]) -> dict[str, float]:
@@ -159,10 +196,21 @@ def run_config(folder: Path, name: str, job: Job, way: Way, sizes: RecipeSizes, 
     return TrainConfig.model_validate(values)
 
 
-def _train_one(folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int, other: Sources) -> Trained:
-    config = run_config(folder, name, job, WAYS[name], sizes, seed)
+def _train_one(
+    folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int, other: Sources, work: TeacherWork
+) -> Trained:
+    way = WAYS[name]
+    config = run_config(folder, name, job, way, sizes, seed)
     train(config)
-    lines = {line["step"]: line[STEP_TIME] for line in read_metrics(config.run) if STEP_TIME in line}
+    lines = {line["step"]: line for line in read_metrics(config.run) if STEP_TIME in line}
+    modes = [stage["mode"] for stage in stages(job, way, sizes.steps) for _ in range(stage["steps"])]
+    costs: dict[Unit, list[float]] = {
+        "seconds": [lines[step][STEP_TIME] for step in sorted(lines)],
+        "tflop": [
+            step_tflop(way, mode, lines[step][STEP_SPEED] * lines[step][STEP_TIME], work)
+            for step, mode in zip(sorted(lines), modes, strict=True)
+        ],
+    }
     evaluations = read_evaluations(config.run)
     points = [Point(each.step, {figure: getattr(each, figure) for figure in FIGURES}) for each in evaluations]
     decoder = load_student(config.run, config.steps).decoder
@@ -170,7 +218,7 @@ def _train_one(folder: Path, name: str, job: Job, sizes: RecipeSizes, seed: int,
     shutil.rmtree(config.run)  # its checkpoints are as large as a cache
     teacher = evaluations[-1].teacher_perplexity
     assert teacher is not None  # of plain text every token counts
-    return Trained(points, [lines[step] for step in sorted(lines)], _of_other(found), teacher)
+    return Trained(points, costs, _of_other(found), teacher)
 
 
 def _of_other(found: ExactFigures) -> dict[str, float]:

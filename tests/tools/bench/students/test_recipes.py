@@ -7,11 +7,21 @@ from typing import Any, get_args
 
 import pytest
 
+from distillcache.models.checkpoint import read_config
 from distillcache.schemas.config import BenchConfig
 from distillcache.schemas.config.stages import RecipeWay
-from distillcache.tools.bench.students.compared import Compared, Point, Trained, place_of, summarise, value_at
+from distillcache.tools.bench.students.compared import Compared, Point, Trained, Unit, place_of, summarise, value_at
 from distillcache.tools.bench.students.jobs import JOBS, WAYS, stages
-from distillcache.tools.bench.students.recipes import RecipeSizes, docstrings, run_config, train_all, write_plot
+from distillcache.tools.bench.students.recipes import (
+    RecipeSizes,
+    TeacherWork,
+    docstrings,
+    run_config,
+    step_tflop,
+    teacher_work,
+    train_all,
+    write_plot,
+)
 
 SOME = ("ce", "online_kl", "online_features", "blockwise_bf16", "blockwise_kl_int4")
 SIZES = RecipeSizes(row_tokens=32, eval_rows=4, batch_rows=4, steps=4, points=2, ways=SOME)
@@ -24,35 +34,41 @@ def trained(perplexities: list[float], seconds: float) -> Trained:
         for number, value in enumerate(perplexities)
     ]
     other = {"perplexity": 9.0, "kl": 0.5, "agreement": 0.4, "teacher_perplexity": 3.0}
-    return Trained(points, [seconds] * (2 * len(perplexities) - 2), other, teacher=2.0)
+    steps = 2 * len(perplexities) - 2
+    return Trained(points, {"seconds": [seconds] * steps, "tflop": [seconds / 8] * steps}, other, teacher=2.0)
 
 
 def compared(offline: list[float]) -> Compared:
     runs = {"online_kl": [trained([64.0, 16.0, 8.0], 10.0)], "blockwise_kl_int8": [trained(offline, 2.0)]}
-    return Compared(runs, {"int8": 6.0}, {"online_kl": [4], "blockwise_kl_int8": [1, 3]})
+    builds: dict[Unit, dict[str, float]] = {"seconds": {"int8": 6.0}, "tflop": {"int8": 0.5}}
+    return Compared(runs, builds, {"online_kl": [4], "blockwise_kl_int8": [1, 3]})
 
 
 def test_a_build_is_paid_by_its_students():
     found = compared([64.0, 8.0, 4.0])
-    assert found.seconds("online_kl", 4) == 40.0
+    assert found.spent("online_kl", 4) == 40.0
+    assert found.spent("online_kl", 4, "tflop") == 5.0
     assert found.cost("online_kl", 4, 1) == 40.0  # reads rows alone
     assert [found.cost("blockwise_kl_int8", 2, students) for students in (1, 3)] == [10.0, 6.0]
     figures = summarise(found)
     ratios = {goal.name: (goal.value, goal.met) for goal in figures.goals}
-    assert ratios == {"int8_first": (0.25, True), "int8_third": (0.15, True)}
-    assert figures.figures["int8_tenth"] == pytest.approx(4.6 / 40)
+    assert ratios["int8_first_seconds"] == (0.25, True)
+    assert ratios["int8_third_seconds"] == (0.15, True)
+    assert ratios["int8_first_tflop"] == (pytest.approx(1.0 / 5), True)
+    assert len(ratios) == 4
+    assert figures.figures["int8_tenth_seconds"] == pytest.approx(4.6 / 40)
 
 
 def test_stages_have_their_own_median():
     run = trained([64.0, 8.0, 4.0], 2.0)
-    found = replace(compared([]), runs={"blockwise_kl_int8": [replace(run, step_seconds=[7.0, 1.0, 1.0, 90.0])]})
-    assert [found.seconds("blockwise_kl_int8", step) for step in (0, 1, 4)] == [0.0, 7.0, 10.0]
+    found = replace(compared([]), runs={"blockwise_kl_int8": [replace(run, steps={"seconds": [7.0, 1.0, 1.0, 90.0]})]})
+    assert [found.spent("blockwise_kl_int8", step) for step in (0, 1, 4)] == [0.0, 7.0, 10.0]
 
 
 def test_a_quality_that_is_not_reached_has_no_ratio():
     measured = summarise(compared([64.0, 20.0, 9.0]))
     assert not measured.goals
-    assert "int8_third" not in measured.figures
+    assert not any(name.startswith("int8_third") for name in measured.figures)
 
 
 def test_equal_time_is_that_of_the_cheapest():
@@ -102,13 +118,40 @@ def test_the_table_has_a_row_for_each_way():
     titles, online, offline = measured.table
     assert {len(row) for row in measured.table} == {len(titles)}
     assert online[:4] == ["KL, teacher in the loop", "8", "0.800", "12.5%"]
-    assert dict(zip(titles, offline, strict=True))["of a build"] == "0.03"  # a third of 6 s
+    shares = [cell for title, cell in zip(titles, offline, strict=True) if title == "+ 1/3 build"]
+    assert shares == ["0.03", "0.2"]  # a third of 6 s in minutes, and of 0.5 TFLOP
 
 
 def test_the_report_has_the_curves():
     runs = summarise(compared([64.0, 8.0, 4.0])).details["runs"]
     assert runs["online_kl"]["seconds"] == [0.0, 20.0, 40.0]
     assert [point["perplexity"] for point in runs["blockwise_kl_int8"]["seeds"][0]] == [64.0, 8.0, 4.0]
+
+
+def test_the_teachers_work_is_two_flops_a_weight_and_token(teacher: Path):
+    """And the scores of keys and the mixing of values, of which half is masked."""
+    config = read_config(str(teacher))
+    size, tokens = config.hidden_size, SIZES.batch_rows * SIZES.row_tokens
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    block = size * (2 * heads + 2 * kv + 3 * config.intermediate_size) + 2 * heads / 2 * SIZES.row_tokens
+    work = teacher_work(str(teacher), SIZES)
+    assert work.step == pytest.approx(2 * tokens * config.num_blocks * block / 1e12)
+    assert work.build == pytest.approx(work.step * SIZES.rows / SIZES.batch_rows)
+    assert work.head == pytest.approx(2 * tokens * size * config.vocab_size / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("way", "mode", "expected"),
+    [
+        ("ce", "feature", 100.0),
+        ("online_kl", "feature", 111.0),
+        ("kl_int8", "feature", 101.0),
+        ("blockwise_kl_int8", "blockwise", 100.0),
+        ("blockwise_kl_int8", "feature", 101.0),
+    ],
+)
+def test_a_step_has_the_teachers_work_that_its_losses_need(way: str, mode: str, expected: float):
+    assert step_tflop(WAYS[way], mode, 100.0, TeacherWork(1000.0, 10.0, 1.0)) == expected
 
 
 def test_the_other_text_is_long_enough():
