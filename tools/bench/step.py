@@ -1,8 +1,8 @@
 """Training: a step from a cache against the same step with the teacher in the loop, and what a step needs of memory.
 
-SmolLM2-135M, the demo's cut student, batches of 8 rows of 512 tokens of real text, a bf16 cache on the local disk. A
-round runs every path once, so that other work on the machine meets all of them; ratios are taken in each round, and
-the median over rounds counts.
+SmolLM2-135M, the demo's cut student, batches of 2 rows of 256 tokens of real text, a bf16 cache on the local disk; the
+memory is that of batches of 8 rows of 512. A round runs every path once, so that other work on the machine meets all of
+them; ratios are taken in each round, and the median over rounds counts.
 
     wait_share             of the steps from the cache: waiting for a batch, in all
     speedup_of_ideal       (online step / offline step) / ((teacher's forward + student's step) / student's step)
@@ -54,12 +54,12 @@ from distillcache.trainer.step.program import Setting, init_state, jit_step
 from distillcache.trainer.step.stack import StudentStack
 from distillcache.trainer.step.targets import TapReading, Targets, block_targets, is_in_step, student_spans
 
-ROUNDS = 2  # a round takes more than a minute
+ROUNDS = 2  # a round takes half a minute
 WAIT_SHARE_AT_MOST = 0.02
 OF_IDEAL_AT_LEAST = 0.9
 OVER_FEATURE_AT_MOST = 1.05
 GROWTH_AT_MOST = 1.25
-DEFAULT_CODEC = "bf16"
+FEATURE_CODEC = ("bf16", False)
 Slots = Mapping[str, Sequence[int]] | None
 # Of a fed path: the pipeline fills up while the first step runs, which therefore does not count.
 WARM_STEPS = 1
@@ -70,20 +70,19 @@ class StepSizes:
     """Sizes of the steps that run and compile.
 
     rows: of the cache. steps: of a path that count in a round; in feature mode one.
-    depths: blocks, few and many. heads: of the KL over the whole vocabulary. codecs: name -> (codec of both taps,
-    whether `resid` is delta-coded).
+    memory_batch: rows and tokens of the steps that are compiled and never run. depths: blocks, few and many. heads: of
+    the KL over the whole vocabulary. codecs: name -> (codec of both taps, whether `resid` is delta-coded).
     """
 
-    batch_rows: int = 8
-    row_tokens: int = 512
-    rows: int = 24
+    batch_rows: int = 2
+    row_tokens: int = 256
+    rows: int = 8
     steps: int = 2
+    memory_batch: tuple[int, int] = (8, 512)
     depths: tuple[int, int] = (12, 48)
     dtypes: Sequence[str] = ("float32", "bfloat16")
     heads: HeadSizes = field(default_factory=HeadSizes)
-    codecs: Mapping[str, tuple[str, bool]] = field(
-        default_factory=lambda: {"f32": ("f32", False), DEFAULT_CODEC: ("bf16", False), "int8_delta": ("int8", True)}
-    )
+    codecs: Mapping[str, tuple[str, bool]] = field(default_factory=lambda: {"int8_delta": ("int8", True)})
 
 
 def measure(config: BenchConfig) -> Measured:
@@ -98,7 +97,8 @@ def measure_step(folder: Path, teacher: str, sizes: StepSizes, rounds: int) -> M
     student = apply_surgery(decoder, [default_surgery(decoder.config)])
     del decoder
     heads = measure_head_kl(sizes.heads, rounds)
-    memory = measure_memory(student.config, sizes)
+    rows, tokens = sizes.memory_batch
+    memory = measure_memory(student.config, replace(sizes, batch_rows=rows, row_tokens=tokens))
     times = measure_times(folder, teacher, student, sizes, rounds)
     found = (times, memory, heads)
     return Measured(
@@ -291,7 +291,7 @@ def measure_memory(config: ModelConfig, sizes: StepSizes) -> Measured:
             for codec in sizes.codecs
             for place, inside in (("inside", True), ("after", False))
         }
-        found["feature_mode"] = _both_depths(config, sizes, dtype, sizes.codecs[DEFAULT_CODEC], mode="feature")
+        found["feature_mode"] = _both_depths(config, sizes, dtype, FEATURE_CODEC, mode="feature")
         for name, (at_few, at_many) in found.items():
             figures[f"temporaries_{dtype}_{name}_mb"] = at_many / 1e6
             figures[f"{growth_name}_{dtype}_{name}"] = at_many / at_few

@@ -76,6 +76,7 @@ TINY = AcceleratorSizes(
         row_tokens=16,
         rows=4,
         steps=1,
+        memory_batch=(2, 16),
         depths=(2, 3),
         dtypes=("bfloat16",),
         heads=HeadSizes(vocab=4099, hidden=16, memory_tokens=256, timed_tokens=64),
