@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from itertools import groupby
+from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from distillcache.trainer.feed.slots import SlotReads
 
 INDEX_CHECKSUM = 4  # bytes of crc32c behind the index of an object's chunks
 NO_CHUNK = 2**64 - 1  # the index's entry for a chunk that does not exist, as behind a short last shard
+LENGTH = attrgetter("nbytes")
 READ_BYTES = 1 << 20  # in one call: small chunks together, but no more than stays in a CPU cache until it is checked
 
 
@@ -78,6 +80,7 @@ class LocalArray:
         self._segment, self._part, self._integrity, self._pool = segment, part, integrity, pool
         self._shard_rows, self._slots = segment.plan.shard_rows, part.slots_per_object
         self._chunk_bytes = segment.plan.rows.row_tokens * part.width * layout.ITEM_BYTES[part.dtype]
+        self._lengths = [self._chunk_bytes] * self._slots  # of a row's chunks, in the index of an object
 
     @staticmethod
     def serves(store: Store, part: PartPlan) -> bool:
@@ -87,18 +90,22 @@ class LocalArray:
         return store.local is not None and part.compress == "none" and sys.byteorder == "little"
 
     def start(self, wanted: Sequence[Wanted]) -> list[list[Future[None]]]:
-        return [
-            [self._pool.submit(self._read_row, each.row, each.reads.of_part(self._part), each.stack)] for each in wanted
-        ]
+        found = {id(reads): self._objects(reads) for reads in {id(each.reads): each.reads for each in wanted}.values()}
+        return [[self._pool.submit(self._read_row, each.row, found[id(each.reads)], each.stack)] for each in wanted]
+
+    def _objects(self, reads: SlotReads) -> list[tuple[int, list[tuple[int, int]]]]:
+        """(object's number, its (place, stored slot)) of what is read of a row: the same for all rows of a batch."""
+        pairs = groupby(reads.of_part(self._part), key=lambda pair: pair[1] // self._slots)
+        return [(group, list(wanted)) for group, wanted in pairs]
 
     def finish(self, row: int, reads: SlotReads, stack: np.ndarray) -> None:
         pass  # checked as it was read
 
-    def _read_row(self, row: int, pairs: Sequence[tuple[int, int]], stack: np.ndarray) -> None:
+    def _read_row(self, row: int, objects: Sequence[tuple[int, Sequence[tuple[int, int]]]], stack: np.ndarray) -> None:
         """Read chunks `(place, slot)`, some together, and compare each with its digest while it is still in cache."""
         shard, inside = divmod(row, self._shard_rows)
         digests = self._segment.chunk_digests(self._part.array, row) if self._integrity else []
-        for group, wanted in groupby(pairs, key=lambda pair: pair[1] // self._slots):
+        for group, wanted in objects:
             self._segment.check_objects_inside(self._part.array, shard, (group,))
             key = layout.object_key(self._segment.plan.segment, self._part.array, shard, group)
             descriptor = os.open(f"{self._segment.store.local}/{key}", os.O_RDONLY)
@@ -120,9 +127,8 @@ class LocalArray:
         if start < 0 or not read_into(descriptor, [index.data], start + inside * index.nbytes):
             raise self._damage(key, "shorter than the index of its chunks")
         offsets, lengths = index.T.tolist()
-        if any(
-            length != self._chunk_bytes and offset != NO_CHUNK for offset, length in zip(offsets, lengths, strict=True)
-        ):
+        pairs = zip(offsets, lengths, strict=True)
+        if lengths != self._lengths and any(length not in self._lengths and at != NO_CHUNK for at, length in pairs):
             raise self._damage(key, "an index of chunks of other lengths")
         return offsets
 
@@ -162,7 +168,7 @@ def joined(
 def read_into(descriptor: int, memories: Sequence[memoryview], offset: int) -> bool:
     """Fill these memories, in order, from one place of a file; False where the file ends before."""
     count = os.preadv(descriptor, memories, offset)  # type: ignore[arg-type]  # raises where one is not contiguous
-    if count == sum(memory.nbytes for memory in memories):
+    if count == sum(map(LENGTH, memories)):
         return True
     left = [memory.cast("B") for memory in memories]
     while left:
