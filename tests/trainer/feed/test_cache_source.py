@@ -120,8 +120,8 @@ def test_some_blocks_read_only_their_slots(cache, direct):
     some[[1, 5]]
     read = bytes_read(direct) - before
     codes = sum(part[tap]["codes"].nbytes for tap in TAPS)
-    # Beside the codes only the objects' indexes, 16 bytes a chunk: directly, those of the two rows; by TensorStore whole
-    # ones with a checksum, each once, or once for either block of either row, as their reads happen to meet.
+    # Beside the codes only the objects' indexes, 16 bytes a chunk: directly, those of the two rows; by TensorStore
+    # whole ones with a checksum, each once, or once for either block of either row, as their reads happen to meet.
     of_row = [16 * some.taps[tap].parts[0].slots_per_object for tap in TAPS]
     whole_index = sum(some.plan.shard_rows * size + 4 for size in of_row)
     least, most = (2 * sum(of_row), 4 * sum(of_row) + 200) if direct else (whole_index, 4 * whole_index)
