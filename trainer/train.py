@@ -136,8 +136,8 @@ def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     stages = resolve_stages(config, config.mesh)
     begins = not has_student(store)
     _say_what_is_off(config, peers)
-    if peers.first:
-        _warn([*(idle_settings(config, config.feed, stages) if begins else ()), *map(warm_up_note, stages)])
+    if peers.first and begins:
+        _warn([*idle_settings(config, config.feed, stages), *map(warm_up_note, stages)])
     _check_batches(config.mesh, config.batch_rows, config.micro_batches)
     check_profile(config.profile, stages[-1].last)
     sources = Sources(config)

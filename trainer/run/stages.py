@@ -143,9 +143,9 @@ def warm_up_note(stage: Stage) -> str | None:
         return None
     highest = float(np.asarray(learning_rate_schedule(config, stage.steps)(stage.steps - 1)))
     return (
-        f"{stage.name}, ends within its warm-up: of optimizer.warmup_steps {config.warmup_steps:,} it has "
-        f"{counted(stage.steps, 'step')}, so its learning rate reaches {highest:.2g} at most, not "
-        f"{config.learning_rate:g}; lower optimizer.warmup_steps, or take more steps"
+        f"{stage.name}, ends within its warm-up: it has {counted(stage.steps, 'step')}, and optimizer.warmup_steps is "
+        f"{config.warmup_steps:,}. Its learning rate reaches {highest:.2g} at most, not {config.learning_rate:g}; "
+        "lower optimizer.warmup_steps, or take more steps"
     )
 
 
