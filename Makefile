@@ -26,7 +26,7 @@ FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test test-slow test-all test-bits test-bits-plain test-bits-optimised chaos check browser install clean
+.PHONY: demo test test-slow test-all test-bits test-bits-plain test-bits-optimised chaos check browser chromium install clean
 
 install: .venv/installed
 
@@ -53,7 +53,9 @@ install: .venv/installed
 	@$(PIP) install --quiet --disable-pip-version-check --editable '.[dev,browser]'
 	@touch .venv/installed .venv/installed-dev $@
 
-browser: .venv/installed-browser
+browser: .venv/installed-browser chromium
+
+chromium:
 	@test -x $(CHROMIUM) || command -v apt-get > /dev/null || \
 	  { echo "error: there is no apt-get to install Chromium with; put one at $(CHROMIUM) yourself"; exit 2; }
 	@test -x $(CHROMIUM) || { echo "installing Chromium, about two minutes" && \

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +27,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[tuple[str, str]]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree, for all tests of this file."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(path: Path) -> tuple[tuple[str, str], ...]:
     """Module and name of every import of a file, those inside functions included; the name of `import x` is empty."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    return tuple(imports(path))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -92,7 +104,7 @@ def test_few_functions_take_a_whole_config() -> None:
     taking = [
         f"{name}.{node.name}"
         for name, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef)
         for argument in (*node.args.args, *node.args.kwonlyargs)
         if argument.annotation is not None and whole & set(re.findall(r"\w+", ast.unparse(argument.annotation)))

@@ -28,7 +28,7 @@ def trace_recorder(config: BuildConfig) -> None:
     jax.eval_shape(record, parameters, numbers, numbers, numbers)
 
 
-trace_recorder(build_config("cache", "teacher", "corpus", shard_rows=16))
+trace_recorder(build_config("cache", "teacher", "corpus", shard_rows=24))
 gc.collect()
 gc.freeze()  # what is looked at for garbage is copied into every child
 if xla_bridge.backends_are_initialized():

@@ -21,6 +21,7 @@ from distillcache.trainer.step.optimizer import make_optimizer
 from distillcache.trainer.step.parameters import ROUTER_BIAS, Parameters, all_parameters, choose_trained
 from distillcache.trainer.step.stack import BlockRules, StudentStack
 from distillcache.trainer.step.targets import TapReading, Targets, block_targets, student_spans
+from tests.conftest import build_config
 
 # Two groups, one with a pattern of two kinds: every order of blocks that a plan can have.
 MIXED = ModelConfig(
@@ -108,6 +109,15 @@ def mixed() -> Decoder:
 def student() -> Decoder:
     """Read only: a test that changes it clones it."""
     return nnx.jit(lambda: Decoder(EVEN, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="session")
+def all_rows(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    """The tiny cache with no row held out: runs that are not evaluated take half of the time. Read only."""
+    folder = tmp_path_factory.mktemp("cache") / "rows"
+    data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)
+    build_cache(build_config(folder, teacher, corpus, data=data))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,19 +26,20 @@ from tests.processes.command import fork_server
 pytestmark = [pytest.mark.slow, pytest.mark.longest, pytest.mark.timeout(900)]
 
 OPERATIONS = ("write", "replace", "delete")
+SHARD_ROWS = 24  # two shards: what is killed has finished none, one or both; a third would be the second once more
 
 
 def build_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str, done: str) -> None:
     """In the child: build, and die at the `kill_at`-th operation. A build that ends writes its count to `done`."""
     count = die_at(kill_at, moment)
-    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16))
+    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=SHARD_ROWS))
     Path(done).write_text(str(count()))
 
 
 def repair_until(cache: str, teacher: str, corpus: str, kill_at: int, moment: str, done: str) -> None:
     """In the child: repair, likewise."""
     count = die_at(kill_at, moment)
-    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=16, repair=True))
+    build_cache(build_config(cache, Path(teacher), Path(corpus), shard_rows=SHARD_ROWS, repair=True))
     Path(done).write_text(str(count()))
 
 
@@ -95,7 +96,7 @@ def server() -> ForkServerContext:
 def quiet(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> dict[str, bytes]:
     """The bytes of a build that nothing disturbs."""
     folder = tmp_path_factory.mktemp("quiet") / "c"
-    build_cache(build_config(folder, teacher, corpus, shard_rows=16))
+    build_cache(build_config(folder, teacher, corpus, shard_rows=SHARD_ROWS))
     return contents(folder)
 
 
@@ -121,7 +122,7 @@ def test_killed_at_every_durability_boundary(
         assert run_child(server, cache, teacher, corpus, kill_at, moment, done) == -signal.SIGKILL
         # A second kill, close to the first, and then in peace.
         run_child(server, cache, teacher, corpus, 1 + kill_at % 7, moments[(kill_at + 1) % 3], done)
-        build_cache(build_config(cache, teacher, corpus, shard_rows=16))
+        build_cache(build_config(cache, teacher, corpus, shard_rows=SHARD_ROWS))
         assert contents(cache) == quiet, f"killed {moment} operation {kill_at} of {operations}"
 
 
@@ -137,7 +138,7 @@ def test_killed_at_drawn_moments(
         took = time.perf_counter() - start
     drawn = random.Random(0)
     killed = 0
-    for trial in range(12):
+    for trial in range(8):
         cache = tmp_path / f"c{trial}"
         child = server.Process(target=build_until, args=arguments(cache))
         child.start()
@@ -145,7 +146,7 @@ def test_killed_at_drawn_moments(
         child.kill()
         child.join()
         killed += child.exitcode == -signal.SIGKILL
-        build_cache(build_config(cache, teacher, corpus, shard_rows=16))
+        build_cache(build_config(cache, teacher, corpus, shard_rows=SHARD_ROWS))
         assert contents(cache) == quiet, f"trial {trial}"
     assert killed >= 3  # the others had finished
 
@@ -153,7 +154,7 @@ def test_killed_at_drawn_moments(
 def test_two_builders_of_one_plan(
     tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path, quiet: dict[str, bytes]
 ) -> None:
-    for trial in range(5):
+    for trial in range(3):
         cache = tmp_path / f"c{trial}"
         arguments = (str(cache), str(teacher), str(corpus), 0, "never", str(tmp_path / "done"))
         children = [server.Process(target=build_until, args=arguments) for _ in range(2)]
@@ -173,9 +174,9 @@ def everything(cache: Path) -> dict[str, bytes]:
 def test_a_repair_that_is_killed(tmp_path: Path, server: ForkServerContext, teacher: Path, corpus: Path) -> None:
     """Twice, at drawn operations, of a cache of two segments whose every kind of file is damaged; then in peace."""
     broken, done = tmp_path / "broken", str(tmp_path / "count")
-    build_cache(build_config(broken, teacher, corpus, shard_rows=16))
+    build_cache(build_config(broken, teacher, corpus, shard_rows=SHARD_ROWS))
     mlp = TapsConfig(attn_out=None, resid=None, mlp_out=TapConfig())
-    build_cache(build_config(broken, teacher, corpus, shard_rows=16, taps=mlp, extend=True))
+    build_cache(build_config(broken, teacher, corpus, shard_rows=SHARD_ROWS, taps=mlp, extend=True))
     expected = everything(broken)
     for name in expected:
         if name.endswith(("manifest.json", "plan.json", "/rows/00000.array_record", "/c/0/0/0/0")):
@@ -199,5 +200,5 @@ def test_a_repair_that_is_killed(tmp_path: Path, server: ForkServerContext, teac
         killed = run_child(server, *arguments, kill_at, moments[trial % 3], done, work=repair_until)
         assert killed == -signal.SIGKILL
         run_child(server, *arguments, 1 + trial, moments[(trial + 1) % 3], done, work=repair_until)
-        build_cache(build_config(cache, teacher, corpus, shard_rows=16, repair=True))
+        build_cache(build_config(cache, teacher, corpus, shard_rows=SHARD_ROWS, repair=True))
         assert everything(cache) == expected, f"killed {moments[trial % 3]} operation {kill_at} of {operations}"

@@ -11,8 +11,8 @@ WARM_STEPS, STEPS = 40, 600
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_long_epoch(tmp_path):
-    """34 GB are read in batches of 57 MB, from more shards than the source keeps records of."""
-    write_cache(tmp_path, synthetic_plan(200, (6, 512, 576), {"resid": "bf16", "attn_out": "int8"}, shard_rows=2))
+    """17 GB are read in batches of 28 MB, from more shards than the source keeps records of."""
+    write_cache(tmp_path, synthetic_plan(200, (3, 512, 576), {"resid": "bf16", "attn_out": "int8"}, shard_rows=2))
     source = CacheSource(str(tmp_path))
     with make_feed(source, global_batch_rows=8, seed=0) as feed:
         for _ in range(WARM_STEPS):

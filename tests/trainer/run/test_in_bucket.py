@@ -23,6 +23,7 @@ from distillcache.trainer.train import train
 def config(run: str, cache: Path, **changes: object) -> TrainConfig:
     student = StudentConfig(surgery=[SurgeryOp(op="query_heads", to=2, by="index")])
     values = {"run": run, "cache": str(cache), "student": student, "steps": 4, "batch_rows": 4, "checkpoint_every": 2}
+    values["eval_teacher"] = False  # tests/trainer/run/test_yardstick.py has it on
     return TrainConfig.model_validate({**values, **changes})
 
 

@@ -26,10 +26,10 @@ from distillcache.trainer.step.adapters import make_adapters
 from distillcache.trainer.step.parameters import ROUTER_BIAS, all_parameters
 from distillcache.trainer.train import train
 from tests.models.files.test_adapter import changes
-from tests.trainer.run.test_balance_runs import moe_cache, moe_teacher
+from tests.trainer.run.test_balance_runs import moe_rows, moe_teacher
 from tests.trainer.test_train import _failing_at, assert_same_run, config, timeless
 
-__all__ = ["moe_cache", "moe_teacher"]  # fixtures
+__all__ = ["moe_rows", "moe_teacher"]  # fixtures
 
 CUT = [{"op": "query_heads", "to": 2, "by": "index"}]
 STAGES = [
@@ -118,9 +118,9 @@ def test_export_writes_either_form(whole: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_run_without_adapters_has_none_to_export(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    all_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(config(tmp_path / "run", cache, steps=1))
+    train(config(tmp_path / "run", all_rows, steps=1))
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"]) == 2
     assert "the run trained no adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -129,9 +129,9 @@ def test_a_run_without_adapters_has_none_to_export(
     assert "adapter is for peft" in capsys.readouterr().err
 
 
-def test_the_next_run_may_begin_with_it(whole: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_next_run_may_begin_with_it(whole: Path, all_rows: Path, tmp_path: Path) -> None:
     """A run as `student.init`: its merged weights are the next one's own."""
-    train(config(tmp_path / "run", cache, student={"init": str(whole)}, steps=1))
+    train(config(tmp_path / "run", all_rows, student={"init": str(whole)}, steps=1))
     own = all_parameters(load_pretrained(tmp_path / "run" / "student"))
     for name, value in all_parameters(load_student(str(whole)).decoder).items():
         np.testing.assert_array_equal(value, own[name])
@@ -142,13 +142,13 @@ def test_the_next_run_may_begin_with_it(whole: Path, cache: Path, tmp_path: Path
     [{"mesh": {"block": 2, "data": 2}}, {"mode": "feature", "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}],
     ids=str,
 )
-def test_a_mesh_trains_the_same(changes: dict[str, Any], cache: Path, tmp_path: Path) -> None:
+def test_a_mesh_trains_the_same(changes: dict[str, Any], all_rows: Path, tmp_path: Path) -> None:
     """Three blocks over two groups of devices, so that one is padding; and every axis of feature mode."""
     options: dict[str, Any] = {"stages": None, "steps": 3, "micro_batches": 1, "loss": {"mlp": {"weight": 0.5}}}
     if "mode" in changes:
         del options["loss"]
-    train(lora_config(tmp_path / "one", cache, **options, **{**changes, "mesh": {}}))
-    train(lora_config(tmp_path / "mesh", cache, **options, **changes))
+    train(lora_config(tmp_path / "one", all_rows, **options, **{**changes, "mesh": {}}))
+    train(lora_config(tmp_path / "mesh", all_rows, **options, **changes))
     for left, right in zip(timeless(tmp_path / "mesh"), timeless(tmp_path / "one"), strict=True):
         assert left == pytest.approx(right, rel=2e-5, abs=1e-6)
     pair = [all_parameters(load_student(str(tmp_path / name)).decoder) for name in ("mesh", "one")]
@@ -157,12 +157,12 @@ def test_a_mesh_trains_the_same(changes: dict[str, Any], cache: Path, tmp_path: 
 
 
 def test_experts_are_balanced_beside_adapters(
-    moe_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moe_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Biases of routers follow the load while adapters train; an adapter folder cannot hold them and says so."""
     lora = {"targets": ["attention", "groups/0"]}
     options = {"student": {"lora": lora}, "stages": None, "mode": "feature", "steps": 2, "compute_dtype": "bfloat16"}
-    train(lora_config(tmp_path / "run", moe_cache, **options, moe_balance_type="noaux_tc"))
+    train(lora_config(tmp_path / "run", moe_rows, **options, moe_balance_type="noaux_tc"))
     names = SavedArrays(Store(str(tmp_path / "run")), "checkpoints/00000002").names("parameters")
     assert {name for name in names if not is_adapter(name)} == {f"groups/1/blocks/0/{ROUTER_BIAS}"}
     assert "groups/0/blocks/0/lora/mlp/up/a" in names
@@ -209,21 +209,23 @@ def test_runs_of_before_know_nothing_of_adapters(cache: Path, tmp_path: Path) ->
     assert "lora" not in spelled["student"]
 
 
-def test_what_no_gradient_reaches_keeps_its_bits(cache: Path, tmp_path: Path) -> None:
+def test_what_no_gradient_reaches_keeps_its_bits(all_rows: Path, tmp_path: Path) -> None:
     """Without losses on tokens nothing lies behind the last block's MLP: weight decay leaves its adapter alone, too."""
     loss = {"token_weight": 0.0, "feature": {"weight": 1.0}}
     options = {"stages": None, "mode": "feature", "steps": 2, "micro_batches": 1, "loss": loss}
-    train(lora_config(tmp_path / "run", cache, **options))
+    train(lora_config(tmp_path / "run", all_rows, **options))
     name = "groups/0/blocks/0/lora/mlp/down/a"
     saved = SavedArrays(Store(str(tmp_path / "run")), "checkpoints/00000002").whole("parameters", name)
     shapes = {n: v.shape for n, v in all_parameters(load_pretrained(tmp_path / "run" / "student")).items()}
-    first = np.asarray(make_adapters(lora_config(tmp_path, cache).student.lora or LoraConfig(), shapes, seed=0)[name])
+    first = np.asarray(
+        make_adapters(lora_config(tmp_path, all_rows).student.lora or LoraConfig(), shapes, seed=0)[name]
+    )
     same = [np.array_equal(now, then) for now, then in zip(saved, first, strict=True)]
     assert same == [False, False, True]
 
 
-def test_train_only_chooses_among_adapters(cache: Path, tmp_path: Path) -> None:
+def test_train_only_chooses_among_adapters(all_rows: Path, tmp_path: Path) -> None:
     options = {"stages": None, "steps": 1, "micro_batches": 1, "train_only": ["attention/q"]}
-    train(lora_config(tmp_path / "run", cache, **options))
+    train(lora_config(tmp_path / "run", all_rows, **options))
     names = SavedArrays(Store(str(tmp_path / "run")), "checkpoints/00000001").names("parameters")
     assert names == [f"groups/0/blocks/0/lora/attention/q/{side}" for side in "ab"]

@@ -69,7 +69,7 @@ def test_four_processes_then_two_then_one(tmp_path, cache, monkeypatch):
     run, values = tmp_path / "run", {"steps": 3000, "eval_every": 4}
     (tmp_path / "run.yaml").write_text(
         "{student: {surgery: [{op: query_heads, to: 2, by: index}]}, batch_rows: 4, checkpoint_every: 2, steps: 3000, "
-        "eval_every: 4}"
+        "eval_every: 4, eval_teacher: false}"
     )
     four = start(run, [cache] * 4, 1, "--mesh.block", "2", "--mesh.fsdp", "2")
     wait_for_step(run, 3)
@@ -108,6 +108,7 @@ def test_adapters_of_two_processes_and_of_one(tmp_path, cache):
     values = {
         "student": {"surgery": [{"op": "query_heads", "to": 2, "by": "index"}], "lora": lora},
         "checkpoint_every": 2,
+        "eval_teacher": False,
         "steps": 4,
     }
     values |= {"stages": [{"mode": "blockwise", "steps": 2}, {"mode": "feature", "steps": 2}], "batch_rows": 4}

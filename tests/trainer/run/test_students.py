@@ -76,8 +76,8 @@ def test_what_does_not_fit_is_refused(tmp_path, cache, narrow, change, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_only_what_is_named_is_trained(tmp_path, cache):
-    train(config(tmp_path / "run", cache, train_only=["attention/o", "groups/0/blocks/0/attention/q"], steps=2))
+def test_only_what_is_named_is_trained(tmp_path, all_rows):
+    train(config(tmp_path / "run", all_rows, train_only=["attention/o", "groups/0/blocks/0/attention/q"], steps=2))
     student = load_student(str(tmp_path / "run")).decoder
     start = all_parameters(load_pretrained(tmp_path / "run" / "student", dtype="float32"))
     moved = {name for name, value in all_parameters(student).items() if not np.array_equal(value, start[name])}
@@ -95,10 +95,10 @@ def test_names_that_train_nothing_are_refused(tmp_path: Path, cache: Path, names
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trace_is_written_where_it_is_asked_for(tmp_path, cache):
-    train(config(tmp_path / "run", cache, profile="steps=2:3", steps=3))
+def test_a_trace_is_written_where_it_is_asked_for(tmp_path, all_rows):
+    train(config(tmp_path / "run", all_rows, profile="steps=2:3", steps=3))
     assert list((tmp_path / "run" / "traces").rglob("*.xplane.pb"))
-    assert len(read_metrics(tmp_path / "run")) == 4
+    assert len(read_metrics(tmp_path / "run")) == 3
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +143,18 @@ def test_what_cannot_be_is_refused_before_the_run_begins(tmp_path, cache, change
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_at_a_time(tmp_path, cache):
+def test_one_process_at_a_time(tmp_path, all_rows):
     run = tmp_path / "run"
-    train(config(run, cache, steps=1))
+    train(config(run, all_rows, steps=1))
     with (run / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process"):
-            train(config(run, cache, steps=1))
+            train(config(run, all_rows, steps=1))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, cache):
+def test_a_damaged_checkpoint_is_named(tmp_path, all_rows):
     run = tmp_path / "run"
-    train(config(run, cache, steps=1))
+    train(config(run, all_rows, steps=1))
     (path,) = (run / "checkpoints" / "00000001").glob("*.safetensors")
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
@@ -162,19 +162,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path, cache):
     assert caught.value.facts["object"] == str(path)
 
 
-def test_an_export_that_cannot_be_written_is_said(tmp_path, cache):
-    train(config(tmp_path / "run", cache, steps=1))
+def test_an_export_that_cannot_be_written_is_said(tmp_path, all_rows):
+    train(config(tmp_path / "run", all_rows, steps=1))
     (tmp_path / "file").touch()
     with pytest.raises((StorageError, CheckpointError)):
         export.run([str(tmp_path / "run"), str(tmp_path / "file" / "out")], "export", False)
 
 
 @pytest.mark.parametrize("only", ["head", "embed"])
-def test_a_run_may_train_nothing_of_any_block(only: str, cache: Path, tmp_path: Path) -> None:
+def test_a_run_may_train_nothing_of_any_block(only: str, all_rows: Path, tmp_path: Path) -> None:
     """The optimizer's state of the blocks is empty then, which ended in a traceback of JAX's; and a resume finds it."""
     values = {
         "run": str(tmp_path / "run"),
-        "cache": str(cache),
+        "cache": str(all_rows),
         "mode": "feature",
         "student": {"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]},
         "train_only": [only],

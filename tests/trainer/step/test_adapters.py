@@ -73,11 +73,12 @@ def blocks_of(parameters: Parameters) -> Parameters:
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_blockwise_gradient_is_that_of_whole_weights(mixed: Decoder, micro_batches: int) -> None:
-    batch, options = random_batch(mixed.config, codec="f32"), {"codec": "f32", "micro_batches": micro_batches}
+    """The whole weights' is that of one micro-batch."""
+    batch, rules = random_batch(mixed.config, codec="f32"), replace(RULES, adapter_alpha=ALPHA)
     own, adapters = blocks_of(all_parameters(mixed)), adapters_of(mixed)
-    step, targets = blockwise(mixed, BOTH, rules=replace(RULES, adapter_alpha=ALPHA), **options)
+    step, targets = blockwise(mixed, BOTH, codec="f32", rules=rules, micro_batches=micro_batches)
     found, sums, _ = jax.jit(step.gradients)(adapters, own, batch, targets, jnp.int32(0))
-    plain, targets = blockwise(mixed, BOTH, rules=RULES, **options)
+    plain, targets = blockwise(mixed, BOTH, codec="f32", rules=RULES)
     whole = with_added(own, adapters)
     matrices = {name: whole[name] for name in adapted_matrices(adapters)}
     rest = {name: value for name, value in whole.items() if name not in matrices}
@@ -102,16 +103,26 @@ def feature_step(decoder: Decoder, alpha: float | None, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize(
-    "options", [{"remat": "none"}, {"remat": "block", "micro_batches": 3}, {"remat": "dots"}], ids=str
+    ("model", "place", "options"),
+    [
+        ("mixed", 1, {"remat": "none"}),  # two layer groups, one with two places
+        ("student", 0, {"remat": "block", "micro_batches": 3}),
+        ("student", 0, {"remat": "dots"}),
+    ],
+    ids=str,
 )
-def test_feature_gradient_is_that_of_whole_weights(mixed: Decoder, options: dict[str, Any]) -> None:
-    """Two layer groups, one with two places; the stream of every block reaches the next."""
-    batch = random_batch(mixed.config, codec="f32")
+def test_feature_gradient_is_that_of_whole_weights(
+    model: str, place: int, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """The stream of every block reaches the next."""
+    decoder: Decoder = request.getfixturevalue(model)
+    batch = random_batch(decoder.config, codec="f32")
     del batch["resid"]
-    own, adapters = all_parameters(mixed), adapters_of(mixed, ["attention", "mlp/up", "groups/0/blocks/1/mlp/down"])
-    step, targets = feature_step(mixed, ALPHA, **options)
+    own = all_parameters(decoder)
+    adapters = adapters_of(decoder, ["attention", "mlp/up", f"groups/0/blocks/{place}/mlp/down"])
+    step, targets = feature_step(decoder, ALPHA, **options)
     found, sums = jax.jit(step.gradients)(adapters, own, batch, targets, jnp.int32(0))
-    plain, _ = feature_step(mixed, None)
+    plain, _ = feature_step(decoder, None)
     whole = with_added(own, adapters)
     matrices = {name: whole[name] for name in adapted_matrices(adapters)}
     rest = {name: value for name, value in whole.items() if name not in matrices}
