@@ -236,9 +236,9 @@ def coded(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path,
 @pytest.mark.parametrize(
     ("student", "blocks", "spans"),
     [
-        ({"surgery": [{"op": "query_heads", "to": 2}]}, "all", [(at, at + 1) for at in range(7)]),
+        ({"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]}, "all", [(at, at + 1) for at in range(7)]),
         ({"surgery": [{"op": "drop_blocks", "blocks": [1, 2, 5]}]}, "all", [(0, 3), (3, 4), (4, 6), (6, 7)]),
-        ({"surgery": [{"op": "query_heads", "to": 2}]}, [2, 6], [(at, at + 1) for at in range(7)]),
+        ({"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]}, [2, 6], [(at, at + 1) for at in range(7)]),
     ],
     ids=["in step", "spans", "some"],
 )

@@ -217,7 +217,7 @@ NARROW = {"surgery": [{"op": "hidden_size", "to": 16, "by": "index"}], "projecto
     [
         (DROPPED, "all", {0: 3, 1: 4, 2: 6, 3: 7}),
         (DROPPED, [4, "last"], {1: 4, 3: 7}),
-        ({"surgery": [{"op": "query_heads", "to": 2}]}, [5], {4: 5}),
+        ({"surgery": [{"op": "query_heads", "to": 2, "by": "index"}]}, [5], {4: 5}),
     ],
     ids=["all", "two", "one"],
 )
