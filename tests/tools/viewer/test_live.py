@@ -157,27 +157,24 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gcs", "s3"])
-def test_pages_of_a_bucket_are_those_of_a_disk(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, cache: Path, half: Path
-) -> None:
-    bucket: Bucket = request.getfixturevalue(kind)
+def test_pages_of_a_bucket_are_those_of_a_disk(gcs: Bucket, tmp_path: Path, cache: Path, half: Path) -> None:
+    """Other kinds of buckets answer a store alike (tests/schemas/store)."""
     run = write_run(tmp_path / "run")
     for name, folder in (("cache", cache), ("half", half), ("run", run)):
-        upload(folder, f"{bucket.url}/{name}")
+        upload(folder, f"{gcs.url}/{name}")
     for name in ("metrics", "router"):  # which a bucket's run has in parts
-        Store(bucket.url).write(f"run/{name}/00000000.jsonl", (run / f"{name}.jsonl").read_bytes())
+        Store(gcs.url).write(f"run/{name}/00000000.jsonl", (run / f"{name}.jsonl").read_bytes())
     pages = {
         "cache": (cache, ["/", "/rows", "/row/9", "/row/9/token/3", "/slot/resid/1", "/search?text=longer"]),
         "half": (half, ["/", "/row/3"]),
         "run": (run, ["/", "/losses", "/evaluations", "/experts"]),
     }
     for name, (folder, addresses) in pages.items():
-        url, of = f"{bucket.url}/{name}", "run" if name == "run" else "cache"
+        url, of = f"{gcs.url}/{name}", "run" if name == "run" else "cache"
         far, near = viewer(url, of), viewer(folder, of)
         for address in addresses:
             texts = [read(each, address).source.partition("</h1>")[2] for each in (far, near)]
             same = [text.replace(url, "URL").replace(str(folder), "URL") for text in texts]
             assert same[0] == same[1], address
-    build = read(viewer(f"{bucket.url}/half"), "/build")
+    build = read(viewer(f"{gcs.url}/half"), "/build")
     assert {cells[2] for cells in build.tables["The newest shards"].rows[1:]} == {"before the viewer began"}
