@@ -15,6 +15,7 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
+from distillcache.schemas.config import DataConfig
 from distillcache.schemas.config.train import LossConfig
 from distillcache.schemas.errors import CheckpointError, ConfigError, InputError, Interrupted
 from distillcache.schemas.runtime.signals import StopRequest
@@ -196,9 +197,10 @@ def test_a_lossy_stream_is_near(tmp_path: Path, last: Path, teacher: Path, corpu
 
 
 @pytest.mark.slow
-def test_features_and_kl_together(tmp_path: Path, cache: Path, both: Path, teacher: Path, corpus: Path) -> None:
+def test_features_and_kl_together(tmp_path: Path, teacher: Path, corpus: Path) -> None:
     """Each keeps what it was alone, at the first step."""
-    build_cache(build_config(tmp_path / "c", teacher, corpus, taps={"resid": {"codec": "f32"}}))
+    data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)
+    build_cache(build_config(tmp_path / "c", teacher, corpus, data=data, taps={"resid": {"codec": "f32"}}))
     losses = {
         "both": {"alpha": 0.5, "kl": {"targets": "head"}, "feature": {"weight": 0.7}},
         "kl": {"alpha": 0.5, "kl": {"targets": "head"}, "feature": {"weight": 0.0}},

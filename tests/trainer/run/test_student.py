@@ -133,7 +133,7 @@ def test_a_checkpoint_that_is_not_its_configs_is_refused_by_name(tmp_path: Path,
 
 
 @pytest.mark.slow  # three calls of a run, with programs of its own
-def test_every_operation_in_one_run(tmp_path: Path, cache: Path):
+def test_every_operation_in_one_run(tmp_path: Path, all_rows: Path):
     """Measured, cut, upcycled, trained, stopped, gone on, exported: the same as without the stop."""
     ops = [
         {"op": "drop_blocks", "blocks": [1]},
@@ -144,12 +144,12 @@ def test_every_operation_in_one_run(tmp_path: Path, cache: Path):
     ]
     student = {"surgery": ops, "projector": "linear", "importance_rows": 6}
     values = {"student": student, "loss": {"mlp": {"weight": 0.5}}, "steps": 3, "checkpoint_every": 1}
-    train(config(tmp_path / "whole", cache, **values))
+    train(config(tmp_path / "whole", all_rows, **values))
     with pytest.MonkeyPatch.context() as patch:
         Stop(patch, after=2)
         with pytest.raises(Interrupted):
-            train(config(tmp_path / "cut", cache, **values))
-    assert train(config(tmp_path / "cut", cache, **values)).resumed_from == 2
+            train(config(tmp_path / "cut", all_rows, **values))
+    assert train(config(tmp_path / "cut", all_rows, **values)).resumed_from == 2
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     export.run([str(tmp_path / "whole"), str(tmp_path / "out")], "export", False)
     exported = load_pretrained(tmp_path / "out")
