@@ -3,6 +3,7 @@
 command.py          distillcache bench
 figures.py          figures and goals of a benchmark
 machine.py          the machine, and how busy it is
+compiled.py         programs compiled once
 build.py            build against the bare teacher
 busy.py             a process that keeps a core busy
 feed.py             feed against memory speed and other formats

@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -71,6 +72,7 @@ def measure_load(folder: Path, sizes: LoadSizes) -> Measured:
     for axis in sizes.axes:
         found = load_share(folder / "model", axis, sizes.processes, sizes.loads)
         above = found["peak"] - found["before"]
+        print(f"bench: load along {axis}, {found['seconds']:.0f} s, {above / 1e9:.3g} GB at most", file=sys.stderr)
         figures |= {
             f"{axis}_share_gb": found["share"] / 1e9,
             f"{axis}_tensor_gb": found["part"] / 1e9,

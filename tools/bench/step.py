@@ -38,6 +38,7 @@ from distillcache.schemas.config import BenchConfig, TapConfig, TrainConfig
 from distillcache.schemas.format.manifest import TapPlan
 from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.format.tap_plan import tap_plan
+from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.head_kl import HeadSizes, measure_head_kl
 from distillcache.tools.demo.command import build_config, default_surgery, sized_text, train_config
@@ -87,7 +88,7 @@ class StepSizes:
 
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench step`."""
-    with scratch_folder(config.dir) as folder:
+    with scratch_folder(config.dir) as folder, compiled_once(folder / "compiled"):
         return measure_step(folder, str(fetch_teacher()), StepSizes(), config.rounds or ROUNDS)
 
 

@@ -41,6 +41,7 @@ from distillcache.schemas.config.train import (
     OptimizerConfig,
     StudentConfig,
 )
+from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
 from distillcache.tools.demo.command import sized_text
 from distillcache.tools.pages.pictures import write_figure
@@ -108,7 +109,7 @@ class Trained:
 def measure(config: BenchConfig) -> Measured:
     """All figures of `bench routing`."""
     plot = plot_path(config)
-    with scratch_folder(config.dir) as folder:
+    with scratch_folder(config.dir) as folder, compiled_once(folder / "compiled"):
         found = train_all(folder, RoutingSizes())
     if plot is not None:
         write_plot(found, plot)
