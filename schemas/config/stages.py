@@ -400,8 +400,8 @@ class BenchConfig(Config):
     rounds: Positive | None = Field(
         default=None,
         description=(
-            "interleaved repetitions, of which the median counts; default: feed 5, build 2, step 2, kl and recipes 3 "
-            "(seeds); the others measure once"
+            "interleaved repetitions, of which the median counts; default: feed 5, build, step and accelerator 2 (in "
+            "tiny sizes 1), kl and recipes 3 (seeds); the others measure once"
         ),
     )
     plot: str | None = Field(

@@ -97,6 +97,7 @@ def between_forwards(
     rates: dict[str, list[float]] = {name: [] for name in ("forward", *builds)}
     ratios: dict[str, list[float]] = {name: [] for name in builds}
     before = forward()
+    print("bench: the bare teacher ran once", file=sys.stderr)
     for number in range(rounds):
         for name, build in builds.items():
             rate, after = build(), forward()

@@ -7,8 +7,8 @@ One part after the other, the ones that answer most for their time first; figure
     kernels  attention and experts, each way against the plainest (kernels.py)
     memory   a random teacher of a billion parameters: its recorder, and a student's step (memory.py)
     parity   logits against transformers', where torch is installed (parity.py)
-    build, step, feed   those benches in small, with the random teacher, so that nothing is fetched
     codec    speed of encoding and decoding
+    feed, build, step   those benches in small, with the random teacher, so that nothing is fetched
     <part>.seconds      what it took, compiling included
 
 A part that fails, or for which no time is left, does not stop the others: `left_out` says why, and the goal
@@ -34,6 +34,7 @@ from distillcache.tools.bench.accelerator.memory import MemorySizes, measure_mem
 from distillcache.tools.bench.accelerator.parity import measure_parity, missing
 from distillcache.tools.bench.build import BuildSizes, measure_build
 from distillcache.tools.bench.codec import CHOICES, measure_speed
+from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.feed import FeedSizes, measure_feed
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.head_kl import HeadSizes
@@ -94,7 +95,7 @@ def measure(config: BenchConfig) -> Measured:
     if on_cpu:
         print("bench: no accelerator here: all runs in tiny sizes, and speeds mean nothing", file=sys.stderr)
     sizes = TINY if on_cpu else AcceleratorSizes()
-    with scratch_folder(config.dir) as folder:
+    with scratch_folder(config.dir) as folder, compiled_once(folder / "compiled"):
         return run_parts(make_parts(replace(sizes, rounds=config.rounds or sizes.rounds)), folder)
 
 
@@ -133,10 +134,10 @@ def make_parts(sizes: AcceleratorSizes) -> dict[str, Part]:
         "kernels": lambda folder: _kernels(sizes),
         "memory": lambda folder: Measured(measure_memory(random_teacher(sizes.memory), sizes.memory), []),
         "parity": _parity,
-        "build": lambda folder: measure_build(folder, write_teacher(folder, sizes), sizes.build, sizes.rounds),
-        "step": lambda folder: _step(folder, sizes),
-        "feed": lambda folder: measure_feed(folder, sizes.feed, sizes.rounds),
         "codec": lambda folder: _codec(sizes),
+        "feed": lambda folder: measure_feed(folder, sizes.feed, sizes.rounds),
+        "build": lambda folder: measure_build(folder, write_teacher(folder, sizes), sizes.build, sizes.rounds),
+        "step": lambda folder: _step(folder, sizes),  # last: it compiles the most
     }
 
 
