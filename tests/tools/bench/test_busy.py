@@ -24,6 +24,7 @@ def used_within(pid: int, seconds: float) -> float:
 
 
 def test_it_is_busy_inside_and_idle_outside() -> None:
+    children = os.times().children_user
     with BusyProcess() as process:
         pid = process._child.pid
         with process.busy():
@@ -31,6 +32,7 @@ def test_it_is_busy_inside_and_idle_outside() -> None:
         time.sleep(0.1)
         assert used_within(pid, 0.3) <= 0.02
     assert process._child.returncode is not None
+    assert os.times().children_user > children + 0.04  # so a report does not take it for other work
 
 
 def test_it_ends_when_the_process_that_started_it_does() -> None:
