@@ -19,13 +19,16 @@ step.
 import json
 import math
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -41,6 +44,8 @@ from distillcache.schemas.config.train import (
     OptimizerConfig,
     StudentConfig,
 )
+from distillcache.schemas.errors import DistillcacheError
+from distillcache.schemas.runtime.child_python import python_environment, python_words
 from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.figures import Goal, Measured, plot_path, scratch_folder
 from distillcache.tools.demo.command import sized_text
@@ -94,7 +99,6 @@ class Trained:
 
     evaluations: Sequence[Evaluation]
     train_loss: float
-    seconds: float
 
     @property
     def losses(self) -> list[float]:
@@ -119,17 +123,63 @@ def measure(config: BenchConfig) -> Measured:
 def train_all(
     folder: Path, sizes: RoutingSizes, families: Sequence[str] = tuple(FAMILIES)
 ) -> dict[str, dict[str, Trained]]:
-    """Family -> way -> result."""
+    """Family -> way -> result. Families but the first train in processes of their own, at the same time: steps this
+    small leave a core idle, and nothing that is reported depends on time.
+    """
     cache = build_rows(folder, sizes)
-    found: dict[str, dict[str, Trained]] = {}
-    for family in families:
-        student = folder / family
+    students = {family: folder / family for family in families}
+    for family, student in students.items():
         save_pretrained(Decoder(student_config(family, sizes), rngs=nnx.Rngs(sizes.seed)), student)
-        found[family] = {}
-        for way in WAYS:
-            found[family][way] = train_one(folder / f"{family}-{way}", cache, student, way, sizes)
-            print(f"bench: {family}, {way}, {found[family][way].seconds:.0f} s", file=sys.stderr)
-    return found
+    configs = {
+        family: [train_config(folder / f"{family}-{way}", cache, student, way, sizes) for way in WAYS]
+        for family, student in students.items()
+    }
+    beside = families[1:] if jax.default_backend() == "cpu" else ()  # an accelerator's memory is one process's
+    with ExitStack() as stack:
+        ends = [stack.enter_context(_training_beside(configs[name], folder / f"compiled-{name}")) for name in beside]
+        for family in families:
+            for config in configs[family] if family not in beside else ():
+                train(config)
+                print(f"bench: {Path(config.run).name} is trained", file=sys.stderr)
+        for wait in ends:
+            wait()
+    return {family: {way: _result(folder / f"{family}-{way}", sizes) for way in WAYS} for family in families}
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from distillcache.schemas.config import TrainConfig
+from distillcache.schemas.errors import DistillcacheError
+from distillcache.schemas.runtime.child_python import python_environment, python_words
+from distillcache.tools.bench.compiled import compiled_once
+from distillcache.trainer.train import train
+with compiled_once(Path(sys.argv[1])):
+    for config in map(TrainConfig.model_validate_json, sys.stdin):
+        train(config)
+        print(f"bench: {Path(config.run).name} is trained", file=sys.stderr)
+"""
+
+
+@contextmanager
+def _training_beside(configs: Sequence[TrainConfig], compiled: Path) -> Iterator[Callable[[], None]]:
+    """A process that runs these trainings; what is yielded waits for it. It is killed if this one fails meanwhile."""
+    command = python_words("-c", SCRIPT, str(compiled))
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=python_environment(), text=True)
+
+    def wait() -> None:
+        child.communicate("".join(f"{config.model_dump_json()}\n" for config in configs))
+        if child.returncode:
+            facts = {"exit code": child.returncode}
+            raise DistillcacheError("a training of the bench failed", facts, "see its message above")
+
+    thread = ThreadPoolExecutor(1)
+    ended = thread.submit(wait)
+    try:
+        yield ended.result
+    finally:
+        child.kill()  # nothing happens where it has ended
+        thread.shutdown()
 
 
 def build_rows(folder: Path, sizes: RoutingSizes) -> str:
@@ -182,13 +232,10 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def train_one(run: Path, cache: str, student: Path, way: str, sizes: RoutingSizes) -> Trained:
-    """One run."""
-    start = time.monotonic()
-    train(train_config(run, cache, student, way, sizes))
+def _result(run: Path, sizes: RoutingSizes) -> Trained:
+    """What a finished run has written."""
     losses = [line["distill/hard_loss"] for line in read_metrics(run) if "distill/hard_loss" in line]
-    last = losses[-max(1, sizes.steps // 10) :]
-    return Trained(read_evaluations(run), statistics.fmean(last), time.monotonic() - start)
+    return Trained(read_evaluations(run), statistics.fmean(losses[-max(1, sizes.steps // 10) :]))
 
 
 def train_config(run: Path, cache: str, student: Path, way: str, sizes: RoutingSizes) -> TrainConfig:

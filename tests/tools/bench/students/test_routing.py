@@ -1,18 +1,21 @@
 """The routing bench at tiny sizes: both families learn, biases keep the load even, and every figure has its name."""
 
 import math
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distillcache.schemas.command_line import parse
 from distillcache.schemas.config import BenchConfig, TrainConfig
-from distillcache.schemas.errors import ConfigError
+from distillcache.schemas.errors import ConfigError, DistillcacheError
 from distillcache.tools.bench.command import make_report
 from distillcache.tools.bench.students.routing import (
     WAYS,
     RoutingSizes,
     Trained,
+    _training_beside,
     summarise,
     train_all,
     train_config,
@@ -57,6 +60,24 @@ def test_biases_balance_as_the_auxiliary_loss_does_and_cost_no_loss(tmp_path: Pa
     assert all(goal["met"] for goal in report["goals"])
 
 
+@pytest.mark.slow  # nine short runs
+def test_a_family_that_trains_beside_another_gives_the_same_figures(tmp_path: Path) -> None:
+    sizes = replace(TINY, rows=64, steps=6, eval_every=3)
+    (both, alone) = (tmp_path / "both", tmp_path / "alone")
+    for folder in (both, alone):
+        folder.mkdir()
+    found = train_all(both, sizes, FAMILIES)
+    assert found.keys() == set(FAMILIES)
+    assert found[FAMILIES[1]] == train_all(alone, sizes, FAMILIES[1:])[FAMILIES[1]]
+
+
+@pytest.mark.slow  # a process that imports JAX
+def test_a_training_that_fails_beside_another_is_an_error(tmp_path: Path) -> None:
+    config = train_config(tmp_path / "run", str(tmp_path / "none"), tmp_path / "none", "none", TINY)
+    with pytest.raises(DistillcacheError, match="a training of the bench failed"), ExitStack() as stack:
+        stack.enter_context(_training_beside([config], tmp_path / "compiled"))()
+
+
 def evaluation(step: int, loss: float, violation: float, without_bias: float | None = None) -> Evaluation:
     return Evaluation(
         step=step,
@@ -71,9 +92,9 @@ def evaluation(step: int, loss: float, violation: float, without_bias: float | N
 def results() -> dict[str, dict[str, Trained]]:
     start = evaluation(0, 5.5, 1.0)
     runs = {
-        "none": Trained((start, evaluation(8, 2.0, 2.0)), 2.1, 1.0),
-        "aux": Trained((start, evaluation(8, 1.6, 0.4)), 1.7, 1.0),
-        "aux_free": Trained((start, evaluation(8, 1.8, 0.5, 7.0)), 1.9, 1.0),
+        "none": Trained((start, evaluation(8, 2.0, 2.0)), 2.1),
+        "aux": Trained((start, evaluation(8, 1.6, 0.4)), 1.7),
+        "aux_free": Trained((start, evaluation(8, 1.8, 0.5, 7.0)), 1.9),
     }
     return dict.fromkeys(FAMILIES, runs)
 
