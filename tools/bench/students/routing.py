@@ -233,7 +233,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _result(run: Path, sizes: RoutingSizes) -> Trained:
-    """What a finished run has written."""
+    """Read the results of a finished run."""
     losses = [line["distill/hard_loss"] for line in read_metrics(run) if "distill/hard_loss" in line]
     return Trained(read_evaluations(run), statistics.fmean(losses[-max(1, sizes.steps // 10) :]))
 
