@@ -134,9 +134,10 @@ def train_all(
         family: [train_config(folder / f"{family}-{way}", cache, student, way, sizes) for way in WAYS]
         for family, student in students.items()
     }
+    said = {family: [config.model_dump_json() for config in each] for family, each in configs.items()}
     beside = families[1:] if jax.default_backend() == "cpu" else ()  # an accelerator's memory is one process's
     with ExitStack() as stack:
-        ends = [stack.enter_context(_training_beside(configs[name], folder / f"compiled-{name}")) for name in beside]
+        ends = [stack.enter_context(_training_beside(said[name], folder / f"compiled-{name}")) for name in beside]
         for family in families:
             for config in configs[family] if family not in beside else ():
                 train(config)
@@ -162,13 +163,17 @@ with compiled_once(Path(sys.argv[1])):
 
 
 @contextmanager
-def _training_beside(configs: Sequence[TrainConfig], compiled: Path) -> Iterator[Callable[[], None]]:
-    """A process that runs these trainings; what is yielded waits for it. It is killed if this one fails meanwhile."""
+def _training_beside(configs: Sequence[str], compiled: Path) -> Iterator[Callable[[], None]]:
+    """A process that runs these trainings; what is yielded waits for it. It is killed if this one fails meanwhile.
+
+    Args:
+        configs: as JSON.
+    """
     command = python_words("-c", SCRIPT, str(compiled))
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=python_environment(), text=True)
 
     def wait() -> None:
-        child.communicate("".join(f"{config.model_dump_json()}\n" for config in configs))
+        child.communicate("".join(f"{config}\n" for config in configs))
         if child.returncode:
             facts = {"exit code": child.returncode}
             raise DistillcacheError("a training of the bench failed", facts, "see its message above")

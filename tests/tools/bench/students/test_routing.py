@@ -75,7 +75,7 @@ def test_a_family_that_trains_beside_another_gives_the_same_figures(tmp_path: Pa
 def test_a_training_that_fails_beside_another_is_an_error(tmp_path: Path) -> None:
     config = train_config(tmp_path / "run", str(tmp_path / "none"), tmp_path / "none", "none", TINY)
     with pytest.raises(DistillcacheError, match="a training of the bench failed"), ExitStack() as stack:
-        stack.enter_context(_training_beside([config], tmp_path / "compiled"))()
+        stack.enter_context(_training_beside([config.model_dump_json()], tmp_path / "compiled"))()
 
 
 def evaluation(step: int, loss: float, violation: float, without_bias: float | None = None) -> Evaluation:
