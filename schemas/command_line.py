@@ -454,9 +454,10 @@ def _fields(
             unset = given is None or isinstance(given, str)  # no field of it counts until one is given
             rows.extend(_fields(nested, f"{prefix}{name}.", inner, optional or unset))
             continue
-        rows.append(
-            (prefix + name, _type_name(field.annotation), _default_text(given, optional), field.description or "")
-        )
+        words = field.description or ""
+        told = given in (None, "") and "default:" in words  # what is meant where nothing is given
+        default = "" if told else _default_text(given, optional)
+        rows.append((prefix + name, _type_name(field.annotation), default, words))
     return rows
 
 

@@ -133,7 +133,7 @@ class StudentConfig(Config):
     )  # the usual start: the teacher itself, cut
     surgery: list[SurgeryOp] = Field(
         default_factory=list,
-        description="operations on it, in order: [{op: query_heads, to: 2, by: index|weight_norm|importance}, "
+        description="operations on it, in order: [{op: query_heads, to: 2, by: importance|weight_norm|index}, "
         "{op: drop_blocks, blocks: [1]}, {op: upcycle, experts: 4, top_k: 2, how: copy|partition}]: docs/surgery.md",
     )
     importance_rows: Positive = Field(

@@ -357,6 +357,14 @@ def test_help_lists_every_field_with_its_meaning(model: type[BaseModel]) -> None
     assert all(meaning for flag, meaning in flags.items() if flag != "usage:")
 
 
+@pytest.mark.parametrize("model", [PrepareConfig, BuildConfig, TrainConfig])
+def test_help_names_a_default_once(model: type[BaseModel]) -> None:
+    pairs = [(flag, words) for flag, words in pairwise(help_text(model, "distillcache x").split("\n")) if "--" in flag]
+    unnamed = [words for flag, words in pairs if flag.endswith("(default: none)")]
+    assert unnamed
+    assert not any("default:" in words for words in unnamed)
+
+
 def test_help_states_types_and_defaults() -> None:
     with pytest.raises(HelpRequested) as caught:
         read("--row-tokens", "8", "--help")

@@ -178,14 +178,18 @@ class Stop(StopRequest):
 
 
 @pytest.mark.bits
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, cache, whole, monkeypatch, console):
     with monkeypatch.context() as patch:
         Stop(patch, after=4)
         with pytest.raises(Interrupted, match="asked to stop"):
             train(config(tmp_path / "run", cache))
     assert load_student(str(tmp_path / "run")).step == 4
-    assert train(config(tmp_path / "run", cache)).resumed_from == 4
+    result = train(config(tmp_path / "run", cache))
+    assert result.resumed_from == 4
     assert_same_run(tmp_path / "run", whole)
+    said = console.readouterr().err
+    for evaluation in (result.before, result.after):
+        assert f"step {evaluation.step}: held-out perplexity {evaluation.perplexity:.5g}" in said
 
 
 def test_steps_past_the_checkpoint_are_done_again(tmp_path, cache, whole, monkeypatch):

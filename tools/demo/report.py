@@ -136,10 +136,11 @@ def _next_steps(report: dict[str, Any]) -> list[str]:
     cache, run, again = map(shlex.quote, (report["cache"], report["run"], report["run"].rstrip("/") + "2"))
     return [
         *([] if shutil.which("distillcache") else [f". {_activate()}   # puts distillcache on the PATH"]),
-        f"distillcache report {run}   # writes an HTML page; also of the cache",
+        f"distillcache report {run}   # writes an HTML page",
+        f"distillcache report {cache}",
         f"distillcache serve {cache}   # shows it in the browser; pip install -e '.[serve]' first",
         f"distillcache inspect {cache}",
-        f"distillcache export {run} student   # an HF directory",
+        f"distillcache export {run} exports/demo   # an HF directory",
         f"distillcache train --cache {cache} --run {again} --steps 200 --student.surgery '[{{op: kv_heads, to: 2}}]'",
     ]
 

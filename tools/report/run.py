@@ -40,6 +40,7 @@ from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, Ending, best_of, read_ending, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import TENSORBOARD, find_lost_lines, read_loads, read_metrics
+from distillcache.trainer.step.modes import MODES
 
 TERMS = {
     "distill/total_loss": "total",
@@ -197,7 +198,7 @@ def run_facts(
             "Student": f"{_start_of(student)}{f', after {surgery}' if surgery else ''}",
             "Adapters": ", ".join(f"{k} {as_yaml(v)}" for k, v in (student.get("lora") or {}).items()) or None,
             "Loss settings": loss or None,
-            "Optimizer": ", ".join(f"{k} {as_yaml(v)}" for k, v in config.get("optimizer", {}).items()) or None,
+            "Optimizer": ", ".join(f"{k} {v}" for k, v in optimizer_words(config).items()) or None,
             "Batch": f"{_rows(config.get('batch_rows'))}, computed in {config.get('compute_dtype')}",
             "Last total loss": f"{losses[-1]:.5g}" if len(losses) else None,
             **_perplexity_words(evaluations),
@@ -205,6 +206,17 @@ def run_facts(
             "Checkpoints": ", ".join(f"{step:,}" for step in Checkpoints(store).steps()) or "none",
         },
     )
+
+
+def optimizer_words(config: Mapping[str, Any]) -> dict[str, str]:
+    """The optimizer's settings; a learning rate that was left to the modes is theirs."""
+    optimizer = config.get("optimizer", {})
+    found = {name: as_yaml(value) for name, value in optimizer.items()}
+    if "learning_rate" in optimizer and optimizer["learning_rate"] is None:
+        modes = dict.fromkeys(stage.get("mode") for stage in config.get("stages") or [config])
+        rates = [f"{MODES[mode].usual_rate:g} ({mode} mode)" for mode in modes if mode in MODES]
+        found["learning_rate"] = " and ".join(rates)
+    return found
 
 
 def _start_of(student: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from distillcache.trainer.mesh.host_parameters import HostShards, Kept, gathered
 from distillcache.trainer.mesh.placement import to_host
 from distillcache.trainer.run.checkpoints import Checkpoints, adapter_arrays, balance_arrays
 from distillcache.trainer.run.divergence import best_checkpoint, diverged_error
-from distillcache.trainer.run.evaluate import Evaluation, Evaluator
+from distillcache.trainer.run.evaluate import Evaluation, Evaluator, told_perplexity
 from distillcache.trainer.run.folder import (
     SUMMARY,
     best_of,
@@ -268,6 +268,8 @@ class RunLoop:
             self.evaluations.append(found)
             if self.peers.first:
                 write_evaluations(self.store, self.evaluations)
+                teacher = "" if found.teacher_perplexity is None else f" (teacher {found.teacher_perplexity:.5g})"
+                log.info(f"step {number:,}: held-out perplexity {told_perplexity(found.perplexity, '.5g')}{teacher}")
         first = next((entry for entry in self.evaluations if entry.step == 0), None)
         return evaluation_metrics(found, first, stands_in=not stage.compares_tokens)
 

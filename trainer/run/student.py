@@ -184,6 +184,8 @@ def with_choices(
         found.append(op if by is None else op.model_copy(update={"by": by}))
     if lack is not None:
         log.warning(f"warning: surgery chooses by index, not by importance: {lack.what}")
+    elif measured := [op.spelled for op, given in zip(found, ops, strict=True) if op.by != given.by]:
+        log.info(f"surgery: {', '.join(measured)}; importance is measured first")
     return found
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ from distillcache.tools.report.cache import _stats_figure, low_and_high
 from distillcache.tools.report.command import write_report
 from distillcache.tools.report.curves import POINTS, block_curves, curve
 from distillcache.tools.report.rows import Sample, row_warnings, sample_rows
-from distillcache.tools.report.run import TERMS, _schedule, divergence_warnings, loss_fragments, speed_fragments
+from distillcache.tools.report.run import (
+    TERMS,
+    _schedule,
+    divergence_warnings,
+    loss_fragments,
+    optimizer_words,
+    speed_fragments,
+)
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.divergence import BestCheckpoint, Measure, diverged_error
 from distillcache.trainer.run.folder import read_ending
@@ -513,3 +521,19 @@ def test_titles_name_the_thing_and_not_only_its_kind() -> None:
 def test_a_caption_gives_the_smallest_and_the_largest_value() -> None:
     line = Line("resid", np.array([0.0, 1.0, 2.0, 3.0]), np.array([2.0, 1.0, 9.0, 4.0]))
     assert low_and_high(line) == "resid: lowest 1 (slot 1), highest 9 (slot 2)"
+
+
+@pytest.mark.parametrize(
+    ("config", "rate"),
+    [
+        ({"mode": "feature", "optimizer": {"learning_rate": None}}, "0.0003 (feature mode)"),
+        ({"mode": "feature", "optimizer": {"learning_rate": 0.5}}, "0.5"),
+        (
+            {"stages": [{"mode": "blockwise"}, {"mode": "feature"}], "optimizer": {"learning_rate": None}},
+            "0.003 (blockwise mode) and 0.0003 (feature mode)",
+        ),
+    ],
+)
+def test_a_learning_rate_that_was_left_to_the_mode_is_shown(config: dict[str, Any], rate: str) -> None:
+    assert optimizer_words(config)["learning_rate"] == rate
+    assert optimizer_words({}) == {}
