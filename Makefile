@@ -1,5 +1,5 @@
 # make demo       the main job on a real teacher (downloads it once, about 90 MB)
-# make test       the tests (minutes); make test-slow: kills and other slow proofs; make test-all: both at once
+# make test       the tests (minutes); make test-slow: kills and other slow proofs
 # make test-bits  the tests of which bits are equal, with SSE4.2 on one thread; those of the codecs also with the
 #                 machine's own instructions, on all threads
 # make chaos      two minutes of builders that are killed at random over a store that fails
@@ -26,7 +26,7 @@ FILES = $$(grep -rlw $(1) tests --include='test_*.py' | sort)
 CHROMIUM := /usr/bin/chromium
 APT := $(shell [ "$$(id -u)" = 0 ] || echo sudo) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test test-slow test-all test-bits test-bits-plain test-bits-optimised chaos check browser chromium install clean
+.PHONY: demo test test-slow test-bits test-bits-plain test-bits-optimised chaos check browser chromium install clean
 
 install: .venv/installed
 
@@ -69,10 +69,6 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(PYTEST) -n 4 -m slow --durations=30 --durations-min=5 $(call FILES,slow)
-
-# Both at once, as continuous integration runs them: while some wait, the others compute. A third worker for two cores.
-test-all: .venv/installed-dev
-	$(PYTEST) -n 3 --durations=40 --durations-min=5
 
 test-bits: test-bits-plain test-bits-optimised
 
