@@ -21,7 +21,7 @@ from distillcache.schemas.format.canonical import to_canonical
 from distillcache.schemas.format.rows import too_long_note
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
-from distillcache.trainer.run import loop
+from distillcache.trainer import train as training
 from distillcache.trainer.train import train
 from tests.conftest import TINY, build_config, save_teacher
 from tests.trainer.test_train import config
@@ -145,7 +145,7 @@ def test_a_student_may_have_a_context_of_its_own(console, cache, short_cache):
         (TINY, short, ["the 12 that the teacher is"]),
         (TINY, plan, []),
     ):
-        loop._warn_of_length(student, its_plan)
+        training._warn_of_length(student, its_plan)
         lines = console.readouterr().err.splitlines()
         assert len(lines) == len(expected)
         assert all(words in line for words, line in zip(expected, lines, strict=True))

@@ -246,6 +246,7 @@ def test_threads_files_and_memory_stay_bounded_over_a_long_feed(gcs: Bucket, tmp
             if step in (40, 149):
                 figures.append((threading.active_count(), open_files(), anonymous_kib()))
     before, after = figures
-    assert after[0] <= max(before[0], THREADS + 10)
+    # Threads of other tests in this process count, and a pool may start one late; a leak would be one a batch.
+    assert after[0] <= max(before[0] + 4, THREADS + 10)
     assert after[1] <= before[1] + 8  # the server's connections come and go
     assert after[2] <= before[2] + 16_000
