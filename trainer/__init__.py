@@ -1,6 +1,7 @@
 """Stage 2: a cache to a trained student.
 
-train.py        the training loop
+train.py        a training from its config to its result
+loop.py         steps, evaluations and checkpoints of a run, one after the other
 losses.py       pure losses, each a sum and its weight
 head_losses.py  exact losses over the whole vocabulary, from streams and heads
 feed/           batches: cached rows, or a teacher in the loop

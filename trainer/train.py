@@ -35,6 +35,7 @@ from distillcache.schemas.runtime.signals import watch_for_stop
 from distillcache.schemas.store.store import Store, using
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.feed.source import Source
+from distillcache.trainer.loop import RunLoop, due_steps, say_what_is_lost
 from distillcache.trainer.mesh.sharding import check_processes, check_rows, make_mesh
 from distillcache.trainer.run.checkpoints import Checkpoints, has_student
 from distillcache.trainer.run.divergence import end_of_run
@@ -52,7 +53,6 @@ from distillcache.trainer.run.folder import (
     write_summary,
 )
 from distillcache.trainer.run.idle_settings import idle_rest_bucket, idle_settings
-from distillcache.trainer.run.loop import RunLoop, due_steps, say_what_is_lost
 from distillcache.trainer.run.metrics_log import LINES, read_metrics
 from distillcache.trainer.run.profile import check_profile
 from distillcache.trainer.run.stage import StagePlan, plan_stage, recorded_taps
@@ -132,9 +132,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, peers: Peers) -> TrainResult:
     store = Store(config.run)
-    config = as_begun(config, store)
-    stages = resolve_stages(config, config.mesh)
     begins = not has_student(store)
+    config = config if begins else as_begun(config, store)
+    stages = resolve_stages(config, config.mesh)
     _say_what_is_off(config, peers)
     if peers.first and begins:
         _warn([*idle_settings(config, config.feed, stages), *map(warm_up_note, stages)])

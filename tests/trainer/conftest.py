@@ -114,9 +114,13 @@ def student() -> Decoder:
 @pytest.fixture(scope="session")
 def all_rows(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
     """The tiny cache with no row held out: runs that are not evaluated take half of the time. Read only."""
-    folder = tmp_path_factory.mktemp("cache") / "rows"
-    data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)
-    build_cache(build_config(folder, teacher, corpus, data=data))
+    return cache_of_all_rows(tmp_path_factory, teacher, corpus)
+
+
+def cache_of_all_rows(factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> Path:
+    """A cache of this teacher's with no row held out."""
+    folder = factory.mktemp("cache") / "rows"
+    build_cache(build_config(folder, teacher, corpus, data=DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)))
     return folder
 
 

@@ -28,9 +28,8 @@ from distillcache.schemas.format.run import checkpoint_key, digest_evaluations
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
-from distillcache.trainer import __main__
+from distillcache.trainer import __main__, loop
 from distillcache.trainer.feed.cache_source import CacheSource
-from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations, with_values_of

@@ -6,7 +6,6 @@ idle_settings.py  settings that no stage would use
 student.py      the initial student
 importance.py   importance of the teacher's parts on cached rows
 stage.py        one stage: planned, and ready to step
-loop.py         steps, evaluations and checkpoints of a run, one after the other
 evaluate.py     figures of a student on held-out rows
 held_out.py     predictions on held-out rows
 exact.py        the same against the teacher's whole distribution

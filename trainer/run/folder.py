@@ -100,11 +100,11 @@ def take_run(store: Store, config: TrainConfig, source: Source) -> None:
 
 
 def as_begun(spec: Spec, store: Store) -> Spec:
-    """The settings of a run, with the values that an earlier version wrote down where these name none.
+    """The settings of a run that has begun, with the values that an earlier version wrote down where these name none.
 
     That version had one learning rate for both modes, and chose by index. A run keeps what it was begun with.
     """
-    identity = read_identity(store) if has_student(store) else None
+    identity = read_identity(store)
     return spec if identity is None else with_values_of(spec, identity.spec)
 
 

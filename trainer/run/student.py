@@ -26,7 +26,7 @@ from distillcache.models.surgery import add_router_bias, changed_config, operate
 from distillcache.schemas.cache.segment import read_tokenizer
 from distillcache.schemas.config.student import StudentConfig, SurgeryOp
 from distillcache.schemas.config.train import TrainSpec
-from distillcache.schemas.errors import CheckpointError, ConfigError, DistillcacheError, StorageError
+from distillcache.schemas.errors import CheckpointError, ConfigError, StorageError
 from distillcache.schemas.format.canonical import from_plain
 from distillcache.schemas.format.layout import MANIFEST, TOKENIZER
 from distillcache.schemas.format.run import STUDENT
@@ -173,19 +173,19 @@ def with_choices(
     ops: Sequence[SurgeryOp], init: str, num_blocks: int, open_source: OpenSource | None
 ) -> list[SurgeryOp]:
     """The operations, each with what it chooses by: importance where a config says nothing and rows allow it."""
-    found: list[SurgeryOp] = []
-    lack: DistillcacheError | None = None
-    for op in ops:
-        made_before = op.op == "experts" and any(earlier.op == "upcycle" for earlier in found)
-        by = op.by
-        if by is None and is_measured(op, init) and not made_before and open_source is not None:
-            lack = find_lack(num_blocks, open_source)
-            by = "importance" if lack is None else None
-        found.append(op if by is None else op.model_copy(update={"by": by}))
-    if lack is not None:
-        log.warning(f"warning: surgery chooses by index, not by importance: {lack.what}")
-    elif measured := [op.spelled for op, given in zip(found, ops, strict=True) if op.by != given.by]:
-        log.info(f"surgery: {', '.join(measured)}; importance is measured first")
+    upcycled = next((at for at, op in enumerate(ops) if op.op == "upcycle"), len(ops))
+    asking = [
+        op.by is None and is_measured(op, init) and not (op.op == "experts" and at > upcycled)  # made, not measured
+        for at, op in enumerate(ops)
+    ]
+    if open_source is None or not any(asking):
+        return list(ops)
+    if (lack := find_lack(num_blocks, open_source)) is not None:
+        log.warning(f"surgery chooses by index, not by importance: {lack.what}")
+        return list(ops)
+    found = [op.model_copy(update={"by": "importance"}) if asks else op for op, asks in zip(ops, asking, strict=True)]
+    measured = ", ".join(op.spelled for op, asks in zip(found, asking, strict=True) if asks)
+    log.info(f"surgery: {measured}; importance is measured first")
     return found
 
 

@@ -17,14 +17,14 @@ from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.config import BlockKind, MoeConfig, plan_layers
 from distillcache.models.files.tensors import ROUTER_BIAS_FILE
-from distillcache.schemas.config import DataConfig, TrainConfig
+from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.train import MeshConfig, StudentConfig
 from distillcache.schemas.errors import ConfigError
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
+from distillcache.trainer import loop
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.mesh.placement import to_host
-from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import Checkpoints, load_student, restored_balance
 from distillcache.trainer.run.metrics_log import PIXELS, read_loads, read_metrics
 from distillcache.trainer.run.stage import StageRun, plan_stage
@@ -32,6 +32,7 @@ from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.parameters import ROUTER_BIAS, all_parameters, install
 from distillcache.trainer.train import train
 from tests.conftest import TINY, build_config, save_teacher
+from tests.trainer.conftest import cache_of_all_rows
 from tests.trainer.mesh.test_mesh import replica_groups
 from tests.trainer.run.events import logged_images
 from tests.trainer.test_train import TIMED, _failing_at, config, timeless
@@ -68,10 +69,7 @@ def moe_cache(tmp_path_factory: pytest.TempPathFactory, moe_teacher: Path, corpu
 @pytest.fixture(scope="session")
 def moe_rows(tmp_path_factory: pytest.TempPathFactory, moe_teacher: Path, corpus: Path) -> Path:
     """The same without held-out rows: runs that are not evaluated take half of the time."""
-    folder = tmp_path_factory.mktemp("cache") / "rows"
-    data = DataConfig(path=str(corpus), row_tokens=16, eval_rows=0)
-    build_cache(build_config(folder, moe_teacher, corpus, data=data))
-    return folder
+    return cache_of_all_rows(tmp_path_factory, moe_teacher, corpus)
 
 
 def moe_config(run: Path, cache: Path, **changes: Any) -> TrainConfig:

@@ -19,11 +19,10 @@ from distillcache.schemas.config import DataConfig
 from distillcache.schemas.config.train import LossConfig
 from distillcache.schemas.errors import CheckpointError, ConfigError, InputError, Interrupted
 from distillcache.schemas.runtime.signals import StopRequest
-from distillcache.trainer import __main__
+from distillcache.trainer import __main__, loop
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.feed.open import Sources
 from distillcache.trainer.losses import counted_predictions
-from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.exact import Exact, exact_figures
 from distillcache.trainer.run.folder import read_evaluations

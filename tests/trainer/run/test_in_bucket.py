@@ -12,7 +12,7 @@ from distillcache.schemas.config.train import StudentConfig, SurgeryOp
 from distillcache.schemas.errors import InputError, Interrupted
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
-from distillcache.trainer.run import loop
+from distillcache.trainer import loop
 from distillcache.trainer.run.checkpoints import Checkpoints, load_student
 from distillcache.trainer.run.folder import only_one, read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics

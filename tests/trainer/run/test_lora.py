@@ -16,8 +16,8 @@ from distillcache.schemas.errors import ConfigError, PlanMismatchError
 from distillcache.schemas.format.checkpoint import SavedArrays
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
+from distillcache.trainer import loop
 from distillcache.trainer.feed.open import Sources
-from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.held_out import held_out

@@ -24,9 +24,9 @@ from distillcache.schemas.errors import CheckpointError, ConfigError, Interrupte
 from distillcache.schemas.store.store import Store
 from distillcache.tools import cli
 from distillcache.tools.commands import export
+from distillcache.trainer import loop
 from distillcache.trainer import train as training
 from distillcache.trainer.feed.cache_source import CacheSource
-from distillcache.trainer.run import loop
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.stages import idle_note, resolve_stages
 from distillcache.trainer.run.student import open_student, start_parameters
