@@ -13,7 +13,6 @@ import tensorstore as ts
 from distillcache.schemas.format import layout
 from distillcache.schemas.format.manifest import PartPlan, Plan
 
-NO_CHUNK = 2**64 - 1  # offset and length in the index of a chunk that does not exist, as behind a short last shard
 CASTAGNOLI = 0x82F63B78  # the polynomial of CRC-32C, bits reversed (RFC 3720, appendix B.4)
 
 
@@ -28,7 +27,7 @@ def joined_chunks(plan: Plan, part: PartPlan, codes: np.ndarray) -> bytes:
     """`encode_object` without compression, on a machine that has numbers as they are stored."""
     rows, slots = codes.shape[:2]
     chunk_bytes = codes[0, 0].nbytes
-    index = np.full((plan.shard_rows, part.slots_per_object, 2), NO_CHUNK, "<u8")
+    index = np.full((plan.shard_rows, part.slots_per_object, 2), layout.NO_CHUNK, "<u8")
     index[:rows, :slots, 0] = chunk_bytes * np.arange(rows * slots).reshape(rows, slots)
     index[:rows, :slots, 1] = chunk_bytes
     ending = index.tobytes()

@@ -14,6 +14,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 HEAD_FILE = "head.safetensors"
 ITEM_BYTES = {"uint8": 1, "int8": 1, "uint16": 2, "int32": 4, "float32": 4}  # what tap arrays are stored as
+NO_CHUNK = 2**64 - 1  # in the index of an object: of a chunk that does not exist, as behind a short last shard
 MAX_PUT_BYTES = 5 * 10**9  # one PUT on S3 ends at 5 GB
 # What a plan's word for a compression stands for. An entry never changes, since a resumed build must give the same
 # bytes: another setting is another word. Chosen on SmolLM2-135M's bf16 activations (docs/cache.md): of zstd, levels 3

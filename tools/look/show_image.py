@@ -4,7 +4,7 @@ A tap of one or two slots, such as one block has, is drawn as lines; more slots 
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,22 @@ import numpy as np
 
 from distillcache.schemas.store.whole_file import write_file
 from distillcache.tools.look.row_facts import RowFacts, TapFacts, token_labels
-from distillcache.tools.pages.pictures import METADATA, label_places, pooled, without_glyph_warnings
+from distillcache.tools.pages.pictures import (
+    DASHES,
+    MARKERS,
+    METADATA,
+    label_places,
+    pooled,
+    spans_ratios,
+    without_glyph_warnings,
+)
 
 LABELLED_TOKENS = 90  # more would overlap
 MARKED_TOKENS = 128  # of more a line has no markers: they would hide it
 COLUMNS = 1000  # of a map: more tokens than points share one, which shows their largest norm or least cosine
 INCHES = (14, 2.2)  # width, and height of a panel
 LINES = 2  # slots of a tap, at most; more are a map
-RATIO = 20  # between the largest and the smallest norm: beyond it the axis is logarithmic
 COLORS = ("#0b5cad", "#b3400f", "#0a7350", "#86358c")
-DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-MARKERS = "osD^"
 
 Panel = tuple[float, Callable[[Any], None]]  # its height, and what draws it on axes
 
@@ -103,8 +108,7 @@ def _draw_lines(facts: RowFacts, title: str, lines: dict[str, np.ndarray], panel
         marker = MARKERS[at] if real.size <= MARKED_TOKENS else ""
         style = {"color": COLORS[at], "linestyle": DASHES[at], "marker": marker, "markersize": 4, "linewidth": 1.4}
         panel.plot(np.where(real, values, np.nan), label=name, **style)
-    seen = np.concatenate([values[real] for values in lines.values()])
-    if len(seen) and seen.min() > 0 and seen.max() > RATIO * seen.min():
+    if spans_ratios(np.concatenate([values[real] for values in lines.values()])):
         panel.set_yscale("log")
     panel.grid(axis="y", linewidth=0.6, color="#d0d7de")
     panel.set_title(title, loc="left", fontsize=10)

@@ -20,7 +20,14 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from distillcache.tools.pages.pictures import label_places, scale_by_ratios, without_glyph_warnings
+from distillcache.tools.pages.pictures import (
+    DASHES,
+    MARKERS,
+    label_places,
+    scale_by_ratios,
+    spans_ratios,
+    without_glyph_warnings,
+)
 
 WIDTH_IN = 5.0  # 360 points
 LABELS = 24  # beside each other along the x axis, upright
@@ -31,8 +38,6 @@ NAME_LETTERS = 24  # of a line's name: longer ones are listed one below the othe
 INK, SOFT, GRID = "#01a001", "#01a002", "#01a003"
 SERIES = tuple(f"#01b00{number}" for number in range(1, 7))
 VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--line"} | {c: f"--s{n}" for n, c in enumerate(SERIES, 1)}
-DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
-MARKERS = "osD^vP"
 MARKED = 40  # points of a line that get markers, at most: more would hide it
 MAP = "cividis"  # evenly bright steps, readable with any kind of colour sight
 ID = "@id@"  # stands where a figure's own name belongs: ids inside two drawings must differ
@@ -115,7 +120,7 @@ def draw_lines(
     lowest: float | None = None,
     x_labels: Sequence[str] | None = None,
 ) -> str:
-    """Lines over a common axis; logarithmic where values span more than a factor of 20, unless it is to be linear.
+    """Lines over a common axis; logarithmic where values span many ratios (`spans_ratios`), unless it is to be linear.
 
     Args:
         points: x is a place such as a block, so every point has a marker.
@@ -133,7 +138,7 @@ def draw_lines(
             _draw_line(axes, line, place % len(SERIES), points)
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        elif not linear and _spans(lines):
+        elif not linear and spans_ratios(np.concatenate([line.y for line in lines])):
             _scale_by_ratios(axes)
         if covers:
             axes.update_datalim([(lines[0].x[0], value) for value in covers])
@@ -196,12 +201,6 @@ def _draw_line(axes: Axes, line: Line, place: int, points: bool) -> None:
     )
     if line.low is not None and line.high is not None:
         axes.fill_between(line.x, line.low, line.high, color=SERIES[place], alpha=0.18, linewidth=0)
-
-
-def _spans(lines: Sequence[Line]) -> bool:
-    values = np.concatenate([line.y for line in lines])
-    values = values[np.isfinite(values)]
-    return bool(len(values) and values.min() > 0 and values.max() > 20 * values.min())
 
 
 def _draw_map(axes: Axes, each: HeatMap, limits: tuple[float, float] | None) -> AxesImage:

@@ -18,6 +18,12 @@ METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None, "Creator": MADE_BY}
 MARKS = (f"<dc:title>{MADE_BY}</dc:title>".encode(), b"Software\x00" + MADE_BY.encode())
 
 
+# Lines differ in dash and marker as well as in colour.
+DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1)), (0, (8, 3)))
+MARKERS = "osD^vP"
+RATIO = 20  # between the largest and the smallest value: beyond it an axis is logarithmic
+
+
 def write_figure(figure: Any, path: Path) -> None:
     """Write a figure of Matplotlib's as .svg or .png, by the path; the same numbers give the same file."""
     from matplotlib import rc_context
@@ -27,6 +33,12 @@ def write_figure(figure: Any, path: Path) -> None:
         make_folder_of(path)
         with writing(path, says=True) as file:
             figure.savefig(file, dpi=110, format=kind or None, metadata=METADATA.get(kind))
+
+
+def spans_ratios(values: Float[np.ndarray, " n"]) -> bool:
+    """Return whether the finite values are above zero and span more than a factor of `RATIO`."""
+    values = values[np.isfinite(values)]
+    return bool(len(values) and values.min() > 0 and values.max() > RATIO * values.min())
 
 
 def scale_by_ratios(panel: Any) -> None:

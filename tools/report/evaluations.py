@@ -26,9 +26,7 @@ TITLES = {
     KL: "KL divergence from the teacher by step",
     AGREEMENT: "Same first choice as the teacher by step",
 }
-LOWEST_SHARE = (
-    -1.0
-)  # of a chart: where the gap grew far, the line leaves it, and the caption and the table have the rest
+LOWEST_SHARE = -1.0  # of a chart: where the gap grew far, the line leaves it; caption and table have the rest
 EVALUATIONS_SHOWN = 12
 ROWS_OPEN = 16  # of a table about blocks; a longer one is folded
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from distillcache.tools.demo.report import write_chart
 
@@ -14,20 +13,6 @@ REPORT = {
     "gap_closed": 0.925,
     "cosine_distance": {"block": [0, 1], "cut": [0.1, 0.2], "recovered": [0.01, 0.02]},
 }
-
-
-@pytest.fixture
-def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was drawn on, filled by `write_chart`."""
-    found: list[Any] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *words: Any, **settings: Any) -> None:
-        save(figure, *words, **settings)
-        found.extend(figure.axes)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return found
 
 
 def lines(panel: Any) -> dict[str, list[float]]:

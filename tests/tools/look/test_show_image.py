@@ -6,8 +6,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import pytest
-from matplotlib.figure import Figure
 
 from distillcache.tools.look import show_image
 from distillcache.tools.look.row_facts import RowFacts, TapFacts, read_row, token_labels
@@ -16,20 +14,6 @@ from distillcache.tools.look.stored_rows import StoredRows
 from distillcache.trainer.feed.cache_source import CacheSource
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture
-def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was drawn on, from above, filled by `draw`."""
-    found: list[Any] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *words: Any, **settings: Any) -> None:
-        save(figure, *words, **settings)
-        found.extend(figure.axes)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return found
 
 
 def numbers(cache: Path, row: int, tap: str) -> np.ndarray:

@@ -121,7 +121,7 @@ def _compared(name: str, passes: Mapping[str, Passes], base: str) -> dict[str, f
     figures: dict[str, float] = {}
     for way, runs in passes.items():
         for kind, run in runs.items():
-            figures[f"{name}_{way}_{kind}_ms"] = 1e3 * _seconds(run)
+            figures[f"{name}_{way}_{kind}_ms"] = 1e3 * median_seconds(run, REPEATS)
             print(f"bench: {name}, {way}, {kind} {figures[f'{name}_{way}_{kind}_ms']:.3g} ms", file=sys.stderr)
     true = np.asarray(passes[base]["forward"](), np.float32)
     for way, runs in passes.items():
@@ -135,11 +135,11 @@ def _compared(name: str, passes: Mapping[str, Passes], base: str) -> dict[str, f
     return figures
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    """The median of some runs; the first one, which compiles, does not count."""
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median time of so many runs, after one that does not count: it may compile."""
     jax.block_until_ready(run())
     found = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(run())
         found.append(time.perf_counter() - start)

@@ -7,9 +7,7 @@ step_<mode>_temporaries_gb     of a student of the teacher's size, for the same 
 peak_gb                        that the device has held up to then, where it says so
 """
 
-import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 
 import jax
@@ -23,6 +21,7 @@ from distillcache.models.layers.kernels import chosen_kernel
 from distillcache.models.recorder import make_recorder
 from distillcache.schemas.config import TapConfig
 from distillcache.schemas.format.tap_plan import tap_plan
+from distillcache.tools.bench.accelerator.kernels import median_seconds
 from distillcache.tools.bench.step import StepSizes, abstract_student, temporaries
 
 DTYPE = "bfloat16"
@@ -85,13 +84,7 @@ def _recorder(decoder: Decoder, sizes: MemorySizes) -> dict[str, float]:
     given = (parameters, tokens, positions, jnp.ones(shape, jnp.int32))
     compiled = jax.jit(record).lower(*given).compile()
     planned = compiled.memory_analysis()
-    jax.block_until_ready(compiled(*given))
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*given))
-        seconds.append(time.perf_counter() - start)
-    speed = {"recorder_tokens_per_s": tokens.size / statistics.median(seconds)}
+    speed = {"recorder_tokens_per_s": tokens.size / median_seconds(lambda: compiled(*given), REPEATS)}
     if planned is None:  # not every client plans
         return speed
     return speed | {

@@ -57,7 +57,7 @@ class Compared:
             first += steps
         return total
 
-    def cost(self, way: str, step: int, students: int, unit: Unit = "seconds") -> float:
+    def cost(self, way: str, step: int, students: int = SHARED_BY["third"], unit: Unit = "seconds") -> float:
         """The same with this student's share of the build of its cache."""
         codec = WAYS[way].codec
         return self.spent(way, step, unit) + (self.builds[unit][codec] / students if codec else 0.0)
@@ -89,10 +89,10 @@ def _goals() -> list[tuple[str, float]]:
 def _in_time(found: Compared) -> dict[str, float]:
     """The means over the seeds in the time of the cheapest way, its share of a build for three students included."""
     last = {name: runs[0].points[-1].step for name, runs in found.runs.items()}
-    budget = min(found.cost(name, step, 3) for name, step in last.items())
+    budget = min(found.cost(name, step) for name, step in last.items())
     figures = {"seconds_in_time": budget}
     for name, runs in found.runs.items():
-        at = [found.cost(name, point.step, 3) for point in runs[0].points]
+        at = [found.cost(name, point.step) for point in runs[0].points]
         for figure in DRAWN:
             curves = [[point.figures[figure] for point in run.points] for run in runs]
             figures[f"{name}_{figure}_in_time"] = statistics.mean(value_at(at, curve, budget) for curve in curves)
@@ -148,7 +148,7 @@ def _cost_to(found: Compared, way: str, run: Trained, perplexity: float, student
 
 
 def _curves(found: Compared) -> dict[str, Any]:
-    """Every run's evaluations, with the time of the steps before each."""
+    """Every run's evaluations, with the cost of the steps before each."""
     return {
         name: {
             **{unit: [found.spent(name, point.step, unit) for point in runs[0].points] for unit in UNITS},

@@ -241,7 +241,7 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
     for name in shown:
         runs = found.runs[name]
         steps = [point.step for point in runs[0].points if point.step]
-        at = [found.cost(name, step, 3) / 60 for step in steps]
+        at = [found.cost(name, step) / 60 for step in steps]
         for panel, what in zip(axes, DRAWN, strict=True):
             values = [[point.figures[what] for point in run.points if point.step] for run in runs]
             draw_range(panel, at, values, WAYS[name].colour, marker="o", ms=3, label=WAYS[name].title)

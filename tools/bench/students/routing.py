@@ -151,8 +151,6 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from distillcache.schemas.config import TrainConfig
-from distillcache.schemas.errors import DistillcacheError
-from distillcache.schemas.runtime.child_python import python_environment, python_words
 from distillcache.tools.bench.compiled import compiled_once
 from distillcache.trainer.train import train
 with compiled_once(Path(sys.argv[1])):

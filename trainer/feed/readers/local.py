@@ -27,7 +27,6 @@ from distillcache.trainer.feed.readers.requests import Wanted
 from distillcache.trainer.feed.slots import SlotReads
 
 INDEX_CHECKSUM = 4  # bytes of crc32c behind the index of an object's chunks
-NO_CHUNK = 2**64 - 1  # the index's entry for a chunk that does not exist, as behind a short last shard
 LENGTH = attrgetter("nbytes")
 READ_BYTES = 1 << 20  # in one call: small chunks together, but no more than stays in a CPU cache until it is checked
 
@@ -127,9 +126,10 @@ class LocalArray:
         if start < 0 or not read_into(descriptor, [index.data], start + inside * index.nbytes):
             raise self._damage(key, "shorter than the index of its chunks")
         offsets, lengths = index.T.tolist()
-        pairs = zip(offsets, lengths, strict=True)
-        if lengths != self._lengths and any(length not in self._lengths and at != NO_CHUNK for at, length in pairs):
-            raise self._damage(key, "an index of chunks of other lengths")
+        if lengths != self._lengths:
+            there = (length for at, length in zip(offsets, lengths, strict=True) if at != layout.NO_CHUNK)
+            if any(length != self._chunk_bytes for length in there):
+                raise self._damage(key, "an index of chunks of other lengths")
         return offsets
 
     def _damage(self, key: str, found: str) -> DamageError:
