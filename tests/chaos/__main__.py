@@ -8,6 +8,7 @@ import json
 import sys
 
 from tests.chaos.builders import run
+from tests.servers.launch import Server
 
 
 def main() -> None:
@@ -17,7 +18,13 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.1, help="share of requests that go wrong")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    chaos = run(arguments.seconds, processes=arguments.processes, faults=arguments.faults, seed=arguments.seed)
+    server = Server("gcs")
+    try:
+        chaos = run(
+            server, arguments.seconds, processes=arguments.processes, faults=arguments.faults, seed=arguments.seed
+        )
+    finally:
+        server.close()
     print(json.dumps(chaos.__dict__, indent=2))
     sys.exit(bool(chaos.problems))
 

@@ -140,41 +140,45 @@ class Builders:
 
 
 def run(
-    seconds: float, *, processes: int = 4, faults: float = 0.1, seed: int = 0, words: int = 600, pause_s: float = 2.5
+    server: Server,
+    seconds: float,
+    *,
+    processes: int = 4,
+    faults: float = 0.1,
+    seed: int = 0,
+    words: int = 600,
+    pause_s: float = 2.5,
 ) -> Chaos:
     """Rounds until the time is over. A builder that ends with an error is no problem if the cache gets right.
 
     Args:
+        server: of GCS buckets. TensorStore looks once in a process for where it is, so a process has one at most.
         words: how many documents the text has: how long a round takes.
         pause_s: between two kills, at most.
     """
     chaos, rng = Chaos(), random.Random(seed)
     context = fork_server()
-    server = Server("gcs")
     os.environ.update(server.environment)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            teacher, corpus = save_teacher(Path(folder) / "teacher"), Path(folder) / "text.jsonl"
-            corpus.write_text("".join(json.dumps({"text": f"text {n} " * (n % 7 + 1)}) + "\n" for n in range(words)))
-            build_cache(config_of(f"{folder}/quiet", teacher, corpus))
-            quiet = contents(f"{folder}/quiet")
-            bucket = server.make_bucket()
-            first = context.Process(target=len, args=([],))  # the fork server imports everything before it
-            first.start()
-            first.join()
-            deadline = time.monotonic() + seconds
-            while not chaos.rounds or time.monotonic() < deadline:
-                url = f"{bucket}/round-{chaos.rounds}"
-                with server.faults(faults, seed=rng.randrange(1 << 30)):
-                    builders = Builders(context, (server.environment, url, str(teacher), str(corpus)), processes, rng)
-                    builders.disturb(chaos, min(deadline, time.monotonic() + rng.uniform(20, 60)), pause_s)
-                    builders.finish(chaos)
-                chaos.rounds += 1
-                chaos.problems += problems_of(url, quiet)
-            seen = server.requests()
-            chaos.faults, chaos.requests = sum(seen["faults"].values()), sum(seen["statuses"].values())
-    finally:
-        server.close()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, corpus = save_teacher(Path(folder) / "teacher"), Path(folder) / "text.jsonl"
+        corpus.write_text("".join(json.dumps({"text": f"text {n} " * (n % 7 + 1)}) + "\n" for n in range(words)))
+        build_cache(config_of(f"{folder}/quiet", teacher, corpus))
+        quiet = contents(f"{folder}/quiet")
+        bucket = server.make_bucket()
+        first = context.Process(target=len, args=([],))  # the fork server imports everything before it
+        first.start()
+        first.join()
+        deadline = time.monotonic() + seconds
+        while not chaos.rounds or time.monotonic() < deadline:
+            url = f"{bucket}/round-{chaos.rounds}"
+            with server.faults(faults, seed=rng.randrange(1 << 30)):
+                builders = Builders(context, (server.environment, url, str(teacher), str(corpus)), processes, rng)
+                builders.disturb(chaos, min(deadline, time.monotonic() + rng.uniform(20, 60)), pause_s)
+                builders.finish(chaos)
+            chaos.rounds += 1
+            chaos.problems += problems_of(url, quiet)
+        seen = server.requests()
+        chaos.faults, chaos.requests = sum(seen["faults"].values()), sum(seen["statuses"].values())
     return chaos
 
 
