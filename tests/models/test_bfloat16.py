@@ -97,7 +97,8 @@ def test_a_deep_stack_is_nearer_to_the_truth_than_transformers(tmp_path: Path):
 
 @pytest.mark.slow
 def test_no_family_is_further_from_the_truth_in_deep_stacks(tmp_path: Path):
-    """Of 12 and 24 blocks. Single seeds differ by a tenth in either direction, so families may by half of that."""
-    ratios = [deep_ratio(key, tmp_path) for key in DEEP_PEER]
+    """Of 24 blocks. Single seeds differ by a tenth in either direction, so families may by half of that."""
+    ratios = [deep_ratio(key, tmp_path) for key in DEEP_PEER if key.endswith("-24")]
+    assert len(ratios) == 7
     assert max(ratios) < 1.1
     assert np.exp(np.mean(np.log(ratios))) < 0.97

@@ -12,7 +12,8 @@ from distillcache.schemas.config.train import TrainConfig
 from distillcache.schemas.errors import DivergedError, Interrupted, NonFiniteError
 from distillcache.schemas.runtime.peers import _peer_error
 from distillcache.tools import cli
-from distillcache.trainer.run import evaluate, loop
+from distillcache.trainer import loop
+from distillcache.trainer.run import evaluate
 from distillcache.trainer.run.divergence import best_checkpoint, find_divergence, stage_losses
 from distillcache.trainer.run.evaluate import Evaluation
 from distillcache.trainer.run.folder import read_evaluations

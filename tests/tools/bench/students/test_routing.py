@@ -11,6 +11,7 @@ from distillcache.schemas.command_line import parse
 from distillcache.schemas.config import BenchConfig, TrainConfig
 from distillcache.schemas.errors import ConfigError, DistillcacheError
 from distillcache.tools.bench.command import make_report
+from distillcache.tools.bench.students import routing
 from distillcache.tools.bench.students.routing import (
     WAYS,
     RoutingSizes,
@@ -60,8 +61,11 @@ def test_biases_balance_as_the_auxiliary_loss_does_and_cost_no_loss(tmp_path: Pa
     assert all(goal["met"] for goal in report["goals"])
 
 
-@pytest.mark.slow  # nine short runs
-def test_a_family_that_trains_beside_another_gives_the_same_figures(tmp_path: Path) -> None:
+@pytest.mark.slow  # three short runs, one of them in a process of its own
+def test_a_family_that_trains_beside_another_gives_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "WAYS", {"aux_free": WAYS["aux_free"]})
     sizes = replace(TINY, rows=64, steps=6, eval_every=3)
     (both, alone) = (tmp_path / "both", tmp_path / "alone")
     for folder in (both, alone):
