@@ -1,5 +1,6 @@
 """The gguf package's reader, with every count and length checked against the file before memory is allocated."""
 
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -46,12 +47,42 @@ class CheckedGguf(gguf.GGUFReader):
         return super()._get_str(offset)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type == gguf.GGUFValueType.ARRAY:
-            count = int(self._get(orig_offs + 4, np.uint64)[0])
-            self._elements += count
-            _bounded("elements of arrays", self._elements, MOST_ELEMENTS)
-            self._need(orig_offs + 12, count)
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        count = int(self._get(orig_offs + 4, np.uint64)[0])
+        self._elements += count
+        _bounded("elements of arrays", self._elements, MOST_ELEMENTS)
+        self._need(orig_offs + 12, count)
+        kind = int(self._get(orig_offs, np.uint32)[0])
+        if kind == gguf.GGUFValueType.STRING and count and self.byte_order == "I":
+            return self._get_strings(orig_offs, count)
+        if count and (dtype := self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind))) is not None:
+            return self._get_numbers(orig_offs, dtype, count)
         return super()._get_field_parts(orig_offs, raw_type)
+
+    def _get_strings(self, start: int, count: int) -> Any:
+        """`_get_field_parts` of an array of strings in this machine's byte order.
+
+        The package's own takes four views of a memory map for each, with checks and all 10 s for 98,000 of them.
+        """
+        data, at = np.asarray(self.data), start + 12
+        parts = [data[start : start + 4].view(np.uint32), data[start + 4 : at].view(np.uint64)]
+        for _ in range(count):
+            self._need(at, 8)
+            length = int.from_bytes(data[at : at + 8].data, sys.byteorder)
+            _bounded("bytes of a string", length, MOST_STRING)
+            self._need(at + 8, length)
+            parts += (data[at : at + 8], data[at + 8 : at + 8 + length])
+            at += 8 + length
+        kinds = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
+        return at - start, parts, list(range(3, len(parts), 2)), kinds
+
+    def _get_numbers(self, start: int, dtype: Any, count: int) -> Any:
+        """`_get_field_parts` of an array of numbers: one view instead of one each."""
+        values = self._get(start + 12, dtype, count)
+        parts = [self._get(start, np.uint32), self._get(start + 4, np.uint64), *values.reshape(-1, 1)]
+        kind = gguf.GGUFValueType(int(parts[0][0]))
+        return 12 + values.nbytes, parts, list(range(2, len(parts))), [gguf.GGUFValueType.ARRAY, kind]
 
     def _build_fields(self, offs: int, count: int) -> int:
         _bounded("keys", int(count), MOST_FIELDS)

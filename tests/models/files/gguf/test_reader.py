@@ -5,10 +5,12 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.files.gguf.file import metadata, open_gguf
+from distillcache.models.files.gguf.reader import CheckedGguf
 from distillcache.models.text.tokenizer import load_tokenizer
 from distillcache.schemas.errors import CheckpointError, DistillcacheError
 from distillcache.schemas.store.store import Store
@@ -128,3 +130,26 @@ def test_values_that_no_model_has(key: str, value: Any, tmp_path: Path):
     path = write_gguf(GOLDEN / "llama_linear", tmp_path / "a.gguf", changes={key: value})
     with pytest.raises(CheckpointError, match=key):
         load_pretrained(path)
+
+
+def test_arrays_are_read_as_the_package_reads_them(tmp_path: Path):
+    """Strings and numbers of every kind, of a file in either byte order: the same parts, found in the same places."""
+    for order in gguf.GGUFEndian:
+        writer = gguf.GGUFWriter(tmp_path / f"{order.name}.gguf", "llama", endianess=order)
+        writer.add_array("strings", ["", "one", "zwei \u00e4", "x" * 300])
+        writer.add_array("integers", [-1, 0, 2**31 - 1])
+        writer.add_array("numbers", [0.5, -2.0])
+        writer.add_array("flags", [True, False])
+        writer.add_array("none", [])
+        writer.add_string("last", "behind them")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        ours, theirs = (kind(tmp_path / f"{order.name}.gguf").fields for kind in (CheckedGguf, gguf.GGUFReader))
+        assert list(ours) == list(theirs)
+        for name, field in theirs.items():
+            found = ours[name]
+            assert (found.offset, found.types, found.data) == (field.offset, field.types, field.data)
+            assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in field.parts]
+            assert found.contents() == field.contents()
+        assert ours["last"].contents() == "behind them"
