@@ -67,7 +67,7 @@ CONFIGS |= {
         qk_norm="head",
         rope=RopeConfig(100.0, "linear", 4.0),
         local_rope=RopeConfig(20.0),
-        layers=plan_layers([LOCAL, LOCAL, EVERYWHERE, LOCAL]),
+        layers=plan_layers([LOCAL, EVERYWHERE] * 2),
     ),
     "gpt_oss": replace(
         TINY,
