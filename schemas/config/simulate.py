@@ -17,7 +17,7 @@ Rate = Annotated[float, Field(ge=1e-3, le=1e9)]
 Amount = Annotated[float, Field(ge=0, le=1e7), AfterValidator(not_vanishing)]
 Preemptions = Annotated[float, Field(ge=0, le=10), AfterValidator(not_vanishing)]
 Hosts = Annotated[int, Field(gt=0, le=10**5)]
-TeacherShape = Literal["llama-3.1-8b", "llama-3.1-70b"]
+TeacherShape = Literal["llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "qwen3-30b-a3b"]
 
 
 class BuildFleetConfig(Config):
@@ -90,7 +90,7 @@ class SimulateConfig(Config):
     teachers: list[TeacherShape] = Field(
         default=["llama-3.1-8b", "llama-3.1-70b"],
         min_length=1,
-        description="teachers to compare: 32 blocks of hidden size 4,096; 80 blocks of 8,192",
+        description="teachers to compare; qwen3-30b-a3b has 128 experts in each block, of which a token takes 8",
     )
     row_tokens: RowTokens = Field(default=1024, description="tokens in a row")  # as in a build
     batch_rows: BatchRows = Field(default=16, description="rows in one call of the teacher")  # likewise

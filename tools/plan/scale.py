@@ -12,7 +12,7 @@ above 1, it is a bottleneck.
 from dataclasses import dataclass
 from typing import Any
 
-from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, RopeConfig
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
 from distillcache.models.layers.rope import context_length
 from distillcache.schemas.cache.segment import RECORDS_KEPT
 from distillcache.schemas.config import BuildConfig, DataConfig, TapsConfig, TeacherConfig
@@ -27,11 +27,31 @@ from distillcache.tools.plan.sizes import ROW_BYTES_PER_TOKEN, plan_for, total_b
 from distillcache.trainer.feed.readers.requests import split
 
 # Sizes of the published models (their config.json).
-TEACHERS = {
-    "llama-3.1-8b": {"blocks": 32, "hidden": 4096, "heads": 32, "intermediate": 14336},
-    "llama-3.1-70b": {"blocks": 80, "hidden": 8192, "heads": 64, "intermediate": 28672},
+_LLAMA = {"num_kv_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_positions": 131072, "theta": 500000.0}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        **_LLAMA,
+        "blocks": 16,
+        "hidden_size": 2048,
+        "num_heads": 32,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+    },
+    "llama-3.1-8b": {**_LLAMA, "blocks": 32, "hidden_size": 4096, "num_heads": 32, "intermediate_size": 14336},
+    "llama-3.1-70b": {**_LLAMA, "blocks": 80, "hidden_size": 8192, "num_heads": 64, "intermediate_size": 28672},
+    "qwen3-30b-a3b": {
+        "blocks": 48,
+        "hidden_size": 2048,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "vocab_size": 151936,
+        "max_positions": 40960,
+        "theta": 1000000.0,
+        "moe": MoeConfig(num_experts=128, top_k=8, expert_size=768),
+    },
 }
-KV_HEADS, HEAD_DIM, VOCAB, CONTEXT = 8, 128, 128256, 131072  # of both
 # label -> (taps, every so many blocks)
 CHOICES: dict[str, tuple[dict[str, Any], int]] = {
     "attn_out, resid: bf16": ({"attn_out": {}, "resid": {}}, 1),
@@ -152,7 +172,7 @@ def make_cache(config: SimulateConfig, teacher: str, tokens: float, choice: str)
         content_digest="",
         text_digest="",
         tokenizer_digest="",
-        vocab_size=VOCAB,
+        vocab_size=model.vocab_size,
         eos_id=0,
     )
     return Cache(
@@ -162,23 +182,15 @@ def make_cache(config: SimulateConfig, teacher: str, tokens: float, choice: str)
 
 def teacher_shape(name: str) -> ModelConfig:
     """The sizes of a known model."""
-    sizes = TEACHERS[name]
-    return ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["intermediate"],
-        num_heads=sizes["heads"],
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        layers=(LayerGroup((BlockKind(),), sizes["blocks"]),),
-        rope=RopeConfig(theta=500000.0),
-        max_positions=CONTEXT,
-    )
+    sizes = dict(TEACHERS[name])
+    kind = BlockKind(moe="moe" in sizes)
+    layers, rope = (LayerGroup((kind,), sizes.pop("blocks")),), RopeConfig(theta=sizes.pop("theta"))
+    return ModelConfig(layers=layers, rope=rope, **sizes)
 
 
 def forward_flops(model: ModelConfig, row_tokens: int, *, head: bool) -> float:
     """FLOPs of one token's forward pass: its matrix products and its share of attention, as trainer/step/flops.py
-    counts.
+    counts; of experts those that a token takes.
 
     Args:
         head: whether logits are computed, as `topk_logits` needs them.
@@ -186,6 +198,8 @@ def forward_flops(model: ModelConfig, row_tokens: int, *, head: bool) -> float:
     width = model.num_heads * model.head_dim
     attention = 2 * model.hidden_size * (width + model.num_kv_heads * model.head_dim) + width * row_tokens
     mlp = 3 * model.hidden_size * model.intermediate_size
+    if model.moe is not None:
+        mlp = model.hidden_size * (3 * model.moe.top_k * model.moe.expert_size + model.moe.num_experts)
     return 2.0 * (model.num_blocks * (attention + mlp) + (model.hidden_size * model.vocab_size if head else 0))
 
 

@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
 
 def _names(cache: Mapping[str, Any]) -> tuple[str, str, str]:
     tokens = scaled(cache["tokens"]).replace(" G", "B").replace(" ", "")
-    return cache["teacher"].removeprefix("llama-3.1-"), tokens, cache["choice"]
+    return cache["teacher"].partition("-")[2].removeprefix("3.1-").removeprefix("3.2-"), tokens, cache["choice"]
 
 
 def _table(*names: str) -> Table:
