@@ -20,9 +20,12 @@ from distillcache.schemas.config.train import TrainConfig
 from distillcache.schemas.config.yaml_text import parse_yaml
 from distillcache.schemas.errors import ConfigError
 from distillcache.tools import cli
+from distillcache.tools.bench.students.jobs import JOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES_FOLDER = ROOT / "recipes"
+RECIPES = sorted(RECIPES_FOLDER.glob("*.yaml"))
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 OTHER_PACKAGES = {"zarr", "xpk", "jax"}  # that the docs tell a user to install
@@ -194,6 +197,37 @@ def test_a_block_is_a_whole_config(place: str, text: str) -> None:
     assert isinstance(values, dict)
     model: type[BaseModel] = BuildConfig if "data" in values else TrainConfig
     command_line.validate(model, values, place)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_a_whole_config_of_a_known_job(path: Path) -> None:
+    """It makes the cuts and reads the cache that `bench recipes` measured it with."""
+    values = parse_yaml(path.read_text())
+    if path.name == "build.yaml":
+        build = command_line.validate(BuildConfig, values, path.name)
+        assert build.taps.resid is not None
+        assert build.taps.resid.head
+    else:
+        config = command_line.validate(TrainConfig, values, path.name)
+        assert config.cache == parse_yaml((RECIPES_FOLDER / "build.yaml").read_text())["cache"]
+        job = JOBS[path.stem]
+        chosen = {"by": "importance"} if path.stem in ("fewer-heads", "narrower-mlps") else {}  # the default
+        measured = [dict(op) | chosen for op in values["student"]["surgery"]]
+        assert measured == job.student["surgery"]
+        assert {name: values[name] for name in job.settings} == job.settings
+
+
+@pytest.mark.usefixtures("parse_only")
+def test_the_command_in_a_recipe_is_accepted() -> None:
+    lines = [line for path in RECIPES for line in re.findall(r"(?m)^# +(distillcache .*)$", path.read_text())]
+    assert lines
+    for line in lines:
+        for words in commands_in(line):
+            check_command(words)
+
+
+def test_every_job_has_a_recipe() -> None:
+    assert {path.stem for path in RECIPES} == {"build", *JOBS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
