@@ -48,7 +48,7 @@ def run(argv: Sequence[str], command: str, as_json: bool) -> int:
     out = local_path(config.out, "--out")
     report = _finished_report(out)
     if report is None:
-        _start(out)
+        _check_folder(out)
         with PeakMemory() as peak:
             report = _run_stages(config, out, peak)
     if as_json:
@@ -70,12 +70,15 @@ def _finished_report(out: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text())
 
 
-def _start(out: Path) -> None:
-    """Make the folder; refuse it if it holds something else."""
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARKER).exists())):
         raise ConfigError(
             "the demo's folder contains something else", {"folder": out}, "name another one: --out FOLDER"
         )
+
+
+def _make_folder(out: Path) -> None:
     (out / "corpus").mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
         _write_json(out / MARKER, {})
@@ -84,9 +87,10 @@ def _start(out: Path) -> None:
 def _run_stages(config: DemoConfig, out: Path, peak: PeakMemory) -> dict[str, Any]:
     teacher = config.teacher.path if config.teacher else str(fetch_teacher())
     log.info(f"teacher: {redacted(teacher)}")
-    seconds: dict[str, float] = json.loads((out / MARKER).read_text())
     model = read_config(teacher)
     surgery = config.surgery or [default_surgery(model)]
+    _make_folder(out)  # now that there is a teacher
+    seconds: dict[str, float] = json.loads((out / MARKER).read_text())
     data = with_demo_sizes(config.data) if config.data else default_data(out)
     build = build_config(out / "cache", teacher, data, config.batch_rows)
     most = "" if data.max_rows is None else f"at most {counted(data.max_rows, 'row')} of "

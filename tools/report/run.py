@@ -40,6 +40,7 @@ from distillcache.trainer.run.checkpoints import Checkpoints
 from distillcache.trainer.run.evaluate import Evaluation, told_perplexity
 from distillcache.trainer.run.folder import RESOLVED, Ending, best_of, read_ending, read_evaluations, shown_config
 from distillcache.trainer.run.metrics_log import TENSORBOARD, find_lost_lines, read_loads, read_metrics
+from distillcache.trainer.run.student import surgery_done
 from distillcache.trainer.step.modes import MODES
 
 TERMS = {
@@ -185,7 +186,7 @@ def run_facts(
     """Return facts and progress of the run as a table."""
     _, losses = series(lines, "distill/total_loss")
     student = config.get("student", {})
-    surgery = ", ".join(_operation(each) for each in student.get("surgery") or [])
+    surgery = ", ".join(_operation(each) for each in surgery_done(store, student.get("surgery") or []))
     loss = ", ".join(f"{name} {as_yaml(value)}" for name, value in _weights(config.get("loss", {})))
     best = best_of(evaluations)
     return facts(
@@ -225,7 +226,7 @@ def _start_of(student: Mapping[str, Any]) -> str:
 
 def _operation(op: Mapping[str, Any]) -> str:
     """`query_heads (to 2, by index)`."""
-    settings = ", ".join(f"{name} {as_yaml(value)}" for name, value in op.items() if name != "op")
+    settings = ", ".join(f"{name} {as_yaml(value)}" for name, value in op.items() if name != "op" and value is not None)
     return f"{op.get('op')} ({settings})" if settings else str(op.get("op"))
 
 

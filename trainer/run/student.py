@@ -3,12 +3,13 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from distillcache.models.checkpoint import (
     checkpoint_dtype,
@@ -237,10 +238,27 @@ def write_surgery(run: Store, ops: Sequence[SurgeryOp], kept: Sequence[list[Any]
 
 
 class _Operated(BaseModel):
-    """The part of an operation that `kept_stream` reads."""
+    """The parts of an operation that are read again."""
 
     op: str
     kept: list[Any]
+    by: str | None = None
+
+
+def surgery_done(run: Store, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The operations that were asked for, each with the `by` that was used where the default chose it.
+
+    As asked where the run's record of surgery is missing or unreadable, which `lost_warnings` says.
+    """
+    try:
+        done = TypeAdapter(list[_Operated]).validate_json(run.read(SURGERY) or b"[]")
+    except ValidationError:
+        done = []
+    used = [each.by for each in done] if [each.op for each in done] == [op.get("op") for op in asked] else []
+    return [
+        {**op, "by": by} if op.get("by") is None and by is not None else dict(op)
+        for op, by in zip_longest(asked, used[: len(asked)])
+    ]
 
 
 def kept_stream(run: Store) -> list[int]:

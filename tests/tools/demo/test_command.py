@@ -141,6 +141,16 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 
 
+def test_a_teacher_that_is_not_there_leaves_no_folder(
+    tmp_path: Path, console: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["demo", "--out", "made", "--teacher.path", "nope", "--data.path", "text/*.txt"]
+    assert cli.main(line) == 2
+    assert "nope" in console.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_download_is_fetched_again_and_a_failed_one_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,8 +86,11 @@ def write_run(folder: Path, steps: int = 40, name: str = "runs/a") -> Path:
     )
     (folder / "config.yaml").write_text(
         f"run: {name}\ncache: {json.dumps(NASTY)}\nmode: blockwise\nsteps: 50\nbatch_rows: 4\n"
-        "student: {init: teacher, surgery: [{op: query_heads, to: 2, by: index}, {op: drop_blocks, blocks: [1]}]}\n"
+        "student: {init: teacher, surgery: [{op: query_heads, to: 2, by: null}, {op: drop_blocks, blocks: [1]}]}\n"
         "loss: {alpha: 0.0, feature: {weight: 1.0}, mlp: {weight: 0.5}}\n"
+    )
+    (folder / "surgery.json").write_text(
+        '[{"op": "query_heads", "by": "index", "kept": []}, {"op": "drop_blocks", "by": null, "kept": [0]}]'
     )
     (folder / "run.json").write_text("{}")
     (folder / "tensorboard").mkdir()

@@ -29,7 +29,7 @@ from distillcache.trainer import train as training
 from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.checkpoints import load_student
 from distillcache.trainer.run.stages import idle_note, resolve_stages
-from distillcache.trainer.run.student import open_student, start_parameters
+from distillcache.trainer.run.student import open_student, start_parameters, surgery_done
 from distillcache.trainer.step.parameters import all_parameters, install
 from distillcache.trainer.step.targets import block_starts
 from distillcache.trainer.train import train
@@ -80,6 +80,16 @@ def test_random_students_have_the_surgerys_sizes_and_the_runs_seed(tmp_path: Pat
     assert_blocks(blocks_of(again), blocks_of(first))
     for stranger in (blocks_of(other)[0], blocks_of(load_pretrained(teacher))[0]):
         assert not np.array_equal(blocks_of(first)[0]["attention/q"], stranger["attention/q"])
+
+
+def test_what_the_default_chose_is_said_afterwards(tmp_path: Path, cache: Path):
+    run, asked = Store(str(tmp_path)), [{"op": "query_heads", "to": 2, "by": None}, {"op": "mlp_width", "to": 16}]
+    assert surgery_done(run, asked) == asked  # nothing is made yet
+    opened(tmp_path, cache, surgery=asked)
+    assert [op["by"] for op in surgery_done(run, asked)] == ["importance", "importance"]
+    assert surgery_done(run, asked[1:]) == asked[1:]  # the record is of other operations
+    (tmp_path / "surgery.json").write_text("[{")
+    assert surgery_done(run, asked) == asked
 
 
 def test_importance_decides_and_is_kept(tmp_path: Path, cache: Path):
