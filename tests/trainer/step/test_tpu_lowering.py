@@ -8,6 +8,7 @@ import jax
 import pytest
 from flax import nnx
 
+from distillcache.models.config import BlockKind, plan_layers
 from distillcache.models.decoder import Decoder, with_attention
 from distillcache.schemas.codecs import get_codec
 from distillcache.schemas.config.train import LossConfig, OptimizerConfig
@@ -19,10 +20,12 @@ from distillcache.trainer.step.parameters import all_parameters
 from distillcache.trainer.step.program import init_state
 from distillcache.trainer.step.stack import BlockRules, StudentStack
 from distillcache.trainer.step.targets import TapReading, block_targets, student_spans
-from tests.models.test_tpu_lowering import EXPERTS, KERNEL, PLAIN, lowered, on_tpu
+from tests.models.test_tpu_lowering import EXPERTS, KERNEL, lowered, on_tpu
+from tests.models.test_tpu_lowering import PLAIN as TWO_KINDS
 from tests.trainer.conftest import blockwise, parameters_of, random_batch
 
 assert on_tpu  # a fixture of every test here
+PLAIN = replace(TWO_KINDS, layers=plan_layers([BlockKind(window=64)] * 2))  # each kind is lowered by itself
 
 
 def student(config: Any) -> Decoder:
