@@ -232,7 +232,7 @@ def _of_other(found: ExactFigures) -> dict[str, float]:
 
 
 def write_plot(found: Compared, job: Job, path: Path) -> None:
-    """Perplexity and KL by time, with a third of the build: the mean over the seeds, and the range."""
+    """Perplexity and KL by TFLOPs, with a third of the build: the mean over the seeds, and the range."""
     from matplotlib.figure import Figure
 
     figure = Figure((10, 4), layout="constrained")
@@ -241,14 +241,14 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
     for name in shown:
         runs = found.runs[name]
         steps = [point.step for point in runs[0].points if point.step]
-        at = [found.cost(name, step) / 60 for step in steps]
+        at = [found.cost(name, step, unit="tflop") for step in steps]
         for panel, what in zip(axes, DRAWN, strict=True):
             values = [[point.figures[what] for point in run.points if point.step] for run in runs]
             draw_range(panel, at, values, WAYS[name].colour, marker="o", ms=3, label=WAYS[name].title)
     first = found.runs[shown[0]][0]
     axes[0].axhline(first.teacher, color="#888888", ls=":", label="teacher")
     axes[0].axhline(first.points[0].figures["perplexity"], color="#888888", ls="--", label="after the cut")
-    label_panels(axes, "minutes, a third of the build included")
+    label_panels(axes, "TFLOP, a third of the build included")
     axes[0].legend(frameon=False, fontsize="small")
     figure.suptitle(job.title)
     write_figure(figure, path)
