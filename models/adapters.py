@@ -22,6 +22,8 @@ IN_AXES = {
     "attention/k": 1,
     "attention/v": 1,
     "attention/o": 2,
+    "attention/gate": 1,
+    "attention/z": 1,
     "attention/q_a": 1,
     "attention/q_b": 1,
     "attention/kv_a": 1,

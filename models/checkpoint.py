@@ -35,7 +35,7 @@ from distillcache.models.files.maxtext.checkpoint import MaxtextSource, find_max
 from distillcache.models.files.maxtext.names import maxtext_layout
 from distillcache.models.files.packed import unpacked, without_padding
 from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, check_student, find_run, hf_folder
-from distillcache.models.files.tensors import ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
+from distillcache.models.files.tensors import ROUTER_BIAS_FILE, WIDE, Layout, TensorSource, some, tensor_slots
 from distillcache.models.head import OutputHead, head_of
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location, ObjectPath
@@ -195,7 +195,7 @@ OF_OTHERS: dict[str, tuple[str, ...]] = {
     "mlp": (
         *_OUTSIDE,
         *("num_heads", "num_kv_heads", "head_dim", "rope", "local_rope", "qkv_bias", "output_bias", "qk_norm"),
-        *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent"),
+        *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent", "output_gate", "delta"),
     ),
 }
 
@@ -364,9 +364,10 @@ def _step_for_dtypes(found: Iterable[str]) -> str:
 def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp.dtype:
     """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32.
 
-    Biases of routers do not count: they are float32 everywhere, in files and here.
+    What is float32 here whatever the dtype (`WIDE`: biases of routers, rates of decay) does not count: many files have
+    it as float32 beside bfloat16.
     """
-    biases = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] == "router_bias"}
+    wide = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] in WIDE}
     kinds = {name: kind for name, kind in source.dtypes.items() if not _is_foreign(name, layout)}
     foreign = {kind: name for name, kind in kinds.items() if kind not in FLOAT_DTYPES}
     if foreign:
@@ -379,5 +380,5 @@ def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp
             },
             _step_for_dtypes(foreign),
         )
-    dtypes = {FLOAT_DTYPES[kind] for name, kind in kinds.items() if name not in biases}
+    dtypes = {FLOAT_DTYPES[kind] for name, kind in kinds.items() if name not in wide}
     return jnp.result_type(*(jnp.dtype(dtype) for dtype in dtypes or {"float32"}))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kernel = Literal["xla", "splash", "cudnn"]
+Mixer = Literal["attention", "gated_delta"]
 NormProduct = Literal["wide", "offset"]
 
 
@@ -50,6 +51,9 @@ class RopeConfig:
 class BlockKind:
     """Properties that differ between the blocks of one decoder. Sizes are the decoder's.
 
+    mixer: what mixes tokens. `attention`: softmax attention, latent where `ModelConfig.latent` is set; `gated_delta`: a
+        recurrence with a state for each document, see models/layers/gated_delta.py. window, chunk, rotary and
+        local_rope say nothing of a recurrence, and are at their defaults there.
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
@@ -62,6 +66,7 @@ class BlockKind:
     rotary: bool = True
     moe: bool = False
     local_rope: bool = False
+    mixer: Mixer = "attention"
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,21 @@ class LatentConfig:
     plain_dim: int
     rope_dim: int
     value_dim: int
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Sizes of the gated delta rule (arXiv 2412.06464), see models/layers/gated_delta.py.
+
+    key_heads, value_heads: each of the former serves an equal number of the latter. key_dim: width of a query and a
+    key; value_dim: of a value. taps: tokens that the short convolution sees, a token itself and those before it.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,9 @@ class ModelConfig:
     hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/layers/norm.py.
     local_rope: rotary embedding of the blocks whose kind says so. sinks: every query head has a learned logit that
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
-    width of queries and keys, and every query head has a key and value head of its own.
+    width of queries and keys, and every query head has a key and value head of its own. output_gate: the heads' output
+    is multiplied by the sigmoid of a linear map of the sublayer's input. delta: of the blocks whose mixer is the gated
+    delta rule.
     attention, experts: how they are computed, see models/layers/kernels.py and models/layers/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
@@ -196,6 +218,8 @@ class ModelConfig:
     local_rope: RopeConfig | None = None
     sinks: bool = False
     latent: LatentConfig | None = None
+    output_gate: bool = False
+    delta: DeltaConfig | None = None
     moe: MoeConfig | None = None
     attention: Kernel = "xla"
     experts: Literal["auto", "dense", "tiled", "ragged"] = "auto"
@@ -221,6 +245,13 @@ class ModelConfig:
     def value_dim(self) -> int:
         """Width of a head's values."""
         return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def delta_config(self) -> DeltaConfig:
+        """`delta` of a decoder that has such blocks."""
+        if self.delta is None:
+            raise ValueError("this decoder has no blocks with the gated delta rule")
+        return self.delta
 
     @property
     def moe_config(self) -> MoeConfig:

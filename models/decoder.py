@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from distillcache.models.config import BlockKind, Kernel, LayerGroup, ModelConfig
 from distillcache.models.layers.context import BlockContext, block_context, context_of_block
-from distillcache.models.layers.latent_attention import attention_of
+from distillcache.models.layers.mixers import mixer_of
 from distillcache.models.layers.mlp import Mlp, Moe
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
 from distillcache.models.routing import RouterOutput
@@ -49,10 +49,13 @@ class DecoderOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention sublayer, then MLP sublayer or mixture of experts."""
+    """One decoder layer: a mixer of tokens, then MLP sublayer or mixture of experts.
+
+    The first is `attention` whatever mixes: names of parameters and taps do not depend on it.
+    """
 
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.attention = attention_of(config, kind, repeats, dtype, rngs)
+        self.attention = mixer_of(config, kind, repeats, dtype, rngs)
         if kind.moe and config.moe is None:
             raise ValueError("a block has experts, and the config says nothing of them")
         self.mlp = (

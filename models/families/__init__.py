@@ -2,8 +2,7 @@
 
 reading/        shared parts: checked values, known keys, layer kinds
 llama.py        Llama, Mistral, Ministral
-qwen.py         Qwen2, Qwen3
-qwen_moe.py     Qwen2-MoE, Qwen3-MoE
+qwen/           Qwen2, Qwen3, Qwen3-VL, Qwen3-Next, Qwen3.5
 gemma.py        Gemma 2, Gemma 3
 phi3.py         Phi-3, Phi-4
 olmo.py         OLMo 2, OLMo 3
@@ -36,8 +35,10 @@ from distillcache.models.families.mixtral import MIXTRAL
 from distillcache.models.families.olmo import OLMO2, OLMO3
 from distillcache.models.families.olmoe import OLMOE
 from distillcache.models.families.phi3 import PHI3, says_heads
-from distillcache.models.families.qwen import QWEN2, QWEN3
-from distillcache.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from distillcache.models.families.qwen.dense import QWEN2, QWEN3
+from distillcache.models.families.qwen.hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
+from distillcache.models.families.qwen.moe import QWEN2_MOE, QWEN3_MOE
+from distillcache.models.families.qwen.vision import QWEN3_VL, QWEN3_VL_MOE
 from distillcache.models.families.reading.family import Family, common_keys
 from distillcache.models.families.reading.packing import KEY as PACKING
 from distillcache.models.families.reading.packing import check_packing
@@ -67,6 +68,13 @@ KNOWN = (
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_TEXT,
+    QWEN3_5,
+    QWEN3_5_MOE_TEXT,
+    QWEN3_5_MOE,
     OLMOE,
     LLAMA4_TEXT,
     LLAMA4,
@@ -79,7 +87,15 @@ KNOWN = (
 MOST_EXPERTS = 2**18  # of all blocks; Kimi K2 has 23,040, each with tensors of its own
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
 # Vision-language models: the text model that is read and exported.
-LANGUAGE_MODELS = {MISTRAL3.name: MISTRAL.name, LLAMA4.name: LLAMA4_TEXT.name, GEMMA3.name: GEMMA3_TEXT.name}
+LANGUAGE_MODELS = {
+    MISTRAL3.name: MISTRAL.name,
+    LLAMA4.name: LLAMA4_TEXT.name,
+    GEMMA3.name: GEMMA3_TEXT.name,
+    QWEN3_VL.name: QWEN3.name,
+    QWEN3_VL_MOE.name: QWEN3_MOE.name,
+    QWEN3_5.name: QWEN3_5_TEXT.name,
+    QWEN3_5_MOE.name: QWEN3_5_MOE_TEXT.name,
+}
 
 __all__ = [
     "check_experts",

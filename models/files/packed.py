@@ -7,6 +7,7 @@ is requested is read, so such checkpoints load as others do, tensor by tensor in
   Source: OCP Microscaling Formats (MX) v1.0, E2M1 elements with E8M0 scales. As gpt-oss stores it (the model card, and
   HF transformers `integrations/mxfp4.py`), the numbers run along what a product sums over, which is the last axis of
   the file's `X_blocks` and the axis before it in `X`. Exact in bfloat16.
+- Experts stored together: of the fused tensors of a block's experts each matrix is read as if it lay alone.
 - FP8: numbers of 8 bits (E4M3), and for every square of them a float32 factor in `X_scale_inv`. Source: DeepSeek-V3
   (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`. Products are float32.
 """
@@ -20,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from distillcache.models.config import ModelConfig
-from distillcache.models.files.tensors import ROWS_AT_ONCE, Box, Layout, TensorSource, whole
+from distillcache.models.files.tensors import ROWS_AT_ONCE, Box, FusedExperts, Layout, TensorSource, whole
 from distillcache.schemas.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,31 @@ class UnpackedSource:
         return [(name, box)] if form is None else form.reads(box)
 
 
+@dataclass(frozen=True)
+class OfFused:
+    """One expert's matrix `[out, in]`, out of a tensor of all of them.
+
+    first: its first row among the outputs. turned: the tensor has inputs before outputs.
+    """
+
+    name: str
+    expert: int
+    first: int
+    shape: tuple[int, ...]
+    dtype: str
+    turned: bool
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        """See `Form`."""
+        rows, columns = slice(self.first + box[0].start, self.first + box[0].stop), box[1]
+        inner = (columns, rows) if self.turned else (rows, columns)
+        return [(self.name, (slice(self.expert, self.expert + 1), *inner))]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """See `Form`."""
+        return stored[0][0].T if self.turned else stored[0][0]
+
+
 def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, Any] | None) -> TensorSource:
     """The checkpoint with the names of the layout, and numbers in place of codes.
 
@@ -196,6 +222,26 @@ def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]
             squares = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
             _check_scales(source, name, name + INVERSE, squares)
             yield name, BlockFp8(name, name + INVERSE, shape, (block[0], block[1]))
+        elif layout.fused is not None and len(shape) == 3:
+            yield from _experts(source, name, layout.fused)
+
+
+def _experts(source: TensorSource, name: str, fused: FusedExperts) -> Iterator[tuple[str, Form]]:
+    """The matrices of every expert in a tensor of that name and of these sizes; of another tensor none."""
+    experts, *sizes = source.shapes[name]
+    matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    stem, prefix, last = name.rpartition(fused.prefix)
+    if not prefix or last not in matrices:
+        return
+    of_one = (fused.width, fused.hidden) if last == "gate_up_proj" else (fused.hidden, fused.width)
+    plain = [len(matrices[last]) * of_one[0], of_one[1]]
+    if sizes not in (plain, plain[::-1]):
+        return  # its name is unknown then, and the error names its shape
+    turned = fused.inputs_first if plain == plain[::-1] else sizes != plain
+    for expert in range(experts):
+        for place, matrix in enumerate(matrices[last]):
+            form = OfFused(name, expert, place * of_one[0], of_one, source.dtypes[name], turned)
+            yield f"{stem}{prefix}{expert}.{matrix}.weight", form
 
 
 def without_padding(source: TensorSource, layout: Layout, config: ModelConfig) -> TensorSource:

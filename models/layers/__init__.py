@@ -1,8 +1,12 @@
 """Sublayers of a block, and what they share.
 
-sublayer.py          norms and factors around a sublayer
+sublayer.py          norms and factors around a sublayer, and what all mixers share
+mixers.py            the choice of a block's mixer
 attention.py         grouped-query attention
 latent_attention.py  multi-head latent attention
+gated_delta.py       gated delta rule behind a short convolution
+delta_rule.py        the rule itself, a chunk of tokens at a time
+convolution.py       short causal convolution within documents
 kernels.py           attention kernels: XLA, Pallas, cuDNN
 rope.py              rotary position embedding and its scalings
 mlp.py               gated MLP, or a mixture of experts

@@ -1,7 +1,8 @@
-"""The attention sublayer."""
+"""Softmax attention."""
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -11,15 +12,16 @@ from distillcache.models.layers.context import BlockContext, angles_of
 from distillcache.models.layers.kernels import attend
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
 from distillcache.models.layers.rope import rotate
-from distillcache.models.layers.sublayer import post_norm, pre_norm
+from distillcache.models.layers.sublayer import TokenMixer
 
 
-class Attention(nnx.Module):
+class Attention(TokenMixer):
     """The attention sublayer: grouped-query attention and its output projection, with the norms before and behind.
 
     Parameters carry a leading axis `[repeats]` while they are stacked, none inside the scan:
     norm and post_norm [D], q [D, H, hd], k and v [D, K, hd], o [H, hd, D], and biases and q/k norms where the family
-    has them: q_norm and k_norm [hd] (`head`), or [H, hd] and [K, hd] (`full`); sinks [H].
+    has them: q_norm and k_norm [hd] (`head`), or [H, hd] and [K, hd] (`full`); sinks [H]; gate
+    [D, H, hd] with gate_bias, of the heads' output.
     """
 
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -37,6 +39,10 @@ class Attention(nnx.Module):
             self.v_bias = nnx.Param(jnp.zeros((repeats, kv_heads, dim), dtype))
         if config.output_bias:
             self.o_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
+        if config.output_gate:
+            self.gate = parameter(rngs, (repeats, depth, heads, dim), depth, dtype)
+            if config.qkv_bias:
+                self.gate_bias = nnx.Param(jnp.zeros((repeats, heads, dim), dtype))
         if config.qk_norm in ("head", "full"):
             full = config.qk_norm == "full"
             self.q_norm = norm_weight((repeats, heads, dim) if full else (repeats, dim), config, dtype)
@@ -44,21 +50,9 @@ class Attention(nnx.Module):
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros((repeats, heads), dtype))
 
-    def _add_norms(self, repeats: int, dtype: jnp.dtype) -> None:
-        config = self.config
-        if config.norms != "post":
-            self.norm = norm_weight((repeats, config.hidden_size), config, dtype)
-        if config.norms != "pre":
-            self.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
-
-    def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
-        """Return the sublayer's contribution to the residual stream."""
-        return self.attend(pre_norm(self, resid), context)
-
-    def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
-        """The same, of what the norm before the sublayer made of the stream."""
-        out = jnp.einsum("bthk,hkd->btd", self.mix(x, context), self.o[...])
-        return post_norm(self, out, self.o_bias[...] if self.config.output_bias else None)
+    def output_bias(self) -> Float[Array, " D"] | None:
+        """See `TokenMixer`."""
+        return self.o_bias[...] if self.config.output_bias else None
 
     def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H hd"]:
         """Return the heads' output, the input of the output projection."""
@@ -72,7 +66,17 @@ class Attention(nnx.Module):
         elif self.config.temperature is not None:
             q = q * _temperature(self.config.temperature, context.positions)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
-        return attend(q, k, v, context, self.kind, self.config, self.sinks[...] if self.config.sinks else None)
+        sinks = self.sinks[...] if self.config.sinks else None
+        return self._gated(attend(q, k, v, context, self.kind, self.config, sinks), x)
+
+    def _gated(self, out: Float[Array, "B T H hd"], x: Float[Array, "B T D"]) -> Float[Array, "B T H hd"]:
+        """The heads' output behind its gate, where there is one; float32 inside, rounded once."""
+        if not self.config.output_gate:
+            return out
+        gate = jnp.einsum("btd,dhk->bthk", x, self.gate[...]).astype(jnp.float32)
+        if self.config.qkv_bias:
+            gate = gate + self.gate_bias[...]
+        return (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(out.dtype)
 
     def _heads(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries [B, T, H, hd], keys and values [B, T, K, hd], before the rotation.

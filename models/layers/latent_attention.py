@@ -86,12 +86,3 @@ class LatentAttention(Attention):
 
     def _norm(self, x: Float[Array, "B T R"], weight: Float[Array, " R"]) -> Float[Array, "B T R"]:
         return rms_norm(x, weight, LATENT_EPS, product=self.config.norm_product)
-
-
-def attention_of(
-    config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> Attention | LatentAttention:
-    """The attention sublayer of a block of this kind."""
-    if config.latent is None:
-        return Attention(config, kind, repeats, dtype, rngs)
-    return LatentAttention(config, config.latent, kind, repeats, dtype, rngs)

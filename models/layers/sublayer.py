@@ -1,4 +1,4 @@
-"""Norms around a sublayer, and the factor of its output."""
+"""Norms around a sublayer, the factor of its output, and what all mixers of tokens share."""
 
 from typing import Protocol
 
@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distillcache.models.config import ModelConfig
-from distillcache.models.layers.norm import rms_norm
+from distillcache.models.config import BlockKind, ModelConfig
+from distillcache.models.layers.context import BlockContext
+from distillcache.models.layers.norm import norm_weight, rms_norm
 
 
 class Sublayer(Protocol):
@@ -44,3 +45,41 @@ def post_norm(
     if config.residual_scale != 1:
         wide = wide * config.residual_scale
     return wide.astype(out.dtype)
+
+
+class TokenMixer(nnx.Module):
+    """A block's first sublayer: heads that mix the tokens of a document, and their output projection.
+
+    Its parameters lie under `attention/` whatever mixes, and the tap `attn_out` is what it adds to the stream. A mixer
+    has `mix`, calls `_add_norms`, and makes `o` [heads, width, D].
+    """
+
+    config: ModelConfig
+    kind: BlockKind
+    norm: nnx.Param
+    post_norm: nnx.Param
+    o: nnx.Param
+
+    def _add_norms(self, repeats: int, dtype: jnp.dtype) -> None:
+        config = self.config
+        if config.norms != "post":
+            self.norm = norm_weight((repeats, config.hidden_size), config, dtype)
+        if config.norms != "pre":
+            self.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
+
+    def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
+        """Return the sublayer's contribution to the residual stream."""
+        return self.attend(pre_norm(self, resid), context)
+
+    def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
+        """The same, of what the norm before the sublayer made of the stream."""
+        out = jnp.einsum("bthk,hkd->btd", self.mix(x, context), self.o[...])
+        return post_norm(self, out, self.output_bias())
+
+    def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H hd"]:
+        """Return the heads' output, the input of the output projection."""
+        raise NotImplementedError
+
+    def output_bias(self) -> Float[Array, " D"] | None:
+        """The bias of the output projection; None: it has none."""
+        return None

@@ -3,6 +3,7 @@ important."""
 
 import numpy as np
 
+from distillcache.models.config import BlockKind
 from distillcache.models.surgery.parts import STREAM, Block, Parts
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError
@@ -11,17 +12,31 @@ from distillcache.schemas.errors import ConfigError
 def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np.ndarray | None]:
     """Choose for every block the indices that stay along an axis, ascending; None if a block has no such axis.
 
-    `H` is kept by KV group, and `E` by group of experts: `to` counts for all of them.
+    `H` is kept by KV group, `N` by key head, and `E` by group of experts: `to` counts for all of them.
     """
     config = parts.config
     if letter == STREAM:
         return [_best(_stream_scores(parts, op), 1, to)] * len(parts.blocks)
-    groups = {"H": config.num_kv_heads, "E": config.moe.groups if config.moe else 1}.get(letter, 1)
-    has = {"F": lambda kind: not kind.moe, "E": lambda kind: kind.moe}.get(letter, lambda kind: True)
+    groups = {
+        "H": config.num_kv_heads,
+        "E": config.moe.groups if config.moe else 1,
+        "N": config.delta.key_heads if config.delta else 1,
+    }.get(letter, 1)
     return [
-        _best(block_scores(parts, at, letter, op), groups, to) if has(kind) else None
+        _best(block_scores(parts, at, letter, op), groups, to) if has_axis(kind, letter) else None
         for at, kind in enumerate(config.kinds)
     ]
+
+
+def has_axis(kind: BlockKind, letter: str) -> bool:
+    """Tell whether a block of this kind has heads (H, K; N of the delta rule), dense neurons (F) or experts (E)."""
+    return {
+        "H": kind.mixer == "attention",
+        "K": kind.mixer == "attention",
+        "N": kind.mixer == "gated_delta",
+        "E": kind.moe,
+        "F": not kind.moe,
+    }.get(letter, True)
 
 
 def block_scores(parts: Parts, block: int, letter: str, op: SurgeryOp) -> np.ndarray:
@@ -50,7 +65,7 @@ def _output_norms(block: Block, letter: str) -> np.ndarray:
     """Bound the contribution of each entry to the stream: the squared norm of its rows of the output projection,
     float64.
     """
-    return _norm(block["attention/o" if letter == "H" else "mlp/down"], (1, 2) if letter in "HE" else 1)
+    return _norm(block["attention/o" if letter in "HN" else "mlp/down"], (1, 2) if letter in "HNE" else 1)
 
 
 def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:

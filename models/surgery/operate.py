@@ -36,7 +36,8 @@ def operate(decoder: Decoder, ops: Sequence[SurgeryOp], scores: Scores | None = 
     """Do these operations, in order, each in every block that it concerns.
 
     `query_heads` keeps `to` query heads of each key/value group; `kv_heads` keeps `to` key/value heads, each with all
-    its query heads; `mlp_width`, `expert_width` keep neurons, `experts` experts, `hidden_size` numbers of the stream.
+    its query heads; `value_heads` keeps `to` value heads of each key head of the delta rule; `mlp_width`,
+    `expert_width` keep neurons, `experts` experts, `hidden_size` numbers of the stream.
     What stays is in its old order: by `index` the first; by `weight_norm` those whose rows of the output projection
     have the largest norm; by `importance` those with the highest of `scores`. `drop_blocks` leaves out whole blocks,
     `upcycle` makes experts of dense MLPs.
@@ -81,7 +82,12 @@ def _cut(letter: str) -> Callable[[Parts, ModelConfig, SurgeryOp], Done]:
     """An operation that keeps the best entries along one axis."""
 
     def cut(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
-        to = {"H": config.num_heads, "E": config.moe.num_experts if config.moe else 0}.get(letter, op.to or 0)
+        counts = {
+            "H": config.num_heads,
+            "N": config.delta.value_heads if config.delta else 0,
+            "E": config.moe.num_experts if config.moe else 0,
+        }
+        to = counts.get(letter, op.to or 0)
         kept = places_to_keep(parts, letter, to, op)
         return keep(parts, letter, kept, config), [None if places is None else places.tolist() for places in kept]
 
@@ -91,10 +97,10 @@ def _cut(letter: str) -> Callable[[Parts, ModelConfig, SurgeryOp], Done]:
 def _cut_kv_heads(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
     group = config.num_heads // config.num_kv_heads
     kept = places_to_keep(parts, "K", config.num_kv_heads, op)
-    queries = [(places[:, None] * group + np.arange(group)).reshape(-1) for places in kept if places is not None]
+    queries = [None if places is None else (places[:, None] * group + np.arange(group)).reshape(-1) for places in kept]
     halfway = replace(parts.config, num_heads=config.num_heads)  # `keep` knows a parameter by its sizes
     parts = keep(parts, "H", queries, halfway)
-    return keep(parts, "K", kept, config), [places.tolist() for places in kept if places is not None]
+    return keep(parts, "K", kept, config), [None if places is None else places.tolist() for places in kept]
 
 
 def _cut_stream(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
@@ -136,6 +142,7 @@ def _upcycle(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
 OPERATIONS: Mapping[str, Callable[[Parts, ModelConfig, SurgeryOp], Done]] = {
     "query_heads": _cut("H"),
     "kv_heads": _cut_kv_heads,
+    "value_heads": _cut("N"),
     "mlp_width": _cut("F"),
     "experts": _cut("E"),
     "expert_width": _cut_expert_width,

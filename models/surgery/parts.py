@@ -1,7 +1,8 @@
 """A decoder taken apart block by block and put together again, with the meaning of every parameter's axes.
 
 Axis letters: D hidden, H query heads, K key/value heads, h width of a head, F neurons of a dense MLP, E experts,
-W neurons of an expert, S neurons of the shared expert, V vocabulary.
+W neurons of an expert, S neurons of the shared expert, V vocabulary. Of the gated delta rule: G key heads, N value
+heads, d and e their widths, t taps of the convolution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ ATTENTION_AXES = {
     "q_norm": "Hh",
     "k_norm": "Kh",
     "sinks": "H",
+    "gate": "DHh",
+    "gate_bias": "Hh",
 }
 # Of latent attention. c: what the narrow vectors of keys and values are made with; r: width of the one of queries, l:
 # of the one of keys and values; m: what is made of that for a head, v: width of a head's values.
@@ -48,6 +51,23 @@ LATENT_AXES = {
     "kv_b": "lHm",
     "o": "HvD",
     "o_bias": "D",
+}
+DELTA_AXES = {
+    "norm": "D",
+    "post_norm": "D",
+    "q": "DGd",
+    "k": "DGd",
+    "v": "DNe",
+    "z": "DNe",
+    "alpha": "DN",
+    "beta": "DN",
+    "conv_q": "Gdt",
+    "conv_k": "Gdt",
+    "conv_v": "Net",
+    "a_log": "N",
+    "dt_bias": "N",
+    "out_norm": "e",
+    "o": "NeD",
 }
 MLP_AXES = {
     "norm": "D",
@@ -173,6 +193,9 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     if (latent := config.latent) is not None:
         sizes |= {"c": latent.rank + latent.rope_dim, "r": latent.query_rank or 0, "l": latent.rank}
         sizes |= {"m": latent.plain_dim + latent.value_dim, "v": latent.value_dim}
+    if (delta := config.delta) is not None:
+        sizes |= {"G": delta.key_heads, "N": delta.value_heads, "t": delta.taps}
+        sizes |= {"d": delta.key_dim, "e": delta.value_dim}
     if config.moe is not None:
         sizes |= {"E": config.moe.num_experts, "W": config.moe.expert_size, "S": config.moe.shared_size}
     return sizes
@@ -186,6 +209,8 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     """
     part, _, own = name.rpartition("/")
     attention = ATTENTION_AXES if config.latent is None else LATENT_AXES
+    if kind is not None and kind.mixer == "gated_delta":
+        attention = DELTA_AXES
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
     letters = table.get(own, "")
     if own in ("q_norm", "k_norm") and config.qk_norm == "head":

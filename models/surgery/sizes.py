@@ -72,7 +72,14 @@ def _unlike(here: dict[str, Any], back: dict[str, Any]) -> dict[str, str]:
     return {n: f"{here[n]}, an export says {value}" for n, value in back.items() if value != here[n]}
 
 
+def _with_heads(config: ModelConfig, op: SurgeryOp) -> None:
+    """Refuse an operation on heads where no block has attention."""
+    if not any(kind.mixer == "attention" for kind in config.kinds):
+        raise refused(op, "found", "no block with attention", "attention in some blocks", "leave it out")
+
+
 def _query_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
+    _with_heads(config, op)
     group = config.num_heads // config.num_kv_heads
     if group == 1:
         raise refused(
@@ -88,8 +95,17 @@ def _query_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
 
 
 def _kv_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
+    _with_heads(config, op)
     to = _checked(op, config.num_kv_heads, "key/value heads")
     return replace(config, num_heads=config.num_heads // config.num_kv_heads * to, num_kv_heads=to)
+
+
+def _value_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
+    if config.delta is None or not any(kind.mixer == "gated_delta" for kind in config.kinds):
+        raise refused(op, "found", "no block with the gated delta rule", "one at least", "leave it out")
+    served = config.delta.value_heads // config.delta.key_heads
+    to = _checked(op, served, "value heads of each key head")
+    return replace(config, delta=replace(config.delta, value_heads=config.delta.key_heads * to))
 
 
 def _mlp_width(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
@@ -220,6 +236,7 @@ def refused(op: SurgeryOp, label: str, found: object, expected: object, step: st
 CHANGES: dict[str, Callable[[ModelConfig, SurgeryOp], ModelConfig]] = {
     "query_heads": _query_heads,
     "kv_heads": _kv_heads,
+    "value_heads": _value_heads,
     "mlp_width": _mlp_width,
     "experts": _experts,
     "expert_width": _expert_width,

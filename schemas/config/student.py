@@ -17,13 +17,22 @@ class SurgeryOp(Config):
     """One operation on the model that a student is made of. Fields that an operation does not take stay unset."""
 
     op: Literal[
-        "query_heads", "kv_heads", "mlp_width", "experts", "expert_width", "hidden_size", "drop_blocks", "upcycle"
+        "query_heads",
+        "kv_heads",
+        "value_heads",
+        "mlp_width",
+        "experts",
+        "expert_width",
+        "hidden_size",
+        "drop_blocks",
+        "upcycle",
     ] = Field(description="the operation")
     to: Positive | None = Field(
         default=None,
         exclude_if=_unset,
         description=(
-            "how many stay: query heads in each KV group, KV heads, neurons of an MLP (mlp_width) or of an "
+            "how many stay: query heads in each KV group, KV heads, value heads of each key head in recurrent blocks "
+            "(value_heads), neurons of an MLP (mlp_width) or of an "
             "expert (expert_width), experts in a block, dimensions of the residual stream (hidden_size)"
         ),
     )

@@ -53,6 +53,14 @@ def hook_attention(layer: torch.nn.Module, record: Callable[[torch.Tensor], None
     return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0]))
 
 
+def hook_mixer(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
+    """Of hybrids some blocks have attention, others a recurrence, which returns its output alone."""
+    recurrence = getattr(layer, "linear_attn", None)
+    if recurrence is None:
+        return hook_attention(layer, record)
+    return recurrence.register_forward_hook(lambda _, __, out: record(out))
+
+
 def hook_norm(name: str) -> HookAdded:
     """In others a norm of this name comes between."""
     return lambda layer, record: getattr(layer, name).register_forward_hook(lambda _, __, out: record(out))
@@ -148,8 +156,10 @@ def make_model(
     hook_added: HookAdded = hook_attention,
     folder: Path = HERE,
     finish: Callable[[torch.nn.Module], Any] = lambda _: None,
+    tokens: int = TOKENS,
 ) -> None:
-    """One directory: checkpoint and expected values. finish: what is done to the model before it is saved."""
+    """One directory: checkpoint and expected values. finish: what is done to the model before it is saved. tokens: of a
+    row."""
     torch.manual_seed(seed)
     target = folder / name
     model = AutoModelForCausalLM.from_config(config, **EAGER)
@@ -159,7 +169,7 @@ def make_model(
     (target / "generation_config.json").unlink(missing_ok=True)
     # From the files, so that the frequencies, which `to` would round as well, are computed anew in float32.
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, **EAGER).eval()
-    expected = forward(loaded, torch.randint(0, config.vocab_size, (BATCH, TOKENS)), hook_experts, hook_added)
+    expected = forward(loaded, torch.randint(0, config.vocab_size, (BATCH, tokens)), hook_experts, hook_added)
     if packed:
         expected |= packed_forward(loaded, config.vocab_size, hook_experts, hook_added)
     save_file({key: value.contiguous() for key, value in expected.items()}, target / "expected.safetensors")

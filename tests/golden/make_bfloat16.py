@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from deep_models import DEEP, DEPTHS, SEEDS, deep_tokens, save_deep
-from goldens import EAGER, HERE, forward
+from goldens import EAGER, HERE, forward, hook_mixer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-NO_LAYERS = ("gemma3",)  # a model of images and text, whose layers the hooks do not reach; gemma3_text is its decoder
+# Models of images and text, whose layers the hooks do not reach; gemma3_text is the decoder of the first.
+NO_LAYERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
 
 
 def median_error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -45,7 +46,7 @@ def main() -> None:
         if folder.name in NO_LAYERS or not any(value.dtype == torch.bfloat16 for value in stored.values()):
             continue
         expected = load_file(file)
-        found = forward(open_model(folder), expected["tokens"].long())
+        found = forward(open_model(folder), expected["tokens"].long(), hook_added=hook_mixer)
         errors[folder.name] = median_error(found["resid"], expected["resid"])
     (HERE / "bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
     (HERE / "bfloat16_deep.json").write_text(json.dumps(deep_errors(), indent=1) + "\n")

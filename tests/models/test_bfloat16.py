@@ -39,8 +39,8 @@ def median_error(name: str) -> float:
 
 
 # One family for each kind of block: latent attention, soft caps, sinks, blocks without positions, norms of queries and
-# keys, norms behind the sublayers, multipliers, long rotations. The others take as long again, twice.
-FAST = ("deepseek_v3", "gemma2", "gpt_oss", "llama4", "qwen3", "olmo2", "granite", "phi3")
+# keys, norms behind the sublayers, multipliers, long rotations, recurrences. The others take as long again, twice.
+FAST = ("deepseek_v3", "gemma2", "gpt_oss", "llama4", "qwen3", "olmo2", "granite", "phi3", "qwen3_next")
 
 
 @pytest.mark.parametrize(

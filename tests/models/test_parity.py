@@ -31,8 +31,9 @@ WAYS = [
 ]
 CUT = [name for name in NAMES if name not in ("olmoe", "phi3")]  # whose configs cannot say that heads are missing
 
-# Relative to the largest value. Two orders of summation in float32 differ by at most 2.2e-6 on these models.
-TOLERANCE = 1e-5
+# Relative to the largest value. Two orders of summation in float32 differ by at most 4.3e-6 on these models, their
+# gradients by 2e-5: a recurrence adds up over a row.
+TOLERANCE, GRADIENT = 5e-6, 2e-5
 
 
 def assert_close(found: Any, expected: np.ndarray) -> None:
@@ -155,10 +156,10 @@ def test_gradients_are_those_of_transformers(name: str):
             missing.append(slot.name)
             continue
         found, stored = ours[slot.path][slot.index], theirs[slot.name]
-        if slot.part is not None and slot.part.step == 1:  # where parameters take turns, `load` picks them
+        if slot.part is not None and slot.part.is_run:  # where parameters take turns, `load` picks them
             stored = stored[slot.part.entries]
         expected = slot.load(stored, found.shape)
-        assert np.abs(found - expected).max() < TOLERANCE * max(np.abs(expected).max(), largest / 100), slot.name
+        assert np.abs(found - expected).max() < GRADIENT * max(np.abs(expected).max(), largest / 100), slot.name
     assert all("moe" in name or "experts." in name or name.endswith("score_correction_bias") for name in missing)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distillcache.models.config import BlockKind, ModelConfig, MoeConfig, plan_layers
+from distillcache.models.config import BlockKind, DeltaConfig, ModelConfig, MoeConfig, plan_layers
 from distillcache.models.decoder import Decoder, with_attention
 from distillcache.models.recorder import make_recorder
 from distillcache.schemas.codecs import make_signs
@@ -24,6 +24,12 @@ EXPERTS = replace(
     layers=plan_layers([BlockKind(moe=True)] * 2),
     moe=MoeConfig(num_experts=8, top_k=2, expert_size=128),
     experts="ragged",
+)
+HYBRID = replace(
+    PLAIN,
+    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind()] * 2),
+    delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=64, value_dim=64, taps=4),
+    output_gate=True,
 )
 KERNEL = "tpu_custom_call"  # a Pallas kernel in a lowered program
 
@@ -51,6 +57,14 @@ def recorded(config: ModelConfig, codec: str, slots: Sequence[int]) -> str:
     record, parameters = make_recorder(decoder, taps, signs)
     rows = jnp.zeros((2, ROW_TOKENS), jnp.int32)
     return lowered(record, parameters, rows, rows, rows + 1)  # type: ignore[arg-type]
+
+
+def test_a_recurrent_teacher_beside_attention():
+    """Its states walk from chunk to chunk within the scan over blocks; attention keeps its kernel."""
+    found = recorded(HYBRID, "bf16", range(5))
+    assert KERNEL in found
+    assert found.count("stablehlo.while") >= 2  # blocks, and chunks within them
+    assert "triangular_solve" not in found
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "fp8"])

@@ -3,7 +3,8 @@
 The recorded `resid` and `attn_out` give every sublayer its exact input, so each is run by itself, block by block. Over
 the real tokens of the rows:
 
-    heads (H)     mean norm of what the head adds to the attention's output
+    heads (H)     mean norm of what the head adds to the attention's output; of a block with the gated delta rule its
+                  value heads likewise (N)
     neurons (F)   mean magnitude of the activation, times the norm of the neuron's row of the output projection
     experts (E)   mean weight in the mixture, which is 0 for tokens that take others
     stream (D)    root mean square of the number over the streams that enter the blocks, each first divided by its own
@@ -28,6 +29,7 @@ import safetensors.numpy
 from jaxtyping import Array, Bool
 
 from distillcache.models.decoder import Decoder
+from distillcache.models.layers.gated_delta import GatedDelta
 from distillcache.models.layers.mlp import Mlp
 from distillcache.models.layers.sublayer import pre_norm
 from distillcache.models.surgery import Scores
@@ -44,7 +46,8 @@ from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets,
 IMPORTANCE = "importance.safetensors"  # in the run's folder
 MEASURED_ROWS = 4  # at a time; fixed, since XLA's bits depend on a batch's shape
 STREAM, OF = "stream", "of"  # names of arrays; the second says what was measured
-CHOOSING = ("query_heads", "kv_heads", "mlp_width", "experts", "hidden_size")  # operations that importance can guide
+# Operations that importance can guide.
+CHOOSING = ("query_heads", "kv_heads", "value_heads", "mlp_width", "experts", "hidden_size")
 OpenSource = Callable[[Sequence[str], Sequence[int] | None], Source]
 
 
@@ -176,7 +179,8 @@ def _sums(
     def visit(address: StackAddress, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
         attention, mlp = (sublayer(stack.graphs[address][name], name, own) for name in ("attention", "mlp"))
         heads = attention.mix(pre_norm(attention, given.resid), context)
-        sums = {"H": _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
+        letter = "N" if isinstance(attention, GatedDelta) else "H"
+        sums = {letter: _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
         middle = given.resid + given.attn_out  # type: ignore[operator] - the source reads both
         if isinstance(mlp, Mlp):
             weight = jnp.linalg.norm(mlp.down[...], axis=1)

@@ -22,7 +22,7 @@ from distillcache.trainer.terms.parts import counts
 
 # What an operation of surgery changes. The others change both, or the blocks.
 CUTS_MLP = ("mlp_width", "experts", "expert_width", "upcycle")
-CUTS_ATTENTION = ("query_heads", "kv_heads")
+CUTS_ATTENTION = ("query_heads", "kv_heads", "value_heads")  # or the mixer in its place
 USUAL_EVALUATIONS, LEAST_INTERVAL = 10, 10  # by default: in a run, and steps between two
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from distillcache.models.adapters import is_adapter
-from distillcache.models.config import ModelConfig
+from distillcache.models.config import BlockKind, ModelConfig
 
 # bfloat16 peak of one device, FLOP/s, from the vendors' data sheets, without sparsity. Others: no utilisation is told.
 PEAK_FLOPS = {
@@ -34,7 +34,7 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
     Args:
         parameters: by name, those that a step uses; vectors and the embedding's look-up are no products.
     """
-    products, blocks = 0, 0
+    products, mixing = 0, 0.0
     for name, value in parameters.items():
         stacked = name.startswith("groups/")
         if is_adapter(name):  # added to their matrices once a step, whatever the number of tokens
@@ -47,10 +47,21 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
                 value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
             )
         if name.endswith("attention/o"):
-            blocks += value.shape[0]
-    # Scores of keys and mixing of values, half of it masked.
-    attention = blocks * config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
-    return 6.0 * tokens * (products + attention)
+            _, group, _, place, *_ = name.split("/")
+            mixing += value.shape[0] * _mixing(config, config.layers[int(group)].pattern[int(place)], row_tokens)
+    return 6.0 * tokens * (products + mixing)
+
+
+def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
+    """Multiply-adds of a token where tokens mix, without the projections.
+
+    Attention: scores of keys and mixing of values, half of it masked. Delta rule: what a state reads, what is added to
+    it, and what a query reads, in whatever form they are computed.
+    """
+    if kind.mixer == "gated_delta":
+        delta = config.delta_config
+        return 3.0 * delta.value_heads * delta.key_dim * delta.value_dim
+    return config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
 
 
 def peak_flops(devices: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig, plan_layers
 from distillcache.models.families.reading.values import EXPORTED_ACTIVATIONS, ROPE_KEYS, Values, rope_to_hf
-from distillcache.models.files.tensors import BlockTensor, Layout
+from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 from distillcache.schemas.errors import CheckpointError
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -130,13 +130,30 @@ def norm_tensors() -> list[BlockTensor]:
 
 def attention_tensors(config: ModelConfig) -> list[BlockTensor]:
     """`self_attn.*`: projections, their biases, and the norms of queries and keys."""
-    found = [BlockTensor(f"self_attn.{name}_proj.weight", f"attention/{name}", 1) for name in "qkv"]
+    queries = _queries(config)
+    found = [BlockTensor("self_attn.q_proj.weight", f"attention/{name}", 1, part) for name, part in queries.items()]
+    found += [BlockTensor(f"self_attn.{name}_proj.weight", f"attention/{name}", 1) for name in "kv"]
     found.append(BlockTensor("self_attn.o_proj.weight", "attention/o", 2))
-    biased = "qkv" * config.qkv_bias + "o" * config.output_bias
-    found += [BlockTensor(f"self_attn.{name}_proj.bias", f"attention/{name}_bias") for name in biased]
+    if config.qkv_bias:
+        own = [BlockTensor("self_attn.q_proj.bias", f"attention/{n}_bias", None, part) for n, part in queries.items()]
+        found += [*own, *(BlockTensor(f"self_attn.{name}_proj.bias", f"attention/{name}_bias") for name in "kv")]
+    if config.output_bias:
+        found.append(BlockTensor("self_attn.o_proj.bias", "attention/o_bias"))
     if config.qk_norm in ("head", "full"):
         found += [BlockTensor(f"self_attn.{name}_norm.weight", f"attention/{name}_norm") for name in "qk"]
     return found
+
+
+def _queries(config: ModelConfig) -> dict[str, TensorSlice | None]:
+    """The parts of `q_proj`, by our names; with an output gate, its rows of a head behind the queries of that head."""
+    if not config.output_gate:
+        return {"q": None}
+    width, heads = config.head_dim, config.num_heads
+    whole = 2 * heads * width
+    return {
+        "q": TensorSlice(0, 0, width, whole, groups=heads),
+        "gate": TensorSlice(0, width, 2 * width, whole, groups=heads),
+    }
 
 
 def dense_tensors(config: ModelConfig, prefix: str = "mlp") -> list[BlockTensor]:

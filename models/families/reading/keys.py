@@ -56,10 +56,15 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+LINEAR = "linear_attention"  # of recurrent blocks, in `layer_types`
+
+
 def _types(config: ModelConfig) -> list[str]:
     """`layer_types` as transformers has it."""
     return [
-        "sliding_attention"
+        LINEAR
+        if kind.mixer == "gated_delta"
+        else "sliding_attention"
         if kind.window is not None
         else "full_attention"
         if kind.chunk is None

@@ -120,7 +120,12 @@ def typed_window_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_dense(config: ModelConfig, *, rotary: bool = True) -> None:
-    """Raise `CheckpointError` unless all blocks are dense, without chunks, and all of them rotate where `rotary`."""
-    if odd := [kind for kind in config.kinds if kind.moe or kind.chunk is not None or (rotary and not kind.rotary)]:
+    """Raise `CheckpointError` unless all blocks are dense, with attention, without chunks, and all of them rotate where
+    `rotary`."""
+    plain = BlockKind().mixer
+    odd = [kind for kind in config.kinds if kind.moe or kind.chunk is not None or kind.mixer != plain]
+    if odd := odd or [kind for kind in config.kinds if rotary and not kind.rotary]:
         rotating = " that rotate" if rotary else ""
-        raise not_exportable(str(odd[0]), f"dense blocks without chunks{rotating}", "export it in another family")
+        raise not_exportable(
+            str(odd[0]), f"dense blocks with attention, without chunks{rotating}", "export it in another family"
+        )

@@ -10,6 +10,14 @@ from distillcache.models.families.reading.values import ROPE_KEYS, Values, unkno
 from distillcache.models.files.tensors import Layout
 
 PREFIX = "model.language_model."
+# Keys of Qwen's configs beside `text_config`, and parameters of its rotation: of three axes of positions, which are
+# equal for text.
+AROUND = frozenset(
+    {"image_token_id", "language_model_only", "video_token_id", "vision_config"}
+    | {f"vision_{end}_token_id" for end in ("start", "end")}
+)
+MROPE = ("mrope_section", "mrope_interleaved")
+EYES = ("vision_tower", "multi_modal_projector", "visual")
 
 
 def multimodal_layout(inner: Layout) -> Layout:
@@ -19,7 +27,7 @@ def multimodal_layout(inner: Layout) -> Layout:
         embed=f"{PREFIX}embed_tokens.weight",
         block=f"{PREFIX}layers.{{block}}.",
         final_norm=f"{PREFIX}norm.weight",
-        foreign=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        foreign=(*inner.foreign, *(f"{prefix}{part}." for prefix in ("", "model.") for part in EYES)),
         spellings=(("language_model.model.", PREFIX), ("language_model.lm_head.", "lm_head.")),
     )
 
@@ -41,6 +49,15 @@ def read_language_model(values: Values, text: Family) -> ModelConfig:
     config = text.read(inner)
     inner.check_stated(config)
     return config
+
+
+def read_vision_language(values: Values, text: Family, family: str) -> ModelConfig:
+    """The same, as a decoder of the vision-language family. Its head is tied if the config around `text_config` says
+    so, as in transformers, or where that is silent the one inside."""
+    config = replace(read_language_model(values, text), family=family)
+    if values["tie_word_embeddings"] is None:
+        return config
+    return replace(config, tie_embeddings=values.flag("tie_word_embeddings"))
 
 
 def text_config(values: Values, text: Family) -> Mapping[str, Any]:

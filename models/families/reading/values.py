@@ -200,6 +200,7 @@ class Values:
         fraction: float = 1.0,
         partial: bool = False,
         kinds: Mapping[str, str] | None = None,
+        ignored: Sequence[str] = (),
     ) -> RopeConfig:
         """Rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
@@ -207,9 +208,11 @@ class Values:
             theta, fraction: what transformers assumes for this family where the file is silent.
             partial: the family knows heads of which only a part is rotated.
             kinds: other names of kinds, with ours.
+            ignored: parameters that change nothing of text.
         """
         raw = {**self._raw, ORIGINAL: self.size_or_none(ORIGINAL)}
-        return rope_from_hf(raw, self.size("max_position_embeddings"), self.file, theta, fraction, partial, kinds)
+        longest = self.size("max_position_embeddings")
+        return rope_from_hf(raw, longest, self.file, theta, fraction, partial, kinds, ignored)
 
     def bad(self, key: str, expected: str) -> CheckpointError:
         """The error for a value that cannot be used."""
@@ -224,6 +227,7 @@ def rope_from_hf(
     fraction: float = 1.0,
     partial: bool = False,
     kinds: Mapping[str, str] | None = None,
+    ignored: Sequence[str] = (),
 ) -> RopeConfig:
     """See `Values.rope`."""
     given = {key: _rope_dict(raw, key, file) for key in ("rope_scaling", "rope_parameters")}
@@ -235,6 +239,8 @@ def rope_from_hf(
             "remove the wrong one",
         )
     parameters = given["rope_parameters"] | given["rope_scaling"]
+    for key in ignored:
+        parameters.pop(key, None)
     parameters.pop("finetuned", None)  # of the first YaRN models; says how they came about
     parameters.pop("attn_factor", None)  # vLLM's name for a factor that transformers does not apply under it
     kind = parameters.pop("rope_type", "default")

@@ -69,6 +69,33 @@ def sizes(vocab: int, hidden: int, inner: int, depth: int, heads: int, kv: int, 
     }
 
 
+MROPE = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+DELTA = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "head_dim": 256,
+    "attention_bias": False,
+    "full_attention_interval": 4,
+    "partial_rotary_factor": 0.25,
+}
+QWEN3_5 = DELTA | {
+    "attn_output_gate": True,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rope_parameters": MROPE | {"mrope_section": [11, 11, 10], "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+}
+SEEING = {
+    "image_token_id": 248056,
+    "video_token_id": 248057,
+    "vision_start_token_id": 248053,
+    "vision_end_token_id": 248054,
+    "vision_config": {"depth": 27, "hidden_size": 1152},
+    "tie_word_embeddings": False,
+}
 QWEN3_CODER = sizes(151936, 2048, 5472, 48, 32, 4, 262144) | MOE
 # name -> model_type, and the rest.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,6 +125,54 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         QWEN3_CODER
         | {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
         | {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True, "max_window_layers": 28},
+    ),
+    "Qwen3-Next-80B-A3B": (
+        "qwen3_next",
+        sizes(151936, 2048, 5120, 48, 16, 2, 262144)
+        | MOE
+        | DELTA
+        | {"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512}
+        | {"shared_expert_intermediate_size": 512, "rope_theta": 10000000, "rope_scaling": None}
+        | {"use_sliding_window": False, "router_aux_loss_coef": 0.001},
+    ),
+    "Qwen3.5-27B": (
+        "qwen3_5",
+        SEEING
+        | {
+            "text_config": sizes(248320, 5120, 17408, 64, 24, 4, 262144)
+            | QWEN3_5
+            | {"model_type": "qwen3_5_text", "linear_num_value_heads": 48, "output_gate_type": "swish"}
+        },
+    ),
+    "Qwen3.5-35B-A3B": (
+        "qwen3_5_moe",
+        SEEING
+        | {
+            "text_config": {k: v for k, v in sizes(248320, 2048, 1, 40, 16, 2, 262144).items() if "inter" not in k}
+            | QWEN3_5
+            | {"model_type": "qwen3_5_moe_text", "num_experts": 256, "num_experts_per_tok": 8}
+            | {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+        },
+    ),
+    "Qwen3-VL-4B": (
+        "qwen3_vl",
+        SEEING
+        | {
+            "tie_word_embeddings": True,
+            "text_config": sizes(151936, 2560, 9728, 36, 32, 8, 262144)
+            | {"model_type": "qwen3_vl_text", "head_dim": 128, "rope_scaling": MROPE, "rope_theta": 5000000}
+            | {"attention_bias": False, "tie_word_embeddings": True},
+        },
+    ),
+    "Qwen3-VL-30B-A3B": (
+        "qwen3_vl_moe",
+        SEEING
+        | {
+            "text_config": sizes(151936, 2048, 6144, 48, 32, 4, 262144)
+            | {"model_type": "qwen3_vl_moe_text", "head_dim": 128, "rope_scaling": MROPE, "rope_theta": 5000000}
+            | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+            | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+        },
     ),
     "Llama-3.1-8B": (
         "llama",

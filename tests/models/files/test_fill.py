@@ -48,7 +48,7 @@ def test_a_run_of_merged_axes_is_the_box(given_box: tuple[tuple[int, ...], Box])
         np.testing.assert_array_equal(numbers.reshape(-1)[run], wanted)
 
 
-@given(boxed(), st.integers(0, 2), st.booleans(), st.sampled_from(["alone", "behind", "in turns"]))
+@given(boxed(), st.integers(0, 2), st.booleans(), st.sampled_from(["alone", "behind", "in turns", "by heads"]))
 def test_a_part_that_was_read_is_the_part_of_the_whole(
     given_box: tuple[tuple[int, ...], Box], in_axes: int, as_stored: bool, fused: str
 ):
@@ -60,6 +60,10 @@ def test_a_part_that_was_read_is_the_part_of_the_whole(
     if fused == "in turns":  # every other column, from the second on
         axis, total = len(own) - 1, 2 * own[-1]
         slot = dataclasses.replace(slot, part=TensorSlice(axis, 1, total, total, step=2))
+    if fused == "by heads" and own[0] % shape[-1] == 0:  # of every run the middle entries
+        groups, width = shape[-1], own[0] // shape[-1]
+        part = TensorSlice(0, 1, 1 + width, groups * (width + 2), groups=groups)
+        slot = dataclasses.replace(slot, part=part)
     stored = np.arange(prod(slot.stored_shape(shape)), dtype=np.float32).reshape(slot.stored_shape(shape))
     everything = slot.stored_box(tuple(slice(0, size) for size in shape), shape)
     assert everything is not None
@@ -71,7 +75,40 @@ def test_a_part_that_was_read_is_the_part_of_the_whole(
         np.testing.assert_array_equal(target, parameter[box])
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "mixtral", "llama4", "glm4_moe", "deepseek_v3", "gpt_oss"])
+@given(boxed())
+def test_a_part_of_a_convolution_is_the_part_of_the_whole(given_box: tuple[tuple[int, ...], Box]):
+    """Channels of the parameter are one axis of the tensor, which has another one of a single entry."""
+    shape, box = given_box
+    channels = prod(shape[:-1])
+    slot = TensorSlot("w", ("w",), part=TensorSlice(0, 2, 2 + channels, 5 + channels), depthwise=True)
+    assert slot.stored_shape(shape) == (5 + channels, 1, shape[-1])
+    stored = np.arange(prod(slot.stored_shape(shape)), dtype=np.float32).reshape(slot.stored_shape(shape))
+    parameter = stored[2 : 2 + channels, 0].reshape(shape)
+    found = slot.stored_box(box, shape)
+    if found is not None:
+        target = np.zeros([axis.stop - axis.start for axis in box], np.float32)
+        slot.load_into(stored[found], target)
+        np.testing.assert_array_equal(target, parameter[box])
+    np.testing.assert_array_equal(slot.store(parameter), stored[2 : 2 + channels])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_entries_of_a_part_are_what_is_loaded_from_it(groups: int):
+    """Of each of several runs the same places, such as a head's gate behind its queries."""
+    part = TensorSlice(0, 2, 5, 7 * groups, groups=groups)
+    stored = np.arange(7 * groups * 4.0).reshape(-1, 4)
+    slot = TensorSlot("w", ("w",), in_axes=1, part=part)
+    found = slot.load(stored, (4, groups, 3)) if groups > 1 else slot.load(stored[part.entries], (4, groups, 3))
+    np.testing.assert_array_equal(found, stored.reshape(groups, 7, 4)[:, 2:5].transpose(2, 0, 1))
+    whole = np.zeros_like(stored)
+    whole[part.entries] = slot.store(found)
+    np.testing.assert_array_equal(whole[part.entries], stored[part.entries])
+    assert (whole != 0).sum() == groups * 3 * 4
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_bias", "mixtral", "llama4", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "qwen3_5_moe"]
+)
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"tensor": 2, "expert": 2}], ids=str)
 def test_a_mesh_gets_the_parameters_of_one_device(name: str, sizes: dict[str, int]):
     mesh = make_mesh(TeacherMeshConfig(**sizes))

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from distillcache.models.files.packed import UnpackedSource, unpack_mxfp4, unpacked
-from distillcache.models.files.tensors import Box, Layout
+from distillcache.models.files.tensors import Box, FusedExperts, Layout
 from distillcache.schemas.store.path import Location
 from tests.models.conftest import GOLDEN
 
@@ -95,6 +95,44 @@ def test_of_a_part_only_its_own_is_read(name: str, box: Box, read: int):
     found.read("left", (slice(0, 1), slice(0, 1)))
     assert source.announced == source.got
     assert sum(source.tensors[stored][part].size for stored, part in source.got[:-1]) == read
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_of_experts_stored_together_each_is_read_alone(inputs_first: bool):
+    """Of 3 experts with D = 4, F = 5: gate above up, and down; as products take them, or with inputs first."""
+    rng = np.random.default_rng(0)
+    both, down = rng.normal(size=(3, 10, 4)).astype(np.float32), rng.normal(size=(3, 4, 5)).astype(np.float32)
+    turn = (lambda value: np.ascontiguousarray(value.swapaxes(1, 2))) if inputs_first else (lambda value: value)
+    stored = {"old.0.mlp.experts.gate_up_proj": turn(both), "old.0.mlp.experts.down_proj": turn(down)}
+    source = Stored(stored)
+    layout = Layout(lambda kind: [], spellings=(("old.", "new."),), fused=FusedExperts(4, 5, inputs_first=False))
+    found = unpacked(source, layout, None)
+    prefix = "new.0.mlp.experts."
+    assert len(found.shapes) == 9
+    assert {found.shapes[f"{prefix}2.{name}_proj.weight"] for name in ("gate", "up", "down")} == {(5, 4), (4, 5)}
+    for expert in range(3):
+        np.testing.assert_array_equal(found.read(f"{prefix}{expert}.gate_proj.weight"), both[expert, :5])
+        np.testing.assert_array_equal(found.read(f"{prefix}{expert}.down_proj.weight"), down[expert])
+    source.got.clear()
+    box = (slice(1, 4), slice(2, 4))
+    np.testing.assert_array_equal(found.read(f"{prefix}1.up_proj.weight", box), both[1, 5:][box])
+    assert sum(source.tensors[name][part].size for name, part in source.got) == 6
+
+
+def test_experts_of_other_sizes_keep_their_name():
+    """So that the error about tensors names them."""
+    source = Stored({"0.mlp.experts.gate_up_proj": np.zeros((3, 11, 4), np.float32)})
+    layout = Layout(lambda kind: [], fused=FusedExperts(4, 5, inputs_first=False))
+    assert unpacked(source, layout, None) is source
+
+
+def test_a_square_matrix_is_turned_as_the_family_has_it():
+    down = np.arange(32.0, dtype=np.float32).reshape(2, 4, 4)
+    for inputs_first in (False, True):
+        layout = Layout(lambda kind: [], fused=FusedExperts(4, 4, inputs_first=inputs_first))
+        found = unpacked(Stored({"mlp.experts.down_proj": down}), layout, None)
+        read = found.read("mlp.experts.1.down_proj.weight")
+        np.testing.assert_array_equal(read, down[1].T if inputs_first else down[1])
 
 
 def test_a_checkpoint_of_plain_tensors_is_left_as_it_is():

@@ -14,7 +14,7 @@ from tests.models.conftest import GOLDEN
 from tests.models.test_checkpoint import assert_same_parameters
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe", "llama_tied"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "glm4_moe", "llama_tied", "qwen3_next"])
 def test_there_and_back(name: str):
     decoder = load_pretrained(GOLDEN / name, "bfloat16")
     assert_same_parameters(put_together(take_apart(decoder)), decoder)

@@ -44,6 +44,10 @@ CASES += [
     ("gemma3_text", [{"op": "mlp_width", "to": 16}, {"op": "drop_blocks", "blocks": [0]}]),
     ("olmo2", [{"op": "hidden_size", "to": 36}]),
     ("qwen2", [{"op": "upcycle", "experts": 3, "noise": 0.1}]),
+    ("qwen3_next", [{"op": "query_heads", "to": 2, "by": "importance"}, {"op": "experts", "to": 4}]),
+    ("qwen3_next", [{"op": "value_heads", "to": 1, "by": "weight_norm"}]),
+    ("qwen3_next", [{"op": "drop_blocks", "blocks": [0]}, {"op": "hidden_size", "to": 24}]),
+    ("qwen3_5_text", [{"op": "kv_heads", "to": 1, "by": "weight_norm"}, {"op": "mlp_width", "to": 17}]),
     ("qwen3", [{"op": "drop_blocks", "blocks": [0]}, {"op": "kv_heads", "to": 1}]),
 ]
 

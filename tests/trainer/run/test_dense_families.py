@@ -12,6 +12,7 @@ from distillcache.models.checkpoint import load_pretrained, read_config, save_pr
 from distillcache.models.config import (
     BlockKind,
     ClampedGlu,
+    DeltaConfig,
     LatentConfig,
     ModelConfig,
     MoeConfig,
@@ -20,7 +21,7 @@ from distillcache.models.config import (
 )
 from distillcache.models.families.deepseek import softmax_scale
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
-from distillcache.schemas.config.train import StudentConfig
+from distillcache.schemas.config.train import OptimizerConfig, StudentConfig
 from distillcache.schemas.errors import InputError
 from distillcache.tools.commands import export
 from distillcache.trainer.run.folder import read_evaluations
@@ -93,6 +94,18 @@ CONFIGS |= {
         moe=MoeConfig(6, 2, 14, 14, "sigmoid", True, 2.5, 3, 2, bias=True, native_bias=True, float32_router=True),
     ),
 }
+CONFIGS["qwen3_next"] = replace(
+    TINY,
+    family="qwen3_next",
+    head_dim=16,
+    rope=RopeConfig(100.0, fraction=0.25),
+    norm_product="offset",
+    qk_norm="head",
+    output_gate=True,
+    delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=5, value_dim=7, taps=3),
+    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(mixer="gated_delta", moe=True), BlockKind(moe=True)]),
+    moe=MoeConfig(5, 2, 14, 22, shared_gate=True),
+)
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 
 
@@ -116,7 +129,9 @@ def test_from_a_teacher_to_its_own_copy(family: str, tmp_path: Path, corpus: Pat
         {"mode": "blockwise", "steps": 1, "loss": mlp},
         {"mode": "feature", "steps": 1},  # with cross-entropy, without which there would be nothing to train
     ]
-    train(config(tmp_path / "run", cache, student=StudentConfig(), stages=stages))
+    # Adam's first step is as long for gradients that are rounding alone, and heads in front of a norm would show it.
+    still = OptimizerConfig(learning_rate=1e-9, warmup_steps=2)
+    train(config(tmp_path / "run", cache, student=StudentConfig(), stages=stages, optimizer=still))
     blockwise, feature = (line for line in read_metrics(tmp_path / "run") if line["step"])
     losses = [blockwise["distill/total_loss"], feature["distill/out_proj_feature_loss"]]
     np.testing.assert_allclose(losses, 0, atol=1e-4)

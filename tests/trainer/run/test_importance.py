@@ -13,9 +13,9 @@ from flax import nnx
 
 from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained
-from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig
+from distillcache.models.config import BlockKind, DeltaConfig, LayerGroup, ModelConfig, MoeConfig, plan_layers
 from distillcache.models.decoder import Decoder
-from distillcache.models.surgery import Scores
+from distillcache.models.surgery import Scores, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
 from distillcache.schemas.errors import ConfigError, NonFiniteError
@@ -106,6 +106,32 @@ def test_equals_the_whole_forward_pass(mixed: tuple[Decoder, Path]):
     assert rows % importance.MEASURED_ROWS
     assert (source[list(range(rows))]["segment_ids"] == 0).any()
     assert_close(measure_importance(decoder, source, rows), expected(decoder, source, rows))
+
+
+@pytest.mark.slow  # a build of its own
+def test_recurrent_blocks_have_value_heads(tmp_path: Path, corpus: Path):
+    """Their scores are of N, which no operation on heads takes for its own."""
+    delta = DeltaConfig(key_heads=2, value_heads=4, key_dim=5, value_dim=7, taps=3)
+    kinds = [BlockKind(mixer="gated_delta"), BlockKind(), BlockKind(mixer="gated_delta")]
+    hybrid = replace(
+        TINY,
+        family="qwen3_5_text",
+        layers=plan_layers(kinds),
+        delta=delta,
+        qk_norm="head",
+        norm_product="offset",
+        output_gate=True,
+    )
+    teacher = save_teacher(tmp_path / "teacher", hybrid)
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=EXACT))
+    decoder, source = load_pretrained(teacher), CacheSource(str(tmp_path / "cache"), split="train")
+    scores = measure_importance(decoder, source, 4)
+    assert [sorted(block) for block in scores.blocks] == [["F", "N"], ["F", "H"], ["F", "N"]]
+    assert [len(scores.blocks[at][letter]) for at, letter in enumerate("NHN")] == [4, 6, 4]
+    assert all((value > 0).all() for block in scores.blocks for value in block.values())
+    done = operate(decoder, [SurgeryOp(op="query_heads", to=1, by="importance")], scores)
+    heads = scores.blocks[1]["H"].reshape(2, 3).argmax(axis=1) + np.array([0, 3])
+    assert done.kept == ([None, heads.tolist(), None],)
 
 
 @pytest.mark.parametrize("letter", ["H", "F"])

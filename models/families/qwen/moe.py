@@ -25,7 +25,8 @@ from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import BlockTensor, Layout
 
 
-def _kinds(values: Values, windows: list[int | None]) -> list[BlockKind]:
+def moe_kinds(values: Values, windows: list[int | None]) -> list[BlockKind]:
+    """Every block's kind: experts in every `decoder_sparse_step`-th block that `mlp_only_layers` does not name."""
     depth, step = values.size("num_hidden_layers"), values.size("decoder_sparse_step")
     dense = values.blocks("mlp_only_layers", depth)
     return [BlockKind(windows[block], moe=block not in dense and (block + 1) % step == 0) for block in range(depth)]
@@ -36,7 +37,7 @@ def _read_qwen2(values: Values) -> ModelConfig:
     windows = typed_windows(values, window_in_use(values), lambda block: (block + 1) % 2 == 1 and block < first)
     bias = values.flag("qkv_bias")
     return ModelConfig(
-        **common_fields(values, _kinds(values, windows)),
+        **common_fields(values, moe_kinds(values, windows)),
         rope=values.rope(),
         qkv_bias=bias,
         moe=_moe(values, values.size("shared_expert_intermediate_size")),
@@ -48,7 +49,7 @@ def _read_qwen3(values: Values) -> ModelConfig:
     depth = values.size("num_hidden_layers")
     bias = values.flag("attention_bias")
     return ModelConfig(
-        **common_fields(values, _kinds(values, [window_in_use(values)] * depth)),
+        **common_fields(values, moe_kinds(values, [window_in_use(values)] * depth)),
         rope=values.rope(),
         qkv_bias=bias,
         output_bias=bias,
@@ -95,7 +96,8 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
     return _write(config) | {"attention_bias": config.qkv_bias}
 
 
-def _layout(config: ModelConfig) -> Layout:
+def moe_layout(config: ModelConfig) -> Layout:
+    """The names in files: experts one by one, a shared one behind its gate where there is one."""
     moe = [BlockTensor("mlp.gate.weight", "mlp/router", 1), *expert_tensors()]
     if config.moe_config.shared_size:
         moe += shared_tensors("mlp.shared_expert")
@@ -130,7 +132,7 @@ QWEN2_MOE = Family(
     },
     read=_read_qwen2,
     write=_write_qwen2,
-    layout=_layout,
+    layout=moe_layout,
     neutral={"attention_bias": (False, True)},  # not read: qkv_bias decides
 )
 QWEN3_MOE = Family(
@@ -139,7 +141,7 @@ QWEN3_MOE = Family(
     defaults=MOE_DEFAULTS | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "attention_bias": False},
     read=_read_qwen3,
     write=_write_qwen3,
-    layout=_layout,
+    layout=moe_layout,
     harmless=frozenset({"max_window_layers"}),  # written by old exports; no code reads it
     aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
 )

@@ -1,0 +1,169 @@
+"""The gated delta rule over packed rows, a chunk of tokens at a time.
+
+A head's state S `[dk, dv]` is a memory of keys and values. With a token's decay a = exp(g), key k (a unit vector),
+value v, strength b and query q:
+
+    S := a S;  S := S + k (b (v - S^T k))^T;  o = S^T q
+
+Within a chunk of C tokens this is a triangular system for what each token writes, and products of matrices; only the
+chunks follow each other. Let D[i, j] = exp(g_{j+1} + ... + g_i) for j <= i in one document, 0 elsewhere; E[i] the same
+from the chunk's start, 0 behind a document's start in the chunk; S the state at the start. Then the tokens write
+W = (I + A)^-1 b (V - E K S) with A[i, j] = b_i D[i, j] k_i . k_j below the diagonal, and their output is
+E Q S + (D * Q K^T) W.
+
+Documents: D and E are cut at their starts, which is a decay of zero without its logarithm. Exponents are sums of the
+tokens' own decays, never differences of long sums: after one strong decay these would keep no digits of weak ones.
+
+Source: Gated Delta Networks (arXiv 2412.06464); chunks by the WY representation as in DeltaNet (arXiv 2406.06484).
+State and products are float32, whatever the dtype of the stream.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+CHUNK = 64  # tokens: products of this size fill a matrix unit, and the triangular system is still small
+# TPUs and GPUs would multiply float32 in fewer bits, and a state adds up what that loses over a whole document.
+EXACT = jax.lax.Precision.HIGHEST
+einsum = partial(jnp.einsum, precision=EXACT)
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T G dk"],
+    k: Float[Array, "B T G dk"],
+    v: Float[Array, "B T N dv"],
+    log_decay: Float[Array, "B T N"],
+    strength: Float[Array, "B T N"],
+    runs: Int[Array, "B T"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T N dv"]:
+    """The output of every token's heads, float32.
+
+    Args:
+        q, k: float32, each of G heads serves the N / G value heads next to each other. k: unit vectors, or shorter.
+        log_decay: at most 0. strength: of what a token writes, from 0 to 1.
+        runs: the state restarts where these change; see `document_runs`.
+        chunk: tokens at a time, a power of two; fewer where rows are shorter.
+    """
+    batch, length, groups = q.shape[:3]
+    size = min(chunk, 1 << (length - 1).bit_length())
+
+    def grouped(x: Array) -> Array:
+        return _chunks(x.reshape(batch, length, groups, -1, *x.shape[3:]), size)
+
+    parts = _within_chunks(
+        _chunks(q, size), _chunks(k, size), grouped(v), grouped(log_decay), grouped(strength), _chunks(runs, size, -1)
+    )
+    state = jnp.zeros((batch, groups, v.shape[2] // groups, k.shape[-1], v.shape[-1]), jnp.float32)
+    out = jax.lax.scan(_next_chunk, state, parts)[1]  # [n, B, G, R, C, dv]
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, *v.shape[2:])[:, :length]
+
+
+def _chunks(x: Float[Array, "B T ..."], size: int, fill: int = 0) -> Float[Array, "n B C ..."]:
+    """Whole chunks, the last one filled up."""
+    room = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _within_chunks(
+    q: Float[Array, "n B C G dk"],
+    k: Float[Array, "n B C G dk"],
+    v: Float[Array, "n B C G R dv"],
+    log_decay: Float[Array, "n B C G R"],
+    strength: Float[Array, "n B C G R"],
+    runs: Int[Array, "n B C"],
+) -> dict[str, Any]:
+    """The parts of each chunk that the walk over them needs, all at once. Axes i, j: tokens of a chunk."""
+    size = q.shape[2]
+    below = jnp.tril(jnp.ones((size, size), bool), -1)
+    decay = _decays(log_decay, runs)
+    entering = _entering(log_decay, runs)
+    b = strength.transpose(0, 1, 3, 4, 2)  # [n, B, G, R, C]
+    likeness = einsum("nbigd,nbjgd->nbgij", k, k)[:, :, :, None]
+    inverse = unit_lower_inverse(jnp.where(below, b[..., None] * likeness * decay, 0.0))
+    return {
+        "query": q,
+        "key": k,
+        "scores": einsum("nbigd,nbjgd->nbgij", q, k)[:, :, :, None] * decay,
+        "written": einsum("nbgrij,nbjgre->nbgrie", inverse * b[..., None, :], v),
+        "read": einsum("nbgrij,nbjgd->nbgrid", inverse * (b * entering)[..., None, :], k),
+        "entering": entering,
+        "leaving": decay[..., -1, :],  # from each token to the chunk's end
+    }
+
+
+def _next_chunk(
+    state: Float[Array, "B G R dk dv"], part: dict[str, Any]
+) -> tuple[Float[Array, "B G R dk dv"], Float[Array, "B G R C dv"]]:
+    """The state behind a chunk, and the output of its tokens."""
+    written = part["written"] - einsum("bgrid,bgrde->bgrie", part["read"], state)
+    remembered = einsum("bigd,bgrde->bgrie", part["query"], state) * part["entering"][..., None]
+    out = remembered + einsum("bgrij,bgrje->bgrie", part["scores"], written)
+    added = einsum("bjgd,bgrje->bgrde", part["key"], written * part["leaving"][..., None])
+    return state * part["entering"][..., -1, None, None] + added, out
+
+
+def _decays(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C C"]:
+    """D of the module's docstring."""
+    size = runs.shape[-1]
+    reached = jnp.tril(jnp.ones((size, size), jnp.float32))  # [i, l]: l <= i
+    behind = jnp.tril(jnp.ones((size, size), jnp.float32), -1)  # [l, j]: l > j
+    sums = einsum("il,nbgrl,lj->nbgrij", reached, log_decay.transpose(0, 1, 3, 4, 2), behind)
+    seen = (runs[..., :, None] == runs[..., None, :]) & (reached > 0)
+    return jnp.where(seen[:, :, None, None], jnp.exp(sums), 0.0)
+
+
+def _entering(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C"]:
+    """E of the module's docstring. The first chunk's state is zero, whatever it is multiplied by."""
+    before = jnp.concatenate([runs[:1, :, 0], runs[:-1, :, -1]])  # of the last token before the chunk
+    sums = jnp.cumsum(log_decay, axis=2).transpose(0, 1, 3, 4, 2)
+    return jnp.where((runs == before[..., None])[:, :, None, None], jnp.exp(sums), 0.0)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(lower: Float[Array, "*n C C"]) -> Float[Array, "*n C C"]:
+    """(I + A)^-1 of matrices A that are zero on and above their diagonals; C is a power of two.
+
+    By halves: [[P, 0], [X, Q]]^-1 = [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]], for blocks of 1, 2, 4, ..., all of one size at
+    once: with the blocks' inverses Y and their corners X in whole matrices that is Y - Y X Y. As exact as forward
+    substitution, in log C steps of products. (The series of powers of A is not: of equal keys without decay these reach
+    1e17 at C = 64.)
+    """
+    size = lower.shape[-1]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    width = 1
+    while width < size:
+        corners = jnp.where(_corners(size, width), lower, 0.0)
+        # With blocks of 1 the inverses are ones.
+        inverse = inverse - (corners if width == 1 else _product(_product(inverse, corners), inverse))
+        width *= 2
+    return inverse
+
+
+def _corners(size: int, width: int) -> Bool[np.ndarray, "C C"]:
+    """The places where rows of each second block of this width meet columns of the block before it."""
+    block = np.arange(size) // width
+    return (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None, :])
+
+
+def _inverse_forward(lower: Array) -> tuple[Array, Array]:
+    inverse = unit_lower_inverse(lower)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse: Array, above: Array) -> tuple[Array]:
+    turned = inverse.swapaxes(-1, -2)
+    return (jnp.tril(-_product(_product(turned, above), turned), -1),)
+
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=EXACT)

@@ -1,0 +1,95 @@
+"""The gated delta rule as a block's mixer: projections, a short convolution, the rule, a norm and a gate.
+
+Queries, keys and values go through a causal convolution of a few tokens and an activation; queries and keys become unit
+vectors. A token's decay and strength are made of the stream, one number a value head: `exp(-exp(a_log) softplus(alpha x
++ dt_bias))` and `sigmoid(beta x)`. Each head's output is normed by weights that all heads share, and multiplied by the
+silu of a linear map of the stream.
+
+There is no softmax, no mask and no rotation: a document's order is in its state. What lies between the projections is
+float32, rounded once in front of the output projection.
+
+Source: Gated Delta Networks (arXiv 2412.06464), as HF transformers computes it (`modeling_qwen3_next`).
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from distillcache.models.config import BlockKind, DeltaConfig, ModelConfig
+from distillcache.models.layers.context import BlockContext
+from distillcache.models.layers.convolution import causal_convolution, document_runs
+from distillcache.models.layers.delta_rule import gated_delta_rule
+from distillcache.models.layers.mlp import ACTIVATIONS
+from distillcache.models.layers.norm import parameter, rms_norm
+from distillcache.models.layers.sublayer import TokenMixer
+
+UNIT_EPS = 1e-6  # added to the squared length of queries and keys, whatever the norms have
+FASTEST, SLOWEST = 16.0, 0.01  # rates of decay that training starts from, uniform between
+
+
+class GatedDelta(TokenMixer):
+    """The mixer with the norms before and behind.
+
+    Parameters carry a leading axis `[repeats]` while they are stacked. With G key heads of width dk, N value heads of
+    width dv, K taps: norm and post_norm [D]; q and k [D, G, dk], v and z [D, N, dv]; alpha and beta [D, N]; conv_q and
+    conv_k [G, dk, K], conv_v [N, dv, K]; a_log and dt_bias [N], out_norm [dv]; o [N, dv, D].
+
+    wide: float32 whatever the decoder's dtype, as the released files have them: a rate of decay acts over a document.
+    """
+
+    wide: ClassVar[tuple[str, ...]] = ("a_log", "dt_bias", "out_norm")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        delta: DeltaConfig,
+        kind: BlockKind,
+        repeats: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        depth, keys, values = config.hidden_size, delta.key_heads, delta.value_heads
+        self.config, self.delta, self.kind = config, delta, kind
+        self._add_norms(repeats, dtype)
+        self.q = parameter(rngs, (repeats, depth, keys, delta.key_dim), depth, dtype)
+        self.k = parameter(rngs, (repeats, depth, keys, delta.key_dim), depth, dtype)
+        self.v = parameter(rngs, (repeats, depth, values, delta.value_dim), depth, dtype)
+        self.z = parameter(rngs, (repeats, depth, values, delta.value_dim), depth, dtype)
+        self.alpha = parameter(rngs, (repeats, depth, values), depth, dtype)
+        self.beta = parameter(rngs, (repeats, depth, values), depth, dtype)
+        self.conv_q = parameter(rngs, (repeats, keys, delta.key_dim, delta.taps), delta.taps, dtype)
+        self.conv_k = parameter(rngs, (repeats, keys, delta.key_dim, delta.taps), delta.taps, dtype)
+        self.conv_v = parameter(rngs, (repeats, values, delta.value_dim, delta.taps), delta.taps, dtype)
+        rates = jax.random.uniform(rngs.params(), (repeats, values), jnp.float32, SLOWEST, FASTEST)
+        self.a_log = nnx.Param(jnp.log(rates))
+        self.dt_bias = nnx.Param(jnp.ones((repeats, values), jnp.float32))
+        self.out_norm = nnx.Param(jnp.ones((repeats, delta.value_dim), jnp.float32))
+        self.o = parameter(rngs, (repeats, values, delta.value_dim, depth), values * delta.value_dim, dtype)
+
+    def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T N dv"]:
+        """See `TokenMixer`."""
+        runs = document_runs(context.segment_ids)
+        q = _unit(self._convolved(x, self.q, self.conv_q, runs)) * self.delta.key_dim**-0.5
+        k = _unit(self._convolved(x, self.k, self.conv_k, runs))
+        v = self._convolved(x, self.v, self.conv_v, runs)
+        strength = jax.nn.sigmoid((x @ self.beta[...]).astype(jnp.float32))
+        steps = jax.nn.softplus((x @ self.alpha[...]).astype(jnp.float32) + self.dt_bias[...])
+        out = gated_delta_rule(q, k, v, -jnp.exp(self.a_log[...]) * steps, strength, runs)
+        gate = jnp.einsum("btd,dnv->btnv", x, self.z[...]).astype(jnp.float32)
+        return (rms_norm(out, self.out_norm[...], self.config.norm_eps) * jax.nn.silu(gate)).astype(x.dtype)
+
+    def _convolved(
+        self, x: Float[Array, "B T D"], matrix: nnx.Param, taps: nnx.Param, runs: Int[Array, "B T"]
+    ) -> Float[Array, "B T H d"]:
+        """Heads of the stream through their convolution and the activation, float32."""
+        heads = jnp.einsum("btd,dhk->bthk", x, matrix[...]).astype(jnp.float32)
+        found = causal_convolution(heads, taps[...].astype(jnp.float32), runs)
+        return ACTIVATIONS[self.config.activation](found)
+
+
+def _unit(x: Float[Array, "B T H d"]) -> Float[Array, "B T H d"]:
+    """Vectors of length 1, a little less where they are short."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + UNIT_EPS)
