@@ -8,14 +8,22 @@ Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Qwen2Model, Qwen2MoeModel
 `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are weighed).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
-from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.config import (
+    BlockKind,
+    DeltaConfig,
+    LayerGroup,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    plan_layers,
+)
 from distillcache.models.families import check_experts, check_heads
 from distillcache.models.families.reading.values import MOST, is_number
 from distillcache.models.files.gguf.file import ROPE_FREQS, metadata, open_parts, tensor_data
@@ -30,21 +38,38 @@ class Architecture:
 
     dense, sparse: the HF family of its files without and with experts; None: it has no such files.
     renormalise: the chosen experts' weights are divided by their sum.
+    hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
+    harmless: more keys that say nothing of text.
     """
 
     dense: str | None
     sparse: str | None = None
     renormalise: bool = True
     qk_norm: bool = False
+    hybrid: bool = False
+    harmless: frozenset[str] = frozenset()
 
 
+# Positions of three axes, which are one for text, and blocks to which pictures are added.
+OF_PICTURES = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 ARCHITECTURES = {
     "llama": Architecture("llama", "mixtral"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", qk_norm=True),
     "qwen2moe": Architecture(None, "qwen2_moe", renormalise=False),
     "qwen3moe": Architecture(None, "qwen3_moe", qk_norm=True),
+    "qwen3vl": Architecture("qwen3", qk_norm=True, harmless=OF_PICTURES),
+    "qwen3vlmoe": Architecture(None, "qwen3_moe", qk_norm=True, harmless=OF_PICTURES),
+    "qwen35": Architecture("qwen3_5_text", qk_norm=True, hybrid=True, harmless=OF_PICTURES),
+    "qwen35moe": Architecture(None, "qwen3_5_moe_text", qk_norm=True, hybrid=True, harmless=OF_PICTURES),
 }
+# Families whose experts have a shared one, behind a gate.
+SHARING = ("qwen2_moe", "qwen3_5_moe_text")
+# Of hybrids, beside the keys of all. Which blocks have attention, tensors say.
+HYBRID_KEYS = frozenset(
+    """full_attention_interval nextn_predict_layers ssm.conv_kernel ssm.group_count ssm.inner_size ssm.state_size
+    ssm.time_step_rank""".split()  # noqa: SIM905 - as below
+)
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
 UNDERSTOOD_KEYS = frozenset(
@@ -81,11 +106,15 @@ class GgufValues:
             key.removeprefix(prefix): metadata(reader, key) for key in reader.fields if key.startswith(prefix)
         }
         for key, value in self._values.items():
-            if value not in NEUTRAL_VALUES.get(key, ()) and key not in UNDERSTOOD_KEYS | HARMLESS_KEYS:
+            if value not in NEUTRAL_VALUES.get(key, ()) and key not in self._known_keys():
                 self._refuse(key, value)
         norm, known = self._values.get("expert_weights_norm"), ARCHITECTURES[name].renormalise
         if norm not in (None, known):
             self._refuse("expert_weights_norm", norm)
+
+    def _known_keys(self) -> frozenset[str]:
+        known = ARCHITECTURES[self.name]
+        return UNDERSTOOD_KEYS | HARMLESS_KEYS | known.harmless | (HYBRID_KEYS if known.hybrid else frozenset())
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is."""
@@ -148,6 +177,44 @@ Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
 
 
 def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
+    """The decoder, of any architecture."""
+    config = _plain_config(tensors, values, known)
+    return _as_hybrid(config, tensors, values) if known.hybrid else config
+
+
+def _as_hybrid(config: ModelConfig, tensors: Tensors, values: GgufValues) -> ModelConfig:
+    """The same with the mixers that the blocks' tensors say, and the sizes of the recurrent ones.
+
+    Layers of multi-token prediction are counted among the blocks, behind the last one.
+    """
+    ahead = values.size("nextn_predict_layers") if values.get("nextn_predict_layers") else 0
+    depth = values.size("block_count") - ahead
+    moe = config.moe is not None
+    recurrent = [f"blk.{block}.ssm_out.weight" in tensors for block in range(depth)]
+    heads, keys = values.size("ssm.time_step_rank"), values.size("ssm.group_count")
+    inner = values.size("ssm.inner_size")
+    if depth < 1 or heads % keys or inner % heads:
+        raise CheckpointError(
+            "the GGUF file has sizes of recurrent blocks that do not divide",
+            {"file": values.file, "blocks": depth, "value heads": heads, "key heads": keys, "their width": inner},
+            "copy or download the file again, or use the model's HF directory",
+        )
+    kinds = [BlockKind(mixer="gated_delta" if each else "attention", moe=moe) for each in recurrent]
+    biased = {part: any(name.endswith(f".attn_{part}.bias") for name in tensors) for part in ("q", "output")}
+    return replace(
+        config,
+        layers=plan_layers(kinds),
+        qkv_bias=biased["q"],
+        output_bias=biased["output"],
+        rope=replace(config.rope, fraction=values.size("rope.dimension_count", config.head_dim) / config.head_dim),
+        norm_product="offset",
+        output_gate=True,
+        delta=DeltaConfig(keys, heads, values.size("ssm.state_size"), inner // heads, values.size("ssm.conv_kernel")),
+        mtp_layers=ahead,
+    )
+
+
+def _plain_config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
     hidden, heads = values.size("embedding_length"), values.size("attention.head_count")
     moe = _moe(values, known)
     return ModelConfig(
@@ -156,7 +223,7 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
         intermediate_size=values.size("feed_forward_length") if moe is None else _inner(values),
         num_heads=heads,
         num_kv_heads=values.size("attention.head_count_kv", heads),
-        head_dim=_head_dim(values, hidden // heads),
+        head_dim=_head_dim(values, hidden // heads, partial=known.hybrid),
         layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
         rope=_rope(tensors, values, hidden // heads),
         norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
@@ -186,7 +253,7 @@ def _moe(values: GgufValues, known: Architecture) -> MoeConfig | None:
     """Every block's experts. Their width is that of dense MLPs where no key says another."""
     if not values.get("expert_count", 0):
         return None
-    shared = values.size("expert_shared_feed_forward_length", _inner(values)) if known.sparse == "qwen2_moe" else 0
+    shared = values.size("expert_shared_feed_forward_length", _inner(values)) if known.sparse in SHARING else 0
     return MoeConfig(
         num_experts=values.size("expert_count"),
         top_k=values.size("expert_used_count"),
@@ -202,9 +269,10 @@ def _inner(values: GgufValues) -> int:
     return values.size("feed_forward_length", values.get("expert_feed_forward_length"))
 
 
-def _head_dim(values: GgufValues, default: int) -> int:
+def _head_dim(values: GgufValues, default: int, *, partial: bool = False) -> int:
+    """partial: heads may be rotated in part."""
     size = values.size("attention.key_length", default)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if values.get(key, size) != size:
             raise CheckpointError(
                 "the GGUF file has partially rotated heads, or keys and values of different width",

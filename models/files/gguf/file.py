@@ -25,6 +25,7 @@ from gguf.quants import dequantize
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.files.foreign import LFS_MAGIC, LFS_STEP, unreadable_weights
+from distillcache.models.files.gguf import recurrent
 from distillcache.models.files.gguf.reader import DAMAGE, CheckedGguf
 from distillcache.models.files.gguf.remote import RemoteGguf, damaged, open_remote
 from distillcache.models.files.ranges import Span, SpanReader
@@ -67,6 +68,7 @@ EXPERT_NAMES: dict[str, dict[str, str]] = {
         "ffn_down_shexp": "mlp.shared_expert.down_proj",
     },
 }
+EXPERT_NAMES["qwen3_5_moe_text"] = EXPERT_NAMES["qwen2_moe"]
 EXPERT_NAMES["qwen3_moe"] = {key: name for key, name in EXPERT_NAMES["qwen2_moe"].items() if "shexp" not in key}
 PERMUTED = ("llama", "mixtral")  # families whose Q and K rows are
 TOP_NAMES = {
@@ -273,6 +275,7 @@ class GgufSource:
         self._tensors = stored_tensors(open_parts(reader, where), config)
         self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None
         permuted = config.family in PERMUTED
+        self._delta = config.delta
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if permuted else {}
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self.dtypes = {name: _dtype_name(stored.tensor.tensor_type) for name, stored in self._tensors.items()}
@@ -292,6 +295,7 @@ class GgufSource:
         values = self._dequantised(stored).reshape(stored.shape)
         heads = self._heads.get(str(stored.tensor.name).split(".")[-2])
         values = values if heads is None else unpermute(values, heads)
+        values = values if self._delta is None else recurrent.as_in_hf(name, values, self._delta)
         return values if box is None else values[box]
 
     def close(self) -> None:
@@ -315,14 +319,21 @@ def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> d
     """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name."""
     names = {**BLOCK_NAMES, **EXPERT_NAMES.get(config.family, {})}
     names |= QK_NORM_NAMES if config.qk_norm == "head" else {}
+    names |= {**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {}
+    left_out = tuple(f"blk.{config.num_blocks + layer}." for layer in range(config.mtp_layers))
     found: dict[str, StoredTensor] = {}
     for reader, tensor in ((part, tensor) for part in readers for tensor in part.tensors):
+        if str(tensor.name).startswith(left_out):
+            continue
         name, shape = hf_name(str(tensor.name), names), tuple(int(size) for size in tensor.shape[::-1])
         if "{e}" in name:
             found |= {name.format(e=at): StoredTensor(reader, tensor, shape[1:], at) for at in range(shape[0])}
         elif name != ROPE_FREQS:
-            flat = name.endswith("shared_expert_gate.weight") and len(shape) == 1  # a row of one is stored as a vector
-            found[name] = StoredTensor(reader, tensor, (1, *shape) if flat else shape)
+            if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a row of one is stored as a vector
+                shape = (1, *shape)
+            if name.endswith(recurrent.CONVOLUTION) and len(shape) == 2:
+                shape = (shape[0], 1, shape[1])
+            found[name] = StoredTensor(reader, tensor, shape)
     return found
 
 
@@ -331,6 +342,8 @@ def hf_name(name: str, of_blocks: Mapping[str, str]) -> str:
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     parts = name.split(".")
+    if parts[0] == "blk" and (tail := ".".join(parts[2:])) in of_blocks and tail in recurrent.WHOLE_NAMES:
+        return f"model.layers.{parts[1]}.{of_blocks[tail]}"
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in of_blocks:
         return f"model.layers.{parts[1]}.{of_blocks[parts[2]]}.{parts[3]}"
     return name

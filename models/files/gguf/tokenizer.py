@@ -38,10 +38,12 @@ TEKKEN_SPLIT = (
 )
 # Llama 3's, but every digit is a piece.
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# The same with combining marks among the letters.
+QWEN35_SPLIT = QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 # Their models take a whole piece that is in the vocabulary without asking the merges, and begin a text with BOS.
 WHOLE_SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT, "tekken": TEKKEN_SPLIT}
 # Of models whose tokenizer.json composes characters first (NFC); llama.cpp does not.
-COMPOSED_SPLITS = {"qwen2": QWEN2_SPLIT, "deepseek-r1-qwen": QWEN2_SPLIT}
+COMPOSED_SPLITS = {"qwen2": QWEN2_SPLIT, "deepseek-r1-qwen": QWEN2_SPLIT, "qwen35": QWEN35_SPLIT}
 SPLITS = WHOLE_SPLITS | COMPOSED_SPLITS
 DIGITS_APART = ("smollm", "starcoder")
 KNOWN_PRE = ("gpt-2", *DIGITS_APART, *SPLITS)

@@ -192,6 +192,19 @@ def test_other_families_equal_the_load_of_the_hf_directory(family: str, tiny_con
     assert_same_parameters(found, expected)
 
 
+def test_the_text_model_of_a_vision_language_model(tiny_config: ModelConfig, tmp_path: Path):
+    """Its keys about pictures say nothing of text; of another architecture they are refused."""
+    save_pretrained(randomized(Decoder(replace(tiny_config, family="qwen3", qk_norm="head"))), tmp_path / "hf")
+    keys = {"rope.dimension_sections": [24, 20, 20, 0], "n_deepstack_layers": 3}
+    path = write_gguf(tmp_path / "hf", tmp_path / "vl.gguf", architecture="qwen3vl", changes=keys)
+    found, expected = load_pretrained(path), load_pretrained(tmp_path / "hf")
+    assert found.config == expected.config
+    assert_same_parameters(found, expected)
+    refused(
+        write_gguf(tmp_path / "hf", tmp_path / "plain.gguf", architecture="qwen3", changes=keys), "dimension_sections"
+    )
+
+
 def test_yarn_as_qwen_files_have_it(tiny_config: ModelConfig, tmp_path: Path):
     save_pretrained(Decoder(replace(tiny_config, family="qwen2", qkv_bias=True)), tmp_path / "hf")
     scaling = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
