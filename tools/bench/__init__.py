@@ -13,6 +13,7 @@ codec.py            accuracy and cost of codecs
 compress.py         lossless compression
 step.py             step from a cache against a teacher in the loop
 head_kl.py          KL over the whole vocabulary, memory and time
+mixers.py           gated delta rule against attention
 students/           quality of students that are trained in different ways
 load.py             memory of loading a sharded checkpoint
 load_share.py       one process of that

@@ -8,6 +8,8 @@ them; ratios are taken in each round, and the median over rounds counts.
     speedup_of_ideal       (online step / offline step) / ((teacher's forward + student's step) / student's step)
     blockwise_over_feature the blockwise step against that of feature mode, which runs the whole student
     temporaries_48_over_12 what XLA allocates for a step beside its arguments: for a student of 48 blocks, and of 12
+    gated_delta_over_attention    output and gradients of a hybrid's recurrent mixer over those of its attention
+    hybrid_compile_many_over_few  compiling a hybrid of 48 blocks over compiling one of 8
 
 *offline*, *online*: fed as `train` feeds them, batches being read, or computed, while the student steps. *student*,
 *teacher*: alone, on a batch that lies on the device. Steps of feature mode have their batches there too.
@@ -41,6 +43,7 @@ from distillcache.schemas.format.tap_plan import tap_plan
 from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.head_kl import HeadSizes, measure_head_kl
+from distillcache.tools.bench.mixers import MixerSizes, measure_mixers
 from distillcache.tools.demo.command import build_config, default_surgery, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
@@ -72,7 +75,8 @@ class StepSizes:
 
     rows: of the cache. steps: of a path that count in a round; in feature mode one.
     memory_batch: rows and tokens of the steps that are compiled and never run. depths: blocks, few and many. heads: of
-    the KL over the whole vocabulary. codecs: name -> (codec of both taps, whether `resid` is delta-coded).
+    the KL over the whole vocabulary. mixers: of a hybrid model. codecs: name -> (codec of both taps, whether `resid`
+    is delta-coded).
     """
 
     batch_rows: int = 2
@@ -83,6 +87,7 @@ class StepSizes:
     depths: tuple[int, int] = (12, 48)
     dtypes: Sequence[str] = ("float32", "bfloat16")
     heads: HeadSizes = field(default_factory=HeadSizes)
+    mixers: MixerSizes = field(default_factory=MixerSizes)
     codecs: Mapping[str, tuple[str, bool]] = field(default_factory=lambda: {"int8_delta": ("int8", True)})
 
 
@@ -98,10 +103,11 @@ def measure_step(folder: Path, teacher: str, sizes: StepSizes, rounds: int) -> M
     student = apply_surgery(decoder, [default_surgery(decoder.config)])
     del decoder
     heads = measure_head_kl(sizes.heads, rounds)
+    mixers = measure_mixers(sizes.mixers, rounds)
     rows, tokens = sizes.memory_batch
     memory = measure_memory(student.config, replace(sizes, batch_rows=rows, row_tokens=tokens))
     times = measure_times(folder, teacher, student, sizes, rounds)
-    found = (times, memory, heads)
+    found = (times, memory, heads, mixers)
     return Measured(
         {name: figure for each in found for name, figure in each.figures.items()},
         [goal for each in found for goal in each.goals],
