@@ -24,8 +24,12 @@ NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"
 # Both ways of running experts in the families whose routers and experts differ most; layers/test_experts.py compares
 # the ways by themselves.
 BOTH_WAYS = ("deepseek_v3", "gpt_oss", "llama4", "mixtral")
+# Whose code runs in another model of the list as well.
+TWINS = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next_plain", "qwen3_vl")
 WAYS = [
-    pytest.param(name, way, marks=[pytest.mark.slow] if way == "dense" and name not in BOTH_WAYS else [])
+    pytest.param(
+        name, way, marks=[pytest.mark.slow] if name in TWINS or (way == "dense" and name not in BOTH_WAYS) else []
+    )
     for name in NAMES
     for way in (("dense", "ragged") if read_config(GOLDEN / name).moe else ("auto",))
 ]

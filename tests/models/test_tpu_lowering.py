@@ -59,6 +59,7 @@ def recorded(config: ModelConfig, codec: str, slots: Sequence[int]) -> str:
     return lowered(record, parameters, rows, rows, rows + 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_recurrent_teacher_beside_attention():
     """Its states walk from chunk to chunk within the scan over blocks; attention keeps its kernel."""
     found = recorded(HYBRID, "bf16", range(5))
