@@ -102,12 +102,12 @@ class Mxfp4:
 
 @dataclass(frozen=True)
 class BlockFp8:
-    """`[O, I]` of as many codes, and of scales one for each square of `block` numbers."""
+    """`[O, I]` of as many codes, and of scales one for each square of `block` numbers; or `[E, O, I]`."""
 
     codes: str
     scales: str
     shape: tuple[int, ...]
-    block: tuple[int, int]
+    block: tuple[int, ...]
     dtype: str = "F32"
 
     def reads(self, box: Box) -> list[tuple[str, Box]]:
@@ -191,6 +191,7 @@ def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, An
         CheckpointError: a packed tensor lacks its scales.
     """
     forms: dict[str, Form] = {}
+    source = _with_numbers(source, layout, quantization or {})
     for name, form in _forms(source, layout, quantization or {}):
         forms[_spelled(name, layout)] = form
     hidden = {name for form in forms.values() for name, _ in form.reads(whole(form.shape))}
@@ -199,6 +200,21 @@ def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, An
             forms[_spelled(name, layout)] = Renamed(name, source.shapes[name], source.dtypes[name])
             hidden.add(name)
     return UnpackedSource(source, forms, frozenset(hidden)) if forms else source
+
+
+def _with_numbers(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]) -> TensorSource:
+    """The checkpoint with numbers in place of the FP8 codes of experts that are stored together, which have a form of
+    their own then."""
+    block = quantization.get("weight_block_size") or []
+    if layout.fused is None or len(block) != 2:
+        return source
+    forms = {}
+    for name, shape in source.shapes.items():
+        if len(shape) == 3 and source.dtypes[name] in FP8_TYPES and not name.startswith(layout.foreign):
+            squares = (shape[0], *(-(-size // side) for size, side in zip(shape[1:], block, strict=True)))
+            _check_scales(source, name, name + INVERSE, squares)
+            forms[name] = BlockFp8(name, name + INVERSE, shape, (1, *block))
+    return UnpackedSource(source, forms, frozenset(form.scales for form in forms.values())) if forms else source
 
 
 def unpack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Tensors that are stored under other names or in few bits: their numbers, and parts of them."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file
 
 from distillcache.models.files.packed import UnpackedSource, unpack_mxfp4, unpacked
 from distillcache.models.files.tensors import Box, FusedExperts, Layout
+from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location
 from tests.models.conftest import GOLDEN
 
@@ -20,7 +22,7 @@ class Stored:
         self.where: Location = GOLDEN
         self.tensors, self.announced, self.got = tensors, [], []
         self.shapes = {name: value.shape for name, value in tensors.items()}
-        kinds = {"uint8": "U8", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+        kinds = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
         self.dtypes = {name: kinds[value.dtype.name] for name, value in tensors.items()}
 
     def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
@@ -117,6 +119,26 @@ def test_of_experts_stored_together_each_is_read_alone(inputs_first: bool):
     box = (slice(1, 4), slice(2, 4))
     np.testing.assert_array_equal(found.read(f"{prefix}1.up_proj.weight", box), both[1, 5:][box])
     assert sum(source.tensors[name][part].size for name, part in source.got) == 6
+
+
+def test_experts_stored_together_may_have_codes_of_8_bits():
+    """With scales for squares of 4 x 2 of each expert, in bfloat16."""
+    rng = np.random.default_rng(0)
+    codes = rng.normal(size=(3, 10, 4)).astype(ml_dtypes.float8_e4m3fn)
+    scales = rng.random((3, 3, 2)).astype(ml_dtypes.bfloat16)
+    name = "old.0.mlp.experts.gate_up_proj"
+    source = Stored({name: codes, f"{name}_scale_inv": scales})
+    layout = Layout(lambda kind: [], spellings=(("old.", "new."),), fused=FusedExperts(4, 5, inputs_first=False))
+    found = unpacked(source, layout, {"weight_block_size": [4, 2]})
+    assert len(found.shapes) == 6
+    meant = codes.astype(np.float32) * np.kron(scales.astype(np.float32), np.ones((1, 4, 2)))[:, :10]
+    for expert, (place, matrix) in product(range(3), enumerate(("gate", "up"))):
+        read = found.read(f"new.0.mlp.experts.{expert}.{matrix}_proj.weight")
+        np.testing.assert_array_equal(read, meant[expert, 5 * place : 5 * place + 5])
+    box = (slice(1, 4), slice(2, 4))
+    np.testing.assert_array_equal(found.read("new.0.mlp.experts.1.up_proj.weight", box), meant[1, 5:][box])
+    with pytest.raises(CheckpointError, match="scales of a packed tensor"):
+        unpacked(Stored({name: codes}), layout, {"weight_block_size": [4, 2]})
 
 
 def test_experts_of_other_sizes_keep_their_name():
