@@ -61,8 +61,11 @@ def read_vision_language(values: Values, text: Family, family: str) -> ModelConf
 
 
 def text_config(values: Values, text: Family) -> Mapping[str, Any]:
-    """`text_config`, an object of this family."""
+    """`text_config`, an object of this family. Some files name the family around it there, which transformers reads
+    as this one.
+    """
     found = values["text_config"]
-    if not isinstance(found, dict) or found.get("model_type", text.name) != text.name:
+    names = (text.name, text.name.removesuffix("_text"))
+    if not isinstance(found, dict) or found.get("model_type", text.name) not in names:
         raise values.bad("text_config", f"an object: the config of a {text.name}")
     return found

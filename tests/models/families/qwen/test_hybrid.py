@@ -194,6 +194,11 @@ def test_round_trip_is_exact(config: ModelConfig):
     assert config_from_hf(config_to_hf(config, "bfloat16"), FILE) == config
 
 
+def test_the_text_model_may_have_the_name_of_the_whole():
+    whole = around(DENSE)
+    assert read(whole | {"text_config": DENSE | {"model_type": "qwen3_5"}}) == read(whole)
+
+
 def test_the_text_model_is_exported():
     for text in (DENSE, SPARSE):
         hf = config_to_hf(read(around(text)), "bfloat16")
