@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.decoder import Decoder, abstract_decoder
 from distillcache.models.families import config_from_hf, layout_of
+from distillcache.models.families.reading.packing import packing_inside
 from distillcache.models.files.export import SOURCE_DTYPE
 from distillcache.models.files.export import save_pretrained as save_pretrained
 from distillcache.models.files.fill import ParameterFill, plan_fill
@@ -106,7 +107,7 @@ def _open(where: Location) -> tuple[ModelConfig, TensorSource, Layout]:
 
 def open_tensors(directory: Location, config: ModelConfig) -> TensorSource:
     """The tensors of an HF directory, under the names of the config's family and unpacked. Close it after use."""
-    packing = read_json(directory / CONFIG).get("quantization_config")
+    packing = packing_inside(read_json(directory / CONFIG)).get("quantization_config")
     source = SafetensorsSource(directory)
     try:
         return unpacked(source, layout_of(config), packing)
@@ -133,7 +134,7 @@ def checkpoint_dtype(path: str | os.PathLike[str] | ObjectPath) -> str:
         named = stated.get("dtype") or stated.get("torch_dtype")
         if folder != where or stated.get(SOURCE_DTYPE) in FLOAT_DTYPES.values():
             return source_dtype(folder)
-        if stated.get("quantization_config") is not None and named in FLOAT_DTYPES.values():
+        if packing_inside(stated).get("quantization_config") is not None and named in FLOAT_DTYPES.values():
             return str(named)
         config, source, layout = _open(folder)
     try:
@@ -196,6 +197,7 @@ OF_OTHERS: dict[str, tuple[str, ...]] = {
         *_OUTSIDE,
         *("num_heads", "num_kv_heads", "head_dim", "rope", "local_rope", "qkv_bias", "output_bias", "qk_norm"),
         *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent", "output_gate", "delta"),
+        *("wide", "value_norm", "block_inputs"),
     ),
 }
 

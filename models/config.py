@@ -59,6 +59,8 @@ class BlockKind:
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
     moe: the MLP is a mixture of experts.
     local_rope: it rotates by `ModelConfig.local_rope`.
+    wide: its heads are those of `ModelConfig.wide`.
+    taken: it has no keys and values of its own, but those of the last block before it that has, of the same width.
     """
 
     window: int | None = None
@@ -67,6 +69,8 @@ class BlockKind:
     moe: bool = False
     local_rope: bool = False
     mixer: Mixer = "attention"
+    wide: bool = False
+    taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,16 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class TemperatureConfig:
-    """Queries of blocks without rotary embedding grow with the position p of their token, by
-    `1 + scale * ln(1 + floor((p + 1) / floor))`. Source: Llama 4; arXiv 2501.19399."""
+    """Queries grow with the position p of their token, by `1 + scale * ln(1 + floor((p + first) / floor))`.
+
+    first: the number of a document's first position. everywhere: in all blocks; else in those without rotary embedding
+    alone. Sources: Llama 4 (from 1, there alone), Ministral 3 (from 0, everywhere); arXiv 2501.19399.
+    """
 
     scale: float
     floor: float
+    first: int = 1
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,27 @@ class LatentConfig:
     plain_dim: int
     rope_dim: int
     value_dim: int
+
+
+@dataclass(frozen=True)
+class WideHeads:
+    """Heads of some blocks, of another width than `ModelConfig.head_dim`, which rotate by `ModelConfig.rope`.
+
+    shared_values: values are the keys before their norm and rotation, and have no projection of their own.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    shared_values: bool = False
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Inputs that every block has of its own: made of the token and of its embedding, and added through a gate behind
+    the block's MLP (Gemma 3n, Gemma 4). vocab_size: of their table. width: of one block's."""
+
+    vocab_size: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +175,8 @@ class MoeConfig:
     logit_bias: the router is a linear map with a learned bias, which is part of its logits.
     expert_bias: so are the three projections of an expert.
     clamped: how gate and up become an expert's neurons; None: `act(gate) * up`.
+    apart: the shared expert, the routed ones and the router have norms of their own, of the stream itself, and each
+        routed expert a factor on its weights (Gemma 4).
     """
 
     num_experts: int
@@ -164,6 +196,7 @@ class MoeConfig:
     logit_bias: bool = False
     expert_bias: bool = False
     clamped: ClampedGlu | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +216,9 @@ class ModelConfig:
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
     width of queries and keys, and every query head has a key and value head of its own. output_gate: the heads' output
     is multiplied by the sigmoid of a linear map of the sublayer's input. delta: of the blocks whose mixer is the gated
-    delta rule.
+    delta rule. wide: heads of the blocks whose kind says so; then `rope` is theirs. value_norm: values of every head
+    are normed, without weights. block_scale: what leaves a block is multiplied by a learned number of its own.
+    block_inputs: see there. wider_taken: MLPs of blocks that take keys and values over are twice as wide.
     attention, experts: how they are computed, see models/layers/kernels.py and models/layers/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
@@ -220,6 +255,11 @@ class ModelConfig:
     latent: LatentConfig | None = None
     output_gate: bool = False
     delta: DeltaConfig | None = None
+    wide: WideHeads | None = None
+    value_norm: bool = False
+    block_scale: bool = False
+    block_inputs: BlockInputs | None = None
+    wider_taken: bool = False
     moe: MoeConfig | None = None
     attention: Kernel = "xla"
     experts: Literal["auto", "dense", "tiled", "ragged"] = "auto"
@@ -238,8 +278,34 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """The part of a head's width that rotary embedding receives (of which `RopeConfig.fraction` is rotated)."""
+        """The part of a head's width that `rope` receives (of which `RopeConfig.fraction` is rotated)."""
+        if self.wide is not None:
+            return self.wide.head_dim
         return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    def heads_of(self, kind: BlockKind) -> tuple[int, int]:
+        """The number of key and value heads of blocks of this kind, and a head's width."""
+        if self.wide is not None and kind.wide:
+            return self.wide.num_kv_heads, self.wide.head_dim
+        return self.num_kv_heads, self.head_dim
+
+    def mlp_width(self, kind: BlockKind) -> int:
+        """Neurons of the dense MLP of blocks of this kind."""
+        return self.intermediate_size * (2 if self.wider_taken and kind.taken else 1)
+
+    @property
+    def takes_keys(self) -> bool:
+        """Tell whether some blocks take over keys and values."""
+        return any(kind.taken for kind in self.kinds)
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Tell whether blocks need more than the stream, and cannot be computed alone."""
+        return self.takes_keys or self.block_inputs is not None
+
+    def values_are_keys(self, kind: BlockKind) -> bool:
+        """Tell whether blocks of this kind have no projection of values."""
+        return self.wide is not None and kind.wide and self.wide.shared_values
 
     @property
     def value_dim(self) -> int:

@@ -18,10 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from distillcache.models.config import BlockKind, Kernel, LayerGroup, ModelConfig
-from distillcache.models.layers.context import BlockContext, block_context, context_of_block
+from distillcache.models.layers.attention import Attention
+from distillcache.models.layers.context import BlockContext, Taken, block_context, context_of_block
 from distillcache.models.layers.mixers import mixer_of
 from distillcache.models.layers.mlp import Mlp, Moe
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
+from distillcache.models.layers.sublayer import TokenMixer, pre_norm
 from distillcache.models.routing import RouterOutput
 
 
@@ -61,7 +63,7 @@ class Block(nnx.Module):
         self.mlp = (
             Moe(config, config.moe, repeats, dtype, rngs)
             if kind.moe and config.moe is not None
-            else Mlp(config, repeats, dtype, rngs)
+            else Mlp(config, kind, repeats, dtype, rngs)
         )
 
 
@@ -80,7 +82,8 @@ Adapt = Callable[[int, nnx.State], tuple[Any, Callable[[Any], nnx.State]]]
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model. embed [V, D], final_norm [D], head [D, V] unless tied to the embeddings."""
+    """A decoder-only language model. embed [V, D], final_norm [D], head [D, V] unless tied to the embeddings; with
+    `ModelConfig.block_inputs` block_embed [V, L P], block_projection [D, L P] and block_norm [P]."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype | str = jnp.float32, rngs: nnx.Rngs | None = None):
         dtype, rngs = jnp.dtype(dtype), rngs or nnx.Rngs(0)
@@ -90,6 +93,11 @@ class Decoder(nnx.Module):
         self.final_norm = norm_weight((config.hidden_size,), config, dtype)
         if not config.tie_embeddings:
             self.head = parameter(rngs, (config.hidden_size, config.vocab_size), config.hidden_size, dtype)
+        if (inputs := config.block_inputs) is not None:
+            width = config.num_blocks * inputs.width
+            self.block_embed = parameter(rngs, (inputs.vocab_size, width), inputs.width, dtype)
+            self.block_projection = parameter(rngs, (config.hidden_size, width), config.hidden_size, dtype)
+            self.block_norm = norm_weight((inputs.width,), config, dtype)
 
     def __call__(
         self,
@@ -114,7 +122,7 @@ class Decoder(nnx.Module):
             kept = {name: getattr(out, name) for name in taps}
             return carry, kept | ({"router": out.router} if router and out.router is not None else {})
 
-        context = self.context(positions, segment_ids)
+        context = self.context(positions, segment_ids, tokens)
         last, _, stacks = self.scan_layers(self.embed_tokens(tokens), context, emit, None)
         if "resid" in taps:
             stacks["resid"] = jnp.concatenate([stacks["resid"], last[None]])
@@ -134,9 +142,30 @@ class Decoder(nnx.Module):
             return found * jnp.asarray(scale, found.dtype)
         return found if scale == 1 else (found.astype(jnp.float32) * scale).astype(found.dtype)
 
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:
-        """Compute the inputs that the blocks share; once, outside the scan."""
-        return block_context(self.config, positions, segment_ids)
+    def context(
+        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], tokens: Int[Array, "B T"] | None = None
+    ) -> BlockContext:
+        """Compute the inputs that the blocks share; once, outside the scan.
+
+        Args:
+            tokens: needed where blocks have inputs of their own.
+        """
+        context = block_context(self.config, positions, segment_ids)
+        if self.config.block_inputs is None:
+            return context
+        if tokens is None:
+            raise ValueError("blocks have inputs of their own, which are made of the tokens")
+        return context._replace(inputs=self._block_inputs(tokens))
+
+    def _block_inputs(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T L P"]:
+        """Half a token's own vectors, half made of its embedding; float32 inside, rounded once."""
+        config, found = self.config, self.block_embed[...][tokens]
+        width = self.block_norm[...].shape[-1]
+        own = (found * jnp.asarray(width**0.5, found.dtype)).astype(jnp.float32)
+        made = (self.embed_tokens(tokens) @ self.block_projection[...]).astype(jnp.float32) * config.hidden_size**-0.5
+        own, made = (part.reshape(*tokens.shape, config.num_blocks, width) for part in (own, made))
+        made = rms_norm(made, self.block_norm[...], config.norm_eps, product=config.norm_product)
+        return ((made + own) * 2**-0.5).astype(found.dtype)
 
     def logits(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits from the stream that leaves the last block."""
@@ -177,17 +206,18 @@ class Decoder(nnx.Module):
         last = self.config.num_blocks - 1
 
         def run_block(block: Block, x: Array, carry: Any, index: Array, may_skip: bool) -> tuple[Array, Any, Any]:
-            attn_out = block.attention(x, context)
+            carry, kept = carry
+            attn_out, kept = _attend(block.attention, x, context, kept)
             middle, own = x + attn_out, context_of_block(context, index)
             if may_skip:
                 mlp_out, router = jax.lax.cond(index == last, _zeros_like(block.mlp), block.mlp, middle, own)
             else:
                 mlp_out, router = block.mlp(middle, own)
             carry, y = emit(carry, BlockOutput(x, attn_out, mlp_out, router), index)
-            return middle + mlp_out, carry, y
+            return (middle + mlp_out).astype(x.dtype), (carry, kept), y
 
         stacks: list[tuple[Any, ...]] = []
-        start = 0
+        start, carry = 0, (carry, _nothing_kept(self.config, x))
         for number, group in enumerate(self.groups):
             size = len(group.blocks)
             graph, parameters = nnx.split(group)
@@ -213,7 +243,31 @@ class Decoder(nnx.Module):
             (x, carry), ys = jax.lax.scan(wrap(body) if wrap else body, (x, carry), (sliced_of, firsts))
             stacks.append(ys)
             start += size * group.repeats
-        return x, carry, _in_block_order(stacks)
+        return x, carry[0], _in_block_order(stacks)
+
+
+def _nothing_kept(config: ModelConfig, x: Float[Array, "B T D"]) -> Taken | None:
+    """Keys and values of no block, in the shapes of those that are kept for later blocks; None where none are."""
+    if not config.takes_keys:
+        return None
+    plain, wide = (
+        jnp.zeros((*x.shape[:2], *config.heads_of(kind)), x.dtype) for kind in (BlockKind(), BlockKind(wide=True))
+    )
+    return (plain, plain), (wide, wide)
+
+
+def _attend(
+    mixer: TokenMixer, x: Float[Array, "B T D"], context: BlockContext, kept: Taken | None
+) -> tuple[Array, Taken | None]:
+    """Return the addition of a block's mixer, and the keys and values that later blocks may take over: those of the
+    last block of each width that has some. XLA computes them once."""
+    if kept is None:
+        return mixer(x, context), None
+    out = mixer(x, context._replace(taken=kept))
+    if mixer.kind.taken or not isinstance(mixer, Attention):
+        return out, kept
+    made = mixer.keys_values(pre_norm(mixer, x), context)
+    return out, (kept[0], made) if mixer.kind.wide else (made, kept[1])
 
 
 @functools.lru_cache(maxsize=64)

@@ -162,7 +162,7 @@ def _program(
 
         last, states, kept = model.scan_layers(
             model.embed_tokens(tokens) if places is None else places.stream(model.embed_tokens(tokens)),
-            model.context(positions, segment_ids),
+            model.context(positions, segment_ids, tokens),
             emit,
             {
                 name: _placed(recorder.start(batch, row_tokens, config.hidden_size), places)

@@ -94,8 +94,8 @@ def select_experts(
         logits: float32.
         bias: added to the rank: to the logits of `softmax` and `sigmoid_input` (0.1 on probabilities of 128 experts
             would decide nearly every choice), to the sigmoids of `sigmoid`. None: no bias, which zeros are as well.
-        groups: of neighbouring experts. A group ranks by the sum of its two best; experts outside the best
-            `groups_kept` are never chosen.
+        groups: of neighbouring experts. A group ranks by the sum of its two best, of `softmax` their probabilities;
+            experts outside the best `groups_kept` are never chosen.
 
     See `MoeConfig` for the others.
 
@@ -109,7 +109,7 @@ def select_experts(
         rank = own if scores == "sigmoid" else logits
     rank = rank if bias is None else rank + bias
     if groups > 1:
-        rank = _within_groups(rank, groups, groups_kept)
+        rank = _within_groups(rank, jax.nn.softmax(rank, axis=-1) if scores == "softmax" else rank, groups, groups_kept)
     ids = jax.lax.top_k(rank, top_k)[1]
     weights = jnp.take_along_axis(own, ids, axis=-1)
     if renormalise:
@@ -118,10 +118,14 @@ def select_experts(
     return ids, weights * scaling if scaling != 1.0 else weights
 
 
-def _within_groups(rank: Float[Array, "*B E"], groups: int, kept: int) -> Float[Array, "*B E"]:
-    """The rank of the experts in the best groups; the others can never be chosen."""
+def _within_groups(
+    rank: Float[Array, "*B E"], shares: Float[Array, "*B E"], groups: int, kept: int
+) -> Float[Array, "*B E"]:
+    """The rank of the experts in the best groups, by the sums of their two best `shares`; the others can never be
+    chosen."""
     split = rank.reshape(*rank.shape[:-1], groups, -1)
-    of_group = jnp.sum(jax.lax.top_k(split, min(2, split.shape[-1]))[0], axis=-1)
+    best = jax.lax.top_k(shares.reshape(split.shape), min(2, split.shape[-1]))[0]
+    of_group = jnp.sum(best, axis=-1)
     chosen = jax.lax.top_k(of_group, kept)[1]
     inside = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)
     return jnp.where(inside[..., None], split, NEVER).reshape(rank.shape)

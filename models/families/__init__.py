@@ -2,8 +2,10 @@
 
 reading/        shared parts: checked values, known keys, layer kinds
 llama.py        Llama, Mistral, Ministral
+mistral.py      Mistral with eyes, Ministral 3, Mistral 4
 qwen/           Qwen2, Qwen3, Qwen3-VL, Qwen3-Next, Qwen3.5
-gemma.py        Gemma 2, Gemma 3
+gemma.py        Gemma, Gemma 2, Gemma 3
+gemma4.py       Gemma 4
 phi3.py         Phi-3, Phi-4
 olmo.py         OLMo 2, OLMo 3
 olmoe.py        OLMoE
@@ -12,7 +14,7 @@ granite.py      Granite
 mixtral.py      Mixtral
 gpt_oss.py      gpt-oss
 glm4_moe.py     GLM-4.5
-deepseek.py     DeepSeek-V3, Moonlight, Kimi K2
+deepseek.py     DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
 
@@ -24,13 +26,15 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig, RopeConfig
 from distillcache.models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
-from distillcache.models.families.deepseek import DEEPSEEK_V3
-from distillcache.models.families.gemma import GEMMA2, GEMMA3, GEMMA3_TEXT
+from distillcache.models.families.deepseek import DEEPSEEK_V3, KIMI_K25
+from distillcache.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
+from distillcache.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from distillcache.models.families.glm4_moe import GLM4_MOE
 from distillcache.models.families.gpt_oss import GPT_OSS
 from distillcache.models.families.granite import GRANITE
-from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MISTRAL3, exported_family
+from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, exported_family
 from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
 from distillcache.models.families.mixtral import MIXTRAL
 from distillcache.models.families.olmo import OLMO2, OLMO3
 from distillcache.models.families.olmoe import OLMOE
@@ -41,7 +45,7 @@ from distillcache.models.families.qwen.moe import QWEN2_MOE, QWEN3_MOE
 from distillcache.models.families.qwen.vision import QWEN3_VL, QWEN3_VL_MOE
 from distillcache.models.families.reading.family import Family, common_keys
 from distillcache.models.families.reading.packing import KEY as PACKING
-from distillcache.models.families.reading.packing import check_packing
+from distillcache.models.families.reading.packing import check_packing, packing_inside
 from distillcache.models.families.reading.values import Values, rope_from_hf
 from distillcache.models.families.smollm3 import SMOLLM3
 from distillcache.models.files.foreign import packing_key
@@ -54,6 +58,8 @@ KNOWN = (
     LLAMA,
     MISTRAL,
     MINISTRAL,
+    MINISTRAL3,
+    MISTRAL4,
     MISTRAL3,
     QWEN2,
     QWEN3,
@@ -62,9 +68,12 @@ KNOWN = (
     OLMO3,
     PHI3,
     GRANITE,
+    GEMMA,
     GEMMA2,
     GEMMA3_TEXT,
     GEMMA3,
+    GEMMA4_TEXT,
+    GEMMA4,
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
@@ -80,17 +89,20 @@ KNOWN = (
     LLAMA4,
     GLM4_MOE,
     DEEPSEEK_V3,
+    KIMI_K25,
     GPT_OSS,
     BAILING_MOE,
     BAILING_MOE_V2,
 )
 MOST_EXPERTS = 2**18  # of all blocks; Kimi K2 has 23,040, each with tensors of its own
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}
-# Vision-language models: the text model that is read and exported.
+# Vision-language models: the text model that is read and exported; of Mistral 3 the first of several.
 LANGUAGE_MODELS = {
     MISTRAL3.name: MISTRAL.name,
+    KIMI_K25.name: DEEPSEEK_V3.name,
     LLAMA4.name: LLAMA4_TEXT.name,
     GEMMA3.name: GEMMA3_TEXT.name,
+    GEMMA4.name: GEMMA4_TEXT.name,
     QWEN3_VL.name: QWEN3.name,
     QWEN3_VL_MOE.name: QWEN3_MOE.name,
     QWEN3_5.name: QWEN3_5_TEXT.name,
@@ -118,6 +130,7 @@ def config_from_hf(raw: Mapping[str, Any], file: Location) -> ModelConfig:
     family = _family_of(raw, file)
     if (key := packing_key(raw)) is not None:
         raw = {PACKING: raw[key], **{other: value for other, value in raw.items() if other != key}}
+    raw = packing_inside(raw)
     values = Values(raw, family.defaults, file, family.aliases)
     values.check_keys(family.understood | {PACKING}, family.neutral)
     check_packing(values)
@@ -156,13 +169,16 @@ def _family_of(raw: Mapping[str, Any], file: Location) -> Family:
 
 def check_heads(config: ModelConfig, file: Location) -> None:
     """Query heads form equal groups; numbers of a head are rotated in pairs, so its rotated width is even."""
-    if config.num_heads % config.num_kv_heads:
-        raise CheckpointError(
-            "the query heads do not divide into the key/value heads",
-            {"file": file, "query heads": config.num_heads, "key/value heads": config.num_kv_heads},
-            "check num_attention_heads and num_key_value_heads",
-        )
+    for kv_heads, _ in map(config.heads_of, config.kinds):
+        if config.num_heads % kv_heads:
+            raise CheckpointError(
+                "the query heads do not divide into the key/value heads",
+                {"file": file, "query heads": config.num_heads, "key/value heads": kv_heads},
+                "check num_attention_heads and num_key_value_heads",
+            )
     width = rotated_width(config.rope, config.rope_dim)
+    if config.wide is not None and config.head_dim % 2:
+        width = config.head_dim
     if width % 2 or width == 0:
         raise CheckpointError(
             "rotary embedding needs an even head width",
@@ -216,12 +232,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": family.name,
-        **common_keys(config, dtype),
+        **{key: value for key, value in common_keys(config, dtype).items() if key not in family.unwritten},
         **family.write(config),
     }
 
 
 def _exported_name(config: ModelConfig) -> str:
+    if config.family == MISTRAL3.name:
+        return text_of(config).name
     if config.family in LANGUAGE_MODELS:
         return LANGUAGE_MODELS[config.family]
     if config.family == PHI3.name and not says_heads(config) and config.rope.fraction == 1:

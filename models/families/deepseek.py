@@ -1,8 +1,9 @@
 """DeepSeek-V3 (also R1, V3.1, Moonlight, Kimi K2): latent attention, experts ranked by sigmoid and bias within groups.
 
-The released files are in FP8 (models/files/packed.py); an export has floats.
+The released files are in FP8 (models/files/packed.py); an export has floats. `kimi_k25` is Kimi K2.5 and later, with
+eyes: such a model inside its config and behind a prefix of its tensors, and of it that alone is read and exported.
 
-Source: HF transformers `configuration_deepseek_v3`, `modeling_deepseek_v3`.
+Source: HF transformers `configuration_deepseek_v3`, `configuration_kimi_k25` and their modelling code.
 """
 
 import math
@@ -25,16 +26,19 @@ from distillcache.models.families.reading.grouped import (
     sigmoid_moe,
     sigmoid_moe_keys,
 )
+from distillcache.models.families.reading.multimodal import AROUND, PREFIX, multimodal_layout, read_vision_language
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import BlockTensor, Layout
 
 
 def _read(values: Values) -> ModelConfig:
-    latent = _latent(values)
+    if values["head_dim"] not in (None, values["qk_rope_head_dim"]):  # transformers rotates by it
+        raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
+    latent = latent_config(values)
     width = latent.plain_dim + latent.rope_dim
     rope = replace(values.rope(), interleaved=values.flag("rope_interleave"))
     bias, kinds = values.flag("attention_bias"), dense_then_experts(values)
-    heads: dict[str, Any] = {"num_kv_heads": _kv_heads(values), "head_dim": width}
+    heads: dict[str, Any] = {"num_kv_heads": one_head_each(values), "head_dim": width}
     return ModelConfig(
         **common_fields(values, kinds) | heads,
         rope=rope,
@@ -48,9 +52,8 @@ def _read(values: Values) -> ModelConfig:
     )
 
 
-def _latent(values: Values) -> LatentConfig:
-    if values["head_dim"] not in (None, values["qk_rope_head_dim"]):  # transformers rotates by it
-        raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
+def latent_config(values: Values) -> LatentConfig:
+    """The sizes of latent attention."""
     return LatentConfig(
         query_rank=values.size_or_none("q_lora_rank"),
         rank=values.size("kv_lora_rank"),
@@ -60,7 +63,12 @@ def _latent(values: Values) -> LatentConfig:
     )
 
 
-def _kv_heads(values: Values) -> int:
+def one_head_each(values: Values) -> int:
+    """The number of key and value heads, which is that of the query heads.
+
+    Raises:
+        CheckpointError: `num_key_value_heads` is another.
+    """
     heads = values.size("num_attention_heads")
     if (values.size_or_none("num_key_value_heads") or heads) != heads:
         raise values.bad("num_key_value_heads", f"{heads}: every query head has keys and values of its own")
@@ -77,18 +85,18 @@ def softmax_scale(width: int, rope: RopeConfig) -> float:
     return width**-0.5 * amplitude * amplitude
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
-    latent, moe = config.latent, config.moe_config
+def latent_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the config keys that say this decoder's latent attention, but for its rotation.
+
+    Raises:
+        CheckpointError: they cannot say it.
+    """
+    latent = config.latent
     if latent is None or config.attention_scale != softmax_scale(config.head_dim, config.rope):
         raise not_exportable("attention without latent vectors, or another scale", "both", "use another family")
-    if moe.scores != "sigmoid" or not moe.native_bias or not moe.shared_size or config.qkv_bias != config.output_bias:
-        raise not_exportable(
-            f"scores {moe.scores}, a shared expert of {moe.shared_size}, some biases of attention",
-            "sigmoid scores with a bias, a shared expert, biases of attention all or none",
-            "use another family",
-        )
+    if config.qkv_bias != config.output_bias:
+        raise not_exportable("some biases of attention", "all or none", "use another family")
     return {
-        "head_dim": latent.rope_dim,  # as transformers has it; what is rotated
         "q_lora_rank": latent.query_rank,
         "kv_lora_rank": latent.rank,
         "qk_nope_head_dim": latent.plain_dim,
@@ -96,17 +104,29 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "v_head_dim": latent.value_dim,
         "rope_interleave": config.rope.interleaved,
         "attention_bias": config.qkv_bias,
-        **sigmoid_moe_keys(config),
     }
 
 
+def _write(config: ModelConfig) -> dict[str, Any]:
+    moe = config.moe_config
+    if moe.scores != "sigmoid" or not moe.native_bias or not moe.shared_size or config.temperature is not None:
+        raise not_exportable(
+            f"scores {moe.scores}, a shared expert of {moe.shared_size}, growth of queries {config.temperature}",
+            "sigmoid scores with a bias, a shared expert, no growth of queries",
+            "use another family",
+        )
+    # head_dim as transformers has it: what is rotated.
+    return latent_keys(config) | {"head_dim": config.rope_dim, **sigmoid_moe_keys(config)}
+
+
 def _layout(config: ModelConfig) -> Layout:
-    common = [*norm_tensors(), *_latent_tensors(config)]
+    common = [*norm_tensors(), *latent_tensors(config)]
     moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
     return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
 
 
-def _latent_tensors(config: ModelConfig) -> list[BlockTensor]:
+def latent_tensors(config: ModelConfig) -> list[BlockTensor]:
+    """`self_attn.*` of latent attention."""
     found = [
         BlockTensor("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a", 1),
         BlockTensor("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm"),
@@ -163,4 +183,28 @@ DEEPSEEK_V3 = Family(
     harmless=frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"}),
     neutral={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+)
+
+
+def _kimi_layout(config: ModelConfig) -> Layout:
+    """Transformers 5.24 saves the blocks under another name than the published files have, and reads both."""
+    found = multimodal_layout(_layout(config))
+    saved = tuple((f"{prefix}blocks.", f"{PREFIX}layers.") for prefix in ("language_model.model.", PREFIX))
+    return replace(found, spellings=(*saved, *found.spellings))
+
+
+KIMI_K25 = Family(
+    name="kimi_k25",
+    architecture="KimiK25ForConditionalGeneration",
+    defaults={"text_config": None, "tie_word_embeddings": None},
+    read=lambda values: read_vision_language(values, DEEPSEEK_V3, "kimi_k25"),
+    write=_write,
+    layout=_kimi_layout,
+    # Tokens that stand for pictures, and the projection of these.
+    harmless=AROUND
+    | frozenset(
+        """ignore_index media_placeholder_token_id projection_hidden_size projection_layer_norm_eps
+        use_unified_vision_chunk video_placeholder""".split()  # noqa: SIM905 - as in families/reading/keys.py
+    ),
+    neutral={"encoder_only": (False,), "language_only": (False,)},
 )

@@ -1,14 +1,15 @@
-"""Gemma 2 and 3: norms before and after each sublayer, and blocks with a window between those without.
+"""Gemma 1, 2 and 3: norms multiply by one more than their weight, embeddings are multiplied by the root of their width.
 
-Norms multiply by one more than their weight; embeddings are multiplied by the root of their width; scores of attention
-are scaled by a number of the config's. Gemma 2 caps scores and logits softly, and every other block has a window. Gemma
-3 norms the heads of queries and keys instead; of six blocks five have a window, and these rotate by a base of their own
-and without the scaling that stretches the others.
+Gemma is otherwise a Llama. Its `gelu` has always meant the tanh approximation, which transformers says as well. Gemma 2
+and 3 have norms before and after each sublayer, blocks with a window between those without, and scores of attention
+that are scaled by a number of the config's. Gemma 2 caps scores and logits softly, and every other block has a window.
+Gemma 3 norms the heads of queries and keys instead; of six blocks five have a window, and these rotate by a base of
+their own and without the scaling that stretches the others.
 
 `gemma3` is the model with eyes: its config has the config of a `gemma3_text` inside, its tensors have that one's behind
 a prefix, and of both only the language model is read; it is exported as `gemma3_text`.
 
-Source: HF transformers `configuration_gemma2`, `configuration_gemma3` and their modelling code.
+Source: HF transformers `configuration_gemma`, `configuration_gemma2`, `configuration_gemma3` and their modelling code.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
+    dense_layout,
     dense_tensors,
     not_exportable,
+    only_kind,
 )
 from distillcache.models.families.reading.kinds import (
     FULL,
@@ -36,25 +39,38 @@ from distillcache.models.families.reading.values import EXPORTED_ACTIVATIONS, Va
 from distillcache.models.files.tensors import BlockTensor, Layout
 
 LOCAL_THETA, GLOBAL_THETA = 10_000.0, 1_000_000.0
+TANH = {"gelu": "gelu_tanh"}  # of Gemma 1
 
 
 def _windows(values: Values, slides: Callable[[int], bool]) -> list[int | None]:
     return typed_windows(values, values.size_or_none("sliding_window"), slides)
 
 
-def _common(values: Values, kinds: list[BlockKind], family: str) -> dict[str, Any]:
+def _of_all(values: Values, kinds: list[BlockKind], family: str, activation: str) -> dict[str, Any]:
     bias, hidden = values.flag("attention_bias"), values.size("hidden_size")
-    return common_fields(values, kinds, activation="hidden_activation") | {
+    return common_fields(values, kinds, activation=activation) | {
         "qkv_bias": bias,
         "output_bias": bias,
-        "norms": "both",
         "norm_product": "offset",
         "embed_scale": hidden**0.5,
         "embed_scale_rounded": True,
-        "attention_scale": values.size("query_pre_attn_scalar") ** -0.5,
-        "logits_softcap": values.number_or_none("final_logit_softcapping"),
         "family": family,
     }
+
+
+def _common(values: Values, kinds: list[BlockKind], family: str) -> dict[str, Any]:
+    return _of_all(values, kinds, family, "hidden_activation") | {
+        "norms": "both",
+        "attention_scale": values.size("query_pre_attn_scalar") ** -0.5,
+        "logits_softcap": values.number_or_none("final_logit_softcapping"),
+    }
+
+
+def _read_gemma(values: Values) -> ModelConfig:
+    kinds = [BlockKind()] * values.size("num_hidden_layers")
+    found = _of_all(values, kinds, "gemma", "hidden_act")
+    found["activation"] = TANH.get(found["activation"], found["activation"])
+    return ModelConfig(**found, rope=values.rope())
 
 
 def _read_gemma2(values: Values) -> ModelConfig:
@@ -87,20 +103,36 @@ def _read_gemma3(values: Values) -> ModelConfig:
     return replace(read_language_model(values, GEMMA3_TEXT), family="gemma3", tie_embeddings=tied)
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _check(config: ModelConfig, **own: tuple[Any, Any]) -> None:
+    """Raise `CheckpointError` unless a Gemma's config can say this decoder. own: what of it a family checks beside what
+    all do, and what is expected of that."""
     check_dense(config)
-    scale = 1.0 if config.attention_scale is None else config.attention_scale
-    scalar = round(scale**-2)
     found = {
         "embed_scale": (config.embed_scale, config.hidden_size**0.5),
         "embed_scale_rounded": (config.embed_scale_rounded, True),
-        "attention_scale": (config.attention_scale, scalar**-0.5),
         "biases": ((config.qkv_bias, config.mlp_bias), (config.output_bias, False)),
-        "hidden size over heads, rest": (config.hidden_size % config.num_heads, 0),
+        **own,
     }
     for name, (value, expected) in found.items():
         if value != expected:
             raise not_exportable(f"{name} {value}", str(expected), "export a decoder that a Gemma's config can say")
+
+
+def _write_gemma(config: ModelConfig) -> dict[str, Any]:
+    # The tanh approximation is what `gelu` means here.
+    said = TANH.get(config.activation, config.activation)
+    _check(config, kinds=(only_kind(config), BlockKind()), activation=(config.activation, said))
+    return {"attention_bias": config.qkv_bias}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    scale = 1.0 if config.attention_scale is None else config.attention_scale
+    scalar = round(scale**-2)
+    _check(
+        config,
+        attention_scale=(config.attention_scale, scalar**-0.5),
+        rest_of_hidden_size_over_heads=(config.hidden_size % config.num_heads, 0),
+    )
     return {
         **typed_window_keys(config),
         "hidden_activation": EXPORTED_ACTIVATIONS[config.activation],
@@ -144,6 +176,24 @@ DEFAULTS: dict[str, Any] = {
 # Transformers reads `hidden_activation`, and of the other names none.
 HARMLESS = frozenset({"hidden_act", "cache_implementation"})
 ONE_WAY: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (False, None)}
+GEMMA = Family(
+    name="gemma",
+    architecture="GemmaForCausalLM",
+    defaults={
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "attention_bias": False,
+    },
+    read=_read_gemma,
+    write=_write_gemma,
+    layout=dense_layout,
+    # Of files of transformers 4, which read this one; it says what is so.
+    neutral=ONE_WAY | {"hidden_activation": ("gelu_pytorch_tanh", None)},
+)
 GEMMA2 = Family(
     name="gemma2",
     architecture="Gemma2ForCausalLM",

@@ -1,19 +1,14 @@
 """Llama, Mistral and Ministral: dense blocks, of which those of Ministral may differ in their window.
 
-`mistral3` is Mistral Small with eyes: a `mistral` inside its config and behind a prefix of its tensors, and of it that
-alone is read; it is exported as `mistral`.
-
-Source: HF transformers `configuration_llama`, `configuration_mistral`, `configuration_ministral`,
-`configuration_mistral3`, versions 4.5x and 5.x.
+Source: HF transformers `configuration_llama`, `configuration_mistral`, `configuration_ministral`, versions
+4.5x and 5.x.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.families.reading.family import Family, common_fields, dense_layout, not_exportable, only_kind
 from distillcache.models.families.reading.kinds import check_dense, typed_window_keys, typed_windows
-from distillcache.models.families.reading.multimodal import multimodal_layout, read_language_model, text_config
 from distillcache.models.families.reading.values import Values
 
 DENSE_DEFAULTS: dict[str, Any] = {
@@ -43,14 +38,6 @@ def _read_ministral(values: Values) -> ModelConfig:
     windows = typed_windows(values, values.size_or_none("sliding_window"), lambda block: True)
     kinds = [BlockKind(window) for window in windows]
     return ModelConfig(**common_fields(values, kinds), rope=values.rope(), family="ministral")
-
-
-def _read_mistral3(values: Values) -> ModelConfig:
-    """The head is a matrix of its own unless `text_config` ties it: beside that, transformers 5 writes true of models
-    whose files have both."""
-    inside = text_config(values, MISTRAL).get("tie_word_embeddings")
-    tied = values.flag("tie_word_embeddings") if inside is None else bool(inside)
-    return replace(read_language_model(values, MISTRAL), family="mistral3", tie_embeddings=tied)
 
 
 def exported_family(config: ModelConfig) -> str:
@@ -118,16 +105,4 @@ MINISTRAL = Family(
     read=_read_ministral,
     write=_write_ministral,
     layout=dense_layout,
-)
-MISTRAL3 = Family(
-    name="mistral3",
-    architecture="Mistral3ForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": False},
-    read=_read_mistral3,
-    write=_write_mistral,
-    layout=lambda config: multimodal_layout(dense_layout(config)),
-    harmless=frozenset(
-        """image_token_id image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size
-        vision_config vision_feature_layer""".split()  # noqa: SIM905 - as in families/reading/keys.py
-    ),
 )

@@ -26,7 +26,7 @@ METHODS = {
     "gptq": "GPTQ",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
-    "fp8": "FP8 with static scales, or with one scale a tensor",
+    "fp8": "FP8",
     "fbgemm_fp8": "FBGEMM FP8",
     "modelopt": "ModelOpt",
     "hqq": "HQQ",

@@ -8,8 +8,11 @@ is requested is read, so such checkpoints load as others do, tensor by tensor in
   HF transformers `integrations/mxfp4.py`), the numbers run along what a product sums over, which is the last axis of
   the file's `X_blocks` and the axis before it in `X`. Exact in bfloat16.
 - Experts stored together: of the fused tensors of a block's experts each matrix is read as if it lay alone.
-- FP8: numbers of 8 bits (E4M3), and for every square of them a float32 factor in `X_scale_inv`. Source: DeepSeek-V3
-  (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`. Products are float32.
+- FP8: numbers of 8 bits (E4M3), and for every square of them, or for a whole matrix, a factor in `X_scale_inv`. Source:
+  DeepSeek-V3 (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`; HF transformers
+  `integrations/finegrained_fp8.py`. Products are float32. Factors of activations are left out.
+- Integers of 4 bits, eight to one of 32 in `X_packed`, the first in the lowest bits, each 8 too large; of every group
+  of a row a factor in `X_scale`. Source: the format `pack-quantized` of compressed-tensors. Products are float32.
 """
 
 import logging
@@ -34,6 +37,9 @@ VALUES = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
 PAIRS = np.ascontiguousarray(VALUES[np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1)]).view(np.uint64)[:, 0]
 BLOCKS, SCALES, INVERSE = "_blocks", "_scales", "_scale_inv"
 FP8_TYPES = ("F8_E4M3",)
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # of integers
+INTEGERS, MIDDLE = 8, 8  # of one of 32 bits; what stands for 0
+OF_ACTIVATIONS = "activation_scale"
 
 
 class Form(Protocol):
@@ -123,6 +129,55 @@ class BlockFp8:
         return codes.astype(np.float32) * scales
 
 
+@dataclass(frozen=True)
+class MatrixFp8:
+    """Codes with one factor, or with an axis of experts one for each of them."""
+
+    codes: str
+    scale: str
+    shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    dtype: str = "F32"
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        """See `Form`."""
+        return [(self.codes, box), (self.scale, whole(self.scale_shape))]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """See `Form`."""
+        codes, scale = stored
+        factors = scale.astype(np.float32).reshape(-1, *(1,) * (len(self.shape) - 1))
+        return codes.astype(np.float32) * (factors if len(factors) == 1 else factors[box[0]])
+
+
+@dataclass(frozen=True)
+class PackedInts:
+    """`[O, I]` of `[O, I / 8]` integers of 32 bits, and a factor for every `group` numbers of a row."""
+
+    packed: str
+    scale: str
+    shape: tuple[int, ...]
+    group: int
+    dtype: str = "F32"
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        """See `Form`."""
+        rows, columns = box
+        return [
+            (name, (rows, slice(columns.start // size, -(-columns.stop // size))))
+            for name, size in ((self.packed, INTEGERS), (self.scale, self.group))
+        ]
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """See `Form`."""
+        packed, scale = stored
+        columns = np.arange(box[1].start, box[1].stop)
+        places = columns // INTEGERS - box[1].start // INTEGERS
+        bits = packed.astype(np.uint32)[:, places] >> (4 * (columns % INTEGERS)).astype(np.uint32)
+        values = (bits & 15).astype(np.float32) - np.float32(MIDDLE)
+        return values * scale.astype(np.float32)[:, columns // self.group - box[1].start // self.group]
+
+
 class UnpackedSource:
     """A checkpoint in which some tensors have a form; the others are as they are."""
 
@@ -195,6 +250,9 @@ def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, An
     for name, form in _forms(source, layout, quantization or {}):
         forms[_spelled(name, layout)] = form
     hidden = {name for form in forms.values() for name, _ in form.reads(whole(form.shape))}
+    if forms and quantization:  # beside them: factors of activations, and sizes of packed matrices
+        beside = {form.packed.removesuffix(PACKED) + SHAPE for form in forms.values() if isinstance(form, PackedInts)}
+        hidden |= {name for name in source.shapes if name in beside or name.endswith(OF_ACTIVATIONS)}
     for name in source.shapes:
         if name not in hidden and _spelled(name, layout) != name:
             forms[_spelled(name, layout)] = Renamed(name, source.shapes[name], source.dtypes[name])
@@ -226,6 +284,7 @@ def unpack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]) -> Iterator[tuple[str, Form]]:
     block: list[int] = quantization.get("weight_block_size") or []
+    group = _group_of(quantization)
     for name, shape in source.shapes.items():
         if name.startswith(layout.foreign):
             continue
@@ -238,8 +297,24 @@ def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]
             squares = tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
             _check_scales(source, name, name + INVERSE, squares)
             yield name, BlockFp8(name, name + INVERSE, shape, (block[0], block[1]))
+        elif not block and source.dtypes[name] in FP8_TYPES and source.shapes.get(name + INVERSE) is not None:
+            scales = source.shapes[name + INVERSE]
+            if np.prod(scales, dtype=int) != 1:
+                _check_scales(source, name, name + INVERSE, (shape[0], *(1,) * (len(scales) - 1)))
+            yield name, MatrixFp8(name, name + INVERSE, shape, scales)
+        elif group and name.endswith(PACKED) and len(shape) == 2:
+            stem = name.removesuffix(PACKED)
+            groups = source.shapes.get(stem + SCALE, (0, 0))[-1]
+            _check_scales(source, name, stem + SCALE, (shape[0], -(-shape[1] * INTEGERS // group)))
+            yield stem, PackedInts(name, stem + SCALE, (shape[0], min(shape[1] * INTEGERS, groups * group)), group)
         elif layout.fused is not None and len(shape) == 3:
             yield from _experts(source, name, layout.fused)
+
+
+def _group_of(quantization: Mapping[str, Any]) -> int:
+    """Numbers under one factor of packed integers; 0 where there are none."""
+    groups = quantization.get("config_groups") or {}
+    return next((int(group["weights"]["group_size"]) for group in groups.values()), 0)
 
 
 def _experts(source: TensorSource, name: str, fused: FusedExperts) -> Iterator[tuple[str, Form]]:

@@ -8,13 +8,17 @@ from jaxtyping import Array, Float, Int
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.layers.rope import rope_tables
 
+Taken = tuple[tuple[Array, Array], tuple[Array, Array]]
+
 
 class BlockContext(NamedTuple):
     """Inputs that every block needs about the rows: attention masks, positions and rotary angles.
 
     local_cos, local_sin: of the blocks that rotate by `ModelConfig.local_rope`; None where there is none.
     noise: in training with `MoeConfig.jitter`, a PRNG key for
-    each row, `[B]`. bias_groups: `[B]`, which of several router biases a row's tokens are routed with.
+    each row, `[B]`. bias_groups: `[B]`, which of several router biases a row's tokens are routed with. taken: keys and
+    values [B, T, K, hd] that blocks may take over, those of plain and of wide heads. inputs: of all blocks
+    (`BlockInputs`), [B, T, L, P]; of one block [B, T, P].
     """
 
     cos: Float[Array, "B T 1 hd"]
@@ -25,6 +29,8 @@ class BlockContext(NamedTuple):
     bias_groups: Int[Array, " B"] | None = None
     local_cos: Float[Array, "B T 1 hd"] | None = None
     local_sin: Float[Array, "B T 1 hd"] | None = None
+    taken: Taken | None = None
+    inputs: Array | None = None
 
 
 def block_context(config: ModelConfig, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:
@@ -33,7 +39,8 @@ def block_context(config: ModelConfig, positions: Int[Array, "B T"], segment_ids
     context = BlockContext(cos, sin, segment_ids, positions)
     if config.local_rope is None:
         return context
-    cos, sin = rope_tables(config.local_rope, config.rope_dim, positions, config.max_positions, segment_ids)
+    width = config.rope_dim if config.wide is None else config.head_dim
+    cos, sin = rope_tables(config.local_rope, width, positions, config.max_positions, segment_ids)
     return context._replace(local_cos=cos, local_sin=sin)
 
 
@@ -46,8 +53,17 @@ def angles_of(context: BlockContext, kind: BlockKind) -> tuple[Float[Array, "B T
     return context.local_cos, context.local_sin
 
 
+def taken_of(context: BlockContext, kind: BlockKind) -> tuple[Array, Array]:
+    """Keys and values that a block of this kind takes over."""
+    if context.taken is None:
+        raise ValueError("a block takes keys and values over, and there are none")
+    return context.taken[kind.wide]
+
+
 def context_of_block(context: BlockContext, index: Array) -> BlockContext:
-    """The context with noise of the block's own."""
-    if context.noise is None:
-        return context
-    return context._replace(noise=jax.vmap(jax.random.fold_in, (0, None))(context.noise, index))
+    """The context with noise and inputs of the block's own."""
+    if context.noise is not None:
+        context = context._replace(noise=jax.vmap(jax.random.fold_in, (0, None))(context.noise, index))
+    if context.inputs is not None:
+        context = context._replace(inputs=jax.lax.dynamic_index_in_dim(context.inputs, index, 2, keepdims=False))
+    return context

@@ -57,8 +57,9 @@ def _beyond_cudnn(config: ModelConfig, dtype: str) -> str:
     """List the features of the decoder that cuDNN does not support; empty if there are none."""
     if dtype not in ("float16", "bfloat16"):
         return f"attention in {dtype}"
-    if config.head_dim % 8 or config.head_dim > CUDNN_HEAD:
-        return f"heads of {config.head_dim}"
+    for _, width in map(config.heads_of, config.kinds):
+        if width % 8 or width > CUDNN_HEAD:
+            return f"heads of {width}"
     asked = {
         "soft caps on attention scores": config.attention_softcap is not None,
         "sinks": config.sinks,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distillcache.models.config import BlockKind, LatentConfig, ModelConfig
-from distillcache.models.layers.attention import Attention
+from distillcache.models.layers.attention import Attention, warmed
 from distillcache.models.layers.context import BlockContext, angles_of
 from distillcache.models.layers.kernels import attend
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
@@ -74,6 +74,7 @@ class LatentAttention(Attention):
         own, v = of_heads[..., : latent.plain_dim], of_heads[..., latent.plain_dim :]
         shared = jnp.broadcast_to(shared, (*own.shape[:-1], latent.rope_dim))
         q, k = jnp.concatenate([plain, turned], axis=-1), jnp.concatenate([own, shared], axis=-1)
+        q = warmed(q, self.config, self.kind, context.positions)
         return attend(q, k, v, context, self.kind, self.config)
 
     def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H hd"]:

@@ -1,17 +1,19 @@
 """The second sublayer of a block: a gated MLP, or a mixture of experts."""
 
+import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distillcache.models.config import ClampedGlu, ModelConfig, MoeConfig
+from distillcache.models.config import BlockKind, ClampedGlu, ModelConfig, MoeConfig
 from distillcache.models.layers.context import BlockContext
 from distillcache.models.layers.experts import Experts, Gating, apply_experts, gated
-from distillcache.models.layers.norm import norm_weight, parameter
-from distillcache.models.layers.sublayer import post_norm, pre_norm
+from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
+from distillcache.models.layers.sublayer import Sublayer, post_norm, pre_norm
 from distillcache.models.routing import RouterOutput, expert_load, route
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,11 +24,64 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def _of_small_numbers(activation: str) -> Callable[[Array], Array]:
+    """The activation where a norm follows, which makes what is small as large as the rest: of `1 + tanh` no digits are
+    left there, of the same as a sigmoid all."""
+    if activation != "gelu_tanh":
+        return ACTIVATIONS[activation]
+    return lambda x: x * jax.nn.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+
+
+class LastSublayer(Sublayer, Protocol):
+    """A block's last sublayer. block_scale [1], and block_gate [D, P], block_up [P, D] and block_post_norm [D] exist if
+    the config has `block_scale` and `block_inputs`."""
+
+    block_scale: nnx.Param
+    block_gate: nnx.Param
+    block_up: nnx.Param
+    block_post_norm: nnx.Param
+
+
+def add_block_end(sublayer: LastSublayer, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    """Give a sublayer the parameters of what a block does behind it."""
+    config = sublayer.config
+    if config.block_scale:
+        sublayer.block_scale = nnx.Param(jnp.ones((repeats, 1), dtype))
+    if config.block_inputs is not None:
+        depth, width = config.hidden_size, config.block_inputs.width
+        sublayer.block_gate = parameter(rngs, (repeats, depth, width), depth, dtype)
+        sublayer.block_up = parameter(rngs, (repeats, width, depth), width, dtype)
+        sublayer.block_post_norm = norm_weight((repeats, depth), config, dtype)
+
+
+def leaving(
+    sublayer: LastSublayer, resid: Float[Array, "B T D"], out: Float[Array, "B T D"], context: BlockContext
+) -> Float[Array, "B T D"]:
+    """Compute all that is added to the stream that enters a block's last sublayer, of what this adds: with the block's
+    own input, and so that what leaves the block is scaled. Then it is float32, so that the sum is rounded once."""
+    config = sublayer.config
+    if not config.block_scale and config.block_inputs is None:
+        return out
+    wide = resid.astype(jnp.float32)
+    if config.block_inputs is not None:
+        if context.inputs is None:
+            raise ValueError("blocks have inputs of their own, and there are none")
+        gate = _of_small_numbers(config.activation)((wide + out).astype(resid.dtype) @ sublayer.block_gate[...])
+        more = ((gate * context.inputs) @ sublayer.block_up[...]).astype(jnp.float32)
+        out = out + rms_norm(more, sublayer.block_post_norm[...], config.norm_eps, product=config.norm_product)
+    return sublayer.block_scale[...].astype(jnp.float32) * (wide + out) - wide if config.block_scale else out
+
+
 class Mlp(nnx.Module):
     """The gated MLP sublayer: `down(act(gate(x)) * up(x))`. norm and post_norm [D], gate and up [D, F], down [F, D]."""
 
-    def __init__(self, config: ModelConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        depth, inner = config.hidden_size, config.intermediate_size
+    block_scale: nnx.Param
+    block_gate: nnx.Param
+    block_up: nnx.Param
+    block_post_norm: nnx.Param
+
+    def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        depth, inner = config.hidden_size, config.mlp_width(kind)
         self.config = config
         if config.norms != "post":
             self.norm = norm_weight((repeats, depth), config, dtype)
@@ -39,11 +94,13 @@ class Mlp(nnx.Module):
             self.gate_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.up_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.down_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
+        add_block_end(self, repeats, dtype, rngs)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
         """Return the sublayer's contribution to the residual stream, and no routing."""
         out = self.hidden(resid) @ self.down[...]
-        return post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None), None
+        out = post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None)
+        return leaving(self, resid, out, context), None
 
     def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the neurons' output, the input of the output projection."""
@@ -58,13 +115,18 @@ class Moe(nnx.Module):
     norm and post_norm [D], router [D, E], gate and up [E, D, F], down [E, F, D]; where the family has them logit_bias
     [E], gate_bias and up_bias [E, F], down_bias [E, D];
     shared_gate and shared_up [D, S], shared_down [S, D], shared_router [D, 1]; router_bias [E], or in training several,
-    [groups, E]: float32, without gradient.
+    [groups, E]: float32, without gradient; with `MoeConfig.apart` router_norm, shared_post_norm, expert_norm and
+    expert_post_norm [D] and expert_scale [E].
 
     routing: the parameters that a loss on the routing has a gradient for. by_rule: those that a rule moves instead.
     """
 
-    routing = ("norm", "router", "logit_bias")
+    routing = ("norm", "router", "logit_bias", "router_norm")
     by_rule = ("router_bias",)
+    block_scale: nnx.Param
+    block_gate: nnx.Param
+    block_up: nnx.Param
+    block_post_norm: nnx.Param
 
     def __init__(self, config: ModelConfig, moe: MoeConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         depth, inner, shared = config.hidden_size, moe.expert_size, moe.shared_size
@@ -91,6 +153,13 @@ class Moe(nnx.Module):
             self.shared_down = parameter(rngs, (repeats, shared, depth), shared, dtype)
         if moe.shared_gate:
             self.shared_router = parameter(rngs, (repeats, depth, 1), depth, dtype)
+        if moe.apart:
+            self.router_norm = norm_weight((repeats, depth), config, dtype)
+            self.shared_post_norm = norm_weight((repeats, depth), config, dtype)
+            self.expert_norm = norm_weight((repeats, depth), config, dtype)
+            self.expert_post_norm = norm_weight((repeats, depth), config, dtype)
+            self.expert_scale = nnx.Param(jnp.ones((repeats, moe.num_experts), dtype))
+        add_block_end(self, repeats, dtype, rngs)
 
     def __call__(
         self, resid: Float[Array, "B T D"], context: BlockContext
@@ -100,12 +169,14 @@ class Moe(nnx.Module):
         x = pre_norm(self, resid)
         if moe.jitter and context.noise is not None:
             x = x * _jitter(context.noise, x.shape[1:], moe.jitter).astype(x.dtype)
-        router = route(self._logits(x), self._bias(context), moe)
+        router = route(self._logits(self._routed(resid, x)), self._bias(context), moe)
+        if moe.apart:
+            router = router._replace(weights=router.weights * self.expert_scale[...].astype(jnp.float32)[router.ids])
         of_rows = jax.vmap(lambda ids, real: expert_load(ids, real, moe.num_experts))
         router = router._replace(counts=of_rows(router.ids, context.segment_ids > 0))
         out = apply_experts(
             self._experts(),
-            x,
+            self._normed(resid, self.expert_norm[...]) if moe.apart else x,
             router.ids,
             router.weights,
             _gating(activation, moe.clamped),
@@ -117,8 +188,21 @@ class Moe(nnx.Module):
             shared = (hidden @ self.shared_down[...]).astype(jnp.float32)
             if moe.shared_gate:
                 shared = jax.nn.sigmoid((x @ self.shared_router[...]).astype(jnp.float32)) * shared
+            if moe.apart:
+                out = self._normed(out.astype(jnp.float32), self.expert_post_norm[...])
+                shared = self._normed(shared, self.shared_post_norm[...])
             out = (out + shared).astype(x.dtype)
-        return post_norm(self, out), router
+        return leaving(self, resid, post_norm(self, out), context), router
+
+    def _normed(self, x: Float[Array, "B T D"], weight: Float[Array, " D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x, weight, self.config.norm_eps, product=self.config.norm_product)
+
+    def _routed(self, resid: Float[Array, "B T D"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The router's input: that of the experts, or the stream under a norm of its own over the root of its width."""
+        if not self.moe.apart:
+            return x
+        weight = self.router_norm[...].astype(jnp.float32) * self.config.hidden_size**-0.5
+        return rms_norm(resid, weight, self.config.norm_eps)
 
     def _experts(self) -> Experts:
         matrices = (self.gate[...], self.up[...], self.down[...])

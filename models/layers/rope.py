@@ -63,8 +63,9 @@ def context_length(config: ModelConfig) -> int:
 
 
 def rotated_width(rope: RopeConfig, head_dim: int) -> int:
-    """Return the count of rotated dimensions of a head, which come first; rounded as in transformers."""
-    return int(head_dim * rope.fraction)
+    """Return the count of rotated dimensions of a head, which come first; rounded as in transformers. Where frequencies
+    are `proportional`, all are, of which those behind the fraction by nothing."""
+    return head_dim if rope.kind == "proportional" else int(head_dim * rope.fraction)
 
 
 def rotate(
@@ -95,6 +96,9 @@ def _fixed_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, flo
         return frequencies / np.float32(rope.factor), 1.0
     if rope.kind == "llama3":
         return llama3_frequencies(rope, frequencies), 1.0
+    if rope.kind == "proportional":  # those of the whole head, of which the last are 0
+        turned = np.arange(head_dim // 2) < int(rope.fraction * head_dim // 2)
+        return np.where(turned, frequencies / np.float32(rope.factor), np.float32(0)), 1.0
     if rope.kind == "yarn":
         return _yarn_frequencies(rope, head_dim, frequencies), _yarn_amplitude(rope)
     return frequencies, 1.0

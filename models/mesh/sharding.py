@@ -60,7 +60,11 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp/shared_up": ("fsdp", "tensor"),
     "mlp/shared_down": ("tensor", "fsdp"),
     "mlp/shared_router": ("fsdp", None),
+    "mlp/block_gate": ("fsdp", None),
+    "mlp/block_up": (None, "fsdp"),
     "embed": ("tensor", "fsdp"),
+    "block_embed": ("tensor", "fsdp"),
+    "block_projection": ("fsdp", "tensor"),
     "head": ("fsdp", "tensor"),
 }
 # The same names where a block has experts: one more axis in front.

@@ -1,8 +1,8 @@
 """A decoder taken apart block by block and put together again, with the meaning of every parameter's axes.
 
-Axis letters: D hidden, H query heads, K key/value heads, h width of a head, F neurons of a dense MLP, E experts,
-W neurons of an expert, S neurons of the shared expert, V vocabulary. Of the gated delta rule: G key heads, N value
-heads, d and e their widths, t taps of the convolution.
+Axis letters: D hidden, H query heads, K key/value heads, h width of a head, J and w the same of wide heads, F neurons
+of a dense MLP, E experts, W neurons of an expert, S neurons of the shared expert, V vocabulary. Of the gated delta
+rule: G key heads, N value heads, d and e their widths, t taps of the convolution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,6 +78,7 @@ MLP_AXES = {
     "gate_bias": "F",
     "up_bias": "F",
     "down_bias": "D",
+    "block_scale": "1",
 }
 MOE_AXES = {
     "norm": "D",
@@ -95,6 +96,12 @@ MOE_AXES = {
     "shared_up": "DS",
     "shared_down": "SD",
     "shared_router": "D1",
+    "router_norm": "D",
+    "shared_post_norm": "D",
+    "expert_norm": "D",
+    "expert_post_norm": "D",
+    "expert_scale": "E",
+    "block_scale": "1",
 }
 STREAM = "D"
 
@@ -190,6 +197,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "1": 1,
     }
+    if (wide := config.wide) is not None:
+        sizes |= {"J": wide.num_kv_heads, "w": wide.head_dim}
     if (latent := config.latent) is not None:
         sizes |= {"c": latent.rank + latent.rope_dim, "r": latent.query_rank or 0, "l": latent.rank}
         sizes |= {"m": latent.plain_dim + latent.value_dim, "v": latent.value_dim}
@@ -215,6 +224,8 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     letters = table.get(own, "")
     if own in ("q_norm", "k_norm") and config.qk_norm == "head":
         letters = "h"
+    if part == "attention" and kind is not None and kind.wide:
+        letters = letters.replace("K", "J").replace("h", "w")
     sizes = axis_sizes(config)
     if not letters or tuple(sizes.get(letter, 0) for letter in letters) != shape:
         raise ConfigError(

@@ -23,6 +23,8 @@ def changed_config(config: ModelConfig, ops: Sequence[SurgeryOp]) -> ModelConfig
         ConfigError: an operation that this decoder does not allow, or a result that no HF config means: better now
             than when the trained student is exported.
     """
+    if ops and config.is_one_piece:
+        raise refused(ops[0], "found", "blocks that need more than the stream", "blocks of a stream", "leave it out")
     changed = config
     for op in ops:
         changed = after(changed, op)
@@ -76,6 +78,8 @@ def _with_heads(config: ModelConfig, op: SurgeryOp) -> None:
     """Refuse an operation on heads where no block has attention."""
     if not any(kind.mixer == "attention" for kind in config.kinds):
         raise refused(op, "found", "no block with attention", "attention in some blocks", "leave it out")
+    if config.wide is not None:
+        raise refused(op, "found", "heads of two widths", "heads of one", "leave it out")
 
 
 def _query_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:

@@ -87,7 +87,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 def fill_biases(model: torch.nn.Module) -> None:
     """Biases of the choice are buffers, float32 in every file; 0.2 changes it for more than half of the tokens."""
-    for layer in model.model.layers:
+    for layer in getattr(model, "model", model).layers:
         gate = getattr(layer.mlp, "gate", None)
         if gate is not None:
             gate.e_score_correction_bias = 0.2 * torch.randn(gate.num_experts)
@@ -157,18 +157,20 @@ def make_model(
     folder: Path = HERE,
     finish: Callable[[torch.nn.Module], Any] = lambda _: None,
     tokens: int = TOKENS,
+    kind: Any = AutoModelForCausalLM,
 ) -> None:
     """One directory: checkpoint and expected values. finish: what is done to the model before it is saved. tokens: of a
-    row."""
+    row. kind: the model's class, where the config does not tell transformers."""
     torch.manual_seed(seed)
     target = folder / name
-    model = AutoModelForCausalLM.from_config(config, **EAGER)
+    auto = kind is AutoModelForCausalLM
+    model = kind.from_config(config, **EAGER) if auto else kind._from_config(config, **EAGER)
     randomize(model)
     finish(model.to(dtype))
     model.save_pretrained(target)
     (target / "generation_config.json").unlink(missing_ok=True)
     # From the files, so that the frequencies, which `to` would round as well, are computed anew in float32.
-    loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, **EAGER).eval()
+    loaded = kind.from_pretrained(target, dtype=torch.float32, **EAGER).eval()
     expected = forward(loaded, torch.randint(0, config.vocab_size, (BATCH, tokens)), hook_experts, hook_added)
     if packed:
         expected |= packed_forward(loaded, config.vocab_size, hook_experts, hook_added)

@@ -17,10 +17,13 @@ import torch
 from deep_models import DEEP, DEPTHS, SEEDS, deep_tokens, save_deep
 from goldens import EAGER, HERE, forward, hook_mixer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mistral4ForCausalLM
 
 # Models of images and text, whose layers the hooks do not reach; gemma3_text is the decoder of the first.
-NO_LAYERS = ("gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+NO_LAYERS = (
+    *("gemma3", "gemma4", "kimi_k25", "mistral3", "mistral3_ministral3", "mistral3_mistral4"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+)
 
 
 def median_error(found: torch.Tensor, truth: torch.Tensor) -> float:
@@ -32,10 +35,11 @@ def median_error(found: torch.Tensor, truth: torch.Tensor) -> float:
 def open_model(folder: Path) -> torch.nn.Module:
     """In bfloat16, with the attention that users get."""
     options = {"dtype": torch.bfloat16, "experts_implementation": "eager"}
+    kind = Mistral4ForCausalLM if folder.name.startswith("mistral4") else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+        return kind.from_pretrained(folder, attn_implementation="sdpa", **options)
     except ValueError:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+        return kind.from_pretrained(folder, attn_implementation="eager", **options)
 
 
 def main() -> None:

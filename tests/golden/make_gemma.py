@@ -1,4 +1,4 @@
-"""Golden values of Gemma 2 and 3 (see goldens.py), the latter alone and inside the model with eyes.
+"""Golden values of Gemma 1, 2 and 3 (see goldens.py), the last alone and inside the model with eyes.
 
 python tests/golden/make_gemma.py
 """
@@ -12,6 +12,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GemmaConfig,
     PreTrainedConfig,
 )
 
@@ -49,6 +50,8 @@ MODELS: dict[str, PreTrainedConfig] = {
         rope_parameters={SLIDING: LOCAL, FULL: LINEAR},
     ),
 }
+# In which the output of attention is added as it is.
+PLAIN = GemmaConfig(**SIZES | {"hidden_size": 42}, attention_bias=True, rope_parameters=LINEAR)
 # Of the vision part nothing is read.
 MULTIMODAL = Gemma3Config(
     text_config=Gemma3TextConfig(
@@ -99,6 +102,7 @@ def make_multimodal(name: str, config: Gemma3Config, seed: int) -> None:
 def main() -> None:
     for seed, (name, config) in enumerate(MODELS.items(), 700):
         make_model(name, config, seed, hook_added=HOOK, finish=less_one)
+    make_model("gemma", PLAIN, 798, finish=less_one)
     make_multimodal("gemma3", MULTIMODAL, 799)
 
 

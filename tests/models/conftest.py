@@ -1,7 +1,9 @@
 """Small decoders and checkpoints that the tests of this folder share."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,14 @@ from distillcache.schemas.store.store import Store
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CACHED_TEACHER = Path("~/.cache/distillcache/SmolLM2-135M-Instruct.Q4_1.gguf").expanduser()
+
+
+def transformers_model(folder: Path, **options: Any) -> Any:
+    """What transformers' class that the config names reads of a checkpoint; not every family is known to its
+    `AutoModelForCausalLM`."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `parity`)")
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder, **options)
 
 
 def upload(folder: Path, url: str) -> str:

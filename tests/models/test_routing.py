@@ -82,7 +82,8 @@ def chosen_by_hand(
         rank = (own if scores == "sigmoid" else token) + (0.0 if bias is None else bias)
         size = len(token) // groups
         members = {group: range(group * size, (group + 1) * size) for group in range(groups)}
-        of_group = {group: float(sum(sorted(rank[list(inside)])[-2:])) for group, inside in members.items()}
+        shares = softmax(rank) if scores == "softmax" else rank
+        of_group = {group: float(sum(sorted(shares[list(inside)])[-2:])) for group, inside in members.items()}
         kept = best(of_group, groups_kept) if groups > 1 else [0]
         mine = best({expert: rank[expert] for group in kept for expert in members[group]}, top_k)
         share = own[mine] / (own[mine].sum() if renormalise else 1.0) * scaling

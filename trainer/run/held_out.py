@@ -112,7 +112,7 @@ def run_stream(
     decoder: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Array, Array | None]:
     """The stream that leaves the last block, and the load of every expert, `[Lm, E]`."""
-    context = decoder.context(positions, segment_ids)
+    context = decoder.context(positions, segment_ids, tokens)
 
     def emit(carry: None, out: BlockOutput, _: Array) -> tuple[None, dict[str, Array]]:
         if out.router is None:

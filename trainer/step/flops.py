@@ -61,6 +61,8 @@ def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
     if kind.mixer == "gated_delta":
         delta = config.delta_config
         return 3.0 * delta.value_heads * delta.key_dim * delta.value_dim
+    if config.wide is not None and kind.wide:
+        return float(config.num_heads * config.wide.head_dim * row_tokens)
     return config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
 
 

@@ -146,10 +146,10 @@ def _clipping(most: float) -> optax.GradientTransformation:
 
 
 def _decayed(parameters: Blocks) -> Blocks:
-    """Matrices decay; norm weights, biases and logarithms of rates do not, as is usual."""
+    """Matrices decay; norm weights, biases, logarithms of rates and factors do not, as is usual."""
 
     def decays(path: tuple[Any, ...], _: Array) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not any(part.endswith(("norm", "_bias", "_log")) for part in name.split("/"))
+        return not any(part.endswith(("norm", "_bias", "_log", "_scale")) for part in name.split("/"))
 
     return jax.tree_util.tree_map_with_path(decays, parameters)

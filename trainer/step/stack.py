@@ -19,6 +19,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.norm import rms_norm
 from distillcache.schemas.codecs import take_slot
+from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.optimizer import put_block, take_block
 from distillcache.trainer.step.parameters import PROJECTOR, StackAddress, cast, sublayer
 from distillcache.trainer.step.targets import BlockTargets, TapReading, Targets
@@ -73,10 +74,25 @@ Cross = Callable[[StackAddress, Any, Any, Array], Array]
 Visit = Callable[[StackAddress, Any, Any, Given, BlockTargets], tuple[Any, Any]]
 
 
+def no_student(config: ModelConfig) -> ConfigError:
+    """The error for a student whose blocks cannot be computed alone."""
+    return ConfigError(
+        "this model cannot be a student: its blocks need more than the stream that enters them",
+        {
+            "family": config.family,
+            "found": "blocks that take over keys and values, or have inputs of their own",
+            "expected": "blocks that are computed from the stream alone",
+        },
+        "use it as a teacher, and make the student of another model with this tokenizer",
+    )
+
+
 class StudentStack:
     """The static part of a student's blocks: their graphs and sizes. Two of equal students are equal."""
 
     def __init__(self, decoder: Decoder) -> None:
+        if decoder.config.is_one_piece:
+            raise no_student(decoder.config)
         self.config: ModelConfig = decoder.config
         self.graphs: dict[StackAddress, dict[str, nnx.GraphDef[Any]]] = {
             (g, p): {"attention": nnx.graphdef(block.attention), "mlp": nnx.graphdef(block.mlp)}

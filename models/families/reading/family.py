@@ -26,7 +26,7 @@ class Family:
     layout: the names of its tensors.
     also: other families' `model_type`s under which its checkpoints go too, told apart by `architectures`.
     harmless: more keys that do not change the forward pass. neutral: keys that would, with the values under which they
-        do not. aliases: other spellings of keys.
+        do not. aliases: other spellings of keys. unwritten: common keys that its exports leave out.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Family:
     harmless: frozenset[str] = frozenset()
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    unwritten: frozenset[str] = frozenset()
 
     @property
     def understood(self) -> frozenset[str]:

@@ -35,7 +35,8 @@ GENERATION = """assistant_confidence_threshold assistant_early_exit assistant_lo
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits
     output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
     repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias stop_strings suppress_tokens
-    target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mambapy watermarking_config"""
+    max_cache_len target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mambapy use_mtp
+    watermarking_config"""
 HARMLESS_KEYS = frozenset(f"{BOOKKEEPING} {GENERATION}".split())
 HARMLESS_PREFIXES = ("unsloth_", "_unsloth_")  # who made the mirror, and with what
 

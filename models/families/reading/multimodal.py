@@ -17,18 +17,21 @@ AROUND = frozenset(
     | {f"vision_{end}_token_id" for end in ("start", "end")}
 )
 MROPE = ("mrope_section", "mrope_interleaved")
-EYES = ("vision_tower", "multi_modal_projector", "visual")
+EYES = ("vision_tower", "multi_modal_projector", "mm_projector", "visual")
 
 
 def multimodal_layout(inner: Layout) -> Layout:
     """Layout of the text model's tensors in such a checkpoint, by transformers 5 or 4. Other tensors are foreign."""
+    old = "language_model.model."
+    left_out = [prefix + name.removeprefix("model.") for name in inner.foreign for prefix in (PREFIX, old)]
     return replace(
         inner,
         embed=f"{PREFIX}embed_tokens.weight",
         block=f"{PREFIX}layers.{{block}}.",
         final_norm=f"{PREFIX}norm.weight",
-        foreign=(*inner.foreign, *(f"{prefix}{part}." for prefix in ("", "model.") for part in EYES)),
-        spellings=(("language_model.model.", PREFIX), ("language_model.lm_head.", "lm_head.")),
+        foreign=(*inner.foreign, *left_out, *(f"{prefix}{part}." for prefix in ("", "model.") for part in EYES)),
+        spellings=((old, PREFIX), ("language_model.lm_head.", "lm_head.")),
+        more=tuple((PREFIX + name.removeprefix("model."), *rest) for name, *rest in inner.more),
     )
 
 
@@ -61,11 +64,23 @@ def read_vision_language(values: Values, text: Family, family: str) -> ModelConf
 
 
 def text_config(values: Values, text: Family) -> Mapping[str, Any]:
-    """`text_config`, an object of this family. Some files name the family around it there, which transformers reads
-    as this one.
+    """`text_config`, an object of this family."""
+    text_family(values, text)
+    return values["text_config"]
+
+
+def text_family(values: Values, *families: Family) -> Family:
+    """The family of `text_config`, an object; the first one where it does not say. Some files name the family around it
+    there, which transformers reads as the text model.
+
+    Raises:
+        CheckpointError: it is none of these.
     """
     found = values["text_config"]
-    names = (text.name, text.name.removesuffix("_text"))
-    if not isinstance(found, dict) or found.get("model_type", text.name) not in names:
-        raise values.bad("text_config", f"an object: the config of a {text.name}")
-    return found
+    if isinstance(found, dict):
+        for family in families:
+            names = (family.name, family.name.removesuffix("_text"), *family.also)
+            if found.get("model_type", families[0].name) in names:
+                return family
+    known = " or ".join(name for family in families for name in (family.name, *family.also))
+    raise values.bad("text_config", f"an object: the config of a {known}")

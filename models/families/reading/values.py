@@ -49,6 +49,7 @@ ROPE_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
+    "proportional": ((), ("factor",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         (),
@@ -273,6 +274,8 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5."""
     required, optional = ROPE_PARAMETERS[rope.kind]
     found = {key: getattr(rope, ROPE_FIELDS.get(key, key)) for key in (*required, *optional)}
+    if rope.kind == "proportional" and rope.factor == 1:
+        del found["factor"]  # transformers warns of it, and reads it
     written = {key: list(value) if key in ROPE_LISTS else value for key, value in found.items() if value is not None}
     partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}

@@ -4,8 +4,9 @@ An architecture's keys are a closed list, as those of a config.json are: each is
 name. What the metadata leaves out, tensors say: biases by being there, a tied head by being absent, Llama 3's scaling
 of the rotary frequencies by its divisors, `rope_freqs.weight`.
 
-Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel),
-`llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are weighed).
+Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, Qwen2Model, Qwen2MoeModel,
+Qwen3Model, Qwen3MoeModel), `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how
+experts are weighed).
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from distillcache.models.config import (
     ModelConfig,
     MoeConfig,
     RopeConfig,
+    TemperatureConfig,
     plan_layers,
 )
 from distillcache.models.families import check_experts, check_heads
@@ -39,6 +41,7 @@ class Architecture:
     dense, sparse: the HF family of its files without and with experts; None: it has no such files.
     renormalise: the chosen experts' weights are divided by their sum.
     hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
+    growing: queries may grow with positions. gemma: norms, embeddings and activation are Gemma's.
     harmless: more keys that say nothing of text.
     """
 
@@ -47,6 +50,8 @@ class Architecture:
     renormalise: bool = True
     qk_norm: bool = False
     hybrid: bool = False
+    growing: bool = False
+    gemma: bool = False
     harmless: frozenset[str] = frozenset()
 
 
@@ -54,6 +59,8 @@ class Architecture:
 OF_PICTURES = frozenset({"rope.dimension_sections", "n_deepstack_layers"})
 ARCHITECTURES = {
     "llama": Architecture("llama", "mixtral"),
+    "mistral3": Architecture("ministral3", growing=True),
+    "gemma": Architecture("gemma", gemma=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", qk_norm=True),
     "qwen2moe": Architecture(None, "qwen2_moe", renormalise=False),
@@ -69,6 +76,11 @@ SHARING = ("qwen2_moe", "qwen3_5_moe_text")
 HYBRID_KEYS = frozenset(
     """full_attention_interval nextn_predict_layers ssm.conv_kernel ssm.group_count ssm.inner_size ssm.state_size
     ssm.time_step_rank""".split()  # noqa: SIM905 - as below
+)
+# Of architectures whose queries may grow.
+GROWING_KEYS = frozenset(
+    {"attention.temperature_scale"}
+    | {f"rope.scaling.yarn_{key}" for key in ("beta_fast", "beta_slow", "log_multiplier")}
 )
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
@@ -114,7 +126,8 @@ class GgufValues:
 
     def _known_keys(self) -> frozenset[str]:
         known = ARCHITECTURES[self.name]
-        return UNDERSTOOD_KEYS | HARMLESS_KEYS | known.harmless | (HYBRID_KEYS if known.hybrid else frozenset())
+        own = (HYBRID_KEYS if known.hybrid else frozenset()) | (GROWING_KEYS if known.growing else frozenset())
+        return UNDERSTOOD_KEYS | HARMLESS_KEYS | known.harmless | own
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is."""
@@ -179,7 +192,37 @@ Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
 def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
     """The decoder, of any architecture."""
     config = _plain_config(tensors, values, known)
+    if known.growing:
+        config = _growing(config, values)
+    if known.gemma:
+        config = replace(
+            config,
+            norm_product="offset",
+            activation="gelu_tanh",
+            embed_scale=config.hidden_size**0.5,
+            embed_scale_rounded=True,
+        )
     return _as_hybrid(config, tensors, values) if known.hybrid else config
+
+
+def _growing(config: ModelConfig, values: GgufValues) -> ModelConfig:
+    """The same with queries that grow with positions, from the length on that YaRN scales from, and YaRN as Mistral
+    has it: amplitudes by a logarithm times `log_multiplier`, over one times 1."""
+    rope, scale = config.rope, values.get("attention.temperature_scale", 0)
+    if rope.kind == "yarn":
+        beta = {
+            key: values.number(f"rope.scaling.yarn_{key}", getattr(rope, key)) for key in ("beta_fast", "beta_slow")
+        }
+        times = values.get("rope.scaling.yarn_log_multiplier", 0)
+        shared = (
+            {"mscale": 1.0, "mscale_all_dim": values.number("rope.scaling.yarn_log_multiplier", 1.0)} if times else {}
+        )
+        rope = replace(rope, **beta, **shared)
+    if not scale:
+        return replace(config, rope=rope)
+    floor = values.size("rope.scaling.original_context_length", config.max_positions)
+    scale = values.number("attention.temperature_scale", 1.0)
+    return replace(config, rope=rope, temperature=TemperatureConfig(scale, float(floor), first=0, everywhere=True))
 
 
 def _as_hybrid(config: ModelConfig, tensors: Tensors, values: GgufValues) -> ModelConfig:

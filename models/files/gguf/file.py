@@ -70,7 +70,7 @@ EXPERT_NAMES: dict[str, dict[str, str]] = {
 }
 EXPERT_NAMES["qwen3_5_moe_text"] = EXPERT_NAMES["qwen2_moe"]
 EXPERT_NAMES["qwen3_moe"] = {key: name for key, name in EXPERT_NAMES["qwen2_moe"].items() if "shexp" not in key}
-PERMUTED = ("llama", "mixtral")  # families whose Q and K rows are
+PERMUTED = ("llama", "mixtral", "ministral3")  # families whose Q and K rows are
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -276,6 +276,7 @@ class GgufSource:
         self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None
         permuted = config.family in PERMUTED
         self._delta = config.delta
+        self._offset = config.norm_product == "offset" and config.delta is None
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if permuted else {}
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self.dtypes = {name: _dtype_name(stored.tensor.tensor_type) for name, stored in self._tensors.items()}
@@ -296,6 +297,8 @@ class GgufSource:
         heads = self._heads.get(str(stored.tensor.name).split(".")[-2])
         values = values if heads is None else unpermute(values, heads)
         values = values if self._delta is None else recurrent.as_in_hf(name, values, self._delta)
+        if self._offset and name.endswith("norm.weight"):  # where norms add one, files hold the sum
+            values = values.astype(np.float32) - np.float32(1)
         return values if box is None else values[box]
 
     def close(self) -> None:

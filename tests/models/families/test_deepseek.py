@@ -19,6 +19,7 @@ from distillcache.models.config import BlockKind, LatentConfig, LayerGroup, Mode
 from distillcache.models.families import config_from_hf, config_to_hf
 from distillcache.schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN
+from tests.models.test_checkpoint import assert_same_parameters
 
 FILE = Path("model/config.json")
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -147,7 +148,8 @@ def test_round_trip_is_exact(config: ModelConfig):
         ({"n_shared_experts": 0}, "n_shared_experts"),
         ({"n_group": 5}, "groups"),
         ({"rope_interleave": 1}, "rope_interleave"),
-        ({"quantization_config": FP8 | {"weight_block_size": None}}, "weight_block_size"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128]}}, "weight_block_size"),
+        ({"quantization_config": {key: FP8[key] for key in FP8 if key != "weight_block_size"}}, "quantization_config"),
         ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ],
@@ -172,6 +174,36 @@ def test_refusals_name_the_key(changes: dict[str, Any], named: str):
 def test_what_the_config_cannot_say_is_not_exported(changes: dict[str, Any]):
     with pytest.raises(CheckpointError, match="no config for this decoder"):
         config_to_hf(replace(read(), **changes), "float32")
+
+
+@pytest.mark.parametrize("inside", ["deepseek_v3", "kimi_k2"])
+def test_kimi_with_eyes(inside: str):
+    """The text model is a DeepSeek-V3, whatever its config is called; an export is one."""
+    text = {key: value for key, value in RELEASED.items() if key != "quantization_config"} | {"model_type": inside}
+    outer = {"model_type": "kimi_k25", "text_config": text, "vision_config": {}, "media_placeholder_token_id": 7}
+    found = config_from_hf(outer, FILE)
+    assert found == replace(read(), family="kimi_k25")
+    assert config_from_hf(outer | {"tie_word_embeddings": True}, FILE).tie_embeddings
+    raw = config_to_hf(found, "bfloat16")
+    assert config_from_hf(raw, FILE) == replace(found, family="deepseek_v3", mtp_layers=0)
+    with pytest.raises(CheckpointError, match="config of a deepseek_v3 or kimi_k2"):
+        config_from_hf(outer | {"text_config": text | {"model_type": "deepseek_v2"}}, FILE)
+    with pytest.raises(CheckpointError, match="encoder_only"):
+        config_from_hf(outer | {"encoder_only": True}, FILE)
+
+
+def test_kimi_as_it_is_published(tmp_path: Path):
+    """Transformers saves blocks under another name. With a layer that guesses further ahead."""
+    raw = json.loads((GOLDEN / "kimi_k25" / "config.json").read_text())
+    raw["text_config"] |= {"model_type": "kimi_k2", "num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    stored = load_file(GOLDEN / "kimi_k25" / "model.safetensors")
+    old = {name.replace(".blocks.", ".layers."): value for name, value in stored.items() if "vision" not in name}
+    assert "language_model.model.layers.1.mlp.experts.6.up_proj.weight" in old
+    assert "language_model.model.blocks.1.mlp.experts.6.up_proj.weight" in stored
+    old |= dict.fromkeys(("language_model.model.layers.2.eh_proj.weight", "mm_projector.a"), np.ones(3, np.float32))
+    save_file(old, tmp_path / "model.safetensors")
+    assert_same_parameters(load_pretrained(tmp_path), load_pretrained(GOLDEN / "kimi_k25"))
 
 
 def write_fp8(folder: Path, block: tuple[int, int], **more: np.ndarray) -> dict[str, np.ndarray]:

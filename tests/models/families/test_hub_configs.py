@@ -96,6 +96,100 @@ SEEING = {
     "vision_config": {"depth": 27, "hidden_size": 1152},
     "tie_word_embeddings": False,
 }
+EYES = {
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "vision_feature_layer": -1,
+    "vision_config": VISION,
+}
+GROWING = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 16.0,
+    "llama_4_scaling_beta": 0.1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 16384,
+    "rope_theta": 1000000.0,
+    "rope_type": "yarn",
+    "type": "yarn",
+}
+STATIC_FP8 = {
+    "activation_scheme": "static",
+    "dequantize": False,
+    "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    "quant_method": "fp8",
+    "weight_block_size": None,
+}
+INT4 = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+GEMMA4 = {
+    "audio_config": None,
+    "audio_token_id": 258881,
+    "boa_token_id": 256000,
+    "boi_token_id": 255999,
+    "eoa_token_id": 258883,
+    "eoa_token_index": 258883,
+    "eoi_token_id": 258882,
+    "image_token_id": 258880,
+    "video_token_id": 258884,
+    "vision_config": {"model_type": "gemma4_vision"},
+    "vision_soft_tokens_per_image": 280,
+    "tie_word_embeddings": True,
+}
+GEMMA4_TEXT = sizes(262144, 5376, 21504, 60, 32, 16, 262144) | {
+    "attention_bias": False,
+    "attention_k_eq_v": True,
+    "enable_moe_block": False,
+    "expert_intermediate_size": None,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+    "model_type": "gemma4_text",
+    "moe_intermediate_size": None,
+    "num_experts": None,
+    "num_global_key_value_heads": 4,
+    "num_kv_shared_layers": 0,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 1024,
+    "tie_word_embeddings": True,
+    "top_k_experts": None,
+    "use_bidirectional_attention": "vision",
+    "use_double_wide_mlp": False,
+    "vocab_size_per_layer_input": 262144,
+}
 QWEN3_CODER = sizes(151936, 2048, 5472, 48, 32, 4, 262144) | MOE
 # name -> model_type, and the rest.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -244,10 +338,58 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             | {"model_type": "mistral", "head_dim": 128, "rope_theta": 1e9, "sliding_window": None},
         },
     ),
+    "Ministral-3-8B": (
+        "mistral3",
+        EYES
+        | {
+            "text_config": sizes(131072, 4096, 14336, 34, 32, 8, 262144)
+            | {"model_type": "ministral3", "head_dim": 128, "sliding_window": None, "rope_parameters": GROWING}
+            | {"attention_dropout": 0.0, "tie_word_embeddings": False}
+        },
+    ),
+    "Ministral-3-8B-Instruct": (
+        "mistral3",
+        EYES
+        | {"quantization_config": STATIC_FP8}
+        | {
+            "text_config": sizes(131072, 4096, 14336, 34, 32, 8, 262144)
+            | {"model_type": "ministral3", "head_dim": 128, "sliding_window": None, "rope_parameters": GROWING}
+        },
+    ),
+    "Devstral-2-123B": (
+        "ministral3",
+        sizes(131072, 12288, 28672, 88, 96, 8, 262144)
+        | {"head_dim": 128, "sliding_window": None, "tie_word_embeddings": False}
+        | {"rope_parameters": GROWING | {"beta_fast": 4.0, "factor": 64.0, "original_max_position_embeddings": 4096}}
+        | {"llama_4_scaling": None},
+    ),
+    "Mistral-Small-4": (
+        "mistral3",
+        EYES
+        | {
+            "text_config": sizes(131072, 4096, 12288, 36, 32, 32, 1048576)
+            | {"model_type": "mistral4", "kv_lora_rank": 256, "q_lora_rank": 1024, "qk_head_dim": 128}
+            | {"qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 128, "head_dim": 128}
+            | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_routed_experts": 128}
+            | {"n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 2048}
+            | {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "rope_interleave": True}
+            | {
+                "rope_parameters": GROWING
+                | {"factor": 128.0, "original_max_position_embeddings": 8192, "rope_theta": 10000.0}
+                | {"partial_rotary_factor": 0.5}
+            }
+        },
+    ),
     "Mixtral-8x7B": (
         "mixtral",
         sizes(32000, 4096, 14336, 32, 32, 8, 32768)
         | {"num_experts_per_tok": 2, "num_local_experts": 8, "router_aux_loss_coef": 0.02, "sliding_window": None},
+    ),
+    "gemma-7b": (
+        "gemma",
+        sizes(256000, 3072, 24576, 28, 16, 16, 8192)
+        | {"attention_bias": False, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None}
+        | {"rope_scaling": None, "rope_theta": 10000.0, "pad_token_id": 0},
     ),
     "gemma-2-2b": (
         "gemma2",
@@ -260,6 +402,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         sizes(262144, 1152, 6912, 26, 4, 1, 32768)
         | {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000}
         | {"sliding_window": 512, "sliding_window_pattern": 6, "cache_implementation": "hybrid", "rope_scaling": None},
+    ),
+    "gemma-4-E2B": (
+        "gemma4",
+        GEMMA4
+        | {"audio_config": {"model_type": "gemma4_audio"}}
+        | {
+            "text_config": GEMMA4_TEXT
+            | sizes(262144, 1536, 6144, 35, 8, 1, 131072)
+            | {"attention_k_eq_v": False, "num_global_key_value_heads": None, "num_kv_shared_layers": 20}
+            | {"hidden_size_per_layer_input": 256, "use_double_wide_mlp": True, "sliding_window": 512}
+            | {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "use_bidirectional_attention": None}
+        },
+    ),
+    "gemma-4-31B": ("gemma4", GEMMA4 | {"text_config": GEMMA4_TEXT}),
+    "gemma-4-26B-A4B": (
+        "gemma4",
+        GEMMA4
+        | {
+            "text_config": GEMMA4_TEXT
+            | sizes(262144, 2816, 2112, 30, 16, 8, 262144)
+            | {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+            | {"num_global_key_value_heads": 2, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5}
+        },
     ),
     "OLMo-2-1B": ("olmo2", sizes(100352, 2048, 8192, 16, 16, 16, 4096) | {"rope_theta": 500000, "rope_scaling": None}),
     "Phi-3-mini": (
@@ -301,6 +466,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 384}
         | {"num_nextn_predict_layers": 0, "routed_scaling_factor": 2.827, "rope_theta": 50000.0}
         | {"rope_scaling": MLA_YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0}},
+    ),
+    "Kimi-K2.6": (
+        "kimi_k25",
+        {
+            "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
+            "ignore_index": -100,
+            "media_placeholder_token_id": 163605,
+            "use_unified_vision_chunk": True,
+            "video_placeholder": "<|kimi_k25_video_placeholder|>",
+            "tie_word_embeddings": False,
+            "vision_config": {"vt_num_hidden_layers": 27, "mm_projector_type": "patchmerger"},
+            "text_config": sizes(163840, 7168, 18432, 61, 64, 64, 262144)
+            | {key: value for key, value in DEEPSEEK.items() if key != "quantization_config"}
+            | {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "tie_word_embeddings": False}
+            | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 384}
+            | {"num_nextn_predict_layers": 0, "routed_scaling_factor": 2.827, "rope_theta": 50000.0}
+            | {"rope_scaling": MLA_YARN | {"factor": 64.0}, "add_cross_attention": False, "is_decoder": False}
+            | {"quantization_config": INT4},
+        },
+    ),
+    "Kimi-K2-Thinking": (
+        "kimi_k2",
+        sizes(163840, 7168, 18432, 61, 64, 64, 262144)
+        | DEEPSEEK
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_routed_experts": 384}
+        | {"num_nextn_predict_layers": 0, "routed_scaling_factor": 2.827, "rope_theta": 50000.0}
+        | {"rope_scaling": MLA_YARN | {"factor": 64.0}, "quantization_config": INT4},
     ),
     "GLM-4.5-Air": (
         "glm4_moe",
@@ -360,3 +552,29 @@ def test_a_switch_of_null_is_off_where_transformers_asks_for_its_truth():
     assert config_from_hf(raw | {"norm_topk_prob": None}, FILE) == config_from_hf(raw | {"norm_topk_prob": False}, FILE)
     with pytest.raises(CheckpointError, match="is_causal"):
         config_from_hf(raw | {"is_causal": False}, FILE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "float-quantized"},
+        {"format": None},
+        {"config_groups": {}},
+        {"config_groups": {"group_0": INT4["config_groups"]["group_0"] | {"input_activations": {"num_bits": 8}}}},
+        *(
+            {"config_groups": {"group_0": {"weights": INT4["config_groups"]["group_0"]["weights"] | other}}}
+            for other in (
+                {"num_bits": 8},
+                {"symmetric": False},
+                {"actorder": "group"},
+                {"new": 3},
+                {"group_size": None},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_other_packings_of_compressed_tensors_are_refused(changes: dict[str, Any]):
+    family, raw = CONFIGS["Kimi-K2-Thinking"]
+    with pytest.raises(CheckpointError, match="is quantised"):
+        config_from_hf(raw | {"model_type": family, "quantization_config": INT4 | changes}, FILE)

@@ -92,6 +92,26 @@ def test_a_part_of_a_convolution_is_the_part_of_the_whole(given_box: tuple[tuple
     np.testing.assert_array_equal(slot.store(parameter), stored[2 : 2 + channels])
 
 
+@given(boxed())
+def test_a_part_of_turned_matrices_is_the_part_of_the_whole(given_box: tuple[tuple[int, ...], Box]):
+    """Outputs of both parameters of a tensor come behind each other, as gate and up of experts."""
+    shape, box = given_box
+    if len(shape) < 3:
+        shape, box = (*(1,) * (3 - len(shape)), *shape), (*(slice(0, 1),) * (3 - len(shape)), *box)
+    experts, inputs, outputs = shape
+    slot = TensorSlot("w", ("w",), part=TensorSlice(1, 2, 2 + outputs, 3 + outputs), turned=True)
+    assert slot.stored_shape(shape) == (experts, 3 + outputs, inputs)
+    stored = np.arange(prod(slot.stored_shape(shape)), dtype=np.float32).reshape(slot.stored_shape(shape))
+    parameter = stored[:, 2 : 2 + outputs].transpose(0, 2, 1)
+    found = slot.stored_box(box, shape)
+    assert found is not None
+    target = np.zeros([axis.stop - axis.start for axis in box], np.float32)
+    slot.load_into(stored[found], target)
+    np.testing.assert_array_equal(target, parameter[box])
+    np.testing.assert_array_equal(slot.load(stored[found], target.shape), parameter[box])
+    np.testing.assert_array_equal(slot.store(parameter), stored[:, 2 : 2 + outputs])
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_entries_of_a_part_are_what_is_loaded_from_it(groups: int):
     """Of each of several runs the same places, such as a head's gate behind its queries."""
@@ -107,7 +127,11 @@ def test_entries_of_a_part_are_what_is_loaded_from_it(groups: int):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_bias", "mixtral", "llama4", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "qwen3_5_moe"]
+    "name",
+    [
+        *("llama_bias", "mixtral", "llama4", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "qwen3_5_moe"),
+        "mistral4",
+    ],
 )
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"tensor": 2, "expert": 2}], ids=str)
 def test_a_mesh_gets_the_parameters_of_one_device(name: str, sizes: dict[str, int]):

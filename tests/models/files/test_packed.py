@@ -22,7 +22,7 @@ class Stored:
         self.where: Location = GOLDEN
         self.tensors, self.announced, self.got = tensors, [], []
         self.shapes = {name: value.shape for name, value in tensors.items()}
-        kinds = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+        kinds = {"uint8": "U8", "float32": "F32", "float8_e4m3fn": "F8_E4M3", "int32": "I32", "bfloat16": "BF16"}
         self.dtypes = {name: kinds[value.dtype.name] for name, value in tensors.items()}
 
     def announce(self, reads: Sequence[tuple[str, Box]]) -> None:
@@ -161,3 +161,55 @@ def test_a_checkpoint_of_plain_tensors_is_left_as_it_is():
     source = Stored({"new.plain": np.ones(3, np.float32)})
     assert unpacked(source, LAYOUT, None) is source
     assert isinstance(unpacked(Stored({"old.plain": np.ones(3, np.float32)}), LAYOUT, None), UnpackedSource)
+
+
+def as_packed(values: np.ndarray) -> np.ndarray:
+    """Integers from -8 to 7 `[O, I]`, eight to one, the first in the lowest bits."""
+    padded = np.pad(values + 8, [(0, 0), (0, -values.shape[1] % 8)]).reshape(len(values), -1, 8).astype(np.uint32)
+    return (padded << (4 * np.arange(8, dtype=np.uint32))).sum(axis=-1, dtype=np.uint32).view(np.int32)
+
+
+INT4 = {"config_groups": {"group_0": {"weights": {"group_size": 12, "num_bits": 4}}}}
+
+
+@pytest.mark.parametrize("box", [None, (slice(1, 4), slice(5, 20)), (slice(0, 1), slice(23, 24))], ids=str)
+def test_integers_of_four_bits(box: Box | None):
+    """All sixteen, in groups of 12; of a part its own words and factors alone. The tensor of sizes is left out."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([np.arange(-8, 8), rng.integers(-8, 8, 4 * 24 - 16)]).reshape(4, 24)
+    scale = rng.random((4, 2)).astype(ml_dtypes.bfloat16)
+    stored = {"old.w.weight_packed": as_packed(values), "old.w.weight_scale": scale}
+    source = Stored(stored | {"old.w.weight_shape": np.array([4, 24], np.int32)})
+    found = unpacked(source, LAYOUT, INT4)
+    assert (found.shapes, found.dtypes) == ({"new.w.weight": (4, 24)}, {"new.w.weight": "F32"})
+    meant = values.astype(np.float32) * np.repeat(scale.astype(np.float32), 12, axis=1)
+    np.testing.assert_array_equal(found.read("new.w.weight", box), meant if box is None else meant[box])
+    if box == (slice(0, 1), slice(23, 24)):
+        assert [source.tensors[name][part].size for name, part in source.got] == [1, 1]
+
+
+def test_integers_without_their_factors_are_refused():
+    source = Stored({"w.weight_packed": as_packed(np.zeros((4, 24), int))})
+    with pytest.raises(CheckpointError, match="scales of a packed tensor"):
+        unpacked(source, LAYOUT, INT4)
+
+
+@pytest.mark.parametrize("scales", [(), (1,), (3,), (3, 1, 1)], ids=str)
+def test_fp8_with_a_factor_for_a_matrix(scales: tuple[int, ...]):
+    """Or for each of the experts that are stored together; factors of activations are left out."""
+    rng = np.random.default_rng(0)
+    codes = rng.normal(size=(3, 5, 4)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.random(scales).astype(np.float32) if scales else np.array(0.37, np.float32)
+    stored = {"w": codes, "w_scale_inv": scale, "w_activation_scale": np.ones(3, np.float32)}
+    found = unpacked(Stored(stored), LAYOUT, {"quant_method": "fp8", "weight_block_size": None})
+    assert (found.shapes, found.dtypes) == ({"w": (3, 5, 4)}, {"w": "F32"})
+    meant = codes.astype(np.float32) * scale.reshape(-1, 1, 1)
+    np.testing.assert_array_equal(found.read("w"), meant)
+    box = (slice(1, 3), slice(2, 4), slice(0, 1))
+    np.testing.assert_array_equal(found.read("w", box), meant[box])
+
+
+def test_factors_of_another_number_of_experts_are_refused():
+    stored = {"w": np.zeros((3, 5, 4), ml_dtypes.float8_e4m3fn), "w_scale_inv": np.ones(2, np.float32)}
+    with pytest.raises(CheckpointError, match="scales of a packed tensor"):
+        unpacked(Stored(stored), LAYOUT, {"quant_method": "fp8", "weight_block_size": None})

@@ -11,7 +11,7 @@ from distillcache.models.checkpoint import load_pretrained, save_pretrained
 from distillcache.models.decoder import Decoder
 from distillcache.models.surgery import Scores, apply_surgery
 from distillcache.schemas.config.student import SurgeryOp
-from tests.models.conftest import GOLDEN
+from tests.models.conftest import GOLDEN, transformers_model
 from tests.models.test_parity import assert_close
 
 DENSE = [
@@ -48,6 +48,12 @@ CASES += [
     ("qwen3_next", [{"op": "value_heads", "to": 1, "by": "weight_norm"}]),
     ("qwen3_next", [{"op": "drop_blocks", "blocks": [0]}, {"op": "hidden_size", "to": 24}]),
     ("qwen3_5_text", [{"op": "kv_heads", "to": 1, "by": "weight_norm"}, {"op": "mlp_width", "to": 17}]),
+    ("mistral4", [{"op": "kv_heads", "to": 4, "by": "weight_norm"}, {"op": "experts", "to": 8}]),
+    ("mistral4", [{"op": "expert_width", "to": 7}, {"op": "hidden_size", "to": 30}, {"op": "mlp_width", "to": 17}]),
+    ("ministral3", [{"op": "kv_heads", "to": 1}, {"op": "drop_blocks", "blocks": [1]}]),
+    ("gemma4_text", [{"op": "mlp_width", "to": 17}, {"op": "drop_blocks", "blocks": [1]}]),
+    ("gemma4_text_moe", [{"op": "experts", "to": 4}, {"op": "expert_width", "to": 9}]),
+    ("gemma", [{"op": "mlp_width", "to": 30}, {"op": "query_heads", "to": 2, "by": "weight_norm"}]),
     ("qwen3", [{"op": "drop_blocks", "blocks": [0]}, {"op": "kv_heads", "to": 1}]),
 ]
 
@@ -61,12 +67,11 @@ def scores_of(decoder: Decoder) -> Scores:
 
 @pytest.mark.parametrize(("name", "ops"), CASES, ids=str)
 def test_the_same_logits(name: str, ops: list[dict[str, Any]], tmp_path: Path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `parity`)")
     torch = pytest.importorskip("torch", reason="torch is not installed (extra `parity`)")
     teacher = load_pretrained(GOLDEN / name, jnp.float32)
     student = apply_surgery(teacher, [SurgeryOp.model_validate(op) for op in ops], scores_of(teacher))
     save_pretrained(student, tmp_path / "export")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = transformers_model(
         tmp_path / "export", dtype=torch.float32, experts_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"]

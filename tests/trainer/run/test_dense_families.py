@@ -17,6 +17,8 @@ from distillcache.models.config import (
     ModelConfig,
     MoeConfig,
     RopeConfig,
+    TemperatureConfig,
+    WideHeads,
     plan_layers,
 )
 from distillcache.models.families.deepseek import softmax_scale
@@ -94,6 +96,25 @@ CONFIGS |= {
         moe=MoeConfig(6, 2, 14, 14, "sigmoid", True, 2.5, 3, 2, bias=True, native_bias=True, float32_router=True),
     ),
 }
+CONFIGS["mistral4"] = replace(
+    CONFIGS["deepseek_v3"],
+    family="mistral4",
+    temperature=TemperatureConfig(0.7, 8.0, first=0, everywhere=True),
+    moe=MoeConfig(6, 2, 14, 14, scaling=2.5, groups=3, groups_kept=2),
+)
+CONFIGS["gemma4_text"] = replace(
+    TINY,
+    family="gemma4_text",
+    **GEMMA | {"norm_product": "wide", "attention_scale": 1.0},
+    qk_norm="head",
+    value_norm=True,
+    block_scale=True,
+    rope=RopeConfig(100.0, "proportional", fraction=0.5),
+    local_rope=RopeConfig(20.0),
+    wide=WideHeads(3, 14, shared_values=True),
+    layers=plan_layers([BlockKind(5, local_rope=True, moe=True), BlockKind(wide=True, moe=True)] * 2),
+    moe=MoeConfig(5, 2, 14, TINY.intermediate_size, apart=True),
+)
 CONFIGS["qwen3_next"] = replace(
     TINY,
     family="qwen3_next",

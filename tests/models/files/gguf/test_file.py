@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from distillcache.models.checkpoint import load_pretrained, read_config, save_pretrained, weights_digest
-from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig, TemperatureConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.files.gguf.file import GgufSource, open_gguf
 from distillcache.schemas.errors import CheckpointError
@@ -88,6 +88,8 @@ def tensors_of(checkpoint: Path, config: ModelConfig, permute: bool) -> dict[str
     for name, stored in load_file(checkpoint / "model.safetensors").items():
         stem, part = name.rsplit(".", 1)
         values = stored.astype(np.float32)
+        if config.norm_product == "offset" and stem.endswith("norm"):
+            values = values + 1
         if stem in TOP:
             found[f"{TOP[stem]}.{part}"] = values
             continue
@@ -128,7 +130,7 @@ def write_gguf(
         if value is not None:
             add[type(value)](f"{architecture}.{key}", value)
     stored = {name: (values, quant) for quant, of_kind in (raw or {}).items() for name, values in of_kind.items()}
-    for name, values in tensors_of(checkpoint, config, architecture == "llama").items():
+    for name, values in tensors_of(checkpoint, config, architecture in ("llama", "mistral3")).items():
         if name in stored:
             writer.add_tensor(name, stored[name][0], raw_dtype=stored[name][1])
         elif values.ndim == 1:
@@ -203,6 +205,37 @@ def test_the_text_model_of_a_vision_language_model(tiny_config: ModelConfig, tmp
     refused(
         write_gguf(tmp_path / "hf", tmp_path / "plain.gguf", architecture="qwen3", changes=keys), "dimension_sections"
     )
+
+
+def test_queries_that_grow(tiny_config: ModelConfig, tmp_path: Path):
+    """As llama.cpp has Ministral 3; of another architecture the keys are refused."""
+    rope = RopeConfig(1e4, "yarn", 4.0, 16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.5)
+    growth = TemperatureConfig(0.25, 16.0, first=0, everywhere=True)
+    config = replace(tiny_config, family="ministral3", rope=rope, temperature=growth)
+    save_pretrained(randomized(Decoder(config)), tmp_path / "hf")
+    scaling = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+    scaling |= {"rope.scaling.yarn_beta_fast": 4.0, "rope.scaling.yarn_log_multiplier": 0.5}
+    keys = scaling | {"attention.temperature_scale": 0.25}
+    path = write_gguf(tmp_path / "hf", tmp_path / "m.gguf", architecture="mistral3", changes=keys)
+    found, expected = load_pretrained(path), load_pretrained(tmp_path / "hf")
+    assert found.config == expected.config == config
+    assert_same_parameters(found, expected)
+    assert read_config(write_gguf(tmp_path / "hf", tmp_path / "n.gguf", architecture="mistral3")).temperature is None
+    refused(write_gguf(tmp_path / "hf", tmp_path / "plain.gguf", changes=keys), "yarn_beta_fast")
+
+
+def test_gemma(tiny_config: ModelConfig, tmp_path: Path):
+    """Its norms are stored as whole factors: adding one and taking it away rounds."""
+    own: dict[str, Any] = {"norm_product": "offset", "embed_scale": 6.0, "embed_scale_rounded": True}
+    own |= {"activation": "gelu_tanh", "tie_embeddings": True, "family": "gemma"}
+    config = replace(tiny_config, **own)
+    save_pretrained(randomized(Decoder(config)), tmp_path / "hf")
+    found = load_pretrained(write_gguf(tmp_path / "hf", tmp_path / "m.gguf", architecture="gemma"))
+    expected = load_pretrained(tmp_path / "hf")
+    assert found.config == expected.config == config
+    np.testing.assert_allclose(found.final_norm[...], expected.final_norm[...], rtol=0, atol=2e-7)
+    tokens = jnp.arange(13)[None]
+    np.testing.assert_allclose(found(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-4)
 
 
 def test_yarn_as_qwen_files_have_it(tiny_config: ModelConfig, tmp_path: Path):
