@@ -25,18 +25,17 @@ BOOKKEEPING = """_attn_implementation _attn_implementation_autoset _attn_impleme
     tf_legacy_loss tokenizer_class tokenizer_name torch_compile torch_dtype torchscript transformers.js_config
     transformers_version transformers_weights unk_token_id use_bfloat16 use_cache use_flash_attention
     use_flash_attention_2 use_flash_attn use_return_dict xla_device"""
-GENERATION = """assistant_confidence_threshold assistant_early_exit assistant_lookbehind bad_words_ids
-    begin_suppress_tokens
-    cache_config cache_implementation compile_config constraints continuous_batching_config disable_compile
-    diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
-    epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids forced_bos_token_id
-    forced_decoder_ids forced_eos_token_id guidance_scale is_assistant length_penalty low_memory max_length
-    max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
-    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits
-    output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
-    repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias stop_strings suppress_tokens
-    max_cache_len target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mambapy use_mtp
-    watermarking_config"""
+GENERATION = """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind
+    bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config constraints
+    continuous_batching_config disable_compile diversity_penalty do_sample dola_layers early_stopping
+    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    force_words_ids forced_bos_token_id forced_decoder_ids forced_eos_token_id guidance_scale is_assistant
+    length_penalty low_memory max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length
+    min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
+    num_beams num_return_sequences output_logits output_scores penalty_alpha prefill_chunk_size
+    prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
+    return_legacy_cache sequence_bias speculation_type stop_strings suppress_tokens target_lookbehind temperature
+    token_healing top_h top_k top_p typical_p use_mambapy use_mtp watermarking_config"""
 HARMLESS_KEYS = frozenset(f"{BOOKKEEPING} {GENERATION}".split())
 HARMLESS_PREFIXES = ("unsloth_", "_unsloth_")  # who made the mirror, and with what
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained, read_config, save_pretrained
 from distillcache.models.config import (
+    BlockInputs,
     BlockKind,
     ClampedGlu,
     DeltaConfig,
@@ -24,8 +26,9 @@ from distillcache.models.config import (
 from distillcache.models.families.deepseek import softmax_scale
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig
-from distillcache.schemas.errors import InputError
+from distillcache.schemas.errors import ConfigError, InputError
 from distillcache.tools.commands import export
+from distillcache.trainer.feed.cache_source import CacheSource
 from distillcache.trainer.run.folder import read_evaluations
 from distillcache.trainer.run.metrics_log import read_metrics
 from distillcache.trainer.train import train
@@ -167,3 +170,30 @@ def test_from_a_teacher_to_its_own_copy(family: str, tmp_path: Path, corpus: Pat
         train(config(tmp_path / "injected", cache, student=StudentConfig(), inject="attn_in", stages=stages))
         found = [line["distill/total_loss"] for line in read_metrics(tmp_path / "injected") if line["step"]]
         np.testing.assert_allclose(found[:1], 0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_whose_blocks_need_more_than_the_stream(tmp_path: Path, corpus: Path):
+    """It is recorded as it computes, with inputs made of the tokens and keys that are taken over, and is no student."""
+    kinds = [BlockKind(5, local_rope=True), BlockKind(wide=True)]
+    kinds += [replace(kind, taken=True) for kind in kinds]
+    whole = replace(
+        CONFIGS["gemma4_text"],
+        wide=WideHeads(2, 14),
+        layers=plan_layers(kinds),
+        moe=None,
+        block_inputs=BlockInputs(TINY.vocab_size, 13),
+        wider_taken=True,
+    )
+    teacher, cache = save_teacher(tmp_path / "teacher", whole), tmp_path / "cache"
+    build_cache(build_config(cache, teacher, corpus, taps=EXACT))
+    batch = CacheSource(str(cache))[[0]]
+    rows = (jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids"))
+    taps = load_pretrained(teacher)(*rows, taps=("resid", "attn_out"), logits=False).taps
+    for name, expected in taps.items():
+        found = np.asarray(batch[name]["codes"])
+        real = np.asarray(batch["segment_ids"]) > 0
+        np.testing.assert_allclose(found[:, real], np.asarray(expected)[:, real], rtol=0, atol=1e-4)
+    other = save_teacher(tmp_path / "other", whole, seed=1)
+    with pytest.raises(ConfigError, match="cannot be a student"):
+        train(config(tmp_path / "run", cache, student=StudentConfig(init=str(other))))
