@@ -47,6 +47,13 @@ class MixerSizes:
     repeats: tuple[int, int] = (2, 12)
 
 
+TINY_MIXERS = MixerSizes(
+    replace(HYBRID, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, delta=DeltaConfig(1, 2, 4, 4, 2)),
+    tokens=20,
+    repeats=(1, 2),
+)
+
+
 def measure_mixers(sizes: MixerSizes, rounds: int) -> Measured:
     """Seconds of output and gradients of each mixer of the config, and of compiling a whole decoder."""
     seconds = _times(sizes, rounds)

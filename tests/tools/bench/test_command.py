@@ -1,14 +1,12 @@
 """The benches at tiny sizes: that every figure and goal is there and means what it says; never how fast anything is."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from distillcache.models.checkpoint import load_pretrained
-from distillcache.models.config import DeltaConfig
 from distillcache.schemas.config import DemoConfig, TrainConfig
 from distillcache.schemas.errors import StorageError
 from distillcache.tools import cli
@@ -19,7 +17,7 @@ from distillcache.tools.bench.command import by_turns, make_report
 from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, speed_goals, subset_bytes
 from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.head_kl import HeadSizes
-from distillcache.tools.bench.mixers import HYBRID, MixerSizes
+from distillcache.tools.bench.mixers import TINY_MIXERS
 from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
 from distillcache.tools.bench.students import room
 from distillcache.tools.bench.students.codecs import StudentSizes, make_builds, measure_student
@@ -183,10 +181,7 @@ def test_the_student_bench_looks_at_the_free_room_first(tmp_path, teacher, monke
 @pytest.mark.slow
 def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
     heads = HeadSizes(vocab=4099, hidden=16, memory_tokens=512, timed_tokens=64)
-    delta = DeltaConfig(key_heads=1, value_heads=2, key_dim=4, value_dim=4, taps=2)
-    hybrid = replace(HYBRID, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, delta=delta)
-    mixers = MixerSizes(hybrid, tokens=20, repeats=(1, 2))
-    sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=(), heads=heads, mixers=mixers)
+    sizes = StepSizes(batch_rows=2, row_tokens=16, rows=4, steps=1, dtypes=(), heads=heads, mixers=TINY_MIXERS)
     report = make_report(measure_step(tmp_path, str(teacher), sizes, rounds=1))
     figures, goals = report["figures"], {goal["name"]: goal for goal in report["goals"]}
     paths = ["offline", "online", "teacher", "student", "student_two_micro_batches", "feature", "feature_no_remat"]

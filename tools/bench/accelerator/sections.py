@@ -38,6 +38,7 @@ from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.feed import FeedSizes, measure_feed
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
 from distillcache.tools.bench.head_kl import HeadSizes
+from distillcache.tools.bench.mixers import TINY_MIXERS
 from distillcache.tools.bench.step import StepSizes, measure_step
 from distillcache.tools.bench.students.routing import EOS, byte_tokenizer
 
@@ -81,6 +82,7 @@ TINY = AcceleratorSizes(
         depths=(2, 3),
         dtypes=("bfloat16",),
         heads=HeadSizes(vocab=4099, hidden=16, memory_tokens=256, timed_tokens=64),
+        mixers=TINY_MIXERS,
         codecs={"bf16": ("bf16", False)},
     ),
     feed=FeedSizes((5, 16, 64), rows=12, distinct=6, batch_rows=2, batches=5, shard_rows=2, tf_rows=2, million=1000),
