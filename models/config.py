@@ -299,7 +299,7 @@ class ModelConfig:
         return any(kind.taken for kind in self.kinds)
 
     @property
-    def is_one_piece(self) -> bool:
+    def has_joined_blocks(self) -> bool:
         """Tell whether blocks need more than the stream, and cannot be computed alone."""
         return self.takes_keys or self.block_inputs is not None
 

@@ -23,7 +23,7 @@ def changed_config(config: ModelConfig, ops: Sequence[SurgeryOp]) -> ModelConfig
         ConfigError: an operation that this decoder does not allow, or a result that no HF config means: better now
             than when the trained student is exported.
     """
-    if ops and config.is_one_piece:
+    if ops and config.has_joined_blocks:
         raise refused(ops[0], "found", "blocks that need more than the stream", "blocks of a stream", "leave it out")
     changed = config
     for op in ops:

@@ -91,7 +91,7 @@ class StudentStack:
     """The static part of a student's blocks: their graphs and sizes. Two of equal students are equal."""
 
     def __init__(self, decoder: Decoder) -> None:
-        if decoder.config.is_one_piece:
+        if decoder.config.has_joined_blocks:
             raise no_student(decoder.config)
         self.config: ModelConfig = decoder.config
         self.graphs: dict[StackAddress, dict[str, nnx.GraphDef[Any]]] = {

@@ -101,7 +101,7 @@ def test_what_transformers_assumes():
     changes = dict.fromkeys(RELEASED.keys() - set(kept), "absent")
     found = read(**changes)
     assert found.wide == WideHeads(4, 512)
-    assert not found.is_one_piece
+    assert not found.has_joined_blocks
     assert [kind.wide for kind in found.kinds] == [*[False] * 5, True, True]  # the last one sees all
     assert (found.rope, found.local_rope) == (read().rope, read().local_rope)
     assert (found.logits_softcap, found.max_positions) == (None, 131072)
@@ -124,7 +124,7 @@ def test_blocks_that_take_over_keys_and_values():
     assert [kind.taken for kind in found.kinds] == [False] * 3 + [True] * 4
     assert [found.mlp_width(kind) for kind in found.kinds] == [40] * 3 + [80] * 4
     assert found.block_inputs == BlockInputs(63, 5)
-    assert found.is_one_piece
+    assert found.has_joined_blocks
     assert read(hidden_size_per_layer_input="absent").block_inputs == BlockInputs(262144, 256)  # as transformers has it
     assert not read(use_double_wide_mlp=True).wider_taken
 

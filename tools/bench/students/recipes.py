@@ -235,7 +235,7 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
     """Perplexity and KL by TFLOPs, with a third of the build: the mean over the seeds, and the range."""
     from matplotlib.figure import Figure
 
-    figure = Figure((10, 4), layout="constrained")
+    figure = Figure((10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
     shown = [name for name in found.runs if WAYS[name].codec in (None, "int8")]
     for name in shown:
@@ -249,6 +249,6 @@ def write_plot(found: Compared, job: Job, path: Path) -> None:
     axes[0].axhline(first.teacher, color="#888888", ls=":", label="teacher")
     axes[0].axhline(first.points[0].figures["perplexity"], color="#888888", ls="--", label="after the cut")
     label_panels(axes, "TFLOP, a third of the build included")
-    axes[0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(job.title)
     write_figure(figure, path)
