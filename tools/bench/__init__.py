@@ -11,9 +11,7 @@ peer_formats.py     formats of other systems
 synthetic_cache.py  caches of random numbers
 codec.py            accuracy and cost of codecs
 compress.py         lossless compression
-step.py             step from a cache against a teacher in the loop
-head_kl.py          KL over the whole vocabulary, memory and time
-mixers.py           gated delta rule against attention
+steps/              training steps: from a cache and online, the KL over the vocabulary, mixers
 students/           quality of students that are trained in different ways
 load.py             memory of loading a sharded checkpoint
 load_share.py       one process of that

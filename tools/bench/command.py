@@ -30,7 +30,7 @@ MODULES = {
     "student": "tools.bench.students.codecs",
     "kl": "tools.bench.students.kl",
     "recipes": "tools.bench.students.recipes",
-    "step": "tools.bench.step",
+    "step": "tools.bench.steps.step",
     "routing": "tools.bench.students.routing",
     "load": "tools.bench.load",
     "accelerator": "tools.bench.accelerator.sections",

@@ -16,9 +16,9 @@ from distillcache.tools.bench.build import BuildSizes, Commits, between_forwards
 from distillcache.tools.bench.command import by_turns, make_report
 from distillcache.tools.bench.feed import FeedSizes, batch_order, measure_feed, speed_goals, subset_bytes
 from distillcache.tools.bench.figures import Goal, Measured
-from distillcache.tools.bench.head_kl import HeadSizes
-from distillcache.tools.bench.mixers import TINY_MIXERS
-from distillcache.tools.bench.step import StepSizes, measure_memory, measure_step, summarise
+from distillcache.tools.bench.steps.head_kl import HeadSizes
+from distillcache.tools.bench.steps.mixers import TINY_MIXERS
+from distillcache.tools.bench.steps.step import StepSizes, measure_memory, measure_step, summarise
 from distillcache.tools.bench.students import room
 from distillcache.tools.bench.students.codecs import StudentSizes, make_builds, measure_student
 from distillcache.tools.bench.synthetic_cache import random_codes, synthetic_plan, write_cache

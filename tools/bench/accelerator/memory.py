@@ -22,7 +22,7 @@ from distillcache.models.recorder import make_recorder
 from distillcache.schemas.config import TapConfig
 from distillcache.schemas.format.tap_plan import tap_plan
 from distillcache.tools.bench.accelerator.kernels import median_seconds
-from distillcache.tools.bench.step import StepSizes, abstract_student, temporaries
+from distillcache.tools.bench.steps.step import StepSizes, abstract_student, temporaries
 
 DTYPE = "bfloat16"
 ONE_BILLION = ModelConfig(

@@ -37,9 +37,9 @@ from distillcache.tools.bench.codec import CHOICES, measure_speed
 from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.feed import FeedSizes, measure_feed
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
-from distillcache.tools.bench.head_kl import HeadSizes
-from distillcache.tools.bench.mixers import TINY_MIXERS
-from distillcache.tools.bench.step import StepSizes, measure_step
+from distillcache.tools.bench.steps.head_kl import HeadSizes
+from distillcache.tools.bench.steps.mixers import TINY_MIXERS
+from distillcache.tools.bench.steps.step import StepSizes, measure_step
 from distillcache.tools.bench.students.routing import EOS, byte_tokenizer
 
 TIME_S = 480  # after which no further part begins: the last one may take two minutes

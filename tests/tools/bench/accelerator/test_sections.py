@@ -12,7 +12,7 @@ from distillcache.tools.bench.accelerator.kernels import KernelSizes, measure_at
 from distillcache.tools.bench.accelerator.sections import TINY, make_parts, measure, run_parts
 from distillcache.tools.bench.command import make_report
 from distillcache.tools.bench.figures import Goal, Measured
-from distillcache.tools.bench.step import StepSizes
+from distillcache.tools.bench.steps.step import StepSizes
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,8 +42,8 @@ from distillcache.schemas.format.tap_codec import tap_codec
 from distillcache.schemas.format.tap_plan import tap_plan
 from distillcache.tools.bench.compiled import compiled_once
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
-from distillcache.tools.bench.head_kl import HeadSizes, measure_head_kl
-from distillcache.tools.bench.mixers import MixerSizes, measure_mixers
+from distillcache.tools.bench.steps.head_kl import HeadSizes, measure_head_kl
+from distillcache.tools.bench.steps.mixers import MixerSizes, measure_mixers
 from distillcache.tools.demo.command import build_config, default_surgery, sized_text, train_config
 from distillcache.tools.demo.teacher import fetch_teacher
 from distillcache.trainer.feed.cache_source import CacheSource, make_feed
