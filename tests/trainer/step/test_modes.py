@@ -17,6 +17,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.families import FAMILIES, config_from_hf
 from distillcache.schemas.config import TrainConfig
 from distillcache.schemas.config.train import LossConfig, OptimizerConfig
+from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.run.stages import resolve_stages
 from distillcache.trainer.step.balance import make_balancing
 from distillcache.trainer.step.modes import MODES
@@ -78,6 +79,10 @@ def test_every_parameter_is_declared_trained_or_frozen(name):
     """And a loss of everything leaves out what computes logits in blockwise mode, and what a rule moves in both."""
     decoder = abstract(config_from_hf(json.loads(CONFIGS[name].read_text()), CONFIGS[name]))
     loss = ALL if decoder.config.moe else {"mlp": {"weight": 1.0}}
+    if decoder.config.has_joined_blocks:
+        with pytest.raises(ConfigError, match="cannot be a student"):
+            program_of(decoder, "blockwise", loss=loss)
+        return
     names = names_of(decoder)
     trained = {
         "blockwise": reached_by(program_of(decoder, "blockwise", loss=loss).rules(), names),
