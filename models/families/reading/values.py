@@ -231,7 +231,7 @@ def rope_from_hf(
     ignored: Sequence[str] = (),
 ) -> RopeConfig:
     """See `Values.rope`."""
-    given = {key: _rope_dict(raw, key, file) for key in ("rope_scaling", "rope_parameters")}
+    given = {key: _rope_dict(raw, key, file, kinds or {}) for key in ("rope_scaling", "rope_parameters")}
     old, new = ({k: v for k, v in given[key].items() if k not in ("rope_theta", PARTIAL)} for key in given)
     if old and new and old != new:
         raise CheckpointError(
@@ -245,7 +245,6 @@ def rope_from_hf(
     parameters.pop("finetuned", None)  # of the first YaRN models; says how they came about
     parameters.pop("attn_factor", None)  # vLLM's name for a factor that transformers does not apply under it
     kind = parameters.pop("rope_type", "default")
-    kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
     base = _base(raw, given, file, theta)
     parameters.pop("rope_theta", None)
     inner = parameters.pop(PARTIAL, None)
@@ -281,8 +280,11 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_type": rope.kind, "rope_theta": rope.theta, **written, **partial}
 
 
-def _rope_dict(raw: Mapping[str, Any], key: str, file: Location) -> dict[str, Any]:
-    """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null."""
+def _rope_dict(raw: Mapping[str, Any], key: str, file: Location, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """`rope_scaling` or `rope_parameters` with `rope_type` spelled out; empty where absent or null.
+
+    transformers 5 renames a `rope_type` and leaves the old name in `type` beside it.
+    """
     value = raw.get(key)
     if value is None:
         return {}
@@ -291,9 +293,10 @@ def _rope_dict(raw: Mapping[str, Any], key: str, file: Location) -> dict[str, An
     value = dict(value)
     legacy = value.pop("type", None)  # transformers before 4.43
     kind = value.pop("rope_type", None)
-    if None not in (kind, legacy) and kind != legacy:
+    named = [kinds.get(each, each) if isinstance(each, str) else each for each in (kind, legacy) if each is not None]
+    if len(named) == 2 and named[0] != named[1]:
         raise bad_value(file, f"{key}.type", legacy, f"the same as rope_type beside it, which is {kind}")
-    return {"rope_type": next((each for each in (kind, legacy) if each is not None), "default")} | value
+    return {"rope_type": named[0] if named else "default"} | value
 
 
 def _base(raw: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]], file: Location, theta: float) -> float:

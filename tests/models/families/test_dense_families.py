@@ -96,6 +96,17 @@ ROUND_TRIPS = [
 ]
 
 
+@pytest.mark.parametrize("old", ["su", "yarn"])
+def test_phi3s_old_names_may_stay_beside_the_new_one(old: str):
+    """As transformers 5 writes out a file of before 4.43."""
+    expected = read("phi3", **PHI4)
+    both = LONG | {"rope_type": "longrope", "type": old}
+    assert read("phi3", **PHI4 | {"rope_scaling": both}) == expected
+    assert read("phi3", **PHI4 | {"rope_scaling": LONG | {"type": old}, "rope_parameters": both}) == expected
+    with pytest.raises(CheckpointError, match="the same as rope_type beside it"):
+        read("phi3", **PHI4 | {"rope_scaling": LONG | {"rope_type": "longrope", "type": "linear"}})
+
+
 @pytest.mark.parametrize("config", ROUND_TRIPS)
 def test_round_trip_is_exact(config: ModelConfig):
     raw = config_to_hf(config, "float32")
