@@ -127,7 +127,7 @@ CONFIGS["qwen3_next"] = replace(
     qk_norm="head",
     output_gate=True,
     delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=5, value_dim=7, taps=3),
-    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(mixer="gated_delta", moe=True), BlockKind(moe=True)]),
+    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(moe=True)]),
     moe=MoeConfig(5, 2, 14, 22, shared_gate=True),
 )
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
