@@ -10,6 +10,7 @@ from distillcache.schemas.config import BenchConfig
 from distillcache.tools.bench.accelerator import parity, sections
 from distillcache.tools.bench.accelerator.kernels import KernelSizes, measure_attention, measure_experts
 from distillcache.tools.bench.accelerator.sections import TINY, make_parts, measure, run_parts
+from distillcache.tools.bench.build import BuildSizes
 from distillcache.tools.bench.command import make_report
 from distillcache.tools.bench.figures import Goal, Measured
 from distillcache.tools.bench.steps.step import StepSizes
@@ -67,26 +68,27 @@ def test_ways_to_run_experts_agree() -> None:
     assert measure_attention(sizes).keys() == {"attention_xla_forward_ms", "attention_xla_both_ms"}
 
 
-def step_of(folder: Path, teacher: str, sizes: StepSizes, rounds: int) -> Measured:
-    """`measure_step`, but for what it trains."""
+def sizes_of(folder: Path, teacher: str, sizes: BuildSizes | StepSizes, rounds: int) -> Measured:
+    """`measure_build` and `measure_step`, but for what they build and train."""
     assert list(folder.iterdir()) == [Path(teacher)]
-    return Measured({"rows": sizes.rows, "blocks": read_config(teacher).num_blocks}, [])
+    return Measured({"row_tokens": sizes.row_tokens, "blocks": read_config(teacher).num_blocks}, [])
 
 
 @pytest.mark.slow
 def test_all_parts_run_without_an_accelerator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The step's own bench (test_command.py) takes most of the time: here it is asked for with its sizes alone."""
-    monkeypatch.setattr(sections, "measure_step", step_of)
+    """The benches of builds and steps have tests of their own (test_command.py), which take most of the time."""
+    monkeypatch.setattr(sections, "measure_build", sizes_of)
+    monkeypatch.setattr(sections, "measure_step", sizes_of)
     report = make_report(measure(BenchConfig(what="accelerator", dir=str(tmp_path))))
     figures = report["figures"]
     assert set(report.get("left_out", {})) <= {"parity"}
     parts = set(make_parts(TINY)) - set(report.get("left_out", {}))
     assert {f"{part}.seconds" for part in parts} <= figures.keys()
     assert figures["memory.recorder_codes_gb"] * 1e9 >= 2 * 16 * 32 * 2 * (3 + 4)  # bf16 of both taps
-    assert figures["build.bf16_tokens_per_s"] > 0
-    assert (figures["step.rows"], figures["step.blocks"]) == (TINY.step.rows, 3)
+    for part, sizes in (("build", TINY.build), ("step", TINY.step)):
+        assert (figures[f"{part}.row_tokens"], figures[f"{part}.blocks"]) == (sizes.row_tokens, 3)
     assert figures["feed.feed_bf16_device_rows_per_s"] > 0
     assert figures["codec.int4_delta.encode_ms_per_million"] > 0
     assert {goal["name"]: goal["met"] for goal in report["goals"]}["parts_failed"]
