@@ -26,7 +26,7 @@ from distillcache.models.families.reading.grouped import (
     sigmoid_moe,
     sigmoid_moe_keys,
 )
-from distillcache.models.families.reading.multimodal import AROUND, PREFIX, multimodal_layout, read_vision_language
+from distillcache.models.families.reading.multimodal import AROUND, PREFIX, multimodal_layout, vision_language_family
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import BlockTensor, Layout
 
@@ -193,12 +193,10 @@ def _kimi_layout(config: ModelConfig) -> Layout:
     return replace(found, spellings=(*saved, *found.spellings))
 
 
-KIMI_K25 = Family(
-    name="kimi_k25",
-    architecture="KimiK25ForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, DEEPSEEK_V3, "kimi_k25"),
-    write=_write,
+KIMI_K25 = vision_language_family(
+    "kimi_k25",
+    "KimiK25ForConditionalGeneration",
+    DEEPSEEK_V3,
     layout=_kimi_layout,
     # Tokens that stand for pictures, and the projection of these.
     harmless=AROUND

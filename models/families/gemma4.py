@@ -29,7 +29,7 @@ from distillcache.models.families.reading.family import (
     not_exportable,
 )
 from distillcache.models.families.reading.kinds import FULL, SLIDING, only_window
-from distillcache.models.families.reading.multimodal import multimodal_layout, read_vision_language
+from distillcache.models.families.reading.multimodal import multimodal_layout, vision_language_family
 from distillcache.models.families.reading.values import (
     EXPORTED_ACTIVATIONS,
     PARTIAL,
@@ -296,12 +296,10 @@ GEMMA4_TEXT = Family(
     neutral={"use_bidirectional_attention": ("vision", False)},
     unwritten=frozenset({"rope_scaling", "rope_theta"}),  # they would take the place of `rope_parameters`
 )
-GEMMA4 = Family(
-    name="gemma4",
-    architecture="Gemma4ForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, GEMMA4_TEXT, "gemma4"),
-    write=_write,
+GEMMA4 = vision_language_family(
+    "gemma4",
+    "Gemma4ForConditionalGeneration",
+    GEMMA4_TEXT,
     layout=lambda config: _without_ears(multimodal_layout(_layout(config))),
     harmless=frozenset(
         """audio_config audio_token_id boa_token_id boi_token_id eoa_token_id eoa_token_index eoi_token_id

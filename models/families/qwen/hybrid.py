@@ -28,7 +28,7 @@ from distillcache.models.families.reading.family import (
     not_exportable,
     shared_tensors,
 )
-from distillcache.models.families.reading.multimodal import AROUND, MROPE, multimodal_layout, read_vision_language
+from distillcache.models.families.reading.multimodal import MROPE, vision_language_family
 from distillcache.models.families.reading.recurrent import (
     DELTA_DEFAULTS,
     delta_keys,
@@ -218,21 +218,5 @@ QWEN3_5_MOE_TEXT = Family(
     harmless=LEFT_OUT,
     neutral={**GATES, "mlp_only_layers": ([],), "decoder_sparse_step": (1,), "norm_topk_prob": (True,)},
 )
-QWEN3_5 = Family(
-    name="qwen3_5",
-    architecture="Qwen3_5ForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, QWEN3_5_TEXT, "qwen3_5"),
-    write=_write_dense,
-    layout=lambda config: multimodal_layout(_layout(config)),
-    harmless=AROUND,
-)
-QWEN3_5_MOE = Family(
-    name="qwen3_5_moe",
-    architecture="Qwen3_5MoeForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, QWEN3_5_MOE_TEXT, "qwen3_5_moe"),
-    write=_write_sparse,
-    layout=lambda config: multimodal_layout(_layout(config)),
-    harmless=AROUND,
-)
+QWEN3_5 = vision_language_family("qwen3_5", "Qwen3_5ForConditionalGeneration", QWEN3_5_TEXT)
+QWEN3_5_MOE = vision_language_family("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", QWEN3_5_MOE_TEXT)

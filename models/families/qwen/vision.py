@@ -15,7 +15,7 @@ from distillcache.models.families.llama import DENSE_DEFAULTS
 from distillcache.models.families.qwen.dense import QWEN3
 from distillcache.models.families.qwen.moe import MOE_DEFAULTS, QWEN3_MOE, moe_kinds, moe_layout
 from distillcache.models.families.reading.family import Family, common_fields, dense_layout
-from distillcache.models.families.reading.multimodal import AROUND, MROPE, multimodal_layout, read_vision_language
+from distillcache.models.families.reading.multimodal import MROPE, multimodal_layout, vision_language_family
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import FusedExperts, Layout
 
@@ -76,21 +76,7 @@ QWEN3_VL_MOE_TEXT = Family(
     neutral={"norm_topk_prob": (True, False)},  # not read: their sum always is 1
     aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
 )
-QWEN3_VL = Family(
-    name="qwen3_vl",
-    architecture="Qwen3VLForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, QWEN3_VL_TEXT, "qwen3_vl"),
-    write=QWEN3.write,
-    layout=lambda config: multimodal_layout(dense_layout(config)),
-    harmless=AROUND,
-)
-QWEN3_VL_MOE = Family(
-    name="qwen3_vl_moe",
-    architecture="Qwen3VLMoeForConditionalGeneration",
-    defaults={"text_config": None, "tie_word_embeddings": None},
-    read=lambda values: read_vision_language(values, QWEN3_VL_MOE_TEXT, "qwen3_vl_moe"),
-    write=QWEN3_MOE.write,
-    layout=_sparse_layout,
-    harmless=AROUND,
+QWEN3_VL = vision_language_family("qwen3_vl", "Qwen3VLForConditionalGeneration", QWEN3_VL_TEXT)
+QWEN3_VL_MOE = vision_language_family(
+    "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", QWEN3_VL_MOE_TEXT, layout=_sparse_layout
 )

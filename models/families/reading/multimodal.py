@@ -1,6 +1,6 @@
 """Vision-language models: their config contains the text model's, which is the part that is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +61,32 @@ def read_vision_language(values: Values, text: Family, family: str) -> ModelConf
     if values["tie_word_embeddings"] is None:
         return config
     return replace(config, tie_embeddings=values.flag("tie_word_embeddings"))
+
+
+def vision_language_family(
+    name: str,
+    architecture: str,
+    text: Family,
+    *,
+    layout: Callable[[ModelConfig], Layout] | None = None,
+    harmless: frozenset[str] = AROUND,
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Family:
+    """The family of a vision-language model whose text model is read by `read_vision_language`, and exported.
+
+    Args:
+        layout: default: `multimodal_layout` of the text model's.
+    """
+    return Family(
+        name=name,
+        architecture=architecture,
+        defaults={"text_config": None, "tie_word_embeddings": None},
+        read=lambda values: read_vision_language(values, text, name),
+        write=text.write,
+        layout=layout or (lambda config: multimodal_layout(text.layout(config))),
+        harmless=harmless,
+        neutral=neutral or {},
+    )
 
 
 def text_config(values: Values, text: Family) -> Mapping[str, Any]:
