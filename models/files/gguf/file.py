@@ -276,7 +276,7 @@ class GgufSource:
         self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None
         permuted = config.family in PERMUTED
         self._delta = config.delta
-        self._offset = config.norm_product == "offset" and config.delta is None
+        self._offset = config.norm_product == "offset"
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if permuted else {}
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self.dtypes = {name: _dtype_name(stored.tensor.tensor_type) for name, stored in self._tensors.items()}
@@ -297,7 +297,8 @@ class GgufSource:
         heads = self._heads.get(str(stored.tensor.name).split(".")[-2])
         values = values if heads is None else unpermute(values, heads)
         values = values if self._delta is None else recurrent.as_in_hf(name, values, self._delta)
-        if self._offset and name.endswith("norm.weight"):  # where norms add one, files hold the sum
+        # Where norms add one, files hold the sum; the norm behind the delta rule never adds it.
+        if self._offset and name.endswith("norm.weight") and not name.endswith(recurrent.RULE_NORM):
             values = values.astype(np.float32) - np.float32(1)
         return values if box is None else values[box]
 

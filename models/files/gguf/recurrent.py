@@ -1,6 +1,6 @@
 """Blocks with the gated delta rule in GGUF files: names of their tensors, and what llama.cpp's converter does to them.
 
-- Norms but the one behind the rule hold one more than HF's, and rates of decay themselves, negative, not logarithms.
+- Rates of decay themselves, negative, not their logarithms.
 - Value heads are dealt out: the first of every key head, then the second of every key head, and so on. In HF those of a
   key head are neighbours.
 - The convolution's axis of one entry is left out.
@@ -30,13 +30,11 @@ BY_HEAD = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight", "line
 
 
 def as_in_hf(name: str, values: np.ndarray, delta: DeltaConfig) -> np.ndarray:
-    """A tensor's numbers as HF has them.
+    """A tensor's numbers as HF has them, but for what norms add.
 
     Args:
         name: HF's. values: in HF's shape.
     """
-    if name.endswith("norm.weight"):
-        return values if name.endswith(RULE_NORM) else values.astype(np.float32) - np.float32(1)
     if name.endswith("linear_attn.A_log"):
         with np.errstate(all="ignore"):  # what is not finite is found by whoever loads it
             return _grouped(np.log(-values), 0, 1, delta)
