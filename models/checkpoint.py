@@ -36,7 +36,7 @@ from distillcache.models.files.maxtext.checkpoint import MaxtextSource, find_max
 from distillcache.models.files.maxtext.names import maxtext_layout
 from distillcache.models.files.packed import unpacked, without_padding
 from distillcache.models.files.runs import RunCheckpoint, TrainedParameters, check_student, find_run, hf_folder
-from distillcache.models.files.tensors import ROUTER_BIAS_FILE, WIDE, Layout, TensorSource, some, tensor_slots
+from distillcache.models.files.tensors import FLOAT32, ROUTER_BIAS_FILE, Layout, TensorSource, some, tensor_slots
 from distillcache.models.head import OutputHead, head_of
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location, ObjectPath
@@ -366,10 +366,10 @@ def _step_for_dtypes(found: Iterable[str]) -> str:
 def _own_dtype(source: TensorSource, config: ModelConfig, layout: Layout) -> jnp.dtype:
     """The narrowest dtype that holds every tensor exactly; float16 beside bfloat16 gives float32.
 
-    What is float32 here whatever the dtype (`WIDE`: biases of routers, rates of decay) does not count: many files have
-    it as float32 beside bfloat16.
+    What is float32 here whatever the dtype (`FLOAT32`: biases of routers, rates of decay) does not count: many files
+    have it as float32 beside bfloat16.
     """
-    wide = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] in WIDE}
+    wide = {slot.name for slot in tensor_slots(config, layout) if slot.path[-1] in FLOAT32}
     kinds = {name: kind for name, kind in source.dtypes.items() if not _is_foreign(name, layout)}
     foreign = {kind: name for name, kind in kinds.items() if kind not in FLOAT_DTYPES}
     if foreign:

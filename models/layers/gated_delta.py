@@ -37,10 +37,10 @@ class GatedDelta(TokenMixer):
     width dv, K taps: norm and post_norm [D]; q and k [D, G, dk], v and z [D, N, dv]; alpha and beta [D, N]; conv_q and
     conv_k [G, dk, K], conv_v [N, dv, K]; a_log and dt_bias [N], out_norm [dv]; o [N, dv, D].
 
-    wide: float32 whatever the decoder's dtype, as the released files have them: a rate of decay acts over a document.
+    float32: parameters of that dtype whatever the decoder's, as in the released files: a rate acts over a document.
     """
 
-    wide: ClassVar[tuple[str, ...]] = ("a_log", "dt_bias", "out_norm")
+    float32: ClassVar[tuple[str, ...]] = ("a_log", "dt_bias", "out_norm")
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from distillcache.models.adapters import LORA
 from distillcache.models.decoder import Decoder
-from distillcache.models.layers.gated_delta import GatedDelta
+from distillcache.models.files.tensors import FLOAT32
 from distillcache.models.layers.mlp import Moe
 from distillcache.schemas.errors import ConfigError
 
@@ -30,8 +30,6 @@ PROJECTOR = "projector"
 BESIDE = (LORA, PROJECTOR)  # in the place of a sublayer: no part of a decoder
 [_BY_RULE] = Moe.by_rule
 ROUTER_BIAS = f"mlp/{_BY_RULE}"
-# Kept in float32 in every pass: small differences decide, or act over a whole document.
-WIDE = (ROUTER_BIAS, *(f"attention/{name}" for name in GatedDelta.wide))
 ROUTING = tuple(f"mlp/{name}" for name in Moe.routing)
 # The teacher's end beside the student's parameters; the head is `[V, D]`, and sharded as such a table is.
 TEACHER_NORM, TEACHER_HEAD = "teacher/final_norm", "teacher/embed"
@@ -185,9 +183,9 @@ def make_projectors(
 
 
 def cast(parameters: Mapping[str, Array], dtype: str, kept: Collection[str] = ()) -> dict[str, Array]:
-    """Cast parameters for the forward and backward pass, all but `WIDE` and those that are named in `kept`."""
+    """Cast parameters for the forward and backward pass, all but `FLOAT32` and those that are named in `kept`."""
     return {
-        name: value if name.endswith(WIDE) or name in kept else value.astype(dtype)
+        name: value if name.rpartition("/")[2] in FLOAT32 or name in kept else value.astype(dtype)
         for name, value in parameters.items()
     }
 

@@ -144,7 +144,7 @@ def test_padding_changes_nothing():
 def test_rates_of_decay_are_float32_in_every_decoder():
     decoder = Decoder(CONFIG, dtype="bfloat16")
     dtypes = {str(path[-1]): value.get_value().dtype for path, value in nnx.to_flat_state(nnx.state(decoder))}
-    assert {name for name, dtype in dtypes.items() if dtype == jnp.float32} == set(GatedDelta.wide)
+    assert {name for name, dtype in dtypes.items() if dtype == jnp.float32} == set(GatedDelta.float32)
     tokens = jnp.arange(2 * 77).reshape(2, 77) % 61
     logits = jax.eval_shape(lambda tokens: decoder(tokens).logits, tokens)
     assert logits is not None

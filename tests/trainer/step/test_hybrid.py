@@ -35,7 +35,7 @@ def test_rates_of_decay_stay_float32():
     given = all_parameters(Decoder(CONFIG))
     found = cast(given, "bfloat16")
     wide = {name for name, value in found.items() if value.dtype == jnp.float32}
-    assert wide == {name for name in given if name.rsplit("/", 1)[-1] in GatedDelta.wide}
+    assert wide == {name for name in given if name.rsplit("/", 1)[-1] in GatedDelta.float32}
     assert f"{RECURRENT}a_log" in wide
 
 
