@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from flax import nnx
@@ -254,10 +253,11 @@ def surgery_done(run: Store, asked: Sequence[Mapping[str, Any]]) -> list[dict[st
         done = TypeAdapter(list[_Operated]).validate_json(run.read(SURGERY) or b"[]")
     except ValidationError:
         done = []
-    used = [each.by for each in done] if [each.op for each in done] == [op.get("op") for op in asked] else []
+    if [each.op for each in done] != [op.get("op") for op in asked]:
+        return [dict(op) for op in asked]
     return [
-        {**op, "by": by} if op.get("by") is None and by is not None else dict(op)
-        for op, by in zip_longest(asked, used[: len(asked)])
+        {**op, "by": each.by} if op.get("by") is None and each.by is not None else dict(op)
+        for op, each in zip(asked, done, strict=True)
     ]
 
 
