@@ -10,7 +10,7 @@ phi3.py         Phi-3, Phi-4
 olmo.py         OLMo 2, OLMo 3
 olmoe.py        OLMoE
 smollm3.py      SmolLM3
-granite.py      Granite
+granite.py      Granite, GraniteMoE
 mixtral.py      Mixtral
 gpt_oss.py      gpt-oss
 glm4_moe.py     GLM-4.5
@@ -31,7 +31,7 @@ from distillcache.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEX
 from distillcache.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from distillcache.models.families.glm4_moe import GLM4_MOE
 from distillcache.models.families.gpt_oss import GPT_OSS
-from distillcache.models.families.granite import GRANITE
+from distillcache.models.families.granite import GRANITE, GRANITEMOE
 from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, exported_family
 from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
@@ -75,6 +75,7 @@ KNOWN = (
     GEMMA4_TEXT,
     GEMMA4,
     MIXTRAL,
+    GRANITEMOE,
     QWEN2_MOE,
     QWEN3_MOE,
     QWEN3_VL,

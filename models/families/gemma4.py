@@ -20,12 +20,12 @@ from typing import Any
 
 from distillcache.models.config import BlockInputs, BlockKind, ModelConfig, MoeConfig, RopeConfig, WideHeads
 from distillcache.models.families.gemma import GLOBAL_THETA, LOCAL_THETA
-from distillcache.models.families.mistral import fused_tensors
 from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
     common_fields,
     dense_tensors,
+    fused_tensors,
     not_exportable,
 )
 from distillcache.models.families.reading.kinds import FULL, SLIDING, only_window
@@ -254,7 +254,7 @@ def _experts(config: ModelConfig) -> list[BlockTensor]:
         BlockTensor("router.proj.weight", "mlp/router", 1),
         BlockTensor("router.scale", "mlp/router_norm"),
         BlockTensor("router.per_expert_scale", "mlp/expert_scale"),
-        *fused_tensors("experts", config.moe_config.expert_size),
+        *fused_tensors("experts.gate_up_proj", "experts.down_proj", config.moe_config.expert_size),
         BlockTensor("post_feedforward_layernorm_1.weight", "mlp/shared_post_norm"),
         BlockTensor("pre_feedforward_layernorm_2.weight", "mlp/expert_norm"),
         BlockTensor("post_feedforward_layernorm_2.weight", "mlp/expert_post_norm"),

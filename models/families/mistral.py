@@ -30,6 +30,7 @@ from distillcache.models.families.reading.family import (
     common_fields,
     dense_layout,
     dense_tensors,
+    fused_tensors,
     norm_tensors,
     not_exportable,
     only_kind,
@@ -48,7 +49,7 @@ from distillcache.models.families.reading.values import (
     rope_from_hf,
     rope_to_hf,
 )
-from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 BETA = "llama_4_scaling_beta"
 IGNORED = (BETA, "max_position_embeddings")  # among the parameters of the rotation, which does not read them
@@ -165,20 +166,10 @@ def _mistral4_layout(config: ModelConfig) -> Layout:
     common = [*norm_tensors(), *latent_tensors(config)]
     moe = [
         BlockTensor("mlp.gate.weight", "mlp/router", 1),
-        *fused_tensors("mlp.experts", config.moe_config.expert_size),
+        *fused_tensors("mlp.experts.gate_up_proj", "mlp.experts.down_proj", config.moe_config.expert_size),
         *shared_tensors("mlp.shared_experts"),
     ]
     return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))])
-
-
-def fused_tensors(prefix: str, width: int) -> list[BlockTensor]:
-    """Experts that are stored together, each as `nn.Linear` has it: `[E, 2 F, D]` of gate and up, `[E, D, F]`."""
-    both = f"{prefix}.gate_up_proj"
-    return [
-        BlockTensor(both, "mlp/gate", part=TensorSlice(1, 0, width, 2 * width), turned=True),
-        BlockTensor(both, "mlp/up", part=TensorSlice(1, width, 2 * width, 2 * width), turned=True),
-        BlockTensor(f"{prefix}.down_proj", "mlp/down", turned=True),
-    ]
 
 
 MINISTRAL3 = Family(

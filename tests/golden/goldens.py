@@ -54,11 +54,11 @@ def hook_attention(layer: torch.nn.Module, record: Callable[[torch.Tensor], None
 
 
 def hook_mixer(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
-    """Of hybrids some blocks have attention, others a recurrence, which returns its output alone."""
-    recurrence = getattr(layer, "linear_attn", None)
-    if recurrence is None:
+    """Of hybrids some blocks have attention, others a recurrence or a convolution, which returns its output alone."""
+    other = next((getattr(layer, name) for name in ("linear_attn", "conv") if hasattr(layer, name)), None)
+    if other is None:
         return hook_attention(layer, record)
-    return recurrence.register_forward_hook(lambda _, __, out: record(out))
+    return other.register_forward_hook(lambda _, __, out: record(out))
 
 
 def hook_norm(name: str) -> HookAdded:
@@ -66,9 +66,15 @@ def hook_norm(name: str) -> HookAdded:
     return lambda layer, record: getattr(layer, name).register_forward_hook(lambda _, __, out: record(out))
 
 
+def hook_scaled(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
+    """Granite multiplies what it adds."""
+    return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0] * layer.residual_multiplier))
+
+
 def hook_experts(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
     """Most families' experts are called with (stream, chosen experts, their weights)."""
-    experts = getattr(getattr(layer, "mlp", None), "experts", None)
+    sublayers = (getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "feed_forward"))
+    experts = next((sublayer.experts for sublayer in sublayers if hasattr(sublayer, "experts")), None)
     return experts and experts.register_forward_pre_hook(lambda _, args: record(args[1]))
 
 

@@ -3,11 +3,7 @@
 python tests/golden/make_dense.py
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from goldens import SIZES, HookAdded, hook_attention, hook_norm, make_model
+from goldens import SIZES, HookAdded, hook_attention, hook_norm, hook_scaled, make_model
 from transformers import (
     GraniteConfig,
     MinistralConfig,
@@ -89,11 +85,6 @@ MODELS: dict[str, PreTrainedConfig] = {
         **SIZES, sliding_window=5, layer_types=[SLIDING, FULL, SLIDING], rope_parameters=ROPE, tie_word_embeddings=True
     ),
 }
-
-
-def hook_scaled(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
-    """Granite multiplies what it adds."""
-    return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0] * layer.residual_multiplier))
 
 
 HOOKS: dict[str, HookAdded] = {

@@ -1,10 +1,10 @@
-"""Golden values of mixtures of experts (see goldens.py): Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE.
+"""Golden values of mixtures of experts (see goldens.py): Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, GraniteMoE.
 
 python tests/golden/make_moe.py
 """
 
-from goldens import SIZES, make_model
-from transformers import MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from goldens import SIZES, hook_attention, hook_scaled, make_model
+from transformers import GraniteMoeConfig, MixtralConfig, OlmoeConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # A theta of 100 spreads the wavelengths over the 24 tokens; at 10,000 half of the angles would hardly move.
@@ -53,12 +53,24 @@ MODELS: dict[str, PreTrainedConfig] = {
         attention_bias=True,
         rope_parameters=ROPE,
     ),
+    "granitemoe": GraniteMoeConfig(
+        **SIZES | {"num_hidden_layers": 2, "intermediate_size": 14},
+        num_local_experts=7,
+        num_experts_per_tok=3,
+        attention_bias=True,
+        embedding_multiplier=1.7,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        logits_scaling=3.0,
+        tie_word_embeddings=True,
+        rope_parameters=ROPE,
+    ),
 }
 
 
 def main() -> None:
     for seed, (name, config) in enumerate(MODELS.items(), 100):
-        make_model(name, config, seed)
+        make_model(name, config, seed, hook_added=hook_scaled if name == "granitemoe" else hook_attention)
 
 
 if __name__ == "__main__":

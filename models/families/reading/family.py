@@ -179,6 +179,19 @@ def expert_tensors(prefix: str = "mlp.experts", names: tuple[str, str, str] = PR
     return [BlockTensor(f"{prefix}.{{e}}.{name}.weight", path, 1) for name, path in zip(names, ours, strict=True)]
 
 
+def fused_tensors(both: str, down: str, width: int) -> list[BlockTensor]:
+    """List the tensors of experts that are stored together, each as `nn.Linear` has it.
+
+    Args:
+        both: the name of gate and up, `[E, 2 F, D]`. down: the other's, `[E, D, F]`.
+    """
+    return [
+        BlockTensor(both, "mlp/gate", part=TensorSlice(1, 0, width, 2 * width), turned=True),
+        BlockTensor(both, "mlp/up", part=TensorSlice(1, width, 2 * width, 2 * width), turned=True),
+        BlockTensor(down, "mlp/down", turned=True),
+    ]
+
+
 def shared_tensors(prefix: str) -> list[BlockTensor]:
     """List the tensors of the shared expert, which takes all tokens."""
     return [BlockTensor(f"{prefix}.{name}_proj.weight", f"mlp/shared_{name}", 1) for name in ("gate", "up", "down")]

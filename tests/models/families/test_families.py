@@ -21,7 +21,7 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
 }
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 # 48 query heads: all families' defaults of num_key_value_heads divide them.
 SIZES = LLAMA | {"hidden_size": 96, "num_attention_heads": 48, "num_hidden_layers": 4}
 
@@ -289,6 +289,7 @@ MOE_DEFAULTS = {
     ),
     "qwen3_moe": (4, 32768, 1e-6, 1e4, MoeConfig(128, 8, 768, renormalise=False)),
     "olmoe": (48, 4096, 1e-5, 1e4, MoeConfig(64, 8, 40, renormalise=False)),
+    "granitemoe": (48, 2048, 1e-6, 1e4, MoeConfig(8, 2, 40)),
 }
 
 

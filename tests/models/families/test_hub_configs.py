@@ -502,6 +502,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 1408, "num_experts_per_tok": 8, "norm_topk_prob": True},
     ),
 }
+# GraniteMoE: retyped from the documentation of the configuration class and of the models.
+CONFIGS |= {
+    "granite-3.0-1b-a400m": (
+        "granitemoe",
+        sizes(49155, 1024, 512, 24, 16, 8, 4096)
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
+        | {"residual_multiplier": 0.22, "num_local_experts": 32, "num_experts_per_tok": 8, "rope_theta": 10000}
+        | {"output_router_logits": False, "router_aux_loss_coef": 0.0, "rope_scaling": None, "attention_bias": False},
+    ),
+    "granite-3.1-3b-a800m": (
+        "granitemoe",
+        sizes(49155, 1536, 512, 32, 24, 8, 131072)
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
+        | {"residual_multiplier": 0.22, "num_local_experts": 40, "num_experts_per_tok": 8, "rope_theta": 1e7},
+    ),
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 
