@@ -197,7 +197,7 @@ OF_OTHERS: dict[str, tuple[str, ...]] = {
         *_OUTSIDE,
         *("num_heads", "num_kv_heads", "head_dim", "rope", "local_rope", "qkv_bias", "output_bias", "qk_norm"),
         *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent", "output_gate", "delta"),
-        *("wide", "value_norm", "block_inputs"),
+        *("short_conv", "wide", "value_norm", "block_inputs"),
     ),
 }
 

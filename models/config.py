@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kernel = Literal["xla", "splash", "cudnn"]
-Mixer = Literal["attention", "gated_delta"]
+Mixer = Literal["attention", "gated_delta", "short_conv"]
 NormProduct = Literal["wide", "offset"]
 
 
@@ -52,8 +52,9 @@ class BlockKind:
     """Properties that differ between the blocks of one decoder. Sizes are the decoder's.
 
     mixer: what mixes tokens. `attention`: softmax attention, latent where `ModelConfig.latent` is set; `gated_delta`: a
-        recurrence with a state for each document, see models/layers/gated_delta.py. window, chunk, rotary and
-        local_rope say nothing of a recurrence, and are at their defaults there.
+        recurrence with a state for each document, see models/layers/gated_delta.py; `short_conv`: a convolution of a
+        few tokens, see models/layers/short_conv.py. window, chunk, rotary and local_rope say nothing of a mixer without
+        attention, and are at their defaults there.
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
@@ -150,6 +151,19 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True)
+class ShortConvConfig:
+    """Sizes of the gated short convolution (LFM2), see models/layers/short_conv.py.
+
+    taps: tokens that a channel sees, a token itself and those before it. bias: the convolution and the projections have
+    one.
+    """
+
+    channels: int
+    taps: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class ClampedGlu:
     """A gated unit of cut inputs: `(up + 1) * gate * sigmoid(alpha * gate)`, gate at most `limit`, up within it both
     ways. Source: gpt-oss (arXiv 2508.10925)."""
@@ -165,7 +179,7 @@ class MoeConfig:
     expert_size: width F of one expert. shared_size: of the expert that takes all tokens, 0 for none.
     scores: of an expert for a token. `softmax` and `sigmoid` of the router's logits; `sigmoid_input`: sigmoid of the
         logits, and it multiplies the expert's input rather than its output (Llama 4).
-    renormalise: the chosen experts' weights are divided by their sum.
+    renormalise: the chosen experts' weights are divided by their sum, to which `sum_eps` is added.
     scaling: factor on the weights after that.
     groups, groups_kept: experts are chosen within the best `groups_kept` of `groups` groups.
     bias: there is one for each expert, added for the choice alone; native_bias: the family's files have a place for it.
@@ -197,6 +211,7 @@ class MoeConfig:
     expert_bias: bool = False
     clamped: ClampedGlu | None = None
     apart: bool = False
+    sum_eps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -216,9 +231,10 @@ class ModelConfig:
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
     width of queries and keys, and every query head has a key and value head of its own. output_gate: the heads' output
     is multiplied by the sigmoid of a linear map of the sublayer's input. delta: of the blocks whose mixer is the gated
-    delta rule. wide: heads of the blocks whose kind says so; then `rope` is theirs. value_norm: values of every head
-    are normed, without weights. block_scale: what leaves a block is multiplied by a learned number of its own.
-    block_inputs: see there. wider_taken: MLPs of blocks that take keys and values over are twice as wide.
+    delta rule. short_conv: of those whose mixer is the gated short convolution. wide: heads of the blocks whose kind
+    says so; then `rope` is theirs. value_norm: values of every head are normed, without weights. block_scale: what
+    leaves a block is multiplied by a learned number of its own. block_inputs: see there. wider_taken: MLPs of blocks
+    that take keys and values over are twice as wide.
     attention, experts: how they are computed, see models/layers/kernels.py and models/layers/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
@@ -255,6 +271,7 @@ class ModelConfig:
     latent: LatentConfig | None = None
     output_gate: bool = False
     delta: DeltaConfig | None = None
+    short_conv: ShortConvConfig | None = None
     wide: WideHeads | None = None
     value_norm: bool = False
     block_scale: bool = False
@@ -318,6 +335,13 @@ class ModelConfig:
         if self.delta is None:
             raise ValueError("this decoder has no blocks with the gated delta rule")
         return self.delta
+
+    @property
+    def short_conv_config(self) -> ShortConvConfig:
+        """`short_conv` of a decoder that has such blocks."""
+        if self.short_conv is None:
+            raise ValueError("this decoder has no blocks with the gated short convolution")
+        return self.short_conv
 
     @property
     def moe_config(self) -> MoeConfig:

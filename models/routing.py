@@ -63,6 +63,7 @@ def route(logits: Float[Array, "*B E"], bias: Float[Array, "*#B E"] | None, moe:
         scores=moe.scores,
         renormalise=moe.renormalise,
         scaling=moe.scaling,
+        sum_eps=moe.sum_eps,
         groups=moe.groups,
         groups_kept=moe.groups_kept,
     )
@@ -85,6 +86,7 @@ def select_experts(
     scores: Literal["softmax", "sigmoid", "sigmoid_input"] = "softmax",
     renormalise: bool = True,
     scaling: float = 1.0,
+    sum_eps: float = 0.0,
     groups: int = 1,
     groups_kept: int = 1,
 ) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
@@ -114,7 +116,7 @@ def select_experts(
     weights = jnp.take_along_axis(own, ids, axis=-1)
     if renormalise:
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights / (total if scores == "softmax" else total + TINY)
+        weights = weights / (total if scores == "softmax" else total + (sum_eps or TINY))
     return ids, weights * scaling if scaling != 1.0 else weights
 
 

@@ -12,6 +12,7 @@ olmoe.py        OLMoE
 smollm3.py      SmolLM3
 granite.py      Granite, GraniteMoE
 mixtral.py      Mixtral
+lfm2.py         LFM2, LFM2-MoE
 gpt_oss.py      gpt-oss
 glm4_moe.py     GLM-4.5
 deepseek.py     DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
@@ -32,6 +33,7 @@ from distillcache.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from distillcache.models.families.glm4_moe import GLM4_MOE
 from distillcache.models.families.gpt_oss import GPT_OSS
 from distillcache.models.families.granite import GRANITE, GRANITEMOE
+from distillcache.models.families.lfm2 import LFM2, LFM2_MOE
 from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, exported_family
 from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
@@ -85,6 +87,8 @@ KNOWN = (
     QWEN3_5,
     QWEN3_5_MOE_TEXT,
     QWEN3_5_MOE,
+    LFM2,
+    LFM2_MOE,
     OLMOE,
     LLAMA4_TEXT,
     LLAMA4,

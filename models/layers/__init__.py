@@ -6,6 +6,7 @@ attention.py         grouped-query attention
 latent_attention.py  multi-head latent attention
 gated_delta.py       gated delta rule behind a short convolution
 delta_rule.py        the rule itself, a chunk of tokens at a time
+short_conv.py        gated short convolution
 convolution.py       short causal convolution within documents
 kernels.py           attention kernels: XLA, Pallas, cuDNN
 rope.py              rotary position embedding and its scalings

@@ -7,6 +7,7 @@ from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.gated_delta import GatedDelta
 from distillcache.models.layers.latent_attention import LatentAttention
+from distillcache.models.layers.short_conv import ShortConv
 from distillcache.models.layers.sublayer import TokenMixer
 
 
@@ -14,6 +15,8 @@ def mixer_of(config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtyp
     """The sublayer that mixes the tokens of a block of this kind."""
     if kind.mixer == "gated_delta":
         return GatedDelta(config, config.delta_config, kind, repeats, dtype, rngs)
+    if kind.mixer == "short_conv":
+        return ShortConv(config, config.short_conv_config, kind, repeats, dtype, rngs)
     if config.latent is not None:
         return LatentAttention(config, config.latent, kind, repeats, dtype, rngs)
     return Attention(config, kind, repeats, dtype, rngs)

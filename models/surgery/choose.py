@@ -29,11 +29,13 @@ def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np
 
 
 def has_axis(kind: BlockKind, letter: str) -> bool:
-    """Tell whether a block of this kind has heads (H, K; N of the delta rule), dense neurons (F) or experts (E)."""
+    """Tell whether a block of this kind has heads (H, K; N of the delta rule), dense neurons (F) or experts (E);
+    channels of the short convolution (C)."""
     return {
         "H": kind.mixer == "attention",
         "K": kind.mixer == "attention",
         "N": kind.mixer == "gated_delta",
+        "C": kind.mixer == "short_conv",
         "E": kind.moe,
         "F": not kind.moe,
     }.get(letter, True)
@@ -65,7 +67,7 @@ def _output_norms(block: Block, letter: str) -> np.ndarray:
     """Bound the contribution of each entry to the stream: the squared norm of its rows of the output projection,
     float64.
     """
-    return _norm(block["attention/o" if letter in "HN" else "mlp/down"], (1, 2) if letter in "HNE" else 1)
+    return _norm(block["attention/o" if letter in "HNC" else "mlp/down"], (1, 2) if letter in "HNCE" else 1)
 
 
 def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:

@@ -37,7 +37,8 @@ def operate(decoder: Decoder, ops: Sequence[SurgeryOp], scores: Scores | None = 
 
     `query_heads` keeps `to` query heads of each key/value group; `kv_heads` keeps `to` key/value heads, each with all
     its query heads; `value_heads` keeps `to` value heads of each key head of the delta rule; `mlp_width`,
-    `expert_width` keep neurons, `experts` experts, `hidden_size` numbers of the stream.
+    `expert_width` keep neurons, `experts` experts, `hidden_size` numbers of the stream and as many channels of
+    short convolutions.
     What stays is in its old order: by `index` the first; by `weight_norm` those whose rows of the output projection
     have the largest norm; by `importance` those with the highest of `scores`. `drop_blocks` leaves out whole blocks,
     `upcycle` makes experts of dense MLPs.
@@ -104,6 +105,10 @@ def _cut_kv_heads(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
 
 
 def _cut_stream(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
+    """Channels of short convolutions are as many as numbers of the stream."""
+    if config.short_conv is not None:
+        channels, halfway = op.to or 0, replace(parts.config, short_conv=config.short_conv)
+        parts = keep(parts, "C", places_to_keep(parts, "C", channels, op), halfway)
     parts, kept = _cut("D")(parts, config, op)
     return parts, kept[0]
 

@@ -2,7 +2,8 @@
 
 Axis letters: D hidden, H query heads, K key/value heads, h width of a head, J and w the same of wide heads, F neurons
 of a dense MLP, E experts, W neurons of an expert, S neurons of the shared expert, V vocabulary. Of the gated delta
-rule: G key heads, N value heads, d and e their widths, t taps of the convolution.
+rule: G key heads, N value heads, d and e their widths, t taps of the convolution. Of the gated short convolution: C
+channels, s taps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,20 @@ DELTA_AXES = {
     "dt_bias": "N",
     "out_norm": "e",
     "o": "NeD",
+}
+SHORT_CONV_AXES = {
+    "norm": "D",
+    "post_norm": "D",
+    "in_gate": "DC",
+    "out_gate": "DC",
+    "value": "DC",
+    "conv": "Cs",
+    "in_gate_bias": "C",
+    "out_gate_bias": "C",
+    "value_bias": "C",
+    "conv_bias": "C",
+    "o": "C1D",
+    "o_bias": "D",
 }
 MLP_AXES = {
     "norm": "D",
@@ -205,6 +220,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     if (delta := config.delta) is not None:
         sizes |= {"G": delta.key_heads, "N": delta.value_heads, "t": delta.taps}
         sizes |= {"d": delta.key_dim, "e": delta.value_dim}
+    if (conv := config.short_conv) is not None:
+        sizes |= {"C": conv.channels, "s": conv.taps}
     if config.moe is not None:
         sizes |= {"E": config.moe.num_experts, "W": config.moe.expert_size, "S": config.moe.shared_size}
     return sizes
@@ -220,6 +237,8 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     attention = ATTENTION_AXES if config.latent is None else LATENT_AXES
     if kind is not None and kind.mixer == "gated_delta":
         attention = DELTA_AXES
+    if kind is not None and kind.mixer == "short_conv":
+        attention = SHORT_CONV_AXES
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
     letters = table.get(own, "")
     if own in ("q_norm", "k_norm") and config.qk_norm == "head":

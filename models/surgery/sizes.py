@@ -148,7 +148,9 @@ def _with_experts(config: ModelConfig, op: SurgeryOp, step: str) -> MoeConfig:
 
 
 def _hidden_size(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
-    return replace(config, hidden_size=_checked(op, config.hidden_size, "numbers in the residual stream"))
+    to = _checked(op, config.hidden_size, "numbers in the residual stream")
+    conv = config.short_conv and replace(config.short_conv, channels=to)
+    return replace(config, hidden_size=to, short_conv=conv)
 
 
 def _drop_blocks(config: ModelConfig, op: SurgeryOp) -> ModelConfig:

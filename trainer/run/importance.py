@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.gated_delta import GatedDelta
 from distillcache.models.layers.mlp import Mlp
+from distillcache.models.layers.short_conv import ShortConv
 from distillcache.models.layers.sublayer import pre_norm
 from distillcache.models.surgery import Scores
 from distillcache.schemas.config.student import SurgeryOp
@@ -179,7 +180,7 @@ def _sums(
     def visit(address: StackAddress, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
         attention, mlp = (sublayer(stack.graphs[address][name], name, own) for name in ("attention", "mlp"))
         heads = attention.mix(pre_norm(attention, given.resid), context)
-        letter = "N" if isinstance(attention, GatedDelta) else "H"
+        letter = "N" if isinstance(attention, GatedDelta) else "C" if isinstance(attention, ShortConv) else "H"
         sums = {letter: _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
         middle = given.resid + given.attn_out  # type: ignore[operator] - the source reads both
         if isinstance(mlp, Mlp):

@@ -56,8 +56,10 @@ def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
     """Multiply-adds of a token where tokens mix, without the projections.
 
     Attention: scores of keys and mixing of values, half of it masked. Delta rule: what a state reads, what is added to
-    it, and what a query reads, in whatever form they are computed.
+    it, and what a query reads, in whatever form they are computed. A short convolution is among the products.
     """
+    if kind.mixer == "short_conv":
+        return 0.0
     if kind.mixer == "gated_delta":
         delta = config.delta_config
         return 3.0 * delta.value_heads * delta.key_dim * delta.value_dim

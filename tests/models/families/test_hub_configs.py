@@ -502,7 +502,45 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 1408, "num_experts_per_tok": 8, "norm_topk_prob": True},
     ),
 }
-# GraniteMoE: retyped from the documentation of the configuration class and of the models.
+# LFM2: keys as tests of other readers hold them (jhqxxx/aha, tests/config_tests.rs); the rest, and GraniteMoE, retyped
+# from the documentation of the configuration classes and of the models.
+SHORT_CONV = {
+    "norm_eps": 1e-5,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+LFM2 = SHORT_CONV | {
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-5,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "conv_use_xavier_init": True,
+    "tie_embedding": True,
+    "use_pos_enc": True,
+}
+LFM2_MOE = SHORT_CONV | {
+    "moe_intermediate_size": 1792,
+    "norm_topk_prob": True,
+    "num_dense_layers": 2,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "routed_scaling_factor": 1.0,
+    "use_expert_bias": True,
+    "layer_types": ["full_attention" if block in (2, 6, 10, 14, 18, 21) else "conv" for block in range(24)],
+}
+
+
+def without_eps(*given: int) -> dict[str, Any]:
+    return {key: value for key, value in sizes(*given).items() if key != "rms_norm_eps"}
+
+
 CONFIGS |= {
     "granite-3.0-1b-a400m": (
         "granitemoe",
@@ -516,6 +554,31 @@ CONFIGS |= {
         sizes(49155, 1536, 512, 32, 24, 8, 131072)
         | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
         | {"residual_multiplier": 0.22, "num_local_experts": 40, "num_experts_per_tok": 8, "rope_theta": 1e7},
+    ),
+    "LFM2-1.2B": (
+        "lfm2",
+        without_eps(65536, 2048, 8192, 16, 32, 8, 128000)
+        | LFM2
+        | {"block_dim": 2048, "block_ff_dim": 12288, "conv_dim": 2048, "conv_dim_out": 2048, "num_heads": 32}
+        | {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "rope_theta": 1000000.0},
+    ),
+    "LFM2.5-230M": (
+        "lfm2",
+        without_eps(65536, 1024, 2560, 3, 16, 8, 128000)
+        | LFM2
+        | {"block_auto_adjust_ff_dim": False, "block_dim": 1024, "block_ff_dim": 2560, "conv_dim": 1024}
+        | {"layer_types": ["conv", "conv", "full_attention"], "dtype": "bfloat16"}
+        | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}},
+    ),
+    "LFM2-8B-A1B": (
+        "lfm2_moe",
+        without_eps(65536, 2048, 7168, 24, 32, 8, 128000) | LFM2_MOE | {"rope_theta": 1000000.0},
+    ),
+    "LFM2.5-8B-A1B": (
+        "lfm2_moe",
+        without_eps(124928, 2048, 7168, 24, 32, 8, 128000)
+        | LFM2_MOE
+        | {"rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"}, "rope_theta": 5000000.0},
     ),
 }
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}

@@ -13,6 +13,7 @@ from distillcache.models.surgery import changed_config, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError
 from tests.models.conftest import randomized
+from tests.models.layers import test_short_conv
 from tests.models.layers.test_gated_delta import CONFIG, DELTA
 
 HYBRID: ModelConfig = replace(CONFIG, family="qwen3_5_text")
@@ -92,6 +93,27 @@ def test_the_stream_is_cut_in_every_block():
         np.testing.assert_array_equal(found[f"attention/{name}"], np.take(recurrent[f"attention/{name}"], kept, axis))
     for name in ("conv_q", "conv_v", "a_log", "dt_bias", "out_norm"):
         np.testing.assert_array_equal(found[f"attention/{name}"], recurrent[f"attention/{name}"])
+
+
+@pytest.mark.parametrize("by", ["index", "weight_norm"])
+def test_short_convolutions_keep_as_many_channels_as_the_stream_has_numbers(by: str):
+    """Each block channels of its own, whole."""
+    config = test_short_conv.CONFIG
+    teacher = randomized(Decoder(config))
+    done = operate(teacher, [SurgeryOp.model_validate({"op": "hidden_size", "to": 30, "by": by})])
+    assert done.decoder.config == replace(config, hidden_size=30, short_conv=replace(config.short_conv, channels=30))
+    before, after = blocks_of(teacher), blocks_of(done.decoder)
+    for block in (0, 2):
+        worth = np.square(before[block]["attention/o"]).sum(axis=(1, 2))
+        channels = np.sort(np.argsort(-worth)[:30]) if by == "weight_norm" else np.arange(30)
+        value = np.take(before[block]["attention/value"], channels, 1)
+        np.testing.assert_array_equal(after[block]["attention/value"], np.take(value, done.kept[0], 0))
+        for name in ("conv", "conv_bias", "in_gate_bias"):
+            np.testing.assert_array_equal(
+                after[block][f"attention/{name}"], before[block][f"attention/{name}"][channels]
+            )
+    heads = operate(teacher, [SurgeryOp(op="query_heads", to=2)])
+    assert heads.kept == ([None, [0, 1, 3, 4], None],)
 
 
 def test_blocks_of_either_kind_can_go():

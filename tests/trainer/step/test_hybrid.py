@@ -12,6 +12,7 @@ from distillcache.schemas.config.train import OptimizerConfig
 from distillcache.trainer.step.flops import step_flops
 from distillcache.trainer.step.optimizer import make_optimizer, update_one
 from distillcache.trainer.step.parameters import all_parameters, cast
+from tests.models.layers import test_short_conv
 from tests.models.layers.test_gated_delta import CONFIG, DELTA
 
 RECURRENT = "groups/0/blocks/0/attention/"
@@ -29,6 +30,21 @@ def test_flops_of_a_mixer_are_its_own():
     mlps = 3 * 3 * width * config.intermediate_size
     expected = 6.0 * 100 * (2 * recurrent + attention + mlps + width * config.vocab_size)
     assert step_flops(config, shapes, 100, 50) == expected
+
+
+def test_flops_and_adapters_of_a_short_convolution():
+    """By hand, two blocks with one and one with attention. Of its matrices only the projections may have adapters."""
+    config = test_short_conv.CONFIG
+    shapes = jax.eval_shape(lambda: all_parameters(Decoder(config)))
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    conv = 4 * width * width + width * config.short_conv_config.taps
+    attention = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + heads * 50
+    mlps = 3 * 3 * width * config.intermediate_size
+    assert step_flops(config, shapes, 100, 50) == 6.0 * 100 * (2 * conv + attention + mlps + width * config.vocab_size)
+    first = {name: value.shape for name, value in shapes.items() if name.startswith(RECURRENT)}
+    assert {name.rsplit("/", 1)[-1] for name, shape in first.items() if sides(name, shape)} == {
+        *("in_gate", "out_gate", "value", "o")
+    }
 
 
 def test_rates_of_decay_stay_float32():
