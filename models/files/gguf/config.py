@@ -4,9 +4,9 @@ An architecture's keys are a closed list, as those of a config.json are: each is
 name. What the metadata leaves out, tensors say: biases by being there, a tied head by being absent, Llama 3's scaling
 of the rotary frequencies by its divisors, `rope_freqs.weight`.
 
-Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, Qwen2Model, Qwen2MoeModel,
-Qwen3Model, Qwen3MoeModel), `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how
-experts are weighed).
+Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, GraniteModel, GraniteMoeModel,
+LFM2Model, LFM2MoeModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel), `llama-model.cpp` (what is assumed
+without a key, and what is fixed: activations, how experts are weighed).
 """
 
 from dataclasses import dataclass, replace
@@ -23,12 +23,15 @@ from distillcache.models.config import (
     ModelConfig,
     MoeConfig,
     RopeConfig,
+    ShortConvConfig,
     TemperatureConfig,
     plan_layers,
 )
-from distillcache.models.families import check_experts, check_heads
+from distillcache.models.families import check_experts, check_heads, layout_of
+from distillcache.models.families.lfm2 import SUM_EPS
 from distillcache.models.families.reading.values import MOST, is_number
 from distillcache.models.files.gguf.file import ROPE_FREQS, metadata, open_parts, tensor_data
+from distillcache.models.files.tensors import Layout
 from distillcache.models.layers.rope import base_frequencies, llama3_frequencies
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location
@@ -42,6 +45,7 @@ class Architecture:
     renormalise: the chosen experts' weights are divided by their sum.
     hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
     growing: queries may grow with positions. gemma: norms, embeddings and activation are Gemma's.
+    scaled: Granite's multipliers may be there. short_conv: some blocks have a gated short convolution.
     harmless: more keys that say nothing of text.
     """
 
@@ -52,6 +56,8 @@ class Architecture:
     hybrid: bool = False
     growing: bool = False
     gemma: bool = False
+    scaled: bool = False
+    short_conv: bool = False
     harmless: frozenset[str] = frozenset()
 
 
@@ -61,6 +67,10 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "mixtral"),
     "mistral3": Architecture("ministral3", growing=True),
     "gemma": Architecture("gemma", gemma=True),
+    "granite": Architecture("granite", scaled=True),
+    "granitemoe": Architecture(None, "granitemoe", scaled=True),
+    "lfm2": Architecture("lfm2", qk_norm=True, short_conv=True),
+    "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", qk_norm=True),
     "qwen2moe": Architecture(None, "qwen2_moe", renormalise=False),
@@ -82,6 +92,9 @@ GROWING_KEYS = frozenset(
     {"attention.temperature_scale"}
     | {f"rope.scaling.yarn_{key}" for key in ("beta_fast", "beta_slow", "log_multiplier")}
 )
+SCALE_KEYS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+SHORT_CONV_KEYS = frozenset({"expert_gating_func", "leading_dense_block_count", "shortconv.l_cache"})
+SIGMOID = 2  # of `expert_gating_func`
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
 UNDERSTOOD_KEYS = frozenset(
@@ -126,8 +139,9 @@ class GgufValues:
 
     def _known_keys(self) -> frozenset[str]:
         known = ARCHITECTURES[self.name]
-        own = (HYBRID_KEYS if known.hybrid else frozenset()) | (GROWING_KEYS if known.growing else frozenset())
-        return UNDERSTOOD_KEYS | HARMLESS_KEYS | known.harmless | own
+        own = [(known.hybrid, HYBRID_KEYS), (known.growing, GROWING_KEYS)]
+        own += [(known.scaled, SCALE_KEYS), (known.short_conv, SHORT_CONV_KEYS)]
+        return UNDERSTOOD_KEYS.union(HARMLESS_KEYS, known.harmless, *(keys for has, keys in own if has))
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is."""
@@ -137,7 +151,7 @@ class GgufValues:
         value = self.get(key, default)
         most = LARGEST.get(key, MOST)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise self._bad(key, value, f"one whole number from 1 to {most}")
+            raise self.bad(key, value, f"one whole number from 1 to {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -145,10 +159,11 @@ class GgufValues:
         reads as its source."""
         value = self.get(key, default)
         if not is_number(value) or not value > 0:
-            raise self._bad(key, value, "one positive number")
+            raise self.bad(key, value, "one positive number")
         return float(str(np.float32(value)))
 
-    def _bad(self, key: str, value: object, expected: str) -> CheckpointError:
+    def bad(self, key: str, value: object, expected: str) -> CheckpointError:
+        """The error for a value that cannot be used."""
         return CheckpointError(
             "the GGUF file has a value that cannot be used",
             {"file": self.file, "key": self.key(key), "found": str(value)[:120], "expected": expected},
@@ -185,6 +200,15 @@ def config_from_gguf(reader: gguf.GGUFReader, file: Location) -> ModelConfig:
     return config
 
 
+# Families whose experts are one by one here, under another family's names, and stored together in HF's files.
+NAMED_AS = {"granitemoe": "mixtral"}
+
+
+def gguf_layout(config: ModelConfig) -> Layout:
+    """HF's names of the tensors that `GgufSource` gives."""
+    return layout_of(replace(config, family=NAMED_AS.get(config.family, config.family)))
+
+
 # A model's tensors by name, each with the file that it is in.
 Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
 
@@ -202,7 +226,43 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
             embed_scale=config.hidden_size**0.5,
             embed_scale_rounded=True,
         )
+    if known.scaled:
+        config = _scaled(config, values)
+    if known.short_conv:
+        config = _with_convolutions(config, tensors, values)
     return _as_hybrid(config, tensors, values) if known.hybrid else config
+
+
+def _scaled(config: ModelConfig, values: GgufValues) -> ModelConfig:
+    """The same with Granite's multipliers; without the one of attention it has the usual factor."""
+    own = None if values.get("attention.scale") is None else values.number("attention.scale", 1.0)
+    return replace(
+        config,
+        attention_scale=own,
+        embed_scale=values.number("embedding_scale", 1.0),
+        residual_scale=values.number("residual_scale", 1.0),
+        logits_divisor=values.number("logit_scale", 1.0),
+    )
+
+
+def _with_convolutions(config: ModelConfig, tensors: Tensors, values: GgufValues) -> ModelConfig:
+    """The same with the mixers that the blocks' tensors say, and experts behind dense blocks, as LFM2 has them."""
+    depth, moe = values.size("block_count"), config.moe
+    dense = values.size("leading_dense_block_count") if values.get("leading_dense_block_count") else 0
+    if moe is not None:
+        if values.get("expert_gating_func") != SIGMOID:
+            raise values.bad("expert_gating_func", values.get("expert_gating_func"), f"{SIGMOID}, a sigmoid")
+        biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+        moe = replace(moe, scores="sigmoid", bias=biased, native_bias=True, sum_eps=SUM_EPS)
+    kinds = [
+        BlockKind(
+            mixer="short_conv" if f"blk.{block}.shortconv.conv.weight" in tensors else "attention",
+            moe=moe is not None and block >= dense,
+        )
+        for block in range(depth)
+    ]
+    conv = ShortConvConfig(config.hidden_size, values.size("shortconv.l_cache"))
+    return replace(config, layers=plan_layers(kinds), moe=moe, short_conv=conv)
 
 
 def _growing(config: ModelConfig, values: GgufValues) -> ModelConfig:
@@ -265,7 +325,7 @@ def _plain_config(tensors: Tensors, values: GgufValues, known: Architecture) -> 
         hidden_size=hidden,
         intermediate_size=values.size("feed_forward_length") if moe is None else _inner(values),
         num_heads=heads,
-        num_kv_heads=values.size("attention.head_count_kv", heads),
+        num_kv_heads=_kv_heads(values, known, heads),
         head_dim=_head_dim(values, hidden // heads, partial=known.hybrid),
         layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
         rope=_rope(tensors, values, hidden // heads),
@@ -279,6 +339,14 @@ def _plain_config(tensors: Tensors, values: GgufValues, known: Architecture) -> 
         max_positions=values.size("context_length"),
         family=_family(values, known, moe),
     )
+
+
+def _kv_heads(values: GgufValues, known: Architecture, heads: int) -> int:
+    """Key and value heads of the blocks that have some: with convolutions there is a number for each block, or 0."""
+    found = values.get("attention.head_count_kv", heads)
+    if known.short_conv and isinstance(found, list) and len(own := set(found) - {0}) == 1:
+        return own.pop()
+    return values.size("attention.head_count_kv", heads)
 
 
 def _family(values: GgufValues, known: Architecture, moe: MoeConfig | None) -> str:

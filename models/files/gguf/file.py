@@ -48,6 +48,19 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+SHORT_CONV_NAMES = {
+    "attn_norm": "operator_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+}
 QK_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 # Of families with experts; `{e}` stands for the number of an expert.
 EXPERT_NAMES: dict[str, dict[str, str]] = {
@@ -70,10 +83,21 @@ EXPERT_NAMES: dict[str, dict[str, str]] = {
 }
 EXPERT_NAMES["qwen3_5_moe_text"] = EXPERT_NAMES["qwen2_moe"]
 EXPERT_NAMES["qwen3_moe"] = {key: name for key, name in EXPERT_NAMES["qwen2_moe"].items() if "shexp" not in key}
-PERMUTED = ("llama", "mixtral", "ministral3")  # families whose Q and K rows are
+EXPERT_NAMES["granitemoe"] = EXPERT_NAMES["mixtral"]
+EXPERT_NAMES["lfm2_moe"] = {
+    "ffn_gate_inp": "feed_forward.gate",
+    "ffn_gate_exps": "feed_forward.experts.{e}.w1",
+    "ffn_up_exps": "feed_forward.experts.{e}.w3",
+    "ffn_down_exps": "feed_forward.experts.{e}.w2",
+    "exp_probs_b.bias": "feed_forward.expert_bias",
+}
+# Names behind a block's number that HF has without an ending.
+WHOLE_NAMES = (*recurrent.WHOLE_NAMES, "exp_probs_b.bias")
+PERMUTED = ("llama", "mixtral", "ministral3", "granite", "granitemoe")  # families whose Q and K rows are
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "token_embd_norm.weight": "model.embedding_norm.weight",
     "output.weight": "lm_head.weight",
 }
 ROPE_FREQS = "rope_freqs.weight"
@@ -323,6 +347,7 @@ def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> d
     """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name."""
     names = {**BLOCK_NAMES, **EXPERT_NAMES.get(config.family, {})}
     names |= QK_NORM_NAMES if config.qk_norm == "head" else {}
+    names |= SHORT_CONV_NAMES if config.short_conv is not None else {}
     names |= {**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {}
     left_out = tuple(f"blk.{config.num_blocks + layer}." for layer in range(config.mtp_layers))
     found: dict[str, StoredTensor] = {}
@@ -335,7 +360,7 @@ def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> d
         elif name != ROPE_FREQS:
             if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a row of one is stored as a vector
                 shape = (1, *shape)
-            if name.endswith(recurrent.CONVOLUTION) and len(shape) == 2:
+            if name.endswith((recurrent.CONVOLUTION, "conv.conv.weight")) and len(shape) == 2:
                 shape = (shape[0], 1, shape[1])
             found[name] = StoredTensor(reader, tensor, shape)
     return found
@@ -346,10 +371,10 @@ def hf_name(name: str, of_blocks: Mapping[str, str]) -> str:
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     parts = name.split(".")
-    if parts[0] == "blk" and (tail := ".".join(parts[2:])) in of_blocks and tail in recurrent.WHOLE_NAMES:
+    if parts[0] == "blk" and (tail := ".".join(parts[2:])) in of_blocks and tail in WHOLE_NAMES:
         return f"model.layers.{parts[1]}.{of_blocks[tail]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in of_blocks:
-        return f"model.layers.{parts[1]}.{of_blocks[parts[2]]}.{parts[3]}"
+    if len(parts) >= 4 and parts[0] == "blk" and (stem := ".".join(parts[2:-1])) in of_blocks:
+        return f"model.layers.{parts[1]}.{of_blocks[stem]}.{parts[-1]}"
     return name
 
 

@@ -25,8 +25,8 @@ CONTROL_TOKENS = frozenset(
 )
 
 # How the text is cut before the merges, by `tokenizer.ggml.pre`.
-# Source: llama.cpp `llama-vocab.cpp`; the same cuts as in the tokenizer.json of SmolLM2, StarCoder, GPT-2,
-# Llama 3, Mistral Nemo and Qwen2.
+# Source: llama.cpp `llama-vocab.cpp`; the same cuts as in the tokenizer.json of SmolLM2, StarCoder, Granite,
+# GPT-2, Llama 3, LFM2, Mistral Nemo and Qwen2.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,11 +41,11 @@ QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # The same with combining marks among the letters.
 QWEN35_SPLIT = QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 # Their models take a whole piece that is in the vocabulary without asking the merges, and begin a text with BOS.
-WHOLE_SPLITS = {"llama-bpe": LLAMA3_SPLIT, "llama3": LLAMA3_SPLIT, "llama-v3": LLAMA3_SPLIT, "tekken": TEKKEN_SPLIT}
+WHOLE_SPLITS = dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "lfm2"), LLAMA3_SPLIT) | {"tekken": TEKKEN_SPLIT}
 # Of models whose tokenizer.json composes characters first (NFC); llama.cpp does not.
 COMPOSED_SPLITS = {"qwen2": QWEN2_SPLIT, "deepseek-r1-qwen": QWEN2_SPLIT, "qwen35": QWEN35_SPLIT}
 SPLITS = WHOLE_SPLITS | COMPOSED_SPLITS
-DIGITS_APART = ("smollm", "starcoder")
+DIGITS_APART = ("smollm", "starcoder", "refact")
 KNOWN_PRE = ("gpt-2", *DIGITS_APART, *SPLITS)
 
 

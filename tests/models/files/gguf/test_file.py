@@ -12,7 +12,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from distillcache.models.checkpoint import load_pretrained, read_config, save_pretrained, weights_digest
-from distillcache.models.config import BlockKind, LayerGroup, ModelConfig, MoeConfig, RopeConfig, TemperatureConfig
+from distillcache.models.config import (
+    BlockKind,
+    LayerGroup,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    ShortConvConfig,
+    TemperatureConfig,
+    plan_layers,
+)
 from distillcache.models.decoder import Decoder
 from distillcache.models.files.gguf.file import GgufSource, open_gguf
 from distillcache.schemas.errors import CheckpointError
@@ -38,6 +47,20 @@ BLOCK = {
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.router.layer": "ffn_gate_inp",
+    "block_sparse_moe.output_linear": "ffn_down_exps",
+    "operator_norm": "attn_norm",
+    "conv.conv": "shortconv.conv",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.gate": "ffn_gate_inp",
 }
 EXPERTS = {
     "gate_proj": "ffn_gate_exps",
@@ -47,7 +70,15 @@ EXPERTS = {
     "w3": "ffn_up_exps",
     "w2": "ffn_down_exps",
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.embedding_norm": "token_embd_norm",
+    "lm_head": "output",
+}
+
+
+PERMUTED = ("llama", "mistral3", "granite", "granitemoe")
 
 
 def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -94,6 +125,14 @@ def tensors_of(checkpoint: Path, config: ModelConfig, permute: bool) -> dict[str
             found[f"{TOP[stem]}.{part}"] = values
             continue
         _, _, layer, inner = stem.split(".", 3)
+        if part == "expert_bias":
+            found[f"blk.{layer}.exp_probs_b.bias"] = values
+            continue
+        if inner.endswith("input_linear"):
+            for half, into in enumerate(("ffn_gate_exps", "ffn_up_exps")):
+                found[f"blk.{layer}.{into}.{part}"] = np.split(values, 2, axis=1)[half]
+            continue
+        values = values.squeeze(1) if inner == "conv.conv" else values
         if ".experts." in inner:
             _, number, projection = inner.rsplit(".", 2)
             found.setdefault(f"blk.{layer}.{EXPERTS[projection]}.{part}", {})[int(number)] = values
@@ -130,7 +169,7 @@ def write_gguf(
         if value is not None:
             add[type(value)](f"{architecture}.{key}", value)
     stored = {name: (values, quant) for quant, of_kind in (raw or {}).items() for name, values in of_kind.items()}
-    for name, values in tensors_of(checkpoint, config, architecture in ("llama", "mistral3")).items():
+    for name, values in tensors_of(checkpoint, config, architecture in PERMUTED).items():
         if name in stored:
             writer.add_tensor(name, stored[name][0], raw_dtype=stored[name][1])
         elif values.ndim == 1:
@@ -222,6 +261,50 @@ def test_queries_that_grow(tiny_config: ModelConfig, tmp_path: Path):
     assert_same_parameters(found, expected)
     assert read_config(write_gguf(tmp_path / "hf", tmp_path / "n.gguf", architecture="mistral3")).temperature is None
     refused(write_gguf(tmp_path / "hf", tmp_path / "plain.gguf", changes=keys), "yarn_beta_fast")
+
+
+@pytest.mark.parametrize("family", ["granite", "granitemoe"])
+def test_granite(family: str, tiny_config: ModelConfig, tmp_path: Path):
+    """Its multipliers have keys; experts lie together in HF's files. Without a key attention has the usual factor."""
+    moe = MOE if family == "granitemoe" else None
+    scales = {"embed_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0078125, "logits_divisor": 6.0}
+    layers = (LayerGroup((BlockKind(moe=moe is not None),), 2),)
+    config = replace(tiny_config, family=family, layers=layers, moe=moe, intermediate_size=14, **scales)
+    save_pretrained(randomized(Decoder(config)), tmp_path / "hf")
+    keys = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.0078125, "logit_scale": 6.0}
+    path = write_gguf(tmp_path / "hf", tmp_path / "m.gguf", architecture=family, changes=keys)
+    found, expected = load_pretrained(path), load_pretrained(tmp_path / "hf")
+    assert found.config == expected.config == config
+    assert_same_parameters(found, expected)
+    plain = read_config(write_gguf(tmp_path / "hf", tmp_path / "n.gguf", architecture=family))
+    assert (plain.attention_scale, plain.embed_scale, plain.logits_divisor) == (None, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
+def test_short_convolutions(family: str, tiny_config: ModelConfig, tmp_path: Path):
+    """Numbers of key/value heads say which blocks have none; the first block is dense."""
+    conv, sparse = BlockKind(mixer="short_conv"), family == "lfm2_moe"
+    moe = replace(MOE, scores="sigmoid", bias=True, native_bias=True, sum_eps=1e-6)
+    config = replace(
+        tiny_config,
+        family=family,
+        layers=plan_layers([conv, replace(conv, moe=sparse), BlockKind(moe=sparse)]),
+        moe=moe if sparse else None,
+        short_conv=ShortConvConfig(channels=36, taps=3),
+        qk_norm="head",
+        tie_embeddings=True,
+    )
+    save_pretrained(randomized(Decoder(config)), tmp_path / "hf")
+    keys: dict[str, Any] = {"attention.head_count_kv": [0, 0, 2], "shortconv.l_cache": 3}
+    keys |= {"leading_dense_block_count": 1, "expert_gating_func": 2} if sparse else {}
+    architecture = family.replace("_", "")
+    path = write_gguf(tmp_path / "hf", tmp_path / "m.gguf", architecture=architecture, changes=keys)
+    found, expected = load_pretrained(path), load_pretrained(tmp_path / "hf")
+    assert found.config == expected.config == config
+    assert_same_parameters(found, expected)
+    keys |= {"expert_gating_func": 1} if sparse else {"attention.head_count_kv": [0, 1, 2]}
+    path = write_gguf(tmp_path / "hf", tmp_path / "n.gguf", architecture=architecture, changes=keys)
+    refused(path, "expert_gating_func" if sparse else "head_count_kv")
 
 
 def test_gemma(tiny_config: ModelConfig, tmp_path: Path):
