@@ -19,6 +19,7 @@ from distillcache.models.config import (
     ModelConfig,
     MoeConfig,
     RopeConfig,
+    ShortConvConfig,
     TemperatureConfig,
     WideHeads,
     plan_layers,
@@ -129,6 +130,15 @@ CONFIGS["qwen3_next"] = replace(
     delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=5, value_dim=7, taps=3),
     layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(moe=True)]),
     moe=MoeConfig(5, 2, 14, 22, shared_gate=True),
+)
+CONFIGS["lfm2_moe"] = replace(
+    TINY,
+    family="lfm2_moe",
+    norm_eps=1e-5,
+    qk_norm="head",
+    short_conv=ShortConvConfig(TINY.hidden_size, 3, bias=True),
+    layers=plan_layers([BlockKind(mixer="short_conv"), BlockKind(moe=True), BlockKind(mixer="short_conv", moe=True)]),
+    moe=MoeConfig(5, 2, 14, scores="sigmoid", bias=True, native_bias=True, sum_eps=1e-6),
 )
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 

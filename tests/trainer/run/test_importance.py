@@ -13,8 +13,17 @@ from flax import nnx
 
 from distillcache.cache_builder.build import build_cache
 from distillcache.models.checkpoint import load_pretrained
-from distillcache.models.config import BlockKind, DeltaConfig, LayerGroup, ModelConfig, MoeConfig, plan_layers
+from distillcache.models.config import (
+    BlockKind,
+    DeltaConfig,
+    LayerGroup,
+    ModelConfig,
+    MoeConfig,
+    ShortConvConfig,
+    plan_layers,
+)
 from distillcache.models.decoder import Decoder
+from distillcache.models.layers.short_conv import ShortConv
 from distillcache.models.surgery import Scores, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
@@ -132,6 +141,25 @@ def test_recurrent_blocks_have_value_heads(tmp_path: Path, corpus: Path):
     done = operate(decoder, [SurgeryOp(op="query_heads", to=1, by="importance")], scores)
     heads = scores.blocks[1]["H"].reshape(2, 3).argmax(axis=1) + np.array([0, 3])
     assert done.kept == ([None, heads.tolist(), None],)
+
+
+@pytest.mark.slow  # a build of its own
+def test_short_convolutions_have_channels(tmp_path: Path, corpus: Path):
+    """Of which as many are kept as of the stream's numbers, the most important of each block."""
+    conv = ShortConvConfig(TINY.hidden_size, 3)
+    kinds = [BlockKind(mixer="short_conv"), BlockKind()]
+    config = replace(TINY, family="lfm2", layers=plan_layers(kinds), short_conv=conv, qk_norm="head")
+    teacher = save_teacher(tmp_path / "teacher", config)
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=EXACT))
+    decoder, source = load_pretrained(teacher), CacheSource(str(tmp_path / "cache"), split="train")
+    scores = measure_importance(decoder, source, 4)
+    assert [sorted(block) for block in scores.blocks] == [["C", "F"], ["F", "H"]]
+    done = operate(decoder, [SurgeryOp(op="hidden_size", to=16, by="importance")], scores)
+    best = np.sort(np.argsort(-scores.blocks[0]["C"])[:16])
+    before, after = (each.groups[0].blocks[0].attention for each in (decoder, done.decoder))
+    assert isinstance(before, ShortConv)
+    assert isinstance(after, ShortConv)
+    np.testing.assert_array_equal(after.conv[...], before.conv[...][:, best])
 
 
 @pytest.mark.parametrize("letter", ["H", "F"])
