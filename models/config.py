@@ -183,6 +183,7 @@ class MoeConfig:
     scaling: factor on the weights after that.
     groups, groups_kept: experts are chosen within the best `groups_kept` of `groups` groups.
     bias: there is one for each expert, added for the choice alone; native_bias: the family's files have a place for it.
+    bias_on_scores: with `softmax` it is added to the probabilities, not to the logits.
     shared_gate: the shared expert's output is multiplied by the sigmoid of a linear map of its input.
     jitter: in training the input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
     float32_router: logits are a float32 product, whatever the dtype of the stream.
@@ -204,6 +205,7 @@ class MoeConfig:
     groups_kept: int = 1
     bias: bool = False
     native_bias: bool = False
+    bias_on_scores: bool = False
     shared_gate: bool = False
     jitter: float = 0.0
     float32_router: bool = False
@@ -219,8 +221,9 @@ class ModelConfig:
     """Sizes and options of a decoder. Axis letters: D hidden, H query heads, K key/value heads, V vocabulary.
 
     intermediate_size: of dense MLPs. qk_norm: of queries and keys, `head`: RMS norm of every head, learned weights
-    `[hd]`, before the rotation; `full`: of all heads together, `[H hd]`; `l2`: of every head, no weights, after the
-    rotation, and only in blocks that rotate. clip_qkv: queries, keys and values are cut at this magnitude.
+    `[hd]`, before the rotation; `turned`: the same after it; `full`: of all heads together, `[H hd]`, before it; `l2`:
+    of every head, no weights, after the rotation, and only in blocks that rotate. clip_qkv: queries, keys and values
+    are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
     norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_product: how a norm
     multiplies by its weight, see `rms_norm` in models/layers/norm.py. embed_scale, residual_scale: factors on
@@ -254,7 +257,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "full", "l2"] = "none"
+    qk_norm: Literal["none", "head", "turned", "full", "l2"] = "none"
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
     norms: Literal["pre", "post", "both"] = "pre"
@@ -323,6 +326,11 @@ class ModelConfig:
     def values_are_keys(self, kind: BlockKind) -> bool:
         """Tell whether blocks of this kind have no projection of values."""
         return self.wide is not None and kind.wide and self.wide.shared_values
+
+    @property
+    def has_qk_norms(self) -> bool:
+        """Tell whether norms of queries and keys have weights."""
+        return self.qk_norm in ("head", "turned", "full")
 
     @property
     def value_dim(self) -> int:

@@ -66,6 +66,7 @@ def route(logits: Float[Array, "*B E"], bias: Float[Array, "*#B E"] | None, moe:
         sum_eps=moe.sum_eps,
         groups=moe.groups,
         groups_kept=moe.groups_kept,
+        bias_on_scores=moe.bias_on_scores,
     )
     return RouterOutput(logits, router_probs(logits, moe.scores), ids, weights)
 
@@ -89,13 +90,15 @@ def select_experts(
     sum_eps: float = 0.0,
     groups: int = 1,
     groups_kept: int = 1,
+    bias_on_scores: bool = False,
 ) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
     """The chosen experts and the weights of their mixture.
 
     Args:
         logits: float32.
         bias: added to the rank: to the logits of `softmax` and `sigmoid_input` (0.1 on probabilities of 128 experts
-            would decide nearly every choice), to the sigmoids of `sigmoid`. None: no bias, which zeros are as well.
+            would decide nearly every choice), to the sigmoids of `sigmoid`; with `bias_on_scores` to the probabilities
+            of `softmax`, as a family's files mean it. None: no bias, which zeros are as well.
         groups: of neighbouring experts. A group ranks by the sum of its two best, of `softmax` their probabilities;
             experts outside the best `groups_kept` are never chosen.
 
@@ -105,13 +108,15 @@ def select_experts(
         ids: int32, by falling rank; of equals the one with the lower number. weights: float32, without the bias.
     """
     if scores == "softmax":
-        own, rank = jax.nn.softmax(logits, axis=-1), logits
+        own = jax.nn.softmax(logits, axis=-1)
+        rank = own if bias_on_scores else logits
     else:
         own = jax.nn.sigmoid(logits)
         rank = own if scores == "sigmoid" else logits
+    of_logits = scores == "softmax" and not bias_on_scores
     rank = rank if bias is None else rank + bias
     if groups > 1:
-        rank = _within_groups(rank, jax.nn.softmax(rank, axis=-1) if scores == "softmax" else rank, groups, groups_kept)
+        rank = _within_groups(rank, jax.nn.softmax(rank, axis=-1) if of_logits else rank, groups, groups_kept)
     ids = jax.lax.top_k(rank, top_k)[1]
     weights = jnp.take_along_axis(own, ids, axis=-1)
     if renormalise:

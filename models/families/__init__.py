@@ -8,7 +8,7 @@ gemma.py        Gemma, Gemma 2, Gemma 3
 gemma4.py       Gemma 4
 phi3.py         Phi-3, Phi-4
 olmo.py         OLMo 2, OLMo 3
-olmoe.py        OLMoE
+olmoe.py        OLMoE, FlexOlmo
 smollm3.py      SmolLM3
 granite.py      Granite, GraniteMoE
 mixtral.py      Mixtral
@@ -18,6 +18,7 @@ glm4_moe.py     GLM-4.5
 deepseek.py     DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
+variants/       Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, dots.llm1, Solar Open
 
 Adding a family is a module with a `Family` value, and its name below.
 """
@@ -39,7 +40,7 @@ from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
 from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
 from distillcache.models.families.mixtral import MIXTRAL
 from distillcache.models.families.olmo import OLMO2, OLMO3
-from distillcache.models.families.olmoe import OLMOE
+from distillcache.models.families.olmoe import FLEX_OLMO, OLMOE
 from distillcache.models.families.phi3 import PHI3, says_heads
 from distillcache.models.families.qwen.dense import QWEN2, QWEN3
 from distillcache.models.families.qwen.hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
@@ -50,6 +51,12 @@ from distillcache.models.families.reading.packing import KEY as PACKING
 from distillcache.models.families.reading.packing import check_packing, packing_inside
 from distillcache.models.families.reading.values import Values, rope_from_hf
 from distillcache.models.families.smollm3 import SMOLLM3
+from distillcache.models.families.variants.dots1 import DOTS1
+from distillcache.models.families.variants.ernie import ERNIE4_5, ERNIE4_5_MOE
+from distillcache.models.families.variants.exaone4 import EXAONE4
+from distillcache.models.families.variants.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from distillcache.models.families.variants.seed_oss import SEED_OSS
+from distillcache.models.families.variants.solar_open import SOLAR_OPEN
 from distillcache.models.files.foreign import packing_key
 from distillcache.models.files.tensors import Layout
 from distillcache.models.layers.rope import rotated_width
@@ -98,6 +105,15 @@ KNOWN = (
     GPT_OSS,
     BAILING_MOE,
     BAILING_MOE_V2,
+    SEED_OSS,
+    ERNIE4_5,
+    ERNIE4_5_MOE,
+    HUNYUAN_DENSE,
+    HUNYUAN_MOE,
+    EXAONE4,
+    DOTS1,
+    SOLAR_OPEN,
+    FLEX_OLMO,
 )
 MOST_EXPERTS = 2**18  # of all blocks; Kimi K2 has 23,040, each with tensors of its own
 FAMILIES: dict[str, Family] = {family.name: family for family in KNOWN}

@@ -7,23 +7,14 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.llama import DENSE_DEFAULTS
-from distillcache.models.families.reading.family import (
-    Family,
-    attention_tensors,
-    common_fields,
-    dense_tensors,
-    norm_tensors,
-    not_exportable,
-)
+from distillcache.models.families.reading.family import Family, common_fields, not_exportable
 from distillcache.models.families.reading.grouped import (
     dense_then_experts,
-    moe_tensors,
-    mtp_prefixes,
+    grouped_layout,
     sigmoid_moe,
     sigmoid_moe_keys,
 )
 from distillcache.models.families.reading.values import PARTIAL, Values
-from distillcache.models.files.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:
@@ -47,12 +38,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "use_qk_norm": config.qk_norm == "head",
         **sigmoid_moe_keys(config),
     }
-
-
-def _layout(config: ModelConfig) -> Layout:
-    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
-    common = [*norm_tensors(), *attention_tensors(config)]
-    return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
 
 
 GLM4_MOE = Family(
@@ -79,6 +64,6 @@ GLM4_MOE = Family(
     },
     read=_read,
     write=_write,
-    layout=_layout,
+    layout=grouped_layout,
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )

@@ -13,10 +13,11 @@ from distillcache.models.families.llama import DENSE_DEFAULTS
 from distillcache.models.families.reading.family import (
     Family,
     attention_tensors,
+    check_plain,
     common_fields,
     dense_tensors,
     not_exportable,
-    only_kind,
+    post_norm_tensors,
 )
 from distillcache.models.families.reading.kinds import (
     FULL,
@@ -27,7 +28,7 @@ from distillcache.models.families.reading.kinds import (
     typed_windows,
 )
 from distillcache.models.families.reading.values import Values, rope_to_hf
-from distillcache.models.files.tensors import BlockTensor, Layout
+from distillcache.models.files.tensors import Layout
 
 THETA = 500_000.0  # of OLMo 3
 
@@ -55,8 +56,7 @@ def _fields(values: Values, kinds: list[BlockKind]) -> dict[str, Any]:
 
 
 def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
-    if only_kind(config) != BlockKind():
-        raise not_exportable(str(only_kind(config)), "dense rotary blocks without windows", "use another family")
+    check_plain(config)
     return _write(config)
 
 
@@ -79,12 +79,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _layout(config: ModelConfig) -> Layout:
-    norms = [
-        BlockTensor("post_attention_layernorm.weight", "attention/post_norm"),
-        BlockTensor("post_feedforward_layernorm.weight", "mlp/post_norm"),
-    ]
-    return Layout(lambda kind: [*norms, *attention_tensors(config), *dense_tensors(config)])
+def post_norm_layout(config: ModelConfig) -> Layout:
+    """The names in files of dense blocks with both post-norms."""
+    return Layout(lambda kind: [*post_norm_tensors(), *attention_tensors(config), *dense_tensors(config)])
 
 
 DEFAULTS = DENSE_DEFAULTS | {
@@ -99,7 +96,7 @@ OLMO2 = Family(
     defaults=DEFAULTS,
     read=_read_olmo2,
     write=_write_olmo2,
-    layout=_layout,
+    layout=post_norm_layout,
 )
 OLMO3 = Family(
     name="olmo3",
@@ -107,5 +104,5 @@ OLMO3 = Family(
     defaults=DEFAULTS | {"sliding_window": 4096, "layer_types": None},
     read=_read_olmo3,
     write=_write_olmo3,
-    layout=_layout,
+    layout=post_norm_layout,
 )

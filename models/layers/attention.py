@@ -18,7 +18,7 @@ class Attention(TokenMixer):
 
     Parameters carry a leading axis `[repeats]` while they are stacked, none inside the scan:
     norm and post_norm [D], q [D, H, hd], k and v [D, K, hd], o [H, hd, D], and biases and q/k norms where the family
-    has them: q_norm and k_norm [hd] (`head`), or [H, hd] and [K, hd] (`full`); sinks [H]; gate
+    has them: q_norm and k_norm [hd] (`head`, `turned`), or [H, hd] and [K, hd] (`full`); sinks [H]; gate
     [D, H, hd] with gate_bias, of the heads' output. K and hd are those of the kind; there may be no v, and no k either.
     """
 
@@ -46,7 +46,7 @@ class Attention(TokenMixer):
             self.gate = parameter(rngs, (repeats, depth, heads, dim), depth, dtype)
             if config.qkv_bias:
                 self.gate_bias = nnx.Param(jnp.zeros((repeats, heads, dim), dtype))
-        if config.qk_norm in ("head", "full"):
+        if config.has_qk_norms:
             full = config.qk_norm == "full"
             self.q_norm = norm_weight((repeats, heads, dim) if full else (repeats, dim), config, dtype)
             if not kind.taken:
@@ -61,6 +61,8 @@ class Attention(TokenMixer):
     def mix(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T H hd"]:
         """Return the heads' output, the input of the output projection."""
         q = self._turned(self._queries(x), context)
+        if self.config.qk_norm == "turned":
+            q = self._normed(q, self.q_norm[...])
         q = warmed(q, self.config, self.kind, context.positions).astype(x.dtype)
         k, v = taken_of(context, self.kind) if self.kind.taken else self.keys_values(x, context)
         sinks = self.sinks[...] if self.config.sinks else None
@@ -81,7 +83,10 @@ class Attention(TokenMixer):
             k = self._normed(k, self.k_norm[...])
         if config.clip_qkv is not None:
             k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (k, v))
-        return self._turned(k, context).astype(x.dtype), v.astype(x.dtype)
+        k = self._turned(k, context)
+        if config.qk_norm == "turned":
+            k = self._normed(k, self.k_norm[...])
+        return k.astype(x.dtype), v.astype(x.dtype)
 
     def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H hd"]:
         """Queries before the rotation: float32, as keys are until they have been turned: bfloat16 would round at every
@@ -95,7 +100,7 @@ class Attention(TokenMixer):
         return q if config.clip_qkv is None else jnp.clip(q, -config.clip_qkv, config.clip_qkv)
 
     def _normed(self, heads: Float[Array, "B T H hd"], weight: Array) -> Float[Array, "B T H hd"]:
-        norm = rms_norm if self.config.qk_norm == "head" else _norm_of_heads
+        norm = _norm_of_heads if self.config.qk_norm == "full" else rms_norm
         return norm(heads, weight, self.config.norm_eps, product=self.config.norm_product)
 
     def _turned(self, heads: Float[Array, "B T H hd"], context: BlockContext) -> Float[Array, "B T H hd"]:

@@ -241,7 +241,7 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
         attention = SHORT_CONV_AXES
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
     letters = table.get(own, "")
-    if own in ("q_norm", "k_norm") and config.qk_norm == "head":
+    if own in ("q_norm", "k_norm") and config.qk_norm != "full":
         letters = "h"
     if part == "attention" and kind is not None and kind.wide:
         letters = letters.replace("K", "J").replace("h", "w")

@@ -25,7 +25,7 @@ NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/expected.safetensors"
 # the ways by themselves.
 BOTH_WAYS = ("deepseek_v3", "gpt_oss", "llama4", "mixtral")
 # Whose code runs in another model of the list as well.
-TWINS = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next_plain", "qwen3_vl")
+TWINS = ("flex_olmo", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next_plain", "qwen3_vl", "seed_oss", "solar_open")
 WAYS = [
     pytest.param(
         name, way, marks=[pytest.mark.slow] if name in TWINS or (way == "dense" and name not in BOTH_WAYS) else []

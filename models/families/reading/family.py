@@ -118,6 +118,12 @@ def only_kind(config: ModelConfig) -> BlockKind:
     return kinds.pop()
 
 
+def check_plain(config: ModelConfig) -> None:
+    """Raise `CheckpointError` unless all blocks are dense and rotate, and none has a window."""
+    if (kind := only_kind(config)) != BlockKind():
+        raise not_exportable(str(kind), "dense rotary blocks without windows", "use another family")
+
+
 # Tensors under the names that most families share.
 
 
@@ -129,8 +135,16 @@ def norm_tensors() -> list[BlockTensor]:
     ]
 
 
-def attention_tensors(config: ModelConfig) -> list[BlockTensor]:
-    """`self_attn.*`: projections, their biases, and the norms of queries and keys."""
+def post_norm_tensors() -> list[BlockTensor]:
+    """The weights of both post-norms, where there are no others."""
+    return [
+        BlockTensor("post_attention_layernorm.weight", "attention/post_norm"),
+        BlockTensor("post_feedforward_layernorm.weight", "mlp/post_norm"),
+    ]
+
+
+def attention_tensors(config: ModelConfig, norms: tuple[str, str] = ("q_norm", "k_norm")) -> list[BlockTensor]:
+    """`self_attn.*`: projections, their biases, and under these names the norms of queries and keys."""
     queries = _queries(config)
     found = [BlockTensor("self_attn.q_proj.weight", f"attention/{name}", 1, part) for name, part in queries.items()]
     found += [BlockTensor(f"self_attn.{name}_proj.weight", f"attention/{name}", 1) for name in "kv"]
@@ -140,8 +154,9 @@ def attention_tensors(config: ModelConfig) -> list[BlockTensor]:
         found += [*own, *(BlockTensor(f"self_attn.{name}_proj.bias", f"attention/{name}_bias") for name in "kv")]
     if config.output_bias:
         found.append(BlockTensor("self_attn.o_proj.bias", "attention/o_bias"))
-    if config.qk_norm in ("head", "full"):
-        found += [BlockTensor(f"self_attn.{name}_norm.weight", f"attention/{name}_norm") for name in "qk"]
+    if config.has_qk_norms:
+        pairs = zip(norms, "qk", strict=True)
+        found += [BlockTensor(f"self_attn.{norm}.weight", f"attention/{name}_norm") for norm, name in pairs]
     return found
 
 

@@ -7,9 +7,17 @@ predicts the next token does not run them, and we leave them out.
 from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig, MoeConfig
-from distillcache.models.families.reading.family import bias_tensors, expert_tensors, not_exportable, shared_tensors
+from distillcache.models.families.reading.family import (
+    attention_tensors,
+    bias_tensors,
+    dense_tensors,
+    expert_tensors,
+    norm_tensors,
+    not_exportable,
+    shared_tensors,
+)
 from distillcache.models.families.reading.values import Values
-from distillcache.models.files.tensors import BlockTensor
+from distillcache.models.files.tensors import BlockTensor, Layout
 
 
 def dense_then_experts(values: Values) -> list[BlockKind]:
@@ -109,6 +117,13 @@ def moe_tensors(config: ModelConfig, bias: str) -> list[BlockTensor]:
         *expert_tensors(),
         *(shared_tensors("mlp.shared_experts") if config.moe_config.shared_size else []),
     ]
+
+
+def grouped_layout(config: ModelConfig) -> Layout:
+    """The names in files of dense blocks and of such experts, both under attention of the common names."""
+    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
+    common = [*norm_tensors(), *attention_tensors(config)]
+    return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
 
 
 def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:

@@ -5,11 +5,13 @@ name. What the metadata leaves out, tensors say: biases by being there, a tied h
 of the rotary frequencies by its divisors, `rope_freqs.weight`.
 
 Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, GraniteModel, GraniteMoeModel,
-LFM2Model, LFM2MoeModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel), `llama-model.cpp` (what is assumed
-without a key, and what is fixed: activations, how experts are weighed).
+LFM2Model, LFM2MoeModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel, SeedOssModel, Ernie4_5Model,
+HunYuanModel), `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are
+weighed).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gguf
@@ -46,7 +48,8 @@ class Architecture:
     hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
     growing: queries may grow with positions. gemma: norms, embeddings and activation are Gemma's.
     scaled: Granite's multipliers may be there. short_conv: some blocks have a gated short convolution.
-    harmless: more keys that say nothing of text.
+    harmless: more keys that say nothing of text. interleaved: heads rotate neighbours in HF's files as well. fixed:
+        fields of the config that no key says.
     """
 
     dense: str | None
@@ -59,6 +62,8 @@ class Architecture:
     scaled: bool = False
     short_conv: bool = False
     harmless: frozenset[str] = frozenset()
+    interleaved: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Positions of three axes, which are one for text, and blocks to which pictures are added.
@@ -71,6 +76,9 @@ ARCHITECTURES = {
     "granitemoe": Architecture(None, "granitemoe", scaled=True),
     "lfm2": Architecture("lfm2", qk_norm=True, short_conv=True),
     "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True),
+    "seed_oss": Architecture("seed_oss"),
+    "ernie4_5": Architecture("ernie4_5", interleaved=True),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", fixed={"qk_norm": "turned"}),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", qk_norm=True),
     "qwen2moe": Architecture(None, "qwen2_moe", renormalise=False),
@@ -215,7 +223,9 @@ Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
 
 def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
     """The decoder, of any architecture."""
-    config = _plain_config(tensors, values, known)
+    config = replace(_plain_config(tensors, values, known), **known.fixed)
+    if known.interleaved:
+        config = replace(config, rope=replace(config.rope, interleaved=True))
     if known.growing:
         config = _growing(config, values)
     if known.gemma:

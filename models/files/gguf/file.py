@@ -62,6 +62,11 @@ SHORT_CONV_NAMES = {
     "shortconv.out_proj": "conv.out_proj",
 }
 QK_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+# Of families that name one of these otherwise, on either side.
+OWN_NAMES: dict[str, dict[str, str]] = {
+    "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
+    "hunyuan_v1_dense": {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+}
 # Of families with experts; `{e}` stands for the number of an expert.
 EXPERT_NAMES: dict[str, dict[str, str]] = {
     "mixtral": {
@@ -345,7 +350,7 @@ class GgufSource:
 
 def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> dict[str, StoredTensor]:
     """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name."""
-    names = {**BLOCK_NAMES, **EXPERT_NAMES.get(config.family, {})}
+    names = {**BLOCK_NAMES, **OWN_NAMES.get(config.family, {}), **EXPERT_NAMES.get(config.family, {})}
     names |= QK_NORM_NAMES if config.qk_norm == "head" else {}
     names |= SHORT_CONV_NAMES if config.short_conv is not None else {}
     names |= {**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {}

@@ -581,6 +581,125 @@ CONFIGS |= {
         | {"rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"}, "rope_theta": 5000000.0},
     ),
 }
+# Sizes and switches as tests of other readers hold them (EXAONE 4: NVIDIA/TensorRT-LLM, tests/unittest/_torch/modeling/
+# test_modeling_exaone4.py), the rest retyped from the documentation of the configuration classes.
+STRETCHED = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+HUNYUAN = {
+    "attention_bias": False,
+    "attention_head_dim": 128,
+    "eod_token_id": 127967,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": STRETCHED | {"type": "dynamic"},
+    "rope_theta": 10000.0,
+    "use_cla": False,
+    "use_qk_norm": True,
+}
+CONFIGS |= {
+    "Seed-OSS-36B-Instruct": (
+        "seed_oss",
+        sizes(155136, 5120, 27648, 64, 80, 8, 524288)
+        | {"head_dim": 128, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+        | {"attention_dropout": 0.1, "residual_dropout": 0.1, "pretraining_tp": 1, "tie_word_embeddings": False}
+        | {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0},
+    ),
+    "Seed-OSS-36B-Base": (
+        "seed_oss",
+        sizes(155136, 5120, 27648, 64, 80, 8, 524288)
+        | {"attention_bias": True, "residual_dropout": 0.1}
+        | {"rope_parameters": {"rope_theta": 10000000.0, "rope_type": "default"}},
+    ),
+    "ERNIE-4.5-0.3B-PT": (
+        "ernie4_5",
+        sizes(103424, 1024, 3072, 18, 16, 2, 131072)
+        | {"architectures": ["Ernie4_5_ForCausalLM"], "head_dim": 128, "use_bias": False, "rope_theta": 500000}
+        | {"tie_word_embeddings": True, "auto_map": {"AutoConfig": "configuration_ernie4_5.Ernie4_5_Config"}},
+    ),
+    "ERNIE-4.5-0.3B-Base-PT": (
+        "ernie4_5",
+        sizes(103424, 1024, 3072, 18, 16, 2, 131072)
+        | {"head_dim": 128, "use_bias": False, "rope_scaling": None, "rope_theta": 500000.0, "pad_token_id": 0},
+    ),
+    "ERNIE-4.5-21B-A3B-PT": (
+        "ernie4_5_moe",
+        sizes(103424, 2560, 12288, 28, 20, 4, 131072)
+        | {"head_dim": 128, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_k": 6, "moe_layer_interval": 1}
+        | {"moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": 27, "use_bias": False}
+        | {"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True, "num_nextn_predict_layers": 1},
+    ),
+    "ERNIE-4.5-300B-A47B-PT": (
+        "ernie4_5_moe",
+        sizes(103424, 8192, 28672, 54, 64, 8, 131072)
+        | {"moe_num_experts": 64, "moe_num_shared_experts": 0, "moe_k": 8, "tie_word_embeddings": False}
+        | {"moe_intermediate_size": 3584, "moe_layer_start_index": 3, "moe_layer_end_index": None, "head_dim": None},
+    ),
+    "Hunyuan-7B-Instruct": ("hunyuan_v1_dense", sizes(128167, 4096, 14336, 32, 32, 8, 262144) | HUNYUAN),
+    "Hunyuan-MT-7B": (
+        "hunyuan_v1_dense",
+        sizes(128256, 4096, 14336, 32, 32, 8, 32768)
+        | HUNYUAN
+        | {"head_dim": 128, "cla_share_factor": 2, "num_experts": 1, "moe_topk": 1, "use_mixed_mlp_moe": False},
+    ),
+    "Hunyuan-A13B-Instruct": (
+        "hunyuan_v1_moe",
+        sizes(128167, 4096, 3072, 32, 32, 8, 32768)
+        | HUNYUAN
+        | {"num_experts": 64, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32, "tie_word_embeddings": True}
+        | {"moe_intermediate_size": [3072] * 32, "use_mixed_mlp_moe": True, "norm_topk_prob": True},
+    ),
+    "Hunyuan-A13B as transformers 5 saves it": (
+        "hunyuan_v1_moe",
+        sizes(128167, 4096, 3072, 32, 32, 8, 32768)
+        | {"head_dim": 128, "num_experts": 64, "moe_topk": 8, "output_router_logits": False}
+        | {"rope_parameters": STRETCHED | {"rope_type": "dynamic", "rope_theta": 10000.0}},
+    ),
+    "EXAONE-4.0-32B": (
+        "exaone4",
+        sizes(102400, 5120, 27392, 64, 40, 8, 131072)
+        | {"head_dim": 128, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
+        | {"sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False}
+        | {"layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16},
+    ),
+    "EXAONE-4.0-1.2B": (
+        "exaone4",
+        sizes(102400, 2048, 4096, 30, 32, 8, 65536)
+        | {"head_dim": 64, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
+        | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 30},
+    ),
+    "dots.llm1.inst": (
+        "dots1",
+        sizes(152064, 4096, 10944, 62, 32, 32, 32768)
+        | {"first_k_dense_replace": 1, "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2}
+        | {"num_experts_per_tok": 6, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_theta": 10000000}
+        | {"scoring_func": "sigmoid", "n_group": None, "topk_group": None, "attention_bias": False},
+    ),
+    "dots.llm1.base": (
+        "dots1",
+        sizes(152064, 4096, 10944, 62, 32, 32, 32768)
+        | {"first_k_dense_replace": 1, "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2}
+        | {"num_experts_per_tok": 6, "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "rope_scaling": None}
+        | {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 62},
+    ),
+    "Solar-Open-100B": (
+        "solar_open",
+        sizes(196608, 4096, 10240, 48, 64, 8, 131072)
+        | {"head_dim": 128, "moe_intermediate_size": 1280, "n_routed_experts": 128, "n_shared_experts": 1}
+        | {"num_experts_per_tok": 8, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "partial_rotary_factor": 1.0}
+        | {"first_k_dense_replace": 0, "rope_theta": 1000000, "tie_word_embeddings": False}
+        | {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}},
+    ),
+    "FlexOlmo-7x7B-1T": (
+        "flex_olmo",
+        sizes(100352, 4096, 11008, 32, 32, 32, 4096)
+        | {"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": False, "rope_theta": 500000}
+        | {"router_aux_loss_coef": 0.01, "output_router_logits": False, "attention_bias": False},
+    ),
+    "Flex-reddit-2x7B-1T": (
+        "flex_olmo",
+        sizes(100352, 4096, 11008, 32, 32, 32, 4096)
+        | {"num_experts": 2, "num_experts_per_tok": 2, "rope_theta": 500000, "tie_word_embeddings": False},
+    ),
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 

@@ -41,6 +41,8 @@ BLOCK = {
     "mlp.down_proj": "ffn_down",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
     "mlp.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
@@ -133,6 +135,9 @@ def tensors_of(checkpoint: Path, config: ModelConfig, permute: bool) -> dict[str
                 found[f"blk.{layer}.{into}.{part}"] = np.split(values, 2, axis=1)[half]
             continue
         values = values.squeeze(1) if inner == "conv.conv" else values
+        if config.family == "seed_oss" and inner == "post_attention_layernorm":
+            found[f"blk.{layer}.post_attention_norm.{part}"] = values
+            continue
         if ".experts." in inner:
             _, number, projection = inner.rsplit(".", 2)
             found.setdefault(f"blk.{layer}.{EXPERTS[projection]}.{part}", {})[int(number)] = values
@@ -212,6 +217,9 @@ MOE = MoeConfig(num_experts=5, top_k=2, expert_size=14)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"qkv_bias": True, "tie_embeddings": True}),
     "qwen3": ("qwen3", {"qk_norm": "head"}),
+    "seed_oss": ("seed_oss", {"qkv_bias": True}),
+    "ernie4_5": ("ernie4_5", {"rope": RopeConfig(interleaved=True), "tie_embeddings": True}),
+    "hunyuan_v1_dense": ("hunyuan-dense", {"qk_norm": "turned"}),
     "mixtral": ("llama", {"moe": replace(MOE, expert_size=40)}),
     "qwen2_moe": (
         "qwen2moe",
