@@ -14,8 +14,8 @@ granite.py      Granite, GraniteMoE
 mixtral.py      Mixtral
 lfm2.py         LFM2, LFM2-MoE
 gpt_oss.py      gpt-oss
-glm4_moe.py     GLM-4.5
-deepseek.py     DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
+glm/            GLM-4, GLM-4.5
+deepseek/       DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
 variants/       Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, dots.llm1, Solar Open
@@ -28,10 +28,10 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig, RopeConfig
 from distillcache.models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
-from distillcache.models.families.deepseek import DEEPSEEK_V3, KIMI_K25
+from distillcache.models.families.deepseek.v3 import DEEPSEEK_V3, KIMI_K25
 from distillcache.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
 from distillcache.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
-from distillcache.models.families.glm4_moe import GLM4_MOE
+from distillcache.models.families.glm.moe import GLM4_MOE
 from distillcache.models.families.gpt_oss import GPT_OSS
 from distillcache.models.families.granite import GRANITE, GRANITEMOE
 from distillcache.models.families.lfm2 import LFM2, LFM2_MOE

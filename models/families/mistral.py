@@ -17,13 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig, RopeConfig, TemperatureConfig
-from distillcache.models.families.deepseek import (
-    latent_config,
-    latent_keys,
-    latent_tensors,
-    one_head_each,
-    softmax_scale,
-)
 from distillcache.models.families.llama import DENSE_DEFAULTS, MISTRAL
 from distillcache.models.families.reading.family import (
     Family,
@@ -38,6 +31,13 @@ from distillcache.models.families.reading.family import (
 )
 from distillcache.models.families.reading.grouped import dense_then_experts, sigmoid_moe, sigmoid_moe_keys
 from distillcache.models.families.reading.kinds import check_dense
+from distillcache.models.families.reading.latent import (
+    latent_config,
+    latent_keys,
+    latent_tensors,
+    one_head_each,
+    softmax_scale,
+)
 from distillcache.models.families.reading.multimodal import multimodal_layout, read_language_model, text_family
 from distillcache.models.families.reading.values import (
     ORIGINAL,

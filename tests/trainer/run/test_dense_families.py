@@ -24,7 +24,7 @@ from distillcache.models.config import (
     WideHeads,
     plan_layers,
 )
-from distillcache.models.families.deepseek import softmax_scale
+from distillcache.models.families.reading.latent import softmax_scale
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig
 from distillcache.schemas.config.train import OptimizerConfig, StudentConfig
 from distillcache.schemas.errors import ConfigError, InputError

@@ -1,0 +1,4 @@
+"""GLM's families.
+
+moe.py    GLM-4.5: experts
+"""
