@@ -62,6 +62,8 @@ class BlockKind:
     local_rope: it rotates by `ModelConfig.local_rope`.
     wide: its heads are those of `ModelConfig.wide`.
     taken: it has no keys and values of its own, but those of the last block before it that has, of the same width.
+    taken_choice: it has no indexer of its own, and its queries attend to the keys that were chosen in the last block
+        before it that has.
     """
 
     window: int | None = None
@@ -72,6 +74,7 @@ class BlockKind:
     mixer: Mixer = "attention"
     wide: bool = False
     taken: bool = False
+    taken_choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,20 @@ class TemperatureConfig:
 
 
 @dataclass(frozen=True)
+class IndexConfig:
+    """The indexer of sparse attention (DeepSeek-V3.2, arXiv 2512.02556): it chooses the keys that a query attends to.
+
+    heads, head_dim: of its own queries and keys, of which the first `LatentConfig.rope_dim` numbers are rotated,
+    interleaved: each with its neighbour; else halves. top_k: keys of a query.
+    """
+
+    heads: int
+    head_dim: int
+    top_k: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one narrow vector of
     each token, and may be cached as that. See models/layers/latent_attention.py.
@@ -104,7 +121,7 @@ class LatentConfig:
     query_rank: width of the vector that queries are made from; None: they are made from the stream.
     rank: of the vector that keys and values are made from.
     plain_dim, rope_dim: of a query's and key's numbers, those that carry no position, and behind them the rotated ones.
-    value_dim: of a head's values.
+    value_dim: of a head's values. index: None: queries attend to all keys before them.
     """
 
     query_rank: int | None
@@ -112,6 +129,7 @@ class LatentConfig:
     plain_dim: int
     rope_dim: int
     value_dim: int
+    index: IndexConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,8 @@ class MoeConfig:
         logits, and it multiplies the expert's input rather than its output (Llama 4).
     renormalise: the chosen experts' weights are divided by their sum, to which `sum_eps` is added.
     scaling: factor on the weights after that.
-    groups, groups_kept: experts are chosen within the best `groups_kept` of `groups` groups.
+    groups, groups_kept: experts are chosen within the best `groups_kept` of `groups` groups. group_best: experts of a
+        group whose scores' sum ranks it.
     bias: there is one for each expert, added for the choice alone; native_bias: the family's files have a place for it.
     bias_on_scores: with `softmax` it is added to the probabilities, not to the logits.
     shared_gate: the shared expert's output is multiplied by the sigmoid of a linear map of its input.
@@ -214,6 +233,7 @@ class MoeConfig:
     clamped: ClampedGlu | None = None
     apart: bool = False
     sum_eps: float = 0.0
+    group_best: int = 2
 
 
 @dataclass(frozen=True)
@@ -319,9 +339,14 @@ class ModelConfig:
         return any(kind.taken for kind in self.kinds)
 
     @property
+    def takes_choices(self) -> bool:
+        """Tell whether some blocks attend to the keys that others chose."""
+        return any(kind.taken_choice for kind in self.kinds)
+
+    @property
     def has_joined_blocks(self) -> bool:
         """Tell whether blocks need more than the stream, and cannot be computed alone."""
-        return self.takes_keys or self.block_inputs is not None
+        return self.takes_keys or self.takes_choices or self.block_inputs is not None
 
     def values_are_keys(self, kind: BlockKind) -> bool:
         """Tell whether blocks of this kind have no projection of values."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from distillcache.models.config import BlockKind, Kernel, LayerGroup, ModelConfig
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.context import BlockContext, Taken, block_context, context_of_block
+from distillcache.models.layers.latent_attention import LatentAttention
 from distillcache.models.layers.mixers import mixer_of
 from distillcache.models.layers.mlp import Mlp, Moe
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
@@ -75,6 +76,7 @@ class Group(nnx.Module):
         self.blocks = nnx.List([Block(config, kind, group.repeats, dtype, rngs) for kind in group.pattern])
 
 
+Kept = Taken | Array  # keys and values that blocks take over, or which keys were chosen
 type_of_emit = Callable[[Any, BlockOutput, Array], tuple[Any, Any]]
 BodyWrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 # `(group's number, its stacked parameters) -> (what the scan slices, a slice -> a repeat's parameters)`.
@@ -246,8 +248,11 @@ class Decoder(nnx.Module):
         return x, carry[0], _in_block_order(stacks)
 
 
-def _nothing_kept(config: ModelConfig, x: Float[Array, "B T D"]) -> Taken | None:
-    """Keys and values of no block, in the shapes of those that are kept for later blocks; None where none are."""
+def _nothing_kept(config: ModelConfig, x: Float[Array, "B T D"]) -> Kept | None:
+    """Zeros in the shapes of what is kept for later blocks; None where nothing is."""
+    index = None if config.latent is None else config.latent.index
+    if config.takes_choices and index is not None and x.shape[1] > index.top_k:
+        return jnp.zeros((*x.shape[:2], x.shape[1]), bool)
     if not config.takes_keys:
         return None
     plain, wide = (
@@ -257,12 +262,16 @@ def _nothing_kept(config: ModelConfig, x: Float[Array, "B T D"]) -> Taken | None
 
 
 def _attend(
-    mixer: TokenMixer, x: Float[Array, "B T D"], context: BlockContext, kept: Taken | None
-) -> tuple[Array, Taken | None]:
-    """Return the addition of a block's mixer, and the keys and values that later blocks may take over: those of the
-    last block of each width that has some. XLA computes them once."""
+    mixer: TokenMixer, x: Float[Array, "B T D"], context: BlockContext, kept: Kept | None
+) -> tuple[Array, Kept | None]:
+    """Return the addition of a block's mixer, and what later blocks may take over: the keys and values of the last
+    block of each width that has some, which XLA computes once, or the choice of keys of the last one that chose."""
     if kept is None:
         return mixer(x, context), None
+    if not isinstance(kept, tuple):
+        if isinstance(mixer, LatentAttention) and not mixer.kind.taken_choice:
+            kept = mixer.choice(pre_norm(mixer, x), context)
+        return mixer(x, context._replace(choice=kept)), kept
     out = mixer(x, context._replace(taken=kept))
     if mixer.kind.taken or not isinstance(mixer, Attention):
         return out, kept

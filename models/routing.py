@@ -67,6 +67,7 @@ def route(logits: Float[Array, "*B E"], bias: Float[Array, "*#B E"] | None, moe:
         groups=moe.groups,
         groups_kept=moe.groups_kept,
         bias_on_scores=moe.bias_on_scores,
+        group_best=moe.group_best,
     )
     return RouterOutput(logits, router_probs(logits, moe.scores), ids, weights)
 
@@ -91,6 +92,7 @@ def select_experts(
     groups: int = 1,
     groups_kept: int = 1,
     bias_on_scores: bool = False,
+    group_best: int = 2,
 ) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"]]:
     """The chosen experts and the weights of their mixture.
 
@@ -99,8 +101,8 @@ def select_experts(
         bias: added to the rank: to the logits of `softmax` and `sigmoid_input` (0.1 on probabilities of 128 experts
             would decide nearly every choice), to the sigmoids of `sigmoid`; with `bias_on_scores` to the probabilities
             of `softmax`, as a family's files mean it. None: no bias, which zeros are as well.
-        groups: of neighbouring experts. A group ranks by the sum of its two best, of `softmax` their probabilities;
-            experts outside the best `groups_kept` are never chosen.
+        groups: of neighbouring experts. A group ranks by the sum of its `group_best` best, of `softmax` their
+            probabilities; experts outside the best `groups_kept` are never chosen.
 
     See `MoeConfig` for the others.
 
@@ -116,7 +118,8 @@ def select_experts(
     of_logits = scores == "softmax" and not bias_on_scores
     rank = rank if bias is None else rank + bias
     if groups > 1:
-        rank = _within_groups(rank, jax.nn.softmax(rank, axis=-1) if of_logits else rank, groups, groups_kept)
+        shares = jax.nn.softmax(rank, axis=-1) if of_logits else rank
+        rank = _within_groups(rank, shares, groups, groups_kept, group_best)
     ids = jax.lax.top_k(rank, top_k)[1]
     weights = jnp.take_along_axis(own, ids, axis=-1)
     if renormalise:
@@ -126,12 +129,12 @@ def select_experts(
 
 
 def _within_groups(
-    rank: Float[Array, "*B E"], shares: Float[Array, "*B E"], groups: int, kept: int
+    rank: Float[Array, "*B E"], shares: Float[Array, "*B E"], groups: int, kept: int, counted: int
 ) -> Float[Array, "*B E"]:
-    """The rank of the experts in the best groups, by the sums of their two best `shares`; the others can never be
+    """The rank of the experts in the best groups, by the sums of their `counted` best `shares`; the others can never be
     chosen."""
     split = rank.reshape(*rank.shape[:-1], groups, -1)
-    best = jax.lax.top_k(shares.reshape(split.shape), min(2, split.shape[-1]))[0]
+    best = jax.lax.top_k(shares.reshape(split.shape), min(counted, split.shape[-1]))[0]
     of_group = jnp.sum(best, axis=-1)
     chosen = jax.lax.top_k(of_group, kept)[1]
     inside = jnp.any(chosen[..., None] == jnp.arange(groups), axis=-2)

@@ -14,8 +14,9 @@ granite.py      Granite, GraniteMoE
 mixtral.py      Mixtral
 lfm2.py         LFM2, LFM2-MoE
 gpt_oss.py      gpt-oss
-glm/            GLM-4, GLM-4.5
-deepseek/       DeepSeek-V3, Moonlight, Kimi K2, Kimi K2.5
+glm/            GLM-4, GLM-4.5, GLM-4.7-Flash, GLM-5
+deepseek/       DeepSeek-V2, V3, V3.2, Moonlight, Kimi K2, Kimi K2.5
+minimax.py      MiniMax M2
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
 variants/       Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, dots.llm1, Solar Open
@@ -28,15 +29,20 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig, RopeConfig
 from distillcache.models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
+from distillcache.models.families.deepseek.v2 import DEEPSEEK_V2
 from distillcache.models.families.deepseek.v3 import DEEPSEEK_V3, KIMI_K25
+from distillcache.models.families.deepseek.v32 import DEEPSEEK_V32
 from distillcache.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
 from distillcache.models.families.gemma4 import GEMMA4, GEMMA4_TEXT
+from distillcache.models.families.glm.dense import GLM4
+from distillcache.models.families.glm.latent import GLM4_MOE_LITE, GLM_MOE_DSA
 from distillcache.models.families.glm.moe import GLM4_MOE
 from distillcache.models.families.gpt_oss import GPT_OSS
 from distillcache.models.families.granite import GRANITE, GRANITEMOE
 from distillcache.models.families.lfm2 import LFM2, LFM2_MOE
 from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, exported_family
 from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from distillcache.models.families.minimax import MINIMAX_M2
 from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
 from distillcache.models.families.mixtral import MIXTRAL
 from distillcache.models.families.olmo import OLMO2, OLMO3
@@ -99,9 +105,15 @@ KNOWN = (
     OLMOE,
     LLAMA4_TEXT,
     LLAMA4,
+    GLM4,
     GLM4_MOE,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
     KIMI_K25,
+    DEEPSEEK_V32,
+    MINIMAX_M2,
     GPT_OSS,
     BAILING_MOE,
     BAILING_MOE_V2,

@@ -31,13 +31,7 @@ from distillcache.models.families.reading.family import (
 )
 from distillcache.models.families.reading.grouped import dense_then_experts, sigmoid_moe, sigmoid_moe_keys
 from distillcache.models.families.reading.kinds import check_dense
-from distillcache.models.families.reading.latent import (
-    latent_config,
-    latent_keys,
-    latent_tensors,
-    one_head_each,
-    softmax_scale,
-)
+from distillcache.models.families.reading.latent import fields_of_rope, latent_config, latent_keys, latent_tensors
 from distillcache.models.families.reading.multimodal import multimodal_layout, read_language_model, text_family
 from distillcache.models.families.reading.values import (
     ORIGINAL,
@@ -124,17 +118,10 @@ def _read_mistral4(values: Values) -> ModelConfig:
     if int(width * rope.fraction) != latent.rope_dim:
         raise bad_value(values.file, PARTIAL, rope.fraction, f"{latent.rope_dim} of {width} numbers, qk_rope_head_dim")
     rope = replace(rope, fraction=1.0, interleaved=values.flag("rope_interleave"))
-    bias, kinds = values.flag("attention_bias"), dense_then_experts(values)
-    heads: dict[str, Any] = {"num_kv_heads": one_head_each(values), "head_dim": width}
     moe = sigmoid_moe(values, values.size("n_shared_experts"))
     return ModelConfig(
-        **common_fields(values, kinds) | heads,
-        rope=rope,
+        **common_fields(values, dense_then_experts(values)) | fields_of_rope(values, rope),
         temperature=temperature,
-        latent=latent,
-        attention_scale=softmax_scale(width, rope),
-        qkv_bias=bias,
-        output_bias=bias,
         moe=replace(moe, scores="softmax", bias=False, native_bias=False, float32_router=False),
         family="mistral4",
     )
@@ -155,8 +142,8 @@ def _write_mistral4(config: ModelConfig) -> dict[str, Any]:
             "use another family",
         )
     return {
-        "head_dim": config.head_dim,
         **latent_keys(config),
+        "head_dim": config.head_dim,
         **sigmoid_moe_keys(config),
         **_rope_keys(config, **{PARTIAL: _share(rope_dim, config.head_dim)}),
     }

@@ -11,7 +11,14 @@ from typing import Any
 
 from distillcache.models.config import BlockKind, ModelConfig, RopeConfig
 from distillcache.models.families.llama import DENSE_DEFAULTS
-from distillcache.models.families.reading.family import Family, common_fields, norm_tensors, not_exportable, only_kind
+from distillcache.models.families.reading.family import (
+    Family,
+    common_fields,
+    fused_dense_tensors,
+    norm_tensors,
+    not_exportable,
+    only_kind,
+)
 from distillcache.models.families.reading.values import ORIGINAL, PARTIAL, Values
 from distillcache.models.files.tensors import BlockTensor, Layout, TensorSlice
 
@@ -79,16 +86,13 @@ def says_heads(config: ModelConfig) -> bool:
 def _layout(config: ModelConfig) -> Layout:
     """The rows of `qkv_proj` are all queries, then all keys, then all values."""
     queries, keys = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
-    total, inner = queries + 2 * keys, config.intermediate_size
+    total, fused = queries + 2 * keys, "self_attn.qkv_proj.weight"
     spans = {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, total)}
-    fused, gated = "self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight"
     found = [
         *norm_tensors(),
         *(BlockTensor(fused, f"attention/{name}", 1, TensorSlice(0, *span, total)) for name, span in spans.items()),
         BlockTensor("self_attn.o_proj.weight", "attention/o", 2),
-        BlockTensor(gated, "mlp/gate", 1, TensorSlice(0, 0, inner, 2 * inner)),
-        BlockTensor(gated, "mlp/up", 1, TensorSlice(0, inner, 2 * inner, 2 * inner)),
-        BlockTensor("mlp.down_proj.weight", "mlp/down", 1),
+        *fused_dense_tensors(config),
     ]
     return Layout(lambda kind: found)
 

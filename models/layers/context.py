@@ -18,7 +18,8 @@ class BlockContext(NamedTuple):
     noise: in training with `MoeConfig.jitter`, a PRNG key for
     each row, `[B]`. bias_groups: `[B]`, which of several router biases a row's tokens are routed with. taken: keys and
     values [B, T, K, hd] that blocks may take over, those of plain and of wide heads. inputs: of all blocks
-    (`BlockInputs`), [B, T, L, P]; of one block [B, T, P].
+    (`BlockInputs`), [B, T, L, P]; of one block [B, T, P]. choice: [B, T, T], the keys that each query may attend to
+    beside what masks say.
     """
 
     cos: Float[Array, "B T 1 hd"]
@@ -31,6 +32,7 @@ class BlockContext(NamedTuple):
     local_sin: Float[Array, "B T 1 hd"] | None = None
     taken: Taken | None = None
     inputs: Array | None = None
+    choice: Array | None = None
 
 
 def block_context(config: ModelConfig, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> BlockContext:

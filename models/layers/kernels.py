@@ -82,15 +82,19 @@ def attend(
     kind: BlockKind,
     config: ModelConfig,
     sinks: Float[Array, " H"] | None = None,
+    choice: Bool[Array, "B T T"] | None = None,
 ) -> Float[Array, "B T H vd"]:
     """Values mixed by the softmax of the scores of queries and keys, in the dtype of `q`.
 
     Args:
-        sinks: a logit of every query head that takes part in the softmax and has no value.
+        sinks: a logit of every query head that takes part in the softmax and has no value. choice: the keys of a query,
+            of those that its mask lets it see; splash attention knows no such masks, and XLA computes it.
     """
-    if config.attention == "splash":
+    if config.attention == "splash" and choice is None:
         return _splash(q, k, v, context, kind, config, sinks)
     mask = attention_mask(context, kind)
+    if choice is not None:
+        mask &= choice[:, None]
     if config.attention_softcap is None and sinks is None and q.shape[-1] == v.shape[-1]:
         way = "cudnn" if config.attention == "cudnn" else None
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=config.attention_scale, implementation=way)

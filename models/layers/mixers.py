@@ -6,7 +6,7 @@ from flax import nnx
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.gated_delta import GatedDelta
-from distillcache.models.layers.latent_attention import LatentAttention
+from distillcache.models.layers.latent_attention import IndexedAttention, LatentAttention
 from distillcache.models.layers.short_conv import ShortConv
 from distillcache.models.layers.sublayer import TokenMixer
 
@@ -17,6 +17,8 @@ def mixer_of(config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtyp
         return GatedDelta(config, config.delta_config, kind, repeats, dtype, rngs)
     if kind.mixer == "short_conv":
         return ShortConv(config, config.short_conv_config, kind, repeats, dtype, rngs)
+    if config.latent is not None and config.latent.index is not None:
+        return IndexedAttention(config, config.latent, config.latent.index, kind, repeats, dtype, rngs)
     if config.latent is not None:
         return LatentAttention(config, config.latent, kind, repeats, dtype, rngs)
     return Attention(config, kind, repeats, dtype, rngs)

@@ -53,6 +53,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "attention/q_b": (None, "tensor", None),
     "attention/kv_a": ("fsdp", None),
     "attention/kv_b": (None, "tensor", None),
+    "attention/index_k": ("fsdp", None),
+    "attention/index_weight": ("fsdp", None),
     "mlp/gate": ("fsdp", "tensor"),
     "mlp/up": ("fsdp", "tensor"),
     "mlp/down": ("tensor", "fsdp"),

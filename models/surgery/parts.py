@@ -37,7 +37,8 @@ ATTENTION_AXES = {
     "gate_bias": "Hh",
 }
 # Of latent attention. c: what the narrow vectors of keys and values are made with; r: width of the one of queries, l:
-# of the one of keys and values; m: what is made of that for a head, v: width of a head's values.
+# of the one of keys and values; m: what is made of that for a head, v: width of a head's values; I and i: heads of an
+# indexer and their width.
 LATENT_AXES = {
     "norm": "D",
     "post_norm": "D",
@@ -52,6 +53,11 @@ LATENT_AXES = {
     "kv_b": "lHm",
     "o": "HvD",
     "o_bias": "D",
+    "index_q": "rIi",
+    "index_k": "Di",
+    "index_norm": "i",
+    "index_norm_bias": "i",
+    "index_weight": "DI",
 }
 DELTA_AXES = {
     "norm": "D",
@@ -217,6 +223,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     if (latent := config.latent) is not None:
         sizes |= {"c": latent.rank + latent.rope_dim, "r": latent.query_rank or 0, "l": latent.rank}
         sizes |= {"m": latent.plain_dim + latent.value_dim, "v": latent.value_dim}
+        if latent.index is not None:
+            sizes |= {"I": latent.index.heads, "i": latent.index.head_dim}
     if (delta := config.delta) is not None:
         sizes |= {"G": delta.key_heads, "N": delta.value_heads, "t": delta.taps}
         sizes |= {"d": delta.key_dim, "e": delta.value_dim}

@@ -1,4 +1,4 @@
-"""Golden values of DeepSeek-V3, alone and inside Kimi K2.5 (see goldens.py).
+"""Golden values of DeepSeek-V2, V3.2 and V3, the last alone and inside Kimi K2.5 (see goldens.py).
 
 python tests/golden/make_deepseek.py
 """
@@ -8,10 +8,13 @@ from goldens import EAGER, HERE, TOKENS, fill_biases, forward, make_model, packe
 from goldens import SIZES as ALL_SIZES
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
     Kimi_K25Config,
     Kimi_K25ForConditionalGeneration,
+    PreTrainedConfig,
 )
 
 SIZES = {key: size for key, size in ALL_SIZES.items() if key not in ("head_dim", "num_key_value_heads")}
@@ -25,7 +28,18 @@ YARN = ROPE | {
     "mscale": 0.7,
     "mscale_all_dim": 1.9,
 }
-MODELS: dict[str, DeepseekV3Config] = {
+NARROW = {
+    "q_lora_rank": 11,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 7,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 14,
+    "num_hidden_layers": 2,
+}
+GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+MODELS: dict[str, PreTrainedConfig] = {
     # As V3: queries from narrow vectors, neighbours rotated, two of four groups kept, one dense block.
     "deepseek_v3": DeepseekV3Config(
         **SIZES | HEADS | MOE,
@@ -61,6 +75,23 @@ MODELS: dict[str, DeepseekV3Config] = {
         tie_word_embeddings=True,
         rope_parameters=ROPE,
     ),
+    # As V2: groups rank by their best expert.
+    "deepseek_v2": DeepseekV2Config(
+        **SIZES | HEADS | NARROW | GROUPS | {"qk_nope_head_dim": 6},  # torch's complex numbers need an even one
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=4.0,
+        attention_bias=True,
+        rope_parameters=YARN,
+    ),
+    # A query attends to six keys.
+    "deepseek_v32": DeepseekV32Config(
+        **SIZES | HEADS | NARROW | GROUPS,
+        index_topk=6,
+        index_n_heads=9,
+        index_head_dim=12,
+        attention_bias=True,
+        rope_parameters=YARN,
+    ),
 }
 # Of the vision part nothing is read.
 SEEING = Kimi_K25Config(
@@ -95,7 +126,7 @@ SEEING = Kimi_K25Config(
 
 def main() -> None:
     for seed, (name, config) in enumerate(MODELS.items(), 800):
-        make_model(name, config, seed, finish=fill_biases)
+        make_model(name, config, seed, finish=fill_biases if "v2" not in name else lambda _: None)
     make_seeing("kimi_k25", SEEING, 810)
 
 

@@ -16,6 +16,7 @@ from distillcache.trainer.step.optimizer import PROGRAMS, make_optimizer
 from distillcache.trainer.step.parameters import (
     BEHIND_BLOCKS,
     IN_BLOCK,
+    INDEXER,
     PROJECTOR,
     ROUTER_BIAS,
     ROUTING,
@@ -70,6 +71,7 @@ class BlockwiseProgram:
             (f"{IN_BLOCK}{LORA}/attention/*", attention),
             (f"{IN_BLOCK}{LORA}/mlp/*", self._trains_mlp),
             (IN_BLOCK + ROUTER_BIAS, False),
+            (IN_BLOCK + INDEXER, False),
             *((IN_BLOCK + name, self._trains_mlp or balances) for name in ROUTING),
             (IN_BLOCK + "mlp/*", self._trains_mlp),
             (IN_BLOCK + "attention/norm", attention and not self.injects_norms),

@@ -16,6 +16,7 @@ from distillcache.trainer.step.optimizer import PROGRAMS, clip_all, make_optimiz
 from distillcache.trainer.step.parameters import (
     BEHIND_BLOCKS,
     IN_BLOCK,
+    INDEXER,
     PROJECTOR,
     ROUTER_BIAS,
     ROUTING,
@@ -61,6 +62,7 @@ class FeatureProgram:
     def rules(self) -> PathRules:
         return (
             (IN_BLOCK + ROUTER_BIAS, False),
+            (IN_BLOCK + INDEXER, False),
             (f"{IN_BLOCK}{PROJECTOR}/in", False),
             (IN_BLOCK + "*", True),
             ("embed", True),

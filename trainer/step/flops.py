@@ -34,7 +34,7 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
     Args:
         parameters: by name, those that a step uses; vectors and the embedding's look-up are no products.
     """
-    products, mixing = 0, 0.0
+    products, mixing = 0.0, 0.0
     for name, value in parameters.items():
         stacked = name.startswith("groups/")
         if is_adapter(name):  # added to their matrices once a step, whatever the number of tokens
@@ -43,9 +43,8 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
             continue
         if value.ndim - stacked >= 2 and not name.endswith(("_bias", "_norm")):
             of_experts = name.endswith(OF_EXPERTS) and value.ndim - stacked == 3
-            products += (
-                value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
-            )
+            used = value.size * config.moe_config.top_k // config.moe_config.num_experts if of_experts else value.size
+            products += used / 3 if "attention/index_" in name else used  # an indexer has no backward pass
         if name.endswith("attention/o"):
             _, group, _, place, *_ = name.split("/")
             mixing += value.shape[0] * _mixing(config, config.layers[int(group)].pattern[int(place)], row_tokens)
@@ -55,8 +54,9 @@ def step_flops(config: ModelConfig, parameters: Mapping[str, Any], tokens: int, 
 def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
     """Multiply-adds of a token where tokens mix, without the projections.
 
-    Attention: scores of keys and mixing of values, half of it masked. Delta rule: what a state reads, what is added to
-    it, and what a query reads, in whatever form they are computed. A short convolution is among the products.
+    Attention: scores of keys and mixing of values, half of it masked, whichever keys an indexer chooses; its own scores
+    in the forward pass alone. Delta rule: what a state reads, what is added to it, and what a query reads, in whatever
+    form they are computed. A short convolution is among the products.
     """
     if kind.mixer == "short_conv":
         return 0.0
@@ -65,7 +65,11 @@ def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
         return 3.0 * delta.value_heads * delta.key_dim * delta.value_dim
     if config.wide is not None and kind.wide:
         return float(config.num_heads * config.wide.head_dim * row_tokens)
-    return config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
+    found = config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
+    index = None if config.latent is None or kind.taken_choice else config.latent.index
+    if index is not None and row_tokens > index.top_k:
+        found += index.heads * index.head_dim / 6 * row_tokens
+    return found
 
 
 def peak_flops(devices: int) -> float:

@@ -33,6 +33,7 @@ ROUTER_BIAS = f"mlp/{_BY_RULE}"
 ROUTING = tuple(f"mlp/{name}" for name in Moe.routing)
 # The teacher's end beside the student's parameters; the head is `[V, D]`, and sharded as such a table is.
 TEACHER_NORM, TEACHER_HEAD = "teacher/final_norm", "teacher/embed"
+INDEXER = "attention/index_*"  # its choice has no gradient
 BEHIND_BLOCKS = ("final_norm", "head")  # parameters that compute logits, and nothing else
 IN_BLOCK = "groups/*/blocks/*/"
 # What becomes of parameters: (pattern of a whole name, whether it is trained); the first pattern that matches decides.

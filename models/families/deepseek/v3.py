@@ -11,47 +11,24 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.llama import DENSE_DEFAULTS
-from distillcache.models.families.reading.family import (
-    Family,
-    common_fields,
-    dense_tensors,
-    norm_tensors,
-    not_exportable,
-)
+from distillcache.models.families.reading.family import Family, common_fields
 from distillcache.models.families.reading.grouped import (
+    check_sigmoid,
     dense_then_experts,
-    moe_tensors,
-    mtp_prefixes,
     sigmoid_moe,
     sigmoid_moe_keys,
 )
-from distillcache.models.families.reading.latent import (
-    latent_config,
-    latent_keys,
-    latent_tensors,
-    one_head_each,
-    softmax_scale,
-)
+from distillcache.models.families.reading.latent import check_rotated, latent_fields, latent_keys, latent_layout
 from distillcache.models.families.reading.multimodal import AROUND, PREFIX, multimodal_layout, vision_language_family
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:
-    if values["head_dim"] not in (None, values["qk_rope_head_dim"]):  # transformers rotates by it
-        raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
-    latent = latent_config(values)
-    width = latent.plain_dim + latent.rope_dim
-    rope = replace(values.rope(), interleaved=values.flag("rope_interleave"))
-    bias, kinds = values.flag("attention_bias"), dense_then_experts(values)
-    heads: dict[str, Any] = {"num_kv_heads": one_head_each(values), "head_dim": width}
+    check_rotated(values)
+    attention = latent_fields(values, interleaved=values.flag("rope_interleave"))
     return ModelConfig(
-        **common_fields(values, kinds) | heads,
-        rope=rope,
-        latent=latent,
-        attention_scale=softmax_scale(width, rope),
-        qkv_bias=bias,
-        output_bias=bias,
+        **common_fields(values, dense_then_experts(values)) | attention,
         moe=sigmoid_moe(values, values.size("n_shared_experts")),
         mtp_layers=values.count("num_nextn_predict_layers"),
         family="deepseek_v3",
@@ -59,21 +36,8 @@ def _read(values: Values) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    moe = config.moe_config
-    if moe.scores != "sigmoid" or not moe.native_bias or not moe.shared_size or config.temperature is not None:
-        raise not_exportable(
-            f"scores {moe.scores}, a shared expert of {moe.shared_size}, growth of queries {config.temperature}",
-            "sigmoid scores with a bias, a shared expert, no growth of queries",
-            "use another family",
-        )
-    # head_dim as transformers has it: what is rotated.
-    return latent_keys(config) | {"head_dim": config.rope_dim, **sigmoid_moe_keys(config)}
-
-
-def _layout(config: ModelConfig) -> Layout:
-    common = [*norm_tensors(), *latent_tensors(config)]
-    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
-    return Layout(lambda kind: [*common, *(moe if kind.moe else dense_tensors(config))], foreign=mtp_prefixes(config))
+    check_sigmoid(config)
+    return latent_keys(config) | sigmoid_moe_keys(config)
 
 
 DEEPSEEK_V3 = Family(
@@ -103,7 +67,7 @@ DEEPSEEK_V3 = Family(
     },
     read=_read,
     write=_write,
-    layout=_layout,
+    layout=latent_layout,
     also=("kimi_k2",),
     # Sums of other keys, losses of training, and how experts were dealt out then.
     harmless=frozenset({"qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"}),
@@ -114,7 +78,7 @@ DEEPSEEK_V3 = Family(
 
 def _kimi_layout(config: ModelConfig) -> Layout:
     """Transformers 5.24 saves the blocks under another name than the published files have, and reads both."""
-    found = multimodal_layout(_layout(config))
+    found = multimodal_layout(latent_layout(config))
     saved = tuple((f"{prefix}blocks.", f"{PREFIX}layers.") for prefix in ("language_model.model.", PREFIX))
     return replace(found, spellings=(*saved, *found.spellings))
 

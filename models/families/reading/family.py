@@ -180,6 +180,16 @@ def dense_tensors(config: ModelConfig, prefix: str = "mlp") -> list[BlockTensor]
     return found
 
 
+def fused_dense_tensors(config: ModelConfig) -> list[BlockTensor]:
+    """A gated MLP's whose gate and up projections are one tensor, the former's rows first."""
+    inner, fused = config.intermediate_size, "mlp.gate_up_proj.weight"
+    return [
+        BlockTensor(fused, "mlp/gate", 1, TensorSlice(0, 0, inner, 2 * inner)),
+        BlockTensor(fused, "mlp/up", 1, TensorSlice(0, inner, 2 * inner, 2 * inner)),
+        BlockTensor("mlp.down_proj.weight", "mlp/down", 1),
+    ]
+
+
 def dense_layout(config: ModelConfig) -> Layout:
     """The names in files of dense blocks with both pre-norms, as in Llama."""
     return Layout(lambda kind: [*norm_tensors(), *attention_tensors(config), *dense_tensors(config)])

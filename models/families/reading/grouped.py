@@ -19,11 +19,19 @@ from distillcache.models.families.reading.family import (
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import BlockTensor, Layout
 
+DENSE, SPARSE = "dense", "sparse"  # blocks, in `mlp_layer_types`
+
 
 def dense_then_experts(values: Values) -> list[BlockKind]:
     """The first `first_k_dense_replace` blocks are dense, the others have experts."""
     dense = values.count("first_k_dense_replace")
     return [BlockKind(moe=block >= dense) for block in range(values.size("num_hidden_layers"))]
+
+
+def typed_experts(values: Values) -> list[BlockKind]:
+    """Every block's kind by `mlp_layer_types`; where that is silent, the first ones are dense."""
+    types = values.per_block("mlp_layer_types", (DENSE, SPARSE), values.size("num_hidden_layers"))
+    return dense_then_experts(values) if types is None else [BlockKind(moe=each == SPARSE) for each in types]
 
 
 def first_dense(config: ModelConfig) -> int:
@@ -94,9 +102,32 @@ def sigmoid_moe_keys(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: they cannot say it.
     """
+    return {"first_k_dense_replace": first_dense(config), **_expert_keys(config)}
+
+
+def typed_expert_keys(config: ModelConfig) -> dict[str, Any]:
+    """The same that `sigmoid_moe` and `typed_experts` read; readers without types take the dense blocks to be first."""
+    if odd := [kind for kind in config.kinds if kind != BlockKind(moe=kind.moe, taken_choice=kind.taken_choice)]:
+        raise not_exportable(str(odd[0]), "rotary blocks without windows or chunks", "use another family")
+    types = [SPARSE if kind.moe else DENSE for kind in config.kinds]
+    dense = [*types, SPARSE].index(SPARSE)
+    return {"mlp_layer_types": types, "first_k_dense_replace": dense, **_expert_keys(config)}
+
+
+def check_sigmoid(config: ModelConfig) -> None:
+    """Raise `CheckpointError` unless the experts are as in DeepSeek-V3, and queries do not grow."""
+    moe = config.moe_config
+    if moe.scores != "sigmoid" or not moe.native_bias or not moe.shared_size or config.temperature is not None:
+        raise not_exportable(
+            f"scores {moe.scores}, a shared expert of {moe.shared_size}, growth of queries {config.temperature}",
+            "sigmoid scores with a bias, a shared expert, no growth of queries",
+            "use another family",
+        )
+
+
+def _expert_keys(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe_config
     return {
-        "first_k_dense_replace": first_dense(config),
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_size,

@@ -1,15 +1,89 @@
-"""Shared parts of families with multi-head latent attention: its sizes, its scale, and the names of its tensors.
+"""Shared parts of families with multi-head latent attention: its sizes, its scale, its indexer, the names of tensors.
 
-Source: HF transformers `configuration_deepseek_v3`, `modeling_deepseek_v3`.
+Source: HF transformers `configuration_deepseek_v3`, `configuration_deepseek_v32` and their modelling code.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from distillcache.models.config import LatentConfig, ModelConfig, RopeConfig
-from distillcache.models.families.reading.family import not_exportable
+from distillcache.models.config import BlockKind, IndexConfig, LatentConfig, ModelConfig, RopeConfig
+from distillcache.models.families.reading.family import dense_tensors, norm_tensors, not_exportable
+from distillcache.models.families.reading.grouped import check_sigmoid, moe_tensors, mtp_prefixes, typed_expert_keys
 from distillcache.models.families.reading.values import Values
-from distillcache.models.files.tensors import BlockTensor
+from distillcache.models.files.tensors import BlockTensor, Layout
+
+INDEXED = ("indexed_attention", "deepseek_sparse_attention")  # blocks in `layer_types`, the second in older files
+INDEX_TENSORS = (
+    BlockTensor("self_attn.indexer.wq_b.weight", "attention/index_q", 1),
+    BlockTensor("self_attn.indexer.wk.weight", "attention/index_k", 1),
+    BlockTensor("self_attn.indexer.k_norm.weight", "attention/index_norm"),
+    BlockTensor("self_attn.indexer.k_norm.bias", "attention/index_norm_bias"),
+    BlockTensor("self_attn.indexer.weights_proj.weight", "attention/index_weight", 1),
+)
+
+
+def latent_fields(values: Values, *, interleaved: bool) -> dict[str, Any]:
+    """The fields of `ModelConfig` that latent attention decides."""
+    return fields_of_rope(values, replace(values.rope(), interleaved=interleaved))
+
+
+def check_rotated(values: Values) -> None:
+    """Raise `CheckpointError` where `head_dim`, by which transformers rotates in some families, is another."""
+    if values["head_dim"] not in (None, values["qk_rope_head_dim"]):
+        raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
+
+
+def indexed_fields(values: Values, *, interleaved: bool) -> dict[str, Any]:
+    """The fields of sparse attention, whose indexer rotates neighbours or halves. Its queries need narrow vectors."""
+    index = IndexConfig(
+        heads=values.size("index_n_heads"),
+        head_dim=values.size("index_head_dim"),
+        top_k=values.size("index_topk"),
+        interleaved=interleaved,
+    )
+    found = latent_fields(values, interleaved=True)
+    if index.head_dim < found["latent"].rope_dim:
+        raise values.bad("index_head_dim", f"at least qk_rope_head_dim, which is {found['latent'].rope_dim}")
+    if found["latent"].query_rank is None:
+        raise values.bad("q_lora_rank", "a positive whole number")
+    values.per_block("layer_types", INDEXED, values.size("num_hidden_layers"))
+    return found | {"latent": replace(found["latent"], index=index)}
+
+
+def indexed_keys(config: ModelConfig, *, interleaved: bool) -> dict[str, Any]:
+    """Return the config keys that `indexed_fields` reads, and those of experts.
+
+    Raises:
+        CheckpointError: they cannot say this decoder.
+    """
+    check_sigmoid(config)
+    index = None if config.latent is None else config.latent.index
+    if index is None or index.interleaved != interleaved:
+        raise not_exportable(f"{index}", "an indexer as the family has it", "use another family")
+    return {
+        **latent_keys(config),
+        **typed_expert_keys(config),
+        "index_n_heads": index.heads,
+        "index_head_dim": index.head_dim,
+        "index_topk": index.top_k,
+        "indexer_rope_interleave": interleaved,
+    }
+
+
+def fields_of_rope(values: Values, rope: RopeConfig) -> dict[str, Any]:
+    """The same for this rotation."""
+    latent, bias = latent_config(values), values.flag("attention_bias")
+    width = latent.plain_dim + latent.rope_dim
+    return {
+        "num_kv_heads": one_head_each(values),
+        "head_dim": width,
+        "rope": rope,
+        "latent": latent,
+        "attention_scale": softmax_scale(width, rope),
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }
 
 
 def latent_config(values: Values) -> LatentConfig:
@@ -46,7 +120,8 @@ def softmax_scale(width: int, rope: RopeConfig) -> float:
 
 
 def latent_keys(config: ModelConfig) -> dict[str, Any]:
-    """Return the config keys that say this decoder's latent attention, but for its rotation.
+    """Return the config keys that say this decoder's latent attention, but for its rotation; `head_dim` as DeepSeek and
+    GLM have it, which is what is rotated.
 
     Raises:
         CheckpointError: they cannot say it.
@@ -62,9 +137,23 @@ def latent_keys(config: ModelConfig) -> dict[str, Any]:
         "qk_nope_head_dim": latent.plain_dim,
         "qk_rope_head_dim": latent.rope_dim,
         "v_head_dim": latent.value_dim,
+        "head_dim": config.rope_dim,
         "rope_interleave": config.rope.interleaved,
         "attention_bias": config.qkv_bias,
     }
+
+
+def latent_layout(config: ModelConfig) -> Layout:
+    """The names in files of latent attention and experts, as DeepSeek and GLM have them."""
+    common = [*norm_tensors(), *latent_tensors(config)]
+    moe = moe_tensors(config, "mlp.gate.e_score_correction_bias")
+    index = INDEX_TENSORS if config.latent is not None and config.latent.index is not None else ()
+
+    def tensors(kind: BlockKind) -> list[BlockTensor]:
+        own = () if kind.taken_choice else index
+        return [*common, *own, *(moe if kind.moe else dense_tensors(config))]
+
+    return Layout(tensors, foreign=mtp_prefixes(config))
 
 
 def latent_tensors(config: ModelConfig) -> list[BlockTensor]:

@@ -27,6 +27,7 @@ UNDERSTOOD = {
     ),
 }
 BLOCK = "weight_block_size"
+E4M3 = ("e4m3", "float8_e4m3fn")  # the second as MiniMax M2 has it
 # Of packed integers, what is read of a group of matrices; what else may stand there says how the codes were found.
 GROUP = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 FOUND_BY = frozenset({"actorder", "block_structure", "dynamic", "observer", "observer_kwargs", "group_size"})
@@ -65,7 +66,7 @@ def _check_fp8(values: Values, found: dict[str, Any]) -> None:
     whole = BLOCK in found and block is None
     sized = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)
     known = scheme == "dynamic" or (whole and scheme == "static")
-    if not (sized or whole) or found.get("fmt", "e4m3") != "e4m3" or not known:
+    if not (sized or whole) or found.get("fmt", E4M3[0]) not in E4M3 or not known:
         raise _quantised(values, found)
 
 

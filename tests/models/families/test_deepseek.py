@@ -1,4 +1,4 @@
-"""DeepSeek-V3: released configs, defaults, refusals, weights in FP8, and layers that are left out.
+"""DeepSeek-V2, V3 and V3.2: released configs, defaults, refusals, weights in FP8, and layers that are left out.
 
 Its numbers are in test_parity.py.
 """
@@ -15,7 +15,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distillcache.models.checkpoint import load_pretrained
-from distillcache.models.config import BlockKind, LatentConfig, LayerGroup, ModelConfig, MoeConfig, RopeConfig
+from distillcache.models.config import (
+    BlockKind,
+    IndexConfig,
+    LatentConfig,
+    LayerGroup,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+)
 from distillcache.models.families import config_from_hf, config_to_hf
 from distillcache.schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN
@@ -174,6 +182,68 @@ def test_refusals_name_the_key(changes: dict[str, Any], named: str):
 def test_what_the_config_cannot_say_is_not_exported(changes: dict[str, Any]):
     with pytest.raises(CheckpointError, match="no config for this decoder"):
         config_to_hf(replace(read(), **changes), "float32")
+
+
+V2: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "scoring_func": "softmax",
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": False,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": "absent",
+    "quantization_config": "absent",
+}
+V32: dict[str, Any] = {"model_type": "deepseek_v32", "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048}
+
+
+def test_v2():
+    """Groups rank by their best expert; without groups there is one."""
+    found = read(**V2)
+    assert found.moe == MoeConfig(256, 8, 14, 14, "softmax", False, 2.5, 8, 4, float32_router=True, group_best=1)
+    assert (found.rope.interleaved, found.latent, found.mtp_layers) == (True, read().latent, 0)
+    greedy = read(**V2 | {"topk_method": "greedy"})
+    assert greedy.moe == replace(found.moe_config, groups=1, groups_kept=1)
+    for config in (found, greedy, read(**V2, q_lora_rank=None, attention_bias=True)):
+        assert config_from_hf(config_to_hf(config, "bfloat16"), FILE) == config
+
+
+def test_v32():
+    """A V3 with an indexer, which rotates halves; blocks with experts may be named one by one."""
+    found = read(**V32)
+    index = IndexConfig(64, 128, 2048)
+    v3 = replace(read(), family="deepseek_v32")
+    assert found == replace(v3, latent=LatentConfig(1536, 512, 128, 64, 128, index))
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    assert config_from_hf({key: RELEASED[key] for key in kept} | {"model_type": "deepseek_v32"}, FILE) == replace(
+        found, moe=replace(found.moe_config, expert_size=2048, shared_size=2048), **plain_rope()
+    )
+    types = ["sparse", "dense", "dense", "sparse", "dense"]
+    named = read(**V32, mlp_layer_types=types, layer_types=["deepseek_sparse_attention"] * 5)
+    assert [kind.moe for kind in named.kinds] == [each == "sparse" for each in types]
+    for config in (found, named):
+        assert config_from_hf(config_to_hf(config, "bfloat16"), FILE) == replace(config, mtp_layers=0)
+
+
+def plain_rope() -> dict[str, Any]:
+    return {"rope": RopeConfig(interleaved=True), "attention_scale": 192**-0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
+        (V2 | {"topk_method": "noaux_tc"}, "topk_method"),
+        (V2 | {"scoring_func": "sigmoid"}, "scoring_func"),
+        (V2 | {"mlp_bias": True}, "mlp_bias"),
+        (V2 | {"rope_interleave": False}, "rope_interleave"),
+        (V32 | {"indexer_rope_interleave": True}, "indexer_rope_interleave"),
+        (V32 | {"index_topk": 0}, "index_topk"),
+        (V32 | {"indexer_types": ["full"] * 5}, "indexer_types"),
+    ],
+)
+def test_refusals_of_v2_and_v32(changes: dict[str, Any], named: str):
+    with pytest.raises(CheckpointError, match=named):
+        read(**changes)
 
 
 @pytest.mark.parametrize("inside", ["deepseek_v3", "kimi_k2"])

@@ -700,6 +700,119 @@ CONFIGS |= {
         | {"num_experts": 2, "num_experts_per_tok": 2, "rope_theta": 500000, "tie_word_embeddings": False},
     ),
 }
+# GLM, MiniMax and DeepSeek: keys as public repositories hold them. GLM-4.7-Flash: a test of vLLM (its config for
+# Transformers 4); GLM-5: PrimeIntellect-ai/prime-rl, scripts/glm5_weight_transfer, and jd-opensource/xllm,
+# xllm/models/llm/glm5.h; GLM-5.2: keys of readers' tests, sizes of GLM-5; MiniMax M2: notes and tests on quantising it;
+# DeepSeek-V2: a list of configs of models. GLM-4, DeepSeek-V2-Lite and what is not there of DeepSeek-V3.2, whose keys
+# are V3's and three more: retyped from the documentation of the models.
+GLM4 = QWEN | {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "pad_token_id": 151329}
+MLA_DEEPSEEK = {key: value for key, value in DEEPSEEK.items() if key not in ("auto_map", "quantization_config")}
+GLM5 = MLA_DEEPSEEK | {
+    "first_k_dense_replace": 3,
+    "head_dim": 64,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 256,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 2048,
+    "qk_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "rope_interleave": True,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-05,
+    "dtype": "bfloat16",
+}
+MINIMAX = {
+    "attn_type_list": [1] * 62,
+    "auto_map": {"AutoConfig": "configuration_minimax_m2.MiniMaxM2Config"},
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "mtp_transformer_layers": 1,
+    "num_experts_per_tok": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+}
+DEEPSEEK_V2 = MLA_DEEPSEEK | {"first_k_dense_replace": 1, "n_shared_experts": 2, "norm_topk_prob": False}
+DEEPSEEK_V2 |= {"num_experts_per_tok": 6, "scoring_func": "softmax", "rope_theta": 10000}
+CONFIGS |= {
+    "GLM-4-9B-0414": (
+        "glm4",
+        sizes(151552, 4096, 13696, 40, 32, 2, 32768) | GLM4 | {"rms_norm_eps": 1e-05, "rope_theta": 10000.0},
+    ),
+    "GLM-4-32B-0414": (
+        "glm4",
+        sizes(151552, 6144, 23040, 61, 48, 2, 32768) | GLM4 | {"attention_bias": False, "rope_theta": 10000.0},
+    ),
+    "GLM-4.7-Flash": (
+        "glm4_moe_lite",
+        sizes(154880, 2048, 10240, 47, 20, 20, 202752)
+        | {key: value for key, value in MLA_DEEPSEEK.items() if key not in ("scoring_func", "ep_size")}
+        | {"attention_bias": False, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 768}
+        | {"moe_intermediate_size": 1536, "n_routed_experts": 64, "num_experts_per_tok": 4, "qk_nope_head_dim": 192}
+        | {"num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "rope_scaling": None, "rope_theta": 1000000}
+        | {"routed_scaling_factor": 1.8, "v_head_dim": 256, "rms_norm_eps": 1e-05},
+    ),
+    "GLM-5": (
+        "glm_moe_dsa",
+        sizes(154880, 6144, 12288, 78, 64, 64, 202752)
+        | GLM5
+        | {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}},
+    ),
+    "GLM-5.2": (
+        "glm_moe_dsa",
+        sizes(154880, 6144, 12288, 78, 64, 64, 202752)
+        | GLM5
+        | {"rope_parameters": {"rope_theta": 8000000, "rope_type": "default"}, "moe_router_dtype": "float32"}
+        | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75, "index_share_for_mtp_iteration": True}
+        | {"index_topk_freq": 4, "index_skip_topk_offset": 2},
+    ),
+    "MiniMax-M2": ("minimax_m2", sizes(200064, 3072, 1536, 62, 48, 8, 196608) | MINIMAX),
+    "MiniMax-M2.7": ("minimax_m2", sizes(200064, 3072, 1536, 62, 48, 8, 204800) | MINIMAX),
+    "DeepSeek-V2": (
+        "deepseek_v2",
+        sizes(102400, 5120, 12288, 60, 128, 128, 163840)
+        | DEEPSEEK_V2
+        | {"moe_intermediate_size": 1536, "n_group": 8, "topk_group": 3, "n_routed_experts": 160}
+        | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "rope_scaling": MLA_YARN},
+    ),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        sizes(102400, 2048, 10944, 27, 16, 16, 163840)
+        | DEEPSEEK_V2
+        | {"moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1, "n_routed_experts": 64, "q_lora_rank": None}
+        | {"topk_method": "greedy", "routed_scaling_factor": 1.0}
+        | {"rope_scaling": MLA_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "DeepSeek-V3.2": (
+        "deepseek_v32",
+        sizes(129280, 7168, 18432, 61, 128, 128, 163840)
+        | MLA_DEEPSEEK
+        | {"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "n_routed_experts": 256}
+        | {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048, "num_nextn_predict_layers": 1}
+        | {"routed_scaling_factor": 2.5, "rope_scaling": MLA_YARN, "rope_theta": 10000}
+        | {"quantization_config": DEEPSEEK["quantization_config"] | {"scale_fmt": "ue8m0"}},
+    ),
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 

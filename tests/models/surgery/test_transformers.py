@@ -55,6 +55,11 @@ CASES += [
     ("gemma4_text_moe", [{"op": "experts", "to": 4}, {"op": "expert_width", "to": 9}]),
     ("gemma", [{"op": "mlp_width", "to": 30}, {"op": "query_heads", "to": 2, "by": "weight_norm"}]),
     ("qwen3", [{"op": "drop_blocks", "blocks": [0]}, {"op": "kv_heads", "to": 1}]),
+    ("glm4", [{"op": "query_heads", "to": 2}, {"op": "mlp_width", "to": 17}, {"op": "hidden_size", "to": 30}]),
+    ("minimax_m2", [{"op": "kv_heads", "to": 1}, {"op": "experts", "to": 5}, {"op": "expert_width", "to": 9}]),
+    ("deepseek_v2", [{"op": "kv_heads", "to": 4, "by": "weight_norm"}, {"op": "experts", "to": 8}]),
+    ("deepseek_v32", [{"op": "kv_heads", "to": 4}, {"op": "hidden_size", "to": 30}, {"op": "mlp_width", "to": 17}]),
+    ("glm4_moe_lite", [{"op": "drop_blocks", "blocks": [1]}, {"op": "experts", "to": 4}]),
 ]
 
 
