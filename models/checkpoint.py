@@ -192,12 +192,12 @@ NO_PART = ("family", "vocab_size", "attention", "experts", "mtp_layers")
 _OUTSIDE = ("tie_embeddings", "norm_head", "embed_scale", "embed_scale_rounded", "logits_divisor", "logits_softcap")
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     "all": (),
-    "attention": (*_OUTSIDE, "intermediate_size", "activation", "mlp_bias", "moe"),
+    "attention": (*_OUTSIDE, "intermediate_size", "activation", "mlp_gated", "mlp_bias", "moe"),
     "mlp": (
         *_OUTSIDE,
         *("num_heads", "num_kv_heads", "head_dim", "rope", "local_rope", "qkv_bias", "output_bias", "qk_norm"),
         *("clip_qkv", "temperature", "attention_scale", "attention_softcap", "sinks", "latent", "output_gate", "delta"),
-        *("short_conv", "wide", "value_norm", "block_inputs"),
+        *("short_conv", "mamba", "wide", "value_norm", "block_inputs"),
     ),
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kernel = Literal["xla", "splash", "cudnn"]
-Mixer = Literal["attention", "gated_delta", "short_conv"]
+Mixer = Literal["attention", "gated_delta", "short_conv", "mamba2", "attention_mamba2", "none"]
 NormProduct = Literal["wide", "offset"]
 
 
@@ -53,12 +53,13 @@ class BlockKind:
 
     mixer: what mixes tokens. `attention`: softmax attention, latent where `ModelConfig.latent` is set; `gated_delta`: a
         recurrence with a state for each document, see models/layers/gated_delta.py; `short_conv`: a convolution of a
-        few tokens, see models/layers/short_conv.py. window, chunk, rotary and local_rope say nothing of a mixer without
-        attention, and are at their defaults there.
+        few tokens, see models/layers/short_conv.py; `mamba2`: another recurrence, see models/layers/mamba.py;
+        `attention_mamba2`: attention and that beside each other; `none`: the block has no mixer. window, chunk, rotary
+        and local_rope say nothing of a mixer without attention, and are at their defaults there.
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
-    moe: the MLP is a mixture of experts.
+    moe: the MLP is a mixture of experts. mlp: False: the block has none.
     local_rope: it rotates by `ModelConfig.local_rope`.
     wide: its heads are those of `ModelConfig.wide`.
     taken: it has no keys and values of its own, but those of the last block before it that has, of the same width.
@@ -75,6 +76,22 @@ class BlockKind:
     wide: bool = False
     taken: bool = False
     taken_choice: bool = False
+    mlp: bool = True
+
+    @property
+    def attends(self) -> bool:
+        """Tell whether the block has attention, alone or beside another mixer."""
+        return self.mixer in ("attention", "attention_mamba2")
+
+    @property
+    def is_mamba(self) -> bool:
+        """Tell whether the block has Mamba-2, alone or beside attention."""
+        return self.mixer in ("mamba2", "attention_mamba2")
+
+    @property
+    def is_dense(self) -> bool:
+        """Tell whether the block has an MLP that all tokens take."""
+        return self.mlp and not self.moe
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,54 @@ class ShortConvConfig:
 
 
 @dataclass(frozen=True)
+class MambaConfig:
+    """Sizes and options of Mamba-2 (arXiv 2405.21060), see models/layers/mamba.py.
+
+    heads, head_dim: of its values. groups: of equally many heads, which share a key and a query of `state` numbers.
+    taps: tokens that the short convolution sees. conv_bias: the convolution has one; bias, output_bias: so have the
+    projections of the input, and of the output. least_step, most_step: where a token's step is cut; None: nowhere.
+    norm: of every group's output, `gated`: behind the gate, `first`: before it, `none`: no norm.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    taps: int
+    activation: str = "silu"
+    conv_bias: bool = True
+    bias: bool = False
+    output_bias: bool = False
+    least_step: float = 0.0
+    most_step: float | None = None
+    norm: Literal["gated", "first", "none"] = "gated"
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that all heads' states have together."""
+        return self.heads * self.state * self.head_dim
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors that Falcon-H1 has in its blocks.
+
+    attention_input, attention_output, key: of attention's input, its output and its keys. mamba_input, mamba_output: of
+    Mamba-2's. mamba: of the gate, the values, the keys, the queries and the steps, behind their projections. gate,
+    down: of an MLP's gate before its activation, and of its output.
+    """
+
+    attention_input: float = 1.0
+    attention_output: float = 1.0
+    key: float = 1.0
+    mamba_input: float = 1.0
+    mamba_output: float = 1.0
+    mamba: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    gate: float = 1.0
+    down: float = 1.0
+
+
+@dataclass(frozen=True)
 class ClampedGlu:
     """A gated unit of cut inputs: `(up + 1) * gate * sigmoid(alpha * gate)`, gate at most `limit`, up within it both
     ways. Source: gpt-oss (arXiv 2508.10925)."""
@@ -211,6 +276,8 @@ class MoeConfig:
     clamped: how gate and up become an expert's neurons; None: `act(gate) * up`.
     apart: the shared expert, the routed ones and the router have norms of their own, of the stream itself, and each
         routed expert a factor on its weights (Gemma 4).
+    latent: width of what routed experts read and write, of which linear maps lead to and from the stream; None: they do
+        that themselves (Nemotron 3).
     """
 
     num_experts: int
@@ -234,6 +301,7 @@ class MoeConfig:
     apart: bool = False
     sum_eps: float = 0.0
     group_best: int = 2
+    latent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +326,8 @@ class ModelConfig:
     says so; then `rope` is theirs. value_norm: values of every head are normed, without weights. block_scale: what
     leaves a block is multiplied by a learned number of its own. block_inputs: see there. wider_taken: MLPs of blocks
     that take keys and values over are twice as wide.
+    mamba: of the blocks with Mamba-2. multipliers: factors within blocks. mlp_gated: MLPs and experts have a gate; if
+    not, they are `down(act(up(x)))`.
     attention, experts: how they are computed, see models/layers/kernels.py and models/layers/experts.py.
     mtp_layers: of multi-token prediction, behind the last block in the checkpoint's files; no part of the decoder.
     """
@@ -295,6 +365,9 @@ class ModelConfig:
     output_gate: bool = False
     delta: DeltaConfig | None = None
     short_conv: ShortConvConfig | None = None
+    mamba: MambaConfig | None = None
+    multipliers: Multipliers | None = None
+    mlp_gated: bool = True
     wide: WideHeads | None = None
     value_norm: bool = False
     block_scale: bool = False
@@ -375,6 +448,13 @@ class ModelConfig:
         if self.short_conv is None:
             raise ValueError("this decoder has no blocks with the gated short convolution")
         return self.short_conv
+
+    @property
+    def mamba_config(self) -> MambaConfig:
+        """`mamba` of a decoder that has such blocks."""
+        if self.mamba is None:
+            raise ValueError("this decoder has no blocks with Mamba-2")
+        return self.mamba
 
     @property
     def moe_config(self) -> MoeConfig:

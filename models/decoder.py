@@ -22,7 +22,7 @@ from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.context import BlockContext, Taken, block_context, context_of_block
 from distillcache.models.layers.latent_attention import LatentAttention
 from distillcache.models.layers.mixers import mixer_of
-from distillcache.models.layers.mlp import Mlp, Moe
+from distillcache.models.layers.mlp import Mlp, Moe, NoMlp
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
 from distillcache.models.layers.sublayer import TokenMixer, pre_norm
 from distillcache.models.routing import RouterOutput
@@ -52,7 +52,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One decoder layer: a mixer of tokens, then MLP sublayer or mixture of experts.
+    """One decoder layer: a mixer of tokens, then MLP sublayer or mixture of experts; one of them may be missing.
 
     The first is `attention` whatever mixes: names of parameters and taps do not depend on it.
     """
@@ -65,6 +65,8 @@ class Block(nnx.Module):
             Moe(config, config.moe, repeats, dtype, rngs)
             if kind.moe and config.moe is not None
             else Mlp(config, kind, repeats, dtype, rngs)
+            if kind.mlp
+            else NoMlp()
         )
 
 

@@ -13,6 +13,7 @@ from distillcache.models.checkpoint import read_config, weights_digest
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.rope import context_length
+from distillcache.models.layers.sublayer import NoMixer
 from distillcache.schemas.errors import DistillcacheError
 from distillcache.schemas.format.manifest import NumericsPlan, RowsPlan, TapPlan, TeacherPlan
 from distillcache.schemas.format.rows import RowReader
@@ -57,15 +58,21 @@ def teacher_context(teacher: TeacherPlan) -> int | None:
 
 def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
     """Return the factors of every block's attention norm in float32, as a segment's side file stores them: also for
-    a family that stores them minus one. Empty for a family whose attention receives the stream without a norm.
+    a family that stores them minus one; ones where a block has no mixer. Empty for a family whose attention receives
+    the stream without a norm.
     """
     if decoder.config.norms == "post":
         return {}
     offset = 1.0 if decoder.config.norm_product == "offset" else 0.0
 
+    def of_block(group: Any, block: Any) -> np.ndarray:
+        if isinstance(block.attention, NoMixer):
+            return np.ones((group.repeats, decoder.config.hidden_size), np.float32)
+        return np.asarray(block.attention.norm[...], np.float32) + np.float32(offset)
+
     def of_group(group: Any) -> np.ndarray:
-        stacked = np.stack([np.asarray(block.attention.norm[...], np.float32) for block in group.blocks], axis=1)
-        return stacked.reshape(-1, stacked.shape[-1]) + np.float32(offset)
+        stacked = np.stack([of_block(group, block) for block in group.blocks], axis=1)
+        return stacked.reshape(-1, stacked.shape[-1])
 
     return {"attention_norm": np.concatenate([of_group(group) for group in decoder.groups])}
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.layers.gated_delta import GatedDelta
+from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
 from distillcache.models.layers.mlp import Moe
 from distillcache.schemas.store.path import Location
 
@@ -27,7 +28,7 @@ INDEX_NAME = "model.safetensors.index.json"
 ROWS_AT_ONCE = 32
 # Last names of parameters that are float32 in the decoder and in every pass, whatever the dtype, which they do not
 # decide: small differences matter, or act over a whole document.
-FLOAT32 = frozenset({*Moe.by_rule, *GatedDelta.float32})
+FLOAT32 = frozenset({*Moe.by_rule, *GatedDelta.float32, *Mamba2.float32, *AttentionBesideMamba.float32})
 
 Box = tuple[slice, ...]  # a part of an array: a start and a stop on every axis, as numbers
 

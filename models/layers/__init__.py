@@ -7,6 +7,8 @@ latent_attention.py  multi-head latent attention
 gated_delta.py       gated delta rule behind a short convolution
 delta_rule.py        the rule itself, a chunk of tokens at a time
 short_conv.py        gated short convolution
+mamba.py             Mamba-2, alone or beside attention
+ssd.py               its recurrence, a chunk of tokens at a time
 convolution.py       short causal convolution within documents
 kernels.py           attention kernels: XLA, Pallas, cuDNN
 rope.py              rotary position embedding and its scalings

@@ -54,17 +54,17 @@ def gated_delta_rule(
     size = min(chunk, 1 << (length - 1).bit_length())
 
     def grouped(x: Array) -> Array:
-        return _chunks(x.reshape(batch, length, groups, -1, *x.shape[3:]), size)
+        return chunks(x.reshape(batch, length, groups, -1, *x.shape[3:]), size)
 
     parts = _within_chunks(
-        _chunks(q, size), _chunks(k, size), grouped(v), grouped(log_decay), grouped(strength), _chunks(runs, size, -1)
+        chunks(q, size), chunks(k, size), grouped(v), grouped(log_decay), grouped(strength), chunks(runs, size, -1)
     )
     state = jnp.zeros((batch, groups, v.shape[2] // groups, k.shape[-1], v.shape[-1]), jnp.float32)
     out = jax.lax.scan(_next_chunk, state, parts)[1]  # [n, B, G, R, C, dv]
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, *v.shape[2:])[:, :length]
 
 
-def _chunks(x: Float[Array, "B T ..."], size: int, fill: int = 0) -> Float[Array, "n B C ..."]:
+def chunks(x: Float[Array, "B T ..."], size: int, fill: int = 0) -> Float[Array, "n B C ..."]:
     """Whole chunks, the last one filled up."""
     room = -x.shape[1] % size
     x = jnp.pad(x, [(0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
@@ -82,8 +82,8 @@ def _within_chunks(
     """The parts of each chunk that the walk over them needs, all at once. Axes i, j: tokens of a chunk."""
     size = q.shape[2]
     below = jnp.tril(jnp.ones((size, size), bool), -1)
-    decay = _decays(log_decay, runs)
-    entering = _entering(log_decay, runs)
+    decay = decays(log_decay, runs)
+    from_start = entering(log_decay, runs)
     b = strength.transpose(0, 1, 3, 4, 2)  # [n, B, G, R, C]
     likeness = einsum("nbigd,nbjgd->nbgij", k, k)[:, :, :, None]
     inverse = unit_lower_inverse(jnp.where(below, b[..., None] * likeness * decay, 0.0))
@@ -92,8 +92,8 @@ def _within_chunks(
         "key": k,
         "scores": einsum("nbigd,nbjgd->nbgij", q, k)[:, :, :, None] * decay,
         "written": einsum("nbgrij,nbjgre->nbgrie", inverse * b[..., None, :], v),
-        "read": einsum("nbgrij,nbjgd->nbgrid", inverse * (b * entering)[..., None, :], k),
-        "entering": entering,
+        "read": einsum("nbgrij,nbjgd->nbgrid", inverse * (b * from_start)[..., None, :], k),
+        "entering": from_start,
         "leaving": decay[..., -1, :],  # from each token to the chunk's end
     }
 
@@ -109,7 +109,7 @@ def _next_chunk(
     return state * part["entering"][..., -1, None, None] + added, out
 
 
-def _decays(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C C"]:
+def decays(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C C"]:
     """D of the module's docstring."""
     size = runs.shape[-1]
     reached = jnp.tril(jnp.ones((size, size), jnp.float32))  # [i, l]: l <= i
@@ -119,7 +119,7 @@ def _decays(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> 
     return jnp.where(seen[:, :, None, None], jnp.exp(sums), 0.0)
 
 
-def _entering(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C"]:
+def entering(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C"]:
     """E of the module's docstring. The first chunk's state is zero, whatever it is multiplied by."""
     before = jnp.concatenate([runs[:1, :, 0], runs[:-1, :, -1]])  # of the last token before the chunk
     sums = jnp.cumsum(log_decay, axis=2).transpose(0, 1, 3, 4, 2)

@@ -1,4 +1,4 @@
-"""A mixture's experts applied to their tokens: gated MLPs, `down(gating(gate(x), up(x)))`, weighted and summed.
+"""A mixture's experts applied to their tokens: MLPs, `down(gating(gate(x), up(x)))`, weighted and summed.
 
 No token is ever dropped. Three ways, the same numbers to rounding:
 
@@ -30,14 +30,15 @@ from jaxtyping import Array, Float, Int
 
 from distillcache.models.mesh.ambient import EXPERT_AXIS, ROW_AXES, splitting_axes
 
-Gating = Callable[[Array, Array], Array]  # gate and up to an expert's neurons, `act(gate) * up` in most families
+# Gate and up to an expert's neurons, `act(gate) * up` in most families; where there is no gate, both are up.
+Gating = Callable[[Array, Array], Array]
 TILE = 64  # assignments that one product takes; each expert's are filled up to a multiple
 
 
 class Experts(NamedTuple):
-    """gate, up: `[E, D, F]`; down: `[E, F, D]`; their biases `[E, F]` and `[E, D]`, all of them or none."""
+    """gate (there may be none), up: `[E, D, F]`; down: `[E, F, D]`; their biases `[E, F]` and `[E, D]`, all or none."""
 
-    gate: Array
+    gate: Array | None
     up: Array
     down: Array
     gate_bias: Array | None = None
@@ -63,7 +64,7 @@ def apply_experts(
         way: `auto`, `dense`, `tiled` or `ragged`.
     """
     run = {"dense": _dense, "tiled": _tiled, "ragged": _ragged}[
-        _fastest(experts.gate.shape[0], ids.shape[-1]) if way == "auto" else way
+        _fastest(experts.up.shape[0], ids.shape[-1]) if way == "auto" else way
     ]
 
     def local(mine: Experts, x: Array, ids: Array, weights: Array, first: Array | int = 0) -> Array:
@@ -71,7 +72,7 @@ def apply_experts(
         return run(mine, tokens, chosen, shares, gating, weighs_input).reshape(x.shape)
 
     sizes = splitting_axes((*ROW_AXES, EXPERT_AXIS))
-    by_expert = experts.gate.shape[0] % sizes.get(EXPERT_AXIS, 1) == 0 and EXPERT_AXIS in sizes
+    by_expert = experts.up.shape[0] % sizes.get(EXPERT_AXIS, 1) == 0 and EXPERT_AXIS in sizes
     rows = tuple(axis for axis in ROW_AXES if axis in sizes)
     if not (by_expert or rows):
         return local(experts, x, ids, weights)
@@ -83,7 +84,7 @@ def apply_experts(
         mine, x = _cast(mine, dtype), x.astype(dtype)
         if not by_expert:
             return local(mine, x, ids, weights).astype(across)
-        first = jax.lax.axis_index(EXPERT_AXIS) * mine.gate.shape[0]
+        first = jax.lax.axis_index(EXPERT_AXIS) * mine.up.shape[0]
         return jax.lax.psum(local(mine, x, ids, weights, first).astype(across), EXPERT_AXIS)
 
     of_experts = PartitionSpec(EXPERT_AXIS) if by_expert else PartitionSpec()
@@ -120,12 +121,12 @@ def _dense(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gatin
         return total + (out if weighs_input else out * share), None
 
     zeros = jnp.zeros(x.shape, jnp.float32)  # bfloat16 would round once for every expert
-    return jax.lax.scan(one, zeros, (experts, jnp.arange(experts.gate.shape[0])))[0].astype(x.dtype)
+    return jax.lax.scan(one, zeros, (experts, jnp.arange(experts.up.shape[0])))[0].astype(x.dtype)
 
 
 def _ragged(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gating, weighs_input: bool) -> Array:
     """Assignments sorted by expert; those of experts that are not here come last and count nothing."""
-    count, top_k = experts.gate.shape[0], ids.shape[-1]
+    count, top_k = experts.up.shape[0], ids.shape[-1]
     here = (ids >= 0) & (ids < count)
     flat = jnp.where(here, ids, count).reshape(-1)
     share = jnp.where(here, weights, 0.0).reshape(-1, 1)
@@ -142,7 +143,8 @@ def _ragged(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gati
         found = jax.lax.ragged_dot(x, matrices, sizes)
         return found if biases is None else jnp.where(inside, found + biases[owner], 0)
 
-    hidden = gated(gating, product(given, experts.gate, experts.gate_bias), product(given, experts.up, experts.up_bias))
+    gate = None if experts.gate is None else product(given, experts.gate, experts.gate_bias)
+    hidden = gated(gating, gate, product(given, experts.up, experts.up_bias))
     out = product(hidden, experts.down, experts.down_bias)
     out = jnp.where(inside, out if weighs_input else out * share, 0)
     back = jnp.argsort(order)  # a gather, not a scatter: the sum's order is fixed
@@ -154,7 +156,7 @@ def _tiled(experts: Experts, x: Array, ids: Array, weights: Array, gating: Gatin
 
     Assignments to experts that are not here are left out.
     """
-    count, top_k = experts.gate.shape[0], ids.shape[-1]
+    count, top_k = experts.up.shape[0], ids.shape[-1]
     here = (ids >= 0) & (ids < count)
     flat, share = jnp.where(here, ids, count).reshape(-1), jnp.where(here, weights, 0.0)
     size = flat.shape[0]
@@ -226,16 +228,18 @@ def _expert(experts: Experts, number: Array) -> Experts:
 
 
 def _of_expert(gating: Gating, mine: Experts, given: Array) -> Array:
-    hidden = gated(gating, given @ mine.gate, given @ mine.up, mine.gate_bias, mine.up_bias)
+    gate = None if mine.gate is None else given @ mine.gate
+    hidden = gated(gating, gate, given @ mine.up, mine.gate_bias, mine.up_bias)
     out = hidden @ mine.down
     return out if mine.down_bias is None else out + mine.down_bias
 
 
 def gated(
-    gating: Gating, gate: Array, up: Array, gate_bias: Array | None = None, up_bias: Array | None = None
+    gating: Gating, gate: Array | None, up: Array, gate_bias: Array | None = None, up_bias: Array | None = None
 ) -> Array:
     """The neurons that gate and up make: float32 inside, rounded once to the dtype of `up`."""
-    return gating(_biased(gate, gate_bias), _biased(up, up_bias)).astype(up.dtype)
+    wide = _biased(up, up_bias)
+    return gating(wide if gate is None else _biased(gate, gate_bias), wide).astype(up.dtype)
 
 
 def _biased(x: Array, bias: Array | None) -> Array:

@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -72,8 +73,17 @@ def leaving(
     return sublayer.block_scale[...].astype(jnp.float32) * (wide + out) - wide if config.block_scale else out
 
 
+class NoMlp(nnx.Module):
+    """The place of an MLP in a block that has none: it adds zeros."""
+
+    def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
+        """See `Mlp`."""
+        return jnp.zeros_like(resid), None
+
+
 class Mlp(nnx.Module):
-    """The gated MLP sublayer: `down(act(gate(x)) * up(x))`. norm and post_norm [D], gate and up [D, F], down [F, D]."""
+    """The MLP sublayer: `down(act(gate(x)) * up(x))`, or without a gate `down(act(up(x)))`. norm and post_norm [D],
+    gate and up [D, F], down [F, D]."""
 
     block_scale: nnx.Param
     block_gate: nnx.Param
@@ -87,26 +97,34 @@ class Mlp(nnx.Module):
             self.norm = norm_weight((repeats, depth), config, dtype)
         if config.norms != "pre":
             self.post_norm = norm_weight((repeats, depth), config, dtype)
-        self.gate = parameter(rngs, (repeats, depth, inner), depth, dtype)
+        if config.mlp_gated:
+            self.gate = parameter(rngs, (repeats, depth, inner), depth, dtype)
         self.up = parameter(rngs, (repeats, depth, inner), depth, dtype)
         self.down = parameter(rngs, (repeats, inner, depth), inner, dtype)
         if config.mlp_bias:
-            self.gate_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
+            if config.mlp_gated:
+                self.gate_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.up_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.down_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
         add_block_end(self, repeats, dtype, rngs)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
         """Return the sublayer's contribution to the residual stream, and no routing."""
-        out = self.hidden(resid) @ self.down[...]
-        out = post_norm(self, out, self.down_bias[...] if self.config.mlp_bias else None)
+        out, bias = self.hidden(resid) @ self.down[...], self.down_bias[...] if self.config.mlp_bias else None
+        if (factors := self.config.multipliers) is not None:
+            out, bias = out * factors.down, bias if bias is None else bias * factors.down
+        out = post_norm(self, out, bias)
         return leaving(self, resid, out, context), None
 
     def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the neurons' output, the input of the output projection."""
         x = pre_norm(self, resid)
-        biases = (self.gate_bias[...], self.up_bias[...]) if self.config.mlp_bias else (None, None)
-        return gated(_gating(ACTIVATIONS[self.config.activation]), x @ self.gate[...], x @ self.up[...], *biases)
+        config, gate = self.config, x @ self.gate[...] if self.config.mlp_gated else None
+        gate_bias = self.gate_bias[...] if config.mlp_bias and config.mlp_gated else None
+        up_bias = self.up_bias[...] if config.mlp_bias else None
+        factor = 1.0 if config.multipliers is None else config.multipliers.gate
+        gating = _gating(ACTIVATIONS[config.activation], config.mlp_gated, factor=factor)
+        return gated(gating, gate, x @ self.up[...], gate_bias, up_bias)
 
 
 class Moe(nnx.Module):
@@ -116,7 +134,8 @@ class Moe(nnx.Module):
     [E], gate_bias and up_bias [E, F], down_bias [E, D];
     shared_gate and shared_up [D, S], shared_down [S, D], shared_router [D, 1]; router_bias [E], or in training several,
     [groups, E]: float32, without gradient; with `MoeConfig.apart` router_norm, shared_post_norm, expert_norm and
-    expert_post_norm [D] and expert_scale [E].
+    expert_post_norm [D] and expert_scale [E]; with `MoeConfig.latent` latent_in [D, Q] and latent_out [Q, D], and
+    experts of Q in the place of D.
 
     routing: the parameters that a loss on the routing has a gradient for. by_rule: those that a rule moves instead.
     """
@@ -136,9 +155,14 @@ class Moe(nnx.Module):
         if config.norms != "pre":
             self.post_norm = norm_weight((repeats, depth), config, dtype)
         self.router = parameter(rngs, (repeats, depth, moe.num_experts), depth, dtype)
-        self.gate = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
-        self.up = parameter(rngs, (repeats, moe.num_experts, depth, inner), depth, dtype)
-        self.down = parameter(rngs, (repeats, moe.num_experts, inner, depth), inner, dtype)
+        width = depth if moe.latent is None else moe.latent
+        if config.mlp_gated:
+            self.gate = parameter(rngs, (repeats, moe.num_experts, width, inner), width, dtype)
+        self.up = parameter(rngs, (repeats, moe.num_experts, width, inner), width, dtype)
+        self.down = parameter(rngs, (repeats, moe.num_experts, inner, width), inner, dtype)
+        if moe.latent is not None:
+            self.latent_in = parameter(rngs, (repeats, depth, width), depth, dtype)
+            self.latent_out = parameter(rngs, (repeats, width, depth), width, dtype)
         if moe.logit_bias:
             self.logit_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), dtype))
         if moe.expert_bias:
@@ -148,7 +172,8 @@ class Moe(nnx.Module):
         if moe.bias:
             self.router_bias = nnx.Param(jnp.zeros((repeats, moe.num_experts), jnp.float32))
         if shared:
-            self.shared_gate = parameter(rngs, (repeats, depth, shared), depth, dtype)
+            if config.mlp_gated:
+                self.shared_gate = parameter(rngs, (repeats, depth, shared), depth, dtype)
             self.shared_up = parameter(rngs, (repeats, depth, shared), depth, dtype)
             self.shared_down = parameter(rngs, (repeats, shared, depth), shared, dtype)
         if moe.shared_gate:
@@ -174,17 +199,21 @@ class Moe(nnx.Module):
             router = router._replace(weights=router.weights * self.expert_scale[...].astype(jnp.float32)[router.ids])
         of_rows = jax.vmap(lambda ids, real: expert_load(ids, real, moe.num_experts))
         router = router._replace(counts=of_rows(router.ids, context.segment_ids > 0))
+        given = self._normed(resid, self.expert_norm[...]) if moe.apart else x
         out = apply_experts(
             self._experts(),
-            self._normed(resid, self.expert_norm[...]) if moe.apart else x,
+            given if moe.latent is None else given @ self.latent_in[...],
             router.ids,
             router.weights,
-            _gating(activation, moe.clamped),
+            _gating(activation, self.config.mlp_gated, moe.clamped),
             way=self.config.experts,
             weighs_input=moe.scores == "sigmoid_input",
         )
+        if moe.latent is not None:
+            out = out @ self.latent_out[...]
         if moe.shared_size:
-            hidden = gated(_gating(activation), x @ self.shared_gate[...], x @ self.shared_up[...])
+            gate = x @ self.shared_gate[...] if self.config.mlp_gated else None
+            hidden = gated(_gating(activation, self.config.mlp_gated), gate, x @ self.shared_up[...])
             shared = (hidden @ self.shared_down[...]).astype(jnp.float32)
             if moe.shared_gate:
                 shared = jax.nn.sigmoid((x @ self.shared_router[...]).astype(jnp.float32)) * shared
@@ -205,7 +234,7 @@ class Moe(nnx.Module):
         return rms_norm(resid, weight, self.config.norm_eps)
 
     def _experts(self) -> Experts:
-        matrices = (self.gate[...], self.up[...], self.down[...])
+        matrices = (self.gate[...] if self.config.mlp_gated else None, self.up[...], self.down[...])
         if not self.moe.expert_bias:
             return Experts(*matrices)
         return Experts(*matrices, self.gate_bias[...], self.up_bias[...], self.down_bias[...])
@@ -223,10 +252,14 @@ class Moe(nnx.Module):
         return bias if context.bias_groups is None else bias[context.bias_groups][:, None]
 
 
-def _gating(activation: Callable[[Array], Array], clamped: ClampedGlu | None = None) -> Gating:
-    """Gate and up of an expert to its neurons."""
+def _gating(
+    activation: Callable[[Array], Array], has_gate: bool, clamped: ClampedGlu | None = None, factor: float = 1.0
+) -> Gating:
+    """Gate and up of an MLP or an expert to its neurons. factor: on the gate."""
+    if not has_gate:
+        return lambda _, up: activation(up)
     if clamped is None:
-        return lambda gate, up: activation(gate) * up
+        return lambda gate, up: activation(gate if factor == 1 else gate * factor) * up
     limit, alpha = clamped.limit, clamped.alpha
 
     def cut(gate: Array, up: Array) -> Array:

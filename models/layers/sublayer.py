@@ -83,3 +83,18 @@ class TokenMixer(nnx.Module):
     def output_bias(self) -> Float[Array, " D"] | None:
         """The bias of the output projection; None: it has none."""
         return None
+
+
+class NoMixer(TokenMixer):
+    """The place of a mixer in a block that has none: it adds zeros."""
+
+    def __init__(self, config: ModelConfig, kind: BlockKind) -> None:
+        self.config, self.kind = config, kind
+
+    def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
+        """See `TokenMixer`."""
+        return jnp.zeros_like(resid)
+
+    def attend(self, x: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
+        """See `TokenMixer`."""
+        return jnp.zeros_like(x)

@@ -49,6 +49,12 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "attention/conv": ("tensor", None),
     "attention/a_log": ("tensor",),
     "attention/dt_bias": ("tensor",),
+    "attention/z_bias": ("tensor", None),
+    "attention/alpha_bias": ("tensor",),
+    "attention/conv_q_bias": ("tensor", None),
+    "attention/conv_k_bias": ("tensor", None),
+    "attention/conv_v_bias": ("tensor", None),
+    "attention/skip": ("tensor",),
     "attention/q_a": ("fsdp", None),
     "attention/q_b": (None, "tensor", None),
     "attention/kv_a": ("fsdp", None),
@@ -66,6 +72,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "mlp/shared_up": ("fsdp", "tensor"),
     "mlp/shared_down": ("tensor", "fsdp"),
     "mlp/shared_router": ("fsdp", None),
+    "mlp/latent_in": ("fsdp", None),
+    "mlp/latent_out": (None, "fsdp"),
     "mlp/block_gate": ("fsdp", None),
     "mlp/block_up": (None, "fsdp"),
     "embed": ("tensor", "fsdp"),
@@ -73,6 +81,8 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "block_projection": ("fsdp", "tensor"),
     "head": ("fsdp", "tensor"),
 }
+# Of Mamba-2 beside attention (models/layers/mamba.py).
+RULES |= {name.replace("/", "/mamba_"): rule for name, rule in RULES.items() if name.startswith("attention/")}
 # The same names where a block has experts: one more axis in front.
 OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down", "mlp/gate_bias", "mlp/up_bias", "mlp/down_bias")
 EXPERT_RULES = {name: ("expert", *RULES[name]) for name in OF_EXPERTS}

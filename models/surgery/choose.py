@@ -4,6 +4,7 @@ important."""
 import numpy as np
 
 from distillcache.models.config import BlockKind
+from distillcache.models.layers.mamba import BESIDE
 from distillcache.models.surgery.parts import STREAM, Block, Parts
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError
@@ -20,7 +21,7 @@ def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np
     groups = {
         "H": config.num_kv_heads,
         "E": config.moe.groups if config.moe else 1,
-        "N": config.delta.key_heads if config.delta else 1,
+        "N": config.delta.key_heads if config.delta else config.mamba.groups if config.mamba else 1,
     }.get(letter, 1)
     return [
         _best(block_scores(parts, at, letter, op), groups, to) if has_axis(kind, letter) else None
@@ -29,15 +30,15 @@ def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np
 
 
 def has_axis(kind: BlockKind, letter: str) -> bool:
-    """Tell whether a block of this kind has heads (H, K; N of the delta rule), dense neurons (F) or experts (E);
+    """Tell whether a block of this kind has heads (H, K; N of a recurrence), dense neurons (F) or experts (E);
     channels of the short convolution (C)."""
     return {
-        "H": kind.mixer == "attention",
-        "K": kind.mixer == "attention",
-        "N": kind.mixer == "gated_delta",
+        "H": kind.attends,
+        "K": kind.attends,
+        "N": kind.mixer == "gated_delta" or kind.is_mamba,
         "C": kind.mixer == "short_conv",
         "E": kind.moe,
-        "F": not kind.moe,
+        "F": kind.is_dense,
     }.get(letter, True)
 
 
@@ -67,7 +68,9 @@ def _output_norms(block: Block, letter: str) -> np.ndarray:
     """Bound the contribution of each entry to the stream: the squared norm of its rows of the output projection,
     float64.
     """
-    return _norm(block["attention/o" if letter in "HNC" else "mlp/down"], (1, 2) if letter in "HNCE" else 1)
+    beside = f"attention/{BESIDE}o"
+    heads = beside if letter == "N" and beside in block else "attention/o"
+    return _norm(block[heads if letter in "HNC" else "mlp/down"], (1, 2) if letter in "HNCE" else 1)
 
 
 def _norm(value: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
@@ -82,8 +85,14 @@ def _stream_scores(parts: Parts, op: SurgeryOp) -> np.ndarray:
         if parts.scores is None:
             raise _unmeasured(op, parts)
         return parts.scores.stream
-    written = [value for block in parts.blocks for value in (block["attention/o"], block["mlp/down"])]
+    written = [value for block in parts.blocks for value in _output_projections(block)]
     return np.sum([_norm(v.reshape(-1, v.shape[-1]), 0) for v in (parts.outer["embed"], *written)], axis=0)
+
+
+def _output_projections(block: Block) -> list[np.ndarray]:
+    """The matrices of a block that write into the stream, but for a shared expert's."""
+    last = "mlp/latent_out" if "mlp/latent_out" in block else "mlp/down"
+    return [block[name] for name in ("attention/o", f"attention/{BESIDE}o", last) if name in block]
 
 
 def _best(scores: np.ndarray, groups: int, to: int) -> np.ndarray:

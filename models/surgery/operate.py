@@ -85,7 +85,7 @@ def _cut(letter: str) -> Callable[[Parts, ModelConfig, SurgeryOp], Done]:
     def cut(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
         counts = {
             "H": config.num_heads,
-            "N": config.delta.value_heads if config.delta else 0,
+            "N": config.delta.value_heads if config.delta else config.mamba.heads if config.mamba else 0,
             "E": config.moe.num_experts if config.moe else 0,
         }
         to = counts.get(letter, op.to or 0)
@@ -123,7 +123,11 @@ def _cut_expert_width(parts: Parts, config: ModelConfig, op: SurgeryOp) -> Done:
             continue
         order = np.argsort(-expert_neuron_scores(block, op), axis=1, kind="stable")
         places = np.sort(order[:, : op.to], axis=1)  # [E, to]
-        rows = {name: np.take_along_axis(block[name], places[:, None], 2) for name in ("mlp/gate", "mlp/up")}
+        rows = {
+            name: np.take_along_axis(block[name], places[:, None], 2)
+            for name in ("mlp/gate", "mlp/up")
+            if name in block
+        }
         rows["mlp/down"] = np.take_along_axis(block["mlp/down"], places[..., None], 1)
         rows |= {n: np.take_along_axis(block[n], places, 1) for n in ("mlp/gate_bias", "mlp/up_bias") if n in block}
         blocks.append({**block, **rows})

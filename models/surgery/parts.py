@@ -1,9 +1,9 @@
 """A decoder taken apart block by block and put together again, with the meaning of every parameter's axes.
 
 Axis letters: D hidden, H query heads, K key/value heads, h width of a head, J and w the same of wide heads, F neurons
-of a dense MLP, E experts, W neurons of an expert, S neurons of the shared expert, V vocabulary. Of the gated delta
-rule: G key heads, N value heads, d and e their widths, t taps of the convolution. Of the gated short convolution: C
-channels, s taps.
+of a dense MLP, E experts, W neurons of an expert, Q what experts read and write if not the stream, S neurons of the
+shared expert, V vocabulary. Of the gated delta rule and of Mamba-2: G key heads, N value heads, d and e their widths, t
+taps of the convolution. Of the gated short convolution: C channels, s taps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from flax import nnx
 
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.decoder import Decoder, abstract_decoder
+from distillcache.models.layers.mamba import BESIDE
 from distillcache.models.mesh.sharding import device_copy
 from distillcache.schemas.errors import CheckpointError, ConfigError
 
@@ -90,6 +91,26 @@ SHORT_CONV_AXES = {
     "o": "C1D",
     "o_bias": "D",
 }
+MAMBA_AXES = {name: letters for name, letters in DELTA_AXES.items() if name != "beta"} | {
+    "skip": "N",
+    "out_norm": "Ne",
+    "q_bias": "Gd",
+    "k_bias": "Gd",
+    "v_bias": "Ne",
+    "z_bias": "Ne",
+    "alpha_bias": "N",
+    "conv_q_bias": "Gd",
+    "conv_k_bias": "Gd",
+    "conv_v_bias": "Ne",
+    "o_bias": "D",
+}
+BESIDE_AXES = ATTENTION_AXES | {f"{BESIDE}{name}": letters for name, letters in MAMBA_AXES.items()}
+OTHER_AXES = {
+    "gated_delta": DELTA_AXES,
+    "short_conv": SHORT_CONV_AXES,
+    "mamba2": MAMBA_AXES,
+    "attention_mamba2": BESIDE_AXES,
+}
 MLP_AXES = {
     "norm": "D",
     "post_norm": "D",
@@ -117,6 +138,8 @@ MOE_AXES = {
     "shared_up": "DS",
     "shared_down": "SD",
     "shared_router": "D1",
+    "latent_in": "DQ",
+    "latent_out": "QD",
     "router_norm": "D",
     "shared_post_norm": "D",
     "expert_norm": "D",
@@ -230,8 +253,11 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         sizes |= {"d": delta.key_dim, "e": delta.value_dim}
     if (conv := config.short_conv) is not None:
         sizes |= {"C": conv.channels, "s": conv.taps}
+    if (mamba := config.mamba) is not None:
+        sizes |= {"G": mamba.groups, "N": mamba.heads, "t": mamba.taps, "d": mamba.state, "e": mamba.head_dim}
     if config.moe is not None:
         sizes |= {"E": config.moe.num_experts, "W": config.moe.expert_size, "S": config.moe.shared_size}
+        sizes |= {"Q": config.moe.latent or 0}
     return sizes
 
 
@@ -243,14 +269,14 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     """
     part, _, own = name.rpartition("/")
     attention = ATTENTION_AXES if config.latent is None else LATENT_AXES
-    if kind is not None and kind.mixer == "gated_delta":
-        attention = DELTA_AXES
-    if kind is not None and kind.mixer == "short_conv":
-        attention = SHORT_CONV_AXES
+    if kind is not None:
+        attention = OTHER_AXES.get(kind.mixer, attention)
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
     letters = table.get(own, "")
     if own in ("q_norm", "k_norm") and config.qk_norm != "full":
         letters = "h"
+    if part == "mlp" and config.moe is not None and config.moe.latent is not None and letters in ("EDW", "EWD"):
+        letters = letters.replace("D", "Q")
     if part == "attention" and kind is not None and kind.wide:
         letters = letters.replace("K", "J").replace("h", "w")
     sizes = axis_sizes(config)

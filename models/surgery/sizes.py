@@ -57,7 +57,7 @@ def _differences(config: ModelConfig, back: ModelConfig) -> dict[str, str]:
     """Field -> what it is and what an export would say, where that computes something else."""
     same = {"family": config.family, "layers": config.layers, "experts": config.experts}
     same |= {"attention": config.attention, "mtp_layers": config.mtp_layers, "max_positions": config.max_positions}
-    if all(kind.moe for kind in config.kinds):
+    if not any(kind.is_dense for kind in config.kinds):
         same["intermediate_size"] = config.intermediate_size
     if back.moe is not None and config.moe is not None and not config.moe.native_bias:
         same["moe"] = replace(back.moe, bias=config.moe.bias)
@@ -76,7 +76,7 @@ def _unlike(here: dict[str, Any], back: dict[str, Any]) -> dict[str, str]:
 
 def _with_heads(config: ModelConfig, op: SurgeryOp) -> None:
     """Refuse an operation on heads where no block has attention."""
-    if not any(kind.mixer == "attention" for kind in config.kinds):
+    if not any(kind.attends for kind in config.kinds):
         raise refused(op, "found", "no block with attention", "attention in some blocks", "leave it out")
     if config.wide is not None:
         raise refused(op, "found", "heads of two widths", "heads of one", "leave it out")
@@ -105,16 +105,19 @@ def _kv_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
 
 
 def _value_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
+    if config.mamba is not None and any(kind.is_mamba for kind in config.kinds):
+        to = _checked(op, config.mamba.heads // config.mamba.groups, "heads of each group of Mamba-2")
+        return replace(config, mamba=replace(config.mamba, heads=config.mamba.groups * to))
     if config.delta is None or not any(kind.mixer == "gated_delta" for kind in config.kinds):
-        raise refused(op, "found", "no block with the gated delta rule", "one at least", "leave it out")
+        raise refused(op, "found", "no block with the gated delta rule or Mamba-2", "one at least", "leave it out")
     served = config.delta.value_heads // config.delta.key_heads
     to = _checked(op, served, "value heads of each key head")
     return replace(config, delta=replace(config.delta, value_heads=config.delta.key_heads * to))
 
 
 def _mlp_width(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
-    if all(kind.moe for kind in config.kinds):
-        raise refused(op, "found", "experts in all blocks", "dense MLPs", "use op: expert_width, or experts")
+    if not any(kind.is_dense for kind in config.kinds):
+        raise refused(op, "found", "no block with a dense MLP", "one at least", "use op: expert_width, or experts")
     return replace(config, intermediate_size=_checked(op, config.intermediate_size, "neurons in an MLP"))
 
 
@@ -158,7 +161,8 @@ def _drop_blocks(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
     moe = config.moe if any(kind.moe for kind in kinds) else None
     if config.moe is not None and moe is None:
         raise refused(op, "left", "no block with experts", "at least one", "keep a block with experts")
-    return replace(config, layers=plan_layers(kinds))
+    mamba = config.mamba if any(kind.is_mamba for kind in kinds) else None
+    return replace(config, layers=plan_layers(kinds), mamba=mamba)
 
 
 def kept_blocks(op: SurgeryOp, blocks: int) -> list[int]:

@@ -4,7 +4,7 @@ The recorded `resid` and `attn_out` give every sublayer its exact input, so each
 the real tokens of the rows:
 
     heads (H)     mean norm of what the head adds to the attention's output; of a block with the gated delta rule its
-                  value heads likewise (N)
+                  value heads likewise, of one with Mamba-2 its heads (N)
     neurons (F)   mean magnitude of the activation, times the norm of the neuron's row of the output projection
     experts (E)   mean weight in the mixture, which is 0 for tokens that take others
     stream (D)    root mean square of the number over the streams that enter the blocks, each first divided by its own
@@ -29,10 +29,12 @@ import safetensors.numpy
 from jaxtyping import Array, Bool
 
 from distillcache.models.decoder import Decoder
+from distillcache.models.layers.context import BlockContext
 from distillcache.models.layers.gated_delta import GatedDelta
-from distillcache.models.layers.mlp import Mlp
+from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
+from distillcache.models.layers.mlp import Mlp, NoMlp
 from distillcache.models.layers.short_conv import ShortConv
-from distillcache.models.layers.sublayer import pre_norm
+from distillcache.models.layers.sublayer import NoMixer, TokenMixer, pre_norm
 from distillcache.models.surgery import Scores
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError, DistillcacheError, InputError, NonFiniteError
@@ -179,10 +181,12 @@ def _sums(
 
     def visit(address: StackAddress, mine: Any, own: Any, given: Given, row: BlockTargets) -> tuple[Any, Any]:
         attention, mlp = (sublayer(stack.graphs[address][name], name, own) for name in ("attention", "mlp"))
-        heads = attention.mix(pre_norm(attention, given.resid), context)
-        letter = "N" if isinstance(attention, GatedDelta) else "C" if isinstance(attention, ShortConv) else "H"
-        sums = {letter: _over(_added_norms(heads, attention.o[...]), mask), "D": _over(jnp.square(given.resid), mask)}
+        added = _head_norms(attention, given.resid, context)
+        sums = {letter: _over(norms, mask) for letter, norms in added.items()}
+        sums |= {"D": _over(jnp.square(given.resid), mask)}
         middle = given.resid + given.attn_out  # type: ignore[operator] - the source reads both
+        if isinstance(mlp, NoMlp):
+            return mine, sums
         if isinstance(mlp, Mlp):
             weight = jnp.linalg.norm(mlp.down[...], axis=1)
             return mine, sums | {"F": _over(jnp.abs(mlp.hidden(middle)), mask) * weight}
@@ -194,6 +198,18 @@ def _sums(
     nothing = dict.fromkeys(stack.places(), ())
     fixed = {address: at_address(parameters, address) for address in stack.places()}
     return scan_blocks(stack, targets, measured.reading, taps, mask.shape, visit, nothing, fixed, needs_mlp=False)[1]
+
+
+def _head_norms(mixer: TokenMixer, resid: Array, context: BlockContext) -> dict[str, Array]:
+    """The norm of what each of a mixer's heads adds, `[B, T, heads]`, by axis letter."""
+    if isinstance(mixer, NoMixer):
+        return {}
+    x = pre_norm(mixer, resid)
+    letter = "N" if isinstance(mixer, GatedDelta | Mamba2) else "C" if isinstance(mixer, ShortConv) else "H"
+    found = {letter: _added_norms(mixer.mix(x, context), mixer.o[...])}
+    if isinstance(mixer, AttentionBesideMamba):
+        found["N"] = _added_norms(mixer.mamba_mix(x, context), mixer.own("o"))
+    return found
 
 
 def _added_norms(heads: Array, output: Array) -> Array:

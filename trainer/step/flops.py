@@ -56,20 +56,23 @@ def _mixing(config: ModelConfig, kind: BlockKind, row_tokens: int) -> float:
 
     Attention: scores of keys and mixing of values, half of it masked, whichever keys an indexer chooses; its own scores
     in the forward pass alone. Delta rule: what a state reads, what is added to it, and what a query reads, in whatever
-    form they are computed. A short convolution is among the products.
+    form they are computed. Mamba-2: the last two. A short convolution is among the products.
     """
     if kind.mixer == "short_conv":
         return 0.0
     if kind.mixer == "gated_delta":
         delta = config.delta_config
         return 3.0 * delta.value_heads * delta.key_dim * delta.value_dim
+    mamba = 2.0 * config.mamba_config.state_size if kind.is_mamba else 0.0
+    if kind.mixer == "mamba2":
+        return mamba
     if config.wide is not None and kind.wide:
         return float(config.num_heads * config.wide.head_dim * row_tokens)
     found = config.num_heads * (config.head_dim + config.value_dim) / 2 * row_tokens
     index = None if config.latent is None or kind.taken_choice else config.latent.index
     if index is not None and row_tokens > index.top_k:
         found += index.heads * index.head_dim / 6 * row_tokens
-    return found
+    return found + mamba
 
 
 def peak_flops(devices: int) -> float:

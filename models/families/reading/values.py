@@ -20,8 +20,9 @@ ACTIVATION_NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
-EXPORTED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+EXPORTED_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"} | {name: name for name in ("silu", "gelu", "relu", "relu2")}
 
 # What no model exceeds; a larger number is a typing error, and would cost hours or memory before any tensor is seen.
 MOST = 2**31 - 1

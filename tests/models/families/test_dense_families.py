@@ -153,7 +153,7 @@ def test_longrope_as_it_is_published():
     [
         ({"new_trick": 3}, "new_trick"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"hidden_act": "relu2"}, "hidden_act"),
+        ({"hidden_act": "tanh"}, "hidden_act"),
         ({"num_key_value_heads": 5}, "do not divide"),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type|rope_scaling"),
     ],

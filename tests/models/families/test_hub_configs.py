@@ -813,6 +813,103 @@ CONFIGS |= {
         | {"quantization_config": DEEPSEEK["quantization_config"] | {"scale_fmt": "ue8m0"}},
     ),
 }
+# Granite 4: the sizes of its micro are those inside granite-4.0-3b-vision's config (a test that quotes it); of the
+# others what the models' pages say. Nemotron 3 Nano: the config of the 30B model as tests of nemotron3_jax quote it;
+# Nano 2: as vLLM's plugin for VoiceChat has it. Falcon-H1: NVIDIA-NeMo/Megatron-Bridge,
+# tests/unit_tests/models/falcon_h1/test_falcon_h1_bridge.py.
+GRANITE4 = {
+    "attention_bias": False,
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12,
+    "initializer_range": 0.1,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 128,
+    "mamba_proj_bias": False,
+    "normalization_function": "rmsnorm",
+    "output_router_logits": False,
+    "residual_multiplier": 0.22,
+    "rope_scaling": None,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": True,
+}
+NEMOTRON = {
+    "attention_bias": False,
+    "chunk_size": 128,
+    "conv_kernel": 4,
+    "expand": 2,
+    "head_dim": 128,
+    "hidden_dropout": 0.0,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mamba_ssm_cache_dtype": "float32",
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "n_groups": 8,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "sliding_window": None,
+    "ssm_state_size": 128,
+    "time_step_floor": 0.0001,
+    "time_step_limit": [0.0, float("inf")],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "use_mamba_kernels": True,
+}
+CONFIGS |= {
+    "granite-4.0-micro": (
+        "granitemoehybrid",
+        sizes(100352, 2560, 8192, 40, 40, 8, 131072)
+        | GRANITE4
+        | {"layer_types": ["attention"] * 40, "logits_scaling": 10, "mamba_d_head": 40, "mamba_d_state": 256}
+        | {"num_experts_per_tok": 0, "num_local_experts": 0, "position_embedding_type": "rope", "rope_theta": 10000000}
+        | {"shared_intermediate_size": 8192},
+    ),
+    "granite-4.0-h-small": (
+        "granitemoehybrid",
+        sizes(100352, 4096, 768, 40, 32, 8, 131072)
+        | GRANITE4
+        | {"layer_types": ["attention" if block % 10 == 5 else "mamba" for block in range(40)], "logits_scaling": 16}
+        | {"mamba_d_head": 64, "mamba_d_state": 128, "num_experts_per_tok": 10, "num_local_experts": 72}
+        | {"position_embedding_type": "nope", "rope_theta": 10000, "shared_intermediate_size": 1536},
+    ),
+    "Nemotron-Nano-9B-v2": (
+        "nemotron_h",
+        without_eps(131072, 4480, 15680, 56, 40, 8, 131072)
+        | NEMOTRON
+        | {"rms_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "mamba_head_dim": 80, "mamba_num_heads": 128}
+        | {"hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"},
+    ),
+    "Nemotron-3-Nano-30B-A3B": (
+        "nemotron_h",
+        without_eps(131072, 2688, 1856, 52, 32, 2, 262144)
+        | NEMOTRON
+        | {"layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "mamba_head_dim": 64, "mamba_num_heads": 64, "n_group": 1}
+        | {"hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "topk_group": 1}
+        | {"moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 128}
+        | {"n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}
+        | {"partial_rotary_factor": 1.0, "rope_theta": 10000, "torch_dtype": "bfloat16"},
+    ),
+    "Falcon-H1-0.5B": (
+        "falcon_h1",
+        sizes(32784, 1024, 2048, 36, 8, 2, 16384)
+        | {"attention_bias": False, "attention_in_multiplier": 1.0, "attention_out_multiplier": 0.9375}
+        | {"attn_layer_indices": None, "embedding_multiplier": 5.656854249492381, "head_dim": 64}
+        | {"key_multiplier": 0.39062499999999994, "lm_head_multiplier": 0.0390625, "mamba_chunk_size": 128}
+        | {"mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_ssm": 1536, "mamba_d_state": 128}
+        | {"mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 24, "mamba_norm_before_gate": False}
+        | {"mamba_proj_bias": False, "mamba_rms_norm": False, "mamba_use_mlp": True, "mlp_bias": False}
+        | {"mlp_multipliers": [0.8838834764831844, 0.5859375], "projectors_bias": False, "rope_scaling": None}
+        | {"rope_theta": 100000000000.0, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.23570226039551587}
+        | {"ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738]},
+    ),
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 

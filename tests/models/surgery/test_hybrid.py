@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from distillcache.models.checkpoint import load_pretrained
 from distillcache.models.config import BlockKind, ModelConfig, plan_layers
 from distillcache.models.decoder import Decoder
 from distillcache.models.surgery import changed_config, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError
-from tests.models.conftest import randomized
+from tests.models.conftest import GOLDEN, randomized
 from tests.models.layers import test_short_conv
 from tests.models.layers.test_gated_delta import CONFIG, DELTA
 
@@ -136,7 +137,32 @@ def test_without_recurrent_blocks_there_are_no_value_heads_to_cut():
     for config in (plain, replace(plain, delta=None)):
         with pytest.raises(ConfigError, match="cannot be done") as caught:
             changed_config(config, [SurgeryOp(op="value_heads", to=1)])
-        assert caught.value.facts["found"] == "no block with the gated delta rule"
+        assert caught.value.facts["found"] == "no block with the gated delta rule or Mamba-2"
     with pytest.raises(ConfigError, match="cannot be done") as caught:
         changed_config(HYBRID, [SurgeryOp(op="value_heads", to=4)])
     assert "1 to 3" in str(caught.value)
+
+
+def test_heads_of_mamba_are_cut_and_blocks_of_one_sublayer():
+    """As many of each group of heads, by their rows of the output projection; then all else of a decoder whose blocks
+    have a mixer or experts."""
+    teacher = load_pretrained(GOLDEN / "nemotron_h_moe")
+    config = teacher.config
+    done = operate(teacher, [SurgeryOp.model_validate({"op": "value_heads", "to": 2, "by": "weight_norm"})])
+    mamba = config.mamba_config
+    assert done.decoder.config == replace(config, mamba=replace(mamba, heads=4))
+    before, after = blocks_of(teacher)[0], blocks_of(done.decoder)[0]
+    worth = np.square(before["attention/o"]).sum(axis=(1, 2)).reshape(2, 3)
+    heads = np.add(np.sort(np.argsort(-worth, axis=1)[:, :2], axis=1), [[0], [3]])
+    assert done.kept[0] == [heads.reshape(-1).tolist(), None, None, None]
+    axes = {"v": 1, "z": 1, "alpha": 1, "conv_v": 0, "conv_v_bias": 0, "o": 0}
+    axes |= dict.fromkeys(("a_log", "dt_bias", "skip", "out_norm"), 0)
+    for name, value in before.items():
+        axis = axes.get(name.removeprefix("attention/"))
+        expected = value if axis is None else np.take(value, heads.reshape(-1), axis)
+        np.testing.assert_array_equal(after[name], expected, err_msg=name)
+    ops = [{"op": "hidden_size", "to": 30, "by": "weight_norm"}, {"op": "kv_heads", "to": 1}]
+    ops += [{"op": "expert_width", "to": 5}, {"op": "drop_blocks", "blocks": [0, 1]}]
+    found = operate(teacher, [SurgeryOp.model_validate(op) for op in ops]).decoder.config
+    assert (found.hidden_size, found.num_kv_heads, found.moe_config.expert_size) == (30, 1, 5)
+    assert (found.kinds, found.mamba) == (config.kinds[2:], None)

@@ -24,7 +24,7 @@ from tests.models.conftest import GOLDEN
         ("llama_bias", {"op": "drop_blocks", "blocks": "all"}, "at least one left"),
         ("llama_bias", {"op": "drop_blocks", "blocks": []}, "at least one"),
         ("llama_bias", {"op": "drop_blocks", "blocks": [1, 1]}, "none twice"),
-        ("mixtral", {"op": "mlp_width", "to": 8}, "experts in all blocks"),
+        ("mixtral", {"op": "mlp_width", "to": 8}, "no block with a dense MLP"),
         ("mixtral", {"op": "experts", "to": 1}, "at least 2: a token takes 2 experts"),
         ("mixtral", {"op": "upcycle", "experts": 2}, "which has experts"),
         ("glm4_moe", {"op": "experts", "to": 6}, "a multiple of 4"),

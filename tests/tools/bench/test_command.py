@@ -195,9 +195,10 @@ def test_the_step_bench_has_all_figures_and_goals_of_time(tmp_path, teacher):
         "head_kl_temporaries_over_plain": ("at_most", 0.125),
         "head_kl_time_over_plain": ("at_most", 1.3),
         "gated_delta_over_attention": ("at_most", 2.0),
+        "mamba2_over_attention": ("at_most", 2.0),
         "hybrid_compile_many_over_few": ("at_most", 1.25),
     }
-    assert all(figures[f"mixer_{name}_s"] > 0 for name in ("attention", "gated_delta"))
+    assert all(figures[f"mixer_{name}_s"] > 0 for name in ("attention", "gated_delta", "mamba2"))
     assert figures["head_kl_plain_temporaries_mb"] > 4099 * 512 * 4 / 1e6
     assert 0 <= goals["wait_share"]["value"] <= 1
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "cache"}

@@ -16,6 +16,7 @@ from distillcache.models.config import (
     ClampedGlu,
     DeltaConfig,
     LatentConfig,
+    MambaConfig,
     ModelConfig,
     MoeConfig,
     RopeConfig,
@@ -139,6 +140,22 @@ CONFIGS["lfm2_moe"] = replace(
     short_conv=ShortConvConfig(TINY.hidden_size, 3, bias=True),
     layers=plan_layers([BlockKind(mixer="short_conv"), BlockKind(moe=True), BlockKind(mixer="short_conv", moe=True)]),
     moe=MoeConfig(5, 2, 14, scores="sigmoid", bias=True, native_bias=True, sum_eps=1e-6),
+)
+CONFIGS["nemotron_h"] = replace(
+    TINY,
+    family="nemotron_h",
+    activation="relu2",
+    mlp_gated=False,
+    mamba=MambaConfig(heads=6, head_dim=7, groups=2, state=5, taps=3, least_step=0.1),
+    layers=plan_layers(
+        [
+            BlockKind(mixer="none"),
+            BlockKind(mixer="mamba2", mlp=False),
+            BlockKind(mixer="none", moe=True),
+            BlockKind(rotary=False, mlp=False),
+        ]
+    ),
+    moe=MoeConfig(6, 2, 14, 22, "sigmoid", groups=3, groups_kept=2, bias=True, native_bias=True, float32_router=True),
 )
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 

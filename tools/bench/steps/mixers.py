@@ -1,4 +1,5 @@
-"""Mixers of tokens: the gated delta rule against attention of the same model; compiling against the depth."""
+"""Mixers of tokens: the gated delta rule and Mamba-2 against attention of as wide a stream; compiling against the
+depth."""
 
 import statistics
 import sys
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from distillcache.models.config import BlockKind, DeltaConfig, LayerGroup, ModelConfig, RopeConfig
+from distillcache.models.config import BlockKind, DeltaConfig, LayerGroup, MambaConfig, ModelConfig, RopeConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import block_context
 from distillcache.models.layers.mixers import mixer_of
@@ -20,8 +21,9 @@ from distillcache.tools.bench.figures import Goal, Measured
 
 OVER_ATTENTION_AT_MOST = 2.0
 COMPILE_GROWTH_AT_MOST = 1.25
-RECURRENT, FULL = BlockKind(mixer="gated_delta"), BlockKind()
-# Half of Qwen3.5-35B-A3B's widths: heads of attention as wide, half as many of each kind.
+RECURRENT, FULL, MAMBA = BlockKind(mixer="gated_delta"), BlockKind(), BlockKind(mixer="mamba2")
+# Half of Qwen3.5-35B-A3B's widths: heads of attention as wide, half as many of each kind. Mamba-2 as Granite 4 and
+# Nemotron-H have it at this width: heads of 64, twice the stream together, states of 128.
 HYBRID = ModelConfig(
     vocab_size=512,
     hidden_size=1024,
@@ -35,6 +37,7 @@ HYBRID = ModelConfig(
     norm_product="offset",
     output_gate=True,
     delta=DeltaConfig(key_heads=8, value_heads=16, key_dim=128, value_dim=128, taps=4),
+    mamba=MambaConfig(heads=32, head_dim=64, groups=8, state=128, taps=4),
 )
 
 
@@ -48,21 +51,35 @@ class MixerSizes:
 
 
 TINY_MIXERS = MixerSizes(
-    replace(HYBRID, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, delta=DeltaConfig(1, 2, 4, 4, 2)),
+    replace(
+        HYBRID,
+        hidden_size=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        delta=DeltaConfig(1, 2, 4, 4, 2),
+        mamba=MambaConfig(4, 4, 2, 4, 2),
+    ),
     tokens=20,
     repeats=(1, 2),
 )
 
 
 def measure_mixers(sizes: MixerSizes, rounds: int) -> Measured:
-    """Seconds of output and gradients of each mixer of the config, and of compiling a whole decoder."""
+    """Seconds of output and gradients of each mixer, and of compiling a whole decoder."""
     seconds = _times(sizes, rounds)
     figures = {f"mixer_{name}_s": statistics.median(found) for name, found in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(seconds["gated_delta"], seconds["attention"], strict=True))
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(found, seconds["attention"], strict=True))
+        for name, found in seconds.items()
+    }
     few, many = (_compile_seconds(sizes, repeats) for repeats in sizes.repeats)
     figures |= {"hybrid_compile_few_s": few, "hybrid_compile_many_s": many}
     goals = [
-        Goal("gated_delta_over_attention", ratio, OVER_ATTENTION_AT_MOST, "at_most"),
+        *(
+            Goal(f"{kind.mixer}_over_attention", ratios[kind.mixer], OVER_ATTENTION_AT_MOST, "at_most")
+            for kind in (RECURRENT, MAMBA)
+        ),
         Goal("hybrid_compile_many_over_few", many / few, COMPILE_GROWTH_AT_MOST, "at_most"),
     ]
     return Measured(figures, goals)
@@ -70,7 +87,7 @@ def measure_mixers(sizes: MixerSizes, rounds: int) -> Measured:
 
 def _times(sizes: MixerSizes, rounds: int) -> dict[str, list[float]]:
     """Seconds by mixer, in turns; the first call of each, which compiles, does not count."""
-    steps = {kind.mixer: _step(sizes, kind) for kind in dict.fromkeys(sizes.config.kinds)}
+    steps = {kind.mixer: _step(sizes, kind) for kind in (FULL, RECURRENT, MAMBA)}
     for step in steps.values():
         jax.block_until_ready(step())
     found: dict[str, list[float]] = {name: [] for name in steps}

@@ -9,6 +9,7 @@ them; ratios are taken in each round, and the median over rounds counts.
     blockwise_over_feature the blockwise step against that of feature mode, which runs the whole student
     temporaries_48_over_12 what XLA allocates for a step beside its arguments: for a student of 48 blocks, and of 12
     gated_delta_over_attention    output and gradients of a hybrid's recurrent mixer over those of its attention
+    mamba2_over_attention         the same of Mamba-2
     hybrid_compile_many_over_few  compiling a hybrid of 48 blocks over compiling one of 8
 
 *offline*, *online*: fed as `train` feeds them, batches being read, or computed, while the student steps. *student*,
