@@ -25,6 +25,26 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def xielu(
+    x: Float[Array, "*B"],
+    positive: Float[Array, "#1"],
+    negative: Float[Array, "#1"],
+    linear: Float[Array, ""],
+    edge: Float[Array, ""],
+) -> Float[Array, "*B"]:
+    """A parabola to the right of zero and the integral of an exponential to its left, with the same slope there.
+
+    Args:
+        positive, negative: how fast both bend, before a softplus, so that they stay positive. linear: the slope at
+            zero. edge: just below it, where the exponential ends.
+
+    Source: xIELU (arXiv 2411.13010), as HF transformers computes it.
+    """
+    right = jax.nn.softplus(positive) * jnp.square(x)
+    left = (linear + jax.nn.softplus(negative)) * (jnp.expm1(jnp.minimum(x, edge)) - x)
+    return jnp.where(x > 0, right, left) + linear * x
+
+
 def _of_small_numbers(activation: str) -> Callable[[Array], Array]:
     """The activation where a norm follows, which makes what is small as large as the rest: of `1 + tanh` no digits are
     left there, of the same as a sigmoid all."""
@@ -83,7 +103,8 @@ class NoMlp(nnx.Module):
 
 class Mlp(nnx.Module):
     """The MLP sublayer: `down(act(gate(x)) * up(x))`, or without a gate `down(act(up(x)))`. norm and post_norm [D],
-    gate and up [D, F], down [F, D]."""
+    gate and up [D, F], down [F, D]; of the activation `xielu` positive_scale and negative_scale [1], and linear_scale
+    and edge_scale [], which have no gradient."""
 
     block_scale: nnx.Param
     block_gate: nnx.Param
@@ -106,6 +127,11 @@ class Mlp(nnx.Module):
                 self.gate_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.up_bias = nnx.Param(jnp.zeros((repeats, inner), dtype))
             self.down_bias = nnx.Param(jnp.zeros((repeats, depth), dtype))
+        if config.activation == "xielu":
+            self.positive_scale = nnx.Param(jnp.zeros((repeats, 1), dtype))
+            self.negative_scale = nnx.Param(jnp.zeros((repeats, 1), dtype))
+            self.linear_scale = nnx.Param(jnp.full((repeats,), 0.5, dtype))
+            self.edge_scale = nnx.Param(jnp.full((repeats,), -1e-6, dtype))
         add_block_end(self, repeats, dtype, rngs)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> tuple[Float[Array, "B T D"], None]:
@@ -123,8 +149,15 @@ class Mlp(nnx.Module):
         gate_bias = self.gate_bias[...] if config.mlp_bias and config.mlp_gated else None
         up_bias = self.up_bias[...] if config.mlp_bias else None
         factor = 1.0 if config.multipliers is None else config.multipliers.gate
-        gating = _gating(ACTIVATIONS[config.activation], config.mlp_gated, factor=factor)
+        gating = _gating(self._activation(), config.mlp_gated, factor=factor)
         return gated(gating, gate, x @ self.up[...], gate_bias, up_bias)
+
+    def _activation(self) -> Callable[[Array], Array]:
+        if self.config.activation != "xielu":
+            return ACTIVATIONS[self.config.activation]
+        learned = [number[...].astype(jnp.float32) for number in (self.positive_scale, self.negative_scale)]
+        fixed = [jax.lax.stop_gradient(n[...].astype(jnp.float32)) for n in (self.linear_scale, self.edge_scale)]
+        return lambda x: xielu(x, *learned, *fixed)
 
 
 class Moe(nnx.Module):

@@ -112,6 +112,10 @@ OTHER_AXES = {
     "attention_mamba2": BESIDE_AXES,
 }
 MLP_AXES = {
+    "positive_scale": "1",
+    "negative_scale": "1",
+    "linear_scale": "",
+    "edge_scale": "",
     "norm": "D",
     "post_norm": "D",
     "gate": "DF",
@@ -272,7 +276,7 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     if kind is not None:
         attention = OTHER_AXES.get(kind.mixer, attention)
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
-    letters = table.get(own, "")
+    letters = table.get(own, "none such")  # the letters of which are no axes
     if own in ("q_norm", "k_norm") and config.qk_norm != "full":
         letters = "h"
     if part == "mlp" and config.moe is not None and config.moe.latent is not None and letters in ("EDW", "EWD"):
@@ -280,10 +284,10 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     if part == "attention" and kind is not None and kind.wide:
         letters = letters.replace("K", "J").replace("h", "w")
     sizes = axis_sizes(config)
-    if not letters or tuple(sizes.get(letter, 0) for letter in letters) != shape:
+    if tuple(sizes.get(letter, 0) for letter in letters) != shape:
         raise ConfigError(
             "surgery does not know this parameter of the model",
-            {"family": config.family, "parameter": name, "shape": list(shape), "expected": letters or "none such"},
+            {"family": config.family, "parameter": name, "shape": list(shape), "expected": letters},
             "use operations that leave it alone, such as drop_blocks",
         )
     return letters

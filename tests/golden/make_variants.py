@@ -6,6 +6,7 @@ python tests/golden/make_variants.py
 import torch
 from goldens import SIZES, HookAdded, fill_biases, hook_attention, hook_norm, make_model
 from transformers import (
+    ApertusConfig,
     Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
@@ -75,6 +76,7 @@ MODELS: dict[str, PreTrainedConfig] = {
         eos_token_id=None,
         rope_parameters=ROPE,
     ),
+    "apertus": ApertusConfig(**SHORT, attention_bias=True, rope_parameters=ROPE),
 }
 HOOKS: dict[str, HookAdded] = {
     "exaone4": hook_norm("post_attention_layernorm"),

@@ -46,11 +46,13 @@ class Family:
         return self.harmless.union(SIZES, ROPE_KEYS, self.defaults)
 
 
-def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str = "hidden_act") -> dict[str, Any]:
+def common_fields(
+    values: Values, kinds: Sequence[BlockKind], *, activation: str | None = "hidden_act"
+) -> dict[str, Any]:
     """The fields of `ModelConfig` that all families share, for a decoder of these blocks.
 
     `num_key_value_heads` null or absent means one for each query head, `head_dim` likewise the hidden size over the
-    query heads. activation: the key that names it.
+    query heads. activation: the key that names it; None: the family has one of its own.
     """
     heads, hidden = values.size("num_attention_heads"), values.size("hidden_size")
     return {
@@ -62,7 +64,7 @@ def common_fields(values: Values, kinds: Sequence[BlockKind], *, activation: str
         "head_dim": values.size_or_none("head_dim") or hidden // heads,
         "layers": plan_layers(kinds),
         "norm_eps": values.number("rms_norm_eps"),
-        "activation": values.activation(activation),
+        **({} if activation is None else {"activation": values.activation(activation)}),
         "tie_embeddings": values.flag("tie_word_embeddings"),
         "max_positions": values.size("max_position_embeddings"),
     }

@@ -22,7 +22,9 @@ ACTIVATION_NAMES = {
     "relu": "relu",
     "relu2": "relu2",
 }
-EXPORTED_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"} | {name: name for name in ("silu", "gelu", "relu", "relu2")}
+EXPORTED_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"} | {
+    name: name for name in ("silu", "gelu", "relu", "relu2", "xielu")
+}
 
 # What no model exceeds; a larger number is a typing error, and would cost hours or memory before any tensor is seen.
 MOST = 2**31 - 1

@@ -4,6 +4,7 @@ seed_oss.py    Seed-OSS
 ernie.py       ERNIE 4.5, dense and with experts
 hunyuan.py     Hunyuan, dense and with experts
 exaone4.py     EXAONE 4
+apertus.py     Apertus
 dots1.py       dots.llm1
 solar_open.py  Solar Open
 """

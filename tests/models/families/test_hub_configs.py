@@ -666,6 +666,17 @@ CONFIGS |= {
         | {"head_dim": 64, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
         | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 30},
     ),
+    "Apertus-8B-Instruct-2509": (
+        "apertus",
+        sizes(131072, 4096, 21504, 32, 32, 8, 65536)
+        | {"hidden_act": "xielu", "attention_bias": False, "mlp_bias": False, "post_norm": False, "qk_norm": True}
+        | {"hidden_dropout": 0.0, "rope_scaling": LLAMA3, "rope_theta": 12000000, "tie_word_embeddings": False},
+    ),
+    "Apertus-70B-2509 as transformers 5 saves it": (
+        "apertus",
+        sizes(131072, 8192, 43008, 80, 64, 8, 65536)
+        | {"hidden_act": "xielu", "attention_bias": False, "rope_parameters": LLAMA3 | {"rope_theta": 12000000.0}},
+    ),
     "dots.llm1.inst": (
         "dots1",
         sizes(152064, 4096, 10944, 62, 32, 32, 32768)

@@ -1,15 +1,18 @@
-"""Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, dots.llm1, Solar Open: what their configs say in ways of their own."""
+"""Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, Apertus, dots.llm1, Solar Open: what their configs say in their own ways."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from distillcache.models.checkpoint import read_config
 from distillcache.models.config import BlockKind, ModelConfig, RopeConfig, plan_layers
 from distillcache.models.families import config_from_hf, config_to_hf
+from distillcache.models.layers.mlp import xielu
 from distillcache.models.routing import select_experts
 from distillcache.schemas.errors import CheckpointError
 from tests.models.conftest import GOLDEN
@@ -83,6 +86,17 @@ def test_exaones_blocks_rotate_where_they_slide(keys: dict[str, Any], slides: st
     assert config_from_hf(config_to_hf(plain, "float32"), FILE) == plain
 
 
+def test_xielu_is_smooth_at_zero_and_its_slope_finite_far_away():
+    numbers = (jnp.array([0.3]), jnp.array([-0.2]), jnp.array(0.5), jnp.array(-1e-6))
+    slopes = jax.vmap(jax.grad(lambda x: xielu(x, *numbers)[0]))(jnp.array([-1e4, -1e-5, 1e-5, 1e4]))
+    assert jnp.isfinite(slopes).all()
+    np.testing.assert_allclose(slopes[1:3], 0.5, atol=1e-4)
+
+
+def test_the_rotation_of_an_apertus_that_says_nothing():
+    assert read("apertus").rope == RopeConfig(12e6, "llama3", 8.0, 8192)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
@@ -97,6 +111,9 @@ def test_exaones_blocks_rotate_where_they_slide(keys: dict[str, Any], slides: st
         ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 2, "moe_intermediate_size": 30}, "moe_intermediate_size"),
         ("exaone4", {"sliding_window_pattern": "LXG"}, "sliding_window_pattern"),
         ("exaone4", {"attention_bias": True}, "attention_bias"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act"),
+        ("apertus", {"rope_theta": 500_000.0}, "rope_theta"),
+        ("apertus", {"post_norm": True}, "post_norm"),
         ("dots1", GROUPS | {"n_shared_experts": None}, "n_shared_experts"),
         ("solar_open", GROUPS | {"first_k_dense_replace": 1}, "first_k_dense_replace"),
         ("solar_open", GROUPS | {"use_qk_norm": True}, "use_qk_norm"),
@@ -119,6 +136,7 @@ def test_refusals(family: str, changes: dict[str, Any], named: str):
             "blocks 0, 2, 3",
         ),
         ("hunyuan_v1_dense", {"output_bias": False}, "some biases"),
+        ("apertus", {"output_bias": False}, "some biases"),
         ("exaone4", {"layers": plan_layers([BlockKind(), BlockKind(rotary=False)])}, "rotate and see all"),
         ("solar_open", {"layers": plan_layers([BlockKind(), BlockKind(moe=True)])}, "dense blocks"),
     ],

@@ -157,6 +157,15 @@ CONFIGS["nemotron_h"] = replace(
     ),
     moe=MoeConfig(6, 2, 14, 22, "sigmoid", groups=3, groups_kept=2, bias=True, native_bias=True, float32_router=True),
 )
+CONFIGS["apertus"] = replace(
+    TINY,
+    family="apertus",
+    norm_product="wide",
+    qk_norm="head",
+    activation="xielu",
+    mlp_gated=False,
+    tie_embeddings=True,
+)
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 
 
