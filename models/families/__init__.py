@@ -11,7 +11,7 @@ olmo.py         OLMo 2, OLMo 3
 olmoe.py        OLMoE, FlexOlmo
 smollm3.py      SmolLM3
 granite.py      Granite, GraniteMoE
-mamba/          Granite 4, Nemotron-H, Falcon-H1
+mamba/          Granite 4, Nemotron-H, Falcon-H1, Bamba
 mixtral.py      Mixtral
 lfm2.py         LFM2, LFM2-MoE
 gpt_oss.py      gpt-oss
@@ -43,6 +43,7 @@ from distillcache.models.families.granite import GRANITE, GRANITEMOE
 from distillcache.models.families.lfm2 import LFM2, LFM2_MOE
 from distillcache.models.families.llama import LLAMA, MINISTRAL, MISTRAL, exported_family
 from distillcache.models.families.llama4 import LLAMA4, LLAMA4_TEXT
+from distillcache.models.families.mamba.bamba import BAMBA
 from distillcache.models.families.mamba.falcon import FALCON_H1
 from distillcache.models.families.mamba.granite import GRANITE_HYBRID
 from distillcache.models.families.mamba.nemotron import NEMOTRON_H
@@ -110,6 +111,7 @@ KNOWN = (
     GRANITE_HYBRID,
     NEMOTRON_H,
     FALCON_H1,
+    BAMBA,
     OLMOE,
     LLAMA4_TEXT,
     LLAMA4,

@@ -1,4 +1,4 @@
-"""Golden values of models with Mamba-2 (see goldens.py): Granite 4, Nemotron-H, Falcon-H1.
+"""Golden values of models with Mamba-2 (see goldens.py): Granite 4, Nemotron-H, Falcon-H1, Bamba.
 
 python tests/golden/make_mamba.py
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from goldens import SIZES, hook_experts, make_model
-from transformers import FalconH1Config, GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConfig
+from transformers import BambaConfig, FalconH1Config, GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConfig
 
 MAMBA, FULL = "mamba", "attention"
 # A theta of 100 spreads the wavelengths over the tokens; at 10,000 half of the angles would hardly move.
@@ -112,6 +112,9 @@ MODELS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=True,
         rope_parameters=ROPE,
     ),
+    "bamba": BambaConfig(
+        **SIZES | SSM | {"num_hidden_layers": 2}, attn_layer_indices=[1], mlp_bias=True, rope_parameters=ROPE
+    ),
 }
 # Seeds with which transformers' gradients in float32 are within 1e-5 of those in float64.
 SEEDS = {
@@ -121,6 +124,7 @@ SEEDS = {
     "nemotron_h_moe": 1203,
     "falcon_h1": 1205,
     "falcon_h1_plain": 1205,
+    "bamba": 1206,
 }
 
 

@@ -826,8 +826,9 @@ CONFIGS |= {
 }
 # Granite 4: the sizes of its micro are those inside granite-4.0-3b-vision's config (a test that quotes it); of the
 # others what the models' pages say. Nemotron 3 Nano: the config of the 30B model as tests of nemotron3_jax quote it;
-# Nano 2: as vLLM's plugin for VoiceChat has it. Falcon-H1: NVIDIA-NeMo/Megatron-Bridge,
-# tests/unit_tests/models/falcon_h1/test_falcon_h1_bridge.py.
+# Nano 2: as vLLM's plugin for VoiceChat has it. Falcon-H1 0.5B: NVIDIA-NeMo/Megatron-Bridge,
+# tests/unit_tests/models/falcon_h1/test_falcon_h1_bridge.py; 7B: keys of a test that sizes mlx-community's copy. Bamba:
+# ids of blocks as other readers' tests have them, the rest from the configuration class's documentation.
 GRANITE4 = {
     "attention_bias": False,
     "attention_multiplier": 0.015625,
@@ -919,6 +920,28 @@ CONFIGS |= {
         | {"mlp_multipliers": [0.8838834764831844, 0.5859375], "projectors_bias": False, "rope_scaling": None}
         | {"rope_theta": 100000000000.0, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.23570226039551587}
         | {"ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738]},
+    ),
+    "Falcon-H1-7B": (
+        "falcon_h1",
+        sizes(130048, 3072, 12288, 44, 12, 2, 262144)
+        | {"attn_layer_indices": None, "head_dim": 128, "key_multiplier": 0.02, "mamba_d_conv": 4, "mamba_d_head": 128}
+        | {"mamba_d_ssm": 3072, "mamba_d_state": 256, "mamba_n_groups": 2, "mamba_n_heads": 24, "mamba_use_mlp": True}
+        | {"rope_theta": 100000000000.0, "tie_word_embeddings": False},
+    ),
+    "Bamba-9B-v2": (
+        "bamba",
+        sizes(128256, 4096, 14336, 32, 32, 8, 262144)
+        | {"attention_bias": False, "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64, "mamba_chunk_size": 256}
+        | {"mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2}
+        | {"mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False, "mlp_bias": False}
+        | {"num_logits_to_keep": 1, "partial_rotary_factor": 0.5, "rope_scaling": None, "z_loss_coefficient": 0.0}
+        | {"tie_word_embeddings": False},
+    ),
+    "Bamba-9B as transformers 5 saves it": (
+        "bamba",
+        sizes(128256, 4096, 14336, 32, 32, 8, 262144)
+        | {"attn_layer_indices": [9, 18, 27], "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_heads": 128}
+        | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"}},
     ),
 }
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}

@@ -19,6 +19,7 @@ from distillcache.models.config import (
     MambaConfig,
     ModelConfig,
     MoeConfig,
+    Multipliers,
     RopeConfig,
     ShortConvConfig,
     TemperatureConfig,
@@ -165,6 +166,26 @@ CONFIGS["apertus"] = replace(
     activation="xielu",
     mlp_gated=False,
     tie_embeddings=True,
+)
+CONFIGS["falcon_h1"] = replace(
+    TINY,
+    family="falcon_h1",
+    embed_scale=1.7,
+    logits_divisor=3.0,
+    mamba=MambaConfig(heads=6, head_dim=7, groups=2, state=5, taps=3, norm="first"),
+    multipliers=Multipliers(0.9, 0.7, 0.6, 1.2, 0.5, (0.7, 0.5, 0.8, 1.1, 0.6), 0.8, 0.5),
+    layers=plan_layers([BlockKind(mixer="attention_mamba2")] * 2),
+)
+CONFIGS["granitemoehybrid"] = replace(
+    CONFIGS["granite"],
+    family="granitemoehybrid",
+    intermediate_size=14,  # of the experts, in a family that has no other word for it
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    mamba=MambaConfig(heads=6, head_dim=TINY.hidden_size // 3, groups=2, state=5, taps=3),
+    layers=plan_layers([BlockKind(mixer="mamba2", moe=True), BlockKind(rotary=False, moe=True)]),
+    moe=MoeConfig(5, 2, 14, 22),
 )
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 
