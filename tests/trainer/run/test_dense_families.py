@@ -15,6 +15,7 @@ from distillcache.models.config import (
     BlockKind,
     ClampedGlu,
     DeltaConfig,
+    IndexConfig,
     LatentConfig,
     MambaConfig,
     ModelConfig,
@@ -102,6 +103,9 @@ CONFIGS |= {
         moe=MoeConfig(6, 2, 14, 14, "sigmoid", True, 2.5, 3, 2, bias=True, native_bias=True, float32_router=True),
     ),
 }
+CONFIGS["deepseek_v32"] = replace(
+    CONFIGS["deepseek_v3"], family="deepseek_v32", latent=LatentConfig(11, 10, 5, 4, 7, IndexConfig(8, 6, top_k=3))
+)
 CONFIGS["mistral4"] = replace(
     CONFIGS["deepseek_v3"],
     family="mistral4",
