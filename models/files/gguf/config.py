@@ -6,8 +6,8 @@ of the rotary frequencies by its divisors, `rope_freqs.weight`.
 
 Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, GraniteModel, GraniteMoeModel,
 LFM2Model, LFM2MoeModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel, SeedOssModel, Ernie4_5Model,
-HunYuanModel), `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are
-weighed).
+HunYuanModel, Glm4Model, MiniMaxM2Model), `llama-model.cpp` (what is assumed without a key, and what is fixed:
+activations, how experts are weighed).
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,8 @@ class Architecture:
     hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
     growing: queries may grow with positions. gemma: norms, embeddings and activation are Gemma's.
     scaled: Granite's multipliers may be there. short_conv: some blocks have a gated short convolution.
-    harmless: more keys that say nothing of text. interleaved: heads rotate neighbours in HF's files as well. fixed:
+    harmless: more keys that say nothing of text. interleaved: heads rotate neighbours in HF's files as well. partial:
+        a part of a head may be rotated. sigmoid: experts are ranked by sigmoid, and a bias where there is one. fixed:
         fields of the config that no key says.
     """
 
@@ -63,6 +64,8 @@ class Architecture:
     short_conv: bool = False
     harmless: frozenset[str] = frozenset()
     interleaved: bool = False
+    partial: bool = False
+    sigmoid: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +78,9 @@ ARCHITECTURES = {
     "granite": Architecture("granite", scaled=True),
     "granitemoe": Architecture(None, "granitemoe", scaled=True),
     "lfm2": Architecture("lfm2", qk_norm=True, short_conv=True),
-    "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True),
+    "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True, sigmoid=True),
+    "glm4": Architecture("glm4", interleaved=True, partial=True, fixed={"norms": "both"}),
+    "minimax-m2": Architecture(None, "minimax_m2", partial=True, sigmoid=True, fixed={"qk_norm": "full"}),
     "seed_oss": Architecture("seed_oss"),
     "ernie4_5": Architecture("ernie4_5", interleaved=True),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", fixed={"qk_norm": "turned"}),
@@ -101,7 +106,8 @@ GROWING_KEYS = frozenset(
     | {f"rope.scaling.yarn_{key}" for key in ("beta_fast", "beta_slow", "log_multiplier")}
 )
 SCALE_KEYS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
-SHORT_CONV_KEYS = frozenset({"expert_gating_func", "leading_dense_block_count", "shortconv.l_cache"})
+SHORT_CONV_KEYS = frozenset({"leading_dense_block_count", "shortconv.l_cache"})
+SIGMOID_KEYS = frozenset({"expert_gating_func"})
 SIGMOID = 2  # of `expert_gating_func`
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
@@ -148,7 +154,7 @@ class GgufValues:
     def _known_keys(self) -> frozenset[str]:
         known = ARCHITECTURES[self.name]
         own = [(known.hybrid, HYBRID_KEYS), (known.growing, GROWING_KEYS)]
-        own += [(known.scaled, SCALE_KEYS), (known.short_conv, SHORT_CONV_KEYS)]
+        own += [(known.scaled, SCALE_KEYS), (known.short_conv, SHORT_CONV_KEYS), (known.sigmoid, SIGMOID_KEYS)]
         return UNDERSTOOD_KEYS.union(HARMLESS_KEYS, known.harmless, *(keys for has, keys in own if has))
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -226,6 +232,8 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
     config = replace(_plain_config(tensors, values, known), **known.fixed)
     if known.interleaved:
         config = replace(config, rope=replace(config.rope, interleaved=True))
+    if known.partial:
+        config = replace(config, rope=_partial(config, values))
     if known.growing:
         config = _growing(config, values)
     if known.gemma:
@@ -238,6 +246,8 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
         )
     if known.scaled:
         config = _scaled(config, values)
+    if known.sigmoid and config.moe is not None:
+        config = replace(config, moe=_by_sigmoid(config.moe, tensors, values))
     if known.short_conv:
         config = _with_convolutions(config, tensors, values)
     return _as_hybrid(config, tensors, values) if known.hybrid else config
@@ -259,11 +269,7 @@ def _with_convolutions(config: ModelConfig, tensors: Tensors, values: GgufValues
     """The same with the mixers that the blocks' tensors say, and experts behind dense blocks, as LFM2 has them."""
     depth, moe = values.size("block_count"), config.moe
     dense = values.size("leading_dense_block_count") if values.get("leading_dense_block_count") else 0
-    if moe is not None:
-        if values.get("expert_gating_func") != SIGMOID:
-            raise values.bad("expert_gating_func", values.get("expert_gating_func"), f"{SIGMOID}, a sigmoid")
-        biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
-        moe = replace(moe, scores="sigmoid", bias=biased, native_bias=True, sum_eps=SUM_EPS)
+    moe = None if moe is None else replace(moe, sum_eps=SUM_EPS)
     kinds = [
         BlockKind(
             mixer="short_conv" if f"blk.{block}.shortconv.conv.weight" in tensors else "attention",
@@ -273,6 +279,14 @@ def _with_convolutions(config: ModelConfig, tensors: Tensors, values: GgufValues
     ]
     conv = ShortConvConfig(config.hidden_size, values.size("shortconv.l_cache"))
     return replace(config, layers=plan_layers(kinds), moe=moe, short_conv=conv)
+
+
+def _by_sigmoid(moe: MoeConfig, tensors: Tensors, values: GgufValues) -> MoeConfig:
+    """The same experts, ranked by sigmoid."""
+    if values.get("expert_gating_func") != SIGMOID:
+        raise values.bad("expert_gating_func", values.get("expert_gating_func"), f"{SIGMOID}, a sigmoid")
+    biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+    return replace(moe, scores="sigmoid", bias=biased, native_bias=True)
 
 
 def _growing(config: ModelConfig, values: GgufValues) -> ModelConfig:
@@ -319,7 +333,7 @@ def _as_hybrid(config: ModelConfig, tensors: Tensors, values: GgufValues) -> Mod
         layers=plan_layers(kinds),
         qkv_bias=biased["q"],
         output_bias=biased["output"],
-        rope=replace(config.rope, fraction=values.size("rope.dimension_count", config.head_dim) / config.head_dim),
+        rope=_partial(config, values),
         norm_product="offset",
         output_gate=True,
         delta=DeltaConfig(keys, heads, values.size("ssm.state_size"), inner // heads, values.size("ssm.conv_kernel")),
@@ -336,7 +350,7 @@ def _plain_config(tensors: Tensors, values: GgufValues, known: Architecture) -> 
         intermediate_size=values.size("feed_forward_length") if moe is None else _inner(values),
         num_heads=heads,
         num_kv_heads=_kv_heads(values, known, heads),
-        head_dim=_head_dim(values, hidden // heads, partial=known.hybrid),
+        head_dim=_head_dim(values, hidden // heads, partial=known.hybrid or known.partial),
         layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
         rope=_rope(tensors, values, hidden // heads),
         norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
@@ -424,6 +438,11 @@ def _rope(tensors: Tensors, values: GgufValues, default_dim: int) -> RopeConfig:
         return RopeConfig(theta=theta)
     stored = np.asarray(tensor_data(*tensors[ROPE_FREQS]), np.float32)
     return _llama3_rope(stored, theta, values.get("attention.key_length", default_dim), values.file)
+
+
+def _partial(config: ModelConfig, values: GgufValues) -> RopeConfig:
+    """The rotation of as much of a head as a key says."""
+    return replace(config.rope, fraction=values.size("rope.dimension_count", config.head_dim) / config.head_dim)
 
 
 def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Location) -> RopeConfig:

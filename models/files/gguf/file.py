@@ -64,6 +64,11 @@ SHORT_CONV_NAMES = {
 QK_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 # Of families that name one of these otherwise, on either side.
 OWN_NAMES: dict[str, dict[str, str]] = {
+    "glm4": {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+    },
     "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
     "hunyuan_v1_dense": {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
 }
@@ -89,6 +94,7 @@ EXPERT_NAMES: dict[str, dict[str, str]] = {
 EXPERT_NAMES["qwen3_5_moe_text"] = EXPERT_NAMES["qwen2_moe"]
 EXPERT_NAMES["qwen3_moe"] = {key: name for key, name in EXPERT_NAMES["qwen2_moe"].items() if "shexp" not in key}
 EXPERT_NAMES["granitemoe"] = EXPERT_NAMES["mixtral"]
+EXPERT_NAMES["minimax_m2"] = EXPERT_NAMES["mixtral"] | {"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"}
 EXPERT_NAMES["lfm2_moe"] = {
     "ffn_gate_inp": "feed_forward.gate",
     "ffn_gate_exps": "feed_forward.experts.{e}.w1",
@@ -351,7 +357,7 @@ class GgufSource:
 def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> dict[str, StoredTensor]:
     """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name."""
     names = {**BLOCK_NAMES, **OWN_NAMES.get(config.family, {}), **EXPERT_NAMES.get(config.family, {})}
-    names |= QK_NORM_NAMES if config.qk_norm == "head" else {}
+    names |= QK_NORM_NAMES if config.qk_norm in ("head", "full") else {}
     names |= SHORT_CONV_NAMES if config.short_conv is not None else {}
     names |= {**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {}
     left_out = tuple(f"blk.{config.num_blocks + layer}." for layer in range(config.mtp_layers))
