@@ -229,13 +229,13 @@ NEMOTRON_H = Family(
     read=_read,
     write=_write,
     layout=_layout,
-    # The depth is that of the list or the pattern. Of steps what training starts from; of Mamba-2 its kernels; of a
-    # rotation that no block has.
+    # The depth is that of the list or the pattern. Of steps what training starts from, and of Mamba-1 their rank; of
+    # Mamba-2 its kernels; of a rotation that no block has.
     harmless=HARMLESS
     | {"chunk_size", "expand", "mamba_ssm_cache_dtype", "use_mamba_kernels", "rescale_prenorm_residual"}
     | {"time_step_max", "time_step_floor", "time_step_limit", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"}
     | {"moe_shared_expert_overlap", "n_shared_experts", "num_nextn_predict_layers", "mtp_layers_block_type"}
-    | {"mtp_hybrid_override_pattern", PARTIAL},
+    | {"time_step_rank", "mtp_hybrid_override_pattern", PARTIAL},
     # `use_bias` is that of Mamba-2's projections.
     neutral={"mamba_proj_bias": (False,), "residual_in_fp32": (False,), "attention_bias": (False,)},
     aliases={
