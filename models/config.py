@@ -14,6 +14,7 @@ from typing import Literal
 
 Kernel = Literal["xla", "splash", "cudnn"]
 Mixer = Literal["attention", "gated_delta", "short_conv", "mamba2", "attention_mamba2", "none"]
+Norms = Literal["pre", "post", "both"]
 NormProduct = Literal["wide", "offset"]
 
 
@@ -176,6 +177,8 @@ class DeltaConfig:
 
     key_heads, value_heads: each of the former serves an equal number of the latter. key_dim: width of a query and a
     key; value_dim: of a value. taps: tokens that the short convolution sees, a token itself and those before it.
+    doubled: strengths reach from 0 to 2, not to 1, so that a token may turn what is remembered of its key around.
+    norm_eps: of the norm behind the rule; None: that of the others.
     """
 
     key_heads: int
@@ -183,6 +186,8 @@ class DeltaConfig:
     key_dim: int
     value_dim: int
     taps: int
+    doubled: bool = False
+    norm_eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -313,10 +318,11 @@ class ModelConfig:
     of every head, no weights, after the rotation, and only in blocks that rotate. clip_qkv: queries, keys and values
     are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
-    norms: of each sublayer: its input, its output before it is added to the stream, or both. norm_product: how a norm
-    multiplies by its weight, see `rms_norm` in models/layers/norm.py. embed_scale, residual_scale: factors on
-    embeddings, and on what a sublayer adds to the stream. embed_scale_rounded: the first is rounded to the parameters'
-    dtype before it is used, as in Gemma's training. attention_scale: factor on the products of queries and keys; None:
+    norms: of each sublayer: its input, its output before it is added to the stream, or both; `by_mixer`: outputs in
+    blocks with attention, inputs in the others. norm_product: how a norm multiplies by its weight, see `rms_norm` in
+    models/layers/norm.py. embed_scale, residual_scale: factors on embeddings, and on what a sublayer adds to the
+    stream. embed_scale_rounded: the first is rounded to the parameters' dtype before it is used, as in Gemma's
+    training. attention_scale: factor on the products of queries and keys; None:
     hd^-0.5. logits_divisor: of the logits. attention_softcap, logits_softcap: see `softcap` in models/layers/norm.py.
     local_rope: rotary embedding of the blocks whose kind says so. sinks: every query head has a learned logit that
     takes part in its softmax and has no value. latent: attention is multi-head latent attention; then head_dim is the
@@ -350,7 +356,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "turned", "full", "l2"] = "none"
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
-    norms: Literal["pre", "post", "both"] = "pre"
+    norms: Norms | Literal["by_mixer"] = "pre"
     norm_product: NormProduct = "wide"
     embed_scale: float = 1.0
     embed_scale_rounded: bool = False
@@ -401,6 +407,12 @@ class ModelConfig:
         if self.wide is not None and kind.wide:
             return self.wide.num_kv_heads, self.wide.head_dim
         return self.num_kv_heads, self.head_dim
+
+    def norms_of(self, kind: BlockKind) -> Norms:
+        """`norms` of the sublayers of blocks of this kind."""
+        if self.norms == "by_mixer":
+            return "post" if kind.attends else "pre"
+        return self.norms
 
     def mlp_width(self, kind: BlockKind) -> int:
         """Neurons of the dense MLP of blocks of this kind."""

@@ -62,7 +62,7 @@ class Block(nnx.Module):
         if kind.moe and config.moe is None:
             raise ValueError("a block has experts, and the config says nothing of them")
         self.mlp = (
-            Moe(config, config.moe, repeats, dtype, rngs)
+            Moe(config, config.moe, kind, repeats, dtype, rngs)
             if kind.moe and config.moe is not None
             else Mlp(config, kind, repeats, dtype, rngs)
             if kind.mlp

@@ -61,7 +61,7 @@ def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
     a family that stores them minus one; ones where a block has no mixer. Empty for a family whose attention receives
     the stream without a norm.
     """
-    if decoder.config.norms == "post":
+    if decoder.config.norms in ("post", "by_mixer"):
         return {}
     offset = 1.0 if decoder.config.norm_product == "offset" else 0.0
 

@@ -7,7 +7,7 @@ qwen/           Qwen2, Qwen3, Qwen3-VL, Qwen3-Next, Qwen3.5
 gemma.py        Gemma, Gemma 2, Gemma 3
 gemma4.py       Gemma 4
 phi3.py         Phi-3, Phi-4
-olmo.py         OLMo 2, OLMo 3
+olmo.py         OLMo 2, OLMo 3, OLMo Hybrid
 olmoe.py        OLMoE, FlexOlmo
 smollm3.py      SmolLM3
 granite.py      Granite, GraniteMoE
@@ -50,7 +50,7 @@ from distillcache.models.families.mamba.nemotron import NEMOTRON_H
 from distillcache.models.families.minimax import MINIMAX_M2
 from distillcache.models.families.mistral import MINISTRAL3, MISTRAL3, MISTRAL4, text_of
 from distillcache.models.families.mixtral import MIXTRAL
-from distillcache.models.families.olmo import OLMO2, OLMO3
+from distillcache.models.families.olmo import OLMO2, OLMO3, OLMO_HYBRID
 from distillcache.models.families.olmoe import FLEX_OLMO, OLMOE
 from distillcache.models.families.phi3 import PHI3, says_heads
 from distillcache.models.families.qwen.dense import QWEN2, QWEN3
@@ -87,6 +87,7 @@ KNOWN = (
     SMOLLM3,
     OLMO2,
     OLMO3,
+    OLMO_HYBRID,
     PHI3,
     GRANITE,
     GEMMA,

@@ -8,6 +8,7 @@ is requested is read, so such checkpoints load as others do, tensor by tensor in
   HF transformers `integrations/mxfp4.py`), the numbers run along what a product sums over, which is the last axis of
   the file's `X_blocks` and the axis before it in `X`. Exact in bfloat16.
 - Experts stored together: of the fused tensors of a block's experts each matrix is read as if it lay alone.
+- Rows of several tensors that are cut elsewhere: transformers joins some in memory, and saves as many equal parts.
 - FP8: numbers of 8 bits (E4M3), and for every square of them, or for a whole matrix, a factor in `X_scale_inv`. Source:
   DeepSeek-V3 (arXiv 2412.19437), section 3.3; `weight_dequant` in its `inference/kernel.py`; HF transformers
   `integrations/finegrained_fp8.py`. Products are float32. Factors of activations are left out.
@@ -236,6 +237,30 @@ class OfFused:
         return stored[0][0].T if self.turned else stored[0][0]
 
 
+@dataclass(frozen=True)
+class Recut:
+    """Rows from `first` on of these tensors `(name, rows)`, one behind the other."""
+
+    stored: tuple[tuple[str, int], ...]
+    first: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def reads(self, box: Box) -> list[tuple[str, Box]]:
+        """See `Form`."""
+        found, before = [], self.first
+        for name, rows in self.stored:
+            start, stop = max(box[0].start + before, 0), min(box[0].stop + before, rows)
+            if start < stop:
+                found.append((name, (slice(start, stop), *box[1:])))
+            before -= rows
+        return found
+
+    def part(self, stored: Sequence[np.ndarray], box: Box) -> np.ndarray:
+        """See `Form`."""
+        return np.concatenate(stored)
+
+
 def unpacked(source: TensorSource, layout: Layout, quantization: Mapping[str, Any] | None) -> TensorSource:
     """The checkpoint with the names of the layout, and numbers in place of codes.
 
@@ -309,6 +334,8 @@ def _forms(source: TensorSource, layout: Layout, quantization: Mapping[str, Any]
             yield stem, PackedInts(name, stem + SCALE, (shape[0], min(shape[1] * INTEGERS, groups * group)), group)
         elif layout.fused is not None and len(shape) == 3:
             yield from _experts(source, name, layout.fused)
+        elif layout.recut and name.endswith(layout.recut[0][0]):
+            yield from _recut(source, name.removesuffix(layout.recut[0][0]), layout.recut)
 
 
 def _group_of(quantization: Mapping[str, Any]) -> int:
@@ -333,6 +360,18 @@ def _experts(source: TensorSource, name: str, fused: FusedExperts) -> Iterator[t
         for place, matrix in enumerate(matrices[last]):
             form = OfFused(name, expert, place * of_one[0], of_one, source.dtypes[name], turned)
             yield f"{stem}{prefix}{expert}.{matrix}.weight", form
+
+
+def _recut(source: TensorSource, stem: str, wanted: Sequence[tuple[str, int]]) -> Iterator[tuple[str, Form]]:
+    """The tensors of a block whose rows are cut elsewhere; none where they are not, or are not as many."""
+    names, sizes = [stem + ending for ending, _ in wanted], [rows for _, rows in wanted]
+    shapes = [source.shapes.get(name, (0,)) for name in names]
+    found = [shape[0] for shape in shapes]
+    if found == sizes or sum(found) != sum(sizes) or len({shape[1:] for shape in shapes}) > 1:
+        return
+    for place, (name, rows) in enumerate(zip(names, sizes, strict=True)):
+        stored, shape = tuple(zip(names, found, strict=True)), (rows, *shapes[0][1:])
+        yield name, Recut(stored, sum(sizes[:place]), shape, source.dtypes[name])
 
 
 def without_padding(source: TensorSource, layout: Layout, config: ModelConfig) -> TensorSource:
@@ -367,5 +406,9 @@ def _check_scales(source: TensorSource, name: str, scales: str, expected: tuple[
 def _spelled(name: str, layout: Layout) -> str:
     for theirs, ours in layout.spellings:
         if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
+            name = ours + name.removeprefix(theirs)
+            break
+    for theirs, ours in layout.endings:
+        if name.endswith(theirs):
+            return name.removesuffix(theirs) + ours
     return name

@@ -124,8 +124,9 @@ class Layout:
     block_tensors: those of a block of some kind. block: the prefix of a block's names. head: its name;
         head_in_axes: see `TensorSlot`.
     foreign: prefixes of tensors that are no part of the language model. spellings: prefixes that names have in other
-        files, and what stands for them here. fused: files may have experts in this form. more: (name, parameter,
-        `in_axes`) of others outside of blocks.
+        files, and what stands for them here; endings: the same of what they end with. fused: files may have experts in
+        this form. more: (name, parameter, `in_axes`) of others outside of blocks. recut: what tensors of a block end
+        with, and their rows; files may have their rows, one tensor's behind the other's, cut elsewhere.
     """
 
     block_tensors: Callable[[BlockKind], Sequence[BlockTensor]]
@@ -136,6 +137,8 @@ class Layout:
     head_in_axes: int | None = 1
     foreign: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
+    endings: tuple[tuple[str, str], ...] = ()
+    recut: tuple[tuple[str, int], ...] = ()
     fused: FusedExperts | None = None
     more: tuple[tuple[str, str, int | None], ...] = ()
 

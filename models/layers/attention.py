@@ -10,7 +10,7 @@ from distillcache.models.layers.context import BlockContext, angles_of, taken_of
 from distillcache.models.layers.kernels import attend
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
 from distillcache.models.layers.rope import rotate
-from distillcache.models.layers.sublayer import TokenMixer
+from distillcache.models.layers.sublayer import TokenMixer, add_norms
 
 
 class Attention(TokenMixer):
@@ -26,7 +26,7 @@ class Attention(TokenMixer):
         depth, heads = config.hidden_size, config.num_heads
         kv_heads, dim = config.heads_of(kind)
         self.config, self.kind = config, kind
-        self._add_norms(repeats, dtype)
+        add_norms(self, repeats, dtype)
         self.q = parameter(rngs, (repeats, depth, heads, dim), depth, dtype)
         own_values = not (kind.taken or config.values_are_keys(kind))
         if not kind.taken:

@@ -46,7 +46,7 @@ def gated_delta_rule(
 
     Args:
         q, k: float32, each of G heads serves the N / G value heads next to each other. k: unit vectors, or shorter.
-        log_decay: at most 0. strength: of what a token writes, from 0 to 1.
+        log_decay: at most 0. strength: of what a token writes, from 0 to 1, or to 2.
         runs: the state restarts where these change; see `document_runs`.
         chunk: tokens at a time, a power of two; fewer where rows are shorter.
     """

@@ -2,13 +2,14 @@
 
 Queries, keys and values go through a causal convolution of a few tokens and an activation; queries and keys become unit
 vectors. A token's decay and strength are made of the stream, one number a value head: `exp(-exp(a_log) softplus(alpha x
-+ dt_bias))` and `sigmoid(beta x)`. Each head's output is normed by weights that all heads share, and multiplied by the
-silu of a linear map of the stream.
++ dt_bias))` and `sigmoid(beta x)`, or twice that. Each head's output is normed by weights that all heads share, and
+multiplied by the silu of a linear map of the stream.
 
 There is no softmax, no mask and no rotation: a document's order is in its state. What lies between the projections is
 float32, rounded once in front of the output projection.
 
-Source: Gated Delta Networks (arXiv 2412.06464), as HF transformers computes it (`modeling_qwen3_next`).
+Source: Gated Delta Networks (arXiv 2412.06464), as HF transformers computes it (`modeling_qwen3_next`,
+`modeling_olmo_hybrid`).
 """
 
 from typing import ClassVar
@@ -24,7 +25,7 @@ from distillcache.models.layers.convolution import causal_convolution, document_
 from distillcache.models.layers.delta_rule import gated_delta_rule
 from distillcache.models.layers.mlp import ACTIVATIONS
 from distillcache.models.layers.norm import parameter, rms_norm
-from distillcache.models.layers.sublayer import TokenMixer
+from distillcache.models.layers.sublayer import TokenMixer, add_norms
 
 UNIT_EPS = 1e-6  # added to the squared length of queries and keys, whatever the norms have
 FASTEST, SLOWEST = 16.0, 0.01  # rates of decay that training starts from, uniform between
@@ -53,7 +54,7 @@ class GatedDelta(TokenMixer):
     ) -> None:
         depth, keys, values = config.hidden_size, delta.key_heads, delta.value_heads
         self.config, self.delta, self.kind = config, delta, kind
-        self._add_norms(repeats, dtype)
+        add_norms(self, repeats, dtype)
         self.q = parameter(rngs, (repeats, depth, keys, delta.key_dim), depth, dtype)
         self.k = parameter(rngs, (repeats, depth, keys, delta.key_dim), depth, dtype)
         self.v = parameter(rngs, (repeats, depth, values, delta.value_dim), depth, dtype)
@@ -75,11 +76,12 @@ class GatedDelta(TokenMixer):
         q = _unit(self._convolved(x, self.q, self.conv_q, runs)) * self.delta.key_dim**-0.5
         k = _unit(self._convolved(x, self.k, self.conv_k, runs))
         v = self._convolved(x, self.v, self.conv_v, runs)
-        strength = jax.nn.sigmoid((x @ self.beta[...]).astype(jnp.float32))
+        strength = jax.nn.sigmoid((x @ self.beta[...]).astype(jnp.float32)) * (2 if self.delta.doubled else 1)
         steps = jax.nn.softplus((x @ self.alpha[...]).astype(jnp.float32) + self.dt_bias[...])
         out = gated_delta_rule(q, k, v, -jnp.exp(self.a_log[...]) * steps, strength, runs)
         gate = jnp.einsum("btd,dnv->btnv", x, self.z[...]).astype(jnp.float32)
-        return (rms_norm(out, self.out_norm[...], self.config.norm_eps) * jax.nn.silu(gate)).astype(x.dtype)
+        eps = self.delta.norm_eps or self.config.norm_eps
+        return (rms_norm(out, self.out_norm[...], eps) * jax.nn.silu(gate)).astype(x.dtype)
 
     def _convolved(
         self, x: Float[Array, "B T D"], matrix: nnx.Param, taps: nnx.Param, runs: Int[Array, "B T"]

@@ -27,6 +27,7 @@ from distillcache.models.layers.context import BlockContext, angles_of
 from distillcache.models.layers.kernels import attend, attention_mask
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
 from distillcache.models.layers.rope import rotate
+from distillcache.models.layers.sublayer import add_norms
 
 LATENT_EPS = 1e-6  # of the norms of the narrow vectors, whatever the other norms have
 
@@ -50,7 +51,7 @@ class LatentAttention(Attention):
     ) -> None:
         depth, heads, width = config.hidden_size, config.num_heads, config.head_dim
         self.config, self.kind, self.latent = config, kind, latent
-        self._add_norms(repeats, dtype)
+        add_norms(self, repeats, dtype)
         if latent.query_rank is None:
             self.q = parameter(rngs, (repeats, depth, heads, width), depth, dtype)
         else:

@@ -28,7 +28,7 @@ from distillcache.models.layers.convolution import causal_convolution, document_
 from distillcache.models.layers.mlp import ACTIVATIONS
 from distillcache.models.layers.norm import parameter, rms_norm
 from distillcache.models.layers.ssd import state_space
-from distillcache.models.layers.sublayer import TokenMixer, post_norm
+from distillcache.models.layers.sublayer import TokenMixer, add_norms, post_norm
 
 BESIDE = "mamba_"  # of the parameters' names where attention has the plain ones
 OF_RATES = ("a_log", "dt_bias", "skip", "out_norm")
@@ -54,7 +54,7 @@ class Mamba2(TokenMixer):
         self, config: ModelConfig, mamba: MambaConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
         self.config, self.mamba, self.kind = config, mamba, kind
-        self._add_norms(repeats, dtype)
+        add_norms(self, repeats, dtype)
         for name, value in _parameters(config, mamba, repeats, dtype, rngs).items():
             setattr(self, name, value)
 

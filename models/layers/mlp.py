@@ -13,7 +13,7 @@ from distillcache.models.config import BlockKind, ClampedGlu, ModelConfig, MoeCo
 from distillcache.models.layers.context import BlockContext
 from distillcache.models.layers.experts import Experts, Gating, apply_experts, gated
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm
-from distillcache.models.layers.sublayer import Sublayer, post_norm, pre_norm
+from distillcache.models.layers.sublayer import Sublayer, add_norms, post_norm, pre_norm
 from distillcache.models.routing import RouterOutput, expert_load, route
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -106,6 +106,8 @@ class Mlp(nnx.Module):
     gate and up [D, F], down [F, D]; of the activation `xielu` positive_scale and negative_scale [1], and linear_scale
     and edge_scale [], which have no gradient."""
 
+    norm: nnx.Param
+    post_norm: nnx.Param
     block_scale: nnx.Param
     block_gate: nnx.Param
     block_up: nnx.Param
@@ -113,11 +115,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         depth, inner = config.hidden_size, config.mlp_width(kind)
-        self.config = config
-        if config.norms != "post":
-            self.norm = norm_weight((repeats, depth), config, dtype)
-        if config.norms != "pre":
-            self.post_norm = norm_weight((repeats, depth), config, dtype)
+        self.config, self.kind = config, kind
+        add_norms(self, repeats, dtype)
         if config.mlp_gated:
             self.gate = parameter(rngs, (repeats, depth, inner), depth, dtype)
         self.up = parameter(rngs, (repeats, depth, inner), depth, dtype)
@@ -175,18 +174,19 @@ class Moe(nnx.Module):
 
     routing = ("norm", "router", "logit_bias", "router_norm")
     by_rule = ("router_bias",)
+    norm: nnx.Param
+    post_norm: nnx.Param
     block_scale: nnx.Param
     block_gate: nnx.Param
     block_up: nnx.Param
     block_post_norm: nnx.Param
 
-    def __init__(self, config: ModelConfig, moe: MoeConfig, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, moe: MoeConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
         depth, inner, shared = config.hidden_size, moe.expert_size, moe.shared_size
-        self.config, self.moe = config, moe
-        if config.norms != "post":
-            self.norm = norm_weight((repeats, depth), config, dtype)
-        if config.norms != "pre":
-            self.post_norm = norm_weight((repeats, depth), config, dtype)
+        self.config, self.moe, self.kind = config, moe, kind
+        add_norms(self, repeats, dtype)
         self.router = parameter(rngs, (repeats, depth, moe.num_experts), depth, dtype)
         width = depth if moe.latent is None else moe.latent
         if config.mlp_gated:

@@ -15,7 +15,7 @@ from distillcache.models.config import BlockKind, ModelConfig, ShortConvConfig
 from distillcache.models.layers.context import BlockContext
 from distillcache.models.layers.convolution import causal_convolution, document_runs
 from distillcache.models.layers.norm import parameter
-from distillcache.models.layers.sublayer import TokenMixer
+from distillcache.models.layers.sublayer import TokenMixer, add_norms
 
 
 class ShortConv(TokenMixer):
@@ -37,7 +37,7 @@ class ShortConv(TokenMixer):
     ) -> None:
         depth, channels = config.hidden_size, conv.channels
         self.config, self.sizes, self.kind = config, conv, kind
-        self._add_norms(repeats, dtype)
+        add_norms(self, repeats, dtype)
         self.in_gate = parameter(rngs, (repeats, depth, channels), depth, dtype)
         self.out_gate = parameter(rngs, (repeats, depth, channels), depth, dtype)
         self.value = parameter(rngs, (repeats, depth, channels), depth, dtype)

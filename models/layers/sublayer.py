@@ -12,9 +12,10 @@ from distillcache.models.layers.norm import norm_weight, rms_norm
 
 
 class Sublayer(Protocol):
-    """norm and post_norm `[D]`: each exists if `config.norms` says so."""
+    """norm and post_norm `[D]`: each exists if `config.norms_of(kind)` says so."""
 
     config: ModelConfig
+    kind: BlockKind
     norm: nnx.Param
     post_norm: nnx.Param
 
@@ -22,7 +23,7 @@ class Sublayer(Protocol):
 def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Compute the sublayer's input: the stream, normed unless the family norms outputs alone."""
     config = sublayer.config
-    if config.norms == "post":
+    if config.norms_of(sublayer.kind) == "post":
         return resid
     return rms_norm(resid, sublayer.norm[...], config.norm_eps, product=config.norm_product)
 
@@ -40,18 +41,27 @@ def post_norm(
     config, wide = sublayer.config, out.astype(jnp.float32)
     if bias is not None:
         wide = wide + bias
-    if config.norms != "pre":
+    if config.norms_of(sublayer.kind) != "pre":
         wide = rms_norm(wide, sublayer.post_norm[...], config.norm_eps, product=config.norm_product)
     if config.residual_scale != 1:
         wide = wide * config.residual_scale
     return wide.astype(out.dtype)
 
 
+def add_norms(sublayer: Sublayer, repeats: int, dtype: jnp.dtype) -> None:
+    """Give a sublayer the norms that it has."""
+    config, norms = sublayer.config, sublayer.config.norms_of(sublayer.kind)
+    if norms != "post":
+        sublayer.norm = norm_weight((repeats, config.hidden_size), config, dtype)
+    if norms != "pre":
+        sublayer.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
+
+
 class TokenMixer(nnx.Module):
     """A block's first sublayer: heads that mix the tokens of a document, and their output projection.
 
     Its parameters lie under `attention/` whatever mixes, and the tap `attn_out` is what it adds to the stream. A mixer
-    has `mix`, calls `_add_norms`, and makes `o` [heads, width, D].
+    has `mix`, calls `add_norms`, and makes `o` [heads, width, D].
     """
 
     config: ModelConfig
@@ -59,13 +69,6 @@ class TokenMixer(nnx.Module):
     norm: nnx.Param
     post_norm: nnx.Param
     o: nnx.Param
-
-    def _add_norms(self, repeats: int, dtype: jnp.dtype) -> None:
-        config = self.config
-        if config.norms != "post":
-            self.norm = norm_weight((repeats, config.hidden_size), config, dtype)
-        if config.norms != "pre":
-            self.post_norm = norm_weight((repeats, config.hidden_size), config, dtype)
 
     def __call__(self, resid: Float[Array, "B T D"], context: BlockContext) -> Float[Array, "B T D"]:
         """Return the sublayer's contribution to the residual stream."""

@@ -26,12 +26,13 @@ DELTA_DEFAULTS: dict[str, Any] = {
 }
 
 
-def mixers(values: Values) -> list[Mixer]:
-    """Every block's mixer, by `layer_types`, or else attention in every `full_attention_interval`-th block."""
+def mixers(values: Values, interval: int | None = None) -> list[Mixer]:
+    """Every block's mixer, by `layer_types`, or else attention in every `interval`-th block; None: in every
+    `full_attention_interval`-th."""
     depth = values.size("num_hidden_layers")
     types = values.per_block("layer_types", tuple(MIXERS), depth)
     if types is None:
-        interval = values.size("full_attention_interval")
+        interval = interval or values.size("full_attention_interval")
         types = [FULL if (block + 1) % interval == 0 else LINEAR for block in range(depth)]
     return [MIXERS[name] for name in types]
 
@@ -54,14 +55,18 @@ def delta_sizes(values: Values) -> DeltaConfig:
     )
 
 
-def delta_keys(config: ModelConfig) -> dict[str, Any]:
-    """`layer_types` and `linear_*` of an export.
+def check_mixers(config: ModelConfig, *, rotary: bool = True) -> None:
+    """Raise `CheckpointError` where blocks differ in more than their mixer and their experts, or where those with
+    attention do not rotate as `rotary` says."""
+    for kind in config.kinds:
+        plain = BlockKind(mixer=kind.mixer, moe=kind.moe, rotary=rotary or not kind.attends)
+        if kind != plain or kind.mixer not in TYPES:
+            raise not_exportable(str(kind), "blocks without windows or chunks", "export it in another family")
 
-    Raises:
-        CheckpointError: the blocks differ in more than their mixer and their experts.
-    """
-    if odd := [kind for kind in config.kinds if kind != BlockKind(mixer=kind.mixer, moe=kind.moe)]:
-        raise not_exportable(str(odd[0]), "blocks without windows or chunks", "export it in another family")
+
+def delta_keys(config: ModelConfig, *, rotary: bool = True) -> dict[str, Any]:
+    """`layer_types` and `linear_*` of an export. See `check_mixers` for what is refused."""
+    check_mixers(config, rotary=rotary)
     delta = config.delta_config
     return {
         "layer_types": layer_types(config.kinds),

@@ -134,6 +134,10 @@ class Values:
         """The value as it is; None where there is none."""
         return self._values.get(key)
 
+    def is_null(self, key: str) -> bool:
+        """Tell whether the file has the key, and says null under it."""
+        return key in self._raw and self._raw[key] is None
+
     def _given(self, key: str) -> Any:
         """The value; the family's default where null stands for that."""
         value = self[key]

@@ -681,6 +681,32 @@ CONFIGS |= {
         | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0, "rope_type": "default"}},
     ),
 }
+# OLMo Hybrid: keys as the converters of allenai/OLMo-core and transformers write them, sizes of allenai/open-instruct,
+# open_instruct/test_hybrid_layer_speed_gpu.py, the base's null of its pull request 1822, that of the other model of
+# ml-explore/mlx-lm, pull request 1023.
+OLMO_HYBRID = sizes(100352, 3840, 11008, 32, 30, 30, 65536) | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+    "linear_allow_neg_eigval": True,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 96,
+    "linear_num_key_heads": 30,
+    "linear_num_value_heads": 30,
+    "linear_value_head_dim": 192,
+    "pad_token_id": 100277,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+CONFIGS |= {
+    "Olmo-Hybrid-7B": ("olmo_hybrid", OLMO_HYBRID | {"rope_parameters": {"rope_theta": None}}),
+    "Olmo-Hybrid-Instruct-SFT-7B": (
+        "olmo_hybrid",
+        OLMO_HYBRID | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "linear_use_gate": True},
+    ),
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 
