@@ -145,6 +145,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3-3B": (
         "smollm3",
         sizes(128256, 2048, 11008, 36, 16, 4, 65536)
+        | {"rope_theta": 5000000.0, "rope_scaling": None, "attention_bias": False, "pretraining_tp": 2}
         | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 36}
         | {
             "max_window_layers": 28,
@@ -217,12 +218,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "granite-3.3-2b": (
-        "granite",
-        sizes(49159, 2048, 8192, 40, 32, 8, 131072)
-        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
-        | {"residual_multiplier": 0.22, "rope_theta": 1e7, "attention_dropout": 0.0},
-    ),
     "Kimi-K2-Thinking": (
         "kimi_k2",
         sizes(163840, 7168, 18432, 61, 64, 64, 262144)
@@ -292,13 +287,6 @@ CONFIGS |= {
         | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 6.0}
         | {"residual_multiplier": 0.22, "num_local_experts": 40, "num_experts_per_tok": 8, "rope_theta": 1e7},
     ),
-    "LFM2-1.2B": (
-        "lfm2",
-        without_eps(65536, 2048, 8192, 16, 32, 8, 128000)
-        | LFM2
-        | {"block_dim": 2048, "block_ff_dim": 12288, "conv_dim": 2048, "conv_dim_out": 2048, "num_heads": 32}
-        | {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "rope_theta": 1000000.0},
-    ),
     "LFM2.5-230M": (
         "lfm2",
         without_eps(65536, 1024, 2560, 3, 16, 8, 128000)
@@ -307,10 +295,6 @@ CONFIGS |= {
         | {"layer_types": ["conv", "conv", "full_attention"], "dtype": "bfloat16"}
         | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}},
     ),
-    "LFM2-8B-A1B": (
-        "lfm2_moe",
-        without_eps(65536, 2048, 7168, 24, 32, 8, 128000) | LFM2_MOE | {"rope_theta": 1000000.0},
-    ),
     "LFM2.5-8B-A1B": (
         "lfm2_moe",
         without_eps(124928, 2048, 7168, 24, 32, 8, 128000)
@@ -318,8 +302,8 @@ CONFIGS |= {
         | {"rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"}, "rope_theta": 5000000.0},
     ),
 }
-# Sizes and switches as tests of other readers hold them (EXAONE 4: NVIDIA/TensorRT-LLM, tests/unittest/_torch/modeling/
-# test_modeling_exaone4.py), the rest retyped from the documentation of the configuration classes.
+# Sizes and switches as tests of other readers hold them, the rest retyped from the documentation of the configuration
+# classes.
 STRETCHED = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 HUNYUAN = {
     "attention_bias": False,
@@ -333,13 +317,6 @@ HUNYUAN = {
     "use_qk_norm": True,
 }
 CONFIGS |= {
-    "Seed-OSS-36B-Instruct": (
-        "seed_oss",
-        sizes(155136, 5120, 27648, 64, 80, 8, 524288)
-        | {"head_dim": 128, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
-        | {"attention_dropout": 0.1, "residual_dropout": 0.1, "pretraining_tp": 1, "tie_word_embeddings": False}
-        | {"rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0},
-    ),
     "Seed-OSS-36B-Base": (
         "seed_oss",
         sizes(155136, 5120, 27648, 64, 80, 8, 524288)
@@ -390,36 +367,16 @@ CONFIGS |= {
         | {"head_dim": 128, "num_experts": 64, "moe_topk": 8, "output_router_logits": False}
         | {"rope_parameters": STRETCHED | {"rope_type": "dynamic", "rope_theta": 10000.0}},
     ),
-    "EXAONE-4.0-32B": (
-        "exaone4",
-        sizes(102400, 5120, 27392, 64, 40, 8, 131072)
-        | {"head_dim": 128, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
-        | {"sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False}
-        | {"layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16},
-    ),
     "EXAONE-4.0-1.2B": (
         "exaone4",
         sizes(102400, 2048, 4096, 30, 32, 8, 65536)
         | {"head_dim": 64, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
         | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 30},
     ),
-    "Apertus-8B-Instruct-2509": (
-        "apertus",
-        sizes(131072, 4096, 21504, 32, 32, 8, 65536)
-        | {"hidden_act": "xielu", "attention_bias": False, "mlp_bias": False, "post_norm": False, "qk_norm": True}
-        | {"hidden_dropout": 0.0, "rope_scaling": LLAMA3, "rope_theta": 12000000, "tie_word_embeddings": False},
-    ),
     "Apertus-70B-2509 as transformers 5 saves it": (
         "apertus",
         sizes(131072, 8192, 43008, 80, 64, 8, 65536)
         | {"hidden_act": "xielu", "attention_bias": False, "rope_parameters": LLAMA3 | {"rope_theta": 12000000.0}},
-    ),
-    "dots.llm1.inst": (
-        "dots1",
-        sizes(152064, 4096, 10944, 62, 32, 32, 32768)
-        | {"first_k_dense_replace": 1, "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2}
-        | {"num_experts_per_tok": 6, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_theta": 10000000}
-        | {"scoring_func": "sigmoid", "n_group": None, "topk_group": None, "attention_bias": False},
     ),
     "dots.llm1.base": (
         "dots1",
@@ -448,33 +405,10 @@ CONFIGS |= {
         | {"num_experts": 2, "num_experts_per_tok": 2, "rope_theta": 500000, "tie_word_embeddings": False},
     ),
 }
-# GLM, MiniMax and DeepSeek: keys as public repositories hold them. GLM-4.7-Flash: a test of vLLM (its config for
-# Transformers 4); GLM-5: PrimeIntellect-ai/prime-rl, scripts/glm5_weight_transfer, and jd-opensource/xllm,
-# xllm/models/llm/glm5.h; GLM-5.2: keys of readers' tests, sizes of GLM-5; MiniMax M2: notes and tests on quantising it;
-# DeepSeek-V2: a list of configs of models. GLM-4, DeepSeek-V2-Lite and what is not there of DeepSeek-V3.2, whose keys
-# are V3's and three more: retyped from the documentation of the models.
+# GLM and MiniMax: keys as public repositories hold them. GLM-4.7-Flash: a test of vLLM (its config for Transformers 4);
+# MiniMax M2: notes and tests on quantising it. GLM-4: retyped from the documentation of the models.
 GLM4 = QWEN | {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5, "pad_token_id": 151329}
 MLA_DEEPSEEK = {key: value for key, value in DEEPSEEK.items() if key not in ("auto_map", "quantization_config")}
-GLM5 = MLA_DEEPSEEK | {
-    "first_k_dense_replace": 3,
-    "head_dim": 64,
-    "index_head_dim": 128,
-    "index_n_heads": 32,
-    "index_topk": 2048,
-    "indexer_rope_interleave": True,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_routed_experts": 256,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 2048,
-    "qk_head_dim": 256,
-    "qk_nope_head_dim": 192,
-    "v_head_dim": 256,
-    "rope_interleave": True,
-    "routed_scaling_factor": 2.5,
-    "rms_norm_eps": 1e-05,
-    "dtype": "bfloat16",
-}
 MINIMAX = {
     "attn_type_list": [1] * 62,
     "auto_map": {"AutoConfig": "configuration_minimax_m2.MiniMaxM2Config"},
@@ -500,8 +434,6 @@ MINIMAX = {
     "use_qk_norm": True,
     "use_routing_bias": True,
 }
-DEEPSEEK_V2 = MLA_DEEPSEEK | {"first_k_dense_replace": 1, "n_shared_experts": 2, "norm_topk_prob": False}
-DEEPSEEK_V2 |= {"num_experts_per_tok": 6, "scoring_func": "softmax", "rope_theta": 10000}
 CONFIGS |= {
     "GLM-4-9B-0414": (
         "glm4",
@@ -520,52 +452,14 @@ CONFIGS |= {
         | {"num_nextn_predict_layers": 1, "partial_rotary_factor": 1.0, "rope_scaling": None, "rope_theta": 1000000}
         | {"routed_scaling_factor": 1.8, "v_head_dim": 256, "rms_norm_eps": 1e-05},
     ),
-    "GLM-5": (
-        "glm_moe_dsa",
-        sizes(154880, 6144, 12288, 78, 64, 64, 202752)
-        | GLM5
-        | {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}},
-    ),
-    "GLM-5.2": (
-        "glm_moe_dsa",
-        sizes(154880, 6144, 12288, 78, 64, 64, 202752)
-        | GLM5
-        | {"rope_parameters": {"rope_theta": 8000000, "rope_type": "default"}, "moe_router_dtype": "float32"}
-        | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75, "index_share_for_mtp_iteration": True}
-        | {"index_topk_freq": 4, "index_skip_topk_offset": 2},
-    ),
     "MiniMax-M2": ("minimax_m2", sizes(200064, 3072, 1536, 62, 48, 8, 196608) | MINIMAX),
     "MiniMax-M2.7": ("minimax_m2", sizes(200064, 3072, 1536, 62, 48, 8, 204800) | MINIMAX),
-    "DeepSeek-V2": (
-        "deepseek_v2",
-        sizes(102400, 5120, 12288, 60, 128, 128, 163840)
-        | DEEPSEEK_V2
-        | {"moe_intermediate_size": 1536, "n_group": 8, "topk_group": 3, "n_routed_experts": 160}
-        | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "rope_scaling": MLA_YARN},
-    ),
-    "DeepSeek-V2-Lite": (
-        "deepseek_v2",
-        sizes(102400, 2048, 10944, 27, 16, 16, 163840)
-        | DEEPSEEK_V2
-        | {"moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1, "n_routed_experts": 64, "q_lora_rank": None}
-        | {"topk_method": "greedy", "routed_scaling_factor": 1.0}
-        | {"rope_scaling": MLA_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
-    ),
-    "DeepSeek-V3.2": (
-        "deepseek_v32",
-        sizes(129280, 7168, 18432, 61, 128, 128, 163840)
-        | MLA_DEEPSEEK
-        | {"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "n_routed_experts": 256}
-        | {"index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048, "num_nextn_predict_layers": 1}
-        | {"routed_scaling_factor": 2.5, "rope_scaling": MLA_YARN, "rope_theta": 10000}
-        | {"quantization_config": DEEPSEEK["quantization_config"] | {"scale_fmt": "ue8m0"}},
-    ),
 }
 # Granite 4: the sizes of its micro are those inside granite-4.0-3b-vision's config (a test that quotes it); of the
-# others what the models' pages say. Nemotron 3 Nano: the config of the 30B model as tests of nemotron3_jax quote it;
-# Nano 2: as vLLM's plugin for VoiceChat has it. Falcon-H1 0.5B: NVIDIA-NeMo/Megatron-Bridge,
-# tests/unit_tests/models/falcon_h1/test_falcon_h1_bridge.py; 7B: keys of a test that sizes mlx-community's copy. Bamba:
-# ids of blocks as other readers' tests have them, the rest from the configuration class's documentation.
+# others what the models' pages say. Nemotron Nano 2: as vLLM's plugin for VoiceChat has it. Falcon-H1 0.5B:
+# NVIDIA-NeMo/Megatron-Bridge, tests/unit_tests/models/falcon_h1/test_falcon_h1_bridge.py; 7B: keys of a test that sizes
+# mlx-community's copy. Bamba: ids of blocks as other readers' tests have them, the rest from the configuration class's
+# documentation.
 GRANITE4 = {
     "attention_bias": False,
     "attention_multiplier": 0.015625,
@@ -634,16 +528,6 @@ CONFIGS |= {
         | NEMOTRON
         | {"rms_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "mamba_head_dim": 80, "mamba_num_heads": 128}
         | {"hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"},
-    ),
-    "Nemotron-3-Nano-30B-A3B": (
-        "nemotron_h",
-        without_eps(131072, 2688, 1856, 52, 32, 2, 262144)
-        | NEMOTRON
-        | {"layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "mamba_head_dim": 64, "mamba_num_heads": 64, "n_group": 1}
-        | {"hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "topk_group": 1}
-        | {"moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 128}
-        | {"n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}
-        | {"partial_rotary_factor": 1.0, "rope_theta": 10000, "torch_dtype": "bfloat16"},
     ),
     "Falcon-H1-0.5B": (
         "falcon_h1",
