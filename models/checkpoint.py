@@ -28,7 +28,8 @@ from distillcache.models.files.export import save_pretrained as save_pretrained
 from distillcache.models.files.fill import ParameterFill, plan_fill
 from distillcache.models.files.foreign import step_for_names
 from distillcache.models.files.gguf.config import config_from_gguf, gguf_layout
-from distillcache.models.files.gguf.file import GgufSource, is_gguf, open_gguf
+from distillcache.models.files.gguf.file import is_gguf, open_gguf
+from distillcache.models.files.gguf.joined import gguf_source
 from distillcache.models.files.hf import SafetensorsSource, read_json
 from distillcache.models.files.identity import CONFIG, locate_checkpoint
 from distillcache.models.files.identity import weights_digest as weights_digest
@@ -98,7 +99,7 @@ def _open(where: Location) -> tuple[ModelConfig, TensorSource, Layout]:
     if is_gguf(where):
         reader = open_gguf(where)
         config = config_from_gguf(reader, where)
-        return config, GgufSource(reader, config, where), gguf_layout(config)
+        return config, gguf_source(reader, config, where), gguf_layout(config)
     config = _config_of_directory(where)
     if (found := find_maxtext(where)) is not None:
         return config, MaxtextSource(found, config), maxtext_layout(config)

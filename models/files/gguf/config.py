@@ -1,13 +1,14 @@
 """The decoder that a GGUF file's metadata describes, with the numbers that llama.cpp would use.
 
-An architecture's keys are a closed list, as those of a config.json are: each is understood, harmless, or refused by
-name. What the metadata leaves out, tensors say: biases by being there, a tied head by being absent, Llama 3's scaling
-of the rotary frequencies by its divisors, `rope_freqs.weight`.
+An architecture's keys are a closed list, see values.py. The architectures of this module are those near to Llama;
+translated.py has the others, whose keys become those of a config.json. What the metadata leaves out, tensors say:
+biases by being there, a tied head by being absent, Llama 3's scaling of the rotary frequencies by its divisors,
+`rope_freqs.weight`.
 
 Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel, Ministral3Model, GemmaModel, GraniteModel, GraniteMoeModel,
 LFM2Model, LFM2MoeModel, Qwen2Model, Qwen2MoeModel, Qwen3Model, Qwen3MoeModel, SeedOssModel, Ernie4_5Model,
-HunYuanModel, Glm4Model, MiniMaxM2Model), `llama-model.cpp` (what is assumed without a key, and what is fixed:
-activations, how experts are weighed).
+HunYuanModel), `llama-model.cpp` (what is assumed without a key, and what is fixed: activations, how experts are
+weighed).
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gguf
-import numpy as np
-from gguf.gguf_reader import ReaderTensor
 
 from distillcache.models.config import (
     BlockKind,
@@ -24,17 +23,17 @@ from distillcache.models.config import (
     LayerGroup,
     ModelConfig,
     MoeConfig,
-    RopeConfig,
     ShortConvConfig,
     TemperatureConfig,
     plan_layers,
 )
 from distillcache.models.families import check_experts, check_heads, layout_of
 from distillcache.models.families.lfm2 import SUM_EPS
-from distillcache.models.families.reading.values import MOST, is_number
-from distillcache.models.files.gguf.file import ROPE_FREQS, metadata, open_parts, tensor_data
+from distillcache.models.files.gguf.file import metadata, open_parts
+from distillcache.models.files.gguf.rotation import Tensors, rotation
+from distillcache.models.files.gguf.translated import TRANSLATIONS, translated_config
+from distillcache.models.files.gguf.values import NEUTRAL_VALUES, GgufValues
 from distillcache.models.files.tensors import Layout
-from distillcache.models.layers.rope import base_frequencies, llama3_frequencies
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location
 
@@ -48,8 +47,7 @@ class Architecture:
     hybrid: some blocks have the gated delta rule, and others gated attention that rotates a part of its heads.
     growing: queries may grow with positions. gemma: norms, embeddings and activation are Gemma's.
     scaled: Granite's multipliers may be there. short_conv: some blocks have a gated short convolution.
-    harmless: more keys that say nothing of text. interleaved: heads rotate neighbours in HF's files as well. partial:
-        a part of a head may be rotated. sigmoid: experts are ranked by sigmoid, and a bias where there is one. fixed:
+    harmless: more keys that say nothing of text. interleaved: heads rotate neighbours in HF's files as well. fixed:
         fields of the config that no key says.
     """
 
@@ -64,8 +62,6 @@ class Architecture:
     short_conv: bool = False
     harmless: frozenset[str] = frozenset()
     interleaved: bool = False
-    partial: bool = False
-    sigmoid: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,9 +74,7 @@ ARCHITECTURES = {
     "granite": Architecture("granite", scaled=True),
     "granitemoe": Architecture(None, "granitemoe", scaled=True),
     "lfm2": Architecture("lfm2", qk_norm=True, short_conv=True),
-    "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True, sigmoid=True),
-    "glm4": Architecture("glm4", interleaved=True, partial=True, fixed={"norms": "both"}),
-    "minimax-m2": Architecture(None, "minimax_m2", partial=True, sigmoid=True, fixed={"qk_norm": "full"}),
+    "lfm2moe": Architecture(None, "lfm2_moe", qk_norm=True, short_conv=True),
     "seed_oss": Architecture("seed_oss"),
     "ernie4_5": Architecture("ernie4_5", interleaved=True),
     "hunyuan-dense": Architecture("hunyuan_v1_dense", fixed={"qk_norm": "turned"}),
@@ -106,112 +100,37 @@ GROWING_KEYS = frozenset(
     | {f"rope.scaling.yarn_{key}" for key in ("beta_fast", "beta_slow", "log_multiplier")}
 )
 SCALE_KEYS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
-SHORT_CONV_KEYS = frozenset({"leading_dense_block_count", "shortconv.l_cache"})
-SIGMOID_KEYS = frozenset({"expert_gating_func"})
+SHORT_CONV_KEYS = frozenset({"expert_gating_func", "leading_dense_block_count", "shortconv.l_cache"})
 SIGMOID = 2  # of `expert_gating_func`
-# Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
-HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
-UNDERSTOOD_KEYS = frozenset(
-    """attention.head_count attention.head_count_kv attention.key_length attention.layer_norm_rms_epsilon
-    attention.value_length block_count context_length embedding_length expert_count expert_feed_forward_length
-    expert_shared_feed_forward_length expert_used_count feed_forward_length rope.dimension_count rope.freq_base
-    rope.scale_linear rope.scaling.factor rope.scaling.original_context_length rope.scaling.type""".split()  # noqa: SIM905 - one a line would be half a screen
-)
-# Keys that would change the forward pass, with the values under which they do not.
-NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.sliding_window": (0,),
-    "expert_gating_func": (1,),  # softmax
-    "expert_weights_scale": (1.0,),
-    "pooling_type": (0,),
-    "rope.scaling.attn_factor": (1.0,),
-    "use_parallel_residual": (False,),
-}
-# Factors of the Llama 3 scaling in use: 8 (Llama 3.1, 3.3) and 32 (Llama 3.2); the other parameters are the same.
-LLAMA3_FACTORS = (8.0, 32.0)
-LLAMA3_ORIGINAL_POSITIONS = 8192
-
-
-LARGEST = {"block_count": 2000, "expert_count": 2**16, "attention.head_count": 2**16, "attention.key_length": 2**16}
-
-
-class GgufValues:
-    """The keys of a file's architecture, each understood, harmless or refused."""
-
-    def __init__(self, reader: gguf.GGUFReader, name: str, file: Location) -> None:
-        self.name, self.file = name, file
-        prefix = f"{name}."
-        self._values = {
-            key.removeprefix(prefix): metadata(reader, key) for key in reader.fields if key.startswith(prefix)
-        }
-        for key, value in self._values.items():
-            if value not in NEUTRAL_VALUES.get(key, ()) and key not in self._known_keys():
-                self._refuse(key, value)
-        norm, known = self._values.get("expert_weights_norm"), ARCHITECTURES[name].renormalise
-        if norm not in (None, known):
-            self._refuse("expert_weights_norm", norm)
-
-    def _known_keys(self) -> frozenset[str]:
-        known = ARCHITECTURES[self.name]
-        own = [(known.hybrid, HYBRID_KEYS), (known.growing, GROWING_KEYS)]
-        own += [(known.scaled, SCALE_KEYS), (known.short_conv, SHORT_CONV_KEYS), (known.sigmoid, SIGMOID_KEYS)]
-        return UNDERSTOOD_KEYS.union(HARMLESS_KEYS, known.harmless, *(keys for has, keys in own if has))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value as it is."""
-        return self._values.get(key, default)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        most = LARGEST.get(key, MOST)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise self.bad(key, value, f"one whole number from 1 to {most}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number, as the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06, so that an export
-        reads as its source."""
-        value = self.get(key, default)
-        if not is_number(value) or not value > 0:
-            raise self.bad(key, value, "one positive number")
-        return float(str(np.float32(value)))
-
-    def bad(self, key: str, value: object, expected: str) -> CheckpointError:
-        """The error for a value that cannot be used."""
-        return CheckpointError(
-            "the GGUF file has a value that cannot be used",
-            {"file": self.file, "key": self.key(key), "found": str(value)[:120], "expected": expected},
-            "use a file whose blocks all have one size, or the model's HF directory",
-        )
-
-    def key(self, key: str) -> str:
-        """As the file spells it."""
-        return f"{self.name}.{key}"
-
-    def _refuse(self, key: str, value: object) -> None:
-        raise CheckpointError(
-            "the GGUF file has a setting that is not supported, and that may change what the model computes",
-            {"file": self.file, "key": self.key(key), "value": value},
-            "use another file, or the model's HF directory",
-        )
 
 
 def config_from_gguf(reader: gguf.GGUFReader, file: Location) -> ModelConfig:
     """The decoder that a GGUF file's metadata and tensors describe."""
     parts = open_parts(reader, file)  # first: of a model in parts the first one alone has more metadata
     name = metadata(reader, "general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in (*ARCHITECTURES, *TRANSLATIONS):
         raise CheckpointError(
             "this GGUF architecture is not supported",
-            {"file": file, "found": name, "supported": ", ".join(ARCHITECTURES)},
+            {"file": file, "found": name, "supported": ", ".join((*ARCHITECTURES, *TRANSLATIONS))},
             "use a GGUF file of a supported architecture, or an HF directory",
         )
-    values = GgufValues(reader, name, file)
     tensors = {str(tensor.name): (part, tensor) for part in parts for tensor in part.tensors}
-    config = _config(tensors, values, ARCHITECTURES[name])
+    if name in TRANSLATIONS:
+        return translated_config(reader, name, tensors, file)
+    known = ARCHITECTURES[name]
+    values = GgufValues(reader, name, file, _own_keys(known), NEUTRAL_VALUES)
+    if values.get("expert_weights_norm") not in (None, known.renormalise):
+        values.refuse("expert_weights_norm", values.get("expert_weights_norm"))
+    config = _config(tensors, values, known)
     check_heads(config, file)
     check_experts(config, file)
     return config
+
+
+def _own_keys(known: Architecture) -> frozenset[str]:
+    own = [(known.hybrid, HYBRID_KEYS), (known.growing, GROWING_KEYS)]
+    own += [(known.scaled, SCALE_KEYS), (known.short_conv, SHORT_CONV_KEYS)]
+    return known.harmless.union(*(keys for has, keys in own if has))
 
 
 # Families whose experts are one by one here, under another family's names, and stored together in HF's files.
@@ -223,17 +142,11 @@ def gguf_layout(config: ModelConfig) -> Layout:
     return layout_of(replace(config, family=NAMED_AS.get(config.family, config.family)))
 
 
-# A model's tensors by name, each with the file that it is in.
-Tensors = dict[str, tuple[gguf.GGUFReader, ReaderTensor]]
-
-
 def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelConfig:
     """The decoder, of any architecture."""
     config = replace(_plain_config(tensors, values, known), **known.fixed)
     if known.interleaved:
         config = replace(config, rope=replace(config.rope, interleaved=True))
-    if known.partial:
-        config = replace(config, rope=_partial(config, values))
     if known.growing:
         config = _growing(config, values)
     if known.gemma:
@@ -246,8 +159,6 @@ def _config(tensors: Tensors, values: GgufValues, known: Architecture) -> ModelC
         )
     if known.scaled:
         config = _scaled(config, values)
-    if known.sigmoid and config.moe is not None:
-        config = replace(config, moe=_by_sigmoid(config.moe, tensors, values))
     if known.short_conv:
         config = _with_convolutions(config, tensors, values)
     return _as_hybrid(config, tensors, values) if known.hybrid else config
@@ -269,7 +180,11 @@ def _with_convolutions(config: ModelConfig, tensors: Tensors, values: GgufValues
     """The same with the mixers that the blocks' tensors say, and experts behind dense blocks, as LFM2 has them."""
     depth, moe = values.size("block_count"), config.moe
     dense = values.size("leading_dense_block_count") if values.get("leading_dense_block_count") else 0
-    moe = None if moe is None else replace(moe, sum_eps=SUM_EPS)
+    if moe is not None:
+        if values.get("expert_gating_func") != SIGMOID:
+            raise values.bad("expert_gating_func", values.get("expert_gating_func"), f"{SIGMOID}, a sigmoid")
+        biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+        moe = replace(moe, scores="sigmoid", bias=biased, native_bias=True, sum_eps=SUM_EPS)
     kinds = [
         BlockKind(
             mixer="short_conv" if f"blk.{block}.shortconv.conv.weight" in tensors else "attention",
@@ -279,14 +194,6 @@ def _with_convolutions(config: ModelConfig, tensors: Tensors, values: GgufValues
     ]
     conv = ShortConvConfig(config.hidden_size, values.size("shortconv.l_cache"))
     return replace(config, layers=plan_layers(kinds), moe=moe, short_conv=conv)
-
-
-def _by_sigmoid(moe: MoeConfig, tensors: Tensors, values: GgufValues) -> MoeConfig:
-    """The same experts, ranked by sigmoid."""
-    if values.get("expert_gating_func") != SIGMOID:
-        raise values.bad("expert_gating_func", values.get("expert_gating_func"), f"{SIGMOID}, a sigmoid")
-    biased = any(name.endswith(".exp_probs_b.bias") for name in tensors)
-    return replace(moe, scores="sigmoid", bias=biased, native_bias=True)
 
 
 def _growing(config: ModelConfig, values: GgufValues) -> ModelConfig:
@@ -333,7 +240,7 @@ def _as_hybrid(config: ModelConfig, tensors: Tensors, values: GgufValues) -> Mod
         layers=plan_layers(kinds),
         qkv_bias=biased["q"],
         output_bias=biased["output"],
-        rope=_partial(config, values),
+        rope=replace(config.rope, fraction=values.size("rope.dimension_count", config.head_dim) / config.head_dim),
         norm_product="offset",
         output_gate=True,
         delta=DeltaConfig(keys, heads, values.size("ssm.state_size"), inner // heads, values.size("ssm.conv_kernel")),
@@ -350,9 +257,9 @@ def _plain_config(tensors: Tensors, values: GgufValues, known: Architecture) -> 
         intermediate_size=values.size("feed_forward_length") if moe is None else _inner(values),
         num_heads=heads,
         num_kv_heads=_kv_heads(values, known, heads),
-        head_dim=_head_dim(values, hidden // heads, partial=known.hybrid or known.partial),
+        head_dim=_head_dim(values, hidden // heads, partial=known.hybrid),
         layers=(LayerGroup((BlockKind(moe=moe is not None),), values.size("block_count")),),
-        rope=_rope(tensors, values, hidden // heads),
+        rope=rotation(tensors, values, hidden // heads),
         norm_eps=values.number("attention.layer_norm_rms_epsilon", 1e-5),
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
@@ -415,50 +322,3 @@ def _head_dim(values: GgufValues, default: int, *, partial: bool = False) -> int
                 "use another file",
             )
     return size
-
-
-def _rope(tensors: Tensors, values: GgufValues, default_dim: int) -> RopeConfig:
-    """theta and scaling: linear and YaRN by keys, Llama 3's by its tensor of divisors."""
-    theta = values.number("rope.freq_base", 10_000.0)
-    kind = values.get("rope.scaling.type", "linear" if values.get("rope.scale_linear") is not None else "none")
-    factor = values.number("rope.scaling.factor", values.get("rope.scale_linear", 1.0))
-    if kind not in ("none", "linear", "yarn"):
-        raise CheckpointError(
-            "the GGUF file has a rotary scaling that is not supported",
-            {"file": values.file, values.key("rope.scaling.type"): kind, "factor": factor,
-             "supported": "none, linear, yarn"},
-            "use the model's HF directory",
-        )  # fmt: skip
-    if kind == "linear" and factor != 1.0:
-        return RopeConfig(theta=theta, kind="linear", factor=factor)
-    if kind == "yarn":
-        original = values.size("rope.scaling.original_context_length", values.size("context_length"))
-        return RopeConfig(theta, "yarn", factor, original)
-    if ROPE_FREQS not in tensors:
-        return RopeConfig(theta=theta)
-    stored = np.asarray(tensor_data(*tensors[ROPE_FREQS]), np.float32)
-    return _llama3_rope(stored, theta, values.get("attention.key_length", default_dim), values.file)
-
-
-def _partial(config: ModelConfig, values: GgufValues) -> RopeConfig:
-    """The rotation of as much of a head as a key says."""
-    return replace(config.rope, fraction=values.size("rope.dimension_count", config.head_dim) / config.head_dim)
-
-
-def _llama3_rope(divisors: np.ndarray, theta: float, head_dim: int, file: Location) -> RopeConfig:
-    frequencies = base_frequencies(theta, head_dim)
-    for factor in LLAMA3_FACTORS:
-        rope = RopeConfig(theta, "llama3", factor, LLAMA3_ORIGINAL_POSITIONS, low_freq_factor=1.0, high_freq_factor=4.0)
-        known = frequencies / llama3_frequencies(rope, frequencies)
-        # 1e-4: the converter computes these in another order and stores float32.
-        if known.shape == divisors.shape and np.allclose(known, divisors, rtol=1e-4):
-            return rope
-    raise CheckpointError(
-        f"the GGUF file scales its rotary frequencies in a way that is not known ({ROPE_FREQS})",
-        {
-            "file": file,
-            "found": f"{divisors.size} divisors from {divisors.min():g} to {divisors.max():g}",
-            "known": f"Llama 3's, factors {', '.join(f'{factor:g}' for factor in LLAMA3_FACTORS)}",
-        },
-        "use the model's HF directory",
-    )

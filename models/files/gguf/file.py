@@ -13,6 +13,7 @@ Source: llama.cpp `convert_hf_to_gguf.py` (LlamaModel: `permute`; Qwen2MoeModel:
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,11 +65,6 @@ SHORT_CONV_NAMES = {
 QK_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 # Of families that name one of these otherwise, on either side.
 OWN_NAMES: dict[str, dict[str, str]] = {
-    "glm4": {
-        "post_attention_norm": "post_self_attn_layernorm",
-        "post_ffw_norm": "post_mlp_layernorm",
-        "ffn_up": "mlp.gate_up_proj",
-    },
     "seed_oss": {"post_attention_norm": "post_attention_layernorm"},
     "hunyuan_v1_dense": {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
 }
@@ -94,7 +90,6 @@ EXPERT_NAMES: dict[str, dict[str, str]] = {
 EXPERT_NAMES["qwen3_5_moe_text"] = EXPERT_NAMES["qwen2_moe"]
 EXPERT_NAMES["qwen3_moe"] = {key: name for key, name in EXPERT_NAMES["qwen2_moe"].items() if "shexp" not in key}
 EXPERT_NAMES["granitemoe"] = EXPERT_NAMES["mixtral"]
-EXPERT_NAMES["minimax_m2"] = EXPERT_NAMES["mixtral"] | {"exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias"}
 EXPERT_NAMES["lfm2_moe"] = {
     "ffn_gate_inp": "feed_forward.gate",
     "ffn_gate_exps": "feed_forward.experts.{e}.w1",
@@ -104,7 +99,8 @@ EXPERT_NAMES["lfm2_moe"] = {
 }
 # Names behind a block's number that HF has without an ending.
 WHOLE_NAMES = (*recurrent.WHOLE_NAMES, "exp_probs_b.bias")
-PERMUTED = ("llama", "mixtral", "ministral3", "granite", "granitemoe")  # families whose Q and K rows are
+# Families whose Q and K rows are; also of those that do not rotate.
+PERMUTED = ("llama", "mixtral", "ministral3", "granite", "granitemoe", "granitemoehybrid", "nemotron_h")
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -305,12 +301,15 @@ class StoredTensor(NamedTuple):
 class GgufSource:
     """A GGUF file's tensors under HF's names and in HF's layout."""
 
-    def __init__(self, reader: gguf.GGUFReader, config: ModelConfig, where: Location) -> None:
+    def __init__(
+        self, reader: gguf.GGUFReader, config: ModelConfig, where: Location, names: Mapping[str, str] | None = None
+    ) -> None:
+        """names: HF's of the file's tensors; None: by the tables of this module."""
         self.where = where
-        self._tensors = stored_tensors(open_parts(reader, where), config)
+        self._tensors = stored_tensors(open_parts(reader, where), config, names)
         self._spans = SpanReader() if isinstance(reader, RemoteGguf) else None
         permuted = config.family in PERMUTED
-        self._delta = config.delta
+        self._delta = config.delta if names is None else None
         self._offset = config.norm_product == "offset"
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if permuted else {}
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
@@ -331,6 +330,9 @@ class GgufSource:
         values = self._dequantised(stored).reshape(stored.shape)
         heads = self._heads.get(str(stored.tensor.name).split(".")[-2])
         values = values if heads is None else unpermute(values, heads)
+        if name.endswith("A_log"):  # files have the rates of decay themselves, negative
+            with np.errstate(all="ignore"):  # what is not finite is found by whoever loads it
+                values = np.log(-values)
         values = values if self._delta is None else recurrent.as_in_hf(name, values, self._delta)
         # Where norms add one, files hold the sum; the norm behind the delta rule never adds it.
         if self._offset and name.endswith("norm.weight") and not name.endswith(recurrent.RULE_NORM):
@@ -354,27 +356,51 @@ class GgufSource:
             ) from error
 
 
-def stored_tensors(readers: Sequence[gguf.GGUFReader], config: ModelConfig) -> dict[str, StoredTensor]:
-    """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name."""
-    names = {**BLOCK_NAMES, **OWN_NAMES.get(config.family, {}), **EXPERT_NAMES.get(config.family, {})}
-    names |= QK_NORM_NAMES if config.qk_norm in ("head", "full") else {}
-    names |= SHORT_CONV_NAMES if config.short_conv is not None else {}
-    names |= {**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {}
-    left_out = tuple(f"blk.{config.num_blocks + layer}." for layer in range(config.mtp_layers))
+def stored_tensors(
+    readers: Sequence[gguf.GGUFReader], config: ModelConfig, names: Mapping[str, str] | None = None
+) -> dict[str, StoredTensor]:
+    """Every tensor of HF's that the files hold, by name; one that we do not know has the file's own name.
+
+    Args:
+        names: see `GgufSource`.
+    """
+    of_blocks = _block_names(config)
+    architecture = metadata(readers[0], "general.architecture")
+    ahead = metadata(readers[0], f"{architecture}.nextn_predict_layers", 0)
+    left_out = tuple(f"blk.{config.num_blocks + layer}." for layer in range(ahead))
     found: dict[str, StoredTensor] = {}
     for reader, tensor in ((part, tensor) for part in readers for tensor in part.tensors):
-        if str(tensor.name).startswith(left_out):
+        own = str(tensor.name)
+        if own.startswith(left_out) or own == ROPE_FREQS:
             continue
-        name, shape = hf_name(str(tensor.name), names), tuple(int(size) for size in tensor.shape[::-1])
+        name = hf_name(own, of_blocks) if names is None else names.get(own, own)
+        shape = tuple(int(size) for size in tensor.shape[::-1])
         if "{e}" in name:
             found |= {name.format(e=at): StoredTensor(reader, tensor, shape[1:], at) for at in range(shape[0])}
-        elif name != ROPE_FREQS:
-            if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a row of one is stored as a vector
-                shape = (1, *shape)
-            if name.endswith((recurrent.CONVOLUTION, "conv.conv.weight")) and len(shape) == 2:
-                shape = (shape[0], 1, shape[1])
-            found[name] = StoredTensor(reader, tensor, shape)
+        else:
+            found[name] = StoredTensor(reader, tensor, _hf_shape(name, shape))
     return found
+
+
+def _block_names(config: ModelConfig) -> dict[str, str]:
+    names = {**BLOCK_NAMES, **OWN_NAMES.get(config.family, {}), **EXPERT_NAMES.get(config.family, {})}
+    names |= QK_NORM_NAMES if config.qk_norm == "head" else {}
+    names |= SHORT_CONV_NAMES if config.short_conv is not None else {}
+    return names | ({**recurrent.NAMES, **recurrent.WHOLE_NAMES} if config.delta is not None else {})
+
+
+# Of Mamba-2, which files have with an axis of one entry, or the norm with one of groups.
+FLAT = ("A_log", ".D", "mamba.norm.weight", "mixer.norm.weight")
+CONVOLUTIONS = (recurrent.CONVOLUTION, "conv.conv.weight", "conv1d.weight")
+
+
+def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in HF's files of a tensor that has this one here."""
+    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a row of one is stored as a vector
+        return (1, *shape)
+    if name.endswith(CONVOLUTIONS) and len(shape) == 2:
+        return (shape[0], 1, shape[1])
+    return (math.prod(shape),) if name.endswith(FLAT) else shape
 
 
 def hf_name(name: str, of_blocks: Mapping[str, str]) -> str:

@@ -1,6 +1,5 @@
 """Blocks with the gated delta rule in GGUF files: names of their tensors, and what llama.cpp's converter does to them.
 
-- Rates of decay themselves, negative, not their logarithms.
 - Value heads are dealt out: the first of every key head, then the second of every key head, and so on. In HF those of a
   key head are neighbours.
 - The convolution's axis of one entry is left out.
@@ -26,7 +25,8 @@ NAMES = {
 # Whole names behind a block's number, where HF's have no such ending.
 WHOLE_NAMES = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 RULE_NORM, CONVOLUTION = "linear_attn.norm.weight", "linear_attn.conv1d.weight"
-BY_HEAD = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight", "linear_attn.dt_bias")
+A_LOG = "linear_attn.A_log"
+BY_HEAD = ("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight", "linear_attn.dt_bias", A_LOG)
 
 
 def as_in_hf(name: str, values: np.ndarray, delta: DeltaConfig) -> np.ndarray:
@@ -35,9 +35,6 @@ def as_in_hf(name: str, values: np.ndarray, delta: DeltaConfig) -> np.ndarray:
     Args:
         name: HF's. values: in HF's shape.
     """
-    if name.endswith("linear_attn.A_log"):
-        with np.errstate(all="ignore"):  # what is not finite is found by whoever loads it
-            return _grouped(np.log(-values), 0, 1, delta)
     if name.endswith(BY_HEAD):
         return _grouped(values, 0, 1, delta)
     if name.endswith("linear_attn.in_proj_z.weight"):

@@ -63,9 +63,6 @@ BLOCK = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
     "feed_forward.gate": "ffn_gate_inp",
-    "post_self_attn_layernorm": "post_attention_norm",
-    "post_mlp_layernorm": "post_ffw_norm",
-    "mlp.gate_up_proj": "ffn_up",
 }
 EXPERTS = {
     "gate_proj": "ffn_gate_exps",
@@ -101,7 +98,6 @@ def metadata_of(config: ModelConfig) -> dict[str, Any]:
     if moe is not None and config.family != "mixtral":
         experts |= {"expert_feed_forward_length": moe.expert_size}
         experts |= {"expert_shared_feed_forward_length": moe.shared_size} if moe.shared_size else {}
-        experts |= {"expert_gating_func": 2} if moe.scores == "sigmoid" else {}
     return experts | {
         "block_count": config.num_blocks,
         "context_length": config.max_positions,
@@ -112,7 +108,7 @@ def metadata_of(config: ModelConfig) -> dict[str, Any]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": int(config.head_dim * config.rope.fraction),
+        "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope.theta,
         "vocab_size": config.vocab_size,
     }
@@ -131,7 +127,7 @@ def tensors_of(checkpoint: Path, config: ModelConfig, permute: bool) -> dict[str
             found[f"{TOP[stem]}.{part}"] = values
             continue
         _, _, layer, inner = stem.split(".", 3)
-        if part in ("expert_bias", "e_score_correction_bias"):
+        if part == "expert_bias":
             found[f"blk.{layer}.exp_probs_b.bias"] = values
             continue
         if inner.endswith("input_linear"):
@@ -222,18 +218,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"qkv_bias": True, "tie_embeddings": True}),
     "qwen3": ("qwen3", {"qk_norm": "head"}),
     "seed_oss": ("seed_oss", {"qkv_bias": True}),
-    "glm4": ("glm4", {"qkv_bias": True, "norms": "both", "rope": RopeConfig(fraction=0.5, interleaved=True)}),
     "ernie4_5": ("ernie4_5", {"rope": RopeConfig(interleaved=True), "tie_embeddings": True}),
     "hunyuan_v1_dense": ("hunyuan-dense", {"qk_norm": "turned"}),
-    "minimax_m2": (
-        "minimax-m2",
-        {
-            "qk_norm": "full",
-            "intermediate_size": 14,
-            "rope": RopeConfig(fraction=0.5),
-            "moe": replace(MOE, scores="sigmoid", bias=True, native_bias=True),
-        },
-    ),
     "mixtral": ("llama", {"moe": replace(MOE, expert_size=40)}),
     "qwen2_moe": (
         "qwen2moe",
