@@ -123,15 +123,17 @@ def _wide(values: Values, types: list[str]) -> WideHeads:
 
 def _of_blocks(values: Values, given: Any, types: list[str]) -> dict[str, int]:
     """Sizes that `per_layer_config` gives all blocks that see all, where they are the same and it gives others nothing
-    but what the config does."""
+    but what the config does. Numbers of blocks are words, with zeros before them where others have more digits."""
     expected = "sizes of heads, the same for all blocks that see all"
-    if not isinstance(given, Mapping) or not all(isinstance(entry, Mapping) for entry in given.values()):
+    if not isinstance(given, Mapping) or not all(
+        str(block).isdecimal() and isinstance(entry, Mapping) for block, entry in given.items()
+    ):
         raise values.bad("per_layer_config", expected)
     plain = {key: values.size(key) for key in ("head_dim", "num_key_value_heads")}
-    by_block = {str(block): {**plain, **entry} for block, entry in given.items()}
-    found = {str(block): by_block.get(str(block), plain) for block in range(len(types))}
-    wide = [entry for block, entry in found.items() if types[int(block)] == FULL]
-    narrow = [entry for block, entry in found.items() if types[int(block)] == SLIDING]
+    by_block = {int(block): {**plain, **entry} for block, entry in given.items()}
+    found = {block: by_block.get(block, plain) for block in range(len(types))}
+    wide = [entry for block, entry in found.items() if types[block] == FULL]
+    narrow = [entry for block, entry in found.items() if types[block] == SLIDING]
     whole = all(isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**16 for size in wide[0].values())
     if by_block.keys() - found.keys() or wide[0].keys() != plain.keys() or not whole:
         raise values.bad("per_layer_config", expected)

@@ -97,10 +97,12 @@ class Values:
         """
         self._raw, self.file = dict(raw), file
         for other, key in (aliases or {}).items():
-            if other in self._raw:
-                value = self._raw.pop(other)
-                if self._raw.setdefault(key, value) != value:
-                    raise bad_value(file, other, value, f"the same as {key}, which is {_short(self._raw[key])}")
+            if (value := self._raw.pop(other, None)) is None:
+                continue
+            if self._raw.get(key) is None:
+                self._raw[key] = value
+            elif self._raw[key] != value:
+                raise bad_value(file, other, value, f"the same as {key}, which is {_short(self._raw[key])}")
         self._values = {**defaults, **self._raw}
         self._defaults = dict(defaults)
         self._stated: list[str] = []

@@ -79,9 +79,9 @@ def read(**changes: Any) -> ModelConfig:
 
 
 def of_blocks(**sizes: Any) -> dict[str, Any]:
-    """The sizes of heads as transformers 5 saves them."""
+    """The sizes of heads as transformers 5 saves them: numbers of deep decoders' blocks all have two digits."""
     own = {"global_head_dim": "absent", "num_global_key_value_heads": "absent"}
-    return own | {"per_layer_config": {"5": sizes, "6": sizes}}
+    return own | {"per_layer_config": {"05": sizes, "6": sizes}}
 
 
 def test_released_config():
@@ -180,6 +180,7 @@ def test_round_trip_is_exact(config: ModelConfig):
         ({"rope_parameters": RELEASED["rope_parameters"] | {SLIDING: {"partial_rotary_factor": 0.5}}}, "proportional"),
         ({"per_layer_config": {"5": {"head_dim": 512}}}, "per_layer_config"),
         ({"per_layer_config": {"0": {"head_dim": 512}}}, "per_layer_config"),
+        ({"per_layer_config": {"full_attention": {"head_dim": 512}}}, "per_layer_config"),
         (of_blocks(head_dim=512, intermediate_size=3), "per_layer_config"),
         (of_blocks(head_dim="512"), "per_layer_config"),
         ({"num_global_key_value_heads": 3}, "do not divide"),

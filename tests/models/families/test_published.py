@@ -8,6 +8,7 @@ from towers. A config may be `like` another, with what differs; lists of many bl
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ def test_a_published_config_is_refused_by_name(name: str):
     with pytest.raises(CheckpointError) as error:
         config_from_hf(published(name), FILE)
     assert PUBLISHED[name]["says"] in str(error.value)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_what_transformers_saves_of_a_published_config_means_the_same(name: str):
+    """Of classes with defaults of their own: `save_pretrained` writes keys anew."""
+    mapping = pytest.importorskip(
+        "transformers", reason="transformers is not installed (extra `parity`)"
+    ).CONFIG_MAPPING
+    raw = published(name)
+    if (
+        raw["model_type"] not in mapping or raw["model_type"] == "kimi_k25"
+    ):  # whose class wants sizes of its vision tower
+        pytest.skip("transformers has no config of this model_type")
+    saved = mapping[raw["model_type"]].from_dict(published(name)).to_json_string()
+    assert without_mtp(config_from_hf(json.loads(saved), FILE)) == without_mtp(config_from_hf(raw, FILE))
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The decoder alone: transformers drops some keys of what is left out."""
+    return replace(config, mtp_layers=0)
 
 
 @pytest.mark.slow
