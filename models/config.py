@@ -15,7 +15,7 @@ from typing import Literal
 Kernel = Literal["xla", "splash", "cudnn"]
 Mixer = Literal["attention", "gated_delta", "short_conv", "mamba2", "attention_mamba2", "none"]
 Norms = Literal["pre", "post", "both"]
-NormProduct = Literal["wide", "offset"]
+NormProduct = Literal["wide", "offset", "centred"]
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,8 @@ class ModelConfig:
     are cut at this magnitude.
     norm_head: the head's weights are divided by their norm over the vocabulary, without gradient through the norm.
     norms: of each sublayer: its input, its output before it is added to the stream, or both; `by_mixer`: outputs in
-    blocks with attention, inputs in the others. norm_product: how a norm multiplies by its weight, see `rms_norm` in
+    blocks with attention, inputs in the others; `shared`: a block's sublayers lie beside each other, and both read the
+    stream that enters it under one norm. norm_product: how a norm multiplies by its weight, see `rms_norm` in
     models/layers/norm.py. embed_scale, residual_scale: factors on embeddings, and on what a sublayer adds to the
     stream. embed_scale_rounded: the first is rounded to the parameters' dtype before it is used, as in Gemma's
     training. attention_scale: factor on the products of queries and keys; None:
@@ -356,7 +357,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "turned", "full", "l2"] = "none"
     clip_qkv: float | None = None
     temperature: TemperatureConfig | None = None
-    norms: Norms | Literal["by_mixer"] = "pre"
+    norms: Norms | Literal["by_mixer", "shared"] = "pre"
     norm_product: NormProduct = "wide"
     embed_scale: float = 1.0
     embed_scale_rounded: bool = False
@@ -412,7 +413,7 @@ class ModelConfig:
         """`norms` of the sublayers of blocks of this kind."""
         if self.norms == "by_mixer":
             return "post" if kind.attends else "pre"
-        return self.norms
+        return "pre" if self.norms == "shared" else self.norms
 
     def mlp_width(self, kind: BlockKind) -> int:
         """Neurons of the dense MLP of blocks of this kind."""

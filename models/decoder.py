@@ -24,7 +24,7 @@ from distillcache.models.layers.latent_attention import LatentAttention
 from distillcache.models.layers.mixers import mixer_of
 from distillcache.models.layers.mlp import Mlp, Moe, NoMlp
 from distillcache.models.layers.norm import norm_weight, parameter, rms_norm, softcap
-from distillcache.models.layers.sublayer import TokenMixer, pre_norm
+from distillcache.models.layers.sublayer import TokenMixer, pre_norm, second_input
 from distillcache.models.routing import RouterOutput
 
 
@@ -213,10 +213,11 @@ class Decoder(nnx.Module):
             carry, kept = carry
             attn_out, kept = _attend(block.attention, x, context, kept)
             middle, own = x + attn_out, context_of_block(context, index)
+            given = second_input(block.attention, x, middle)
             if may_skip:
-                mlp_out, router = jax.lax.cond(index == last, _zeros_like(block.mlp), block.mlp, middle, own)
+                mlp_out, router = jax.lax.cond(index == last, _zeros_like(block.mlp), block.mlp, given, own)
             else:
-                mlp_out, router = block.mlp(middle, own)
+                mlp_out, router = block.mlp(given, own)
             carry, y = emit(carry, BlockOutput(x, attn_out, mlp_out, router), index)
             return (middle + mlp_out).astype(x.dtype), (carry, kept), y
 

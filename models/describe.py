@@ -59,9 +59,9 @@ def teacher_context(teacher: TeacherPlan) -> int | None:
 def attention_norms(decoder: Decoder) -> dict[str, Float[np.ndarray, "L D"]]:
     """Return the factors of every block's attention norm in float32, as a segment's side file stores them: also for
     a family that stores them minus one; ones where a block has no mixer. Empty for a family whose attention receives
-    the stream without a norm.
+    the stream without a norm, or under another one than an RMS norm.
     """
-    if decoder.config.norms in ("post", "by_mixer"):
+    if decoder.config.norms in ("post", "by_mixer") or decoder.config.norm_product == "centred":
         return {}
     offset = 1.0 if decoder.config.norm_product == "offset" else 0.0
 

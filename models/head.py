@@ -52,7 +52,7 @@ class OutputHead:
     """The arrays and numbers of a model's end.
 
     norm: the last norm's factors, float32, also for a family that stores them minus one. weight: of the head, in the
-    model's dtype, normed where the family norms it.
+    model's dtype, normed where the family norms it. centred: the norm takes the mean away first.
     """
 
     norm: Float[np.ndarray, " D"]
@@ -60,6 +60,7 @@ class OutputHead:
     norm_eps: float
     divisor: float = 1.0
     softcap: float | None = None
+    centred: bool = False
 
     @property
     def logit_shape(self) -> LogitShape:
@@ -68,7 +69,7 @@ class OutputHead:
 
     def to_bytes(self) -> bytes:
         """The head as a safetensors file."""
-        numbers = np.asarray([self.norm_eps, self.divisor, self.softcap or 0.0], np.float64)
+        numbers = np.asarray([self.norm_eps, self.divisor, self.softcap or 0.0, *[1.0] * self.centred], np.float64)
         is_bfloat16 = self.weight.dtype == ml_dtypes.bfloat16
         named = {BFLOAT16_BITS: self.weight.view(np.uint16)} if is_bfloat16 else {"weight": self.weight}
         arrays = {"norm": self.norm, "numbers": numbers, **named}
@@ -88,8 +89,8 @@ class OutputHead:
             arrays = safetensors.numpy.load(data)
             named = arrays.get("weight")
             weight = arrays[BFLOAT16_BITS].view(ml_dtypes.bfloat16) if named is None else named
-            eps, divisor, softcap = arrays["numbers"].tolist()
-            found = cls(arrays["norm"], weight, eps, divisor, softcap or None)
+            eps, divisor, softcap, *more = arrays["numbers"].tolist()
+            found = cls(arrays["norm"], weight, eps, divisor, softcap or None, bool(more))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DamageError(
                 "a file of the cache cannot be read", {"file": where, "cause": error}, MEND_NEXT
@@ -117,7 +118,8 @@ def head_of(config: ModelConfig, parameters: Mapping[str, Any]) -> OutputHead:
     head = parameters["embed"].T if config.tie_embeddings else parameters["head"]
     weight = np.ascontiguousarray(np.asarray(normed_head(head) if config.norm_head else head).T)
     norm = np.asarray(parameters["final_norm"], np.float32) + offset
-    return OutputHead(norm, weight, config.norm_eps, config.logits_divisor, config.logits_softcap)
+    centred = config.norm_product == "centred"
+    return OutputHead(norm, weight, config.norm_eps, config.logits_divisor, config.logits_softcap, centred)
 
 
 def head_of_decoder(decoder: Decoder) -> OutputHead:

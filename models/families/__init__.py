@@ -20,7 +20,7 @@ deepseek/       DeepSeek-V2, V3, V3.2, Moonlight, Kimi K2, Kimi K2.5
 minimax.py      MiniMax M2
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
-variants/       Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, Apertus, dots.llm1, Solar Open
+variants/       Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, Apertus, Command, dots.llm1, Solar Open
 
 Adding a family is a module with a `Family` value, and its name below.
 """
@@ -63,6 +63,7 @@ from distillcache.models.families.reading.packing import check_packing, packing_
 from distillcache.models.families.reading.values import Values, rope_from_hf
 from distillcache.models.families.smollm3 import SMOLLM3
 from distillcache.models.families.variants.apertus import APERTUS
+from distillcache.models.families.variants.cohere2 import COHERE2
 from distillcache.models.families.variants.dots1 import DOTS1
 from distillcache.models.families.variants.ernie import ERNIE4_5, ERNIE4_5_MOE
 from distillcache.models.families.variants.exaone4 import EXAONE4
@@ -135,6 +136,7 @@ KNOWN = (
     HUNYUAN_MOE,
     EXAONE4,
     APERTUS,
+    COHERE2,
     DOTS1,
     SOLAR_OPEN,
     FLEX_OLMO,

@@ -93,6 +93,11 @@ def leaving(
     return sublayer.block_scale[...].astype(jnp.float32) * (wide + out) - wide if config.block_scale else out
 
 
+def _own_input(sublayer: LastSublayer, resid: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Compute the input; a sublayer whose norm is the mixer's is given it normed (`second_input`)."""
+    return resid if sublayer.config.norms == "shared" else pre_norm(sublayer, resid)
+
+
 class NoMlp(nnx.Module):
     """The place of an MLP in a block that has none: it adds zeros."""
 
@@ -116,7 +121,8 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, kind: BlockKind, repeats: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         depth, inner = config.hidden_size, config.mlp_width(kind)
         self.config, self.kind = config, kind
-        add_norms(self, repeats, dtype)
+        if config.norms != "shared":
+            add_norms(self, repeats, dtype)
         if config.mlp_gated:
             self.gate = parameter(rngs, (repeats, depth, inner), depth, dtype)
         self.up = parameter(rngs, (repeats, depth, inner), depth, dtype)
@@ -143,7 +149,7 @@ class Mlp(nnx.Module):
 
     def hidden(self, resid: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Return the neurons' output, the input of the output projection."""
-        x = pre_norm(self, resid)
+        x = _own_input(self, resid)
         config, gate = self.config, x @ self.gate[...] if self.config.mlp_gated else None
         gate_bias = self.gate_bias[...] if config.mlp_bias and config.mlp_gated else None
         up_bias = self.up_bias[...] if config.mlp_bias else None
@@ -186,7 +192,8 @@ class Moe(nnx.Module):
     ) -> None:
         depth, inner, shared = config.hidden_size, moe.expert_size, moe.shared_size
         self.config, self.moe, self.kind = config, moe, kind
-        add_norms(self, repeats, dtype)
+        if config.norms != "shared":
+            add_norms(self, repeats, dtype)
         self.router = parameter(rngs, (repeats, depth, moe.num_experts), depth, dtype)
         width = depth if moe.latent is None else moe.latent
         if config.mlp_gated:
@@ -224,7 +231,7 @@ class Moe(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
         """Return the sublayer's contribution to the residual stream, and the routing."""
         moe, activation = self.moe, ACTIVATIONS[self.config.activation]
-        x = pre_norm(self, resid)
+        x = _own_input(self, resid)
         if moe.jitter and context.noise is not None:
             x = x * _jitter(context.noise, x.shape[1:], moe.jitter).astype(x.dtype)
         router = route(self._logits(self._routed(resid, x)), self._bias(context), moe)

@@ -19,9 +19,11 @@ def rms_norm(
     """`x` over its root mean square, times `weight`; float32 inside, rounded once to the dtype of `x`.
 
     product: `wide`: with the weight. `offset`: with `1 + weight` (Gemma): near one bfloat16 has steps of 2^-8, and
-        weights are near zero.
+        weights are near zero. `centred`: with the weight, of numbers less their mean (LayerNorm without a bias).
     """
     wide = x.astype(jnp.float32)
+    if product == "centred":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     factor = weight.astype(jnp.float32) + (1.0 if product == "offset" else 0.0)
     return (wide * factor).astype(x.dtype)

@@ -28,6 +28,18 @@ def pre_norm(sublayer: Sublayer, resid: Float[Array, "B T D"]) -> Float[Array, "
     return rms_norm(resid, sublayer.norm[...], config.norm_eps, product=config.norm_product)
 
 
+def second_input(
+    mixer: "TokenMixer", stream: Float[Array, "B T D"], middle: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """Return what a block's MLP is given: the stream behind the mixer, or where both lie beside each other what the
+    mixer is given, normed.
+
+    Args:
+        stream: that enters the block. middle: that leaves the mixer.
+    """
+    return pre_norm(mixer, stream) if mixer.config.norms == "shared" else middle
+
+
 def post_norm(
     sublayer: Sublayer, out: Float[Array, "B T D"], bias: Float[Array, " D"] | None = None
 ) -> Float[Array, "B T D"]:

@@ -7,6 +7,7 @@ import torch
 from goldens import SIZES, HookAdded, fill_biases, hook_attention, hook_norm, make_model
 from transformers import (
     ApertusConfig,
+    Cohere2Config,
     Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
@@ -77,6 +78,18 @@ MODELS: dict[str, PreTrainedConfig] = {
         rope_parameters=ROPE,
     ),
     "apertus": ApertusConfig(**SHORT, attention_bias=True, rope_parameters=ROPE),
+    # Blocks 0 and 2 have a window and positions, block 1 has neither.
+    "cohere2": Cohere2Config(
+        **{key: size for key, size in SIZES.items() if key not in ("head_dim", "rms_norm_eps")} | {"hidden_size": 48},
+        layer_norm_eps=1e-5,
+        logit_scale=0.3,
+        attention_bias=True,
+        sliding_window=5,
+        layer_types=[SLIDING, FULL, SLIDING],
+        bos_token_id=None,
+        eos_token_id=None,
+        rope_parameters=ROPE,
+    ),
 }
 HOOKS: dict[str, HookAdded] = {
     "exaone4": hook_norm("post_attention_layernorm"),

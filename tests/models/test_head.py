@@ -21,12 +21,14 @@ KINDS: dict[str, dict[str, object]] = {
     "gemma": {"tie_embeddings": True, "norm_product": "offset", "logits_softcap": 3.0},
     "granite": {"logits_divisor": 7.0},
     "bailing": {"norm_head": True},
+    "cohere": {"norm_product": "centred", "logits_divisor": 3.0},
 }
 
 
 def logits(head: OutputHead, stream: np.ndarray) -> np.ndarray:
     """The definition, in float64."""
     wide = stream.astype(np.float64)
+    wide = wide - np.mean(wide, axis=-1, keepdims=True) if head.centred else wide
     wide /= np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + head.norm_eps)
     found = (wide * head.norm) @ head.weight.astype(np.float64).T / head.divisor
     return found if head.softcap is None else head.softcap * np.tanh(found / head.softcap)

@@ -242,9 +242,9 @@ class Source(ABC):
         found = self._groups[0].base.side().get("attention_norm")
         if found is None:
             raise InputError(
-                "the teacher norms the output of its attention, not the input: there is no normed input to inject",
+                "there is no normed input to inject: the teacher norms attention's output, or its input by a LayerNorm",
                 {"cache": self.url, "family": self.plan.teacher.family, "inject": "attn_in"},
-                "leave inject at resid: that is the input of this teacher's attention",
+                "leave inject at resid",
             )
         return found
 

@@ -34,7 +34,7 @@ from distillcache.models.layers.gated_delta import GatedDelta
 from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
 from distillcache.models.layers.mlp import Mlp, NoMlp
 from distillcache.models.layers.short_conv import ShortConv
-from distillcache.models.layers.sublayer import NoMixer, TokenMixer, pre_norm
+from distillcache.models.layers.sublayer import NoMixer, TokenMixer, pre_norm, second_input
 from distillcache.models.surgery import Scores
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError, DistillcacheError, InputError, NonFiniteError
@@ -185,6 +185,7 @@ def _sums(
         sums = {letter: _over(norms, mask) for letter, norms in added.items()}
         sums |= {"D": _over(jnp.square(given.resid), mask)}
         middle = given.resid + given.attn_out  # type: ignore[operator] - the source reads both
+        middle = second_input(attention, given.resid, middle)
         if isinstance(mlp, NoMlp):
             return mine, sums
         if isinstance(mlp, Mlp):

@@ -18,7 +18,7 @@ from distillcache.trainer.step.targets import TapReading, TeacherEnd
 
 def teacher_end(head: OutputHead, place: int) -> TeacherEnd:
     """The static side of a teacher's end; place: of its last stream in a batch's stack of `resid`."""
-    return TeacherEnd(place, head.norm_eps, head.logit_shape)
+    return TeacherEnd(place, head.norm_eps, head.logit_shape, "centred" if head.centred else "wide")
 
 
 def teacher_arrays(head: OutputHead) -> dict[str, np.ndarray]:
@@ -48,7 +48,8 @@ def teacher_side(
     """
     end = _end(reading)
     stream = TapDecoder(reading, taps, needs_mlp=False).slot(end.place, rows)
-    return Side(rms_norm(stream, arrays[TEACHER_NORM], end.norm_eps), arrays[TEACHER_HEAD])
+    normed = rms_norm(stream, arrays[TEACHER_NORM], end.norm_eps, product=end.norm_product)
+    return Side(normed, arrays[TEACHER_HEAD])
 
 
 def student_side(decoder: Decoder, stream: Array) -> Side:

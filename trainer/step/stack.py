@@ -18,6 +18,7 @@ from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.norm import rms_norm
+from distillcache.models.layers.sublayer import second_input
 from distillcache.schemas.codecs import take_slot
 from distillcache.schemas.errors import ConfigError
 from distillcache.trainer.step.optimizer import put_block, take_block
@@ -149,7 +150,7 @@ class StudentStack:
         own_input = rules.mlp_input == "student" or rules.own_stream
         middle = inward(given.resid) + own if own_input else inward(given.resid + given.attn_out)  # type: ignore[operator]
         mlp = sublayer(self.graphs[address]["mlp"], "mlp", parameters)
-        mlp_out, router = mlp(middle, context)
+        mlp_out, router = mlp(second_input(attention, inward(given.resid), middle), context)
         own, mlp_out = outward(own), outward(mlp_out)
         return Outputs(own, mlp_out, router, None if rules.own_stream else given.resid + own + mlp_out)
 
@@ -164,8 +165,10 @@ class StudentStack:
         """The student's own stream behind a block, without gradient."""
         parameters = rules.used(parameters)
         x = stream.astype(rules.compute_dtype)
-        x = x + sublayer(self.graphs[address]["attention"], "attention", parameters)(x, context)
-        x = x + sublayer(self.graphs[address]["mlp"], "mlp", parameters)(x, context)[0]
+        attention = sublayer(self.graphs[address]["attention"], "attention", parameters)
+        middle = x + attention(x, context)
+        mlp = sublayer(self.graphs[address]["mlp"], "mlp", parameters)
+        x = middle + mlp(second_input(attention, x, middle), context)[0]
         return jax.lax.stop_gradient(x).astype(stream.dtype)
 
     def in_block_order(self, by_address: Mapping[StackAddress, Array]) -> Float[Array, " L"]:

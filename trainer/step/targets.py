@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from distillcache.models.config import ModelConfig
+from distillcache.models.config import ModelConfig, NormProduct
 from distillcache.models.head import LogitShape
 from distillcache.models.surgery.sizes import kept_blocks
 from distillcache.schemas.codecs import Codec
@@ -80,11 +80,12 @@ Targets = Sequence[BlockTargets]  # of every layer group, `[repeats, places]`
 @dataclass(frozen=True)
 class TeacherEnd:
     """The static side of the teacher's logits: where the stream that leaves its last block lies in a batch's stack of
-    `resid`, the epsilon of its last norm, and what follows its head."""
+    `resid`, the epsilon and the form of its last norm, and what follows its head."""
 
     place: int
     norm_eps: float
     shape: LogitShape
+    norm_product: NormProduct = "wide"
 
 
 @dataclass(frozen=True)

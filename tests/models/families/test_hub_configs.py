@@ -378,6 +378,22 @@ CONFIGS |= {
         sizes(131072, 8192, 43008, 80, 64, 8, 65536)
         | {"hidden_act": "xielu", "attention_bias": False, "rope_parameters": LLAMA3 | {"rope_theta": 12000000.0}},
     ),
+    "c4ai-command-r7b-12-2024": (
+        "cohere2",
+        without_eps(256000, 4096, 14336, 32, 32, 8, 8192)
+        | {"layer_norm_eps": 1e-5, "head_dim": 128, "hidden_act": "silu", "logit_scale": 0.25}
+        | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_switch": 4, "rope_theta": 50000}
+        | {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj", "rotary_pct": 1.0}
+        | {"use_embedding_sharing": True, "use_gated_activation": True, "use_parallel_block": True}
+        | {"use_parallel_embedding": False, "use_qk_norm": False, "cache_implementation": "hybrid"},
+    ),
+    "c4ai-command-a-03-2025": (
+        "cohere2",
+        without_eps(256000, 12288, 36864, 64, 96, 8, 131072)
+        | {"layer_norm_eps": 1e-5, "logit_scale": 0.25, "tie_word_embeddings": True}
+        | {"sliding_window": 4096, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16}
+        | {"rope_parameters": {"rope_theta": 50000, "rope_type": "default"}, "attention_bias": False},
+    ),
     "dots.llm1.base": (
         "dots1",
         sizes(152064, 4096, 10944, 62, 32, 32, 32768)

@@ -1,4 +1,4 @@
-"""Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, Apertus, dots.llm1, Solar Open: what their configs say in their own ways."""
+"""Seed-OSS, ERNIE 4.5, Hunyuan, EXAONE 4, Apertus, Command, dots.llm1, Solar Open: what their configs say."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +114,8 @@ def test_the_rotation_of_an_apertus_that_says_nothing():
         ("apertus", {"hidden_act": "silu"}, "hidden_act"),
         ("apertus", {"rope_theta": 500_000.0}, "rope_theta"),
         ("apertus", {"post_norm": True}, "post_norm"),
+        ("cohere2", {"sliding_window": None}, "sliding_window"),
+        ("cohere2", {"use_parallel_block": False}, "use_parallel_block"),
         ("dots1", GROUPS | {"n_shared_experts": None}, "n_shared_experts"),
         ("solar_open", GROUPS | {"first_k_dense_replace": 1}, "first_k_dense_replace"),
         ("solar_open", GROUPS | {"use_qk_norm": True}, "use_qk_norm"),
@@ -137,6 +139,7 @@ def test_refusals(family: str, changes: dict[str, Any], named: str):
         ),
         ("hunyuan_v1_dense", {"output_bias": False}, "some biases"),
         ("apertus", {"output_bias": False}, "some biases"),
+        ("cohere2", {"layers": plan_layers([BlockKind()])}, "rotate and see all"),
         ("exaone4", {"layers": plan_layers([BlockKind(), BlockKind(rotary=False)])}, "rotate and see all"),
         ("solar_open", {"layers": plan_layers([BlockKind(), BlockKind(moe=True)])}, "dense blocks"),
     ],

@@ -64,6 +64,8 @@ CASES += [
     ("exaone4", [{"op": "mlp_width", "to": 17}, {"op": "drop_blocks", "blocks": [1]}]),
     ("apertus", [{"op": "mlp_width", "to": 17, "by": "importance"}, {"op": "hidden_size", "to": 30}]),
     ("apertus", [{"op": "query_heads", "to": 2, "by": "weight_norm"}, {"op": "drop_blocks", "blocks": [0]}]),
+    ("cohere2", [{"op": "query_heads", "to": 2, "by": "importance"}, {"op": "mlp_width", "to": 17}]),
+    ("cohere2", [{"op": "hidden_size", "to": 36}, {"op": "drop_blocks", "blocks": [1]}]),
     ("dots1", [{"op": "expert_width", "to": 5}, {"op": "mlp_width", "to": 17}, {"op": "drop_blocks", "blocks": [1]}]),
     ("solar_open", [{"op": "hidden_size", "to": 30}, {"op": "query_heads", "to": 2, "by": "weight_norm"}]),
     ("flex_olmo", [{"op": "hidden_size", "to": 36}, {"op": "experts", "to": 4}]),
