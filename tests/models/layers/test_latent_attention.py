@@ -1,5 +1,6 @@
 """Sparse attention against NumPy in float64, query by query: chosen keys, documents, padding; and its gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -100,6 +101,16 @@ def test_where_the_choice_takes_all_it_is_dense():
         assert (mixer.choice(jnp.asarray(x), context) is None) == (top_k == 23)
         found.append(np.asarray(mixer(jnp.asarray(x), context)))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+
+
+def test_splash_attention_knows_no_choice():
+    """XLA computes it, whatever kernel was chosen."""
+    mixer, _ = mixer_of(config_of())
+    x, ids = jnp.ones((1, 23, 36)) * jnp.linspace(-1, 1, 23)[:, None], jnp.ones((1, 23), int)
+    context = block_context(mixer.config, jnp.arange(23)[None], ids)
+    plain = np.asarray(mixer(x, context))
+    mixer.config = replace(mixer.config, attention="splash")
+    np.testing.assert_array_equal(mixer(x, context), plain)
 
 
 def test_padding_changes_nothing():

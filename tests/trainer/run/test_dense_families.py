@@ -249,12 +249,15 @@ def test_from_a_teacher_to_its_own_copy(family: str, tmp_path: Path, corpus: Pat
         np.testing.assert_allclose(found[:1], 0, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_teacher_whose_blocks_need_more_than_the_stream(tmp_path: Path, corpus: Path):
-    """It is recorded as it computes, with inputs made of the tokens and keys that are taken over, and is no student."""
+def joined(family: str) -> ModelConfig:
+    """A teacher with inputs made of the tokens and keys that are taken over, or with choices of keys that are."""
+    if family == "glm_moe_dsa":
+        latent = LatentConfig(11, 10, 5, 4, 7, IndexConfig(8, 6, top_k=3, interleaved=True))
+        kinds = [BlockKind(moe=True), BlockKind(moe=True, taken_choice=True)]
+        return replace(CONFIGS["deepseek_v3"], family=family, latent=latent, layers=plan_layers(kinds))
     kinds = [BlockKind(5, local_rope=True), BlockKind(wide=True)]
     kinds += [replace(kind, taken=True) for kind in kinds]
-    whole = replace(
+    return replace(
         CONFIGS["gemma4_text"],
         wide=WideHeads(2, 14),
         layers=plan_layers(kinds),
@@ -262,6 +265,13 @@ def test_a_teacher_whose_blocks_need_more_than_the_stream(tmp_path: Path, corpus
         block_inputs=BlockInputs(TINY.vocab_size, 13),
         wider_taken=True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma4_text", "glm_moe_dsa"])
+def test_a_teacher_whose_blocks_need_more_than_the_stream(family: str, tmp_path: Path, corpus: Path):
+    """It is recorded as it computes, and is no student."""
+    whole = joined(family)
     teacher, cache = save_teacher(tmp_path / "teacher", whole), tmp_path / "cache"
     build_cache(build_config(cache, teacher, corpus, taps=EXACT))
     batch = CacheSource(str(cache))[[0]]
