@@ -142,18 +142,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"unsloth_fixed": True, "unsloth_version": "2024.9", "pad_token_id": 128004},
     ),
     "vicuna-7b": ("llama", sizes(32000, 4096, 11008, 32, 32, 32, 4096) | {"max_sequence_length": 2048}),
-    "SmolLM3-3B": (
-        "smollm3",
-        sizes(128256, 2048, 11008, 36, 16, 4, 65536)
-        | {"rope_theta": 5000000.0, "rope_scaling": None, "attention_bias": False, "pretraining_tp": 2}
-        | {"no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4, "layer_types": ["full_attention"] * 36}
-        | {
-            "max_window_layers": 28,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "_attn_implementation": "sdpa",
-        },
-    ),
     "Mistral-7B-v0.1": ("mistral", sizes(32000, 4096, 14336, 32, 32, 8, 32768) | {"sliding_window": 4096}),
     "Mistral-Nemo": (
         "mistral",
@@ -366,12 +354,6 @@ CONFIGS |= {
         sizes(128167, 4096, 3072, 32, 32, 8, 32768)
         | {"head_dim": 128, "num_experts": 64, "moe_topk": 8, "output_router_logits": False}
         | {"rope_parameters": STRETCHED | {"rope_type": "dynamic", "rope_theta": 10000.0}},
-    ),
-    "EXAONE-4.0-1.2B": (
-        "exaone4",
-        sizes(102400, 2048, 4096, 30, 32, 8, 65536)
-        | {"head_dim": 64, "rope_scaling": LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000}
-        | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 30},
     ),
     "Apertus-70B-2509 as transformers 5 saves it": (
         "apertus",

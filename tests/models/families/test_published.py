@@ -2,9 +2,11 @@
 
 published.json has for each: what it gives, its blocks, its parameters as we count them and in billions as its authors
 do, the file that holds its config (repository, commit, path), and every key of it that may change the decoder, apart
-from towers. A config may be `like` another, with what differs; lists of many blocks are runs.
+from towers. A config may be `like` another, with what differs; lists of many blocks are runs. `tensors`: the digest of
+the names in its index of safetensors, by their newest spelling and without towers.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -17,7 +19,8 @@ import pytest
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import abstract_decoder
-from distillcache.models.families import config_from_hf, config_to_hf
+from distillcache.models.families import config_from_hf, config_to_hf, layout_of
+from distillcache.models.files.tensors import tensor_slots
 from distillcache.schemas.errors import CheckpointError
 
 FILE = Path("config.json")
@@ -81,6 +84,13 @@ def test_a_published_config_is_read(name: str):
     assert entry["gives"] == ("teacher only" if found.has_joined_blocks else "loads")
     assert config_from_hf(raw | SAVED | {"new_trick": None}, FILE) == found
     assert config_from_hf(config_to_hf(found, "bfloat16"), FILE).layers == found.layers
+
+
+@pytest.mark.parametrize("name", [name for name in LOADED if "tensors" in PUBLISHED[name]])
+def test_the_tensors_of_a_published_checkpoint_have_the_names_that_are_read(name: str):
+    config = config_from_hf(published(name), FILE)
+    names = sorted({slot.name for slot in tensor_slots(config, layout_of(config))})
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest().startswith(PUBLISHED[name]["tensors"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
