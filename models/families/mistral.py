@@ -114,7 +114,7 @@ def _write_ministral3(config: ModelConfig) -> dict[str, Any]:
 def _read_mistral4(values: Values) -> ModelConfig:
     latent = latent_config(values)
     width = latent.plain_dim + latent.rope_dim
-    rope, temperature = _rope(values, MISTRAL4_ROPE, _share(latent.rope_dim, width))
+    rope, temperature = _rope(values, MISTRAL4_ROPE, share_of(latent.rope_dim, width))
     if int(width * rope.fraction) != latent.rope_dim:
         raise bad_value(values.file, PARTIAL, rope.fraction, f"{latent.rope_dim} of {width} numbers, qk_rope_head_dim")
     rope = replace(rope, fraction=1.0, interleaved=values.flag("rope_interleave"))
@@ -127,7 +127,7 @@ def _read_mistral4(values: Values) -> ModelConfig:
     )
 
 
-def _share(part: int, whole: int) -> float:
+def share_of(part: int, whole: int) -> float:
     """A number of which this many parts of a whole come out, rounded down, as transformers does it."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, 1.0)
@@ -145,7 +145,7 @@ def _write_mistral4(config: ModelConfig) -> dict[str, Any]:
         **latent_keys(config),
         "head_dim": config.head_dim,
         **sigmoid_moe_keys(config),
-        **_rope_keys(config, **{PARTIAL: _share(rope_dim, config.head_dim)}),
+        **_rope_keys(config, **{PARTIAL: share_of(rope_dim, config.head_dim)}),
     }
 
 

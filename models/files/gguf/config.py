@@ -29,10 +29,11 @@ from distillcache.models.config import (
 )
 from distillcache.models.families import check_experts, check_heads, layout_of
 from distillcache.models.families.lfm2 import SUM_EPS
+from distillcache.models.files.gguf.architectures import TRANSLATIONS
 from distillcache.models.files.gguf.file import metadata, open_parts
 from distillcache.models.files.gguf.rotation import Tensors, rotation
-from distillcache.models.files.gguf.translated import TRANSLATIONS, translated_config
-from distillcache.models.files.gguf.values import NEUTRAL_VALUES, GgufValues
+from distillcache.models.files.gguf.translated import translated_config
+from distillcache.models.files.gguf.values import NEUTRAL_VALUES, SIGMOID, GgufValues
 from distillcache.models.files.tensors import Layout
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location
@@ -101,7 +102,6 @@ GROWING_KEYS = frozenset(
 )
 SCALE_KEYS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 SHORT_CONV_KEYS = frozenset({"expert_gating_func", "leading_dense_block_count", "shortconv.l_cache"})
-SIGMOID = 2  # of `expert_gating_func`
 
 
 def config_from_gguf(reader: gguf.GGUFReader, file: Location) -> ModelConfig:
@@ -116,7 +116,7 @@ def config_from_gguf(reader: gguf.GGUFReader, file: Location) -> ModelConfig:
         )
     tensors = {str(tensor.name): (part, tensor) for part in parts for tensor in part.tensors}
     if name in TRANSLATIONS:
-        return translated_config(reader, name, tensors, file)
+        return translated_config(reader, name, TRANSLATIONS[name], tensors, file)
     known = ARCHITECTURES[name]
     values = GgufValues(reader, name, file, _own_keys(known), NEUTRAL_VALUES)
     if values.get("expert_weights_norm") not in (None, known.renormalise):

@@ -100,7 +100,7 @@ EXPERT_NAMES["lfm2_moe"] = {
 # Names behind a block's number that HF has without an ending.
 WHOLE_NAMES = (*recurrent.WHOLE_NAMES, "exp_probs_b.bias")
 # Families whose Q and K rows are; also of those that do not rotate.
-PERMUTED = ("llama", "mixtral", "ministral3", "granite", "granitemoe", "granitemoehybrid", "nemotron_h")
+PERMUTED = ("llama", "mixtral", "ministral3", "granite", "granitemoe", "granitemoehybrid", "nemotron_h", "smollm3")
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -108,6 +108,8 @@ TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 ROPE_FREQS = "rope_freqs.weight"
+# Tensors that the config is read from.
+ROTATIONS = (ROPE_FREQS, "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def _whole(value: Any) -> bool:
@@ -371,7 +373,7 @@ def stored_tensors(
     found: dict[str, StoredTensor] = {}
     for reader, tensor in ((part, tensor) for part in readers for tensor in part.tensors):
         own = str(tensor.name)
-        if own.startswith(left_out) or own == ROPE_FREQS:
+        if own.startswith(left_out) or own in ROTATIONS:
             continue
         name = hf_name(own, of_blocks) if names is None else names.get(own, own)
         shape = tuple(int(size) for size in tensor.shape[::-1])
@@ -391,12 +393,13 @@ def _block_names(config: ModelConfig) -> dict[str, str]:
 
 # Of Mamba-2, which files have with an axis of one entry, or the norm with one of groups.
 FLAT = ("A_log", ".D", "mamba.norm.weight", "mixer.norm.weight")
+ROWS = ("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")  # of one, stored as a vector
 CONVOLUTIONS = (recurrent.CONVOLUTION, "conv.conv.weight", "conv1d.weight")
 
 
 def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in HF's files of a tensor that has this one here."""
-    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a row of one is stored as a vector
+    if name.endswith(ROWS) and len(shape) == 1:
         return (1, *shape)
     if name.endswith(CONVOLUTIONS) and len(shape) == 2:
         return (shape[0], 1, shape[1])

@@ -5,10 +5,11 @@ several where llama.cpp's converter takes one of HF's apart.
 - `in_proj_qkvz` of Qwen3-Next, whose runs of a key head are queries, keys, values and gates: queries, keys and values
   of all heads, and the gates apart;
 - gate and up projections of Granite 4, of experts and of the shared MLP;
+- gate and up projections of gpt-oss's experts, whose rows take turns, and its matrices, turned;
 - the numbers of Apertus's activation, which are metadata.
 
 Source: llama.cpp `conversion/deepseek.py` (DeepseekV2Model), `qwen.py` (Qwen3NextModel), `granite.py`
-(GraniteMoeModel), `apertus.py`; `gguf-py/gguf/tensor_mapping.py`.
+(GraniteMoeModel), `apertus.py`, `gpt_oss.py`, `gemma.py` (Gemma4Model); `gguf-py/gguf/tensor_mapping.py`.
 """
 
 import math
@@ -20,32 +21,40 @@ import numpy as np
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families import layout_of
+from distillcache.models.files.gguf.architectures import TRANSLATIONS
 from distillcache.models.files.gguf.file import GgufSource, metadata, open_parts
-from distillcache.models.files.gguf.translated import TRANSLATIONS
 from distillcache.models.files.tensors import Box, TensorSource
 from distillcache.schemas.store.path import Location
 
 Parts = Sequence[np.ndarray]
+Shape = tuple[int, ...]
+
+
+def _matrix(shapes: Sequence[Shape]) -> Shape:
+    width = shapes[-1][-1]
+    return sum(map(math.prod, shapes)) // width, width
+
+
+def _runs(shapes: Sequence[Shape]) -> Shape:
+    *outer, _, width = shapes[-1]
+    return *outer, sum(shape[-2] for shape in shapes), width
+
+
+def _first(shapes: Sequence[Shape]) -> Shape:
+    return shapes[0]
 
 
 @dataclass(frozen=True)
 class Join:
-    """One of HF's tensors, made of several.
+    """One of HF's tensors, made of others.
 
-    parts: their names behind the block's. join: them into it. flat: it is a matrix; else it has the axes of its parts,
-        which follow each other on the one before the last.
+    parts: their names behind the block's. join: them into it. shape: of it, by theirs. only: the family that has it.
     """
 
     parts: tuple[str, ...]
     join: Callable[[Parts, ModelConfig], np.ndarray]
-    flat: bool = True
-
-    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape of what parts of these shapes become."""
-        *outer, _, width = shapes[-1]
-        if self.flat:
-            return sum(map(math.prod, shapes)) // width, width
-        return *outer, sum(shape[-2] for shape in shapes), width
+    shape: Callable[[Sequence[Shape]], Shape]
+    only: str | None = None
 
 
 def _latent(parts: Parts, config: ModelConfig) -> np.ndarray:
@@ -57,27 +66,58 @@ def _by_key_head(parts: Parts, config: ModelConfig) -> np.ndarray:
     delta, (mixed, gates) = config.delta_config, parts
     keys = delta.key_heads * delta.key_dim
     runs = [*np.split(mixed, [keys, 2 * keys]), gates]
-    return np.concatenate([run.reshape(delta.key_heads, -1, run.shape[-1]) for run in runs], 1).reshape(
-        -1, gates.shape[-1]
-    )
+    heads = [run.reshape(delta.key_heads, -1, run.shape[-1]) for run in runs]
+    return np.concatenate(heads, axis=1).reshape(-1, gates.shape[-1])
 
 
 def _behind(parts: Parts, config: ModelConfig) -> np.ndarray:
     return np.concatenate(list(parts), axis=-2)
 
 
-# By the ending of HF's name. Those of which no parts are there are made otherwise.
+def _same(parts: Parts, config: ModelConfig) -> np.ndarray:
+    return parts[0]
+
+
+def _turned(parts: Parts, config: ModelConfig) -> np.ndarray:
+    return parts[0].swapaxes(-1, -2)
+
+
+def _turns(parts: Parts, config: ModelConfig) -> np.ndarray:
+    """Rows of two take turns."""
+    both = np.stack(list(parts), axis=2)
+    return both.reshape(both.shape[0], -1, *both.shape[3:]).swapaxes(1, -1)
+
+
+GATE_UP = ("ffn_gate_exps.weight", "ffn_up_exps.weight")
+# By the ending of HF's name.
 JOINS: dict[str, tuple[Join, ...]] = {
-    "self_attn.kv_b_proj.weight": (Join(("attn_k_b.weight", "attn_v_b.weight"), _latent),),
-    "linear_attn.in_proj_qkvz.weight": (Join(("attn_qkv.weight", "attn_gate.weight"), _by_key_head),),
-    "block_sparse_moe.input_linear.weight": (
-        Join(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _behind, flat=False),
-    ),
+    "self_attn.kv_b_proj.weight": (Join(("attn_k_b.weight", "attn_v_b.weight"), _latent, _matrix),),
+    "linear_attn.in_proj_qkvz.weight": (Join(("attn_qkv.weight", "attn_gate.weight"), _by_key_head, _matrix),),
+    "block_sparse_moe.input_linear.weight": (Join(GATE_UP, _behind, _runs),),
     "shared_mlp.input_linear.weight": (
-        Join(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), _behind),
-        Join(("ffn_gate.weight", "ffn_up.weight"), _behind),
+        Join(("ffn_gate_shexp.weight", "ffn_up_shexp.weight"), _behind, _runs),
+        Join(("ffn_gate.weight", "ffn_up.weight"), _behind, _runs),
     ),
+    "mlp.experts.gate_up_proj": (
+        Join(GATE_UP, _turns, lambda shapes: (*_turned_shape(_runs(shapes)),), "gpt_oss"),
+        Join(GATE_UP, _behind, _runs, "mistral4"),
+    ),
+    "mlp.experts.gate_up_proj_bias": (
+        Join(("ffn_gate_exps.bias", "ffn_up_exps.bias"), _turns, lambda shapes: (shapes[0][0], 2 * shapes[0][1])),
+    ),
+    "mlp.experts.down_proj": (
+        Join(("ffn_down_exps.weight",), _turned, lambda shapes: _turned_shape(shapes[0]), "gpt_oss"),
+    ),
+    "experts.gate_up_proj": (Join(GATE_UP, _behind, _runs),),
+    "router.scale": (Join(("ffn_gate_inp.scale",), _same, _first),),
+    "router.per_expert_scale": (Join(("ffn_down_exps.scale",), _same, _first),),
 }
+
+
+def _turned_shape(shape: Shape) -> Shape:
+    return *shape[:-2], shape[-1], shape[-2]
+
+
 # HF's names of tensors that are metadata, an array with a number for each block.
 STATED = {f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}
 SHAPES = {"mlp.act_fn.alpha_p": (1,), "mlp.act_fn.alpha_n": (1,)}  # others are scalars
@@ -100,17 +140,26 @@ def hf_names(reader: gguf.GGUFReader, config: ModelConfig, present: frozenset[st
     arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[metadata(reader, "general.architecture")]
     table, found = gguf.get_tensor_name_map(arch, config.num_blocks), Names()
     for name, block, suffix in _tensors(config):
-        own = _own_name(name, table, present)
-        joins = ((join, tuple(f"blk.{block}.{part}" for part in join.parts)) for join in JOINS.get(suffix, ()))
-        fitting = [(join, parts) for join, parts in joins if own not in present and present.issuperset(parts)]
-        if suffix in STATED:
-            number = metadata(reader, STATED[suffix], [])[block]
-            found.stated[name] = np.full(SHAPES.get(suffix, ()), number, np.float32)
-        elif fitting:
-            found.joined[name] = fitting[0]
+        own, numbers = _own_name(name, table, present), metadata(reader, STATED.get(suffix, ""), [])
+        join = _join(suffix, block, present, config.family)
+        if len(numbers) == config.num_blocks:
+            found.stated[name] = np.full(SHAPES.get(suffix, ()), numbers[block], np.float32)
+        elif join is not None and (own not in present or len(join.parts) == 1):
+            found.joined[name] = join, tuple(f"blk.{block}.{part}" for part in join.parts)
         elif own is not None:
             found.named[own] = name
+    for name in (f"{prefix}weight" for prefix in layout_of(config).foreign):  # which the loader then leaves out
+        if (own := _own_name(name, table, present)) is not None:
+            found.named[own] = name
     return found
+
+
+def _join(suffix: str, block: int, present: frozenset[str], family: str) -> Join | None:
+    """The way to make a tensor of those that are there."""
+    for join in JOINS.get(suffix, ()):
+        if join.only in (None, family) and present.issuperset(f"blk.{block}.{part}" for part in join.parts):
+            return join
+    return None
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, int, str]]:
@@ -130,6 +179,7 @@ SPELLINGS = (
     ("dt_bias", "dt.bias"),
     ("shared_mlp.output_linear", "mlp.down_proj"),
     ("mixer.experts", "mlp.experts"),
+    ("down_proj_bias", "down_proj.bias"),
 )
 
 

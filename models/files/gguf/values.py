@@ -14,6 +14,7 @@ from distillcache.models.files.gguf.file import metadata
 from distillcache.schemas.errors import CheckpointError
 from distillcache.schemas.store.path import Location
 
+SOFTMAX, SIGMOID = 1, 2  # of `expert_gating_func`
 # Keys that say nothing about the forward pass, or repeat what a tensor's shape says.
 HARMLESS_KEYS = frozenset({"vocab_size", "rope.scaling.finetuned"})
 UNDERSTOOD_KEYS = frozenset(

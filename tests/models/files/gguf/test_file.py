@@ -499,7 +499,7 @@ def test_refusals_name_the_key(changes: dict[str, Any], named: str, tmp_path: Pa
 
 
 def test_other_architectures_and_unknown_tensors(tmp_path: Path):
-    refused(write_gguf(GOLDEN / "llama_linear", tmp_path / "a.gguf", architecture="phi3"), "phi3")
+    refused(write_gguf(GOLDEN / "llama_linear", tmp_path / "a.gguf", architecture="phi2"), "phi2")
     extra = {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}
     refused(write_gguf(GOLDEN / "llama_linear", tmp_path / "b.gguf", extra=extra), "blk.0.attn_q_norm.weight")
 

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distillcache.models.checkpoint import load_pretrained, open_tensors, read_config
-from distillcache.models.config import Multipliers
+from distillcache.models.config import Multipliers, TemperatureConfig
 from distillcache.models.files.gguf.file import open_gguf
 from distillcache.models.files.gguf.joined import gguf_source
 from distillcache.models.files.tensors import WEIGHTS_NAME
@@ -32,6 +32,7 @@ Tensors = dict[str, np.ndarray]
 def text_keys(raw: Raw) -> dict[str, Any]:
     """As `TextModel.set_gguf_parameters` writes them."""
     rope = raw.get("rope_parameters", {})
+    rope = rope.get("full_attention", rope)
     names = {
         "block_count": "num_hidden_layers",
         "context_length": "max_position_embeddings",
@@ -48,7 +49,7 @@ def text_keys(raw: Raw) -> dict[str, Any]:
     }
     found = {ours: raw[theirs] for ours, theirs in names.items() if raw.get(theirs) is not None}
     for name in ("num_local_experts", "num_experts"):
-        found |= {"expert_count": raw[name]} if name in raw else {}
+        found |= {"expert_count": raw[name]} if raw.get(name) is not None else {}
     if rope.get("rope_type") == "yarn":
         found |= {"rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"]}
         found |= {"rope.scaling.original_context_length": rope["original_max_position_embeddings"]}
@@ -157,6 +158,92 @@ def window_keys(raw: Raw) -> dict[str, Any]:
     return {"attention.sliding_window": raw["sliding_window"], "attention.sliding_window_pattern": slides}
 
 
+def ernie_keys(raw: Raw) -> dict[str, Any]:
+    return {
+        "expert_count": raw["moe_num_experts"],
+        "expert_used_count": raw["moe_k"],
+        "expert_feed_forward_length": raw["moe_intermediate_size"],
+        "expert_shared_count": raw["moe_num_shared_experts"],
+        "expert_shared_feed_forward_length": raw["intermediate_size"] // raw["num_key_value_heads"],
+        "interleave_moe_layer_step": raw["moe_layer_interval"],
+        "leading_dense_block_count": raw["moe_layer_start_index"],
+    }
+
+
+def hunyuan_keys(raw: Raw) -> dict[str, Any]:
+    width = raw["intermediate_size"]
+    found = {"expert_shared_feed_forward_length": width, "expert_feed_forward_length": width}
+    return found | {"expert_used_count": raw["moe_topk"], "expert_shared_count": 1}
+
+
+def indexed_keys(raw: Raw) -> dict[str, Any]:
+    names = {"head_count": "index_n_heads", "key_length": "index_head_dim", "top_k": "index_topk"}
+    return latent_keys(raw) | {f"attention.indexer.{ours}": raw[theirs] for ours, theirs in names.items()}
+
+
+def ahead_keys(raw: Raw) -> dict[str, Any]:
+    """Of GLM-4.5, whose files count layers of multi-token prediction among the blocks."""
+    ahead = raw.get("num_nextn_predict_layers", 0)
+    found = routed_keys(raw) | {"block_count": raw["num_hidden_layers"] + ahead}
+    return partial_keys(raw) | found | ({"nextn_predict_layers": ahead} if ahead else {})
+
+
+def oss_keys(raw: Raw) -> dict[str, Any]:
+    return {"attention.sliding_window": raw["sliding_window"], "expert_feed_forward_length": raw["intermediate_size"]}
+
+
+def gemma_keys(raw: Raw) -> dict[str, Any]:
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    found = {cap: raw[cap] for cap in caps if raw[cap] is not None} | {
+        "attention.sliding_window": raw["sliding_window"]
+    }
+    ropes = raw["rope_parameters"]
+    if "full_attention" not in ropes:
+        return found | {"rope.freq_base": None}
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": ropes["full_attention"]["factor"]}
+    return found | scaling | {"rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"]}
+
+
+def gemma4_keys(raw: Raw) -> dict[str, Any]:
+    window = window_keys(raw)
+    slides, own = window["attention.sliding_window_pattern"], raw["num_hidden_layers"] - raw["num_kv_shared_layers"]
+    wide = next(iter(raw["per_layer_config"].values()))
+    heads, inner = raw["num_key_value_heads"], raw["intermediate_size"]
+    by_kind = {True: heads, False: wide.get("num_key_value_heads", heads)}
+    found = window | {
+        "final_logit_softcapping": raw["final_logit_softcapping"],
+        "attention.shared_kv_layers": raw["num_kv_shared_layers"],
+        "embedding_length_per_layer_input": raw["hidden_size_per_layer_input"],
+        "attention.key_length": wide["head_dim"],
+        "attention.value_length": wide["head_dim"],
+        "attention.key_length_swa": raw["head_dim"],
+        "attention.value_length_swa": raw["head_dim"],
+        "rope.dimension_count": wide["head_dim"],
+        "rope.dimension_count_swa": raw["head_dim"],
+        "rope.freq_base_swa": raw["rope_parameters"]["sliding_attention"]["rope_theta"],
+    }
+    if raw["use_double_wide_mlp"]:
+        found["feed_forward_length"] = [inner * (1 + (block >= own)) for block in range(raw["num_hidden_layers"])]
+    if "num_key_value_heads" in wide:
+        found["attention.head_count_kv"] = [by_kind[each] for each in slides]
+    if raw["enable_moe_block"]:
+        found |= {"expert_used_count": raw["top_k_experts"], "expert_feed_forward_length": raw["moe_intermediate_size"]}
+    else:
+        found["expert_count"] = None
+    return found
+
+
+def phi_keys(raw: Raw) -> dict[str, Any]:
+    rope = raw["rope_parameters"]
+    turned = int(rope["partial_rotary_factor"] * raw["hidden_size"]) // raw["num_attention_heads"]
+    found = {"rope.scaling.original_context_length": rope["original_max_position_embeddings"]}
+    return found | {
+        "rope.dimension_count": turned,
+        "rope.scaling.attn_factor": 1.34,
+        "attention.sliding_window": raw["sliding_window"],
+    }
+
+
 def kept(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
     yield name, values
 
@@ -186,6 +273,48 @@ def next_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str,
     for own, mine in mamba_tensors(name, values, raw):
         plain = own.endswith("norm.weight") and not own.endswith("linear_attn.norm.weight")
         yield own, mine + np.float32(1) if plain else mine.squeeze(-1) if own.endswith("A_log") else mine
+
+
+def shifted(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    """Of Gemma 2 and 3."""
+    yield name, values + np.float32(1) if name.endswith("norm.weight") else values
+
+
+def oss_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    if "down_proj" in name and not name.endswith("bias"):
+        yield f"{name}.weight", values.swapaxes(-1, -2)
+    elif name.endswith("down_proj_bias"):
+        yield name.replace("_bias", ".bias"), values
+    elif "gate_up_proj" in name:
+        ending = "bias" if name.endswith("bias") else "weight"
+        rows = values if ending == "bias" else values.swapaxes(-1, -2)
+        for start, part in enumerate(("gate", "up")):
+            yield f"{name.partition('gate_up')[0]}{part}_proj.{ending}", rows[:, start::2]
+    else:
+        yield f"{name}.weight" if name.endswith("sinks") else name, values
+
+
+def gemma4_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    if name.endswith("router.scale"):
+        name = f"blk.{name.split('.')[2]}.ffn_gate_inp.scale"
+    elif name.endswith("per_expert_scale"):
+        name = f"blk.{name.split('.')[2]}.ffn_down_exps.scale"
+    elif name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
+        name = f"{name}.weight"
+    yield name, values
+
+
+def mistral4_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        yield f"{name}.weight", values
+    else:
+        yield from split_latent(name, values, raw)
+
+
+def smollm_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    for key, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        values = permuted(values, raw[heads]) if f".{key}." in name else values
+    yield name, values
 
 
 def mamba_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
@@ -252,6 +381,18 @@ class Case:
 NO_LIMIT, NO_LEAST = {"time_step_limit": None}, {"time_step_min": 0.0}
 # Blocks of Qwen3-Next, of which the third is dense: llama.cpp has no such.
 FIRST_TWO = {"num_hidden_layers": 2, "mlp_only_layers": [], "layer_types": ["linear_attention", "full_attention"]}
+NO_DENSE = {"mlp_layer_types": None, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+# Three of seven frequencies, which is all that divisors can say.
+SEVENTHS = {
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 3 / 7, "rope_theta": 100.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
+    }
+}
+PLAIN_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+# In SmolLM3 every fourth block knows no positions; blocks of Gemma 3 up to the sixth have a window.
+SMOLLM3 = {"no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None, "use_sliding_window": False}
+ONE_WINDOW = {"layer_types": None, "sliding_window_pattern": 6, "_sliding_window_pattern": 6}
 YARN = {"factor": 4.0, "mscale": 1.9, "mscale_all_dim": 1.9, "original_max_position_embeddings": 16}
 YARN |= {"rope_theta": 100.0, "rope_type": "yarn"}
 CASES = [
@@ -268,7 +409,44 @@ CASES = [
     Case("exaone4", "exaone4", window_keys),
     Case("dots1", "dots1", routed_keys, stated={"sliding_window": None, "layer_types": None}, scores=2),
     Case("apertus", "apertus"),
+    Case(
+        "mistral4",
+        "mistral4",
+        latent_keys,
+        mistral4_tensors,
+        {"rope_parameters": YARN | {"partial_rotary_factor": 8 / 13}},
+    ),
+    Case("glm4_moe", "glm4moe", ahead_keys, scores=2),
+    Case(
+        "glm_moe_dsa",
+        "glm-dsa",
+        indexed_keys,
+        split_latent,
+        NO_DENSE,
+        scores=2,
+    ),
+    Case("ernie4_5_moe", "ernie4_5-moe", ernie_keys),
+    Case("hunyuan_v1_moe", "hunyuan-moe", hunyuan_keys),
+    Case("gpt_oss", "gpt-oss", oss_keys, oss_tensors, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
+    Case("olmoe", "olmoe", stated={"clip_qkv": None}),
+    Case("olmo2", "olmo2", stated={"hidden_act": "silu"}),
+    Case("olmo3", "olmo2", window_keys),
+    Case("smollm3", "smollm3", tensors=smollm_tensors, stated=SMOLLM3),
+    Case("gemma2", "gemma2", gemma_keys, shifted, {"query_pre_attn_scalar": 8, "rope_parameters": PLAIN_ROPE}),
+    Case("gemma3_text", "gemma3", gemma_keys, shifted, {"query_pre_attn_scalar": 8} | ONE_WINDOW),
+    Case("gemma4_text", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
+    Case("gemma4_text_moe", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
+    Case("gemma4_text_shared", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
+    Case("phi3", "phi3", phi_keys),
 ]
+# Tensors that are made of configs.
+EXTRA: dict[str, Tensors] = {
+    "gemma4": {"rope_freqs.weight": np.array([1, 1, 1, 1e30, 1e30, 1e30, 1e30], np.float32)},
+    "phi3": {
+        "rope_factors_long.weight": np.array([1.5, 2.5, 6.0], np.float32),
+        "rope_factors_short.weight": np.array([1.0, 1.25, 1.5], np.float32),
+    },
+}
 
 
 def folder_of(case: Case, where: Path, more: Tensors | None = None) -> Path:
@@ -293,7 +471,8 @@ def written(case: Case, folder: Path, target: Path, extra: Tensors | None = None
     for key, value in keys.items():
         if value is not None:
             add[type(value)](f"{case.architecture}.{key}", value)
-    for name, values in (converted(case, folder, raw, writer) | (extra or {})).items():
+    more = EXTRA.get(case.architecture, {}) | (extra or {})
+    for name, values in (converted(case, folder, raw, writer) | more).items():
         writer.add_tensor(name, np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -387,6 +566,12 @@ def test_older_files_of_latent_attention(tmp_path: Path):
     assert_same_tensors(path, folder)
 
 
+def test_queries_of_mistral_4_grow_where_a_file_says_so(tmp_path: Path):
+    case = CASE_OF["mistral4"]
+    path = written(case, folder_of(case, tmp_path / "hf"), tmp_path / "m.gguf", **{"attention.temperature_scale": 0.25})
+    assert read_config(path).temperature == TemperatureConfig(0.25, 16.0, first=0, everywhere=True)
+
+
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path):
     """They are counted among the blocks."""
     case = CASE_OF["deepseek_v3"]
@@ -410,6 +595,11 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path):
         ("granitemoehybrid", {"ssm.inner_size": 78}, "granitehybrid.ssm.inner_size"),
         ("exaone4", {"rope.dimension_count": 4}, "partial_rotary_factor"),
         ("dots1", {"attention.value_length": 6}, "dots1.attention.value_length"),
+        ("gpt_oss", {"expert_gating_func": 2}, "gpt-oss.expert_gating_func"),
+        ("gemma4_text", {"attention.sliding_window_pattern": [True, False]}, "gemma4.attention.sliding_window_pattern"),
+        ("gemma4_text", {"attention.head_count_kv": [2, 1, 1, 1]}, "gemma4.attention.head_count_kv"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "gemma3.attn_logit_softcapping"),
+        ("mistral4", {"attention.temperature_length": 4}, "mistral4.attention.temperature_length"),
     ],
 )
 def test_refusals_name_the_key(golden: str, changes: dict[str, Any], named: str, tmp_path: Path):
