@@ -3,7 +3,7 @@
 published.json has for each: what it gives, its blocks, its parameters as we count them and in billions as its authors
 do, the file that holds its config (repository, commit, path), and every key of it that may change the decoder, apart
 from towers. A config may be `like` another, with what differs; lists of many blocks are runs. `tensors`: the digest of
-the names in its index of safetensors, by their newest spelling and without towers.
+the names in its index of safetensors, by their newest spelling, packed ones by what they become, without towers.
 """
 
 import hashlib
