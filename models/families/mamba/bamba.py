@@ -47,7 +47,7 @@ def _read(values: Values) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=values.flag("mlp_bias"),
-        mamba=mamba_sizes(values) if len(attending) < depth else None,
+        mamba=mamba_sizes(values) if any(kind.is_mamba for kind in kinds) else None,
         family="bamba",
     )
 

@@ -40,7 +40,7 @@ def _kinds(values: Values) -> list[BlockKind]:
     """Every block's kind: by the list, or else by the pattern, as transformers has it."""
     given, pattern = values[LAYERS], values[PATTERN]
     if given is not None:
-        if not isinstance(given, list) or not given or any(name not in KINDS for name in given):
+        if not isinstance(given, list) or not given or any(name not in tuple(KINDS) for name in given):
             raise values.bad(LAYERS, f"a list of {', '.join(KINDS)}")
         return [KINDS[name] for name in given]
     if not isinstance(pattern, str) or not pattern or any(letter not in LETTERS for letter in pattern):

@@ -85,7 +85,7 @@ def _kinds(values: Values) -> list[BlockKind]:
 
 def _write_moe(config: ModelConfig) -> dict[str, Any]:
     moe, blocks = config.moe_config, config.moe_blocks
-    first, last = blocks[0], blocks[-1]
+    first, last = (blocks[0], blocks[-1]) if blocks else (1, 0)
     step = next((n for n in range(1, config.num_blocks + 1) if _placed(first, last, n) == list(blocks)), None)
     if step is None or any(replace(kind, moe=False) != BlockKind() for kind in config.kinds):
         raise not_exportable(

@@ -47,7 +47,7 @@ def test_alpha_stretches_the_base_of_hunyuans_rotation(key: str):
 
 @pytest.mark.parametrize(
     ("first", "last", "step", "blocks"),
-    [(0, -1, 1, (0, 1, 2, 3, 4, 5)), (1, 4, 1, (1, 2, 3, 4)), (2, None, 2, (3, 5)), (1, 3, 3, (2,))],
+    [(0, -1, 1, (0, 1, 2, 3, 4, 5)), (1, 4, 1, (1, 2, 3, 4)), (2, None, 2, (3, 5)), (1, 3, 3, (2,)), (2, 1, 1, ())],
 )
 def test_blocks_of_ernie_with_experts(first: int, last: int | None, step: int, blocks: tuple[int, ...]):
     keys = {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": step}
