@@ -178,7 +178,8 @@ class DeltaConfig:
     key_heads, value_heads: each of the former serves an equal number of the latter. key_dim: width of a query and a
     key; value_dim: of a value. taps: tokens that the short convolution sees, a token itself and those before it.
     doubled: strengths reach from 0 to 2, not to 1, so that a token may turn what is remembered of its key around.
-    norm_eps: of the norm behind the rule; None: that of the others.
+    norm_eps: of the norm behind the rule; None: that of the others. by_channel: each number of a key has a decay of its
+    own (Kimi delta attention, arXiv 2510.26692); then there are as many value heads as key heads.
     """
 
     key_heads: int
@@ -187,7 +188,13 @@ class DeltaConfig:
     value_dim: int
     taps: int
     doubled: bool = False
+    by_channel: bool = False
     norm_eps: float | None = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of value heads that surgery keeps equal: each key head's, or all where each has its own."""
+        return 1 if self.by_channel else self.key_heads
 
 
 @dataclass(frozen=True)

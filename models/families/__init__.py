@@ -16,7 +16,7 @@ mixtral.py      Mixtral
 lfm2.py         LFM2, LFM2-MoE
 gpt_oss.py      gpt-oss
 glm/            GLM-4, GLM-4.5, GLM-4.7-Flash, GLM-5
-deepseek/       DeepSeek-V2, V3, V3.2, Moonlight, Kimi K2, Kimi K2.5
+deepseek/       DeepSeek-V2, V3, V3.2, Moonlight, Kimi K2, Kimi K2.5, Kimi Linear
 minimax.py      MiniMax M2
 bailing_moe.py  Ling, Ring
 llama4.py       Llama 4
@@ -30,6 +30,7 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig, RopeConfig
 from distillcache.models.families.bailing_moe import BAILING_MOE, BAILING_MOE_V2
+from distillcache.models.families.deepseek.kimi_linear import KIMI_LINEAR
 from distillcache.models.families.deepseek.v2 import DEEPSEEK_V2
 from distillcache.models.families.deepseek.v3 import DEEPSEEK_V3, KIMI_K25
 from distillcache.models.families.deepseek.v32 import DEEPSEEK_V32
@@ -124,6 +125,7 @@ KNOWN = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     KIMI_K25,
+    KIMI_LINEAR,
     DEEPSEEK_V32,
     MINIMAX_M2,
     GPT_OSS,

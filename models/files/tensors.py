@@ -91,7 +91,7 @@ class BlockTensor:
 
     suffix: HF's name below the block's; `{e}` stands for the number of an expert.
     path: of the parameter below the block: `attention/q`.
-    in_axes, part, depthwise, turned: see `TensorSlot`.
+    in_axes, part, depthwise, turned, ones: see `TensorSlot`.
     """
 
     suffix: str
@@ -100,6 +100,7 @@ class BlockTensor:
     part: TensorSlice | None = None
     depthwise: bool = False
     turned: bool = False
+    ones: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class TensorSlot:
     beside: it is kept in a file of its own, which only we read.
     depthwise: the tensor is a depthwise convolution's, `[channels, 1, taps]`; the parameter has `[..., taps]`.
     turned: the tensor holds matrices, each of outputs by inputs; the parameter's last two axes are the other way round.
+    ones: how many axes of one entry the tensor has in front of the parameter's, and behind them.
     """
 
     name: str
@@ -166,6 +168,7 @@ class TensorSlot:
     beside: bool = False
     depthwise: bool = False
     turned: bool = False
+    ones: tuple[int, int] = (0, 0)
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape for a parameter of this shape (behind `index`)."""
@@ -209,6 +212,8 @@ class TensorSlot:
             found = (rows, columns)
         elif self.turned:
             found = (*box[:-2], box[-1], box[-2])
+        elif any(self.ones):
+            found = (*[slice(0, 1)] * self.ones[0], *box, *[slice(0, 1)] * self.ones[1])
         elif self.depthwise:
             found = (merged(box[:-1], shape[:-1]), slice(0, 1), box[-1])
         else:
@@ -233,6 +238,8 @@ class TensorSlot:
             return (prod(shape[:-1]), 1, shape[-1])
         if self.turned:
             return (*shape[:-2], shape[-1], shape[-2])
+        if any(self.ones):
+            return (*[1] * self.ones[0], *shape, *[1] * self.ones[1])
         # Of attention a vector has an axis for heads; of experts, one for each of them, as in the files.
         is_vector = str(self.path[-1]).endswith(("norm", "bias")) and "mlp" not in self.path
         return (prod(shape),) if is_vector else shape
@@ -266,7 +273,7 @@ def tensor_slots(config: ModelConfig, layout: Layout) -> Iterator[TensorSlot]:
                 index = (repeat,) if expert is None else (repeat, expert)
                 name = prefix + tensor.suffix.format(e=expert)
                 form = {"depthwise": tensor.depthwise, "turned": tensor.turned}
-                yield TensorSlot(name, path, index, tensor.in_axes, tensor.part, **form)
+                yield TensorSlot(name, path, index, tensor.in_axes, tensor.part, **form, ones=tensor.ones)
         if kinds[block].moe and config.moe_config.bias and not config.moe_config.native_bias:
             path = ("groups", group, "blocks", place, "mlp", "router_bias")
             yield TensorSlot(f"{prefix}router_bias", path, (repeat,), beside=True)

@@ -14,8 +14,13 @@ E Q S + (D * Q K^T) W.
 Documents: D and E are cut at their starts, which is a decay of zero without its logarithm. Exponents are sums of the
 tokens' own decays, never differences of long sums: after one strong decay these would keep no digits of weak ones.
 
-Source: Gated Delta Networks (arXiv 2412.06464); chunks by the WY representation as in DeltaNet (arXiv 2406.06484).
-State and products are float32, whatever the dtype of the stream.
+A decay for each number of the key (`channel_delta_rule`) is a vector a, and D[i, j] and E[i] are vectors, within the
+products: A[i, j] = b_i sum_c D[i, j]_c k_ic k_jc. For the rows of a half of a chunk and the columns of the half before
+it, D is a product of what is left from the border to the row and from the column to the border, so a matrix product of
+rows and columns that each carry their share; the halves themselves likewise, down to single tokens.
+
+Source: Gated Delta Networks (arXiv 2412.06464), Kimi Linear (arXiv 2510.26692); chunks by the WY representation as in
+DeltaNet (arXiv 2406.06484). State and products are float32, whatever the dtype of the stream.
 """
 
 from functools import partial
@@ -120,10 +125,106 @@ def decays(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> F
 
 
 def entering(log_decay: Float[Array, "n B C G R"], runs: Int[Array, "n B C"]) -> Float[Array, "n B G R C"]:
-    """E of the module's docstring. The first chunk's state is zero, whatever it is multiplied by."""
-    before = jnp.concatenate([runs[:1, :, 0], runs[:-1, :, -1]])  # of the last token before the chunk
+    """E of the module's docstring."""
     sums = jnp.cumsum(log_decay, axis=2).transpose(0, 1, 3, 4, 2)
-    return jnp.where((runs == before[..., None])[:, :, None, None], jnp.exp(sums), 0.0)
+    return jnp.where(_continue(runs)[:, :, None, None], jnp.exp(sums), 0.0)
+
+
+def _continue(runs: Int[Array, "n B C"]) -> Bool[Array, "n B C"]:
+    """Tell which tokens' runs began before their chunk. The first chunk's state is zero, whatever it is multiplied
+    by."""
+    return runs == jnp.concatenate([runs[:1, :, 0], runs[:-1, :, -1]])[..., None]
+
+
+def channel_delta_rule(
+    q: Float[Array, "B T N dk"],
+    k: Float[Array, "B T N dk"],
+    v: Float[Array, "B T N dv"],
+    log_decay: Float[Array, "B T N dk"],
+    strength: Float[Array, "B T N"],
+    runs: Int[Array, "B T"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T N dv"]:
+    """`gated_delta_rule` with a decay for each number of the key, where every value head has a key head of its own."""
+    batch, length, heads = q.shape[:3]
+    size = min(chunk, 1 << (length - 1).bit_length())
+    state = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), jnp.float32)
+    q, k, v, log_decay, strength = (chunks(x, size).swapaxes(2, 3) for x in (q, k, v, log_decay, strength))
+    parts = _channel_parts(q, k, v, log_decay, strength, chunks(runs, size, -1))
+    out = jax.lax.scan(_next_channel_chunk, state, parts)[1]  # [n, B, N, C, dv]
+    return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
+
+
+def _channel_parts(
+    q: Float[Array, "n B N C dk"],
+    k: Float[Array, "n B N C dk"],
+    v: Float[Array, "n B N C dv"],
+    log_decay: Float[Array, "n B N C dk"],
+    strength: Float[Array, "n B N C"],
+    runs: Int[Array, "n B C"],
+) -> dict[str, Any]:
+    """As `_within_chunks`."""
+    scores, likeness, ahead, behind = _decayed_products(q, k, log_decay)
+    same = (runs[..., :, None] == runs[..., None, :])[:, :, None]
+    lower = jnp.where(same, strength[..., None] * likeness, 0.0)
+    inverse = unit_lower_inverse(lower) * strength[..., None, :]
+    from_start = jnp.where(_continue(runs)[:, :, None, :, None], jnp.exp(ahead), 0.0)
+    to_end = jnp.where(same[..., -1, :, None], jnp.exp(behind), 0.0)
+    return {
+        "query": q * from_start,
+        "key": k * to_end,
+        "scores": jnp.where(same, scores, 0.0),
+        "written": _product(inverse, v),
+        "read": _product(inverse, k * from_start),
+        "kept": from_start[..., -1, :, None],
+    }
+
+
+def _next_channel_chunk(
+    state: Float[Array, "B N dk dv"], part: dict[str, Any]
+) -> tuple[Float[Array, "B N dk dv"], Float[Array, "B N C dv"]]:
+    """As `_next_chunk`."""
+    written = part["written"] - _product(part["read"], state)
+    out = _product(part["query"], state) + _product(part["scores"], written)
+    return state * part["kept"] + _product(part["key"].swapaxes(-1, -2), written), out
+
+
+def _decayed_products(
+    q: Float[Array, "*n C d"], k: Float[Array, "*n C d"], log_decay: Float[Array, "*n C d"]
+) -> tuple[Float[Array, "*n C C"], Float[Array, "*n C C"], Float[Array, "*n C d"], Float[Array, "*n C d"]]:
+    """Return of a chunk that is one document the products of queries and keys with their decay in between, on and
+    below the diagonal; the same of keys and keys, below it; and the logarithms of the decay from the chunk's start to
+    each token, and from each token to its end.
+
+    By halves, as `unit_lower_inverse`: of blocks of `width` tokens all these are known, and of two next to each other
+    the products of the second one's rows and the first one's columns are added.
+    """
+    rows, ahead, behind = jnp.stack([q, k]), log_decay[..., None, :], jnp.zeros_like(log_decay)[..., None, :]
+    found = jnp.stack([jnp.sum(q * k, axis=-1), jnp.zeros(q.shape[:-1], q.dtype)])[..., None, None]
+    width = 1
+    while width < q.shape[-2]:
+        row, column = (_blocks(x, width) for x in (rows, k))
+        (before, after), (left, right) = _pairs(ahead), _pairs(behind)
+        upper, lower = _pairs(found)
+        corner = einsum("...id,...jd->...ij", _pairs(row)[1] * jnp.exp(after), _pairs(column)[0] * jnp.exp(left))
+        top = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1)
+        found = jnp.concatenate([top, jnp.concatenate([corner, lower], axis=-1)], axis=-2)
+        ahead, behind = (
+            jnp.concatenate([before, after + before[..., -1:, :]], axis=-2),
+            jnp.concatenate([left + after[..., -1:, :], right], axis=-2),
+        )
+        width *= 2
+    return found[0, ..., 0, :, :], found[1, ..., 0, :, :], ahead[..., 0, :, :], behind[..., 0, :, :]
+
+
+def _blocks(x: Float[Array, "*n C d"], width: int) -> Float[Array, "*n b w d"]:
+    return x.reshape(*x.shape[:-2], -1, width, x.shape[-1])
+
+
+def _pairs(x: Float[Array, "*n b w d"]) -> tuple[Float[Array, "*n h w d"], Float[Array, "*n h w d"]]:
+    """The first and the second blocks of all pairs of neighbours."""
+    return x[..., 0::2, :, :], x[..., 1::2, :, :]
 
 
 @jax.custom_vjp

@@ -21,7 +21,7 @@ def places_to_keep(parts: Parts, letter: str, to: int, op: SurgeryOp) -> list[np
     groups = {
         "H": config.num_kv_heads,
         "E": config.moe.groups if config.moe else 1,
-        "N": config.delta.key_heads if config.delta else config.mamba.groups if config.mamba else 1,
+        "N": config.delta.groups if config.delta else config.mamba.groups if config.mamba else 1,
     }.get(letter, 1)
     return [
         _best(block_scores(parts, at, letter, op), groups, to) if has_axis(kind, letter) else None

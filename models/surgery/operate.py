@@ -36,7 +36,8 @@ def operate(decoder: Decoder, ops: Sequence[SurgeryOp], scores: Scores | None = 
     """Do these operations, in order, each in every block that it concerns.
 
     `query_heads` keeps `to` query heads of each key/value group; `kv_heads` keeps `to` key/value heads, each with all
-    its query heads; `value_heads` keeps `to` value heads of each key head of the delta rule; `mlp_width`,
+    its query heads; `value_heads` keeps `to` value heads of each key head of the delta rule, or heads of Kimi delta
+    attention; `mlp_width`,
     `expert_width` keep neurons, `experts` experts, `hidden_size` numbers of the stream and as many channels of
     short convolutions.
     What stays is in its old order: by `index` the first; by `weight_norm` those whose rows of the output projection

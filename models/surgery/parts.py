@@ -104,6 +104,17 @@ MAMBA_AXES = {name: letters for name, letters in DELTA_AXES.items() if name != "
     "conv_v_bias": "Ne",
     "o_bias": "D",
 }
+KIMI_AXES = {name: letters for name, letters in DELTA_AXES.items() if name not in ("z", "alpha")} | {
+    "q": "DNd",
+    "k": "DNd",
+    "conv_q": "Ndt",
+    "conv_k": "Ndt",
+    "decay_a": "Dd",
+    "decay_b": "dNd",
+    "gate_a": "Dd",
+    "gate_b": "dNe",
+    "dt_bias": "Nd",
+}
 BESIDE_AXES = ATTENTION_AXES | {f"{BESIDE}{name}": letters for name, letters in MAMBA_AXES.items()}
 OTHER_AXES = {
     "gated_delta": DELTA_AXES,
@@ -275,6 +286,8 @@ def axes_of(name: str, shape: tuple[int, ...], config: ModelConfig, kind: BlockK
     attention = ATTENTION_AXES if config.latent is None else LATENT_AXES
     if kind is not None:
         attention = OTHER_AXES.get(kind.mixer, attention)
+        if attention is DELTA_AXES and config.delta is not None and config.delta.by_channel:
+            attention = KIMI_AXES
     table = {"": OUTER_AXES, "attention": attention}.get(part, MOE_AXES if kind and kind.moe else MLP_AXES)
     letters = table.get(own, "none such")  # the letters of which are no axes
     if own in ("q_norm", "k_norm") and config.qk_norm != "full":

@@ -110,6 +110,9 @@ def _value_heads(config: ModelConfig, op: SurgeryOp) -> ModelConfig:
         return replace(config, mamba=replace(config.mamba, heads=config.mamba.groups * to))
     if config.delta is None or not any(kind.mixer == "gated_delta" for kind in config.kinds):
         raise refused(op, "found", "no block with the gated delta rule or Mamba-2", "one at least", "leave it out")
+    if config.delta.by_channel:
+        to = _checked(op, config.delta.value_heads, "heads of Kimi delta attention")
+        return replace(config, delta=replace(config.delta, key_heads=to, value_heads=to))
     served = config.delta.value_heads // config.delta.key_heads
     to = _checked(op, served, "value heads of each key head")
     return replace(config, delta=replace(config.delta, value_heads=config.delta.key_heads * to))

@@ -49,8 +49,8 @@ HookExperts = Callable[[torch.nn.Module, Callable[[torch.Tensor], None]], Any]
 
 
 def hook_attention(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:
-    """In most families the attention's output is added as it is."""
-    return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0]))
+    """In most families the attention's output is added as it is; some mixers of that name return it alone."""
+    return layer.self_attn.register_forward_hook(lambda _, __, out: record(out[0] if isinstance(out, tuple) else out))
 
 
 def hook_mixer(layer: torch.nn.Module, record: Callable[[torch.Tensor], None]) -> Any:

@@ -185,7 +185,9 @@ def test_gradients_are_those_of_transformers(name: str):
 def filed(layout: Layout, name: str) -> str:
     """A parameter's name as files have it."""
     found = next((pair for pair in layout.spellings if name.startswith(pair[0])), ("", ""))
-    return found[1] + name.removeprefix(found[0])
+    name = found[1] + name.removeprefix(found[0])
+    found = next((pair for pair in layout.endings if name.endswith(pair[0])), ("", ""))
+    return name.removesuffix(found[0]) + found[1]
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def sigmoid_moe_keys(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: they cannot say it.
     """
-    return {"first_k_dense_replace": first_dense(config), **_expert_keys(config)}
+    return {"first_k_dense_replace": first_dense(config), **expert_keys(config)}
 
 
 def typed_expert_keys(config: ModelConfig) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def typed_expert_keys(config: ModelConfig) -> dict[str, Any]:
         raise not_exportable(str(odd[0]), "rotary blocks without windows or chunks", "use another family")
     types = [SPARSE if kind.moe else DENSE for kind in config.kinds]
     dense = [*types, SPARSE].index(SPARSE)
-    return {"mlp_layer_types": types, "first_k_dense_replace": dense, **_expert_keys(config)}
+    return {"mlp_layer_types": types, "first_k_dense_replace": dense, **expert_keys(config)}
 
 
 def check_sigmoid(config: ModelConfig) -> None:
@@ -125,7 +125,8 @@ def check_sigmoid(config: ModelConfig) -> None:
         )
 
 
-def _expert_keys(config: ModelConfig) -> dict[str, Any]:
+def expert_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the config keys that `sigmoid_moe` reads, for this decoder."""
     moe = config.moe_config
     return {
         "n_routed_experts": moe.num_experts,

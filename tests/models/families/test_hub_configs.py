@@ -589,6 +589,60 @@ CONFIGS |= {
         OLMO_HYBRID | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "linear_use_gate": True},
     ),
 }
+# Kimi Linear: the config.json of Firworks/Kimi-Linear-48B-A3B-Instruct-nvfp4 without its quantization; the same as
+# transformers 5.24 writes it.
+KIMI_LINEAR = {
+    "hidden_act": "silu",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "kv_lora_rank": 512,
+    "moe_intermediate_size": 1024,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 32,
+    "pad_token_id": 163839,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+    "model_max_length": 1048576,
+    "moe_renormalize": True,
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_shared_experts": 1,
+}
+KIMI_FULL = [4, 8, 12, 16, 20, 24, 27]
+CONFIGS |= {
+    "Kimi-Linear-48B-A3B-Instruct": (
+        "kimi_linear",
+        KIMI_LINEAR
+        | {
+            "auto_map": {"AutoConfig": "configuration_kimi.KimiLinearConfig"},
+            "first_k_dense_replace": 1,
+            "head_dim": 72,
+        }
+        | {"linear_attn_config": {"full_attn_layers": KIMI_FULL, "head_dim": 128, "num_heads": 32}}
+        | {"mla_use_nope": True, "moe_layer_freq": 1, "moe_router_activation_func": "sigmoid", "rope_scaling": None}
+        | {"num_nextn_predict_layers": 0, "rope_theta": 10000.0, "use_grouped_topk": True, "dtype": "bfloat16"},
+    ),
+    "Kimi-Linear-48B-A3B-Base as transformers 5 saves it": (
+        "kimi_linear",
+        KIMI_LINEAR
+        | {"head_dim": 64, "linear_conv_kernel_dim": 4, "linear_head_dim": 128, "linear_num_heads": 32}
+        | {"layer_types": ["full_attention" if at in KIMI_FULL else "linear_attention" for at in range(1, 28)]}
+        | {"mlp_layer_types": ["dense"] + ["sparse"] * 26, "qk_head_dim": 192, "attention_bias": False},
+    ),
+}
+CONFIGS["Kimi-Linear-48B-A3B-Instruct"][1]["linear_attn_config"] |= {
+    "kda_layers": [at for at in range(1, 28) if at not in KIMI_FULL],
+    "short_conv_kernel_size": 4,
+}
 GENERATION = {"do_sample": True, "min_length": 0, "forced_bos_token_id": None, "suppress_tokens": None, "top_k": 50}
 
 

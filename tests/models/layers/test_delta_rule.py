@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distillcache.models.layers.convolution import document_runs
-from distillcache.models.layers.delta_rule import gated_delta_rule, unit_lower_inverse
+from distillcache.models.layers.delta_rule import channel_delta_rule, gated_delta_rule, unit_lower_inverse
 
 # Of the largest value, in float32.
 OUTPUT, GRADIENT = 2e-6, 2e-5
@@ -25,13 +25,18 @@ class Given(NamedTuple):
     strength: Any
 
 
-def drawn(length: int, *, batch: int = 2, groups: int = 2, served: int = 3, rate: float = 0.1, seed: int = 0) -> Given:
-    """Random arguments; rate: of the decay, of which some tokens have a hundred times as much."""
-    rng = np.random.default_rng(seed)
+def drawn(
+    length: int, *, batch: int = 2, groups: int = 2, served: int = 3, rate: float = 0.1, channels: bool = False
+) -> Given:
+    """Random arguments; rate: of the decay, of which some tokens have a hundred times as much. channels: it is each
+    channel's of the key."""
+    rng = np.random.default_rng(0)
     heads = groups * served
     q, k = rng.normal(size=(2, batch, length, groups, 5))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     decay = -rate * rng.exponential(size=(batch, length, heads)) * rng.choice([1, 1, 1, 100], size=(batch, length, 1))
+    if channels:
+        decay = decay[..., None] * rng.choice([0.01, 1, 1, 30], size=(batch, length, heads, 5))
     return Given(q, k, rng.normal(size=(batch, length, heads, 7)), decay, rng.uniform(size=(batch, length, heads)))
 
 
@@ -56,7 +61,7 @@ def recurrence(given: Given, ids: np.ndarray) -> np.ndarray:
             if token and ids[row, token] != ids[row, token - 1]:
                 state = np.zeros_like(state)
             q, k = given.q[row, token, head // served], given.k[row, token, head // served]
-            state = state * np.exp(given.log_decay[row, token, head])
+            state = state * np.exp(np.reshape(given.log_decay[row, token, head], (-1, 1)))
             write = given.strength[row, token, head] * (given.v[row, token, head] - k @ state)
             state = state + np.outer(k, write)
             out[row, token, head] = q @ state
@@ -65,7 +70,11 @@ def recurrence(given: Given, ids: np.ndarray) -> np.ndarray:
 
 def rule(given: Given, ids: np.ndarray, chunk: int) -> Any:
     runs = document_runs(jnp.asarray(ids))
-    return jax.jit(lambda *parts: gated_delta_rule(*parts, runs, chunk=chunk))(*map(jnp.float32, given))
+    return jax.jit(lambda *parts: rule_of(given)(*parts, runs, chunk=chunk))(*map(jnp.float32, given))
+
+
+def rule_of(given: Given) -> Any:
+    return gated_delta_rule if given.log_decay.ndim == 3 else channel_delta_rule
 
 
 def assert_close(found: Any, expected: np.ndarray, tolerance: float) -> None:
@@ -87,6 +96,16 @@ def test_documents_of_a_row_do_not_see_each_other(length: int, chunk: int):
     given, ids = drawn(length, rate=0.01), packed_ids(length)
     ids[:, chunk:] += ids[:, chunk:] > 0  # one more boundary, at a chunk's start
     assert_close(rule(given, ids, chunk), recurrence(given, ids), OUTPUT)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 64), (37, 8), (150, 64)])
+def test_each_channel_may_decay_at_its_own_rate(length: int, chunk: int):
+    """In rows of one document, and of several; strengths up to 2, and a token that forgets all."""
+    given = drawn(length, channels=True, served=1, rate=0.01)
+    given.strength[:] *= 2
+    given.log_decay[:, length // 3] = -3e3
+    for ids in (np.ones((2, length), int), packed_ids(length)):
+        assert_close(rule(given, ids, chunk), recurrence(given, ids), OUTPUT)
 
 
 def test_rows_do_not_depend_on_what_is_padding():
@@ -116,13 +135,15 @@ def test_equal_keys_without_decay():
 
 def stepwise(given: Given, ids: np.ndarray) -> jax.Array:
     """The recurrence in JAX, for its gradient."""
+    if given.log_decay.ndim == 3:
+        given = given._replace(log_decay=given.log_decay[..., None])
     served = given.v.shape[2] // given.q.shape[2]
     starts = jnp.asarray(np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True))
 
     def step(state: Any, part: Any) -> Any:
         q, k, v, decay, strength, start = part
         q, k = (jnp.repeat(each, served, axis=1) for each in (q, k))
-        state = jnp.where(start[:, None, None, None], 0, state) * jnp.exp(decay)[..., None, None]
+        state = jnp.where(start[:, None, None, None], 0, state) * jnp.exp(decay)[..., None]
         write = strength[..., None] * (v - jnp.einsum("bnd,bnde->bne", k, state))
         state = state + k[..., None] * write[..., None, :]
         return state, jnp.einsum("bnd,bnde->bne", q, state)
@@ -133,15 +154,17 @@ def stepwise(given: Given, ids: np.ndarray) -> jax.Array:
     return jnp.swapaxes(jax.lax.scan(step, state, parts)[1], 0, 1)
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize(("length", "chunk"), [(100, 64)])
-def test_gradients_are_those_of_the_recurrence(length: int, chunk: int):
-    given, ids = Given(*map(jnp.float32, drawn(length))), packed_ids(length)
+def test_gradients_are_those_of_the_recurrence(length: int, chunk: int, channels: bool):
+    served = 1 if channels else 3
+    given, ids = Given(*map(jnp.float32, drawn(length, channels=channels, served=served))), packed_ids(length)
     runs, above = document_runs(jnp.asarray(ids)), jnp.float32(np.random.default_rng(1).normal(size=given.v.shape))
 
     def of(way: Any) -> Any:
         return jax.jit(jax.grad(lambda given: jnp.sum(way(given) * above)))(given)
 
-    found = of(lambda given: gated_delta_rule(*given, runs, chunk=chunk))
+    found = of(lambda given: rule_of(given)(*given, runs, chunk=chunk))
     expected = of(lambda given: stepwise(given, ids))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, np.asarray(other, np.float64), GRADIENT)
