@@ -4,7 +4,8 @@ Gemma's files do not say what scales the products of queries and keys: llama.cpp
 Gemma 2 and 3 have a window is as in the released models.
 
 Source: llama.cpp `conversion/glm.py` (Glm4Model), `exaone.py` (Exaone4Model), `apertus.py`, `olmo.py` (Olmo2Model),
-`phi.py` (Phi3MiniModel), `gemma.py`, `smollm.py`; `src/models/*.cpp` for what is assumed without a key.
+`phi.py` (Phi3MiniModel), `command_r.py` (Cohere2Model), `gemma.py`, `smollm.py`; `src/models/*.cpp` for what is assumed
+without a key.
 """
 
 from typing import Any
@@ -62,17 +63,14 @@ def _gemma3(model: GgufModel) -> dict[str, Any]:
 def _gemma4(model: GgufModel) -> dict[str, Any]:
     """Blocks that see all have heads of their own, and values that are keys where they lack the former's weights."""
     values, (types, window) = model.values, _types(model)
-    width, sizes = values.size("attention.key_length_swa"), values.get("attention.head_count_kv")
-    heads = sizes if isinstance(sizes, list) else [sizes] * len(types)
-    narrow, wide = (_only(model, heads, types, kind) for kind in (SLIDING, FULL))
-    inner, taken = values.get("feed_forward_length"), values.get("attention.shared_kv_layers", 0)
-    widths = inner if isinstance(inner, list) else [values.size("feed_forward_length")]
+    narrow, wide = (_heads(model, types, kind) for kind in (SLIDING, FULL))
+    widths = model.sizes("feed_forward_length")
     full = next(block for block, kind in enumerate(types) if kind == FULL)
     same = not model.has("attn_v.weight", full)
     return {
         "layer_types": types,
         "sliding_window": window,
-        "head_dim": width,
+        "head_dim": values.size("attention.key_length_swa"),
         "num_key_value_heads": narrow,
         "global_head_dim": values.size("attention.key_length"),
         "num_global_key_value_heads": wide,
@@ -80,7 +78,7 @@ def _gemma4(model: GgufModel) -> dict[str, Any]:
         "rope_parameters": {FULL: _proportional(model), SLIDING: _local(model, BASE)},
         PARTIAL: None,
         "intermediate_size": widths[0],
-        "num_kv_shared_layers": taken,
+        "num_kv_shared_layers": values.get("attention.shared_kv_layers", 0),
         "use_double_wide_mlp": len(set(widths)) > 1,
         "hidden_size_per_layer_input": values.get("embedding_length_per_layer_input", 0),
         "vocab_size_per_layer_input": model.rows("per_layer_token_embd.weight") or model.rows("token_embd.weight"),
@@ -95,7 +93,8 @@ def _types(model: GgufModel) -> tuple[list[str], int]:
     return found["layer_types"], found["sliding_window"]
 
 
-def _only(model: GgufModel, heads: list[int], types: list[str], kind: str) -> int:
+def _heads(model: GgufModel, types: list[str], kind: str) -> int:
+    heads = model.sizes("attention.head_count_kv")
     found = {each for each, own in zip(heads, types, strict=False) if own == kind}
     if len(found) != 1 or len(heads) != len(types):
         raise model.values.bad("attention.head_count_kv", heads, "the same number in all blocks of a kind")
@@ -129,9 +128,15 @@ def _phi3(model: GgufModel) -> dict[str, Any]:
 
 
 def _decimals(model: GgufModel, name: str) -> list[float]:
-    return [float(str(number)) for number in np.asarray(tensor_data(*model.tensors[name]), np.float32)]
+    return [float(str(number)) for number in np.asarray(tensor_data(*model.tensors[name]), np.float32).ravel()]
 
 
+def _cohere2(model: GgufModel) -> dict[str, Any]:
+    """Norms take the mean away, and their epsilon has a key of its own."""
+    return {"rms_norm_eps": model.values.number(EPSILON, 1e-5), **_windows(model)}
+
+
+EPSILON = "attention.layer_norm_epsilon"
 CAPS = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
 NO_CAP = {"final_logit_softcapping": None}
 DENSE = {
@@ -141,6 +146,9 @@ DENSE = {
     "olmo2": Translation({None: "olmo2"}, said=BIAS, more=_olmo, reads=OF_WINDOWS),
     "phi3": Translation({None: "phi3"}, more=_phi3, reads=frozenset({WINDOW, "rope.scaling.attn_factor"})),
     "smollm3": Translation({None: "smollm3"}, said={**BIAS, "mlp_bias": "ffn_gate.bias"}),
+    "cohere2": Translation(
+        {None: "cohere2"}, {"logit_scale": "logit_scale"}, more=_cohere2, reads=OF_WINDOWS | {EPSILON}
+    ),
     "gemma2": Translation({None: "gemma2"}, CAPS, dict.fromkeys(CAPS), BIAS, _gemma2, OF_WINDOWS),
     "gemma3": Translation(
         {None: "gemma3_text"},

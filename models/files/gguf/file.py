@@ -142,7 +142,7 @@ METADATA_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "tokenizer.ggml.token_type": ("an array of whole numbers", _list_of(int)),
     "tokenizer.ggml.tokens": TEXTS,
-}
+} | {f"xielu.{name}": ("an array of numbers", _list_of(float)) for name in ("alpha_p", "alpha_n", "beta", "eps")}
 
 
 def is_gguf(place: Location) -> bool:

@@ -48,7 +48,7 @@ def _granite(model: GgufModel) -> dict[str, Any]:
         "mamba_d_head": _head_width(model),
         "mamba_expand": inner // hidden,
         "attention_multiplier": scale,
-        "position_embedding_type": "rope" if values.get("rope.scaling.finetuned", True) else "nope",
+        "position_embedding_type": "rope" if values.get("rope.scaling.finetuned") else "nope",
         "shared_intermediate_size": shared,
     }
 

@@ -64,7 +64,7 @@ def _yarn(model: GgufModel) -> dict[str, Any]:
 
 
 def _deepseek(model: GgufModel) -> dict[str, Any]:
-    grouped = model.values.get("expert_group_count", 1) > 1
+    grouped = model.values.size("expert_group_count", 1) > 1
     if model.values.get("expert_gating_func") == SIGMOID:
         return {**_latent(model), **_ahead(model)}
     return {**_latent(model), "topk_method": "group_limited_greedy" if grouped else "greedy"}

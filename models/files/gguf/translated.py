@@ -14,7 +14,7 @@ import gguf
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families import config_from_hf
-from distillcache.models.families.reading.values import PARTIAL, rope_to_hf
+from distillcache.models.families.reading.values import MOST, PARTIAL, rope_to_hf
 from distillcache.models.files.gguf.rotation import Tensors, rotation
 from distillcache.models.files.gguf.values import NEUTRAL_VALUES, GgufValues
 from distillcache.schemas.store.path import Location
@@ -50,9 +50,20 @@ class GgufModel:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A size that all blocks have in common that have one; the others have 0."""
+        if isinstance(self.values.get(key), list):
+            own = set(self.sizes(key)) - {0}
+            if len(own) == 1:
+                return own.pop()
+        return self.values.size(key, default)
+
+    def sizes(self, key: str) -> list[int]:
+        """A size of every block, where one for all stands for all."""
         found = self.values.get(key)
-        own = set(found) - {0} if isinstance(found, list) else set()
-        return own.pop() if len(own) == 1 else self.values.size(key, default)
+        if not isinstance(found, list):
+            return [self.values.size(key)] * self.depth
+        if not all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each <= MOST for each in found):
+            raise self.values.bad(key, found, f"whole numbers from 0 to {MOST}")
+        return found
 
     def width(self) -> int:
         """The width of a head, of queries and keys as of values."""
@@ -104,7 +115,7 @@ def translated_config(
     values = GgufValues(reader, name, file, own, NEUTRAL_VALUES)
     model = GgufModel(values, tensors)
     scores = values.get("expert_gating_func")
-    if scores not in known.families:
+    if isinstance(scores, list) or scores not in known.families:
         raise values.bad("expert_gating_func", scores, " or ".join(str(each) for each in known.families))
     more = known.more(model)
     raw = {

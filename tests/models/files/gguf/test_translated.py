@@ -233,6 +233,11 @@ def gemma4_keys(raw: Raw) -> dict[str, Any]:
     return found
 
 
+def cohere_keys(raw: Raw) -> dict[str, Any]:
+    found = {"attention.layer_norm_epsilon": raw["layer_norm_eps"], "logit_scale": raw["logit_scale"]}
+    return found | {"attention.sliding_window": raw["sliding_window"], "rope.dimension_count": raw["head_dim"]}
+
+
 def phi_keys(raw: Raw) -> dict[str, Any]:
     rope = raw["rope_parameters"]
     turned = int(rope["partial_rotary_factor"] * raw["hidden_size"]) // raw["num_attention_heads"]
@@ -438,6 +443,7 @@ CASES = [
     Case("gemma4_text_moe", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
     Case("gemma4_text_shared", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
     Case("phi3", "phi3", phi_keys),
+    Case("cohere2", "cohere2", cohere_keys, stated={"attention_bias": False, "layer_types": None}),
 ]
 # Tensors that are made of configs.
 EXTRA: dict[str, Tensors] = {
@@ -456,7 +462,12 @@ def folder_of(case: Case, where: Path, more: Tensors | None = None) -> Path:
     (where / "config.json").write_text(json.dumps(raw | case.stated))
     stored = load_file(GOLDEN / case.golden / "model.safetensors")
     dropped = f"model.layers.{case.stated.get('num_hidden_layers')}."
-    kept_here = {name: values for name, values in stored.items() if not name.startswith(dropped)}
+    unbiased = case.stated.get("attention_bias") is False
+    kept_here = {
+        name: values
+        for name, values in stored.items()
+        if not name.startswith(dropped) and not (unbiased and name.endswith(".bias"))
+    }
     save_file(kept_here | (more or {}), where / WEIGHTS_NAME)
     return where
 
@@ -595,6 +606,10 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path):
         ("granitemoehybrid", {"ssm.inner_size": 78}, "granitehybrid.ssm.inner_size"),
         ("exaone4", {"rope.dimension_count": 4}, "partial_rotary_factor"),
         ("dots1", {"attention.value_length": 6}, "dots1.attention.value_length"),
+        ("glm4", {"expert_gating_func": [1, 2]}, "glm4.expert_gating_func"),
+        ("deepseek_v2", {"expert_group_count": "four"}, "deepseek2.expert_group_count"),
+        ("nemotron_h", {"feed_forward_length": [20.5, 0.0, 0.0, 0.0]}, "nemotron_h.feed_forward_length"),
+        ("gemma4_text", {"attention.head_count_kv": None}, "gemma4.attention.head_count_kv"),
         ("gpt_oss", {"expert_gating_func": 2}, "gpt-oss.expert_gating_func"),
         ("gemma4_text", {"attention.sliding_window_pattern": [True, False]}, "gemma4.attention.sliding_window_pattern"),
         ("gemma4_text", {"attention.head_count_kv": [2, 1, 1, 1]}, "gemma4.attention.head_count_kv"),
