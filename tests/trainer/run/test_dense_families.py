@@ -137,6 +137,21 @@ CONFIGS["qwen3_next"] = replace(
     layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(moe=True)]),
     moe=MoeConfig(5, 2, 14, 22, shared_gate=True),
 )
+CONFIGS["olmo_hybrid"] = replace(
+    CONFIGS["olmo2"],
+    family="olmo_hybrid",
+    norms="by_mixer",
+    delta=DeltaConfig(key_heads=2, value_heads=4, key_dim=5, value_dim=7, taps=3, doubled=True, norm_eps=1e-5),
+    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(rotary=False)]),
+)
+CONFIGS["kimi_linear"] = replace(
+    CONFIGS["deepseek_v3"],
+    family="kimi_linear",
+    attention_scale=9**-0.5,
+    rope=RopeConfig(),
+    delta=DeltaConfig(key_heads=4, value_heads=4, key_dim=5, value_dim=5, taps=3, by_channel=True),
+    layers=plan_layers([BlockKind(mixer="gated_delta"), BlockKind(rotary=False, moe=True)]),
+)
 CONFIGS["lfm2_moe"] = replace(
     TINY,
     family="lfm2_moe",
@@ -234,7 +249,7 @@ def test_from_a_teacher_to_its_own_copy(family: str, tmp_path: Path, corpus: Pat
     np.testing.assert_allclose(read_evaluations(tmp_path / "run")[0].cosine, 0, atol=1e-6)
     export.run([str(tmp_path / "run"), str(tmp_path / "out")], "export", False)
     assert load_pretrained(tmp_path / "out").config == CONFIGS[family]
-    if family in ("olmo2", "cohere2"):
+    if family in ("olmo2", "olmo_hybrid", "cohere2"):
         with pytest.raises(InputError, match="no normed input to inject"):
             train(config(tmp_path / "other", cache, inject="attn_in"))
     if family == "cohere2":  # the norm before its head takes the mean away, of the teacher's last stream as well
