@@ -401,8 +401,10 @@ def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in HF's files of a tensor that has this one here."""
     if name.endswith(ROWS) and len(shape) == 1:
         return (1, *shape)
-    if name.endswith(CONVOLUTIONS) and len(shape) == 2:
-        return (shape[0], 1, shape[1])
+    if name.endswith(CONVOLUTIONS):
+        return (math.prod(shape[:-1]), 1, shape[-1])
+    if name.endswith("self_attn.A_log"):  # of Kimi Linear
+        return (1, 1, math.prod(shape), 1)
     return (math.prod(shape),) if name.endswith(FLAT) else shape
 
 

@@ -4,13 +4,15 @@ Some of a config is not in these files. Of DeepSeek-V2's choice within groups th
 groups are ranked: it is the model's own way here. `mscale` of YaRN is taken to be `mscale_all_dim`, as in all released
 files of DeepSeek. Queries of Mistral 4 grow where a file says so; that of transformers' weights does not.
 
-Source: llama.cpp `conversion/deepseek.py`, `mistral3.py` (Mistral4Model), `glm.py`, `minimax.py`, `dots1.py`,
-`ernie.py`, `hunyuan.py`, `gpt_oss.py`, `olmo.py` (OlmoeModel); `src/models/*.cpp` for what is assumed without a key.
+Source: llama.cpp `conversion/deepseek.py`, `mistral3.py` (Mistral4Model), `kimi_linear.py`, `glm.py`, `minimax.py`,
+`dots1.py`, `ernie.py`, `hunyuan.py`, `gpt_oss.py`, `olmo.py` (OlmoeModel); `src/models/*.cpp` for what is assumed
+without a key.
 """
 
 from typing import Any
 
 from distillcache.models.families.mistral import BETA, share_of
+from distillcache.models.families.reading.keys import LINEAR
 from distillcache.models.families.reading.kinds import FULL, SLIDING
 from distillcache.models.families.reading.values import ORIGINAL, PARTIAL
 from distillcache.models.files.gguf.translated import (
@@ -91,6 +93,16 @@ def _indexed(model: GgufModel) -> dict[str, Any]:
     return {**_latent(model), **_ahead(model), "indexer_types": types}
 
 
+def _kimi(model: GgufModel) -> dict[str, Any]:
+    """Blocks are recurrent by their tensors, of as many heads as one has rates."""
+    kinds = [model.has("ssm_beta.weight", block) for block in range(model.depth)]
+    if not any(kinds):
+        raise model.values.bad("kda.head_dim", model.values.get("kda.head_dim"), "blocks with ssm_beta")
+    types = [LINEAR if recurrent else FULL for recurrent in kinds]
+    heads = model.rows(f"blk.{kinds.index(True)}.ssm_beta.weight")
+    return {**_latent(model), **_ahead(model), "layer_types": types, "linear_num_heads": heads}
+
+
 def _ernie(model: GgufModel) -> dict[str, Any]:
     sparse = [block for block in range(model.depth) if model.has("ffn_gate_inp.weight", block)]
     return {"moe_layer_end_index": max(sparse, default=-1)}
@@ -139,6 +151,20 @@ MIXTURES = {
         LATENT_BIAS,
         _indexed,
         LATENT | YARN | {"attention.indexer.types"},
+    ),
+    "kimi-linear": Translation(
+        {None: "kimi_linear", SIGMOID: "kimi_linear"},
+        {
+            **ROUTED,
+            **DENSE_FIRST,
+            **RANKS,
+            "kda.head_dim": "linear_head_dim",
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+        },
+        {**ROUTING, "norm_topk_prob": True, "q_lora_rank": None},
+        LATENT_BIAS,
+        _kimi,
+        LATENT,
     ),
     "glm4moe": Translation(
         {None: "glm4_moe", SIGMOID: "glm4_moe"},

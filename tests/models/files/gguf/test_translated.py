@@ -181,6 +181,29 @@ def indexed_keys(raw: Raw) -> dict[str, Any]:
     return latent_keys(raw) | {f"attention.indexer.{ours}": raw[theirs] for ours, theirs in names.items()}
 
 
+def kimi_keys(raw: Raw) -> dict[str, Any]:
+    rank, turned = raw["kv_lora_rank"], raw["qk_rope_head_dim"]
+    names = {
+        "context_length": "model_max_length",
+        "expert_used_count": "num_experts_per_token",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_count": "num_shared_experts",
+        "expert_weights_scale": "routed_scaling_factor",
+        "kda.head_dim": "linear_head_dim",
+        "ssm.conv_kernel": "linear_conv_kernel_dim",
+        "attention.q_lora_rank": "q_lora_rank",
+        "attention.value_length_mla": "v_head_dim",
+    }
+    return {ours: raw[theirs] for ours, theirs in names.items()} | {
+        "leading_dense_block_count": raw["mlp_layer_types"].index("sparse"),
+        "attention.head_count_kv": [int(kind == "full_attention") for kind in raw["layer_types"]],
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + turned,
+        "attention.key_length_mla": raw["qk_nope_head_dim"] + turned,
+        "rope.dimension_count": turned,
+    }
+
+
 def ahead_keys(raw: Raw) -> dict[str, Any]:
     """Of GLM-4.5, whose files count layers of multi-token prediction among the blocks."""
     ahead = raw.get("num_nextn_predict_layers", 0)
@@ -261,6 +284,17 @@ def split_latent(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str,
     heads = values.reshape(raw["num_attention_heads"], plain + raw["v_head_dim"], -1)
     yield name.replace("kv_b", "k_b"), np.stack([head[:plain].T for head in heads])
     yield name.replace("kv_b", "v_b"), np.stack([head[plain:] for head in heads])
+
+
+def kimi_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
+    """Dense MLPs are named here as released files have them."""
+    if name.count(".") == 5 and name.endswith("_proj.weight"):
+        name = name.replace("block_sparse_moe", "mlp")
+    if name.endswith("conv1d.weight"):
+        values = values[None]
+    elif name.endswith("A_log"):
+        values = -np.exp(values)
+    yield from split_latent(name.replace("dt_bias", "dt_proj.bias"), values, raw)
 
 
 def next_tensors(name: str, values: np.ndarray, raw: Raw) -> Iterator[tuple[str, np.ndarray]]:
@@ -443,6 +477,7 @@ CASES = [
     Case("gemma4_text_moe", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
     Case("gemma4_text_shared", "gemma4", gemma4_keys, gemma4_tensors, SEVENTHS),
     Case("phi3", "phi3", phi_keys),
+    Case("kimi_linear", "kimi-linear", kimi_keys, kimi_tensors, {"num_expert_group": 1}, scores=2),
     Case("cohere2", "cohere2", cohere_keys, stated={"attention_bias": False, "layer_types": None}),
 ]
 # Tensors that are made of configs.
