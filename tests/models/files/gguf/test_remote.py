@@ -14,6 +14,7 @@ from distillcache.models.text.tokenizer import load_tokenizer
 from distillcache.schemas.store.store import Store
 from tests.models.conftest import GOLDEN
 from tests.models.files.gguf.test_file import parts_of, refused, write_gguf
+from tests.models.files.gguf.test_translated import CASE_OF, folder_of, written
 from tests.models.test_checkpoint import assert_same_parameters
 from tests.models.text.test_tokenizer import write_gguf as write_tokenizer_gguf
 from tests.servers.fixtures import Bucket
@@ -43,6 +44,13 @@ def test_experts_are_read_one_by_one(gcs: Bucket, tiny_config: ModelConfig, tmp_
         Decoder(replace(tiny_config, family="qwen3_moe", qk_norm="head", moe=moe, layers=layers)), tmp_path / "hf"
     )
     path = write_gguf(tmp_path / "hf", tmp_path / "model.gguf", architecture="qwen3moe")
+    assert_same_parameters(load_pretrained(uploaded(path, gcs)), load_pretrained(path))
+
+
+def test_tensors_that_are_made_of_others(gcs: Bucket, tmp_path: Path):
+    """Their parts are fetched ahead, as are experts."""
+    case = CASE_OF["qwen3_next"]
+    path = written(case, folder_of(case, tmp_path / "hf"), tmp_path / "model.gguf")
     assert_same_parameters(load_pretrained(uploaded(path, gcs)), load_pretrained(path))
 
 
