@@ -52,11 +52,11 @@ class RopeConfig:
 class BlockKind:
     """Properties that differ between the blocks of one decoder. Sizes are the decoder's.
 
-    mixer: what mixes tokens. `attention`: softmax attention, latent where `ModelConfig.latent` is set; `gated_delta`: a
-        recurrence with a state for each document, see models/layers/gated_delta.py; `short_conv`: a convolution of a
-        few tokens, see models/layers/short_conv.py; `mamba2`: another recurrence, see models/layers/mamba.py;
-        `attention_mamba2`: attention and that beside each other; `none`: the block has no mixer. window, chunk, rotary
-        and local_rope say nothing of a mixer without attention, and are at their defaults there.
+    mixer: what mixes tokens. `attention`: softmax attention, latent where `ModelConfig.latent` is set; in
+        models/layers/recurrent/ are `gated_delta`, a recurrence with a state for each document; `short_conv`, a
+        convolution of a few tokens; `mamba2`, another recurrence; and `attention_mamba2`, attention and that beside
+        each other. `none`: the block has no mixer. window, chunk, rotary and local_rope say nothing of a mixer without
+        attention, and are at their defaults there.
     window: a token attends to itself and the `window - 1` tokens before it; None: to all before it.
     chunk: a token attends within its run of `chunk` positions of its document; None: runs have no end.
     rotary: queries and keys are rotated; False: the block knows no positions ("NoPE").
@@ -173,7 +173,7 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """Sizes of the gated delta rule (arXiv 2412.06464), see models/layers/gated_delta.py.
+    """Sizes of the gated delta rule (arXiv 2412.06464), see models/layers/recurrent/gated_delta.py.
 
     key_heads, value_heads: each of the former serves an equal number of the latter. key_dim: width of a query and a
     key; value_dim: of a value. taps: tokens that the short convolution sees, a token itself and those before it.
@@ -199,7 +199,7 @@ class DeltaConfig:
 
 @dataclass(frozen=True)
 class ShortConvConfig:
-    """Sizes of the gated short convolution (LFM2), see models/layers/short_conv.py.
+    """Sizes of the gated short convolution (LFM2), see models/layers/recurrent/short_conv.py.
 
     taps: tokens that a channel sees, a token itself and those before it. bias: the convolution and the projections have
     one.
@@ -212,7 +212,7 @@ class ShortConvConfig:
 
 @dataclass(frozen=True)
 class MambaConfig:
-    """Sizes and options of Mamba-2 (arXiv 2405.21060), see models/layers/mamba.py.
+    """Sizes and options of Mamba-2 (arXiv 2405.21060), see models/layers/recurrent/mamba.py.
 
     heads, head_dim: of its values. groups: of equally many heads, which share a key and a query of `state` numbers.
     taps: tokens that the short convolution sees. conv_bias: the convolution has one; bias, output_bias: so have the

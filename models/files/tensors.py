@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from distillcache.models.config import BlockKind, ModelConfig
-from distillcache.models.layers.gated_delta import GatedDelta
-from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
 from distillcache.models.layers.mlp import Moe
+from distillcache.models.layers.recurrent.gated_delta import GatedDelta
+from distillcache.models.layers.recurrent.mamba import AttentionBesideMamba, Mamba2
 from distillcache.schemas.store.path import Location
 
 WEIGHTS_NAME = "model.safetensors"

@@ -5,10 +5,10 @@ from flax import nnx
 
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.layers.attention import Attention
-from distillcache.models.layers.gated_delta import GatedDelta, KimiDelta
 from distillcache.models.layers.latent_attention import IndexedAttention, LatentAttention
-from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
-from distillcache.models.layers.short_conv import ShortConv
+from distillcache.models.layers.recurrent.gated_delta import GatedDelta, KimiDelta
+from distillcache.models.layers.recurrent.mamba import AttentionBesideMamba, Mamba2
+from distillcache.models.layers.recurrent.short_conv import ShortConv
 from distillcache.models.layers.sublayer import NoMixer, TokenMixer
 
 

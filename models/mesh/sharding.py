@@ -85,7 +85,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
     "block_projection": ("fsdp", "tensor"),
     "head": ("fsdp", "tensor"),
 }
-# Of Mamba-2 beside attention (models/layers/mamba.py).
+# Of Mamba-2 beside attention (models/layers/recurrent/mamba.py).
 RULES |= {name.replace("/", "/mamba_"): rule for name, rule in RULES.items() if name.startswith("attention/")}
 # The same names where a block has experts: one more axis in front.
 OF_EXPERTS = ("mlp/gate", "mlp/up", "mlp/down", "mlp/gate_bias", "mlp/up_bias", "mlp/down_bias")

@@ -4,7 +4,7 @@ important."""
 import numpy as np
 
 from distillcache.models.config import BlockKind
-from distillcache.models.layers.mamba import BESIDE
+from distillcache.models.layers.recurrent.mamba import BESIDE
 from distillcache.models.surgery.parts import STREAM, Block, Parts
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError

@@ -14,7 +14,7 @@ from flax import nnx
 
 from distillcache.models.config import BlockKind, ModelConfig
 from distillcache.models.decoder import Decoder, abstract_decoder
-from distillcache.models.layers.mamba import BESIDE
+from distillcache.models.layers.recurrent.mamba import BESIDE
 from distillcache.models.mesh.sharding import device_copy
 from distillcache.schemas.errors import CheckpointError, ConfigError
 

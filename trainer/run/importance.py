@@ -30,10 +30,10 @@ from jaxtyping import Array, Bool
 
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext
-from distillcache.models.layers.gated_delta import GatedDelta
-from distillcache.models.layers.mamba import AttentionBesideMamba, Mamba2
 from distillcache.models.layers.mlp import Mlp, NoMlp
-from distillcache.models.layers.short_conv import ShortConv
+from distillcache.models.layers.recurrent.gated_delta import GatedDelta
+from distillcache.models.layers.recurrent.mamba import AttentionBesideMamba, Mamba2
+from distillcache.models.layers.recurrent.short_conv import ShortConv
 from distillcache.models.layers.sublayer import NoMixer, TokenMixer, pre_norm, second_input
 from distillcache.models.surgery import Scores
 from distillcache.schemas.config.student import SurgeryOp

@@ -28,7 +28,7 @@ from distillcache.models.families.reading.family import (
 )
 from distillcache.models.families.reading.values import Values, is_number
 from distillcache.models.files.tensors import BlockTensor, Layout
-from distillcache.models.layers.mamba import BESIDE
+from distillcache.models.layers.recurrent.mamba import BESIDE
 
 KIND, NAME = BlockKind(mixer="attention_mamba2"), "hybrid"
 # Fields of `Multipliers` under the family's names.

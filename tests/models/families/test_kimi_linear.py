@@ -1,6 +1,6 @@
 """Kimi Linear: both spellings of its config, round trips, refusals, forms of files, surgery, adapters, FLOPs.
 
-Its numbers are in test_parity.py and layers/test_delta_rule.py.
+Its numbers are in test_parity.py and layers/recurrent/test_delta_rule.py.
 """
 
 from dataclasses import replace

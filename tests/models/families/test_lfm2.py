@@ -1,6 +1,6 @@
 """LFM2 and LFM2-MoE: widths as transformers rounds them, both spellings of keys, defaults, round trips, refusals.
 
-Their numbers are in test_parity.py and layers/test_short_conv.py.
+Their numbers are in test_parity.py and layers/recurrent/test_short_conv.py.
 """
 
 from dataclasses import replace

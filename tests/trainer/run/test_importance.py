@@ -23,7 +23,7 @@ from distillcache.models.config import (
     plan_layers,
 )
 from distillcache.models.decoder import Decoder
-from distillcache.models.layers.short_conv import ShortConv
+from distillcache.models.layers.recurrent.short_conv import ShortConv
 from distillcache.models.surgery import Scores, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.config.teacher import TapConfig, TapsConfig

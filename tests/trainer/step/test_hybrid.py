@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from distillcache.models.adapters import sides
 from distillcache.models.decoder import Decoder
-from distillcache.models.layers.gated_delta import GatedDelta
+from distillcache.models.layers.recurrent.gated_delta import GatedDelta
 from distillcache.schemas.config.train import OptimizerConfig
 from distillcache.trainer.step.flops import step_flops
 from distillcache.trainer.step.optimizer import make_optimizer, update_one
 from distillcache.trainer.step.parameters import all_parameters, cast
 from tests.models.layers import test_short_conv
-from tests.models.layers.test_gated_delta import CONFIG, DELTA
+from tests.models.layers.recurrent.test_gated_delta import CONFIG, DELTA
 
 RECURRENT = "groups/0/blocks/0/attention/"
 

@@ -1,6 +1,6 @@
 """Qwen3-Next and Qwen3.5: released configs, what transformers fills in, round trips, refusals, and forms of files.
 
-Their numbers are in test_parity.py and layers/test_gated_delta.py.
+Their numbers are in test_parity.py and layers/recurrent/test_gated_delta.py.
 """
 
 import json

@@ -17,7 +17,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.files.gguf.tokenizer import QWEN35_SPLIT
 from distillcache.schemas.errors import CheckpointError
 from tests.models.conftest import randomized
-from tests.models.layers.test_gated_delta import CONFIG
+from tests.models.layers.recurrent.test_gated_delta import CONFIG
 
 DENSE: ModelConfig = replace(CONFIG, family="qwen3_5_text", qkv_bias=True, output_bias=True)
 SPARSE: ModelConfig = replace(

@@ -14,7 +14,7 @@ from distillcache.models.config import BlockKind, DeltaConfig, ModelConfig, Rope
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.context import BlockContext, block_context
-from distillcache.models.layers.gated_delta import GatedDelta
+from distillcache.models.layers.recurrent.gated_delta import GatedDelta
 from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
 from distillcache.schemas.config.teacher import TeacherMeshConfig
 from tests.models.conftest import randomized

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from distillcache.models.config import BlockKind, ModelConfig, ShortConvConfig
 from distillcache.models.layers.context import BlockContext
-from distillcache.models.layers.convolution import causal_convolution, document_runs
 from distillcache.models.layers.norm import parameter
+from distillcache.models.layers.recurrent.convolution import causal_convolution, document_runs
 from distillcache.models.layers.sublayer import TokenMixer, add_norms
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from distillcache.models.config import BlockKind, ModelConfig, RopeConfig, ShortConvConfig, plan_layers
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
-from distillcache.models.layers.short_conv import ShortConv
+from distillcache.models.layers.recurrent.short_conv import ShortConv
 from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
 from distillcache.schemas.config.teacher import TeacherMeshConfig
 from tests.models.conftest import randomized

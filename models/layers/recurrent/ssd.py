@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distillcache.models.layers.delta_rule import CHUNK, chunks, decays, einsum, entering
+from distillcache.models.layers.recurrent.delta_rule import CHUNK, chunks, decays, einsum, entering
 
 
 def state_space(

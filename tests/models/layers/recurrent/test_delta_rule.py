@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillcache.models.layers.convolution import document_runs
-from distillcache.models.layers.delta_rule import channel_delta_rule, gated_delta_rule, unit_lower_inverse
+from distillcache.models.layers.recurrent.convolution import document_runs
+from distillcache.models.layers.recurrent.delta_rule import channel_delta_rule, gated_delta_rule, unit_lower_inverse
 
 # Of the largest value, in float32.
 OUTPUT, GRADIENT = 2e-6, 2e-5

@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from distillcache.models.config import BlockKind, DeltaConfig, ModelConfig
 from distillcache.models.layers.context import BlockContext
-from distillcache.models.layers.convolution import causal_convolution, document_runs
-from distillcache.models.layers.delta_rule import channel_delta_rule, gated_delta_rule
 from distillcache.models.layers.mlp import ACTIVATIONS
 from distillcache.models.layers.norm import parameter, rms_norm
+from distillcache.models.layers.recurrent.convolution import causal_convolution, document_runs
+from distillcache.models.layers.recurrent.delta_rule import channel_delta_rule, gated_delta_rule
 from distillcache.models.layers.sublayer import TokenMixer, add_norms
 
 UNIT_EPS = 1e-6  # added to the squared length of queries and keys, whatever the norms have

@@ -13,11 +13,11 @@ from flax import nnx
 from distillcache.models.config import BlockKind, MambaConfig, ModelConfig, Multipliers, RopeConfig, plan_layers
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
-from distillcache.models.layers.mamba import BESIDE, AttentionBesideMamba, Mamba2
+from distillcache.models.layers.recurrent.mamba import BESIDE, AttentionBesideMamba, Mamba2
 from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
 from distillcache.schemas.config.teacher import TeacherMeshConfig
 from tests.models.conftest import randomized
-from tests.models.layers.test_gated_delta import IDS, POSITIONS, normed, sigmoid
+from tests.models.layers.recurrent.test_gated_delta import IDS, POSITIONS, normed, sigmoid
 
 MAMBA = MambaConfig(heads=6, head_dim=7, groups=2, state=5, taps=3, bias=True, output_bias=True, most_step=1.5)
 CONFIG = ModelConfig(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillcache.models.layers.convolution import causal_convolution, document_runs
+from distillcache.models.layers.recurrent.convolution import causal_convolution, document_runs
 
 
 def test_runs_begin_where_the_segment_changes():

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distillcache.models.layers.convolution import document_runs
-from distillcache.models.layers.ssd import state_space
-from tests.models.layers.test_delta_rule import GRADIENT, OUTPUT, assert_close, packed_ids
+from distillcache.models.layers.recurrent.convolution import document_runs
+from distillcache.models.layers.recurrent.ssd import state_space
+from tests.models.layers.recurrent.test_delta_rule import GRADIENT, OUTPUT, assert_close, packed_ids
 
 
 class Given(NamedTuple):

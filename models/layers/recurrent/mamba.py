@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 from distillcache.models.config import BlockKind, MambaConfig, ModelConfig, Multipliers
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.context import BlockContext
-from distillcache.models.layers.convolution import causal_convolution, document_runs
 from distillcache.models.layers.mlp import ACTIVATIONS
 from distillcache.models.layers.norm import parameter, rms_norm
-from distillcache.models.layers.ssd import state_space
+from distillcache.models.layers.recurrent.convolution import causal_convolution, document_runs
+from distillcache.models.layers.recurrent.ssd import state_space
 from distillcache.models.layers.sublayer import TokenMixer, add_norms, post_norm
 
 BESIDE = "mamba_"  # of the parameters' names where attention has the plain ones
