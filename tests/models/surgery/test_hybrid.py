@@ -14,7 +14,7 @@ from distillcache.models.surgery import changed_config, operate
 from distillcache.schemas.config.student import SurgeryOp
 from distillcache.schemas.errors import ConfigError
 from tests.models.conftest import GOLDEN, randomized
-from tests.models.layers import test_short_conv
+from tests.models.layers.recurrent import test_short_conv
 from tests.models.layers.recurrent.test_gated_delta import CONFIG, DELTA
 
 HYBRID: ModelConfig = replace(CONFIG, family="qwen3_5_text")

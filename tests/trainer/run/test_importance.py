@@ -34,6 +34,7 @@ from distillcache.trainer.run import importance
 from distillcache.trainer.run.importance import measure_importance, teacher_importance
 from distillcache.trainer.run.student import with_choices
 from tests.conftest import TINY, build_config, save_teacher
+from tests.trainer.run.test_dense_families import CONFIGS
 
 EXACT = TapsConfig(attn_out=TapConfig(codec="f32"), resid=TapConfig(codec="f32"))
 # Two groups, windows, experts in some blocks, biases, norms of queries and keys.
@@ -160,6 +161,23 @@ def test_short_convolutions_have_channels(tmp_path: Path, corpus: Path):
     assert isinstance(before, ShortConv)
     assert isinstance(after, ShortConv)
     np.testing.assert_array_equal(after.conv[...], before.conv[...][:, best])
+
+
+@pytest.mark.slow  # a build of its own
+@pytest.mark.parametrize(
+    ("family", "letters"), [("falcon_h1", ["FHN", "FHN"]), ("nemotron_h", ["F", "N", "E", "H"])], ids=str
+)
+def test_blocks_have_scores_of_what_they_have(family: str, letters: list[str], tmp_path: Path, corpus: Path):
+    """Two mixers, one, or none; heads of Mamba-2 are kept by group."""
+    teacher = save_teacher(tmp_path / "teacher", CONFIGS[family])
+    build_cache(build_config(tmp_path / "cache", teacher, corpus, taps=EXACT))
+    decoder, source = load_pretrained(teacher), CacheSource(str(tmp_path / "cache"), split="train")
+    scores = measure_importance(decoder, source, 4)
+    assert ["".join(sorted(block)) for block in scores.blocks] == letters
+    done = operate(decoder, [SurgeryOp(op="value_heads", to=1, by="importance")], scores)
+    for block, kept in zip(scores.blocks, done.kept[0], strict=True):
+        best = block["N"].reshape(2, 3).argmax(axis=1) + np.array([0, 3]) if "N" in block else None
+        assert kept == (best if best is None else best.tolist())
 
 
 @pytest.mark.parametrize("letter", ["H", "F"])

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from distillcache.models.adapters import sides
+from distillcache.models.config import BlockKind, plan_layers
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.recurrent.gated_delta import GatedDelta
 from distillcache.schemas.config.train import OptimizerConfig
 from distillcache.trainer.step.flops import step_flops
 from distillcache.trainer.step.optimizer import make_optimizer, update_one
 from distillcache.trainer.step.parameters import all_parameters, cast
-from tests.models.layers import test_short_conv
+from tests.models.layers.recurrent import test_mamba, test_short_conv
 from tests.models.layers.recurrent.test_gated_delta import CONFIG, DELTA
 
 RECURRENT = "groups/0/blocks/0/attention/"
@@ -45,6 +46,21 @@ def test_flops_and_adapters_of_a_short_convolution():
     assert {name.rsplit("/", 1)[-1] for name, shape in first.items() if sides(name, shape)} == {
         *("in_gate", "out_gate", "value", "o")
     }
+
+
+def test_flops_and_adapters_of_mamba_beside_attention():
+    """By hand, two blocks with both."""
+    config = replace(test_mamba.CONFIG, layers=plan_layers([BlockKind(mixer="attention_mamba2")] * 2))
+    shapes, mamba = jax.eval_shape(lambda: all_parameters(Decoder(config))), test_mamba.MAMBA
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    inner, channels = mamba.heads * mamba.head_dim, mamba.heads * mamba.head_dim + 2 * mamba.groups * mamba.state
+    recurrent = width * (2 * inner + channels + mamba.heads) + channels * mamba.taps
+    recurrent += 2 * mamba.heads * mamba.state * mamba.head_dim
+    attention = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + heads * 50
+    blocks = 2 * (recurrent + attention + 3 * width * config.intermediate_size)
+    assert step_flops(config, shapes, 100, 50) == 6.0 * 100 * (blocks + width * config.vocab_size)
+    able = {name.rsplit("/", 1)[-1] for name, value in shapes.items() if sides(name, value.shape)}
+    assert able == {*"qkvo", *("mamba_" + name for name in "qkvzo"), "gate", "up", "down"}
 
 
 def test_rates_of_decay_stay_float32():
