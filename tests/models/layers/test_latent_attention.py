@@ -44,6 +44,18 @@ def mixer_of(config: ModelConfig) -> tuple[IndexedAttention, dict[str, np.ndarra
     return nnx.merge(graph, state), flat
 
 
+def outcome(mixer: IndexedAttention, x: Any, positions: Any, ids: Any, method: str = "__call__") -> Any:
+    """Result of a method of the mixer for this stream, compiled as one program."""
+    graph, state = nnx.split(mixer)
+
+    @jax.jit
+    def run(state: nnx.State, x: jax.Array, positions: jax.Array, ids: jax.Array) -> Any:
+        whole = nnx.merge(graph, state)
+        return getattr(whole, method)(x, block_context(whole.config, positions, ids))
+
+    return run(state, jnp.asarray(x), jnp.asarray(positions), jnp.asarray(ids))
+
+
 def turned(x: np.ndarray, position: int, interleaved: bool) -> np.ndarray:
     """The first numbers of a vector, rotated in pairs."""
     half = TURNED // 2
@@ -81,8 +93,7 @@ def chosen_alone(x: np.ndarray, p: dict[str, np.ndarray], interleaved: bool) -> 
 def test_chosen_keys_are_those_of_every_document_alone(interleaved: bool):
     mixer, p = mixer_of(config_of(interleaved=interleaved))
     x = np.random.default_rng(1).normal(size=(*IDS.shape, 36)).astype(np.float32)
-    context = block_context(mixer.config, jnp.asarray(POSITIONS), jnp.asarray(IDS))
-    choice = np.asarray(mixer.choice(jnp.asarray(x), context))
+    choice = np.asarray(outcome(mixer, x, POSITIONS, IDS, "choice"))
     for row, start, stop in ((0, 0, 4), (0, 4, 16), (0, 16, 19), (1, 0, 23)):
         earlier = np.tril(np.ones((stop - start,) * 2, bool))
         found = choice[row, start:stop, start:stop] & earlier
@@ -92,14 +103,12 @@ def test_chosen_keys_are_those_of_every_document_alone(interleaved: bool):
 def test_where_the_choice_takes_all_it_is_dense():
     """Documents of at most `top_k` tokens in a longer row, and rows of at most `top_k` tokens."""
     x = np.random.default_rng(2).normal(size=(1, 23, 36)).astype(np.float32)
-    ids = jnp.asarray([[1] * 12 + [2] * 11])
-    positions = jnp.asarray(np.concatenate([np.arange(12), np.arange(11)])[None])
+    ids, positions = [[1] * 12 + [2] * 11], np.concatenate([np.arange(12), np.arange(11)])[None]
     found = []
     for top_k in (12, 23):
         mixer, _ = mixer_of(config_of(top_k=top_k))
-        context = block_context(mixer.config, positions, ids)
-        assert (mixer.choice(jnp.asarray(x), context) is None) == (top_k == 23)
-        found.append(np.asarray(mixer(jnp.asarray(x), context)))
+        assert (outcome(mixer, x, positions, ids, "choice") is None) == (top_k == 23)
+        found.append(np.asarray(outcome(mixer, x, positions, ids)))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
 
 
@@ -107,18 +116,16 @@ def test_splash_attention_knows_no_choice():
     """XLA computes it, whatever kernel was chosen."""
     mixer, _ = mixer_of(config_of())
     x, ids = jnp.ones((1, 23, 36)) * jnp.linspace(-1, 1, 23)[:, None], jnp.ones((1, 23), int)
-    context = block_context(mixer.config, jnp.arange(23)[None], ids)
-    plain = np.asarray(mixer(x, context))
+    plain = np.asarray(outcome(mixer, x, jnp.arange(23)[None], ids))
     mixer.config = replace(mixer.config, attention="splash")
-    np.testing.assert_array_equal(mixer(x, context), plain)
+    np.testing.assert_array_equal(outcome(mixer, x, jnp.arange(23)[None], ids), plain)
 
 
 def test_padding_changes_nothing():
     mixer, _ = mixer_of(config_of())
     x = np.random.default_rng(3).normal(size=(2, 23, 36)).astype(np.float32)
-    ids, positions = jnp.asarray(np.tile(IDS[:1], (2, 1))), jnp.asarray(np.tile(POSITIONS[:1], (2, 1)))
     x[1, :19] = x[0, :19]
-    out = np.asarray(mixer(jnp.asarray(x), block_context(mixer.config, positions, ids)))
+    out = np.asarray(outcome(mixer, x, np.tile(POSITIONS[:1], (2, 1)), np.tile(IDS[:1], (2, 1))))
     np.testing.assert_array_equal(out[0, :19], out[1, :19])
 
 
@@ -130,7 +137,8 @@ def test_the_last_choice_is_taken_over():
     assert config.has_joined_blocks
     decoder = randomized(Decoder(config))
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, 61, (1, 23)))
-    taps = decoder(tokens, taps=("resid", "attn_out"), logits=False).taps
+    whole, parameters = nnx.split(decoder)
+    taps = jax.jit(lambda p: nnx.merge(whole, p)(tokens, taps=("resid", "attn_out"), logits=False).taps)(parameters)
     context = decoder.context(jnp.arange(23)[None], jnp.ones((1, 23), int))
     choice = None
     for block, (_, group, repeat, place) in enumerate(config.places()):
@@ -153,7 +161,7 @@ def test_no_gradient_reaches_the_indexer_and_no_backward_pass_is_counted():
     decoder = randomized(Decoder(config_of()))
     graph, state = nnx.split(decoder)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 61, (1, 23)))
-    slopes = jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(tokens).logits ** 2))(state)
+    slopes = jax.jit(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(tokens).logits ** 2)))(state)
     largest = {str(path[-1]): float(jnp.abs(v.get_value()).max()) for path, v in nnx.to_flat_state(slopes)}
     assert {name for name, value in largest.items() if value == 0} == {n for n in largest if n.startswith("index_")}
     parameters = all_parameters(decoder)
