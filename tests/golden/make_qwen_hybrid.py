@@ -47,8 +47,9 @@ EXPERTS = {
     "moe_intermediate_size": 14,
     "shared_expert_intermediate_size": 22,
 }
-# Seeds with which transformers' gradients in float32 are within 2.5e-5 of those in float64.
-SEEDS = {"qwen3_next": 1010, "qwen3_next_plain": 1024, "qwen3_5_text": 1012, "qwen3_5_moe_text": 1013}
+# Seeds with which transformers' gradients in float32 are within 2.5e-5 of those in float64, and values do not depend on
+# the processor by more than 4e-6 of the largest.
+SEEDS = {"qwen3_next": 1010, "qwen3_next_plain": 1054, "qwen3_5_text": 1012, "qwen3_5_moe_text": 1013}
 SPARSE = {key: size for key, size in SIZES.items() if key != "intermediate_size"}
 TEXT: dict[str, PreTrainedConfig] = {
     # Attention in block 1, a dense MLP in block 2, biases.
