@@ -24,7 +24,7 @@ from distillcache.schemas.runtime.peers import SUPERVISED, PeerError
 
 RUNTIME = re.compile(
     rb"^[EFW]\d{4} .*(coordination|client\.h|preemption|RPC)|^\*\*\* |^    @ +0x|^\[Gloo\]|^Additional GRPC"
-    rb"|^The tasks have crashed|^RPC: /|^:UNKNOWN:"
+    rb"|^The tasks have crashed|^RPC: /|^:UNKNOWN:|.*connected peer ranks is"  # its lines may come into each other
 )
 UNHEALTHY = re.compile(rb"unhealthy|stopped sending heartbeats|missing heartbeat|timed out", re.IGNORECASE)
 FORWARDED = (signal.SIGTERM, signal.SIGINT)

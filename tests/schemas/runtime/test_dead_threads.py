@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,13 @@ def test_a_writer_that_failed_frees_its_bytes() -> None:
     budget.release(10)
     waiting.join(SOON_S)
     assert not waiting.is_alive()
+
+
+def test_lines_of_the_collectives_that_come_into_each_other_are_not_passed_on():
+    told = b" is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+    source, target = (
+        io.BytesIO(b"one\n[Gloo] Rank [Gloo] Rank 01" + told + told + b"\n[Gloo] Rank 0" + told + b"two\n"),
+        io.BytesIO(),
+    )
+    supervise_module._pass_on(source, target, deque())
+    assert target.getvalue() == b"one\ntwo\n"

@@ -58,7 +58,7 @@ def ends(processes: list[Command], code: int) -> list[str]:
     """What they say of their end, all with this exit code."""
     found = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), found
-    assert not any(out for out, _ in found[1:]), found
+    assert [out for out, _ in found[1:]] == [""] * (len(found) - 1)
     return [err[match.start() :] if (match := ENDED.search(err)) else "" for _, err in found]
 
 
