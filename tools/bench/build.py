@@ -7,7 +7,8 @@ SmolLM2-135M, batches of 2 rows of 256 tokens of real text, each a shard. The ba
 logits, which the build does not compute; the build records `attn_out` and `resid` of all blocks. Its rate is that of a
 long build, from one durable shard to the next: the clock runs from the commit of the first shard to that of the last,
 so compiling is left out, and a shard's encoding, digests and writes have the teacher's next batch to hide behind, as
-they have in a build of many shards. `<codec>_delta`: `resid` as differences from block to block.
+they have in a build of many shards. `<codec>_delta`: `resid` as differences from block to block. `hybrid_...`: the same
+of a random hybrid model, three blocks with the gated delta rule to one with attention, of about as many parameters.
 """
 
 import shutil
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from distillcache.cache_builder.record.loop import Work, record_batches
 from distillcache.cache_builder.record.pipeline import ShardWriter
 from distillcache.cache_builder.record.plan import make_plan
 from distillcache.models.checkpoint import load_pretrained
+from distillcache.models.config import ModelConfig
 from distillcache.models.decoder import Decoder, with_attention
 from distillcache.models.describe import describe_rows, describe_teacher
 from distillcache.models.layers.kernels import chosen_kernel
@@ -39,17 +41,20 @@ from distillcache.schemas.runtime.progress import Progress
 from distillcache.schemas.runtime.signals import StopRequest
 from distillcache.schemas.store.store import Store
 from distillcache.tools.bench.figures import Goal, Measured, scratch_folder
+from distillcache.tools.bench.steps.mixers import HYBRID
 from distillcache.tools.demo.command import sized_text
 from distillcache.tools.demo.teacher import fetch_teacher
 
 ROUNDS = 2  # a round takes a minute: the teacher runs once for every choice
+EIGHT_BLOCKS = replace(HYBRID, layers=(replace(HYBRID.layers[0], repeats=2),), tie_embeddings=True)
 MAX_IN_FLIGHT = 2048 << 20  # the build's own default
 
 
 @dataclass(frozen=True)
 class BuildSizes:
     """Sizes of the build. batches: of a build, two at least. forwards: batches of the bare teacher at a time.
-    choices: name -> (codec, whether `resid` is delta-coded).
+    choices: name -> (codec, whether `resid` is delta-coded). hybrid: the other model, but for its vocabulary; its
+    choices: the names of those that it is built with.
     """
 
     batch_rows: int = 2
@@ -65,6 +70,8 @@ class BuildSizes:
             "int4_delta": ("int4", True),
         }
     )
+    hybrid: ModelConfig = EIGHT_BLOCKS
+    hybrid_choices: Sequence[str] = ("int8_delta",)
 
 
 def measure(config: BenchConfig) -> Measured:
@@ -76,18 +83,32 @@ def measure(config: BenchConfig) -> Measured:
 def measure_build(folder: Path, teacher: str, sizes: BuildSizes, rounds: int) -> Measured:
     """Measure with another teacher and other sizes."""
     rows = reference_rows(folder, teacher, sizes.row_tokens, sizes.batch_rows * sizes.batches)
-    decoder = load_pretrained(teacher)
+    dense = load_pretrained(teacher)
+    hybrid = Decoder(
+        replace(sizes.hybrid, vocab_size=dense.config.vocab_size), dtype=str(dense.dtype), rngs=nnx.Rngs(0)
+    )
+    some = {name: sizes.choices[name] for name in sizes.hybrid_choices}
+    figures: dict[str, float] = {}
+    goals: list[Goal] = []
+    for prefix, decoder, choices in (("", dense, sizes.choices), ("hybrid_", hybrid, some)):
+        rates, ratios = _compare(folder / "cache", teacher, decoder, rows, replace(sizes, choices=choices), rounds)
+        figures |= {f"{prefix}{name}_tokens_per_s": rate for name, rate in rates.items()}
+        least = {name: 1.0 if name in ("bf16", "int8") else 0.9 for name in ratios}
+        goals += [Goal(f"{prefix}{name}_over_forward", ratios[name], least[name], "at_least") for name in ratios]
+    return Measured(figures, goals)
+
+
+def _compare(
+    cache: Path, teacher: str, decoder: Decoder, rows: RowReader, sizes: BuildSizes, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`between_forwards` of one model, of which the plans say that it is `teacher`."""
     decoder = with_attention(decoder, chosen_kernel("auto", decoder.config, str(decoder.dtype)))  # a build's own
     batches = [(first, rows.slice(first, first + sizes.batch_rows)) for first in range(0, len(rows), sizes.batch_rows)]
-    forward = _forward_path(decoder, batches[: sizes.forwards])
     builds = {
-        name: partial(_build_rate, folder / "cache", teacher, decoder, rows, batches, codec, delta)
+        name: partial(_build_rate, cache, teacher, decoder, rows, batches, codec, delta)
         for name, (codec, delta) in sizes.choices.items()
     }
-    rates, ratios = between_forwards(forward, builds, rounds)
-    figures = {f"{name}_tokens_per_s": rate for name, rate in rates.items()}
-    least = {name: 1.0 if name in ("bf16", "int8") else 0.9 for name in builds}
-    return Measured(figures, [Goal(f"{name}_over_forward", ratios[name], least[name], "at_least") for name in builds])
+    return between_forwards(_forward_path(decoder, batches[: sizes.forwards]), builds, rounds)
 
 
 def between_forwards(

@@ -126,13 +126,15 @@ def test_a_builds_rate_is_that_between_its_first_and_last_commit(monkeypatch: py
 @pytest.mark.slow
 def test_the_build_bench_has_all_figures_and_goals(tmp_path, teacher):
     choices = {"bf16": ("bf16", False), "int8_delta": ("int8", True), "int4": ("int4", False)}
-    sizes = BuildSizes(batch_rows=2, row_tokens=16, batches=3, forwards=2, choices=choices)
+    sizes = BuildSizes(batch_rows=2, row_tokens=16, batches=3, forwards=2, choices=choices, hybrid=TINY_MIXERS.config)
     report = make_report(measure_build(tmp_path, str(teacher), sizes, rounds=1))
-    assert all(report["figures"][f"{name}_tokens_per_s"] > 0 for name in ["forward", *choices])
+    names = ["forward", *choices, "hybrid_forward", "hybrid_int8_delta"]
+    assert all(report["figures"][f"{name}_tokens_per_s"] > 0 for name in names)
     assert {goal["name"]: goal["goal"] for goal in report["goals"]} == {
         "bf16_over_forward": 1.0,
         "int8_delta_over_forward": 0.9,
         "int4_over_forward": 0.9,
+        "hybrid_int8_delta_over_forward": 0.9,
     }
     assert not (tmp_path / "cache").exists()
 
