@@ -11,28 +11,20 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.llama import DENSE_DEFAULTS
-from distillcache.models.families.reading.family import Family, common_fields
+from distillcache.models.families.reading.family import Family
 from distillcache.models.families.reading.grouped import (
     check_sigmoid,
     dense_then_experts,
-    sigmoid_moe,
     sigmoid_moe_keys,
 )
-from distillcache.models.families.reading.latent import check_rotated, latent_fields, latent_keys, latent_layout
+from distillcache.models.families.reading.latent import latent_keys, latent_layout, read_latent
 from distillcache.models.families.reading.multimodal import AROUND, PREFIX, multimodal_layout, vision_language_family
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import Layout
 
 
 def _read(values: Values) -> ModelConfig:
-    check_rotated(values)
-    attention = latent_fields(values, interleaved=values.flag("rope_interleave"))
-    return ModelConfig(
-        **common_fields(values, dense_then_experts(values)) | attention,
-        moe=sigmoid_moe(values, values.size("n_shared_experts")),
-        mtp_layers=values.count("num_nextn_predict_layers"),
-        family="deepseek_v3",
-    )
+    return read_latent(values, dense_then_experts(values), "deepseek_v3")
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

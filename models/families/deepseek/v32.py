@@ -8,19 +8,14 @@ from typing import Any
 
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.deepseek.v3 import DEEPSEEK_V3
-from distillcache.models.families.reading.family import common_fields
-from distillcache.models.families.reading.grouped import sigmoid_moe, typed_experts
-from distillcache.models.families.reading.latent import indexed_fields, indexed_keys
+from distillcache.models.families.reading.grouped import typed_experts
+from distillcache.models.families.reading.latent import indexed_fields, indexed_keys, latent_decoder
 from distillcache.models.families.reading.values import Values
 
 
 def _read(values: Values) -> ModelConfig:
-    return ModelConfig(
-        **common_fields(values, typed_experts(values)) | indexed_fields(values, interleaved=False),
-        moe=sigmoid_moe(values, values.size("n_shared_experts")),
-        mtp_layers=values.count("num_nextn_predict_layers"),
-        family="deepseek_v32",
-    )
+    attention = indexed_fields(values, interleaved=False)
+    return latent_decoder(values, typed_experts(values), attention, "deepseek_v32")
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

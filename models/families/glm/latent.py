@@ -11,19 +11,17 @@ from typing import Any
 from distillcache.models.config import ModelConfig
 from distillcache.models.families.deepseek.v3 import DEEPSEEK_V3
 from distillcache.models.families.deepseek.v32 import DEEPSEEK_V32
-from distillcache.models.families.reading.family import common_fields
 from distillcache.models.families.reading.grouped import (
     check_sigmoid,
-    sigmoid_moe,
     typed_expert_keys,
     typed_experts,
 )
 from distillcache.models.families.reading.latent import (
-    check_rotated,
     indexed_fields,
     indexed_keys,
-    latent_fields,
+    latent_decoder,
     latent_keys,
+    read_latent,
 )
 from distillcache.models.families.reading.values import Values
 
@@ -34,14 +32,7 @@ LETTERS = {"F": FULL, "S": SHARED}  # in `index_topk_pattern`
 def _read_lite(values: Values) -> ModelConfig:
     if values["mlp_layer_types"] is None and values["first_k_dense_replace"] not in (None, 1):
         raise values.bad("first_k_dense_replace", "1, or mlp_layer_types, which alone transformers reads")
-    check_rotated(values)
-    attention = latent_fields(values, interleaved=values.flag("rope_interleave"))
-    return ModelConfig(
-        **common_fields(values, typed_experts(values)) | attention,
-        moe=sigmoid_moe(values, values.size("n_shared_experts")),
-        mtp_layers=values.count("num_nextn_predict_layers"),
-        family="glm4_moe_lite",
-    )
+    return read_latent(values, typed_experts(values), "glm4_moe_lite")
 
 
 def _write_lite(config: ModelConfig) -> dict[str, Any]:
@@ -52,12 +43,7 @@ def _write_lite(config: ModelConfig) -> dict[str, Any]:
 def _read_sparse(values: Values) -> ModelConfig:
     takes = [each == SHARED for each in _indexer_types(values)]
     kinds = [replace(kind, taken_choice=taken) for kind, taken in zip(typed_experts(values), takes, strict=True)]
-    return ModelConfig(
-        **common_fields(values, kinds) | indexed_fields(values, interleaved=True),
-        moe=sigmoid_moe(values, values.size("n_shared_experts")),
-        mtp_layers=values.count("num_nextn_predict_layers"),
-        family="glm_moe_dsa",
-    )
+    return latent_decoder(values, kinds, indexed_fields(values, interleaved=True), "glm_moe_dsa")
 
 
 def _indexer_types(values: Values) -> list[str]:

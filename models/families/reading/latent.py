@@ -4,12 +4,19 @@ Source: HF transformers `configuration_deepseek_v3`, `configuration_deepseek_v32
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from distillcache.models.config import BlockKind, IndexConfig, LatentConfig, ModelConfig, RopeConfig
-from distillcache.models.families.reading.family import dense_tensors, norm_tensors, not_exportable
-from distillcache.models.families.reading.grouped import check_sigmoid, moe_tensors, mtp_prefixes, typed_expert_keys
+from distillcache.models.families.reading.family import common_fields, dense_tensors, norm_tensors, not_exportable
+from distillcache.models.families.reading.grouped import (
+    check_sigmoid,
+    moe_tensors,
+    mtp_prefixes,
+    sigmoid_moe,
+    typed_expert_keys,
+)
 from distillcache.models.families.reading.values import Values
 from distillcache.models.files.tensors import BlockTensor, Layout
 
@@ -32,6 +39,22 @@ def check_rotated(values: Values) -> None:
     """Raise `CheckpointError` where `head_dim`, by which transformers rotates in some families, is another."""
     if values["head_dim"] not in (None, values["qk_rope_head_dim"]):
         raise values.bad("head_dim", f"{values['qk_rope_head_dim']}, as qk_rope_head_dim")
+
+
+def latent_decoder(values: Values, kinds: Sequence[BlockKind], attention: dict[str, Any], family: str) -> ModelConfig:
+    """The decoder of these blocks and fields of attention, with experts by sigmoid and bias within groups."""
+    return ModelConfig(
+        **common_fields(values, kinds) | attention,
+        moe=sigmoid_moe(values, values.size("n_shared_experts")),
+        mtp_layers=values.count("num_nextn_predict_layers"),
+        family=family,
+    )
+
+
+def read_latent(values: Values, kinds: Sequence[BlockKind], family: str) -> ModelConfig:
+    """The same without an indexer, whose rotation the config chooses."""
+    check_rotated(values)
+    return latent_decoder(values, kinds, latent_fields(values, interleaved=values.flag("rope_interleave")), family)
 
 
 def indexed_fields(values: Values, *, interleaved: bool) -> dict[str, Any]:
