@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from distillcache.models.config import BlockKind, LayerGroup, ModelConfig
 from distillcache.models.decoder import Decoder
-from distillcache.models.mesh.sharding import device_copy
+from distillcache.models.mesh.sharding import device_copy, make_mesh, parameter_sharding
+from distillcache.schemas.config.teacher import TeacherMeshConfig
 from distillcache.schemas.store.store import Store
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -44,6 +46,19 @@ def randomized(decoder: Decoder, seed: int = 0) -> Decoder:
             old = (old + 0.3 * noise.standard_normal(old.shape)).astype(old.dtype)
         out.append((path, value.replace(device_copy(old))))
     return nnx.merge(graph, nnx.from_flat_state(out))
+
+
+def on_mesh(decoder: Decoder, **sizes: int) -> nnx.State:
+    """The decoder's parameters cut over a mesh by their names alone."""
+    mesh = make_mesh(TeacherMeshConfig(**sizes))
+    assert mesh is not None
+    return nnx.from_flat_state(
+        [
+            (path, value.replace(jax.device_put(value.get_value(), parameter_sharding(mesh, name, value.shape))))
+            for path, value in nnx.to_flat_state(nnx.state(decoder))
+            for name in ["/".join(map(str, path))]
+        ]
+    )
 
 
 @pytest.fixture

@@ -15,9 +15,7 @@ from distillcache.models.decoder import Decoder
 from distillcache.models.layers.attention import Attention
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.recurrent.gated_delta import GatedDelta
-from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
-from distillcache.schemas.config.teacher import TeacherMeshConfig
-from tests.models.conftest import randomized
+from tests.models.conftest import on_mesh, randomized
 
 DELTA = DeltaConfig(key_heads=2, value_heads=6, key_dim=5, value_dim=7, taps=3)
 CONFIG = ModelConfig(
@@ -180,13 +178,6 @@ def test_on_a_mesh(sizes: dict[str, int]):
     decoder = randomized(Decoder(CONFIG))
     tokens = jnp.arange(4 * 70).reshape(4, 70) % 61
     expected = np.asarray(decoder(tokens).logits)
-    mesh = make_mesh(TeacherMeshConfig(**sizes))
-    assert mesh is not None
-    graph, state = nnx.split(decoder)
-    placed = [
-        (path, value.replace(jax.device_put(value.get_value(), parameter_sharding(mesh, name, value.shape))))
-        for path, value in nnx.to_flat_state(state)
-        for name in ["/".join(map(str, path))]
-    ]
-    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(nnx.from_flat_state(placed))
+    graph, placed = nnx.graphdef(decoder), on_mesh(decoder, **sizes)
+    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(placed)
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=3e-5 * np.abs(expected).max())

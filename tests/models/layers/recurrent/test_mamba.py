@@ -14,9 +14,7 @@ from distillcache.models.config import BlockKind, MambaConfig, ModelConfig, Mult
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.recurrent.mamba import BESIDE, AttentionBesideMamba, Mamba2
-from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
-from distillcache.schemas.config.teacher import TeacherMeshConfig
-from tests.models.conftest import randomized
+from tests.models.conftest import on_mesh, randomized
 from tests.models.layers.recurrent.test_gated_delta import IDS, POSITIONS, normed, sigmoid
 
 MAMBA = MambaConfig(heads=6, head_dim=7, groups=2, state=5, taps=3, bias=True, output_bias=True, most_step=1.5)
@@ -132,13 +130,6 @@ def test_on_a_mesh():
     decoder = randomized(Decoder(CONFIG))
     tokens = jnp.arange(4 * 70).reshape(4, 70) % 61
     expected = np.asarray(decoder(tokens).logits)
-    mesh = make_mesh(TeacherMeshConfig(fsdp=2, tensor=2))
-    assert mesh is not None
-    graph, state = nnx.split(decoder)
-    placed = [
-        (path, value.replace(jax.device_put(value.get_value(), parameter_sharding(mesh, name, value.shape))))
-        for path, value in nnx.to_flat_state(state)
-        for name in ["/".join(map(str, path))]
-    ]
-    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(nnx.from_flat_state(placed))
+    graph, placed = nnx.graphdef(decoder), on_mesh(decoder, fsdp=2, tensor=2)
+    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(placed)
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=3e-5 * np.abs(expected).max())

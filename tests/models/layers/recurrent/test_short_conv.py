@@ -13,9 +13,7 @@ from distillcache.models.config import BlockKind, ModelConfig, RopeConfig, Short
 from distillcache.models.decoder import Decoder
 from distillcache.models.layers.context import BlockContext, block_context
 from distillcache.models.layers.recurrent.short_conv import ShortConv
-from distillcache.models.mesh.sharding import make_mesh, parameter_sharding
-from distillcache.schemas.config.teacher import TeacherMeshConfig
-from tests.models.conftest import randomized
+from tests.models.conftest import on_mesh, randomized
 
 CONV = BlockKind(mixer="short_conv")
 CONFIG = ModelConfig(
@@ -114,15 +112,10 @@ def test_channels_are_cut_over_a_mesh():
     decoder = randomized(Decoder(CONFIG))
     tokens = jnp.arange(4 * 23).reshape(4, 23) % 61
     expected = np.asarray(decoder(tokens).logits)
-    mesh = make_mesh(TeacherMeshConfig(fsdp=2, tensor=2))
-    assert mesh is not None
-    graph, state = nnx.split(decoder)
-    placed = [
-        (path, value.replace(jax.device_put(value.get_value(), parameter_sharding(mesh, name, value.shape))))
-        for path, value in nnx.to_flat_state(state)
-        for name in ["/".join(map(str, path))]
-    ]
-    cut = {str(path[-1]): value.get_value().sharding.spec for path, value in placed if path[3:4] == (0,)}
+    graph, placed = nnx.graphdef(decoder), on_mesh(decoder, fsdp=2, tensor=2)
+    cut = {
+        str(path[-1]): value.get_value().sharding.spec for path, value in nnx.to_flat_state(placed) if path[3:4] == (0,)
+    }
     assert all("tensor" in cut[name] for name in ("in_gate", "out_gate", "value", "conv"))
-    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(nnx.from_flat_state(placed))
+    found = jax.jit(lambda state: nnx.merge(graph, state)(tokens).logits)(placed)
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=5e-6 * np.abs(expected).max())
